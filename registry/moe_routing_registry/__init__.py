@@ -1,0 +1,69 @@
+"""What a routing backend is, and how one is found and chosen. Never imports torch."""
+
+from moe_routing_registry._card import ACCELERATOR, ANY, API_VERSION, BackendSpec, FamilySpec, SupportRule, Target
+from moe_routing_registry._device import DeviceInfo, Toolchain
+from moe_routing_registry._errors import (
+    BackendUnavailableError,
+    DowngradeWarning,
+    DuplicateNameError,
+    MoeRoutingWarning,
+    PluginWarning,
+    UnknownNameError,
+)
+from moe_routing_registry._hooks import ENTRY_POINT_GROUP, hookimpl
+from moe_routing_registry._problem import Layout, RoutingProblem
+from moe_routing_registry._registry import Registry
+from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
+from moe_routing_registry._request import (
+    BACKEND_VARIABLE,
+    BLOCK_VARIABLE,
+    STRICT_VARIABLE,
+    AskedBy,
+    Request,
+    flag,
+    preference,
+    preferring,
+)
+from moe_routing_registry._spec import SCORES, SELECTIONS, GroupScore, RoutingSpec, Selection
+from moe_routing_registry._verdict import RejectCode, Verdict
+
+__all__ = [
+    "ACCELERATOR",
+    "ANY",
+    "API_VERSION",
+    "BACKEND_VARIABLE",
+    "BLOCK_VARIABLE",
+    "ENTRY_POINT_GROUP",
+    "SCORES",
+    "SELECTIONS",
+    "STRICT_VARIABLE",
+    "AskedBy",
+    "BackendSpec",
+    "BackendUnavailableError",
+    "Candidate",
+    "DeviceInfo",
+    "DowngradeWarning",
+    "DuplicateNameError",
+    "FamilySpec",
+    "GroupScore",
+    "Layout",
+    "MoeRoutingWarning",
+    "PluginWarning",
+    "Registry",
+    "RejectCode",
+    "Rejection",
+    "Request",
+    "ResolutionReport",
+    "RoutingProblem",
+    "RoutingSpec",
+    "Selection",
+    "SupportRule",
+    "Target",
+    "Toolchain",
+    "UnknownNameError",
+    "Verdict",
+    "flag",
+    "hookimpl",
+    "preference",
+    "preferring",
+]

@@ -1,0 +1,152 @@
+"""Cards that plug-ins hand in: ``BackendSpec`` for a backend, ``FamilySpec`` for a routing family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from moe_routing_registry._device import DeviceInfo
+from moe_routing_registry._problem import RoutingProblem
+from moe_routing_registry._spec import RoutingSpec
+from moe_routing_registry._verdict import RejectCode, Verdict
+
+API_VERSION = 1
+"""Version of the plug-in interface; a card written for another version is rejected, not tried."""
+
+ANY = "*"
+ACCELERATOR = "accelerator"
+
+SupportRule = Callable[[RoutingProblem, DeviceInfo], Verdict]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of device: a platform, and which generations of it.
+
+    CUDA's generations are ordered, so they are a range; ROCm's and Intel's are names without an order
+    (gfx1100 > gfx942 says nothing), so they are a set.
+
+    :ivar platform: a ``DeviceInfo.platform``, ``"accelerator"`` for every one but the CPU and meta, or ``"*"`` for all.
+    :ivar archs: names of the archs; empty for all of them.
+    :ivar min_capability: lowest CUDA compute capability, inclusive.
+    :ivar max_capability: highest CUDA compute capability, inclusive.
+
+    >>> hopper = DeviceInfo(type="cuda", platform="cuda", arch="sm_90")
+    >>> bool(Target("cuda", min_capability=(8, 0)).match(hopper))
+    True
+    >>> Target("cuda", min_capability=(10, 0)).match(hopper).reason
+    'needs compute capability 10.0 or later, the device has 9.0'
+    """
+
+    platform: str
+    archs: frozenset[str] = frozenset()
+    min_capability: tuple[int, int] | None = None
+    max_capability: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a version range where versions have no order."""
+        if self.platform != "cuda" and (self.min_capability or self.max_capability):
+            msg = f"min_capability, max_capability: only platform 'cuda' has an order, got platform {self.platform!r}"
+            raise ValueError(msg)
+
+    @property
+    def narrowness(self) -> int:
+        """0 for any platform, 1 for any accelerator, 2 for one platform, 3 for some generations of it."""
+        if self.platform in (ANY, ACCELERATOR):
+            return int(self.platform == ACCELERATOR)
+        return 3 if self.archs or self.min_capability or self.max_capability else 2
+
+    def match(self, device: DeviceInfo) -> Verdict:
+        """Say whether the device is of this kind."""
+        if self.platform not in (ANY, device.platform) and not (self.platform == ACCELERATOR and device.is_accelerator):
+            return Verdict.no(RejectCode.PLATFORM, f"is for {self.platform}, the device is {device.platform}")
+        if self.archs and device.arch not in self.archs:
+            known = ", ".join(sorted(self.archs))
+            return Verdict.no(RejectCode.ARCH, f"is for {known}, the device is {device.arch or 'of unknown arch'}")
+        return self._match_capability(device)
+
+    def _match_capability(self, device: DeviceInfo) -> Verdict:
+        low, high, has = self.min_capability, self.max_capability, device.capability
+        if low is None and high is None:
+            return Verdict.yes()
+        if has is None:
+            return Verdict.no(RejectCode.ARCH, f"needs a known compute capability, the device has {device.arch!r}")
+        if low is not None and has < low:
+            return Verdict.no(RejectCode.ARCH, f"needs compute capability {_dotted(low)} or later, the device has {_dotted(has)}")
+        if high is not None and has > high:
+            return Verdict.no(RejectCode.ARCH, f"knows compute capability up to {_dotted(high)}, the device has {_dotted(has)}")
+        return Verdict.yes()
+
+    def __str__(self) -> str:
+        """Name the target: ``cuda >= 8.0``, ``rocm gfx942, gfx950``."""
+        parts = [{ANY: "any device", ACCELERATOR: "any accelerator"}.get(self.platform, self.platform)]
+        if self.archs:
+            parts.append(", ".join(sorted(self.archs)))
+        if self.min_capability:
+            parts.append(f">= {_dotted(self.min_capability)}")
+        if self.max_capability:
+            parts.append(f"<= {_dotted(self.max_capability)}")
+        return " ".join(parts)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSpec:
+    """A backend's card: everything that choosing needs, without importing the backend.
+
+    :ivar name: what users write in ``get_router(backend=...)``.
+    :ivar factory: dotted path ``"package.module:attribute"`` of ``factory(problem, device) -> bound callable``,
+        imported only when this backend is chosen.
+    :ivar targets: the devices that it is for.
+    :ivar api_version: the version of the plug-in interface that it was written for.
+    :ivar families: names of the families that it serves, or ``None`` for every one that ``supports`` accepts.
+    :ivar requirements: PEP 508 strings, checked against installed metadata, never by importing.
+    :ivar priority: higher is tried first. Below 0, which is the default, it is never chosen unless it is named: an
+        installed backend changes nothing until somebody chooses it. Built in: eager 0, torch-compile 50, Triton 100.
+    :ivar supports: the support rule, ``supports(problem, device) -> Verdict``: cheap, without side effects, and
+        without importing torch.
+    :ivar summary: one line for ``moe-routing doctor``.
+    """
+
+    name: str
+    factory: str
+    targets: tuple[Target, ...]
+    api_version: int = API_VERSION
+    families: frozenset[str] | None = None
+    requirements: tuple[str, ...] = ()
+    priority: int = -1
+    supports: SupportRule | None = field(default=None, compare=False)
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a card that could not be shown or used."""
+        if not self.name or self.name != self.name.strip().lower() or any(c in self.name for c in ", :"):
+            msg = f"name: expected lower case without spaces, commas and colons, got {self.name!r}"
+            raise ValueError(msg)
+        module, _, attribute = self.factory.partition(":")
+        if not module or not attribute:
+            msg = f"factory: expected 'package.module:attribute', got {self.factory!r}"
+            raise ValueError(msg)
+        if not self.targets or not all(isinstance(t, Target) for t in self.targets):
+            msg = f"targets: expected at least one Target, got {self.targets!r}"
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilySpec:
+    """A routing family's card.
+
+    :ivar spec: the family's defaults; its ``family`` is the name that users write.
+    :ivar source: paper, model or project that the formula comes from.
+    :ivar models: model names (transformers' ``model_type``) that are this family with other values.
+    :ivar oracle: dotted path of a float64 oracle with the signature of ``moe_routing.testing.oracle``, for maths
+        that the fields of ``RoutingSpec`` cannot say; ``""`` to use the kit's own.
+    """
+
+    spec: RoutingSpec
+    source: str
+    models: Mapping[str, RoutingSpec] = field(default_factory=dict)
+    oracle: str = ""

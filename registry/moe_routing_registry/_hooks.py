@@ -1,0 +1,30 @@
+"""The hooks that a plug-in may implement. Each is documented in ``docs/``; a test holds that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pluggy
+
+from moe_routing_registry._card import BackendSpec, FamilySpec
+
+PROJECT = "moe_routing"
+ENTRY_POINT_GROUP = "moe_routing.backends"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a plug-in's function as the implementation of the hook of the same name."""
+
+
+@hookspec
+def moe_routing_backends() -> Sequence[BackendSpec]:  # type: ignore[empty-body]
+    """Return the cards of the backends that this plug-in brings.
+
+    Called once, when the registry is first used. Import neither torch nor the backend here: the card names the
+    factory, which is imported when it is chosen.
+    """
+
+
+@hookspec
+def moe_routing_families() -> Sequence[FamilySpec]:  # type: ignore[empty-body]
+    """Return the cards of the routing families that this plug-in brings, with their oracles."""

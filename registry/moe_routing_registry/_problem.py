@@ -1,0 +1,59 @@
+"""``RoutingProblem``: what a backend is asked to build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from moe_routing_registry._spec import RoutingSpec
+
+Layout = Literal["rows", "strided"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingProblem:
+    """One kernel to build: it serves any number of tokens.
+
+    :ivar spec: the maths.
+    :ivar num_experts: E, the columns of the logits.
+    :ivar topk: K, the experts a token selects (shared-expert slots not counted).
+    :ivar dtype: dtype of the logits, ``"bfloat16"`` for example.
+    :ivar ids_dtype: ``"int32"`` or ``"int64"``.
+    :ivar training: whether gradients must flow from the weights.
+    :ivar layout: ``"rows"`` where the experts of a row lie side by side (any row stride), else ``"strided"``.
+    """
+
+    spec: RoutingSpec
+    num_experts: int
+    topk: int
+    dtype: str
+    ids_dtype: str = "int32"
+    training: bool = False
+    layout: Layout = "rows"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "family": self.spec.family,
+            "spec": self.spec.to_json(),
+            "num_experts": self.num_experts,
+            "topk": self.topk,
+            "dtype": self.dtype,
+            "ids_dtype": self.ids_dtype,
+            "training": self.training,
+            "layout": self.layout,
+        }
+
+    def __str__(self) -> str:
+        """Name the problem in a line: ``gemma4 E=128 K=8 bfloat16``."""
+        extras = "".join(
+            f" {text}"
+            for text, said in (
+                (self.ids_dtype, self.ids_dtype != "int32"),
+                ("training", self.training),
+                ("strided", self.layout != "rows"),
+            )
+            if said
+        )
+        return f"{self.spec.family} E={self.num_experts} K={self.topk} {self.dtype}{extras}"

@@ -1,0 +1,74 @@
+"""Who asked for which backend: argument, context manager, environment, or nobody."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+AskedBy = Literal["argument", "context", "environment", "probe"]
+
+BACKEND_VARIABLE = "MOE_ROUTING_BACKEND"
+BLOCK_VARIABLE = "MOE_ROUTING_BLOCK"
+STRICT_VARIABLE = "MOE_ROUTING_STRICT"
+
+preference: ContextVar[str | None] = ContextVar("moe_routing_preference", default=None)
+"""The backend that the innermost ``prefer`` block names in this thread or task."""
+
+
+@contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Prefer the backend of that name inside the block, in this thread or task only."""
+    token = preference.set(name)
+    try:
+        yield
+    finally:
+        preference.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for, and by whom.
+
+    :ivar backend: the name asked for, or ``None``: the registry chooses.
+    :ivar asked_by: ``"argument"``, ``"context"``, ``"environment"``, or ``"probe"`` when nobody named one.
+    :ivar blocked: names that must not be used.
+    :ivar strict: whether a choice below the device's best is an error rather than a warning.
+    """
+
+    backend: str | None = None
+    asked_by: AskedBy = "probe"
+    blocked: frozenset[str] = frozenset()
+    strict: bool = False
+
+    @classmethod
+    def gather(cls, argument: str | None = None) -> Request:
+        """Read argument, context and environment, in this order; the first that names a backend wins.
+
+        Raises ``ValueError`` for a value of ``MOE_ROUTING_STRICT`` that is neither yes nor no.
+        """
+        named: tuple[tuple[str | None, AskedBy], ...] = (
+            (argument, "argument"),
+            (preference.get(), "context"),
+            (os.environ.get(BACKEND_VARIABLE, "").strip() or None, "environment"),
+        )
+        backend, asked_by = next(((name, by) for name, by in named if name is not None), (None, "probe"))
+        block = os.environ.get(BLOCK_VARIABLE, "")
+        blocked = frozenset(name.strip() for name in block.split(",") if name.strip())
+        return cls(backend, asked_by, blocked, flag(STRICT_VARIABLE))
+
+
+def flag(variable: str) -> bool:
+    """Read a yes/no environment variable; ``"0"`` is no, and anything unclear is a ``ValueError``."""
+    value = os.environ.get(variable, "").strip().lower()
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    if value in ("1", "true", "yes", "on"):
+        return True
+    msg = f"{variable}: expected 1 or 0, got {value!r}"
+    raise ValueError(msg)

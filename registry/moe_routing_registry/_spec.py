@@ -1,0 +1,182 @@
+"""``RoutingSpec``: the maths of a routing family, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Selection = Literal["logits", "scores_plus_bias", "logits_plus_bias", "token_table", "sparsemixer"]
+GroupScore = Literal["max", "top2_sum"]
+
+SELECTIONS: tuple[Selection, ...] = ("logits", "scores_plus_bias", "logits_plus_bias", "token_table", "sparsemixer")
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+"""The score functions that every built-in backend knows; a third party's family may name another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingSpec:
+    """How ``logits [T, E]`` become ``weights [T, K]`` and ``ids [T, K]``; one frozen row of data for each family.
+
+    The steps, in order::
+
+        l = logits in float32; NaN -> -inf; clamped to the finite range of float32
+        x = l * logit_multiplier;  x = logit_softcap * tanh(x / logit_softcap)   if there is a cap
+        s = score(x)                                  softmax over E, sigmoid, or sqrt(softplus)
+        selected by  l | s + bias | x + bias | a table | sparsemixer             (``selection``)
+        limited to the best ``topk_groups`` of ``num_groups``, or the best K / num_groups of each
+        w = s[ids];  w = w / max(sum(w) + renorm_epsilon, renorm_floor)          if ``renormalize``
+        w = w * scale * per_expert_scale[ids];  w = 0 for ids >= E - zero_experts
+        ``shared_experts`` slots with ids E, E + 1, ... and weight 1 are appended
+
+    Where selection is monotonic in the logit it is made on the logit itself, never on a rounded score.
+
+    :ivar family: name of the family, ``"grouped_sigmoid_bias"`` for example.
+    :ivar score: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``; another name only for a third party's family.
+    :ivar selection: what top-k looks at; the two ``..._plus_bias`` kinds need the operand ``bias [E]``, and
+        ``"token_table"`` needs ``token_ids [T]`` and ``expert_table [vocabulary, K]``.
+    :ivar renormalize: whether the selected weights are divided by their sum.
+    :ivar renorm_epsilon: added to that sum (DeepSeek-V3: 1e-20).
+    :ivar renorm_floor: lower bound of that sum (Ernie 4.5: 1e-12).
+    :ivar scale: factor ``c`` on the weights after renormalisation (``routed_scaling_factor``).
+    :ivar per_expert_scale: whether the operand ``per_expert_scale [E]`` multiplies the weights (Gemma4).
+    :ivar num_groups: number of equal groups that the experts fall into; 1 means no groups.
+    :ivar topk_groups: how many groups stay eligible.
+    :ivar group_score: score of a group: its ``"max"`` or the sum of its best two, ``"top2_sum"``.
+    :ivar topk_per_group: select K / num_groups in each group instead of limiting groups (InternS1-Pro).
+    :ivar logit_softcap: cap of ``cap * tanh(x / cap)``, or ``None``.
+    :ivar logit_multiplier: positive factor on the logits.
+    :ivar shared_experts: number of always-on slots appended to the K selected.
+    :ivar zero_experts: how many of the last expert ids are experts that compute nothing (LongCat): weight 0.
+    :ivar jitter: threshold of sparsemixer's mask.
+
+    Raises ``ValueError`` naming the field for a value that cannot be.
+
+    >>> RoutingSpec(family="mixtral_like", renormalize=True).formula
+    'ids = topk(l); w = softmax(l[ids])'
+    """
+
+    family: str
+    score: str = "softmax"
+    selection: Selection = "logits"
+    renormalize: bool = False
+    renorm_epsilon: float = 0.0
+    renorm_floor: float = 0.0
+    scale: float = 1.0
+    per_expert_scale: bool = False
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: GroupScore = "max"
+    topk_per_group: bool = False
+    logit_softcap: float | None = None
+    logit_multiplier: float = 1.0
+    shared_experts: int = 0
+    zero_experts: int = 0
+    jitter: float = 0.01
+    _key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can have, then freeze the canonical text."""
+        for name, ok, expected in self._rules():
+            if not ok:
+                msg = f"{name}: expected {expected}, got {getattr(self, name)!r}"
+                raise ValueError(msg)
+        values = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.init and (f.name == "family" or getattr(self, f.name) != f.default)
+        }
+        object.__setattr__(self, "_key", json.dumps(values, sort_keys=True))
+
+    def _rules(self) -> tuple[tuple[str, bool, str], ...]:
+        cap = self.logit_softcap
+        return (
+            ("family", bool(self.family), "a name"),
+            ("score", bool(self.score), f"a score function, one of {', '.join(SCORES)}"),
+            ("selection", self.selection in SELECTIONS, f"one of {', '.join(SELECTIONS)}"),
+            ("renorm_epsilon", self.renorm_epsilon >= 0, "a number >= 0"),
+            ("renorm_floor", self.renorm_floor >= 0, "a number >= 0"),
+            ("scale", math.isfinite(self.scale), "a finite number"),
+            ("num_groups", self.num_groups >= 1, "an integer >= 1"),
+            ("topk_groups", 1 <= self.topk_groups <= self.num_groups, f"1 <= topk_groups <= num_groups ({self.num_groups})"),
+            ("group_score", self.group_score in ("max", "top2_sum"), "'max' or 'top2_sum'"),
+            ("logit_softcap", cap is None or (cap > 0 and math.isfinite(cap)), "a finite number > 0, or None"),
+            ("logit_multiplier", self.logit_multiplier > 0 and math.isfinite(self.logit_multiplier), "a finite number > 0"),
+            ("shared_experts", self.shared_experts >= 0, "an integer >= 0"),
+            ("zero_experts", self.zero_experts >= 0, "an integer >= 0"),
+            ("jitter", self.jitter >= 0, "a number >= 0"),
+        )
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether selection adds the operand ``bias [E]``."""
+        return self.selection in ("scores_plus_bias", "logits_plus_bias")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether only the experts of the best groups are eligible."""
+        return self.num_groups > 1 and not self.topk_per_group
+
+    def replace(self, **changes: Any) -> RoutingSpec:  # noqa: ANN401 -- the fields' own types, checked on construction
+        """Return a copy with some fields changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """Return the canonical text: equal specs give equal texts, and only fields unlike the defaults are in it."""
+        return self._key
+
+    @classmethod
+    def from_json(cls, text: str) -> RoutingSpec:
+        """Rebuild a spec from ``to_json``'s text.
+
+        >>> spec = RoutingSpec(family="f", scale=2.5)
+        >>> RoutingSpec.from_json(spec.to_json()) == spec
+        True
+        """
+        return cls(**json.loads(text))
+
+    @property
+    def formula(self) -> str:
+        """The maths in one line: ``l`` are the logits, ``b`` the selection bias."""
+        x = "l"
+        if self.logit_multiplier != 1.0:
+            x = f"{self.logit_multiplier:g}*{x}"
+        if self.logit_softcap is not None:
+            x = f"{self.logit_softcap:g}*tanh({x}/{self.logit_softcap:g})"
+        score = f"{self.score}({x})"
+        steps = [f"ids = {self._selection_formula(x, score)}", f"w = {self._weight_formula(x, score)}"]
+        if self.zero_experts:
+            steps.append(f"w = 0 where ids >= E-{self.zero_experts}")
+        if self.shared_experts:
+            steps.append(f"append ids E..E+{self.shared_experts - 1} with w = 1")
+        return "; ".join(steps)
+
+    def _selection_formula(self, x: str, score: str) -> str:
+        if self.selection == "token_table":
+            return "table[token_id]"
+        if self.selection == "sparsemixer":
+            return f"K rounds of argmax(l), each without entries (m-l)/max(|l|,m) > {2 * self.jitter:g}"
+        what = {"scores_plus_bias": f"{score}+b", "logits_plus_bias": f"{x}+b"}.get(self.selection, "l")
+        if self.topk_per_group:
+            return f"top K/{self.num_groups} of {what} in each of {self.num_groups} groups"
+        if self.grouped:
+            return f"topk({what}) in the best {self.topk_groups} of {self.num_groups} groups by {self.group_score}"
+        return f"topk({what})"
+
+    def _weight_formula(self, x: str, score: str) -> str:
+        if self.selection == "sparsemixer":
+            weight = "softmax(masked l)[id] of each round"
+        elif self.renormalize and self.score == "softmax" and not (self.renorm_epsilon or self.renorm_floor):
+            weight = f"softmax({x}[ids])"
+        else:
+            weight = f"{score}[ids]"
+            if self.renormalize:
+                total = "sum" + (f"+{self.renorm_epsilon:g}" if self.renorm_epsilon else "")
+                weight += " / " + (f"max({total}, {self.renorm_floor:g})" if self.renorm_floor else total)
+        if self.scale != 1.0:
+            weight += f" * {self.scale:g}"
+        if self.per_expert_scale:
+            weight += " * per_expert_scale[ids]"
+        return weight

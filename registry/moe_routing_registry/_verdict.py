@@ -1,0 +1,107 @@
+"""``Verdict``: yes, or no with a code from a closed list, a sentence and the command that mends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class RejectCode(str, Enum):
+    """Why a backend is not used. Tests and scripts rely on these, never on the sentences."""
+
+    IMPORT_FAILED = "import_failed"
+    """The plug-in's module raised at import."""
+    REGISTRATION_FAILED = "registration_failed"
+    """The plug-in's hook raised, or returned something that is not a card."""
+    API_VERSION = "api_version"
+    """The card is written for another version of the plug-in interface."""
+    BLOCKED = "blocked"
+    """``MOE_ROUTING_BLOCK`` names it."""
+    PLATFORM = "platform"
+    """It is for other platforms than this device's."""
+    ARCH = "arch"
+    """It is for this platform, but not for this generation of it."""
+    REQUIREMENT_MISSING = "requirement_missing"
+    """A package that it needs is not installed."""
+    REQUIREMENT_VERSION = "requirement_version"
+    """A package that it needs is installed in a version that does not fit."""
+    TOOLCHAIN = "toolchain"
+    """A compiler or runtime that it needs cannot be used for this device."""
+    FAMILY = "family"
+    """It does not know this routing family."""
+    DTYPE = "dtype"
+    """It does not take this dtype of logits or ids."""
+    SHAPE = "shape"
+    """E or K is outside its range."""
+    LAYOUT = "layout"
+    """It does not take these strides."""
+    TRAINING = "training"
+    """It has no gradients."""
+    EXPLICIT_ONLY = "explicit_only"
+    """It could run, but only when it is named."""
+    SUPPORT_RULE_FAILED = "support_rule_failed"
+    """Its support rule raised, or returned something that is not a verdict."""
+    FACTORY_FAILED = "factory_failed"
+    """Its factory raised when it was asked to build."""
+
+
+MENDABLE = frozenset(
+    {
+        RejectCode.API_VERSION,
+        RejectCode.REQUIREMENT_MISSING,
+        RejectCode.REQUIREMENT_VERSION,
+        RejectCode.TOOLCHAIN,
+        RejectCode.SUPPORT_RULE_FAILED,
+        RejectCode.FACTORY_FAILED,
+    }
+)
+"""Codes that say that the machine or the plug-in is at fault, so that a better backend was to be had."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A backend's answer to a problem on a device; make one with ``Verdict.yes()`` or ``Verdict.no(...)``.
+
+    A rejection without a code cannot be constructed:
+
+    >>> Verdict(None, "just because")
+    Traceback (most recent call last):
+    ...
+    TypeError: code: a rejection needs a RejectCode, got None with reason 'just because'
+    >>> bool(Verdict.yes())
+    True
+
+    :ivar code: why not, or ``None`` for yes.
+    :ivar reason: the same in a sentence, ``""`` for yes.
+    :ivar fix: the command that mends it, or ``""`` where there is none.
+    """
+
+    code: RejectCode | None = None
+    reason: str = ""
+    fix: str = ""
+
+    def __post_init__(self) -> None:
+        """Hold code and reason together."""
+        if not isinstance(self.code, RejectCode) and (self.code is not None or self.reason or self.fix):
+            msg = f"code: a rejection needs a RejectCode, got {self.code!r} with reason {self.reason!r}"
+            raise TypeError(msg)
+        if self.code is not None and not self.reason:
+            msg = f"reason: a rejection needs a sentence beside its code, got {self.reason!r}"
+            raise ValueError(msg)
+
+    @classmethod
+    def yes(cls) -> Verdict:
+        """Accept."""
+        return cls()
+
+    @classmethod
+    def no(cls, code: RejectCode, reason: str, fix: str = "") -> Verdict:
+        """Decline, with the code, a sentence, and the command that mends it where there is one."""
+        if not isinstance(code, RejectCode):
+            msg = f"code: expected a RejectCode, got {code!r}"
+            raise TypeError(msg)
+        return cls(code, reason, fix)
+
+    def __bool__(self) -> bool:
+        """Tell whether this is a yes."""
+        return self.code is None
