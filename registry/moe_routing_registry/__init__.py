@@ -12,7 +12,7 @@ from moe_routing_registry._errors import (
 )
 from moe_routing_registry._hooks import ENTRY_POINT_GROUP, hookimpl
 from moe_routing_registry._problem import Layout, RoutingProblem
-from moe_routing_registry._registry import Registry
+from moe_routing_registry._registry import FactoryError, Registry
 from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
 from moe_routing_registry._request import (
     BACKEND_VARIABLE,
@@ -44,6 +44,7 @@ __all__ = [
     "DeviceInfo",
     "DowngradeWarning",
     "DuplicateNameError",
+    "FactoryError",
     "FamilySpec",
     "GroupScore",
     "Layout",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from moe_routing_registry._device import DeviceInfo
 from moe_routing_registry._problem import RoutingProblem
-from moe_routing_registry._spec import RoutingSpec
 from moe_routing_registry._verdict import RejectCode, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from moe_routing_registry._spec import RoutingSpec
 
 API_VERSION = 1
 """Version of the plug-in interface; a card written for another version is rejected, not tried."""
@@ -72,9 +77,13 @@ class Target:
         if has is None:
             return Verdict.no(RejectCode.ARCH, f"needs a known compute capability, the device has {device.arch!r}")
         if low is not None and has < low:
-            return Verdict.no(RejectCode.ARCH, f"needs compute capability {_dotted(low)} or later, the device has {_dotted(has)}")
+            return Verdict.no(
+                RejectCode.ARCH, f"needs compute capability {_dotted(low)} or later, the device has {_dotted(has)}"
+            )
         if high is not None and has > high:
-            return Verdict.no(RejectCode.ARCH, f"knows compute capability up to {_dotted(high)}, the device has {_dotted(has)}")
+            return Verdict.no(
+                RejectCode.ARCH, f"knows compute capability up to {_dotted(high)}, the device has {_dotted(has)}"
+            )
         return Verdict.yes()
 
     def __str__(self) -> str:

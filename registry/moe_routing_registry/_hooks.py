@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pluggy
 
-from moe_routing_registry._card import BackendSpec, FamilySpec
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moe_routing_registry._card import BackendSpec, FamilySpec
 
 PROJECT = "moe_routing"
 ENTRY_POINT_GROUP = "moe_routing.backends"

@@ -126,5 +126,7 @@ class ResolutionReport:
         lines += [f"  also fits: {c.name} (priority {c.priority})" for c in self.eligible if c.name != self.winner]
         for r in self.rejected:
             code = r.verdict.code.value if r.verdict.code else "?"
-            lines.append(f"  not {r.name}: {r.verdict.reason} [{code}]" + (f"; mend: {r.verdict.fix}" if r.verdict.fix else ""))
+            lines.append(
+                f"  not {r.name}: {r.verdict.reason} [{code}]" + (f"; mend: {r.verdict.fix}" if r.verdict.fix else "")
+            )
         return "\n".join(lines)

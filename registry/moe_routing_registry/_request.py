@@ -57,7 +57,8 @@ class Request:
             (preference.get(), "context"),
             (os.environ.get(BACKEND_VARIABLE, "").strip() or None, "environment"),
         )
-        backend, asked_by = next(((name, by) for name, by in named if name is not None), (None, "probe"))
+        nobody: tuple[str | None, AskedBy] = (None, "probe")
+        backend, asked_by = next((pair for pair in named if pair[0] is not None), nobody)
         block = os.environ.get(BLOCK_VARIABLE, "")
         blocked = frozenset(name.strip() for name in block.split(",") if name.strip())
         return cls(backend, asked_by, blocked, flag(STRICT_VARIABLE))

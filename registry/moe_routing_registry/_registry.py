@@ -1,0 +1,234 @@
+"""``Registry``: every backend and family there is, and the choice among them."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import traceback
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from moe_routing_registry import _requirements
+from moe_routing_registry._card import API_VERSION
+from moe_routing_registry._errors import BackendUnavailableError, DuplicateNameError, UnknownNameError
+from moe_routing_registry._loading import PLUGIN_FAILURES, Inventory, load
+from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
+from moe_routing_registry._request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
+from moe_routing_registry._verdict import MENDABLE, RejectCode, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from moe_routing_registry._card import BackendSpec, FamilySpec
+    from moe_routing_registry._device import DeviceInfo
+    from moe_routing_registry._problem import RoutingProblem
+
+
+class Registry:
+    """Backends and families from plug-ins, loaded on first use, once, whichever thread comes first.
+
+    :param built_in: name -> module of the plug-ins that are there even in a checkout without metadata.
+    """
+
+    def __init__(self, built_in: Mapping[str, str] | None = None) -> None:
+        self._built_in = dict(built_in or {})
+        self._lock = threading.RLock()
+        self._inventory: Inventory | None = None
+
+    def _load(self) -> Inventory:
+        if self._inventory is None:
+            with self._lock:
+                if self._inventory is None:
+                    self._inventory = load(self._built_in)
+        return self._inventory
+
+    @property
+    def backends(self) -> Mapping[str, BackendSpec]:
+        """Cards of the backends by name."""
+        return self._load().backends
+
+    @property
+    def families(self) -> Mapping[str, FamilySpec]:
+        """Cards of the families that plug-ins brought, by name."""
+        return self._load().families
+
+    @property
+    def failures(self) -> tuple[Rejection, ...]:
+        """Plug-ins that failed at import or registration, with their traceback."""
+        return tuple(self._load().failures)
+
+    @property
+    def duplicates(self) -> tuple[DuplicateNameError, ...]:
+        """Names that two distributions claim."""
+        return tuple(self._load().duplicates)
+
+    def distribution(self, name: str, kind: str = "backend") -> str:
+        """Return the distribution that brought a backend (or, with ``kind="family"``, a family)."""
+        return self._load().distributions[kind, name]
+
+    def register(self, card: BackendSpec, distribution: str = "(this process)") -> None:
+        """Add a backend by hand, for a notebook or a test; plug-ins use the hook.
+
+        Raises ``DuplicateNameError`` if the name is taken.
+        """
+        with self._lock:
+            inventory = self._load()
+            if card.name in inventory.backends:
+                taken_by = inventory.distributions["backend", card.name]
+                msg = "backend"
+                raise DuplicateNameError(msg, card.name, taken_by, distribution)
+            inventory.add("backend", inventory.backends, card.name, card, distribution)
+
+    def unregister(self, name: str) -> None:
+        """Take out a backend that was added by hand."""
+        with self._lock:
+            inventory = self._load()
+            del inventory.backends[name]
+            del inventory.distributions["backend", name]
+
+    def resolve(self, problem: RoutingProblem, device: DeviceInfo, request: Request) -> ResolutionReport:
+        """Choose: who was named, else the best by priority, then narrower target, then name.
+
+        Nothing is imported or built, and a backend that does not fit is an entry in the report, not an exception.
+
+        Raises ``UnknownNameError`` for a misspelt name in the request, and ``DuplicateNameError`` while two
+        distributions claim a name that is not blocked.
+        """
+        self.check_names(request)
+        fitting: list[tuple[Rank, Candidate]] = []
+        rejected = list(self.failures)
+        lost: list[tuple[Rank, str]] = []
+        for name, card in self.backends.items():
+            verdict, trace = self._judge(card, problem, device, request)
+            distribution = self.distribution(name)
+            if verdict:
+                fitting.append((_rank(card, device), Candidate(name=name, priority=card.priority, distribution=distribution)))
+                continue
+            rejected.append(Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace))
+            if verdict.code in MENDABLE and card.priority >= 0 and _matches(card, problem, device, request):
+                lost.append((_rank(card, device), name))
+        fitting.sort(key=itemgetter(0))
+        eligible = tuple(candidate for _, candidate in fitting)
+        return ResolutionReport(
+            problem=problem,
+            device=device,
+            winner=next((c.name for c in eligible if request.backend in (None, c.name)), None),
+            asked_by=request.asked_by,
+            requested=request.backend,
+            eligible=eligible,
+            rejected=tuple(rejected),
+            missed=_missed(request, fitting, lost),
+        )
+
+    def check_names(self, request: Request) -> None:
+        """Raise for a misspelt backend in an argument, context or environment, and for an unresolved duplicate."""
+        known = {*self.backends, *(failure.name for failure in self.failures)}
+        if request.backend is not None and request.backend not in known:
+            kind = f"backend in {BACKEND_VARIABLE}" if request.asked_by == "environment" else "backend"
+            raise UnknownNameError(kind, request.backend, known)
+        for name in sorted(request.blocked - known):
+            msg = f"backend in {BLOCK_VARIABLE}"
+            raise UnknownNameError(msg, name, known)
+        for duplicate in self.duplicates:
+            if duplicate.name not in request.blocked:
+                raise duplicate
+
+    def _judge(self, card: BackendSpec, problem: RoutingProblem, device: DeviceInfo, request: Request) -> tuple[Verdict, str]:
+        """Go from the cheapest reason to the dearest; the second item is a traceback, mostly empty."""
+        cheap = (self._permitted, _matches, _serves, _requires)
+        for rule in cheap:
+            verdict = rule(card, problem, device, request)
+            if not verdict:
+                return verdict, ""
+        verdict, trace = self._ask(card, problem, device)
+        if verdict and card.priority < 0 and request.backend != card.name:
+            fix = f"get_router(..., backend={card.name!r})"
+            return Verdict.no(RejectCode.EXPLICIT_ONLY, "fits, but is only used when it is named", fix), ""
+        return verdict, trace
+
+    def _permitted(self, card: BackendSpec, _problem: RoutingProblem, _device: DeviceInfo, request: Request) -> Verdict:
+        if card.name in request.blocked:
+            return Verdict.no(RejectCode.BLOCKED, f"{BLOCK_VARIABLE} names it", f"unset {BLOCK_VARIABLE}")
+        if card.api_version != API_VERSION:
+            reason = f"is written for plug-in interface {card.api_version}, this is {API_VERSION}"
+            fix = f"pip install --upgrade moe-routing {self.distribution(card.name).partition(' ')[0]}"
+            return Verdict.no(RejectCode.API_VERSION, reason, fix)
+        return Verdict.yes()
+
+    @staticmethod
+    def _ask(card: BackendSpec, problem: RoutingProblem, device: DeviceInfo) -> tuple[Verdict, str]:
+        if card.supports is None:
+            return Verdict.yes(), ""
+        try:
+            verdict: object = card.supports(problem, device)
+        except PLUGIN_FAILURES as error:
+            return failed(RejectCode.SUPPORT_RULE_FAILED, "its support rule", error)
+        if not isinstance(verdict, Verdict):
+            return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, f"its support rule returned {verdict!r}, not a Verdict"), ""
+        return verdict, ""
+
+    def build(self, name: str, problem: RoutingProblem, device: DeviceInfo) -> Any:  # noqa: ANN401 -- typed as BoundRouter one layer up, where torch is
+        """Import the backend's factory and build; whatever it raises is raised as ``FactoryError``."""
+        module, _, attribute = self.backends[name].factory.partition(":")
+        try:
+            factory: Callable[[RoutingProblem, DeviceInfo], object] = getattr(importlib.import_module(module), attribute)
+            bound = factory(problem, device)
+        except PLUGIN_FAILURES as error:
+            verdict, trace = failed(RejectCode.FACTORY_FAILED, "its factory", error)
+            raise FactoryError(self._rejection(name, verdict, trace)) from error
+        if not callable(bound):
+            verdict = Verdict.no(RejectCode.FACTORY_FAILED, f"its factory returned {bound!r}, not a callable")
+            raise FactoryError(self._rejection(name, verdict, ""))
+        return bound
+
+    def _rejection(self, name: str, verdict: Verdict, trace: str) -> Rejection:
+        return Rejection(name=name, verdict=verdict, distribution=self.distribution(name), traceback=trace)
+
+
+Rank = tuple[int, int, str]
+"""Sort key of the choice, best first: priority, then narrower target, then name."""
+
+
+def _rank(card: BackendSpec, device: DeviceInfo) -> Rank:
+    return -card.priority, -max((t.narrowness for t in card.targets if t.match(device)), default=0), card.name
+
+
+def _missed(request: Request, fitting: list[tuple[Rank, Candidate]], lost: list[tuple[Rank, str]]) -> str | None:
+    """Name the backend that would have won if it were not for something that can be mended."""
+    if request.backend is not None or not lost:
+        return None
+    rank, name = min(lost)
+    return name if not fitting or rank < fitting[0][0] else None
+
+
+def _matches(card: BackendSpec, _problem: RoutingProblem, device: DeviceInfo, _request: Request) -> Verdict:
+    verdicts = [target.match(device) for target in card.targets]
+    # The most telling one: a wrong generation of the right platform says more than a wrong platform.
+    return max(verdicts, key=lambda verdict: (bool(verdict), verdict.code is RejectCode.ARCH))
+
+
+def _serves(card: BackendSpec, problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:
+    if card.families is None or problem.spec.family in card.families:
+        return Verdict.yes()
+    reason = f"does not serve family {problem.spec.family!r}; serves {', '.join(sorted(card.families))}"
+    return Verdict.no(RejectCode.FAMILY, reason)
+
+
+def _requires(card: BackendSpec, _problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:
+    return _requirements.check(card.requirements)
+
+
+class FactoryError(RuntimeError):
+    """A backend that fits could not be built; ``rejection`` says why."""
+
+    def __init__(self, rejection: Rejection) -> None:
+        self.rejection = rejection
+        super().__init__(f"backend {rejection.name!r}: {rejection.verdict.reason}")
+
+
+def failed(code: RejectCode, doing: str, error: BaseException) -> tuple[Verdict, str]:
+    """Turn what a plug-in raised into a verdict and its traceback."""
+    return Verdict.no(code, f"{doing} raised {type(error).__name__}: {error}"), "".join(traceback.format_exception(error))
+
+
+__all__ = ["BackendUnavailableError", "FactoryError", "Registry"]

@@ -1,0 +1,44 @@
+"""Requirements of a card, checked from installed metadata; nothing is imported to find out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+from moe_routing_registry._verdict import RejectCode, Verdict
+
+
+def check(requirements: tuple[str, ...]) -> Verdict:
+    """Say whether every PEP 508 requirement is met by what is installed.
+
+    >>> check(("pluggy>=1",))
+    Verdict(code=None, reason='', fix='')
+    >>> check(("pluggy<0.1",)).code
+    <RejectCode.REQUIREMENT_VERSION: 'requirement_version'>
+    """
+    for text in requirements:
+        verdict = _check_one(text)
+        if not verdict:
+            return verdict
+    return Verdict.yes()
+
+
+def _check_one(text: str) -> Verdict:
+    try:
+        requirement = Requirement(text)
+    except InvalidRequirement as error:
+        return Verdict.no(RejectCode.REQUIREMENT_MISSING, f"its requirement {text!r} is not valid PEP 508: {error}")
+    if requirement.marker is not None and not requirement.marker.evaluate():
+        return Verdict.yes()
+    fix = f"pip install '{requirement.name}{requirement.specifier}'"
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Verdict.no(
+            RejectCode.REQUIREMENT_MISSING, f"needs {requirement.name}{requirement.specifier}, which is not installed", fix
+        )
+    if not requirement.specifier.contains(version, prereleases=True):
+        reason = f"needs {requirement.name}{requirement.specifier}, {version} is installed"
+        return Verdict.no(RejectCode.REQUIREMENT_VERSION, reason, fix)
+    return Verdict.yes()
