@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_routing_registry import DeviceInfo, RoutingProblem
     from torch import Tensor
+
+    from moe_routing_registry import DeviceInfo, RoutingProblem
 
 
 class RoutingOutput(NamedTuple):

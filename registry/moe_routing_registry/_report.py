@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,17 @@ class ResolutionReport:
         if self.winner is None:
             return "no backend fits"
         return _ASKED[self.asked_by].format(name=self.winner)
+
+    def without(self, rejection: Rejection) -> ResolutionReport:
+        """Return the report after the winner could not be built: the next one wins, unless this one was named."""
+        eligible = tuple(c for c in self.eligible if c.name != rejection.name)
+        return dataclasses.replace(
+            self,
+            winner=eligible[0].name if eligible and self.requested is None else None,
+            eligible=eligible,
+            rejected=(*self.rejected, rejection),
+            missed=self.missed or (rejection.name if self.requested is None else None),
+        )
 
     def rejection(self, name: str) -> Rejection | None:
         """Return what was said against the backend of that name, or ``None``."""

@@ -1,0 +1,90 @@
+"""The weights of the selected experts, in float32, with the same bits whatever the number of rows.
+
+Only operations whose result for an element does not depend on its place in the tensor are used: PyTorch's ``exp``,
+``log1p`` and ``softmax`` over the last dimension are such on the CPU, its ``sigmoid`` (another polynomial for the last few
+elements) and its ``sum`` (another order for other shapes) are not. ``cumsum`` adds in order, in double precision.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_routing_backends.eager.select import FLOAT32_MAX
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_routing_registry import RoutingSpec
+
+_SOFTPLUS_IS_EXP = -17.0
+"""Below it log1p(exp(x)) is exp(x) to within 1e-8 of itself, half a float32 rounding step."""
+
+
+def activated(spec: RoutingSpec, l: Tensor) -> Tensor:
+    """Apply the logit multiplier and the soft-cap; the result is finite."""
+    if spec.logit_multiplier != 1.0:
+        l = (l * spec.logit_multiplier).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
+    if spec.logit_softcap is not None:
+        l = (l / spec.logit_softcap).tanh_().mul_(spec.logit_softcap)
+    return l
+
+
+def score(spec: RoutingSpec, x: Tensor) -> Tensor:
+    """Score every expert of every row, for a selection that adds a bias."""
+    if spec.score == "softmax":
+        return x.softmax(-1)
+    if spec.score == "sigmoid":
+        return x.neg().exp_().add_(1.0).reciprocal_()
+    return _softplus(x).sqrt_()
+
+
+def selected_weights(spec: RoutingSpec, x: Tensor, ids: Tensor) -> Tensor:
+    """Compute the weights ``[T, K]`` of the selected experts, renormalised and scaled as the spec says."""
+    exact_ratio = spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor)
+    if spec.score == "softmax":
+        weights = x.gather(-1, ids).softmax(-1) if exact_ratio else x.softmax(-1).gather(-1, ids)
+    else:
+        chosen = x.gather(-1, ids)
+        # A common factor exp(-shift) cancels in the ratio, and keeps the largest term away from underflow.
+        shift = chosen.amax(-1, keepdim=True).clamp_(max=0.0) if exact_ratio else torch.zeros_like(chosen[:, :1])
+        weights = _sigmoid(chosen, shift) if spec.score == "sigmoid" else _sqrtsoftplus(chosen, shift)
+    if spec.renormalize and not (exact_ratio and spec.score == "softmax"):
+        total = weights.cumsum(-1)[:, -1:] + spec.renorm_epsilon
+        if spec.renorm_floor:
+            total = total.clamp_(min=spec.renorm_floor)
+        weights = weights / total
+    return weights * spec.scale if spec.scale != 1.0 else weights
+
+
+def _sigmoid(x: Tensor, shift: Tensor) -> Tensor:
+    """Return sigmoid(x) * exp(-shift), for a shift between the row's maximum and 0."""
+    return (x.clamp(max=0.0) - shift).exp_().div_(x.abs().neg_().exp_().add_(1.0))
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0.0))
+
+
+def _sqrtsoftplus(x: Tensor, shift: Tensor) -> Tensor:
+    """Return sqrt(softplus(x)) * exp(-shift / 2), for a shift between the row's maximum and 0."""
+    # Where x is above the bound so is the shift, because x is at most the row's maximum: nothing overflows.
+    plain = _softplus(x).sqrt_() * (shift.clamp(min=_SOFTPLUS_IS_EXP) * -0.5).exp_()
+    return torch.where(x < _SOFTPLUS_IS_EXP, ((x - shift) * 0.5).exp_(), plain)
+
+
+def sparsemixer(spec: RoutingSpec, l: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Run K rounds of argmax, each with a softmax over the entries near its maximum (Phi-MoE)."""
+    left = l.clone()
+    weights, ids = [], []
+    for _ in range(topk):
+        # `max` returns the first of equal maxima on the CPU only, so the id is the smallest that holds the maximum.
+        best = left.amax(-1, keepdim=True)
+        places = torch.arange(l.shape[-1], device=l.device).expand_as(l)
+        chosen = places.masked_fill(left != best, l.shape[-1]).amin(-1, keepdim=True)
+        far = (best - l) / l.abs().maximum(best) > 2 * spec.jitter
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, chosen))
+        ids.append(chosen)
+        left = left.scatter(-1, chosen, -torch.inf)
+    return torch.cat(weights, -1) * spec.scale, torch.cat(ids, -1)

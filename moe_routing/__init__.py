@@ -1,0 +1,88 @@
+"""MoE routing for PyTorch: router logits to expert weights and ids, on any device, proven right.
+
+>>> import torch, moe_routing
+>>> route = moe_routing.get_router("mixtral")
+>>> weights, ids = route(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), 2)
+>>> ids
+tensor([[1, 3]], dtype=torch.int32)
+>>> route.backend
+'eager'
+
+Importing this package imports neither torch nor a backend; the first use of a name below does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_routing._backend import BoundRouter, RoutingOutput
+    from moe_routing._public import explain, get_router, list_backends, list_routers, prefer
+    from moe_routing._router import Router
+    from moe_routing.probing import devices, probe
+    from moe_routing_registry import (
+        BackendUnavailableError,
+        DowngradeWarning,
+        MoeRoutingWarning,
+        PluginWarning,
+        ResolutionReport,
+        RoutingSpec,
+        UnknownNameError,
+    )
+
+_HOME = {
+    "BackendUnavailableError": "moe_routing_registry",
+    "BoundRouter": "moe_routing._backend",
+    "DowngradeWarning": "moe_routing_registry",
+    "MoeRoutingWarning": "moe_routing_registry",
+    "PluginWarning": "moe_routing_registry",
+    "ResolutionReport": "moe_routing_registry",
+    "Router": "moe_routing._router",
+    "RoutingOutput": "moe_routing._backend",
+    "RoutingSpec": "moe_routing_registry",
+    "UnknownNameError": "moe_routing_registry",
+    "devices": "moe_routing.probing",
+    "explain": "moe_routing._public",
+    "get_router": "moe_routing._public",
+    "list_backends": "moe_routing._public",
+    "list_routers": "moe_routing._public",
+    "prefer": "moe_routing._public",
+    "probe": "moe_routing.probing",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendUnavailableError",
+    "BoundRouter",
+    "DowngradeWarning",
+    "MoeRoutingWarning",
+    "PluginWarning",
+    "ResolutionReport",
+    "Router",
+    "RoutingOutput",
+    "RoutingSpec",
+    "UnknownNameError",
+    "devices",
+    "explain",
+    "get_router",
+    "list_backends",
+    "list_routers",
+    "prefer",
+    "probe",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 -- the TYPE_CHECKING block above holds the types
+    """Import a public name on its first use."""
+    if name not in _HOME:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,132 @@
+"""Every argument of a routing call, checked before anything is launched; errors name argument, value and expectation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moe_routing._backend import RoutingOutput
+    from moe_routing_registry import RoutingSpec
+
+LOGITS_DTYPES = frozenset(
+    {torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2},
+)
+IDS_DTYPES = frozenset({torch.int32, torch.int64})
+_MATRIX = 2
+
+
+def _wrong(error: type[Exception], argument: str, expected: str, got: object) -> NoReturn:
+    msg = f"{argument}: expected {expected}, got {got}"
+    raise error(msg)
+
+
+def _said(value: object) -> str:
+    """Describe a value for a message, without printing (or synchronising on) a tensor's elements."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}, dtype {value.dtype}, device {value.device}"
+    return repr(value)
+
+
+def check_logits(logits: object) -> None:
+    """Require a float tensor of rank 2."""
+    if not isinstance(logits, Tensor):
+        _wrong(TypeError, "logits", "a tensor [T, E]", _said(logits))
+    if logits.dtype not in LOGITS_DTYPES:
+        names = ", ".join(sorted(str(dtype) for dtype in LOGITS_DTYPES))
+        _wrong(TypeError, "logits", f"a dtype among {names}", logits.dtype)
+    if logits.dim() != _MATRIX or logits.layout is not torch.strided:
+        _wrong(ValueError, "logits", "a dense tensor [T, E] of rank 2", f"{_said(logits)}, layout {logits.layout}")
+
+
+def check_topk(spec: RoutingSpec, num_experts: int, topk: object) -> None:
+    """Require 1 <= K <= E, and a number of experts and groups that goes with it."""
+    if not isinstance(topk, int) or isinstance(topk, bool):
+        _wrong(TypeError, "topk", "an int", _said(topk))
+    if not 1 <= topk <= num_experts:
+        _wrong(ValueError, "topk", f"1 <= topk <= num_experts ({num_experts})", topk)
+    if spec.zero_experts > num_experts:
+        _wrong(ValueError, "zero_experts", f"at most num_experts ({num_experts})", spec.zero_experts)
+    if spec.num_groups == 1:
+        return
+    if num_experts % spec.num_groups:
+        _wrong(ValueError, "num_groups", f"a divisor of num_experts ({num_experts})", spec.num_groups)
+    group = num_experts // spec.num_groups
+    if spec.topk_per_group and (topk % spec.num_groups or topk // spec.num_groups > group):
+        _wrong(ValueError, "topk", f"a multiple of num_groups ({spec.num_groups}), at most {group} from each group", topk)
+    if spec.grouped and spec.topk_groups * group < topk:
+        within = f"at most topk_groups * (num_experts / num_groups) = {spec.topk_groups * group}"
+        _wrong(ValueError, "topk", within, topk)
+
+
+def check_vector(  # noqa: PLR0913 -- said once for every vector operand
+    argument: str, value: object, length: int, logits: Tensor, *, integer: bool = False, wanted: bool = True
+) -> None:
+    """Require a one-dimensional operand of that length on the logits' device, or none where the spec takes none."""
+    if value is None and not wanted:
+        return
+    kind = "int32 or int64" if integer else "float"
+    if not wanted:
+        _wrong(ValueError, argument, "None, because this router's spec does not take it", _said(value))
+    if not isinstance(value, Tensor):
+        _wrong(TypeError, argument, f"a {kind} tensor [{length}]", _said(value))
+    if (value.dtype not in IDS_DTYPES) if integer else not value.dtype.is_floating_point:
+        _wrong(TypeError, argument, f"a {kind} dtype", value.dtype)
+    if value.dim() != 1 or value.shape[0] != length:
+        _wrong(ValueError, argument, f"shape [{length}]", list(value.shape))
+    if value.device != logits.device:
+        _wrong(ValueError, argument, f"the logits' device {logits.device}", value.device)
+
+
+def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> None:
+    """Require the table ``[vocabulary, K]`` of a token-table selection, and none elsewhere."""
+    wanted = spec.selection == "token_table"
+    if value is None and not wanted:
+        return
+    if not wanted:
+        _wrong(ValueError, "expert_table", "None, because this router's spec does not take it", _said(value))
+    if not isinstance(value, Tensor):
+        _wrong(TypeError, "expert_table", f"an int32 or int64 tensor [vocabulary, {topk}]", _said(value))
+    if value.dtype not in IDS_DTYPES:
+        _wrong(TypeError, "expert_table", "dtype int32 or int64", value.dtype)
+    if value.dim() != _MATRIX or value.shape[1] != topk:
+        _wrong(ValueError, "expert_table", f"shape [vocabulary, {topk}]", list(value.shape))
+    if value.device != logits.device:
+        _wrong(ValueError, "expert_table", f"the logits' device {logits.device}", value.device)
+
+
+def check_valid_tokens(value: object, logits: Tensor) -> None:
+    """Require a non-negative int, or an integer tensor with one element on the logits' device."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype not in IDS_DTYPES:
+            _wrong(ValueError, "num_valid_tokens", "an int, or an int32 or int64 tensor with one element", _said(value))
+        if value.device != logits.device:
+            _wrong(ValueError, "num_valid_tokens", f"the logits' device {logits.device}", value.device)
+    elif not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        _wrong(TypeError, "num_valid_tokens", "an int or an integer tensor", _said(value))
+    elif value < 0:
+        _wrong(ValueError, "num_valid_tokens", "a number >= 0", value)
+
+
+def check_ids_dtype(ids_dtype: object, out: RoutingOutput | None) -> None:
+    """Require int32 or int64, and the dtype of ``out`` where that is given."""
+    if ids_dtype not in IDS_DTYPES:
+        _wrong(TypeError, "ids_dtype", "torch.int32 or torch.int64", _said(ids_dtype))
+    if out is not None and out[1].dtype != ids_dtype:
+        _wrong(ValueError, "out", f"ids of dtype {ids_dtype}, as ids_dtype says", out[1].dtype)
+
+
+def check_out(out: object, columns: int, logits: Tensor) -> None:
+    """Require contiguous ``(weights, ids)`` of the right shapes, dtypes and device, apart from the logits."""
+    if not isinstance(out, tuple) or len(out) != 2 or not all(isinstance(t, Tensor) for t in out):  # noqa: PLR2004 -- a pair
+        _wrong(TypeError, "out", "a pair of tensors (weights, ids)", _said(out))
+    weights, ids = out
+    if weights.dtype is not torch.float32 or ids.dtype not in IDS_DTYPES:
+        _wrong(TypeError, "out", "float32 weights and int32 or int64 ids", f"{weights.dtype} and {ids.dtype}")
+    for tensor in (weights, ids):
+        if tuple(tensor.shape) != (logits.shape[0], columns) or not tensor.is_contiguous():
+            _wrong(ValueError, "out", f"contiguous tensors of shape [{logits.shape[0]}, {columns}]", _said(tensor))
+        if tensor.device != logits.device:
+            _wrong(ValueError, "out", f"the logits' device {logits.device}", tensor.device)

@@ -1,0 +1,154 @@
+"""The functions that users call: get a router, list what there is, explain a choice, prefer a backend."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_routing import _check
+from moe_routing._registry import registry
+from moe_routing._router import Router, dtype_name
+from moe_routing.families import FAMILIES
+from moe_routing.models import MODELS, from_config
+from moe_routing.probing import probe
+from moe_routing_registry import Request, ResolutionReport, RoutingProblem, RoutingSpec, UnknownNameError, preferring
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
+
+    from moe_routing_registry import BackendSpec
+
+_routers: dict[tuple[object, ...], Router] = {}
+_lock = threading.Lock()
+
+
+def get_router(router: str | RoutingSpec | object, *, backend: str | None = None) -> Router:
+    """Return the router of a model, a family, a spec or a configuration.
+
+    The same arguments give the same router, from any thread. Nothing is probed or built before its first call.
+
+    :param router: a model name (transformers' ``model_type``), a family name, a ``RoutingSpec``, or a configuration
+        object or dict with a ``model_type``, from which E, K, groups, scaling and renormalisation are read.
+    :param backend: name of the backend to use, or an error; ``None`` to choose the best for each device.
+    :raises UnknownNameError: no such router or backend; near matches are named.
+    :raises ValueError: the configuration lacks an attribute, or has an impossible value.
+
+    >>> get_router("gemma4")
+    Router('gemma4'): ids = topk(l); w = softmax(l[ids]) * per_expert_scale[ids]
+    >>> get_router("gema4")
+    Traceback (most recent call last):
+    ...
+    moe_routing_registry._errors.UnknownNameError: unknown router 'gema4': did you mean 'gemma4'...
+    """
+    if backend is not None:
+        registry().check_names(Request(backend=backend, asked_by="argument"))
+    spec, topk, num_experts = _look_up(router)
+    key = (spec, topk, num_experts, backend)
+    with _lock:
+        if key not in _routers:
+            _routers[key] = Router(spec, topk=topk, num_experts=num_experts, backend=backend)
+        return _routers[key]
+
+
+def _look_up(router: object) -> tuple[RoutingSpec, int | None, int | None]:
+    if isinstance(router, RoutingSpec):
+        return router, None, None
+    if isinstance(router, str):
+        known = list_routers()
+        if router not in known:
+            kind = "router"
+            raise UnknownNameError(kind, router, known)
+        return known[router], None, None
+    configured = from_config(router)
+    return configured.spec, configured.topk, configured.num_experts
+
+
+def list_routers() -> Mapping[str, RoutingSpec]:
+    """Return every name that ``get_router`` takes, with its spec: families, models, and those of plug-ins.
+
+    >>> list_routers()["mixtral"].formula
+    'ids = topk(l); w = softmax(l[ids])'
+    """
+    plugins = registry().families
+    brought = {name: spec for card in plugins.values() for name, spec in card.models.items()}
+    return {
+        **{name: card.spec for name, card in plugins.items()},
+        **brought,
+        **{name: card.spec for name, card in FAMILIES.items()},
+        **{name: preset.spec for name, preset in MODELS.items()},
+    }
+
+
+def list_backends() -> Mapping[str, BackendSpec]:
+    """Return the card of every backend that is registered, best first.
+
+    >>> "eager" in list_backends()
+    True
+    """
+    return dict(sorted(registry().backends.items(), key=lambda item: (-item[1].priority, item[0])))
+
+
+def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
+    router: str | RoutingSpec | object,
+    *,
+    device: torch.device | str = "cpu",
+    num_experts: int | None = None,
+    topk: int | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
+    backend: str | None = None,
+    training: bool = False,
+) -> ResolutionReport:
+    """Say which backend a call would get, and why; builds and launches nothing, and never raises.
+
+    :param num_experts: E; 128 where neither it nor a configuration says.
+    :param topk: K; 8 (at most E) where neither it nor a configuration says.
+    :returns: a report; where the question itself is wrong its ``error`` says what is.
+
+    >>> explain("gemma4", num_experts=128, topk=8).winner
+    'eager'
+    >>> explain("gemma4", device="warp:9").error[:30]
+    "device: 'warp:9' is not usable"
+    """
+    try:
+        spec, configured_topk, configured_experts = _look_up(router)
+        num_experts = num_experts or configured_experts or 128
+        topk = topk if topk is not None else configured_topk or min(8, num_experts)
+        _check.check_topk(spec, num_experts, topk)
+        problem = RoutingProblem(spec=spec, num_experts=num_experts, topk=topk, dtype=dtype_name(dtype), training=training)
+        request = Request.gather(backend)
+    except Exception as error:  # noqa: BLE001 -- the promise is never to raise: the report carries what went wrong
+        return ResolutionReport(requested=backend, error=f"{type(error).__name__}: {error}")
+    try:
+        info = probe(device)
+    except Exception as error:  # noqa: BLE001 -- likewise
+        return ResolutionReport(problem=problem, requested=backend, error=f"device: {str(device)!r} is not usable: {error}")
+    try:
+        return registry().resolve(problem, info, request)
+    except Exception as error:  # noqa: BLE001 -- likewise
+        return ResolutionReport(problem=problem, device=info, requested=backend, error=f"{type(error).__name__}: {error}")
+
+
+def prefer(backend: str) -> AbstractContextManager[None]:
+    """Use that backend for every call inside the block, in this thread or task, unless the router names its own.
+
+    :raises UnknownNameError: no such backend.
+
+    >>> with prefer("eager"):
+    ...     route = get_router("mixtral")
+    """
+    registry().check_names(Request(backend=backend, asked_by="context"))
+    return preferring(backend)
+
+
+def describe(router: str) -> dict[str, Any]:
+    """Return what ``moe-routing list`` shows of a name: formula, family and source, as plain JSON values."""
+    spec = list_routers()[router]
+    if router in MODELS:
+        kind, source = "model", MODELS[router].source
+    else:
+        card = FAMILIES.get(router) or registry().families.get(router)
+        kind, source = ("family", card.source) if card else ("model", "")
+    return {"name": router, "kind": kind, "family": spec.family, "formula": spec.formula, "source": source}

@@ -1,0 +1,15 @@
+"""The process-wide registry, and the plug-ins that are in it even without metadata."""
+
+from __future__ import annotations
+
+from moe_routing_registry import Registry
+
+BUILT_IN = {"eager": "moe_routing_backends.eager"}
+"""The same lines as ``[project.entry-points]`` in pyproject.toml (a test holds that), for a checkout without metadata."""
+
+_registry = Registry(BUILT_IN)
+
+
+def registry() -> Registry:
+    """Return the process-wide registry; plug-ins are loaded when it is first asked for something."""
+    return _registry
