@@ -1,6 +1,6 @@
 """Which packages are installed, read from metadata and file names: nothing here is imported to find out.
 
-``triton`` initialises drivers, and a mismatched IPEX ends the process, so neither may be imported just to look.
+``triton`` initialises drivers, and a mismatched IPEX raises anything at import, so neither may be imported just to look.
 """
 
 from __future__ import annotations
@@ -8,58 +8,100 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Sequence
+    from importlib.metadata import Distribution
 
 TRITONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu")
 """Distributions that all import as ``triton`` and overwrite each other."""
 IPEX = "intel-extension-for-pytorch"
+TRITON_BACKENDS_GROUP = "triton.backends"
+_LIBRARY = "triton/_C/libtriton.so"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Triton:
+    """The triton that an import would find.
+
+    :ivar distribution: whose files they are, ``"triton"`` where no metadata says.
+    :ivar version: its version, ``""`` where no metadata says.
+    :ivar backends: what it really carries, ``("amd", "nvidia")`` for example.
+    :ivar overwritten: distributions, with versions, whose files were overwritten by this one.
+    :ivar broken_by: backends that an overwritten distribution still announces; ``import triton.backends`` raises on them.
+    """
+
+    distribution: str = "triton"
+    version: str = ""
+    backends: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()
+    broken_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """The packages beside torch.
+    """The packages beside torch; ``None`` for what is not installed.
 
-    :ivar versions: distribution name to version, only those that are installed.
-    :ivar triton_backends: what the ``triton`` on disk really carries, ``("amd", "nvidia")`` for example.
+    :ivar triton: the triton that an import would find.
+    :ivar ipex: version of Intel's extension for PyTorch.
     """
 
-    versions: Mapping[str, str] = field(default_factory=dict)
-    triton_backends: tuple[str, ...] = ()
-
-    @property
-    def tritons(self) -> dict[str, str]:
-        """The distributions that claim to be triton, with their versions."""
-        return {name: self.versions[name] for name in TRITONS if name in self.versions}
+    triton: Triton | None = None
+    ipex: str | None = None
 
     @classmethod
     def read(cls, path: Sequence[str] | None = None) -> Installed:
         """Look along ``path``, or ``sys.path`` where it is ``None``.
 
-        >>> Installed.read([]) == Installed()
-        True
+        >>> Installed.read([])
+        Installed(triton=None, ipex=None)
         """
-        found = {name: _version(name, path) for name in (*TRITONS, IPEX)}
-        return cls(
-            versions={name: version for name, version in found.items() if version is not None},
-            triton_backends=_triton_backends(path),
-        )
+        ipex = _distribution(IPEX, path)
+        return cls(triton=_triton(path), ipex=ipex.version if ipex else None)
 
 
-def _version(name: str, path: Sequence[str] | None) -> str | None:
-    for distribution in importlib.metadata.distributions(name=name, path=list(sys.path if path is None else path)):
-        if "Version" in distribution.metadata:  # a leftover folder of a removed package has no metadata
-            return str(distribution.version)
-    return None
+def _distribution(name: str, path: Sequence[str] | None) -> Distribution | None:
+    found = importlib.metadata.distributions(name=name, path=list(sys.path if path is None else path))
+    # A leftover folder of a removed package has no version.
+    return next((distribution for distribution in found if "Version" in distribution.metadata), None)
 
 
-def _triton_backends(path: Sequence[str] | None) -> tuple[str, ...]:
+def _triton(path: Sequence[str] | None) -> Triton | None:
+    """Find the triton on disk; where several distributions claim it, the one whose compiled library is there."""
     spec = importlib.util.find_spec("triton") if path is None else PathFinder.find_spec("triton", path)
-    folders = [Path(place) / "backends" for place in (spec.submodule_search_locations or () if spec else ())]
-    drivers = {driver.parent.name for folder in folders for driver in folder.glob("*/driver.py")}
-    return tuple(sorted(drivers))
+    places = [Path(place) for place in (spec.submodule_search_locations or () if spec else ())]
+    if not places:
+        return None
+    claims = [found for found in (_distribution(name, path) for name in TRITONS) if found]
+    owner = next((claim for claim in claims if len(claims) == 1 or _wrote(claim, places)), None)
+    # Since 3.6 triton asks the entry points, so a folder that another distribution left behind does not count.
+    announced = set(_announced([owner])) if owner else set()
+    folders = {driver.parent.name for place in places for driver in place.glob("backends/*/driver.py")}
+    carried = folders & announced if announced else folders
+    others = [claim for claim in claims if claim is not owner]
+    return Triton(
+        distribution=_name(owner) if owner else "triton",
+        version=owner.version if owner else "",
+        backends=tuple(sorted(carried)),
+        overwritten=tuple(f"{_name(claim)} {claim.version}" for claim in others),
+        broken_by=tuple(sorted(set(_announced(others)) - carried)),
+    )
+
+
+def _name(distribution: Distribution) -> str:
+    return distribution.metadata["Name"].lower().replace("_", "-")
+
+
+def _announced(distributions: Iterable[Distribution]) -> list[str]:
+    return [point.name for d in distributions for point in d.entry_points if point.group == TRITON_BACKENDS_GROUP]
+
+
+def _wrote(distribution: Distribution, places: Iterable[Path]) -> bool:
+    """Say whether the compiled library on disk has the size that the distribution recorded for its own."""
+    libraries = [place.parent / _LIBRARY for place in places]
+    sizes = {library.stat().st_size for library in libraries if library.is_file()}
+    return any(str(file) == _LIBRARY and file.size in sizes for file in distribution.files or ())

@@ -10,7 +10,7 @@ from moe_routing.probing._installed import IPEX
 from moe_routing_registry import Toolchain
 
 if TYPE_CHECKING:
-    from moe_routing.probing._installed import Installed
+    from moe_routing.probing._installed import Installed, Triton
     from moe_routing.probing._observe import TorchBuild
 
 TORCH_RANGE = ("2.8", "2.13")
@@ -18,128 +18,117 @@ TRITON_RANGE = ("3.6", "3.9")
 """Oldest version that works and newest that was tested, both inclusive."""
 
 _TRITON_BACKEND = {"cuda": "nvidia", "rocm": "amd", "xpu": "intel"}
-_REINSTALL_TORCH = "uv pip install --reinstall torch --torch-backend={}"
-_TORCH_BACKEND = {"cuda": "auto", "rocm": "auto", "xpu": "xpu"}
+_TORCH_FOR = {
+    "rocm": "uv pip install --reinstall torch --torch-backend=auto",
+    "xpu": "uv pip install --reinstall torch --torch-backend=xpu",
+}
+"""Commands that bring torch's build for a platform, and with it the triton of that build."""
+_INSTALL_TRITON = f"pip install --force-reinstall 'triton>={TRITON_RANGE[0]}'"
+_TRITON_FOR = _TORCH_FOR | dict.fromkeys(("cuda", "cpu", "meta"), _INSTALL_TRITON)
 
 
 def toolchains(platform: str, build: TorchBuild | None, installed: Installed) -> tuple[Toolchain, ...]:
     """Judge every toolchain for a device of that platform.
 
-    :param platform: ``DeviceInfo.platform``; for ``"cpu"`` triton is judged usable when it carries any backend at all.
+    :param platform: ``DeviceInfo.platform``; for ``"cpu"`` and ``"meta"`` triton is usable when it carries any backend.
     :param build: what torch says of itself, or ``None`` where torch cannot be imported.
     :param installed: the packages beside it.
     """
     return (
         _torch(build),
-        _triton(platform, installed),
+        _triton(platform, installed.triton),
         _runtime("rocm", build.hip if build else None, platform, build),
         _runtime("xpu", build.xpu if build else None, platform, build),
-        _ipex(platform, build, installed),
+        _ipex(platform, build, installed.ipex),
     )
 
 
 def _torch(build: TorchBuild | None) -> Toolchain:
     if build is None:
-        fix = "pip install --force-reinstall 'torch>=2.8'"
+        fix = f"pip install --force-reinstall 'torch>={TORCH_RANGE[0]}'"
         return Toolchain(name="torch", version=None, usable=False, detail="cannot be imported", fix=fix)
     made_for = {"cuda": f"CUDA {build.cuda}", "hip": f"ROCm (HIP {build.hip})", "xpu": f"XPU (SYCL {build.xpu})"}
-    detail = f"built for {made_for.get(build.kind, 'the CPU')}"
-    age = _age(build.version, TORCH_RANGE)
-    fix = f"pip install --upgrade 'torch>={TORCH_RANGE[0]}'" if age == "old" else ""
+    too_old, remark = _age(build.version, TORCH_RANGE)
     return Toolchain(
         name="torch",
         version=build.version,
-        usable=age != "old",
-        detail=detail + _remark(age, TORCH_RANGE),
-        fix=fix,
+        usable=not too_old,
+        detail=f"built for {made_for.get(build.kind, 'the CPU')}{remark}",
+        fix=f"pip install --upgrade 'torch>={TORCH_RANGE[0]}'" if too_old else "",
     )
 
 
-def _triton(platform: str, installed: Installed) -> Toolchain:
-    fix = _triton_fix(platform)
-    present = installed.tritons
-    if not present and not installed.triton_backends:
-        needed = "" if platform in ("cpu", "meta") else fix
-        return Toolchain(name="triton", version=None, usable=False, detail="not installed", fix=needed)
-    if len(present) > 1:
-        names = " and ".join(f"{name} {version}" for name, version in present.items())
-        detail = f"{names} are both installed and have overwritten each other"
-        mend = f"pip uninstall --yes {' '.join(present)}; {fix}"
-        return Toolchain(name="triton", version=" / ".join(present.values()), usable=False, detail=detail, fix=mend)
-    name, version = next(iter(present.items()), ("triton", ""))
-    carried = ", ".join(installed.triton_backends) or "no backend"
-    detail = ("" if name == "triton" else f"{name}: ") + f"carries {carried}"
+def _triton(platform: str, triton: Triton | None) -> Toolchain:
+    needed = platform not in ("cpu", "meta")
+    fix = _TRITON_FOR.get(platform, "")
+    if triton is None:
+        return Toolchain(name="triton", version=None, usable=False, detail="not installed", fix=fix if needed else "")
+    version = triton.version or None
+    if triton.broken_by:
+        lost = " and ".join(triton.overwritten)
+        detail = (
+            f"{triton.distribution} {triton.version} has overwritten {lost}, which still announces "
+            f"{', '.join(triton.broken_by)}: importing triton.backends raises"
+        )
+        gone = " ".join([triton.distribution, *(other.split()[0] for other in triton.overwritten)])
+        fix = f"pip uninstall --yes {gone}" + (f" && {fix}" if fix else "")
+        return Toolchain(name="triton", version=version, usable=False, detail=detail, fix=fix)
     wanted = _TRITON_BACKEND.get(platform)
-    if platform in ("cpu", "meta"):
-        fits = bool(installed.triton_backends)
-    else:
-        fits = wanted in installed.triton_backends
-        if not fits:
-            detail += f", not {wanted}" if wanted else f"; none is known for {platform}"
-    age = _age(version, TRITON_RANGE)
-    usable = fits and age != "old"
+    fits = wanted in triton.backends if needed else bool(triton.backends)
+    too_old, remark = _age(triton.version, TRITON_RANGE)
     return Toolchain(
         name="triton",
-        version=version or None,
-        usable=usable,
-        detail=detail + _remark(age, TRITON_RANGE),
-        fix="" if usable else fix,
+        version=version,
+        usable=fits and not too_old,
+        detail=_carries(triton, platform, wanted) + remark,
+        fix="" if fits and not too_old else fix,
     )
 
 
-def _triton_fix(platform: str) -> str:
-    """Name the command that brings the right triton: with torch's ROCm and XPU builds comes their own."""
-    if platform in ("rocm", "xpu"):
-        return _REINSTALL_TORCH.format(_TORCH_BACKEND[platform])
-    return f"pip install --force-reinstall 'triton>={TRITON_RANGE[0]}'" if platform in ("cuda", "cpu", "meta") else ""
+def _carries(triton: Triton, platform: str, wanted: str | None) -> str:
+    text = "" if triton.distribution == "triton" else f"{triton.distribution}: "
+    text += f"carries {', '.join(triton.backends) or 'no backend'}"
+    if platform in ("cpu", "meta") or wanted in triton.backends:
+        return text
+    return f"{text}, not {wanted}" if wanted else f"{text}; none is known for {platform}"
 
 
 def _runtime(name: str, version: str | None, platform: str, build: TorchBuild | None) -> Toolchain:
     if version:
         return Toolchain(name=name, version=version, usable=True, detail="in torch")
-    here = "torch cannot be imported" if build is None else f"torch is not built for it (torch {build.version})"
-    fix = _REINSTALL_TORCH.format(_TORCH_BACKEND[name]) if platform == name else ""
-    return Toolchain(name=name, version=None, usable=False, detail=here, fix=fix)
+    why = "torch cannot be imported" if build is None else f"torch {build.version} is not built for it"
+    return Toolchain(name=name, version=None, usable=False, detail=why, fix=_TORCH_FOR[name] if platform == name else "")
 
 
-def _ipex(platform: str, build: TorchBuild | None, installed: Installed) -> Toolchain:
-    version = installed.versions.get(IPEX)
+def _ipex(platform: str, build: TorchBuild | None, version: str | None) -> Toolchain:
     if version is None:
         detail = "not installed, and not needed: torch's own XPU build replaced it"
         return Toolchain(name="ipex", version=None, usable=False, detail=detail)
-    remove = f"pip uninstall --yes {IPEX}"
-    torch_version = build.version if build else "missing"
-    if _series(version) != "2.8" or build is None or _series(torch_version) != "2.8":
+    torch_version = build.version if build else "that cannot be imported"
+    local = version.partition("+")[2]
+    if not (_is_2_8(version) and _is_2_8(torch_version)):
         detail = (
-            f"{version} beside torch {torch_version}: importing it raises. Its last release, 2.8, works only with torch 2.8; "
-            "later versions of torch contain it"
+            f"{version} beside torch {torch_version}: importing it raises. Its last release, 2.8, works with torch 2.8 "
+            "only; later versions of torch contain what it brought"
         )
-        return Toolchain(name="ipex", version=version, usable=False, detail=detail, fix=remove)
-    if platform == "xpu" and "xpu" not in version.partition("+")[2]:
-        detail = f"{version} is the build for the CPU only (the one on PyPI); torch's own XPU build does without it"
-        return Toolchain(name="ipex", version=version, usable=False, detail=detail, fix=remove)
-    return Toolchain(name="ipex", version=version, usable=True, detail="the retired pair with torch 2.8")
+    elif platform == "xpu" and "xpu" not in local:
+        detail = f"{version} is the build for the CPU (PyPI has no other); torch's own XPU build does without it"
+    else:
+        return Toolchain(name="ipex", version=version, usable=True, detail="the retired pair with torch 2.8")
+    return Toolchain(name="ipex", version=version, usable=False, detail=detail, fix=f"pip uninstall --yes {IPEX}")
 
 
-def _series(version: str) -> str:
-    return ".".join(version.split(".")[:2])
+def _is_2_8(version: str) -> bool:
+    return version.split(".")[:2] == ["2", "8"]
 
 
-def _age(version: str, supported: tuple[str, str]) -> str:
-    """Say whether a version is ``"old"``, ``"new"`` (untested), ``"good"``, or ``"unknown"``."""
+def _age(version: str, supported: tuple[str, str]) -> tuple[bool, str]:
+    """Say whether a version is too old, and what is remarkable about it."""
+    oldest, newest = (Version(end).release for end in supported)
     try:
         release = Version(version).release[:2]
     except InvalidVersion:
-        return "unknown"
-    if release < Version(supported[0]).release:
-        return "old"
-    return "new" if release > Version(supported[1]).release else "good"
-
-
-def _remark(age: str, supported: tuple[str, str]) -> str:
-    return {
-        "old": f"; too old, {supported[0]} or later is needed",
-        "new": f"; newer than {supported[1]}, the newest that was tested",
-        "unknown": "; of unknown version",
-        "good": "",
-    }[age]
+        return False, "; of unknown version"
+    if release < oldest:
+        return True, f"; too old, {supported[0]} or later is needed"
+    return False, f"; newer than {supported[1]}, the newest that was tested" if release > newest else ""
