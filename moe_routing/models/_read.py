@@ -1,0 +1,165 @@
+"""Read a model's routing from its configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from moe_routing.models._preset import ANYTHING_ELSE
+from moe_routing.models._table import MODELS, NOT_EXPRESSED
+from moe_routing_registry import RoutingSpec, UnknownNameError
+
+if TYPE_CHECKING:
+    from moe_routing.models._preset import Changes, ModelPreset
+
+_MISSING: Final = object()
+_INTEGERS = {"num_experts": 1, "topk": 1, "num_groups": 1, "topk_groups": 1, "zero_experts": 0}
+"""Fields that are integers, with the smallest that makes sense."""
+
+
+class ConfiguredRouting(NamedTuple):
+    """What a configuration says about routing.
+
+    :ivar model: the ``model_type`` that holds the router: ``"gemma4_text"`` for a configuration of ``"gemma4"``.
+    :ivar spec: the maths.
+    :ivar num_experts: E, the columns of the router's logits (zero experts are among them).
+    :ivar topk: K.
+    """
+
+    model: str
+    spec: RoutingSpec
+    num_experts: int
+    topk: int
+
+
+def from_config(config: object) -> ConfiguredRouting:
+    """Read E, K, groups, scaling, renormalisation and the like from a configuration.
+
+    :param config: an object or dict with a ``model_type``: what ``transformers.AutoConfig`` returns, or its ``to_dict()``.
+        Of a model with several parts the text model is read (``text_config``, or ``thinker_config``'s); pass another part,
+        Qwen3-Omni's ``config.talker_config.text_config`` for example, to read that. DeepSeek-V4's configuration gives the
+        router of its scored layers; its first, hashed layers are the model name ``"deepseek_v4_hash"``.
+    :raises UnknownNameError: the ``model_type`` is none of ``MODELS``; near matches are named.
+    :raises ValueError: an attribute that changes the maths is missing or impossible, or the routing of this model is one
+        that ``RoutingSpec`` cannot express.
+    :raises TypeError: there is no ``model_type``.
+
+    >>> mixtral = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    >>> routing = from_config(mixtral)
+    >>> routing.model, routing.num_experts, routing.topk, routing.spec.formula
+    ('mixtral', 8, 2, 'ids = topk(l); w = softmax(l[ids])')
+    >>> from_config({"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8})
+    Traceback (most recent call last):
+    ...
+    ValueError: norm_topk_prob: expected in the configuration of 'olmoe', got none; transformers.AutoConfig fills in defaults
+    """
+    model, part = _with_router(config, None)
+    if model is None:
+        msg = f"config: expected an object or dict with a model_type, got {type(config).__name__}"
+        raise TypeError(msg)
+    if model in NOT_EXPRESSED:
+        msg = f"model_type: the routing of {model!r} cannot be expressed: {NOT_EXPRESSED[model]}"
+        raise ValueError(msg)
+    if model not in MODELS:
+        kind = "model_type"
+        raise UnknownNameError(kind, model, MODELS)
+    return _read(MODELS[model], part)
+
+
+def _with_router(config: object, model: str | None) -> tuple[str | None, object]:
+    """Return the part of the configuration that has the router, with its model type (its parent's where it has none)."""
+    named = _get(config, "model_type")
+    model = named if isinstance(named, str) and named else model
+    for name in ("text_config", "thinker_config"):
+        part = _get(config, name)
+        if part is not _MISSING and part is not None:
+            return _with_router(part, model)
+    return model, config
+
+
+def _read(preset: ModelPreset, config: object) -> ConfiguredRouting:
+    said: dict[str, Any] = {}
+    for attribute, options in preset.choices.items():
+        said.update(_chosen(preset, attribute, options, _find(preset, config, attribute)[1]))
+    names: dict[str, str] = {}
+    for field, attribute_names in preset.reads.items():
+        if field not in said:
+            names[field], value = _find(preset, config, attribute_names)
+            said[field] = _valued(field, names[field], value)
+    num_experts, topk = said.pop("num_experts"), said.pop("topk")
+    try:
+        spec = preset.spec.replace(**said)
+    except ValueError as error:
+        msg = f"{error}; {_origin(names)}"
+        raise ValueError(msg) from error
+    num_experts += spec.zero_experts
+    _check_size(spec, num_experts, topk, names)
+    return ConfiguredRouting(preset.name, spec, num_experts, topk)
+
+
+def _find(preset: ModelPreset, config: object, names: str | tuple[str, ...]) -> tuple[str, object]:
+    """Return the first of the names that the configuration has, and its value."""
+    names = (names,) if isinstance(names, str) else names
+    for name in names:
+        value = _get(config, name)
+        if value is not _MISSING:
+            return name, value
+    msg = f"{' or '.join(names)}: expected in the configuration of {preset.name!r}, got none; "
+    raise ValueError(msg + "transformers.AutoConfig fills in defaults")
+
+
+def _get(config: object, path: str) -> object:
+    """Return the attribute or item at a dotted path."""
+    for name in path.split("."):
+        config = config.get(name, _MISSING) if isinstance(config, Mapping) else getattr(config, name, _MISSING)
+    return config
+
+
+def _chosen(preset: ModelPreset, attribute: str, options: Mapping[object, Changes], value: object) -> Changes:
+    for option, changes in options.items():
+        if option is ANYTHING_ELSE or option == value:
+            return changes
+    expected = " or ".join(repr(option) for option in options)
+    msg = f"{attribute}: expected {expected} in a configuration of {preset.name!r}, got {value!r}"
+    raise ValueError(msg)
+
+
+def _valued(field: str, attribute: str, value: object) -> bool | int | float:
+    """Check a value's type; a list with an entry for each layer counts as its entry where all are equal."""
+    if isinstance(value, (list, tuple)) and value and all(entry == value[0] for entry in value):
+        value = value[0]
+    if field == "renormalize":
+        if isinstance(value, bool):
+            return value
+        expected = "True or False"
+    elif field in _INTEGERS:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= _INTEGERS[field]:
+            return value
+        expected = f"an integer >= {_INTEGERS[field]}"
+    else:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        expected = "a finite number"
+    msg = f"{attribute}: expected {expected}, got {value!r}"
+    raise ValueError(msg)
+
+
+def _check_size(spec: RoutingSpec, num_experts: int, topk: int, names: Mapping[str, str]) -> None:
+    if topk > num_experts:
+        msg = f"{names['topk']}: expected at most num_experts ({num_experts}), got {topk}; {_origin(names)}"
+        raise ValueError(msg)
+    if num_experts % spec.num_groups:
+        msg = f"num_groups: expected a divisor of num_experts ({num_experts}), got {spec.num_groups}; {_origin(names)}"
+        raise ValueError(msg)
+    if spec.topk_per_group and topk % spec.num_groups:
+        msg = f"topk: expected a multiple of num_groups ({spec.num_groups}), got {topk}; {_origin(names)}"
+        raise ValueError(msg)
+    eligible = spec.topk_groups * (num_experts // spec.num_groups)
+    if spec.grouped and eligible < topk:
+        msg = f"topk: expected at most the {eligible} experts of {spec.topk_groups} groups, got {topk}; {_origin(names)}"
+        raise ValueError(msg)
+
+
+def _origin(names: Mapping[str, str]) -> str:
+    return "read from " + ", ".join(f"{field}={attribute}" for field, attribute in names.items())
