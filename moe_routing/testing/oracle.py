@@ -182,7 +182,7 @@ def descending(keys: Tensor) -> Tensor:
 
 def group_scores(spec: RoutingSpec, keys: Tensor) -> Tensor:
     """Return the score ``[T, G]`` of each group: its maximum, or the sum of its best two (of its one, if it has one)."""
-    grouped = keys.view(len(keys), spec.num_groups, -1)
+    grouped = keys.reshape(len(keys), spec.num_groups, -1)
     best = 1 if spec.group_score == "max" else min(2, grouped.shape[-1])
     return grouped.sort(dim=-1, descending=True).values[..., :best].sum(-1)
 
@@ -196,7 +196,7 @@ def _keep_best_groups(spec: RoutingSpec, keys: Tensor) -> Tensor:
 
 def _keep_topk_of_each_group(keys: Tensor, num_groups: int, topk_of_each: int) -> Tensor:
     """Set every key but the best ``topk_of_each`` of each group to -inf."""
-    grouped = keys.view(len(keys) * num_groups, -1)
+    grouped = keys.reshape(len(keys) * num_groups, -1)
     kept = torch.zeros_like(grouped, dtype=torch.bool)
     kept.scatter_(1, descending(grouped)[:, :topk_of_each], value=True)
     return grouped.masked_fill(~kept, -torch.inf).view(keys.shape)
