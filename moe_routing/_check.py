@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
+from moe_routing._backend import RoutingOutput
+
 if TYPE_CHECKING:
-    from moe_routing._backend import RoutingOutput
     from moe_routing_registry import RoutingSpec
 
 LOGITS_DTYPES = frozenset(
@@ -67,13 +68,13 @@ def check_vector(  # noqa: PLR0913 -- said once for every vector operand
     """Require a one-dimensional operand of that length on the logits' device, or none where the spec takes none."""
     if value is None and not wanted:
         return
-    kind = "int32 or int64" if integer else "float"
+    kind = "an int32 or int64" if integer else "a float"
     if not wanted:
         _wrong(ValueError, argument, "None, because this router's spec does not take it", _said(value))
     if not isinstance(value, Tensor):
-        _wrong(TypeError, argument, f"a {kind} tensor [{length}]", _said(value))
+        _wrong(TypeError, argument, f"{kind} tensor [{length}]", _said(value))
     if (value.dtype not in IDS_DTYPES) if integer else not value.dtype.is_floating_point:
-        _wrong(TypeError, argument, f"a {kind} dtype", value.dtype)
+        _wrong(TypeError, argument, f"{kind} dtype", value.dtype)
     if value.dim() != 1 or value.shape[0] != length:
         _wrong(ValueError, argument, f"shape [{length}]", list(value.shape))
     if value.device != logits.device:
@@ -114,18 +115,23 @@ def check_ids_dtype(ids_dtype: object, out: RoutingOutput | None) -> None:
     """Require int32 or int64, and the dtype of ``out`` where that is given."""
     if ids_dtype not in IDS_DTYPES:
         _wrong(TypeError, "ids_dtype", "torch.int32 or torch.int64", _said(ids_dtype))
-    if out is not None and out[1].dtype != ids_dtype:
-        _wrong(ValueError, "out", f"ids of dtype {ids_dtype}, as ids_dtype says", out[1].dtype)
+    if out is not None and out.ids.dtype != ids_dtype:
+        _wrong(ValueError, "out", f"ids of dtype {ids_dtype}, as ids_dtype says", out.ids.dtype)
 
 
-def check_out(out: object, columns: int, logits: Tensor) -> None:
-    """Require contiguous ``(weights, ids)`` of the right shapes, dtypes and device, apart from the logits."""
+def as_output(out: object) -> RoutingOutput:
+    """Require a pair of tensors with the dtypes of an output."""
     if not isinstance(out, tuple) or len(out) != 2 or not all(isinstance(t, Tensor) for t in out):  # noqa: PLR2004 -- a pair
         _wrong(TypeError, "out", "a pair of tensors (weights, ids)", _said(out))
     weights, ids = out
     if weights.dtype is not torch.float32 or ids.dtype not in IDS_DTYPES:
         _wrong(TypeError, "out", "float32 weights and int32 or int64 ids", f"{weights.dtype} and {ids.dtype}")
-    for tensor in (weights, ids):
+    return RoutingOutput(weights, ids)
+
+
+def check_out(out: RoutingOutput, columns: int, logits: Tensor) -> None:
+    """Require contiguous outputs of the right shape on the logits' device."""
+    for tensor in out:
         if tuple(tensor.shape) != (logits.shape[0], columns) or not tensor.is_contiguous():
             _wrong(ValueError, "out", f"contiguous tensors of shape [{logits.shape[0]}, {columns}]", _said(tensor))
         if tensor.device != logits.device:

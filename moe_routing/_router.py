@@ -109,10 +109,10 @@ class Router:
         """
         if topk is None:
             topk = self._default_topk()
-        if ids_dtype is None:
-            ids_dtype = torch.int32 if out is None else out[1].dtype
         if out is not None:
-            out = RoutingOutput(*out)
+            out = _check.as_output(out)
+        if ids_dtype is None:
+            ids_dtype = torch.int32 if out is None else out.ids.dtype
         self._check(
             logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out
         )
@@ -212,7 +212,7 @@ class Router:
         """
         num_experts = num_experts if num_experts is not None else self.num_experts
         if num_experts is None:
-            msg = "num_experts: expected an int, because this router was not made from a configuration; got None"
+            msg = "num_experts: expected an int (this router was not made from a configuration), got None"
             raise TypeError(msg)
         topk = topk if topk is not None else self._default_topk()
         binding = self.binding_for(device, dtype, num_experts, topk, ids_dtype=ids_dtype, training=training)
@@ -242,7 +242,7 @@ class Router:
 
     def _default_topk(self) -> int:
         if self.topk is None:
-            msg = "topk: expected an int, because this router was not made from a configuration; got None"
+            msg = "topk: expected an int (this router was not made from a configuration), got None"
             raise TypeError(msg)
         return self.topk
 

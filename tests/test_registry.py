@@ -40,7 +40,10 @@ HOPPER = DeviceInfo(type="cuda", index=0, platform="cuda", arch="sm_90", name="N
 PROBLEM = RoutingProblem(spec=RoutingSpec(family="topk_softmax", renormalize=True), num_experts=8, topk=2, dtype="float32")
 
 
-def card(name, *, priority=10, targets=(Target("cpu"),), **fields):
+ON_CPU = (Target("cpu"),)
+
+
+def card(name, *, priority=10, targets=ON_CPU, **fields):
     return BackendSpec(name=name, factory="json:dumps", targets=targets, priority=priority, **fields)
 
 
@@ -131,7 +134,9 @@ def test_a_misspelt_backend_in_an_argument_lists_near_matches():
         resolve(registry_of(card("eager"), card("other")), backend="eagr")
 
 
-@pytest.mark.parametrize(("value", "meant"), [("1", True), ("true", True), ("on", True), ("0", False), ("no", False), ("", False)])
+@pytest.mark.parametrize(
+    ("value", "meant"), [("1", True), ("true", True), ("on", True), ("0", False), ("no", False), ("", False)]
+)
 def test_a_flag_reads_zero_as_no(monkeypatch, value, meant):
     monkeypatch.setenv("MOE_ROUTING_STRICT", value)
     assert flag("MOE_ROUTING_STRICT") is meant
@@ -278,7 +283,11 @@ def test_a_plugin_that_fails_at_import_costs_only_itself(install_plugin, install
 
 @pytest.mark.parametrize(
     "hook",
-    ["def moe_routing_backends(): 1 / 0", "def moe_routing_backends(): return ['acme']", "def moe_routing_backends(wrong): pass"],
+    [
+        "def moe_routing_backends(): 1 / 0",
+        "def moe_routing_backends(): return ['acme']",
+        "def moe_routing_backends(wrong): pass",
+    ],
     ids=["raises", "returns no card", "wrong signature"],
 )
 def test_a_plugin_that_fails_at_registration_costs_only_itself(install_plugin, install_backend, hook):

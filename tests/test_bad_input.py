@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_routing import Router, RoutingSpec
+from moe_routing._registry import registry
+from moe_routing_registry import BackendSpec, Target
+
+E, K, T = 8, 2, 3
+LOGITS = torch.zeros(T, E)
+SCALE = torch.ones(E)
+
+
+def build_never(_problem, _device):
+    msg = "a backend was asked to build for input that is wrong"
+    raise AssertionError(msg)
+
+
+def router(**fields):
+    return Router(RoutingSpec(family="f", **fields), backend="never")
+
+
+@pytest.fixture(autouse=True)
+def _never_launch():
+    """Fail if bad input gets as far as a backend."""
+    registry().register(BackendSpec(name="never", factory=f"{__name__}:build_never", targets=(Target("*"),)))
+    yield
+    registry().unregister("never")
+
+
+META = torch.zeros(E, device="meta")
+CASES = {
+    "logits is no tensor": ({}, {"logits": [[1.0]]}, TypeError, "logits: expected a tensor"),
+    "logits are integers": ({}, {"logits": torch.zeros(T, E, dtype=torch.int64)}, TypeError, "logits: expected a dtype among"),
+    "logits of rank 1": ({}, {"logits": torch.zeros(E)}, ValueError, r"logits: expected a dense tensor \[T, E\]"),
+    "logits of rank 3": ({}, {"logits": torch.zeros(1, T, E)}, ValueError, r"logits: expected a dense tensor \[T, E\]"),
+    "sparse logits": ({}, {"logits": torch.zeros(T, E).to_sparse()}, ValueError, "logits: expected a dense tensor"),
+    "no topk": ({}, {"topk": None}, TypeError, "topk: expected an int"),
+    "topk is a float": ({}, {"topk": 2.0}, TypeError, "topk: expected an int, got 2.0"),
+    "topk is a bool": ({}, {"topk": True}, TypeError, "topk: expected an int, got True"),
+    "topk is 0": ({}, {"topk": 0}, ValueError, r"topk: expected 1 <= topk <= num_experts \(8\), got 0"),
+    "topk is negative": ({}, {"topk": -1}, ValueError, r"topk: expected 1 <= topk <= num_experts \(8\), got -1"),
+    "topk above E": ({}, {"topk": 9}, ValueError, r"topk: expected 1 <= topk <= num_experts \(8\), got 9"),
+    "groups that do not divide E": (
+        {"num_groups": 3},
+        {},
+        ValueError,
+        r"num_groups: expected a divisor of num_experts \(8\), got 3",
+    ),
+    "groups too few for topk": (
+        {"num_groups": 4, "topk_groups": 1},
+        {"topk": 3},
+        ValueError,
+        r"topk: expected at most topk_groups \* \(num_experts / num_groups\) = 2, got 3",
+    ),
+    "partitions that do not divide topk": (
+        {"num_groups": 4, "topk_per_group": True},
+        {"topk": 3},
+        ValueError,
+        r"topk: expected a multiple of num_groups \(4\)",
+    ),
+    "zero experts above E": ({"zero_experts": 9}, {}, ValueError, "zero_experts: expected at most"),
+    "scale is missing": (
+        {"per_expert_scale": True},
+        {},
+        TypeError,
+        r"per_expert_scale: expected a float tensor \[8\], got None",
+    ),
+    "scale is too short": (
+        {"per_expert_scale": True},
+        {"per_expert_scale": torch.ones(7)},
+        ValueError,
+        r"per_expert_scale: expected shape \[8\], got \[7\]",
+    ),
+    "scale of rank 2": (
+        {"per_expert_scale": True},
+        {"per_expert_scale": torch.ones(1, 8)},
+        ValueError,
+        "per_expert_scale: expected shape",
+    ),
+    "scale of integers": (
+        {"per_expert_scale": True},
+        {"per_expert_scale": SCALE.int()},
+        TypeError,
+        "per_expert_scale: expected a float dtype",
+    ),
+    "scale elsewhere": (
+        {"per_expert_scale": True},
+        {"per_expert_scale": META},
+        ValueError,
+        "per_expert_scale: expected the logits' device cpu, got meta",
+    ),
+    "scale nobody takes": (
+        {},
+        {"per_expert_scale": SCALE},
+        ValueError,
+        "per_expert_scale: expected None, because this router's spec",
+    ),
+    "bias is missing": ({"selection": "scores_plus_bias"}, {}, TypeError, "bias: expected a float tensor"),
+    "bias is a list": ({"selection": "scores_plus_bias"}, {"bias": [0.0] * E}, TypeError, "bias: expected a float tensor"),
+    "bias is too long": (
+        {"selection": "scores_plus_bias"},
+        {"bias": torch.zeros(9)},
+        ValueError,
+        r"bias: expected shape \[8\], got \[9\]",
+    ),
+    "bias elsewhere": ({"selection": "scores_plus_bias"}, {"bias": META}, ValueError, "bias: expected the logits' device"),
+    "bias nobody takes": ({}, {"bias": SCALE}, ValueError, "bias: expected None"),
+    "token ids are missing": ({"selection": "token_table"}, {}, TypeError, "token_ids: expected an int32 or int64 tensor"),
+    "token ids of floats": (
+        {"selection": "token_table"},
+        {"token_ids": torch.zeros(T)},
+        TypeError,
+        "token_ids: expected an int32 or int64 dtype",
+    ),
+    "token ids too few": (
+        {"selection": "token_table"},
+        {"token_ids": torch.zeros(T - 1, dtype=torch.int64)},
+        ValueError,
+        r"token_ids: expected shape \[3\], got \[2\]",
+    ),
+    "table is missing": (
+        {"selection": "token_table"},
+        {"token_ids": torch.zeros(T, dtype=torch.int64)},
+        TypeError,
+        "expert_table: expected",
+    ),
+    "table with K + 1 columns": (
+        {"selection": "token_table"},
+        {"token_ids": torch.zeros(T, dtype=torch.int64), "expert_table": torch.zeros(5, K + 1, dtype=torch.int64)},
+        ValueError,
+        r"expert_table: expected shape \[vocabulary, 2\], got \[5, 3\]",
+    ),
+    "table of floats": (
+        {"selection": "token_table"},
+        {"token_ids": torch.zeros(T, dtype=torch.int64), "expert_table": torch.zeros(5, K)},
+        TypeError,
+        "expert_table: expected dtype int32 or int64",
+    ),
+    "table nobody takes": (
+        {},
+        {"expert_table": torch.zeros(5, K, dtype=torch.int64)},
+        ValueError,
+        "expert_table: expected None",
+    ),
+    "valid tokens is a float": ({}, {"num_valid_tokens": 1.5}, TypeError, "num_valid_tokens: expected an int"),
+    "valid tokens is negative": ({}, {"num_valid_tokens": -1}, ValueError, "num_valid_tokens: expected a number >= 0, got -1"),
+    "valid tokens has two elements": (
+        {},
+        {"num_valid_tokens": torch.zeros(2, dtype=torch.int32)},
+        ValueError,
+        "num_valid_tokens: expected an int, or an int32 or int64 tensor with one element",
+    ),
+    "valid tokens elsewhere": (
+        {},
+        {"num_valid_tokens": torch.zeros(1, dtype=torch.int32, device="meta")},
+        ValueError,
+        "num_valid_tokens: expected the logits' device",
+    ),
+    "map is too short": (
+        {},
+        {"expert_map": torch.zeros(7, dtype=torch.int32)},
+        ValueError,
+        r"expert_map: expected shape \[8\], got \[7\]",
+    ),
+    "map of floats": ({}, {"expert_map": SCALE}, TypeError, "expert_map: expected an int32 or int64 dtype"),
+    "map without the shared experts": (
+        {"shared_experts": 2},
+        {"expert_map": torch.zeros(8, dtype=torch.int32)},
+        ValueError,
+        r"expert_map: expected shape \[10\], got \[8\]",
+    ),
+    "ids of int16": (
+        {},
+        {"ids_dtype": torch.int16},
+        TypeError,
+        "ids_dtype: expected torch.int32 or torch.int64, got torch.int16",
+    ),
+    "out is one tensor": ({}, {"out": (torch.zeros(T, K),)}, TypeError, "out: expected a pair of tensors"),
+    "out of the wrong shape": (
+        {},
+        {"out": (torch.zeros(T, K + 1), torch.zeros(T, K, dtype=torch.int32))},
+        ValueError,
+        r"out: expected contiguous tensors of shape \[3, 2\]",
+    ),
+    "out with strides": (
+        {},
+        {"out": (torch.zeros(K, T).t(), torch.zeros(T, K, dtype=torch.int32))},
+        ValueError,
+        r"out: expected contiguous tensors",
+    ),
+    "out in bfloat16": (
+        {},
+        {"out": (torch.zeros(T, K, dtype=torch.bfloat16), torch.zeros(T, K, dtype=torch.int32))},
+        TypeError,
+        "out: expected float32 weights",
+    ),
+    "out against ids_dtype": (
+        {},
+        {"out": (torch.zeros(T, K), torch.zeros(T, K, dtype=torch.int32)), "ids_dtype": torch.int64},
+        ValueError,
+        "out: expected ids of dtype torch.int64",
+    ),
+    "out with gradients": (
+        {},
+        {"logits": torch.zeros(T, E, requires_grad=True), "out": (torch.zeros(T, K), torch.zeros(T, K, dtype=torch.int32))},
+        ValueError,
+        "out: expected None where gradients are wanted",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_by_name_before_any_launch(case):
+    fields, arguments, error, message = CASES[case]
+    arguments = {"logits": LOGITS, "topk": K, **arguments}
+    with pytest.raises(error, match=f"^{message}"):
+        router(**fields)(**arguments)
+
+
+@pytest.mark.parametrize("case", ["topk above E", "scale is too short", "bias nobody takes"])
+def test_bad_input_is_refused_when_the_kernel_is_bound_already(case):
+    fields, arguments, error, message = CASES[case]
+    route = Router(RoutingSpec(family="f", **fields))
+    good = {"per_expert_scale": SCALE} if fields.get("per_expert_scale") else {}
+    route(LOGITS, K, **good)
+    with pytest.raises(error, match=message):
+        route(**{"logits": LOGITS, "topk": K, **good, **arguments})
+
+
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2),
+    st.builds(
+        torch.zeros,
+        st.lists(st.integers(0, 4), max_size=3),
+        dtype=st.sampled_from([torch.float32, torch.int32, torch.int64, torch.bool, torch.complex64]),
+    ),
+)  # fmt: skip
+
+
+@given(
+    argument=st.sampled_from(
+        ["logits", "topk", "per_expert_scale", "token_ids", "num_valid_tokens", "expert_map", "ids_dtype", "out"]
+    ),
+    value=ANYTHING,
+)
+def test_whatever_comes_the_answer_is_right_or_a_type_or_value_error_naming_an_argument(argument, value):
+    route = Router(RoutingSpec(family="f", renormalize=True))
+    refusal = None
+    try:
+        weights, ids = route(**{"logits": LOGITS, "topk": K, argument: value})
+    except (TypeError, ValueError) as error:
+        refusal = str(error)
+    if refusal is None:
+        assert weights.shape == ids.shape
+        assert weights.dtype is torch.float32
+    else:
+        named = re.match(r"(\w+): expected .+, got ", refusal, re.DOTALL)
+        assert named, refusal
+        assert named[1] in {argument, "topk"}
