@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from packaging.requirements import InvalidRequirement, Requirement
-
 from moe_routing_registry._verdict import RejectCode, Verdict
 
 
@@ -25,6 +23,8 @@ def check(requirements: tuple[str, ...]) -> Verdict:
 
 
 def _check_one(text: str) -> Verdict:
+    from packaging.requirements import InvalidRequirement, Requirement  # 25 ms that most processes need not pay
+
     try:
         requirement = Requirement(text)
     except InvalidRequirement as error:

@@ -1,0 +1,77 @@
+"""What is the eager backend's own: three ways to select that must agree, and bits that do not depend on T."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_routing import Router, RoutingSpec
+from moe_routing.families import FAMILIES
+from moe_routing_backends.eager import select as selection
+
+TIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3.0e38, -3.0e38, 0.1, 2.0])
+
+
+def brute_force(row, k):
+    """Sort by (descending score, ascending id) in Python."""
+    return sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+
+
+@given(
+    rows=st.integers(1, 24).flatmap(lambda e: st.lists(st.lists(TIES, min_size=e, max_size=e), min_size=1, max_size=4)),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_way_to_select_is_the_brute_force_one(rows, data):
+    t = torch.tensor(rows, dtype=torch.float32)
+    k = data.draw(st.integers(1, t.shape[1]))
+    expected = [brute_force(row, k) for row in t.tolist()]
+    with pytest.MonkeyPatch.context() as patch:
+        assert selection.top(t, k).tolist() == expected  # a stable sort
+        patch.setattr(selection, "_SORT_UP_TO", -1)
+        assert selection.top(t, k).tolist() == expected  # rounds of a maximum over keys
+        patch.setattr(selection, "_ROUNDS_UP_TO", 0)
+        assert selection.top(t, k).tolist() == expected  # topk over keys
+
+
+@pytest.mark.parametrize("experts", [60, 128])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bits_of_a_row_do_not_depend_on_the_batch(name, experts):
+    spec = FAMILIES[name].spec
+    if spec.num_groups > 1:
+        spec = spec.replace(num_groups=4, topk_groups=2)
+    topk = {"sparsemixer": 2, "partitioned_softmax": 2 * spec.num_groups}.get(name, 6)
+    torch.manual_seed(1)
+    tokens = 3 * selection.CHUNK // experts // 2
+    logits = torch.randn(tokens, experts) * 4
+    operands = {}
+    if spec.per_expert_scale:
+        operands["per_expert_scale"] = torch.rand(experts)
+    if spec.needs_bias:
+        operands["bias"] = torch.randn(experts)
+    table = None
+    if spec.selection == "token_table":
+        table = torch.rand(50, experts).argsort(-1)[:, :topk]
+        token_ids = torch.randint(50, (tokens,))
+    route = Router(spec)
+
+    def run(rows):
+        by_table = {} if table is None else {"token_ids": token_ids[rows], "expert_table": table}
+        return route(logits[rows], topk, **operands, **by_table)
+
+    whole = run(slice(None))
+    for start, stop in [(0, 1), (1, 4), (5, 38), (100, 163), (7, tokens - 1)]:
+        part = run(slice(start, stop))
+        assert torch.equal(part.ids, whole.ids[start:stop])
+        assert torch.equal(part.weights, whole.weights[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_other_float_dtypes_are_taken_as_their_float32_values(dtype):
+    logits = torch.randn(5, 16).to(dtype)
+    route = Router(RoutingSpec(family="f", renormalize=True))
+    ours, theirs = route(logits, 4), route(logits.to(torch.float32), 4)
+    assert torch.equal(ours.ids, theirs.ids)
+    assert torch.equal(ours.weights, theirs.weights)
