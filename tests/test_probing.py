@@ -1,4 +1,4 @@
-"""Probing: what is here, a renamed privateuse1 backend in a real process, and recorded answers of devices that are not here."""
+"""Probing: what is here, privateuse1 renamed in a real process, and recorded answers of devices that are not here."""
 
 from __future__ import annotations
 

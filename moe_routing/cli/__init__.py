@@ -1,0 +1,22 @@
+"""The command line, ``moe-routing``. Importing it imports no torch, and it works where torch is missing or broken."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 fine, 1 something that was asked for is unusable, 2 wrong usage.
+
+    :param arguments: what follows the program's name; ``sys.argv[1:]`` where ``None``.
+    """
+    from moe_routing.cli._app import run
+
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))

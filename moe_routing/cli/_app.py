@@ -1,0 +1,102 @@
+"""The application: commands, help, and one place that turns errors into a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_routing.cli._doctor import doctor
+from moe_routing.cli._explain import explain
+from moe_routing.cli._help import Group, taught
+from moe_routing.cli._list import list_routers
+from moe_routing.cli._show import Unusable, UsageError, shortened
+from moe_routing_registry import UnknownNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Newer versions of typer carry their own copy of click, older ones import it: this finds the class that they raise.
+_ParserError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_USAGE = 2
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="moe-routing",
+    cls=Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """MoE routing for PyTorch: router logits to expert weights and ids, on any device."""
+    if version:
+        from moe_routing import __version__
+
+        sys.stdout.write(f"moe-routing {__version__}\n")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+app.command(
+    "doctor",
+    cls=taught(
+        ("moe-routing doctor --device cuda:0 --verify", "does every backend compute right on this device?"),
+        ("moe-routing doctor --router deepseek_v3", "judge the backends by that model's routing"),
+        ("moe-routing doctor --check torch --check triton", "only these checks"),
+        ("moe-routing doctor --json | jq .checks", "for programs; exit code 0 fine, 1 unusable, 2 wrong usage"),
+    ),
+)(doctor)
+app.command(
+    "list",
+    cls=taught(
+        ("moe-routing list", "everything"),
+        ("moe-routing list qwen", "names with qwen in them, and where each formula comes from"),
+        ("moe-routing list --json", "for programs"),
+    ),
+)(list_routers)
+app.command(
+    "explain",
+    cls=taught(
+        ("moe-routing explain gemma4", "on the CPU"),
+        ("moe-routing explain deepseek_v3 --device cuda:0 --dtype float32", "with E = 256 and K = 8, the model's own"),
+        ("moe-routing explain softmax_topk -e 64 -k 6 --backend eager", "can this backend do it? exit code 1 if not"),
+    ),
+)(explain)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; return its exit code. What the user got wrong is one line on stderr, never a traceback."""
+    try:
+        # Without standalone mode the exit code comes back as the value.
+        return int(app(args=list(arguments), prog_name="moe-routing", standalone_mode=False) or 0)
+    except UnknownNameError as error:
+        return _fail(shortened(error), _USAGE)
+    except UsageError as error:
+        return _fail(str(error), _USAGE)
+    except Unusable as error:
+        return _fail(str(error), 1)
+    except typer.Abort:
+        return _INTERRUPTED
+    except _ParserError as error:
+        return _fail(_message(error), _USAGE)
+
+
+def _message(error: Exception) -> str:
+    text: str = getattr(error, "format_message", error.__str__)()
+    return " ".join(text.replace("Value error, ", "").split())
+
+
+def _fail(text: str, code: int) -> int:
+    sys.stderr.write(f"moe-routing: {text}\n")
+    return code

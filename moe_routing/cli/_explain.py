@@ -1,0 +1,110 @@
+"""``moe-routing explain``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.padding import Padding
+from rich.text import Text
+
+from moe_routing.cli._catalogue import look_up
+from moe_routing.cli._show import STATE_STYLES, Unusable, UsageError, command, console, mark, print_json, table
+from moe_routing_registry import Request
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moe_routing.cli._catalogue import Entry
+    from moe_routing_registry import ResolutionReport
+
+SCHEMA_VERSION = 1
+
+
+class Dtype(str, Enum):
+    """Dtypes of logits; an enumeration because older versions of typer take no ``Literal``."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+def explain(  # noqa: PLR0913 -- the options of the command
+    router: Annotated[str, typer.Argument(metavar="ROUTER", help="A model or family; `moe-routing list` shows them.")],
+    *,
+    device: Annotated[str, typer.Option(help="The device: cpu, cuda:0, xpu, mps, ...")] = "cpu",
+    num_experts: Annotated[
+        int | None, typer.Option("--num-experts", "-e", min=1, help="E; the model's own, else 128.")
+    ] = None,
+    topk: Annotated[int | None, typer.Option("--topk", "-k", min=1, help="K; the model's own, else 8.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the logits.")] = Dtype.BFLOAT16,
+    backend: Annotated[str | None, typer.Option(help="This backend or none.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Show which backend would route, who asked for it, and why the others would not."""
+    entry = look_up(router)
+    if backend is not None:
+        _require_backend(backend)
+    report = _ask(entry, device, num_experts or entry.num_experts, topk or entry.topk, dtype.value, backend)
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "router": router, "formula": entry.spec.formula, **report.to_dict()})
+    else:
+        _show(console(), entry, device, report)
+    raise typer.Exit(0 if report.winner else 1)
+
+
+def _require_backend(name: str) -> None:
+    from moe_routing._registry import registry
+
+    registry().check_names(Request(backend=name, asked_by="argument"))
+
+
+def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command
+    entry: Entry, device: str, num_experts: int | None, topk: int | None, dtype: str, backend: str | None
+) -> ResolutionReport:
+    try:
+        import torch
+
+        import moe_routing
+
+        torch.device(device)
+    except ImportError as error:
+        msg = f"torch cannot be imported ({error}); `moe-routing doctor` says more"
+        raise Unusable(msg) from error
+    except RuntimeError as error:
+        msg = f"--device: torch knows no device {device!r}"
+        raise UsageError(msg) from error
+    report = moe_routing.explain(entry.name, device=device, num_experts=num_experts, topk=topk, dtype=dtype, backend=backend)
+    if report.problem is None:  # E, K and the family do not go together
+        raise UsageError(report.error.removeprefix("ValueError: "))
+    return report
+
+
+def _show(screen: Console, entry: Entry, device: str, report: ResolutionReport) -> None:
+    place = str(report.device or device)
+    screen.print(Text.assemble((entry.name, "bold"), f" on {place}"))
+    screen.print(Padding(Text(entry.spec.formula, style="cyan"), (0, 0, 0, 4), expand=False))
+    problem = report.problem
+    if problem is not None:
+        screen.print(f"    E={problem.num_experts} K={problem.topk} {problem.dtype}")
+    status = ("warning" if report.missed else "ok") if report.winner else "problem"
+    answer = f"{report.winner}: {report.why}" if report.winner else f"no backend: {report.why}"
+    screen.print(mark(screen, status) + Text(answer))
+    for note in report.notes:
+        screen.print(Padding(Text(note), (0, 0, 0, 4), expand=False))
+    rows = [
+        (name, Text(state, style=STATE_STYLES[state]), code, reason)
+        for name, state, code, reason in (
+            *((c.name, "selected", "", report.why) for c in report.eligible if c.name == report.winner),
+            *((c.name, "available", "", "") for c in report.eligible if c.name != report.winner),
+            *((r.name, "rejected", r.verdict.code.value if r.verdict.code else "", r.verdict.reason) for r in report.rejected),
+        )
+    ]
+    if rows:
+        screen.print(table(None, "Name", "State", "Code", "Why", rows=rows, whole=("Name", "State", "Code")))
+    for rejection in report.rejected:
+        if rejection.verdict.fix:
+            screen.print(Text(f"to use {rejection.name}:"))
+            command(screen, rejection.verdict.fix)

@@ -1,0 +1,98 @@
+"""``Case``: the machine, what was asked about it, and what the registry answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_routing.doctor._machine import FAILURES, Failure, look, quietly
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from moe_routing.doctor._machine import Machine
+    from moe_routing_registry import BackendSpec, DeviceInfo, DuplicateNameError, Rejection, ResolutionReport
+
+DEFAULT_ROUTER = "gemma4"
+"""What backends are judged by where nobody names a router."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What the checks judge.
+
+    :ivar machine: what is here.
+    :ivar device: the device that was asked for, or ``None``.
+    :ivar router: the router that backends are judged by.
+    :ivar verify: whether available backends are to be compared with the oracle.
+    :ivar backends: every backend's card.
+    :ivar distributions: who brought each.
+    :ivar failures: plug-ins that failed.
+    :ivar duplicates: names that two distributions claim.
+    :ivar reports: the choice on each device, by the device's name.
+    :ivar choosing_failure: why there are no reports, where that is not torch's fault.
+    """
+
+    machine: Machine
+    device: str | None
+    router: str
+    verify: bool
+    backends: Mapping[str, BackendSpec]
+    distributions: Mapping[str, str]
+    failures: tuple[Rejection, ...]
+    duplicates: tuple[DuplicateNameError, ...]
+    reports: Mapping[str, ResolutionReport]
+    choosing_failure: Failure | None
+
+
+def take(device: str | None, router: str | None, *, verify: bool) -> Case:
+    """Look at the machine, load the plug-ins, and let the registry choose for every device."""
+    from moe_routing._registry import registry
+
+    machine = look(device)
+    router = router or DEFAULT_ROUTER
+    with quietly():  # a plug-in's failure is reported below, not as a warning
+        known = registry()
+        backends = dict(sorted(known.backends.items(), key=lambda item: (-item[1].priority, item[0])))
+        reports: dict[str, ResolutionReport] = {}
+        failure = None
+        try:
+            reports = {place(info): _choose(router, info) for info in machine.devices}
+        except FAILURES as error:  # `explain` never raises; importing it may, beside a torch that is broken
+            failure = Failure.of(error)
+    return Case(
+        machine=machine,
+        device=device,
+        router=router,
+        verify=verify,
+        backends=backends,
+        distributions={name: known.distribution(name) for name in backends},
+        failures=known.failures,
+        duplicates=known.duplicates,
+        reports=reports,
+        choosing_failure=failure,
+    )
+
+
+def place(info: DeviceInfo) -> str:
+    """Name a device as torch does: ``"cuda:0"``."""
+    return info.type if info.index is None else f"{info.type}:{info.index}"
+
+
+def _choose(router: str, info: DeviceInfo) -> ResolutionReport:
+    import moe_routing
+
+    num_experts, topk = model_size(router)
+    return moe_routing.explain(router, device=place(info), num_experts=num_experts, topk=topk)
+
+
+def model_size(router: str) -> tuple[int | None, int | None]:
+    """Return E and K by the defaults of a model's configuration; ``None`` for a family, or where it has no default.
+
+    >>> model_size("softmax_topk")
+    (None, None)
+    """
+    from moe_routing.models import MODELS
+
+    preset = MODELS.get(router)
+    return (preset.num_experts, preset.topk) if preset else (None, None)

@@ -1,0 +1,68 @@
+"""The environment variables in force, and the values among them that are wrong."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from moe_routing_registry import BACKEND_VARIABLE, BLOCK_VARIABLE, STRICT_VARIABLE, UnknownNameError, flag
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+PREFIX = "MOE_ROUTING_"
+OURS = {
+    BACKEND_VARIABLE: "the backend to use, or an error",
+    BLOCK_VARIABLE: "backends that must not be used, separated by commas",
+    STRICT_VARIABLE: "1: a choice below the device's best is an error",
+}
+OTHERS = {
+    "CUDA_VISIBLE_DEVICES": "the NVIDIA and AMD devices that torch may see",
+    "HIP_VISIBLE_DEVICES": "the AMD devices that torch may see",
+    "ROCR_VISIBLE_DEVICES": "the AMD devices that ROCm may see",
+    "ZE_AFFINITY_MASK": "the Intel devices that torch may see",
+    "ONEAPI_DEVICE_SELECTOR": "the Intel devices that SYCL may see",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0: torch imports no third-party device backends",
+    "TRITON_INTERPRET": "1: triton runs on the CPU, in Python",
+}
+"""Variables of others that change what is found here."""
+
+
+class Variable(NamedTuple):
+    """A variable that is set; ``problem`` says what is wrong with it, ``""`` where nothing is."""
+
+    name: str
+    value: str
+    meaning: str
+    problem: str
+
+
+def variables(backends: Collection[str]) -> list[Variable]:
+    """List the variables that are set, ours first, and judge the values of ours.
+
+    :param backends: the names that exist.
+    """
+    ours = sorted((name, value) for name, value in os.environ.items() if name.startswith(PREFIX))
+    return [
+        *(Variable(name, value, OURS.get(name, "unknown"), _judge(name, value, backends)) for name, value in ours),
+        *(Variable(name, os.environ[name], meaning, "") for name, meaning in OTHERS.items() if name in os.environ),
+    ]
+
+
+def _judge(name: str, value: str, backends: Collection[str]) -> str:
+    kind, meant = f"backend in {name}", [part.strip() for part in value.split(",") if part.strip()]
+    if name not in OURS:
+        return str(UnknownNameError("variable", name, OURS))
+    if name == STRICT_VARIABLE:
+        return _not_a_flag(name)
+    if name == BACKEND_VARIABLE:
+        meant = [value.strip()] if value.strip() else []
+    return "; ".join(str(UnknownNameError(kind, part, backends)) for part in meant if part not in backends)
+
+
+def _not_a_flag(name: str) -> str:
+    try:
+        flag(name)
+    except ValueError as error:
+        return str(error)
+    return ""

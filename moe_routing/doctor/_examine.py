@@ -1,0 +1,143 @@
+"""``examine``: the whole examination as plain JSON values; showing it is ``render``'s business."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+from moe_routing.doctor import _checks
+from moe_routing.doctor._case import take
+from moe_routing.doctor._check import Check
+from moe_routing.doctor._environment import variables
+from moe_routing.doctor._machine import FAILURES, Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from moe_routing.doctor._case import Case
+    from moe_routing_registry import BackendSpec, ResolutionReport
+
+SCHEMA_VERSION = 1
+"""Grows whenever a key of the report is renamed, removed or changes its meaning; new keys may come at any time."""
+
+CHECKS: dict[str, Callable[[Case], list[Check]]] = {
+    check.__name__: check
+    for check in (
+        _checks.python,
+        _checks.torch,
+        _checks.devices,
+        _checks.triton,
+        _checks.rocm,
+        _checks.xpu,
+        _checks.ipex,
+        _checks.plugins,
+        _checks.environment,
+        _checks.backend,
+        _checks.verify,
+    )
+}
+"""Every check by name, in the order in which they are shown."""
+
+
+def examine(
+    *,
+    device: str | None = None,
+    router: str | None = None,
+    verify: bool = False,
+    checks: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Examine the machine; nothing that is missing, broken or raises stops it.
+
+    :param device: look at this device only, and count it as a problem if it is not here.
+    :param router: judge backends by this model or family name, with its usual E and K; ``"gemma4"`` where ``None``.
+    :param verify: compare every available backend with the oracle.
+    :param checks: names of the checks to run; all of them where ``None``.
+    :returns: plain JSON values: ``schema_version``, ``ok`` (no check found a problem), ``versions``, ``router``,
+        ``devices``, ``toolchains``, ``backends``, ``plugin_failures``, ``environment``, ``reports``, ``checks``.
+
+    >>> report = examine(device="cpu", checks=["backend"])
+    >>> report["ok"], [check["name"] for check in report["checks"]]
+    (True, ['backend'])
+    """
+    case = take(device, router, verify=verify)
+    found = [result for name in CHECKS if checks is None or name in checks for result in _run(name, case)]
+    known = {*case.backends, *(failure.name for failure in case.failures)}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "ok": all(check.status != "problem" for check in found),
+        "versions": {"moe-routing": _own_version(), "python": platform.python_version(), "system": platform.platform()},
+        "router": case.router,
+        "devices": [_plain(info.to_dict()) for info in case.machine.devices],
+        "toolchains": [_plain(_fields(t)) for t in case.machine.toolchains],
+        "backends": [_backend(case, card) for card in case.backends.values()],
+        "plugin_failures": [
+            {
+                "name": failure.name,
+                "distribution": failure.distribution,
+                "code": failure.verdict.code.value if failure.verdict.code else None,
+                "reason": failure.verdict.reason,
+                "fix": failure.verdict.fix,
+                "traceback": failure.traceback,
+            }
+            for failure in case.failures
+        ],
+        "environment": [variable._asdict() for variable in variables(known)],
+        "reports": {name: _plain(report.to_dict()) for name, report in case.reports.items()},
+        "checks": [check.to_dict() for check in found],
+    }
+
+
+def _run(name: str, case: Case) -> list[Check]:
+    """Run a check; one that raises is a finding, not the end of the examination."""
+    try:
+        return CHECKS[name](case)
+    except FAILURES as error:
+        failure = Failure.of(error)
+        summary = f"this check itself raised {failure.sentence}"
+        return [Check(name=name, status="problem", summary=summary, details=failure.traceback)]
+
+
+def _backend(case: Case, card: BackendSpec) -> dict[str, Any]:
+    return {
+        "name": card.name,
+        "summary": card.summary,
+        "distribution": case.distributions[card.name],
+        "priority": card.priority,
+        "targets": [str(target) for target in card.targets],
+        "requirements": list(card.requirements),
+        "devices": {name: _state(card.name, report) for name, report in case.reports.items()},
+    }
+
+
+def _state(name: str, report: ResolutionReport) -> dict[str, Any]:
+    """Say how a backend fared on a device: selected, available, or rejected with the reason."""
+    state: dict[str, Any] = {"state": "unknown", "code": None, "reason": report.error, "fix": ""}
+    if name == report.winner:
+        return state | {"state": "selected", "reason": report.why}
+    if any(candidate.name == name for candidate in report.eligible):
+        return state | {"state": "available", "reason": ""}
+    rejection = report.rejection(name)
+    if rejection is None:
+        return state
+    verdict = rejection.verdict
+    code = verdict.code.value if verdict.code else None
+    return {"state": "rejected", "code": code, "reason": verdict.reason, "fix": verdict.fix}
+
+
+def _own_version() -> str:
+    from moe_routing import __version__
+
+    return __version__
+
+
+def _fields(value: Any) -> dict[str, Any]:  # noqa: ANN401 -- any dataclass
+    import dataclasses
+
+    return dataclasses.asdict(value)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 -- JSON has no type
+    """Turn tuples into lists, so that the report equals what its JSON reads back as."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

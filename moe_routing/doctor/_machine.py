@@ -1,0 +1,159 @@
+"""``Machine``: what is here, found out before anything is judged, whatever raises on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_routing.probing._installed import Installed
+from moe_routing.probing._intel import intel_arch
+from moe_routing.probing._observe import TorchBuild
+from moe_routing.probing._toolchains import toolchains
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing_registry import DeviceInfo, Toolchain
+
+_PATIENCE = 120
+FAILURES = (Exception, SystemExit)
+"""What an import may raise and a doctor must survive: some packages call ``exit``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that raised: what, and where."""
+
+    sentence: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Keep what an exception says."""
+        first = str(error).strip().partition("\n")[0]
+        return cls(f"{type(error).__name__}: {first}", "".join(traceback.format_exception(error)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What is here.
+
+    :ivar build: what torch says of itself, or ``None`` where it cannot be imported.
+    :ivar torch_failure: why it cannot.
+    :ivar installed: triton and IPEX, from metadata.
+    :ivar devices: the devices that could be probed, the CPU first.
+    :ivar device_failures: the others, by name.
+    :ivar remarks: what torch warned of on the way, a driver that is too old for example.
+    """
+
+    build: TorchBuild | None
+    torch_failure: Failure | None
+    installed: Installed
+    devices: tuple[DeviceInfo, ...]
+    device_failures: dict[str, Failure]
+    remarks: tuple[str, ...]
+
+    @property
+    def main_device(self) -> DeviceInfo | None:
+        """The first accelerator, else the CPU; ``None`` without torch."""
+        return next((device for device in self.devices if device.is_accelerator), next(iter(self.devices), None))
+
+    @property
+    def toolchains(self) -> tuple[Toolchain, ...]:
+        """What serves the main device; judged for the CPU where there is none."""
+        main = self.main_device
+        return main.toolchains if main else toolchains("cpu", self.build, self.installed)
+
+
+def look(only: str | None = None) -> Machine:
+    """Look at everything that is here, or at one device only."""
+    with quietly() as said:
+        installed = Installed.read()
+        build, torch_failure = _import_torch()
+        found: list[DeviceInfo] = []
+        failures: dict[str, Failure] = {}
+        if build is not None:
+            try:
+                _probe_into(found, failures, only)
+            except FAILURES as error:  # a torch that imports, and is broken all the same
+                build, torch_failure = None, Failure.of(error)
+    return Machine(
+        build=build,
+        torch_failure=torch_failure,
+        installed=installed,
+        devices=tuple(found),
+        device_failures=failures,
+        remarks=tuple(said),
+    )
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[list[str]]:
+    """Collect warnings, each once, and send what others print to stderr: stdout belongs to the report."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("always")
+        yield said
+        said += dict.fromkeys(str(warning.message).strip().partition("\n")[0] for warning in caught)
+
+
+def _import_torch() -> tuple[TorchBuild | None, Failure | None]:
+    """Import torch, in a process of its own first: a torch for another CPU, say, kills the process that imports it."""
+    if "torch" not in sys.modules and importlib.util.find_spec("torch") is not None:
+        killed = _killed_by("import torch")
+        if killed is not None:
+            return None, killed
+    try:
+        return TorchBuild.read(), None
+    except FAILURES as error:
+        return None, Failure.of(error)
+
+
+def _killed_by(statement: str) -> Failure | None:
+    """Run a statement in a process of its own; report a signal or a hang, and nothing that can be caught here."""
+    try:
+        run = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=False, timeout=_PATIENCE)  # noqa: S603 -- this Python, and a constant
+    except subprocess.TimeoutExpired:
+        return Failure(f"`{statement}` does not end within {_PATIENCE} seconds", "")
+    if run.returncode >= 0:
+        return None
+    return Failure(f"`{statement}` kills the process with {signal.Signals(-run.returncode).name}", run.stderr)
+
+
+def _probe_into(found: list[DeviceInfo], failures: dict[str, Failure], only: str | None) -> None:
+    from moe_routing.probing import device_names, probe
+
+    for name in [only] if only else device_names():
+        try:
+            found.append(probe(name))
+        except FAILURES as error:  # noqa: PERF203 -- each device may fail for itself
+            failures[name] = Failure.of(error)
+
+
+def backend_autoloaders() -> list[str]:
+    """Name the distributions that ask torch to import them whenever torch is imported (``torch.backends``)."""
+    points = importlib.metadata.entry_points(group="torch.backends")
+    return sorted({point.dist.name for point in points if point.dist})
+
+
+def gpus_without_torch(root: Path = Path("/")) -> list[tuple[str, str]]:
+    """Name the GPUs that the operating system shows: vendor, and the file that says so. Asks no driver."""
+    seen = [
+        (vendor, f"/{file}")
+        for vendor, file in (("NVIDIA", "proc/driver/nvidia/version"), ("AMD", "dev/kfd"))
+        if (root / file).exists()
+    ]
+    for file in sorted(root.glob("sys/class/drm/card*/device/device")):
+        vendor = file.with_name("vendor")
+        if vendor.is_file() and vendor.read_text().strip() == "0x8086" and intel_arch(None, int(file.read_text(), 16)):
+            seen.append(("Intel", f"/{file.relative_to(root)}"))
+    return seen
