@@ -1,0 +1,37 @@
+"""What the documentation tells a user to type works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WRITTEN = sorted(
+    page
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"))
+    if not {"_build", "_generated", ".venv"} & set(page.parts)
+)
+PAGES = ["README.md", "docs/quickstart.md", "docs/families.md", "docs/index.md"]
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_on_a_page_runs(page, capsys):
+    blocks = python_blocks(page)
+    assert blocks
+    names = {}
+    exec("import torch, moe_routing", names)  # noqa: S102 -- a page's later blocks build on its first
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)  # noqa: S102 -- running it is the test
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
