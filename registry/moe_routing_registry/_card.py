@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 API_VERSION = 1
 """Version of the plug-in interface; a card written for another version is rejected, not tried."""
 
+CAPABILITIES = (
+    "compile", "cuda_graphs", "dtype", "family", "gradients", "large_sizes", "layout", "several_devices", "shape",
+)  # fmt: skip
+"""What a backend may consciously leave out, and say so on its card."""
+
 ANY = "*"
 ACCELERATOR = "accelerator"
 
@@ -118,6 +123,8 @@ class BackendSpec:
     :ivar supports: the support rule, ``supports(problem, device) -> Verdict``: cheap, without side effects, and
         without importing torch.
     :ivar summary: one line for ``moe-routing doctor``.
+    :ivar gaps: what it consciously leaves out: one of ``CAPABILITIES`` -> the reason, for the conformance report. What
+        ``supports`` declines without a gap must really be impossible: the conformance kit tries it.
     """
 
     name: str
@@ -129,6 +136,7 @@ class BackendSpec:
     priority: int = -1
     supports: SupportRule | None = field(default=None, compare=False)
     summary: str = ""
+    gaps: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a card that could not be shown or used."""
@@ -142,6 +150,10 @@ class BackendSpec:
         if not self.targets or not all(isinstance(t, Target) for t in self.targets):
             msg = f"targets: expected at least one Target, got {self.targets!r}"
             raise ValueError(msg)
+        for capability, reason in self.gaps.items():
+            if capability not in CAPABILITIES or not reason:
+                msg = f"gaps: expected one of {', '.join(CAPABILITIES)} and a reason, got {capability!r}: {reason!r}"
+                raise ValueError(msg)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
