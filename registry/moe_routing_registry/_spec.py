@@ -173,8 +173,9 @@ class RoutingSpec:
         else:
             weight = f"{score}[ids]"
             if self.renormalize:
-                total = "sum" + (f"+{self.renorm_epsilon:g}" if self.renorm_epsilon else "")
-                weight += " / " + (f"max({total}, {self.renorm_floor:g})" if self.renorm_floor else total)
+                total = f"sum + {self.renorm_epsilon:g}" if self.renorm_epsilon else "sum"
+                floor = f"max({total}, {self.renorm_floor:g})" if self.renorm_floor else ""
+                weight += " / " + (floor or (f"({total})" if self.renorm_epsilon else total))
         if self.scale != 1.0:
             weight += f" * {self.scale:g}"
         if self.per_expert_scale:

@@ -45,7 +45,8 @@ def _route(  # noqa: PLR0913 -- BoundRouter's operands behind what was bound
         weights = selected_weights(spec, activated(spec, l), ids)
     else:
         rows = max(1, CHUNK // num_experts) if logits.device.type == "cpu" else num_tokens
-        parts = [_route_rows(spec, topk, chunk, bias) for chunk in logits.split(rows)]
+        chunks = logits.split(rows) if num_tokens > rows else (logits,)
+        parts = [_route_rows(spec, topk, chunk, bias) for chunk in chunks]
         weights, ids = parts[0] if len(parts) == 1 else (torch.cat([w for w, _ in parts]), torch.cat([i for _, i in parts]))
     if per_expert_scale is not None:
         weights = weights * per_expert_scale.to(torch.float32)[ids]
