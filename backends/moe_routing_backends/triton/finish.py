@@ -1,0 +1,33 @@
+"""The last steps that all variants share: scale by expert, shared slots, expert map, padding, stores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def store_outputs(
+    weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
+    E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ZERO_EXPERTS: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """Store ``w`` and logical ids ``picked``, both ``[ROWS, N]`` of which K columns count, behind the last steps."""
+    column = tl.arange(0, N)[None, :]
+    routed = column < K
+    written = (row < T)[:, None] & (column < K + SHARED)
+    if per_expert_scale is not None:
+        w *= tl.load(per_expert_scale + picked, mask=written & routed, other=0.0).to(tl.float32)
+    if ZERO_EXPERTS:
+        w = tl.where(picked >= E - ZERO_EXPERTS, 0.0, w)
+    if SHARED:
+        picked = tl.where(routed, picked, E + column - K)
+        w = tl.where(routed, w, 1.0)
+    if expert_map is not None:
+        picked = tl.load(expert_map + picked, mask=written, other=0)
+    if VALID_ON_DEVICE:
+        valid = tl.load(num_valid_tokens)
+    is_valid = (row < valid)[:, None]
+    out = row.to(tl.int64)[:, None] * (K + SHARED) + column
+    tl.store(weights + out, tl.where(is_valid, w, 0.0), mask=written)
+    tl.store(ids + out, tl.where(is_valid, picked, -1).to(ids.dtype.element_ty), mask=written)

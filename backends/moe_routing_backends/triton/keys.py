@@ -1,0 +1,73 @@
+"""Ordered keys: float bits as integers of the same order, so that one integer comparison decides score and tie.
+
+A float is sign and magnitude; as a two's complement number of the same sign and magnitude its bits are in the order of the
+values, and -0 and +0 are both 0. Every selection in this backend compares such integers, so every variant orders alike.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def clean(x):
+    """Widen to float32, count NaN as -inf, clamp to the finite range."""
+    l = x.to(tl.float32)
+    l = tl.where(l == l, l, -FLOAT32_MAX)  # noqa: PLR0124 -- only NaN differs from itself
+    return tl.minimum(tl.maximum(l, -FLOAT32_MAX), FLOAT32_MAX)
+
+
+@triton.jit
+def ordered_key(x):
+    """Map finite float32 to uint32 in the same order, -0 with +0, and never to 0 (the key of 'not eligible').
+
+    With sign s = -1 for negative x and 0 otherwise, (m ^ s) - s is -m or m: the magnitude's bits m as a signed number.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    sign = bits >> 31
+    signed = ((bits & 0x7FFFFFFF) ^ sign) - sign
+    return (signed ^ -0x80000000).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def value_of_key(key):
+    """Invert ``ordered_key``; the key 0 gives -0.0's neighbour below every finite number and is never asked for."""
+    signed = key.to(tl.int32, bitcast=True) ^ -0x80000000
+    sign = signed >> 31
+    return (((signed ^ sign) - sign) | (sign & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def packed_key16(x, position):
+    """Pack a 16-bit float and its position into one uint32: higher value first, then lower position; never 0.
+
+    The high half is the signed magnitude plus 2**15, the low half the complement of the position; NaN counts as -inf.
+    """
+    INF: tl.constexpr = 0x7C00 if x.dtype == tl.float16 else 0x7F80
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+    sign = bits >> 31
+    magnitude = bits & 0x7FFF
+    signed = tl.where(magnitude > INF, -INF, (magnitude ^ sign) - sign)
+    return ((signed + 0x8000).to(tl.uint32) << 16) | (0xFFFF - position).to(tl.uint32)
+
+
+@triton.jit
+def position_of_packed(key):
+    """Return the position inside a packed key."""
+    return 0xFFFF - (key & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def value_of_packed16(key, HALF: tl.constexpr):
+    """Return the clean float32 value inside a packed key; ``HALF`` says float16 rather than bfloat16."""
+    signed = (key >> 16).to(tl.int32) - 0x8000
+    sign = signed >> 31
+    bits = ((signed ^ sign) - sign) | (sign & 0x8000)
+    if HALF:
+        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = (bits << 16).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(value, -FLOAT32_MAX), FLOAT32_MAX)

@@ -1,0 +1,176 @@
+"""The variant for few tokens, and for every family: a few rows a program, a row's experts spread over lanes.
+
+Tile: ``[BLOCK_T, GROUPS, SIZE]`` experts in registers, read once (E elements a row). Selection is K rounds of an integer
+maximum. 16-bit logits share one uint32 with the complement of the expert's place, so one maximum (one REDUX instruction a
+warp) finds the winner and breaks the tie; float32 needs two, the highest key and then the lowest place that holds it. The
+exponentials of the weights are taken over the K winners. Work grows with K * E, but latency is all that counts at small T.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_routing_backends.triton.finish import store_outputs
+from moe_routing_backends.triton.keys import (
+    FLOAT32_MAX,
+    clean,
+    ordered_key,
+    packed_key16,
+    position_of_packed,
+    value_of_key,
+    value_of_packed16,
+)
+from moe_routing_backends.triton.scores import activate, exp, selected_weights, sigmoid, sqrtsoftplus, tree_sum
+
+NOWHERE = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def round_of_max(key, place):
+    """Return the highest ``key [ROWS, N]`` of each row, the lowest place that holds it, and the keys without it."""
+    best = tl.max(key, axis=1)
+    at = tl.min(tl.where(key == best[:, None], place[None, :], NOWHERE), axis=1)
+    return best, at, tl.where(place[None, :] == at[:, None], 0, key)
+
+
+@triton.jit
+def best_groups(key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, KEEP: tl.constexpr, TOP2: tl.constexpr):
+    """Set the keys outside the best ``KEEP`` groups to 0; ``key [ROWS, GROUPS * SIZE]``, 0 where masked."""
+    key3 = tl.reshape(key, [ROWS, GROUPS, SIZE])
+    score = tl.max(key3, axis=2)
+    if TOP2:
+        # The best two by (key, place); a group of one expert has no second, and its score is its one.
+        inside = tl.arange(0, SIZE)[None, None, :]
+        first = tl.min(tl.where(key3 == score[:, :, None], inside, NOWHERE), axis=2)
+        second = tl.max(tl.where(inside == first[:, :, None], 0, key3), axis=2)
+        total = value_of_key(score) + tl.where(second == 0, 0.0, value_of_key(second))
+        total = tl.minimum(tl.maximum(total, -FLOAT32_MAX), FLOAT32_MAX)
+        score = tl.where(score == 0, 0, ordered_key(total))
+    place = tl.arange(0, GROUPS)
+    kept = tl.zeros([ROWS, GROUPS], tl.int32)
+    for _ in tl.static_range(KEEP):
+        _best, at, score = round_of_max(score, place)
+        kept = tl.where(place[None, :] == at[:, None], 1, kept)
+    return tl.reshape(tl.where(kept[:, :, None] != 0, key3, 0), [ROWS, GROUPS * SIZE])
+
+
+@triton.jit
+def best_of_each_group(key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr):
+    """Set every key but the best ``EACH`` of each group to 0."""
+    key3 = tl.reshape(key, [ROWS, GROUPS, SIZE])
+    inside = tl.arange(0, SIZE)[None, None, :]
+    left = key3
+    for _ in range(EACH):
+        best = tl.max(left, axis=2)
+        at = tl.min(tl.where(left == best[:, :, None], inside, NOWHERE), axis=2)
+        left = tl.where(inside == at[:, :, None], 0, left)
+    return tl.reshape(tl.where(left == 0, key3, 0), [ROWS, GROUPS * SIZE])
+
+
+@triton.jit
+def lanes_kernel(
+    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
+    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
+    SCALE: tl.constexpr, NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr,
+    PER_GROUP: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr,
+    JITTER: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Route ``BLOCK_T`` rows; ``GROUPS``, ``SIZE``, ``N``: groups, experts a group and output columns, as powers of two."""
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_batch = row < T
+    if ROW_STRIDE:
+        first = logits + row.to(tl.int64) * ROW_STRIDE
+    else:
+        first = logits + row.to(tl.int64) * row_stride
+    place = tl.arange(0, GROUPS * SIZE)
+    PER: tl.constexpr = E // NUM_GROUPS
+    expert = place if NUM_GROUPS == 1 else place // SIZE * PER + place % SIZE
+    exists = expert < E if NUM_GROUPS == 1 else (place % SIZE < PER) & (place // SIZE < NUM_GROUPS)
+    column = tl.arange(0, N)
+    is_selected = (column < K)[None, :]
+    HALF: tl.constexpr = logits.dtype.element_ty == tl.float16
+    NARROW: tl.constexpr = (HALF or logits.dtype.element_ty == tl.bfloat16) and SELECTION == "logits" and NUM_GROUPS == 1
+    EXACT: tl.constexpr = RENORMALIZE and EPSILON == 0.0 and FLOOR == 0.0
+    WHOLE_ROW: tl.constexpr = SCORE == "softmax" and (not EXACT or SELECTION == "scores_plus_bias")
+    highest = tl.zeros([BLOCK_T], tl.float32)
+    total = highest
+
+    if SELECTION != "token_table" or WHOLE_ROW:
+        step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
+        raw = tl.load(first[:, None] + expert[None, :] * step, mask=in_batch[:, None] & exists[None, :], other=0.0)
+        if WHOLE_ROW and SELECTION != "sparsemixer":
+            x = tl.where(exists[None, :], activate(clean(raw), MULTIPLIER, CAP), -FLOAT32_MAX)
+            highest = tl.max(x, axis=1)
+            p = tl.where(exists[None, :], exp(x - highest[:, None]), 0.0)
+            total = tree_sum(p, BLOCK_T, GROUPS * SIZE)
+
+    if SELECTION == "token_table":
+        token = tl.load(token_ids + row, mask=in_batch, other=0).to(tl.int64)
+        known = in_batch[:, None] & is_selected
+        picked = tl.load(expert_table + token[:, None] * K + column[None, :], mask=known, other=0).to(tl.int32)
+    elif NARROW:
+        key = tl.where(exists[None, :], packed_key16(raw, place[None, :]), 0)
+        found = tl.zeros([BLOCK_T, N], tl.uint32)
+        for k0 in range(0, K, UNROLL):
+            for k1 in tl.static_range(UNROLL):
+                best = tl.max(key, axis=1)
+                found = tl.where((column == k0 + k1)[None, :], best[:, None], found)
+                key = tl.where(key == best[:, None], 0, key)
+        picked = tl.where(is_selected, position_of_packed(found), 0)
+        x = activate(value_of_packed16(found, HALF), MULTIPLIER, CAP)
+    else:
+        l = clean(raw)
+        if SELECTION == "scores_plus_bias" or SELECTION == "logits_plus_bias":
+            b = tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)[None, :]
+            x = activate(l, MULTIPLIER, CAP)
+            if SELECTION == "logits_plus_bias":
+                t = clean(x + b)
+            elif SCORE == "softmax":
+                t = clean(p / total[:, None] + b)
+            elif SCORE == "sigmoid":
+                t = clean(sigmoid(x, 0.0) + b)
+            else:
+                t = clean(sqrtsoftplus(x, 0.0) + b)
+        else:
+            t = l
+        key = tl.where(exists[None, :], ordered_key(t), 0)
+        if PER_GROUP and NUM_GROUPS > 1:
+            key = best_of_each_group(key, BLOCK_T, GROUPS, SIZE, K // NUM_GROUPS)
+        elif NUM_GROUPS > 1 and not PER_GROUP:
+            key = best_groups(key, BLOCK_T, GROUPS, SIZE, TOPK_GROUPS, TOP2)
+        found = tl.zeros([BLOCK_T, N], tl.uint32)
+        at_place = tl.zeros([BLOCK_T, N], tl.int32)
+        share = tl.zeros([BLOCK_T, N], tl.float32)
+        for k0 in range(0, K, UNROLL):
+            for k1 in tl.static_range(UNROLL):
+                here = (column == k0 + k1)[None, :]
+                if SELECTION == "sparsemixer":
+                    m = value_of_key(tl.max(key, axis=1))[:, None]
+                    far = (m - l) / tl.maximum(tl.abs(l), m) > 2.0 * JITTER
+                    near = tl.where((key == 0) | far, 0.0, exp(tl.minimum(l - m, 0.0)))
+                    share = tl.where(here, 1.0 / tree_sum(near, BLOCK_T, GROUPS * SIZE)[:, None], share)
+                best, at, key = round_of_max(key, place)
+                found = tl.where(here, best[:, None], found)
+                at_place = tl.where(here, at[:, None], at_place)
+        picked = at_place if NUM_GROUPS == 1 else at_place // SIZE * PER + at_place % SIZE
+        if SELECTION == "logits":
+            x = activate(value_of_key(found), MULTIPLIER, CAP)
+
+    if SELECTION == "token_table" or SELECTION == "scores_plus_bias" or SELECTION == "logits_plus_bias":
+        step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
+        again = tl.load(first[:, None] + picked * step, mask=in_batch[:, None] & is_selected, other=0.0)
+        x = activate(clean(again), MULTIPLIER, CAP)
+    if SELECTION == "sparsemixer":
+        w = share * SCALE if SCALE != 1.0 else share
+    else:
+        w = selected_weights(
+            x, is_selected, highest, total, SCORE, RENORMALIZE, EPSILON, FLOOR, SCALE, K, BLOCK_T, N
+        )  # fmt: skip
+    store_outputs(
+        weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
+        E, K, SHARED, ZERO_EXPERTS, VALID_ON_DEVICE, N,
+    )  # fmt: skip
