@@ -46,20 +46,7 @@ def check_topk(spec: RoutingSpec, num_experts: int, topk: object) -> None:
     """Require 1 <= K <= E, and a number of experts and groups that goes with it."""
     if not isinstance(topk, int) or isinstance(topk, bool):
         _wrong(TypeError, "topk", "an int", _said(topk))
-    if not 1 <= topk <= num_experts:
-        _wrong(ValueError, "topk", f"1 <= topk <= num_experts ({num_experts})", topk)
-    if spec.zero_experts > num_experts:
-        _wrong(ValueError, "zero_experts", f"at most num_experts ({num_experts})", spec.zero_experts)
-    if spec.num_groups == 1:
-        return
-    if num_experts % spec.num_groups:
-        _wrong(ValueError, "num_groups", f"a divisor of num_experts ({num_experts})", spec.num_groups)
-    group = num_experts // spec.num_groups
-    if spec.topk_per_group and (topk % spec.num_groups or topk // spec.num_groups > group):
-        _wrong(ValueError, "topk", f"a multiple of num_groups ({spec.num_groups}), at most {group} from each group", topk)
-    if spec.grouped and spec.topk_groups * group < topk:
-        within = f"at most topk_groups * (num_experts / num_groups) = {spec.topk_groups * group}"
-        _wrong(ValueError, "topk", within, topk)
+    spec.check_size(num_experts, topk)
 
 
 def check_vector(  # noqa: PLR0913 -- said once for every vector operand
@@ -113,7 +100,7 @@ def check_valid_tokens(value: object, logits: Tensor) -> None:
 
 def check_ids_dtype(ids_dtype: object, out: RoutingOutput | None) -> None:
     """Require int32 or int64, and the dtype of ``out`` where that is given."""
-    if ids_dtype not in IDS_DTYPES:
+    if not isinstance(ids_dtype, torch.dtype) or ids_dtype not in IDS_DTYPES:
         _wrong(TypeError, "ids_dtype", "torch.int32 or torch.int64", _said(ids_dtype))
     if out is not None and out.ids.dtype != ids_dtype:
         _wrong(ValueError, "out", f"ids of dtype {ids_dtype}, as ids_dtype says", out.ids.dtype)

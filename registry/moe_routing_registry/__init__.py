@@ -1,6 +1,15 @@
 """What a routing backend is, and how one is found and chosen. Never imports torch."""
 
-from moe_routing_registry._card import ACCELERATOR, ANY, API_VERSION, CAPABILITIES, BackendSpec, FamilySpec, SupportRule, Target
+from moe_routing_registry._card import (
+    ACCELERATOR,
+    ANY,
+    API_VERSION,
+    CAPABILITIES,
+    BackendSpec,
+    FamilySpec,
+    SupportRule,
+    Target,
+)
 from moe_routing_registry._device import DeviceInfo, Toolchain
 from moe_routing_registry._errors import (
     BackendUnavailableError,

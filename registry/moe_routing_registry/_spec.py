@@ -119,6 +119,31 @@ class RoutingSpec:
         """Whether only the experts of the best groups are eligible."""
         return self.num_groups > 1 and not self.topk_per_group
 
+    def check_size(self, num_experts: int, topk: int) -> None:
+        """Raise ``ValueError`` unless K of E experts can be selected under the group rule.
+
+        >>> RoutingSpec(family="f", num_groups=4, topk_groups=1).check_size(8, 3)
+        Traceback (most recent call last):
+        ...
+        ValueError: topk: expected at most topk_groups * (num_experts / num_groups) = 2, got 3
+        """
+        group, left_over = divmod(num_experts, self.num_groups)
+        if not 1 <= topk <= num_experts:
+            name, value, expected = "topk", topk, f"1 <= topk <= num_experts ({num_experts})"
+        elif left_over:
+            name, value, expected = "num_groups", self.num_groups, f"a divisor of num_experts ({num_experts})"
+        elif self.topk_per_group and topk % self.num_groups:
+            name, value, expected = "topk", topk, f"a multiple of num_groups ({self.num_groups})"
+        elif self.grouped and topk > self.topk_groups * group:
+            most = f"topk_groups * (num_experts / num_groups) = {self.topk_groups * group}"
+            name, value, expected = "topk", topk, f"at most {most}"
+        elif self.zero_experts > num_experts:
+            name, value, expected = "zero_experts", self.zero_experts, f"at most num_experts ({num_experts})"
+        else:
+            return
+        msg = f"{name}: expected {expected}, got {value!r}"
+        raise ValueError(msg)
+
     def replace(self, **changes: Any) -> RoutingSpec:  # noqa: ANN401 -- the fields' own types, checked on construction
         """Return a copy with some fields changed, checked like a new one."""
         return dataclasses.replace(self, **changes)
