@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moe_routing.models._preset import Changes, ModelPreset
 
 _MISSING: Final = object()
+_BY_LAYER: Final = "expected one value for all layers, got layers that differ; give one layer's, config.per_layer_config[i]"
 _INTEGERS = {"num_experts": 1, "topk": 1, "num_groups": 1, "topk_groups": 1, "zero_experts": 0}
 """Fields that are integers, with the smallest that makes sense."""
 
@@ -39,7 +40,8 @@ def from_config(config: object) -> ConfiguredRouting:
     :param config: an object or dict with a ``model_type``: what ``transformers.AutoConfig`` returns, or its ``to_dict()``.
         Of a model with several parts the text model is read (``text_config``, or ``thinker_config``'s); pass another part,
         Qwen3-Omni's ``config.talker_config.text_config`` for example, to read that. DeepSeek-V4's configuration gives the
-        router of its scored layers; its first, hashed layers are the model name ``"deepseek_v4_hash"``.
+        router of its scored layers; ``{**config.to_dict(), "model_type": "deepseek_v4_hash"}`` that of its hashed ones.
+        Layers that differ (``per_layer_config``) are read one by one, from ``config.per_layer_config[i]``.
     :raises UnknownNameError: the ``model_type`` is none of ``MODELS``; near matches are named.
     :raises ValueError: an attribute that changes the maths is missing or impossible, or the routing of this model is one
         that ``RoutingSpec`` cannot express.
@@ -101,6 +103,10 @@ def _read(preset: ModelPreset, config: object) -> ConfiguredRouting:
 def _find(preset: ModelPreset, config: object, names: str | tuple[str, ...]) -> tuple[str, object]:
     """Return the first of the names that the configuration has, and its value."""
     names = (names,) if isinstance(names, str) else names
+    layers = config.get("per_layer_config") if isinstance(config, Mapping) else None
+    if isinstance(layers, Mapping):
+        for layer in layers.values():
+            _refuse_if_said(layer, names)
     for name in names:
         value = _get(config, name)
         if value is not _MISSING:
@@ -111,9 +117,21 @@ def _find(preset: ModelPreset, config: object, names: str | tuple[str, ...]) -> 
 
 def _get(config: object, path: str) -> object:
     """Return the attribute or item at a dotted path."""
-    for name in path.split("."):
-        config = config.get(name, _MISSING) if isinstance(config, Mapping) else getattr(config, name, _MISSING)
+    try:
+        for name in path.split("."):
+            config = config.get(name, _MISSING) if isinstance(config, Mapping) else getattr(config, name, _MISSING)
+    except RuntimeError as error:  # how transformers refuses to give one value for layers that differ
+        msg = f"{path}: {_BY_LAYER}"
+        raise ValueError(msg) from error
     return config
+
+
+def _refuse_if_said(layer: object, names: tuple[str, ...]) -> None:
+    """Do for a dict what transformers does for an object: never take the value of the whole for that of each layer."""
+    for name in names:
+        if isinstance(layer, Mapping) and name in layer:
+            msg = f"{name}: {_BY_LAYER}"
+            raise ValueError(msg)
 
 
 def _chosen(preset: ModelPreset, attribute: str, options: Mapping[object, Changes], value: object) -> Changes:

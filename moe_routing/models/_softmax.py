@@ -283,7 +283,6 @@ BIASED: list[ModelPreset] = [
             "zero_experts": "zero_expert_num",
             "scale": "routed_scaling_factor",
         },
-        choices={"zero_expert_num": {None: {"zero_experts": 0}, ANYTHING_ELSE: {}}},
         scale=6.0,
         zero_experts=256,
         source="LongcatFlashTopkRouter. It leaves the zero experts their weights, which then scale the identity; here, as in "
