@@ -31,14 +31,24 @@ class Dtype(str, Enum):
     FLOAT64 = "float64"
 
 
+def _count(text: str) -> int:
+    """Read an integer >= 1; typer's own words for it depend on its version and leave out what came."""
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    msg = f"expected an integer >= 1, got {text!r}"
+    raise typer.BadParameter(msg)
+
+
 def explain(  # noqa: PLR0913 -- the options of the command
     router: Annotated[str, typer.Argument(metavar="ROUTER", help="A model or family; `moe-routing list` shows them.")],
     *,
     device: Annotated[str, typer.Option(help="The device: cpu, cuda:0, xpu, mps, ...")] = "cpu",
     num_experts: Annotated[
-        int | None, typer.Option("--num-experts", "-e", min=1, help="E; the model's own, else 128.")
+        int | None, typer.Option("--num-experts", "-e", parser=_count, metavar="E", help="Experts; the model's own, else 128.")
     ] = None,
-    topk: Annotated[int | None, typer.Option("--topk", "-k", min=1, help="K; the model's own, else 8.")] = None,
+    topk: Annotated[
+        int | None, typer.Option("--topk", "-k", parser=_count, metavar="K", help="Experts a token; the model's own, else 8.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the logits.")] = Dtype.BFLOAT16,
     backend: Annotated[str | None, typer.Option(help="This backend or none.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -77,8 +87,11 @@ def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command
         msg = f"--device: torch knows no device {device!r}"
         raise UsageError(msg) from error
     report = moe_routing.explain(entry.name, device=device, num_experts=num_experts, topk=topk, dtype=dtype, backend=backend)
-    if report.problem is None:  # E, K and the family do not go together
-        raise UsageError(report.error.removeprefix("ValueError: "))
+    if report.problem is None:
+        kind, _, sentence = report.error.partition(": ")
+        if kind == "ValueError":  # E, K and the family do not go together
+            raise UsageError(sentence)
+        raise Unusable(report.error)
     return report
 
 

@@ -120,8 +120,10 @@ def _import_torch() -> tuple[TorchBuild | None, Failure | None]:
 
 def _killed_by(statement: str) -> Failure | None:
     """Run a statement in a process of its own; report a signal or a hang, and nothing that can be caught here."""
+    flags = [flag for flag, on in (("-S", sys.flags.no_site), ("-I", sys.flags.isolated)) if on]
+    command = [sys.executable, *flags, "-c", statement]
     try:
-        run = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=False, timeout=_PATIENCE)  # noqa: S603 -- this Python, and a constant
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)  # noqa: S603 -- this Python
     except subprocess.TimeoutExpired:
         return Failure(f"`{statement}` does not end within {_PATIENCE} seconds", "")
     if run.returncode >= 0:
