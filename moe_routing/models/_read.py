@@ -92,11 +92,11 @@ def _read(preset: ModelPreset, config: object) -> ConfiguredRouting:
     num_experts, topk = said.pop("num_experts"), said.pop("topk")
     try:
         spec = preset.spec.replace(**said)
+        num_experts += spec.zero_experts
+        spec.check_size(num_experts, topk)
     except ValueError as error:
         msg = f"{error}; {_origin(names)}"
         raise ValueError(msg) from error
-    num_experts += spec.zero_experts
-    _check_size(spec, num_experts, topk, names)
     return ConfiguredRouting(preset.name, spec, num_experts, topk)
 
 
@@ -161,22 +161,6 @@ def _valued(field: str, attribute: str, value: object) -> bool | int | float:
         expected = "a finite number"
     msg = f"{attribute}: expected {expected}, got {value!r}"
     raise ValueError(msg)
-
-
-def _check_size(spec: RoutingSpec, num_experts: int, topk: int, names: Mapping[str, str]) -> None:
-    if topk > num_experts:
-        msg = f"{names['topk']}: expected at most num_experts ({num_experts}), got {topk}; {_origin(names)}"
-        raise ValueError(msg)
-    if num_experts % spec.num_groups:
-        msg = f"num_groups: expected a divisor of num_experts ({num_experts}), got {spec.num_groups}; {_origin(names)}"
-        raise ValueError(msg)
-    if spec.topk_per_group and topk % spec.num_groups:
-        msg = f"topk: expected a multiple of num_groups ({spec.num_groups}), got {topk}; {_origin(names)}"
-        raise ValueError(msg)
-    eligible = spec.topk_groups * (num_experts // spec.num_groups)
-    if spec.grouped and eligible < topk:
-        msg = f"topk: expected at most the {eligible} experts of {spec.topk_groups} groups, got {topk}; {_origin(names)}"
-        raise ValueError(msg)
 
 
 def _origin(names: Mapping[str, str]) -> str:
