@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_routing._backend import RoutingOutput
-from moe_routing._gradient import weights_backward
 from moe_routing._router import Router, empty_output
+from moe_routing.formula import weights_backward
 from moe_routing_registry import RoutingSpec
 
 if TYPE_CHECKING:

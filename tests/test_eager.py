@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moe_routing import Router, RoutingSpec
 from moe_routing.families import FAMILIES
-from moe_routing_backends.eager import select as selection
+from moe_routing.formula import by_rounds, by_rounds_in_place, by_sort, by_topk
+from moe_routing_backends.eager.route import CHUNK
 
 TIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3.0e38, -3.0e38, 0.1, 2.0])
 
@@ -28,12 +29,8 @@ def test_every_way_to_select_is_the_brute_force_one(rows, data):
     t = torch.tensor(rows, dtype=torch.float32)
     k = data.draw(st.integers(1, t.shape[1]))
     expected = [brute_force(row, k) for row in t.tolist()]
-    with pytest.MonkeyPatch.context() as patch:
-        assert selection.top(t, k).tolist() == expected  # a stable sort
-        patch.setattr(selection, "_SORT_UP_TO", -1)
-        assert selection.top(t, k).tolist() == expected  # rounds of a maximum over keys
-        patch.setattr(selection, "_ROUNDS_UP_TO", 0)
-        assert selection.top(t, k).tolist() == expected  # topk over keys
+    for way in (by_sort, by_rounds, by_rounds_in_place, by_topk):
+        assert way(t, k).tolist() == expected, way.__name__
 
 
 @pytest.mark.parametrize("experts", [60, 128])
@@ -44,7 +41,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(name, experts):
         spec = spec.replace(num_groups=4, topk_groups=2)
     topk = {"sparsemixer": 2, "partitioned_softmax": 2 * spec.num_groups}.get(name, 6)
     torch.manual_seed(1)
-    tokens = 3 * selection.CHUNK // experts // 2
+    tokens = 3 * CHUNK // experts // 2
     logits = torch.randn(tokens, experts) * 4
     operands = {}
     if spec.per_expert_scale:

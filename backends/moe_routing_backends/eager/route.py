@@ -1,84 +1,72 @@
-"""The eager backend: select exactly, then compute the weights of the K selected experts only."""
+"""The eager backend: the plain formula, on a CPU a piece of the rows at a time, with the selection that is fastest there.
+
+At E = 128, K = 8 and T >= 4096 exact ties cost nothing: K rounds of a vectorised maximum over keys take less time than
+``torch.topk``, whose ties are arbitrary (``benchmarks/cpu_eager.py``).
+"""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing import RoutingOutput
-from moe_routing_backends.eager.select import CHUNK, finite, select
-from moe_routing_backends.eager.weights import activated, score, selected_weights, sparsemixer
+from moe_routing.formula import by_rounds_in_place, by_sort, by_topk, finish, route
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_routing import BoundRouter
-    from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
+    from moe_routing import BoundRouter, RoutingOutput
+    from moe_routing.formula import Top
+    from moe_routing_registry import DeviceInfo, RoutingProblem
+
+SORT_UP_TO = 1 << 13
+"""Elements up to which one stable sort beats building keys: its few calls cost less than the keys' many."""
+ROUNDS_UP_TO = 24
+"""K up to which K rounds of a maximum beat ``torch.topk`` over the keys."""
+CHUNK = 1 << 17
+"""Elements of the logits that are worked on at a time: their keys (1 MiB) then stay in a core's cache."""
 
 
-def build(problem: RoutingProblem, _device: DeviceInfo) -> BoundRouter:
+def build(problem: RoutingProblem, device: DeviceInfo) -> BoundRouter:
     """Bind the problem; there is nothing to compile."""
-    ids_dtype = {"int32": torch.int32, "int64": torch.int64}[problem.ids_dtype]
-    return partial(_route, problem.spec, problem.topk, ids_dtype)
+    spec, topk, num_experts = problem.spec, problem.topk, problem.num_experts
+    ids_dtype: torch.dtype = getattr(torch, problem.ids_dtype)
+    on_cpu = device.platform == "cpu"
+    many: Top = (by_rounds_in_place if topk <= ROUNDS_UP_TO else by_topk) if on_cpu else by_sort
+    rows_at_a_time = max(1, CHUNK // num_experts)
 
+    def bound(  # noqa: PLR0913 -- BoundRouter's operands
+        logits: Tensor,
+        *,
+        per_expert_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_table: Tensor | None = None,
+        num_valid_tokens: int | Tensor | None = None,
+        expert_map: Tensor | None = None,
+        out: RoutingOutput | None = None,
+    ) -> RoutingOutput:
+        num_tokens = logits.shape[0]
+        top = many if num_tokens * num_experts > SORT_UP_TO else by_sort
+        if on_cpu and num_tokens > rows_at_a_time and token_ids is None:
+            parts = [
+                route(spec, topk, rows, top=top, per_expert_scale=per_expert_scale, bias=bias)
+                for rows in logits.split(rows_at_a_time)
+            ]
+            weights, ids = torch.cat([w for w, _ in parts]), torch.cat([i for _, i in parts])
+        else:
+            weights, ids = route(
+                spec, topk, logits, top=top,
+                per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
+            )  # fmt: skip
+        result = finish(
+            spec, weights, ids,
+            num_experts=num_experts, ids_dtype=ids_dtype, num_valid_tokens=num_valid_tokens, expert_map=expert_map,
+        )  # fmt: skip
+        if out is None:
+            return result
+        out.weights.copy_(result.weights)
+        out.ids.copy_(result.ids)
+        return out
 
-def _route(  # noqa: PLR0913 -- BoundRouter's operands behind what was bound
-    spec: RoutingSpec,
-    topk: int,
-    ids_dtype: torch.dtype,
-    logits: Tensor,
-    *,
-    per_expert_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    token_ids: Tensor | None = None,
-    expert_table: Tensor | None = None,
-    num_valid_tokens: int | Tensor | None = None,
-    expert_map: Tensor | None = None,
-    out: RoutingOutput | None = None,
-) -> RoutingOutput:
-    num_tokens, num_experts = logits.shape
-    if token_ids is not None and expert_table is not None:
-        l = finite(logits)
-        ids = expert_table[token_ids].long()
-        weights = selected_weights(spec, activated(spec, l), ids)
-    else:
-        rows = max(1, CHUNK // num_experts) if logits.device.type == "cpu" else num_tokens
-        chunks = logits.split(rows) if num_tokens > rows else (logits,)
-        parts = [_route_rows(spec, topk, chunk, bias) for chunk in chunks]
-        weights, ids = parts[0] if len(parts) == 1 else (torch.cat([w for w, _ in parts]), torch.cat([i for _, i in parts]))
-    if per_expert_scale is not None:
-        weights = weights * per_expert_scale.to(torch.float32)[ids]
-    if spec.zero_experts:
-        weights = weights.masked_fill(ids >= num_experts - spec.zero_experts, 0.0)
-    if spec.shared_experts:
-        shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=ids.device)
-        ids = torch.cat([ids, shared.expand(num_tokens, -1)], dim=-1)
-        weights = torch.cat([weights, weights.new_ones(num_tokens, spec.shared_experts)], dim=-1)
-    if expert_map is not None:
-        ids = expert_map[ids]
-    if num_valid_tokens is not None:
-        padding = (torch.arange(num_tokens, device=ids.device) >= num_valid_tokens)[:, None]
-        weights = weights.masked_fill(padding, 0.0)
-        ids = ids.masked_fill(padding, -1)
-    if out is None:
-        return RoutingOutput(weights, ids.to(ids_dtype))
-    out.weights.copy_(weights)
-    out.ids.copy_(ids)
-    return out
-
-
-def _route_rows(spec: RoutingSpec, topk: int, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    l = finite(logits)
-    if spec.selection == "sparsemixer":
-        return sparsemixer(spec, l, topk)
-    x = activated(spec, l)
-    if spec.selection == "scores_plus_bias" and bias is not None:
-        t = finite(score(spec, x).add_(bias.to(torch.float32)))
-    elif spec.selection == "logits_plus_bias" and bias is not None:
-        t = finite(x + bias.to(torch.float32))
-    else:
-        t = l
-    ids = select(spec, t, topk)
-    return selected_weights(spec, x, ids), ids
+    return bound

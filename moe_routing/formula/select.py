@@ -1,12 +1,12 @@
 """Exact selection in plain PyTorch: the K best of each row, equal scores to the lower expert id.
 
-``torch.topk`` breaks ties arbitrarily, so it never sees a score here. Few rows go through a stable sort. Many rows on a
-CPU go through integer keys that are all different, and K rounds of a vectorised maximum: no index is carried along,
-because the key holds it. At E = 128, K = 8 that takes half the time of ``torch.topk`` (``benchmarks/cpu_eager.py``).
+``torch.topk`` breaks ties arbitrarily, so it never sees a score here: only a stable sort does, or integer keys of which no two
+are equal, because each holds its expert's id. There are several ways to the same ids; which is fast depends on the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 _LOWEST_KEY = torch.iinfo(torch.int64).min
-_SORT_UP_TO = 1 << 13
-"""Elements up to which one stable sort beats building keys: its few calls cost less than the keys' many."""
-_ROUNDS_UP_TO = 24
-"""K up to which K rounds of a maximum beat ``torch.topk`` over the keys."""
-CHUNK = 1 << 17
-"""Elements of the logits that are worked on at a time: their keys (1 MiB) then stay in a core's cache."""
+
+Top = Callable[["Tensor", int], "Tensor"]
+"""``top(t [T, E], k) -> int64 ids [T, k]``, by descending score, equal scores by ascending id."""
 
 
 def finite(x: Tensor) -> Tensor:
@@ -31,7 +28,7 @@ def finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x.to(torch.float32), nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX)
 
 
-def select(spec: RoutingSpec, t: Tensor, topk: int) -> Tensor:
+def select(spec: RoutingSpec, t: Tensor, topk: int, top: Top) -> Tensor:
     """Select by the scores ``t [T, E]`` (float32, finite), under the spec's group rule.
 
     :returns: int64 ids ``[T, K]``, by descending score, equal scores by ascending id.
@@ -45,11 +42,11 @@ def select(spec: RoutingSpec, t: Tensor, topk: int) -> Tensor:
         order = t.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
         return ids.gather(-1, order)
     if spec.grouped:
-        t = _only_best_groups(spec, t)
+        t = _only_best_groups(spec, t, top)
     return top(t, topk)
 
 
-def _only_best_groups(spec: RoutingSpec, t: Tensor) -> Tensor:
+def _only_best_groups(spec: RoutingSpec, t: Tensor, top: Top) -> Tensor:
     per_group = t.unflatten(-1, (spec.num_groups, -1))
     if spec.group_score == "max" or per_group.shape[-1] == 1:
         score = per_group.amax(-1)
@@ -62,21 +59,34 @@ def _only_best_groups(spec: RoutingSpec, t: Tensor) -> Tensor:
     return torch.flatten(per_group.masked_fill(dropped[..., None], -torch.inf), -2)
 
 
-def top(t: Tensor, k: int) -> Tensor:
-    """Return the ids of the k best of each row, by descending score, equal scores by ascending id."""
-    if t.device.type != "cpu" or t.numel() <= _SORT_UP_TO:
-        return t.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    keys = ordered_keys(t)
-    if k > _ROUNDS_UP_TO:
-        best = keys.topk(k, dim=-1).values
-    else:
-        rounds = []
-        for _ in range(k):
-            winner = keys.amax(-1, keepdim=True)
-            rounds.append(winner)
-            keys.scatter_(-1, _id_of(winner, t.shape[-1]), _LOWEST_KEY)
-        best = torch.cat(rounds, dim=-1)
-    return _id_of(best, t.shape[-1])
+def by_sort(t: Tensor, k: int) -> Tensor:
+    """Sort each row stably: few calls, for few rows."""
+    return t.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def by_rounds(t: Tensor, k: int) -> Tensor:
+    """Take the maximum of each row's keys K times: a vectorised reduction that carries no index along."""
+    keys, rounds = ordered_keys(t), []
+    for _ in range(k):
+        winner = keys.amax(-1, keepdim=True)
+        rounds.append(winner)
+        keys = keys.masked_fill(keys == winner, _LOWEST_KEY)
+    return _id_of(torch.cat(rounds, dim=-1), t.shape[-1])
+
+
+def by_rounds_in_place(t: Tensor, k: int) -> Tensor:
+    """Do the same, striking one key of a row out at a time: on the CPU faster than a pass over all of them."""
+    keys, rounds = ordered_keys(t), []
+    for _ in range(k):
+        winner = keys.amax(-1, keepdim=True)
+        rounds.append(winner)
+        keys.scatter_(-1, _id_of(winner, t.shape[-1]), _LOWEST_KEY)
+    return _id_of(torch.cat(rounds, dim=-1), t.shape[-1])
+
+
+def by_topk(t: Tensor, k: int) -> Tensor:
+    """Let ``torch.topk`` find the largest keys, of which no two are equal: for many rows and a large K."""
+    return _id_of(ordered_keys(t).topk(k, dim=-1).values, t.shape[-1])
 
 
 def ordered_keys(t: Tensor) -> Tensor:

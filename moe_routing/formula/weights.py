@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing_backends.eager.select import FLOAT32_MAX
+from moe_routing.formula.select import FLOAT32_MAX
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,9 @@
+"""The families' maths in plain PyTorch operations, for every backend that is made of them: selection, weights, gradient."""
+
+from __future__ import annotations
+
+from moe_routing.formula.gradient import weights_backward
+from moe_routing.formula.route import finish, route
+from moe_routing.formula.select import Top, by_rounds, by_rounds_in_place, by_sort, by_topk
+
+__all__ = ["Top", "by_rounds", "by_rounds_in_place", "by_sort", "by_topk", "finish", "route", "weights_backward"]
