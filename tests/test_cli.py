@@ -190,6 +190,7 @@ def test_a_device_that_is_not_here_is_exit_code_1(cli):
         ("explain gemma4 --divice cpu", "--device"),
         ("explain doge", "the routing of 'doge' cannot be expressed: "),
         ("doctor --router gema4", "unknown router 'gema4': did you mean 'gemma4'"),
+        ("doctor --device cuba", "--device: expected a device that torch knows, got 'cuba'"),
         ("doctor --check trition", "unknown check 'trition': did you mean 'triton'"),
         ("paint", "'paint'"),
     ],
@@ -239,3 +240,13 @@ def test_piped_output_is_not_wrapped_at_all():
     longest = max(done.stdout.decode().splitlines(), key=len)
     assert len(longest) > 80
     assert done.returncode == 0
+
+
+def test_a_plug_in_that_fails_or_prints_leaves_json_intact_and_is_one_line_on_stderr(install_plugin):
+    site = install_plugin("noisy", "print('hello from a plug-in')\nraise OSError('no luck')\n", distribution="moe-noisy")
+    sources = os.pathsep.join(map(str, (site, ROOT, ROOT / "registry", ROOT / "backends")))
+    done = process("-m", "moe_routing", "list", "mixtral", "--json", PYTHONPATH=sources)
+    warnings = [line for line in done.stderr.decode().splitlines() if "hello" not in line]
+    assert json.loads(done.stdout)["routers"][0]["name"] == "mixtral"
+    assert len(warnings) == 1
+    assert warnings[0].startswith("moe-routing: warning: plug-in 'noisy' of moe-noisy 1.0 is not used")

@@ -339,10 +339,16 @@ def test_the_version_of_torch_is_held_against_the_supported_range(version, usabl
 
 def test_without_torch_everything_that_needs_it_is_unusable_and_torch_has_a_fix():
     torch_, _, rocm, xpu, _ = toolchains("cpu", None, Installed())
-    assert (torch_.version, torch_.usable) == (None, False)
+    assert (torch_.version, torch_.usable, torch_.detail) == (None, False, "not installed")
     assert torch_.fix == "pip install --force-reinstall 'torch>=2.8'"
     assert not rocm.usable
     assert not xpu.usable
+
+
+def test_a_torch_that_cannot_be_imported_is_installed_all_the_same(tmp_path):
+    write_distribution(tmp_path, "torch", "2.13.0+cpu")
+    found = toolchains("cpu", None, Installed.read([str(tmp_path)]))[0]
+    assert (found.version, found.usable, found.detail) == ("2.13.0+cpu", False, "cannot be imported")
 
 
 @pytest.mark.parametrize(("build", "kind"), [(CPU_BUILD, "cpu"), (CUDA_BUILD, "cuda"), (XPU_BUILD, "xpu")])

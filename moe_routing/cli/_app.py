@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -77,9 +78,15 @@ app.command(
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; return its exit code. What the user got wrong is one line on stderr, never a traceback."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _say
+        return _run(list(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     try:
         # Without standalone mode the exit code comes back as the value.
-        return int(app(args=list(arguments), prog_name="moe-routing", standalone_mode=False) or 0)
+        return int(app(args=arguments, prog_name="moe-routing", standalone_mode=False) or 0)
     except UnknownNameError as error:
         return _fail(shortened(error), _USAGE)
     except UsageError as error:
@@ -95,6 +102,10 @@ def run(arguments: Sequence[str]) -> int:
 def _message(error: Exception) -> str:
     text: str = getattr(error, "format_message", error.__str__)()
     return " ".join(text.replace("Value error, ", "").split())
+
+
+def _say(message: Warning | str, *_details: object, **_more: object) -> None:
+    sys.stderr.write(f"moe-routing: warning: {message}\n")
 
 
 def _fail(text: str, code: int) -> int:

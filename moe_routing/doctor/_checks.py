@@ -123,8 +123,9 @@ def plugins(case: Case) -> list[Check]:
             Check(name="plugins", status="warning", summary=summary, fix=failure.verdict.fix, details=failure.traceback)
         )
     for duplicate in case.duplicates:
-        brought_by = duplicate.distributions[-1].partition(" ")[0]
-        fix = f"pip uninstall {brought_by}"
+        # Never advise to remove this package itself, or "(this process)".
+        removable = [d.partition(" ")[0] for d in duplicate.distributions if not d.startswith(("moe-routing ", "("))]
+        fix = f"pip uninstall {removable[-1]}" if removable else ""
         found.append(Check(name="plugins", status="problem", summary=str(duplicate), fix=fix))
     names = ", ".join(case.backends) or "none"
     return found or [Check(name="plugins", status="ok", summary=f"every plug-in loaded; backends: {names}")]

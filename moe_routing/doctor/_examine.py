@@ -46,7 +46,7 @@ def examine(
     verify: bool = False,
     checks: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Examine the machine; nothing that is missing, broken or raises stops it.
+    """Examine the machine; nothing on it that is missing, broken or raises stops this.
 
     :param device: look at this device only, and count it as a problem if it is not here.
     :param router: judge backends by this model or family name, with its usual E and K; ``"gemma4"`` where ``None``.
@@ -54,6 +54,8 @@ def examine(
     :param checks: names of the checks to run; all of them where ``None``.
     :returns: plain JSON values: ``schema_version``, ``ok`` (no check found a problem), ``versions``, ``router``,
         ``devices``, ``toolchains``, ``backends``, ``plugin_failures``, ``environment``, ``reports``, ``checks``.
+
+    :raises UnknownDeviceError: ``device`` is nothing that torch knows; a ``ValueError``.
 
     >>> report = examine(device="cpu", checks=["backend"])
     >>> report["ok"], [check["name"] for check in report["checks"]]

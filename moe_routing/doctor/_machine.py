@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moe_routing.probing._installed import Installed
 from moe_routing.probing._intel import intel_arch
-from moe_routing.probing._observe import TorchBuild
+from moe_routing.probing._observe import TorchBuild, UnknownDeviceError
 from moe_routing.probing._toolchains import toolchains
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def look(only: str | None = None) -> Machine:
         if build is not None:
             try:
                 _probe_into(found, failures, only)
+            except UnknownDeviceError:
+                raise
             except FAILURES as error:  # a torch that imports, and is broken all the same
                 build, torch_failure = None, Failure.of(error)
     return Machine(
@@ -109,26 +111,39 @@ def quietly() -> Iterator[list[str]]:
 def _import_torch() -> tuple[TorchBuild | None, Failure | None]:
     """Import torch, in a process of its own first: a torch for another CPU, say, kills the process that imports it."""
     if "torch" not in sys.modules and importlib.util.find_spec("torch") is not None:
-        killed = _killed_by("import torch")
-        if killed is not None:
-            return None, killed
+        failure = _import_elsewhere("torch")
+        if failure is not None:
+            return None, failure
     try:
         return TorchBuild.read(), None
     except FAILURES as error:
         return None, Failure.of(error)
 
 
-def _killed_by(statement: str) -> Failure | None:
-    """Run a statement in a process of its own; report a signal or a hang, and nothing that can be caught here."""
-    flags = [flag for flag, on in (("-S", sys.flags.no_site), ("-I", sys.flags.isolated)) if on]
-    command = [sys.executable, *flags, "-c", statement]
+def _import_elsewhere(module: str) -> Failure | None:
+    """Import a module in a process that looks where this one looks; report what it raised, a signal, or a hang."""
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import {module}"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)  # noqa: S603 -- this Python
     except subprocess.TimeoutExpired:
-        return Failure(f"`{statement}` does not end within {_PATIENCE} seconds", "")
-    if run.returncode >= 0:
+        return Failure(f"importing it does not end within {_PATIENCE} seconds", "")
+    if run.returncode == 0:
         return None
-    return Failure(f"`{statement}` kills the process with {signal.Signals(-run.returncode).name}", run.stderr)
+    if run.returncode < 0:
+        return Failure(f"importing it kills the process with {signal.Signals(-run.returncode).name}", run.stderr)
+    return Failure(_raised(run.stderr) or f"importing it exits with {run.returncode}", run.stderr)
+
+
+def _raised(printed: str) -> str:
+    r"""Return the first line of what was raised: the one at the margin after the last frame of a traceback.
+
+    >>> _raised("Traceback (most recent call last):\n  File 'x.py'\n    f()\nOSError: no\nsuch luck")
+    'OSError: no'
+    """
+    _, _, last = printed.rpartition("\n  File ")
+    frame, *after = last.splitlines() or [""]
+    at_margin = (line for line in after if line and not line[0].isspace())
+    return next(at_margin, frame if not after else "")
 
 
 def _probe_into(found: list[DeviceInfo], failures: dict[str, Failure], only: str | None) -> None:
@@ -137,7 +152,9 @@ def _probe_into(found: list[DeviceInfo], failures: dict[str, Failure], only: str
     for name in [only] if only else device_names():
         try:
             found.append(probe(name))
-        except FAILURES as error:  # noqa: PERF203 -- each device may fail for itself
+        except UnknownDeviceError:  # noqa: PERF203 -- each device may fail for itself; here the question is wrong, though
+            raise
+        except FAILURES as error:
             failures[name] = Failure.of(error)
 
 

@@ -44,12 +44,14 @@ class Triton:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """The packages beside torch; ``None`` for what is not installed.
+    """The packages that metadata knows; ``None`` for what is not installed.
 
+    :ivar torch: version of torch by its metadata, which says nothing about whether it can be imported.
     :ivar triton: the triton that an import would find.
     :ivar ipex: version of Intel's extension for PyTorch.
     """
 
+    torch: str | None = None
     triton: Triton | None = None
     ipex: str | None = None
 
@@ -58,10 +60,14 @@ class Installed:
         """Look along ``path``, or ``sys.path`` where it is ``None``.
 
         >>> Installed.read([])
-        Installed(triton=None, ipex=None)
+        Installed(torch=None, triton=None, ipex=None)
         """
-        ipex = _distribution(IPEX, path)
-        return cls(triton=_triton(path), ipex=ipex.version if ipex else None)
+        torch, ipex = _distribution("torch", path), _distribution(IPEX, path)
+        return cls(
+            torch=torch.version if torch else None,
+            triton=_triton(path),
+            ipex=ipex.version if ipex else None,
+        )
 
 
 def _distribution(name: str, path: Sequence[str] | None) -> Distribution | None:

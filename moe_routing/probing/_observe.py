@@ -20,6 +20,10 @@ _WITHOUT_INDEX = ("cpu", "mps", "meta")
 _INDEXED = ("cuda", "xpu")
 
 
+class UnknownDeviceError(ValueError):
+    """The device cannot exist: torch has no such device type, or cannot read the text."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchBuild:
     """What the installed torch says of itself.
@@ -121,7 +125,8 @@ def locate(device: object) -> tuple[str, int | None]:
     """Check the argument and make it definite: the type, and the index where the type has several.
 
     :raises TypeError: for another type of argument.
-    :raises ValueError: for a device that torch does not know, or an index that is not here.
+    :raises UnknownDeviceError: for a device that torch does not know.
+    :raises ValueError: for one that is not here.
     """
     import torch
 
@@ -133,7 +138,7 @@ def locate(device: object) -> tuple[str, int | None]:
     except RuntimeError as error:
         known = ", ".join(repr(name) for name in present())
         msg = f"device: expected a device that torch knows, got {device!r}; here are {known}"
-        raise ValueError(msg) from error
+        raise UnknownDeviceError(msg) from error
     if parsed.type in _WITHOUT_INDEX:
         index = None
     else:

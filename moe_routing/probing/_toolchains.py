@@ -32,10 +32,10 @@ def toolchains(platform: str, build: TorchBuild | None, installed: Installed) ->
 
     :param platform: ``DeviceInfo.platform``; for ``"cpu"`` and ``"meta"`` triton is usable when it carries any backend.
     :param build: what torch says of itself, or ``None`` where torch cannot be imported.
-    :param installed: the packages beside it.
+    :param installed: the packages that metadata knows.
     """
     return (
-        _torch(build),
+        _torch(build, installed.torch),
         _triton(platform, installed.triton),
         _runtime("rocm", build.hip if build else None, platform, build),
         _runtime("xpu", build.xpu if build else None, platform, build),
@@ -43,10 +43,11 @@ def toolchains(platform: str, build: TorchBuild | None, installed: Installed) ->
     )
 
 
-def _torch(build: TorchBuild | None) -> Toolchain:
+def _torch(build: TorchBuild | None, version: str | None) -> Toolchain:
     if build is None:
         fix = f"pip install --force-reinstall 'torch>={TORCH_RANGE[0]}'"
-        return Toolchain(name="torch", version=None, usable=False, detail="cannot be imported", fix=fix)
+        detail = "cannot be imported" if version else "not installed"
+        return Toolchain(name="torch", version=version, usable=False, detail=detail, fix=fix)
     made_for = {"cuda": f"CUDA {build.cuda}", "hip": f"ROCm (HIP {build.hip})", "xpu": f"XPU (SYCL {build.xpu})"}
     too_old, remark = _age(build.version, TORCH_RANGE)
     return Toolchain(
