@@ -130,7 +130,7 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
     num_experts = logits.shape[1]
     home = exact_device(logits)
     l = logits.detach()[part].to(home)
-    ids = _logical(output.ids[part].to(home).long(), operands.get("expert_map"), num_experts + spec.shared_experts)
+    ids = logical_ids(output.ids[part].to(home).long(), operands.get("expert_map"), num_experts + spec.shared_experts)
     weights = output.weights.detach()[part].to(home).double()
     found.problems += _id_problems(spec, ids, topk, num_experts, rows.start)
     found.problems += _shared_problems(spec, weights, topk, rows.start)
@@ -163,7 +163,7 @@ def _at(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(device)
 
 
-def _logical(ids: Tensor, expert_map: Tensor | None, slots: int) -> Tensor:
+def logical_ids(ids: Tensor, expert_map: Tensor | None, slots: int) -> Tensor:
     """Undo ``expert_map``; an id that no expert has becomes -1."""
     if expert_map is None:
         return ids

@@ -23,7 +23,8 @@ Everything else follows by first-order error propagation; nothing in it is fitte
 
 **sqrtsoftplus**, with ``e = exp(-|x|)``: ``softplus = max(x, 0) + log1p(e)``, and the derivative of ``log1p`` is at most 1,
 so its absolute error is ``e (3 |x| + 4) u + 8 u softplus``. The root halves relative errors and adds its own:
-``(e (3 |x| + 4) / softplus + 8) u / 2 + 4 u``.
+``(e (3 |x| + 4) / softplus + 8) u / 2 + 4 u``. Where softplus is subnormal it may be flushed to zero before the root is
+taken, and the score with it.
 
 **softmax**, ``exp(x - m) / Z``: the numerator as above with ``d = x - m``. The terms of ``Z`` are weighted by the
 probabilities ``p``, so their errors add up to ``sum(p (3 |d| + 4)) u``. Summing E positive terms in any order errs by at
@@ -91,7 +92,8 @@ def score_error(spec: RoutingSpec, l: Tensor) -> Tensor:
     softplus = torch.nn.functional.softplus(x, threshold=1000.0).clamp(min=torch.finfo(torch.float64).tiny)
     small = (-x.abs()).exp()
     slope = torch.where(x < 0, 1.0, torch.sigmoid(x) / softplus)  # d log softplus / dx is below 1 for x < 0
-    return (small * exponential / softplus + LOG1P * U + slope * moved) / 2 + FAST_DIVISION * U
+    relative = (small * exponential / softplus + LOG1P * U + slope * moved) / 2 + FAST_DIVISION * U
+    return torch.where(softplus < 2 * FLUSHED, 1.0, relative)
 
 
 def key_error(spec: RoutingSpec, logits: Tensor, keys: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from moe_routing.testing.variants import VARIANTS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_routing import RoutingOutput
     from moe_routing.testing.admissible import Operands
     from moe_routing_registry import RoutingSpec
 
@@ -96,7 +97,7 @@ class Case:
             spec=self.spec,
             logits=laid_out(logits.to(device), self.layout),
             topk=self.topk,
-            operands={k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in operands.items()},  # type: ignore[typeddict-item]  # a TypedDict cannot say "the same keys"
+            operands=on_device(operands, device),
             ids_dtype=getattr(torch, self.ids_dtype),
             labels=labels,
         )
@@ -123,11 +124,16 @@ class Call:
         changed: dict[str, object] = {} if tokens is None else {"token_ids": tokens[index]}
         return replace(self.but(**changed), logits=self.logits[index], labels=[])
 
-    def exact(self) -> oracle.RoutingOutput:
+    def exact(self) -> RoutingOutput:
         """Route in float64."""
         home = exact_device(self.logits)
-        operands = {k: v.to(home) if isinstance(v, torch.Tensor) else v for k, v in self.operands.items()}
-        return oracle.route(self.spec, self.logits.detach().to(home), self.topk, **operands)  # type: ignore[arg-type]  # as in make
+        return oracle.route(self.spec, self.logits.detach().to(home), self.topk, **on_device(self.operands, home))
+
+
+def on_device(operands: Operands, device: torch.device | str) -> Operands:
+    """Return the operands with their tensors on that device."""
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in operands.items()}
+    return cast("Operands", moved)  # the same keys, which a comprehension cannot say
 
 
 def make_operands(case: Case, num_tokens: int, generator: torch.Generator) -> Operands:

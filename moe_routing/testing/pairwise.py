@@ -50,7 +50,7 @@ def generate() -> list[list[Any]]:
     from allpairspy import AllPairs
 
     cases = [list(words) for words in AllPairs([list(p) for p in _PARAMETERS], filter_func=_exists)]
-    rest = list(itertools.product(TOKENS, DTYPES, *_REST))
+    rest = list(itertools.product(TOKENS[:-1], DTYPES, *_REST))  # the largest T is paired already, and takes longest
     random.Random(0).shuffle(rest)  # noqa: S311 -- not a secret
     turns = itertools.cycle(rest)
     sizes = [list(words) for words in itertools.product(VARIANTS, EXPERTS, TOPK) if _exists(words)]

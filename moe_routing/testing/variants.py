@@ -48,5 +48,5 @@ def fits(spec: RoutingSpec, num_experts: int, topk: int) -> bool:
     if spec.topk_per_group:
         return topk % spec.num_groups == 0 and topk // spec.num_groups <= group
     if spec.selection == "sparsemixer":
-        return topk <= 8  # noqa: PLR2004 -- models use 2; each round is a pass over the row
+        return topk <= 4  # noqa: PLR2004 -- models use 2; each round is a pass over the row
     return topk <= spec.topk_groups * group or not spec.grouped

@@ -127,7 +127,8 @@ class RoutingSpec:
         ...
         ValueError: topk: expected at most topk_groups * (num_experts / num_groups) = 2, got 3
         """
-        group, left_over = divmod(num_experts, self.num_groups)
+        # No divmod: torch.compile(dynamic=True) traces this with a symbolic E, and cannot trace that.
+        group, left_over = num_experts // self.num_groups, num_experts % self.num_groups
         if not 1 <= topk <= num_experts:
             name, value, expected = "topk", topk, f"1 <= topk <= num_experts ({num_experts})"
         elif left_over:

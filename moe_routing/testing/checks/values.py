@@ -1,0 +1,213 @@
+"""Points 1 to 6: what is selected, and with which weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_routing._backend import RoutingOutput
+from moe_routing.testing.checks import _sets
+from moe_routing.testing.checks._check import check, require
+from moe_routing.testing.subject import NotApplicableError, must_match, same_bits
+from moe_routing.testing.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing.testing.cases import Call, Case, Profile
+    from moe_routing.testing.subject import Subject
+
+GUARD = 64
+"""Elements before and behind the outputs that must stay as they are."""
+
+
+@check(1, _sets.sizes_and_dtypes)
+def ids_come_in_exact_order(subject: Subject, case: Case) -> None:
+    """Ids and weights are the oracle's, for every family, size and dtype."""
+    call = case.make(subject.device)
+    out = None
+    if case.out:
+        columns = call.topk + call.spec.shared_experts
+        out = RoutingOutput(
+            torch.full((case.num_tokens, columns), torch.nan, device=subject.device),
+            torch.full((case.num_tokens, columns), -7, dtype=call.ids_dtype, device=subject.device),
+        )
+    output = subject.route(call, out)
+    require(out is None or (output.weights is out.weights and output.ids is out.ids), "out: not what was returned")
+    must_match(call, output)
+
+
+@check(1, _sets.many_tokens)
+def ids_come_in_exact_order_for_many_tokens(subject: Subject, case: Case) -> None:
+    """The same for a quarter of a million tokens, on an accelerator."""
+    if subject.device.type == "cpu":
+        msg = f"T={case.num_tokens} is for accelerators"
+        raise NotApplicableError(msg)
+    subject.check(case.make(subject.device))
+
+
+@check(1, _sets.rows_of("ties"))
+def equal_scores_go_to_the_lower_id(subject: Subject, case: Case) -> None:
+    """Equal scores go to the lower expert id; +0 and -0 are equal."""
+    call = case.make(subject.device)
+    for bias in (None, 0.0, 0.5):
+        if bias is not None and not call.spec.needs_bias:
+            continue
+        subject.check(call if bias is None else call.but(bias=torch.full((case.num_experts,), bias, device=subject.device)))
+
+
+def _grouped(profile: Profile) -> Iterator[Case]:
+    names = [name for name, spec in VARIANTS.items() if spec.num_groups > 1]
+    return _sets.of_every_variant(profile, variants=names)
+
+
+@check(1, _grouped)
+def groups_are_scored_as_the_spec_says(subject: Subject, case: Case) -> None:
+    """Groups with one high expert and groups with two good ones rank by the spec's group score."""
+    call = case.make(subject.device)
+    groups = call.logits.clone().view(len(call.logits), call.spec.num_groups, -1) / 4 - 3
+    groups[:, ::2, 0] += 5  # one high
+    groups[:, 1::2, :2] += 4.5  # two good: below by maximum, above by the sum of two
+    call.logits = groups.flatten(1)
+    subject.check(call)
+
+
+@check(2, _sets.rows_of("ties", "non_finite"))
+def ids_are_unique_and_in_range(subject: Subject, case: Case) -> None:
+    """Ids are unique and in [0, E) for awkward rows, and for biases that push every score far down or to NaN."""
+    call = case.make(subject.device)
+    _must_be_valid(case, subject.route(call))
+    if not call.spec.needs_bias:
+        return
+    for value in (-1e4, 1e4, -torch.inf, torch.inf, torch.nan):
+        bias = torch.full((case.num_experts,), value, device=subject.device)
+        _must_be_valid(case, subject.route(call.but(bias=bias)))
+        _must_be_valid(case, subject.route(call.but(bias=bias.scatter(0, torch.zeros_like(bias, dtype=torch.long), 0.0))))
+
+
+def _must_be_valid(case: Case, output: RoutingOutput) -> None:
+    ids = output.ids[:, : case.topk].long()
+    outside = (ids < 0) | (ids >= case.num_experts)
+    require(not outside.any(), f"ids outside [0, {case.num_experts}): {ids[outside][:8].tolist()}")
+    ordered = ids.sort(dim=-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+    require(not twice.any() or case.spec.selection == "token_table", f"ids chosen twice: {ids[twice][:1].tolist()}")
+
+
+@check(2, _sets.where(_sets.of_every_variant, variants=[name for name, spec in VARIANTS.items() if spec.needs_bias]))
+def scores_below_minus_one_are_ranked_too(subject: Subject, case: Case) -> None:
+    """Biases around -1e4 put every biased score far below -1, and the best are still found."""
+    call = case.make(subject.device)
+    spread = torch.linspace(-1e4, -1e4 - 64, case.num_experts, device=subject.device)
+    subject.check(call.but(bias=spread.roll(case.num_experts // 3)))
+
+
+@check(3, _sets.rows_of("non_finite"))
+def nan_and_inf_follow_the_rule(subject: Subject, case: Case) -> None:
+    """NaN counts as -inf, infinities as the largest finite numbers; weights stay finite."""
+    output = subject.check(case.make(subject.device))
+    require(output.weights.isfinite().all(), "weights are not all finite")
+
+
+@check(3, _sets.rows_of("extreme"))
+def large_logits_do_not_overflow(subject: Subject, case: Case) -> None:
+    """Sorted, one-hot, far apart and largest logits give the oracle's ids and weights."""
+    subject.check(case.make(subject.device))
+
+
+@check(4, _sets.rows_of("close"))
+def selection_is_exact_in_float32(subject: Subject, case: Case) -> None:
+    """Logits a unit in the last place apart, under saturated scores, and subnormal, are told apart."""
+    call = case.make(subject.device)
+    subject.check(call)
+    if call.spec.needs_bias:
+        subject.check(call.but(bias=torch.zeros(case.num_experts, device=subject.device)))
+
+
+@check(4, _sets.where(_sets.few, dtype="float64"))
+def float64_logits_are_rounded_first(subject: Subject, case: Case) -> None:
+    """Float64 logits that are equal in float32 are ties."""
+    call = case.make(subject.device)
+    rising = torch.arange(case.num_experts, dtype=torch.float64, device=subject.device) * 2.0**-40
+    call.logits = call.logits.float().double().sign() + rising
+    subject.check(call)
+
+
+def _biased_scores(profile: Profile) -> Iterator[Case]:
+    names = [name for name, spec in VARIANTS.items() if spec.selection == "scores_plus_bias"]
+    return _sets.of_every_variant(profile, variants=names)
+
+
+@check(5, _biased_scores)
+def weights_are_gathered_not_subtracted(subject: Subject, case: Case) -> None:
+    """With scores around 1e-8 and a bias of 12 the weights keep all their digits."""
+    call = case.make(subject.device)
+    call.logits = (call.logits / 4 - 18.4).to(call.logits.dtype)
+    if call.spec.score == "softmax":
+        call.logits[:, 0] = 0  # takes all the probability, and has no bias
+    bias = torch.full((case.num_experts,), 12.0, device=subject.device)
+    bias[0] = 0
+    subject.check(call.but(bias=bias))
+
+
+@check(6, _sets.of_every_variant)
+def weights_match_the_oracle(subject: Subject, case: Case) -> None:
+    """Weights are within tolerance for logits of every magnitude, renormalised and scaled in the right order."""
+    call = case.make(subject.device)
+    magnitude = torch.logspace(-4, 2, len(call.logits), device=subject.device)[:, None]
+    call.logits = (call.logits * magnitude).to(call.logits.dtype)
+    subject.check(call)
+    call.logits = call.logits - 12  # scores of 1e-5 and less, under a sigmoid
+    subject.check(call)
+
+
+@check(6, _sets.of_every_variant)
+def an_expert_map_renames_at_the_very_end(subject: Subject, case: Case) -> None:
+    """Scale, bias and zero experts go by logical ids; only the ids that come out are physical."""
+    subject.check(case.but(mapped=True).make(subject.device))
+
+
+@check(6, _sets.few)
+def ids_dtype_is_as_asked(subject: Subject, case: Case) -> None:
+    """Ids are int32 by default and int64 on request, with the same values; weights are float32."""
+    call = case.make(subject.device)
+    narrow = subject.check(call)
+    by_default = subject.router(call.spec)(call.logits, call.topk, **call.operands)
+    require(by_default.ids.dtype == torch.int32, f"ids: expected int32 by default, got {by_default.ids.dtype}")
+    call.ids_dtype = torch.int64
+    wide = subject.check(call)
+    require(torch.equal(wide.ids, narrow.ids.long()), "int64 ids are not the int32 ids")
+
+
+@check(6, _sets.few)
+def every_output_is_written_and_nothing_else(subject: Subject, case: Case) -> None:
+    """Given outputs are written in full, and not one element before or behind them; inputs stay as they were."""
+    for tokens in (1, 2, 33):
+        for ids_dtype in (torch.int32, torch.int64):
+            call = case.but(num_tokens=tokens).make(subject.device)
+            call.ids_dtype = ids_dtype
+            _must_stay_inside(subject, call)
+
+
+def _must_stay_inside(subject: Subject, call: Call) -> None:
+    shape = (len(call.logits), call.topk + call.spec.shared_experts)
+    size = shape[0] * shape[1]
+    weights = torch.full((size + 2 * GUARD,), torch.nan, device=subject.device)
+    ids = torch.full((size + 2 * GUARD,), -7, dtype=call.ids_dtype, device=subject.device)
+    inside = slice(GUARD, GUARD + size)
+    before = {name: value.clone() for name, value in _tensors(call)}
+    output = subject.route(call, RoutingOutput(weights[inside].view(shape), ids[inside].view(shape)))
+    for name, value in _tensors(call):
+        require(same_bits(value, before[name]), f"{name}: was changed")
+    unwritten = weights[inside].isnan() | (ids[inside] == -7)  # noqa: PLR2004 -- what they were filled with
+    require(not unwritten.any(), f"{int(unwritten.sum())} of {size} elements of out were not written")
+    for name, filled in (("weights", weights.isnan()), ("ids", ids == -7)):  # noqa: PLR2004 -- likewise
+        outside = ~torch.cat([filled[:GUARD], filled[-GUARD:]])
+        require(not outside.any(), f"{name}: {int(outside.sum())} of {2 * GUARD} elements around out were written")
+    must_match(call, output)
+
+
+def _tensors(call: Call) -> list[tuple[str, torch.Tensor]]:
+    named = {"logits": call.logits, **call.operands}
+    return [(name, value) for name, value in named.items() if isinstance(value, torch.Tensor)]

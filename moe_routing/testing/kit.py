@@ -1,0 +1,197 @@
+"""Running the checks: one backend, one device, one profile; what comes out is a ``Report``."""
+
+from __future__ import annotations
+
+import platform
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from moe_routing._registry import registry
+from moe_routing.probing import probe
+from moe_routing.testing import checks
+from moe_routing.testing.points import POINTS
+from moe_routing.testing.subject import DeclinedError, NotApplicableError, Subject
+from moe_routing_registry import MoeRoutingWarning, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from moe_routing.testing.cases import Profile
+    from moe_routing.testing.checks import Item
+
+Status = Literal["passed", "failed", "gap", "declined", "not_applicable"]
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What one check on one case came to.
+
+    :ivar point: the contract's point, 0 to 15.
+    :ivar check: the check's name.
+    :ivar case: the case's name.
+    :ivar family: the family, or ``""`` where it is about none.
+    :ivar status: ``"passed"``; ``"failed"``; ``"gap"``: it fails, and the card gives a reason; ``"declined"``: the card
+        declines the problem; ``"not_applicable"``: there is nothing to check here.
+    :ivar message: why, unless it passed.
+    :ivar seconds: how long it took.
+    """
+
+    point: int
+    check: str
+    case: str
+    family: str
+    status: Status
+    message: str = ""
+    seconds: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """The point's number, the check and the case, as in pytest."""
+        return f"{self.point:02d}-{self.check}-{self.case}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """The outcome of a run; ``moe_routing.testing.reports`` writes it as HTML, JSON or JUnit."""
+
+    backend: str
+    distribution: str
+    device: str
+    profile: Profile
+    versions: dict[str, str]
+    gaps: dict[str, str]
+    started: str
+    results: list[Result] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed and something passed."""
+        return not self.failed and any(r.status == "passed" for r in self.results)
+
+    @property
+    def failed(self) -> list[Result]:
+        """What failed."""
+        return [r for r in self.results if r.status == "failed"]
+
+    def count(self, status: Status, *, point: int | None = None, family: str | None = None) -> int:
+        """Count results, of one point and one family where given."""
+        return sum(r.status == status and point in (None, r.point) and family in (None, r.family) for r in self.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        slots = ("point", "check", "case", "family", "status", "message", "seconds")
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "ok": self.ok,
+            "backend": self.backend,
+            "distribution": self.distribution,
+            "device": self.device,
+            "profile": self.profile,
+            "versions": self.versions,
+            "gaps": self.gaps,
+            "started": self.started,
+            "seconds": round(self.seconds, 3),
+            "points": {str(n): {"name": p.name, "rule": p.rule} for n, p in POINTS.items()},
+            "results": [{name: getattr(result, name) for name in slots} for result in self.results],
+        }
+
+
+def run(
+    backend: str,
+    device: str | torch.device = "cpu",
+    *,
+    profile: Profile = "quick",
+    points: Iterable[int] | None = None,
+    on_result: Callable[[Result, int, int], None] | None = None,
+) -> Report:
+    """Check a backend.
+
+    :param points: only these points; all of them where ``None``.
+    :param on_result: called after each check with its result, how many are done, and how many there are.
+    :raises UnknownNameError: there is no such backend.
+    """
+    subject = subject_of(backend, device)
+    wanted = set(POINTS if points is None else points)
+    items = [item for item in checks.items(profile) if item.check.point in wanted]
+    report = Report(
+        backend=backend,
+        distribution=registry().distribution(backend),
+        device=str(probe(subject.device)),
+        profile=profile,
+        versions={"python": platform.python_version(), "torch": torch.__version__, "moe-routing": _version()},
+        gaps=dict(subject.card.gaps),
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    begun = time.perf_counter()
+    for done, item in enumerate(items, start=1):
+        result = evaluate(item, subject)
+        report.results.append(result)
+        if on_result is not None:
+            on_result(result, done, len(items))
+    report.seconds = time.perf_counter() - begun
+    return report
+
+
+def _version() -> str:
+    import moe_routing
+
+    return moe_routing.__version__
+
+
+def subject_of(backend: str, device: str | torch.device) -> Subject:
+    """Return the backend on the device; an accelerator without an index is the current one.
+
+    :raises UnknownNameError: there is no such backend.
+    """
+    registry().check_names(Request(backend=backend, asked_by="argument"))
+    return Subject(backend, torch.empty(0, device=device).device)
+
+
+def evaluate(item: Item, subject: Subject) -> Result:
+    """Run one check on one case."""
+    begun = time.perf_counter()
+    status, message = _outcome(item, subject)
+    return Result(
+        point=item.check.point,
+        check=item.check.name,
+        case=item.case.id,
+        family=item.case.family,
+        status=status,
+        message=message,
+        seconds=round(time.perf_counter() - begun, 6),
+    )
+
+
+def _outcome(item: Item, subject: Subject) -> tuple[Status, str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", MoeRoutingWarning)
+            item.check.run(subject, item.case)
+    except NotApplicableError as error:
+        return "not_applicable", str(error)
+    except DeclinedError as error:
+        return "declined", str(error)
+    except AssertionError as error:
+        return _failure(item, subject, str(error))
+    except Exception as error:  # noqa: BLE001 -- a backend may raise anything; it is kept in the report
+        return _failure(item, subject, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    return "passed", ""
+
+
+def _failure(item: Item, subject: Subject, message: str) -> tuple[Status, str]:
+    reason = subject.card.gaps.get(item.check.capability)
+    return ("gap", f"{reason} ({message.partition(chr(10))[0]})") if reason else ("failed", message)
+
+
+def worst(statuses: Sequence[Status]) -> Status | None:
+    """Return the status that a cell of the report's matrix shows."""
+    order: tuple[Status, ...] = ("failed", "gap", "passed", "declined", "not_applicable")
+    return next((status for status in order if status in statuses), None)
