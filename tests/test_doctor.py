@@ -22,6 +22,7 @@ from moe_routing.doctor._machine import Machine, gpus_without_torch
 from moe_routing.probing._describe import describe
 from moe_routing.probing._installed import Installed, Triton
 from moe_routing.probing._observe import Observation, TorchBuild
+from moe_routing_registry import BackendSpec, Target
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [str(ROOT), str(ROOT / "registry"), str(ROOT / "backends")]
@@ -387,3 +388,33 @@ def test_every_check_is_documented():
 def test_every_key_of_the_report_is_documented():
     page = (ROOT / "docs" / "cli.md").read_text()
     assert [key for key in examine(device="cpu", checks=[]) if f"\n| `{key}` |" not in page] == []
+
+
+LIAR = """
+from moe_routing_backends.eager.route import build as right
+from moe_routing import RoutingOutput
+
+def build(problem, device):
+    bound = right(problem, device)
+
+    def route(logits, **operands):
+        weights, ids = bound(logits, **operands)
+        return RoutingOutput(weights, ids.flip(1))
+
+    return route
+"""
+
+
+def test_verify_tells_a_backend_that_is_wrong_from_one_that_is_right(install_plugin, monkeypatch):
+    from moe_routing._registry import registry
+    from moe_routing.testing import quick
+
+    monkeypatch.setattr(quick, "BUDGET_SECONDS", 1.0)  # the first check is enough here
+    install_plugin("liar", LIAR)
+    registry().register(BackendSpec(name="liar", factory="liar:build", targets=(Target("cpu"),), priority=1))
+    try:
+        report = examine(device="cpu", verify=True, checks=["verify"])
+    finally:
+        registry().unregister("liar")
+    judged = {check["summary"].partition(" ")[0].rstrip(":"): check["status"] for check in report["checks"]}
+    assert judged == {"liar": "problem", "eager": "ok"}

@@ -204,12 +204,14 @@ def _verified(name: str, device: str) -> Check:
         except FAILURES as error:
             summary = f"{name} on {device} could not be compared: {type(error).__name__}: {error}"
             return Check(name="verify", status="problem", summary=summary)
+    if not findings:
+        return Check(name="verify", status="problem", summary=f"{name} on {device}: nothing could be compared in time")
     wrong = [finding for finding in findings if not finding.ok]
     details = "\n".join(f"{'right' if f.ok else 'WRONG'}: point {f.point}, {f.name}: {f.sentence}" for f in findings)
     if wrong:
-        summary = f"{name} on {device}: {len(wrong)} of {len(findings)} comparisons failed; first: {wrong[0].sentence}"
+        summary = f"{name} on {device}: {len(wrong)} of {len(findings)} checks failed; first: {wrong[0].sentence}"
         return Check(name="verify", status="problem", summary=summary, details=details)
-    summary = f"{name} on {device} agrees with the oracle in {len(findings)} comparisons"
+    summary = f"{name} on {device} agrees with the oracle in {len(findings)} checks"
     return Check(name="verify", status="ok", summary=summary, details=details)
 
 
