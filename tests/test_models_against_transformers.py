@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 T, H, E, K, VOCABULARY = 96, 64, 24, 3, 50
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The tensors are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Routed(NamedTuple):
     """What transformers' module computed: its logits, and the weights and ids that it returned."""
 
