@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from moe_routing_registry import Registry
 
-BUILT_IN = {"eager": "moe_routing_backends.eager"}
+BUILT_IN = {
+    "eager": "moe_routing_backends.eager",
+    "torch-compile": "moe_routing_backends.torch_compile",
+}
 """The same lines as ``[project.entry-points]`` in pyproject.toml (a test holds that), for a checkout without metadata."""
 
 _registry = Registry(BUILT_IN)

@@ -115,6 +115,15 @@ def test_a_backend_without_a_priority_of_its_own_is_used_only_when_named():
     assert resolve(registry, backend="acme").winner == "acme"
 
 
+def test_a_backend_may_be_explicit_only_on_one_kind_of_device():
+    everywhere = card("compiler", targets=(Target(ACCELERATOR), Target("cpu", explicit=True)))
+    registry = registry_of(everywhere, card("eager", priority=0, targets=(Target(ANY),)))
+    assert resolve(registry, HOPPER).winner == "compiler"
+    assert resolve(registry).winner == "eager"
+    assert code_of(resolve(registry), "compiler") is RejectCode.EXPLICIT_ONLY
+    assert resolve(registry, backend="compiler").winner == "compiler"
+
+
 def test_a_blocked_backend_is_not_used(monkeypatch):
     monkeypatch.setenv("MOE_ROUTING_BLOCK", "fast, other")
     report = resolve(registry_of(card("fast", priority=99), card("other", priority=50), card("slow")))

@@ -51,8 +51,11 @@ def _only_best_groups(spec: RoutingSpec, t: Tensor, top: Top) -> Tensor:
     if spec.group_score == "max" or per_group.shape[-1] == 1:
         score = per_group.amax(-1)
     else:
-        best = per_group.topk(2, dim=-1).values
-        score = finite(best[..., 0] + best[..., 1])
+        best = per_group.amax(-1, keepdim=True)
+        is_best = per_group == best
+        next_best = per_group.masked_fill(is_best, -torch.inf).amax(-1)
+        first = best.squeeze(-1)
+        score = finite(first + torch.where(is_best.sum(-1) > 1, first, next_best))
     kept = top(score, spec.topk_groups)
     dropped = torch.ones_like(score, dtype=torch.bool).scatter_(-1, kept, value=False)
     # Scores are finite, so -inf is below all of them, and enough experts are left: none of these is ever selected.

@@ -40,6 +40,7 @@ class Target:
     :ivar archs: names of the archs; empty for all of them.
     :ivar min_capability: lowest CUDA compute capability, inclusive.
     :ivar max_capability: highest CUDA compute capability, inclusive.
+    :ivar explicit: on this kind of device the backend is used only when it is named.
 
     >>> hopper = DeviceInfo(type="cuda", platform="cuda", arch="sm_90")
     >>> bool(Target("cuda", min_capability=(8, 0)).match(hopper))
@@ -52,6 +53,7 @@ class Target:
     archs: frozenset[str] = frozenset()
     min_capability: tuple[int, int] | None = None
     max_capability: tuple[int, int] | None = None
+    explicit: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a version range where versions have no order."""

@@ -105,7 +105,7 @@ class Registry:
                 fitting.append((_rank(card, device), Candidate(name=name, priority=card.priority, distribution=distribution)))
                 continue
             rejected.append(Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace))
-            if verdict.code in MENDABLE and card.priority >= 0 and _matches(card, problem, device, request):
+            if verdict.code in MENDABLE and _chosen_by_itself(card, device):
                 lost.append((_rank(card, device), name))
         fitting.sort(key=itemgetter(0))
         eligible = tuple(candidate for _, candidate in fitting)
@@ -141,7 +141,7 @@ class Registry:
             if not verdict:
                 return verdict, ""
         verdict, trace = self._ask(card, problem, device)
-        if verdict and card.priority < 0 and request.backend != card.name:
+        if verdict and request.backend != card.name and not _chosen_by_itself(card, device):
             fix = f"get_router(..., backend={card.name!r})"
             return Verdict.no(RejectCode.EXPLICIT_ONLY, "fits, but is only used when it is named", fix), ""
         return verdict, trace
@@ -205,6 +205,10 @@ def _matches(card: BackendSpec, _problem: RoutingProblem, device: DeviceInfo, _r
     verdicts = [target.match(device) for target in card.targets]
     # The most telling one: a wrong generation of the right platform says more than a wrong platform.
     return max(verdicts, key=lambda verdict: (bool(verdict), verdict.code is RejectCode.ARCH))
+
+
+def _chosen_by_itself(card: BackendSpec, device: DeviceInfo) -> bool:
+    return card.priority >= 0 and any(t.match(device) and not t.explicit for t in card.targets)
 
 
 def _serves(card: BackendSpec, problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:
