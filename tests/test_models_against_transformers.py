@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -450,6 +451,14 @@ def test_every_attribute_that_a_preset_reads_is_tried_with_another_value_than_th
     one_value = {name for name, options in preset.choices.items() if len(options) == 1} | ONE_VALUE.get(case.model, set())
     for names in {*preset.reads.values(), *preset.choices} - one_value:
         assert any(value_at(said, names) != value_at(default, names) for said in tried), names
+
+
+COPIES = {"granitemoe_swa", "granitemoehybrid", "granitemoeshared", "kimi_k2"}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.model not in COPIES], ids=lambda case: case.model)
+def test_the_source_of_a_preset_names_the_class_that_it_is_proven_against(case):
+    assert re.search(rf"\b{case.router.rpartition('.')[2]}\b", MODELS[case.model].source)
 
 
 def test_every_preset_is_proven_under_its_own_name_or_its_text_models():
