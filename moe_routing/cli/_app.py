@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_routing.cli._conformance import conformance
 from moe_routing.cli._doctor import doctor
 from moe_routing.cli._explain import explain
 from moe_routing.cli._help import Group, taught
@@ -74,6 +75,14 @@ app.command(
         ("moe-routing explain softmax_topk -e 64 -k 6 --backend eager", "can this backend do it? exit code 1 if not"),
     ),
 )(explain)
+app.command(
+    "conformance",
+    cls=taught(
+        ("moe-routing conformance acme --report acme.html", "the whole contract, and a page to publish"),
+        ("moe-routing conformance acme --device cuda:0 --full", "every size and dtype, before a release"),
+        ("moe-routing conformance acme --point 10 --point 11", "only batch invariance and determinism"),
+    ),
+)(conformance)
 
 
 def run(arguments: Sequence[str]) -> int:

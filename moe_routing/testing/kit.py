@@ -20,7 +20,7 @@ from moe_routing.testing.subject import DeclinedError, NotApplicableError, Subje
 from moe_routing_registry import MoeRoutingWarning, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from moe_routing.testing.cases import Profile
     from moe_routing.testing.checks import Item
@@ -189,9 +189,3 @@ def _outcome(item: Item, subject: Subject) -> tuple[Status, str]:
 def _failure(item: Item, subject: Subject, message: str) -> tuple[Status, str]:
     reason = subject.card.gaps.get(item.check.capability)
     return ("gap", f"{reason} ({message.partition(chr(10))[0]})") if reason else ("failed", message)
-
-
-def worst(statuses: Sequence[Status]) -> Status | None:
-    """Return the status that a cell of the report's matrix shows."""
-    order: tuple[Status, ...] = ("failed", "gap", "passed", "declined", "not_applicable")
-    return next((status for status in order if status in statuses), None)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_routing.testing.kit import Result
+    from moe_routing.testing.subject import Subject
 
 BUDGET_SECONDS = 4.0
 """No check is begun after this."""
@@ -50,28 +55,41 @@ def verify(backend: str, device: str = "cpu") -> list[Finding]:
     >>> all(finding.ok for finding in verify("eager"))
     True
     """
-    from moe_routing.testing import checks
-    from moe_routing.testing.kit import evaluate, subject_of
+    import torch
 
-    begun = time.monotonic()
+    from moe_routing.testing.kit import subject_of
+
     subject = subject_of(backend, device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a few rows at a time: on a busy machine threads would wait for each other
+    try:
+        return _findings(subject, time.monotonic() + BUDGET_SECONDS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _findings(subject: Subject, until: float) -> list[Finding]:
+    from moe_routing.testing import checks
+    from moe_routing.testing.kit import evaluate
+
     found = []
-    for name in CHECKS:
-        check = checks.named(name)
+    for check in map(checks.named, CHECKS):
         results = []
         for item in check.items("smoke"):
-            if time.monotonic() - begun > BUDGET_SECONDS:
+            if time.monotonic() > until:
                 break
             results.append(evaluate(item, subject))
-        wrong = [result for result in results if result.status == "failed"]
-        if wrong:
-            first = f"{wrong[0].case}: {wrong[0].message}"
-            sentence = f"{len(wrong)} of {len(results)} cases are wrong, the first: {first}"
-        elif results:
-            right = sum(result.status == "passed" for result in results)
-            sentence = f"{check.sentence.rstrip('.')} ({right} of {len(results)} cases, the others declined)"
-            sentence = sentence.replace(", the others declined", "") if right == len(results) else sentence
-        else:
-            continue
-        found.append(Finding(point=check.point, name=name, ok=not wrong, sentence=sentence))
+        if results:
+            ok, sentence = _said(check.sentence, results)
+            found.append(Finding(point=check.point, name=check.name, ok=ok, sentence=sentence))
     return found
+
+
+def _said(sentence: str, results: list[Result]) -> tuple[bool, str]:
+    wrong = [result for result in results if result.status == "failed"]
+    if wrong:
+        first = f"{wrong[0].case}: {wrong[0].message}"
+        return False, f"{len(wrong)} of {len(results)} cases are wrong, the first: {first}"
+    right = sum(result.status == "passed" for result in results)
+    declined = ", the others are declined" if right < len(results) else ""
+    return True, f"{sentence.rstrip('.')} ({right} of {len(results)} cases{declined})"
