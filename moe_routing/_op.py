@@ -70,7 +70,8 @@ def call(  # noqa: PLR0913, PLR0917 -- the router's operands
 
 
 @cache
-def _router(spec: str, backend: str | None) -> Router:
+def router_of(spec: str, backend: str | None) -> Router:
+    """Return the router behind the operator."""
     return Router(RoutingSpec.from_json(spec), backend=backend)
 
 
@@ -88,7 +89,7 @@ def _route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     training: bool,  # noqa: FBT001 -- likewise
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    return _router(spec, backend).route_checked(
+    return router_of(spec, backend).route_checked(
         logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, None,
         training=training,
     )  # fmt: skip
@@ -106,7 +107,7 @@ def _route_fake(logits: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:  # noq
 def _route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
     grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None, spec: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    router = _router(spec, backend)
+    router = router_of(spec, backend)
     binding = router.binding_for(
         logits.device, logits.dtype, logits.shape[1], ids.shape[1], ids_dtype=ids.dtype, training=True,
         rows=logits.stride(1) == 1 or logits.shape[1] == 1,

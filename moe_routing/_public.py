@@ -11,7 +11,7 @@ from moe_routing import _check
 from moe_routing._registry import registry
 from moe_routing._router import Router, dtype_name
 from moe_routing.families import FAMILIES
-from moe_routing.models import MODELS, from_config
+from moe_routing.models import MODELS, NOT_EXPRESSED, from_config
 from moe_routing.probing import probe
 from moe_routing_registry import Request, ResolutionReport, RoutingProblem, RoutingSpec, UnknownNameError, preferring
 
@@ -58,6 +58,9 @@ def _look_up(router: object) -> tuple[RoutingSpec, int | None, int | None]:
         return router, None, None
     if isinstance(router, str):
         known = list_routers()
+        if router in NOT_EXPRESSED:
+            msg = f"router: {router!r} cannot be expressed: {NOT_EXPRESSED[router]}"
+            raise ValueError(msg)
         if router not in known:
             kind = "router"
             raise UnknownNameError(kind, router, known)

@@ -51,6 +51,7 @@ class Router:
     :ivar spec: the maths.
     :ivar num_experts: E where the router was made from a configuration, else ``None``.
     :ivar topk: K where the router was made from a configuration, else ``None``; then every call names it.
+    :ivar latest: the binding of the latest call, ``None`` before the first.
 
     >>> route = Router(RoutingSpec(family="topk_softmax", renormalize=True))
     >>> weights, ids = route(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
@@ -72,7 +73,7 @@ class Router:
         self._requested = backend
         self._bindings: dict[Key, Binding] = {}
         self._lock = threading.Lock()
-        self._latest: Binding | None = None
+        self.latest: Binding | None = None
 
     def __call__(  # noqa: PLR0913 -- one argument an operand of the maths
         self,
@@ -125,10 +126,13 @@ class Router:
             if out is not None and training:
                 msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
                 raise ValueError(msg)
-            return _op.call(
+            result = _op.call(
                 self.spec, self._requested, logits, topk, per_expert_scale, bias, token_ids, expert_table,
                 num_valid_tokens, expert_map, ids_dtype, out, training=training,
             )  # fmt: skip
+            if not torch.compiler.is_compiling():
+                self.latest = _op.router_of(self.spec.to_json(), self._requested).latest
+            return result
         return self.route_checked(
             logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out,
             training=False,
@@ -158,7 +162,7 @@ class Router:
         binding = self._bindings.get(key)
         if binding is None:
             binding = self._bind(key)
-        self._latest = binding
+        self.latest = binding
         return binding.bound(
             logits,
             per_expert_scale=_contiguous(per_expert_scale),
@@ -193,7 +197,7 @@ class Router:
         _check.check_topk(self.spec, num_experts, topk)
         key = (device, dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
         binding = self._bindings.get(key) or self._bind(key)
-        self._latest = binding
+        self.latest = binding
         return binding
 
     def warmup(  # noqa: PLR0913 -- the fields of a RoutingProblem
@@ -224,12 +228,12 @@ class Router:
     @property
     def backend(self) -> str | None:
         """Name of the backend of the latest call, ``None`` before the first."""
-        return self._latest.report.winner if self._latest else None
+        return self.latest.report.winner if self.latest else None
 
     @property
     def report(self) -> ResolutionReport | None:
         """How the backend of the latest call was chosen, ``None`` before the first call."""
-        return self._latest.report if self._latest else None
+        return self.latest.report if self.latest else None
 
     def __repr__(self) -> str:
         """Show the spec, and what the router was made for."""

@@ -250,6 +250,11 @@ def test_a_misspelt_backend_is_an_error_at_once(call):
         call()
 
 
+def test_a_model_whose_routing_cannot_be_expressed_says_why():
+    with pytest.raises(ValueError, match="router: 'doge' cannot be expressed: "):
+        moe_routing.get_router("doge")
+
+
 def test_a_misspelt_router_lists_near_matches():
     with pytest.raises(UnknownNameError, match="unknown router 'qwen3_mo': did you mean 'qwen3_moe'"):
         moe_routing.get_router("qwen3_mo")

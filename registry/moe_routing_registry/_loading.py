@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import textwrap
 import traceback
 import warnings
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Inventory:
 
     def fail(self, name: str, distribution: str, code: RejectCode, doing: str, error: BaseException) -> None:
         """Keep the failure for doctor and say once that there was one."""
-        reason = f"{doing} raised {type(error).__name__}: {error}"
+        reason = sentence(doing, error)
         trace = "".join(traceback.format_exception(error))
         fix = (
             f"pip uninstall {distribution.partition(' ')[0]}"
@@ -83,6 +84,11 @@ def load(built_in: Mapping[str, str]) -> Inventory:
     for key, (name, importer, distribution) in found.items():
         _load_one(inventory, manager, key, name, importer, distribution)
     return inventory
+
+
+def sentence(doing: str, error: BaseException) -> str:
+    """Say in one line what raised; compilers raise pages, of which the traceback keeps every word."""
+    return textwrap.shorten(f"{doing} raised {type(error).__name__}: {error}", width=300, placeholder=" ...")
 
 
 def _distribution(point: importlib.metadata.EntryPoint) -> str:

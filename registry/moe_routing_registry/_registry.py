@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe_routing_registry import _requirements
 from moe_routing_registry._card import API_VERSION
 from moe_routing_registry._errors import BackendUnavailableError, DuplicateNameError, UnknownNameError
-from moe_routing_registry._loading import PLUGIN_FAILURES, Inventory, load
+from moe_routing_registry._loading import PLUGIN_FAILURES, Inventory, load, sentence
 from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
 from moe_routing_registry._request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
 from moe_routing_registry._verdict import MENDABLE, RejectCode, Verdict
@@ -232,7 +232,7 @@ class FactoryError(RuntimeError):
 
 def failed(code: RejectCode, doing: str, error: BaseException) -> tuple[Verdict, str]:
     """Turn what a plug-in raised into a verdict and its traceback."""
-    return Verdict.no(code, f"{doing} raised {type(error).__name__}: {error}"), "".join(traceback.format_exception(error))
+    return Verdict.no(code, sentence(doing, error)), "".join(traceback.format_exception(error))
 
 
 __all__ = ["BackendUnavailableError", "FactoryError", "Registry"]

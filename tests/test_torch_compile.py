@@ -1,0 +1,141 @@
+"""The torch-compile backend: on the CPU when named, on accelerators that nobody knows, and where nothing compiles."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import moe_routing
+from moe_routing import Router
+from moe_routing._registry import registry
+from moe_routing.families import FAMILIES
+from moe_routing.testing import oracle
+from moe_routing_registry import DeviceInfo, RejectCode, Request, RoutingProblem, Toolchain
+
+GROUPED = FAMILIES["grouped_sigmoid_bias"].spec.replace(num_groups=4, topk_groups=2)
+
+
+def run(script, **environment):
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True, text=True, env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def choose(device):
+    problem = RoutingProblem(spec=FAMILIES["gemma4"].spec, num_experts=128, topk=8, dtype="bfloat16")
+    return registry().resolve(problem, device, Request())
+
+
+def test_on_the_cpu_it_is_used_only_when_named():
+    report = moe_routing.explain("mixtral", device="cpu")
+    assert report.winner == "eager"
+    assert report.rejection("torch-compile").verdict.code is RejectCode.EXPLICIT_ONLY
+    assert moe_routing.explain("mixtral", device="cpu", backend="torch-compile").winner == "torch-compile"
+
+
+@pytest.mark.parametrize("platform", ["mps", "hpu", "acmenpu"])
+def test_an_accelerator_without_a_backend_of_its_own_gets_it(platform):
+    assert choose(DeviceInfo(type=platform, platform=platform)).winner == "torch-compile"
+
+
+def test_cuda_without_triton_gets_it():
+    torch_only = (Toolchain(name="torch", version="2.13.0", usable=True), Toolchain(name="triton", version=None, usable=False))
+    report = choose(DeviceInfo(type="cuda", index=0, platform="cuda", arch="sm_90", toolchains=torch_only))
+    assert report.winner == "torch-compile"
+
+
+def test_seven_batch_sizes_take_at_most_three_graphs_and_route_right(caplog):
+    route = Router(GROUPED, backend="torch-compile")
+    torch.manual_seed(0)
+    bias = torch.randn(16)
+    counters.clear()
+    for tokens in (1, 0, 2, 256, 4096, 300, 7):
+        logits = torch.randn(tokens, 16)
+        if tokens > 6:
+            logits[0], logits[1], logits[2, 3], logits[3] = torch.nan, 0.0, torch.inf, -torch.inf
+        weights, ids = route(logits, 4, bias=bias)
+        expected = oracle.route(GROUPED, logits, 4, bias=bias)
+        assert torch.equal(ids.long(), expected.ids)
+        torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] <= 3
+    assert [r for r in caplog.records if "compiled grouped_sigmoid_bias E=16 K=4 float32 for cpu in" in r.getMessage()]
+    padded = route(torch.randn(5, 16), 4, bias=bias, num_valid_tokens=2)
+    assert (padded.ids[2:] == -1).all()
+    assert (padded.weights[2:] == 0).all()
+
+
+def test_without_a_compiler_naming_it_is_a_clear_error():
+    said = run(
+        """
+        import torch, moe_routing
+        route = moe_routing.get_router("mixtral", backend="torch-compile")
+        try:
+            route(torch.randn(2, 8), 2)
+        except moe_routing.BackendUnavailableError as error:
+            verdict = error.report.rejection("torch-compile").verdict
+            print(verdict.code.value, verdict.reason)
+        """,
+        CXX="/no/such/compiler",
+        TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
+    )
+    assert said.startswith("factory_failed its factory raised InductorError: InvalidCxxCompiler")
+
+
+def test_a_device_that_inductor_does_not_know_falls_to_eager_said_once_with_the_reason():
+    said = run(
+        """
+        import warnings
+        import torch
+        from torch.utils import _pytree as pytree
+
+        # An accelerator of two dozen lines: its tensors are CPU tensors behind torch's privateuse1 device type.
+        torch.utils.backend_registration._setup_privateuseone_for_python_backend("acmenpu")
+
+        def to_npu(cpu):
+            tensor = torch._C._acc.create_empty_tensor(tuple(cpu.shape), cpu.dtype)
+            tensor.on_cpu = cpu
+            return tensor
+
+        def run(func, *args, **kwargs):
+            def inside(x):
+                if isinstance(x, torch.Tensor) and x.device.type == "acmenpu":
+                    return x.on_cpu
+                return torch.device("cpu") if isinstance(x, torch.device) and x.type == "acmenpu" else x
+
+            if func.name() == "aten::_copy_from":
+                args[1].on_cpu.copy_(inside(args[0]))
+                return args[1]
+            out = func(*pytree.tree_map(inside, args), **pytree.tree_map(inside, kwargs))
+            return pytree.tree_map(lambda x: to_npu(x) if isinstance(x, torch.Tensor) else x, out)
+
+        library = torch.library.Library("_", "IMPL")
+        library.fallback(run, "PrivateUse1")
+
+        import moe_routing
+        route = moe_routing.get_router("mixtral")
+        cpu = torch.randn(3, 8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            weights, ids = route(to_npu(cpu), 2)
+            route(to_npu(cpu), 2)
+        said = [w for w in caught if isinstance(w.message, moe_routing.DowngradeWarning)]
+        assert len(said) == 1, said
+        assert "acmenpu:0 routes with 'eager', not with 'torch-compile'" in str(said[0].message), said[0].message
+        assert ids.device.type == "acmenpu"
+        assert torch.equal(ids.on_cpu, route(cpu, 2).ids)
+        assert route.backend == "eager"
+        route(to_npu(cpu), 2)
+        print(route.report.rejection("torch-compile").verdict.code.value, route.report.device.platform)
+        """
+    )
+    assert said.split() == ["factory_failed", "acmenpu"]
