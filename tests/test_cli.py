@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_without_a_command_it_shows_help_with_examples(cli):
     assert "  moe-routing explain gemma4 --device cuda:0\n" in out
 
 
-@pytest.mark.parametrize("command", ["doctor", "list", "explain"])
+@pytest.mark.parametrize("command", ["doctor", "list", "explain", "conformance"])
 def test_help_teaches_with_examples_that_fit_80_columns(cli, command):
     code, out, _ = cli(f"{command} --help")
     examples = out.partition("Examples\n")[2].splitlines()
@@ -180,7 +181,7 @@ def test_a_device_that_is_not_here_is_exit_code_1(cli):
     [
         ("explain gema4", "unknown router 'gema4': did you mean 'gemma4'"),
         ("explain gemma4 --backend eagre", "unknown backend 'eagre': did you mean 'eager'?"),
-        ("explain gemma4 --device cuba", "torch knows no device 'cuba'"),
+        ("explain gemma4 --device cuba", "device: expected a device that torch knows, got 'cuba'"),
         ("explain gemma4 --dtype int8", "'int8' is not one of 'float16', 'bfloat16', 'float32', 'float64'"),
         ("explain gemma4 -e 4 -k 5", "topk"),
         ("explain gemma4 -e zero", "expected an integer >= 1, got 'zero'"),
@@ -190,7 +191,8 @@ def test_a_device_that_is_not_here_is_exit_code_1(cli):
         ("explain gemma4 --divice cpu", "--device"),
         ("explain doge", "the routing of 'doge' cannot be expressed: "),
         ("doctor --router gema4", "unknown router 'gema4': did you mean 'gemma4'"),
-        ("doctor --device cuba", "--device: expected a device that torch knows, got 'cuba'"),
+        ("doctor --device cuba", "device: expected a device that torch knows, got 'cuba'"),
+        ("conformance eagre", "unknown backend 'eagre': did you mean 'eager'?"),
         ("doctor --check trition", "unknown check 'trition': did you mean 'triton'"),
         ("paint", "'paint'"),
     ],
@@ -201,6 +203,16 @@ def test_wrong_usage_is_one_line_on_stderr_and_exit_code_2(cli, line, said):
     assert err.startswith("moe-routing: ")
     assert err.count("\n") == 1
     assert said in err
+
+
+def test_explain_beside_a_broken_torch_is_one_line_and_exit_code_1(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch_cpu.so is missing')\n")
+    sources = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "registry", ROOT / "backends")))
+    done = process("-m", "moe_routing", "explain", "gemma4", PYTHONPATH=sources)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"torch cannot be used (OSError: libtorch_cpu.so is missing); `moe-routing doctor` says more\n" in done.stderr
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_doctor_of_a_healthy_cpu_is_exit_code_0(cli):
@@ -250,3 +262,11 @@ def test_a_plug_in_that_fails_or_prints_leaves_json_intact_and_is_one_line_on_st
     assert json.loads(done.stdout)["routers"][0]["name"] == "mixtral"
     assert len(warnings) == 1
     assert warnings[0].startswith("moe-routing: warning: plug-in 'noisy' of moe-noisy 1.0 is not used")
+
+
+def test_every_command_is_documented(cli):
+    _, out, _ = cli("--help")
+    commands = re.findall(r"^│ ([a-z][a-z-]*) ", out, re.MULTILINE)
+    page = (ROOT / "docs" / "cli.md").read_text()
+    assert {"doctor", "list", "explain", "conformance"} <= set(commands)
+    assert [command for command in commands if f"\n## {command}\n" not in page] == []

@@ -65,8 +65,8 @@ def supports(problem, device):
 @hookimpl
 def moe_routing_backends():
     return [
-        BackendSpec(name="shaky", factory="shaky:build", targets=(Target("*"),), priority=7, supports=supports),
-        BackendSpec(name="warp", factory="shaky:build", targets=(Target("cuda"),), priority=9, requirements=("warpcore>=3",)),
+        BackendSpec(name="shaky", factory="shaky:build", targets=(Target("*"),), priority=98, supports=supports),
+        BackendSpec(name="warp", factory="shaky:build", targets=(Target("cuda"),), priority=99, requirements=("warpcore>=3",)),
     ]
 """
 
@@ -138,8 +138,10 @@ def test_a_backend_that_was_missed_is_a_warning(troubled_json):
 
 def test_backends_are_listed_best_first_with_who_brought_them(troubled_json):
     _, report = troubled_json
-    brought = [(backend["name"], backend["distribution"]) for backend in report["backends"]]
-    assert brought[:2] == [("warp", "moe-shaky 0.1"), ("shaky", "moe-shaky 0.1")]
+    priorities = [backend["priority"] for backend in report["backends"]]
+    brought = {backend["name"]: backend["distribution"] for backend in report["backends"]}
+    assert priorities == sorted(priorities, reverse=True)
+    assert (brought["warp"], brought["shaky"]) == ("moe-shaky 0.1", "moe-shaky 0.1")
 
 
 def test_an_ipex_that_does_not_fit_is_explained_and_never_imported(troubled_json):

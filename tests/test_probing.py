@@ -16,6 +16,7 @@ import torch
 from moe_routing.probing import device_names, devices, probe
 from moe_routing.probing._describe import describe
 from moe_routing.probing._installed import Installed, Triton
+from moe_routing.probing._intel import intel_arch
 from moe_routing.probing._observe import Observation, TorchBuild
 from moe_routing.probing._toolchains import toolchains
 
@@ -83,6 +84,23 @@ def test_a_recorded_device_is_described_as_what_it_is(file):
     assert device.capability == (tuple(expected["capability"]) if expected["capability"] else None)
     properties = record["properties"]
     assert device.total_memory == properties.get("total_memory", properties.get("recommended_max_memory"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "device_id", "arch"),
+    [
+        (0x500400400, None, "bmg-g21"),
+        (0x30F000700, None, "pvc"),
+        (0x30DC00800, None, "acm-g10"),
+        (0x500400400, 0x0BDA, "bmg-g21"),
+        (0x9900000000000000, 0xE211, "bmg-g21"),
+        (None, 0x0BD5, "pvc"),
+        (0x9900000000000000, 0xFFFF, ""),
+        (None, None, ""),
+    ],
+)
+def test_an_intel_gpu_is_named_by_its_architecture_number_else_by_its_device_id(architecture, device_id, arch):
+    assert intel_arch(architecture, device_id) == arch
 
 
 @pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)

@@ -14,6 +14,7 @@ from moe_routing.cli._explain import explain
 from moe_routing.cli._help import Group, taught
 from moe_routing.cli._list import list_routers
 from moe_routing.cli._show import Unusable, UsageError, shortened
+from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import UnknownNameError
 
 if TYPE_CHECKING:
@@ -83,6 +84,14 @@ app.command(
         ("moe-routing conformance acme --point 10 --point 11", "only batch invariance and determinism"),
     ),
 )(conformance)
+app.command(
+    "conformance",
+    cls=taught(
+        ("moe-routing conformance eager --point 1 --point 2", "order and ties, and unique ids"),
+        ("moe-routing conformance mine --device cuda:0 --full", "your own backend, all sizes and dtypes"),
+        ("moe-routing conformance mine --report mine.html", "a page for the pull request"),
+    ),
+)(conformance)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -98,9 +107,9 @@ def _run(arguments: list[str]) -> int:
         return int(app(args=arguments, prog_name="moe-routing", standalone_mode=False) or 0)
     except UnknownNameError as error:
         return _fail(shortened(error), _USAGE)
-    except UsageError as error:
+    except (UsageError, UnknownDeviceError) as error:
         return _fail(str(error), _USAGE)
-    except Unusable as error:
+    except (Unusable, AbsentDeviceError) as error:
         return _fail(str(error), 1)
     except typer.Abort:
         return _INTERRUPTED

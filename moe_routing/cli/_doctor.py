@@ -8,8 +8,7 @@ import typer
 
 from moe_routing.cli._catalogue import look_up
 from moe_routing.cli._render_doctor import render
-from moe_routing.cli._show import UsageError, console, print_json
-from moe_routing.probing._observe import UnknownDeviceError
+from moe_routing.cli._show import console, print_json
 from moe_routing_registry import UnknownNameError
 
 
@@ -31,10 +30,7 @@ def doctor(  # noqa: PLR0913 -- the options of the command
             raise UnknownNameError(kind, name, CHECKS)
     if router is not None:
         look_up(router)
-    try:
-        report = examine(device=device, router=router, verify=verify, checks=check)
-    except UnknownDeviceError as error:
-        raise UsageError(str(error).replace("device:", "--device:", 1)) from error
+    report = examine(device=device, router=router, verify=verify, checks=check)
     if as_json:
         print_json(report)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from moe_routing.cli._catalogue import loaded_registry, look_up
 from moe_routing.cli._show import STATE_STYLES, Unusable, UsageError, command, console, mark, print_json, table
+from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import Request
 
 if TYPE_CHECKING:
@@ -72,18 +74,16 @@ def _require_backend(name: str) -> None:
 def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command
     entry: Entry, device: str, num_experts: int | None, topk: int | None, dtype: str, backend: str | None
 ) -> ResolutionReport:
+    import moe_routing
+
     try:
-        import torch
-
-        import moe_routing
-
-        torch.device(device)
-    except ImportError as error:
-        msg = f"torch cannot be imported ({error}); `moe-routing doctor` says more"
+        with suppress(AbsentDeviceError):  # which the report says
+            moe_routing.probe(device)
+    except UnknownDeviceError:
+        raise
+    except Exception as error:  # a broken torch raises anything at import
+        msg = f"torch cannot be used ({type(error).__name__}: {error}); `moe-routing doctor` says more"
         raise Unusable(msg) from error
-    except RuntimeError as error:
-        msg = f"--device: torch knows no device {device!r}"
-        raise UsageError(msg) from error
     report = moe_routing.explain(entry.name, device=device, num_experts=num_experts, topk=topk, dtype=dtype, backend=backend)
     if report.problem is None:
         kind, _, sentence = report.error.partition(": ")

@@ -68,7 +68,7 @@ def devices(case: Case) -> list[Check]:
         return [Check(name="devices", status="problem" if case.device else "skipped", summary="unknown without torch")]
     found = [Check(name="devices", status="ok", summary=str(info)) for info in case.machine.devices]
     for name, failure in case.machine.device_failures.items():
-        sentence = failure.sentence.removeprefix("ValueError: ")
+        sentence = failure.sentence.removeprefix("AbsentDeviceError: ")
         summary = sentence if name in sentence else f"{name}: {sentence}"
         found.append(Check(name="devices", status="problem", summary=summary, details=failure.traceback))
     return found

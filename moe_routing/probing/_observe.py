@@ -24,6 +24,10 @@ class UnknownDeviceError(ValueError):
     """The device cannot exist: torch has no such device type, or cannot read the text."""
 
 
+class AbsentDeviceError(ValueError):
+    """The device could exist, and is not on this machine."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchBuild:
     """What the installed torch says of itself.
@@ -126,7 +130,7 @@ def locate(device: object) -> tuple[str, int | None]:
 
     :raises TypeError: for another type of argument.
     :raises UnknownDeviceError: for a device that torch does not know.
-    :raises ValueError: for one that is not here.
+    :raises AbsentDeviceError: for one that is not here.
     """
     import torch
 
@@ -178,7 +182,7 @@ def _require_present(kind: str, index: int | None) -> None:
         return
     wanted = kind if index is None else f"{kind}:{index}"
     msg = f"device: {wanted!r} is not on this machine; torch {TorchBuild.read().version} sees {', '.join(present())}"
-    raise ValueError(msg)
+    raise AbsentDeviceError(msg)
 
 
 def observe(kind: str, index: int | None) -> Observation:
