@@ -31,13 +31,13 @@ class RouterConformance:
     @classmethod
     def pytest_generate_tests(cls, metafunc: pytest.Metafunc) -> None:
         """Give each method the checks of its point on all their cases."""
-        from moe_routing.testing import checks
-
         option = metafunc.config.getoption
         backend = cls.backend or option("--moe-backend", default=None)
         if not backend:
             message = f"{cls.__name__}: name a backend, as the class attribute `backend` or with --moe-backend"
             raise ValueError(message)
+        from moe_routing.testing import checks
+
         device = cls.device or option("--moe-device", default=None) or "cpu"
         profile: Profile = "full" if option("--moe-full", default=False) else cls.profile
         point = int(metafunc.function.__name__.split("_")[1])

@@ -141,7 +141,7 @@ def _e(text: object) -> str:
 
 
 def _summary(report: Report) -> str:
-    counts = ", ".join(f"{n} {_WORDS[s]}" for s in STATUSES if (n := report.count(s)))
+    counts = ", ".join(f"{n} {s.replace('_', ' ')}" for s in STATUSES if (n := report.count(s)))
     rows = {
         "checks": counts,
         "device": report.device,
