@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from rich.console import Console
 from moe_routing.cli._render_doctor import render
 from moe_routing.doctor import CHECKS, SCHEMA_VERSION, _checks, examine
 from moe_routing.doctor._case import Case
-from moe_routing.doctor._environment import variables
+from moe_routing.doctor._environment import HIDING, variables
 from moe_routing.doctor._machine import Machine, gpus_without_torch
 from moe_routing.probing._describe import describe
 from moe_routing.probing._installed import Installed, Triton
@@ -368,11 +369,25 @@ def test_gpus_that_torch_does_not_see_are_found_in_the_files_of_the_system(tmp_p
     assert [vendor for vendor, _ in gpus_without_torch(tmp_path)] == ["NVIDIA", "AMD", "Intel"]
 
 
-def test_an_unseen_gpu_makes_the_cpu_build_of_torch_a_warning(monkeypatch):
+@pytest.mark.parametrize(
+    ("build", "hidden", "said", "fix"),
+    [
+        (TorchBuild(version="2.13.0+cpu"), {}, "", "uv pip install --reinstall torch --torch-backend=auto"),
+        (CUDA, {"CUDA_VISIBLE_DEVICES": ""}, "; CUDA_VISIBLE_DEVICES may hide it", "unset CUDA_VISIBLE_DEVICES"),
+        (CUDA, {}, ": the driver is too old", ""),
+    ],
+    ids=["another build", "hidden", "driver"],
+)
+def test_a_gpu_that_torch_does_not_see_is_a_warning_that_says_why(monkeypatch, build, hidden, said, fix):
+    for name in HIDING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in hidden.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(_checks, "gpus_without_torch", lambda: [("NVIDIA", "/proc/driver/nvidia/version")])
-    (check,) = _checks.torch(case(machine(build=TorchBuild(version="2.13.0+cpu"))))
-    assert (check.status, check.fix) == ("warning", "uv pip install --reinstall torch --torch-backend=auto")
-    assert "it sees no GPU, but NVIDIA's driver is loaded" in check.summary
+    here = dataclasses.replace(machine(build=build), remarks=("the driver is too old",))
+    (check,) = _checks.torch(case(here))
+    assert (check.status, check.fix) == ("warning", fix)
+    assert check.summary.endswith(f"NVIDIA's driver is loaded (/proc/driver/nvidia/version){said}")
 
 
 def test_an_output_that_can_hold_only_ascii_gets_ascii_marks():

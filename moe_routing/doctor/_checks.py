@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
 from moe_routing.doctor._case import place
 from moe_routing.doctor._check import Check
-from moe_routing.doctor._environment import variables
+from moe_routing.doctor._environment import HIDING, variables
 from moe_routing.doctor._machine import FAILURES, backend_autoloaders, gpus_without_torch, quietly
 from moe_routing.probing._toolchains import toolchains
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 PYTHON_RANGE = ((3, 10), (3, 13))
 """Oldest and newest Python that is tested."""
+_VENDORS = {"cuda": {"NVIDIA"}, "hip": {"AMD"}, "xpu": {"Intel"}}
+"""Whose GPUs a build of torch is for."""
 
 
 def python(_case: Case) -> list[Check]:
@@ -47,19 +50,30 @@ def torch(case: Case) -> list[Check]:
     if not found.usable:
         return [Check(name="torch", status="problem", summary=summary, fix=found.fix, details=details)]
     unseen = _unseen_gpus(case)
-    if unseen:
-        summary += f"; it sees no GPU, but {unseen}"
-        fix = "" if machine.remarks else "uv pip install --reinstall torch --torch-backend=auto"
-        summary += f": {machine.remarks[0]}" if machine.remarks else ""
-        return [Check(name="torch", status="warning", summary=summary, fix=fix, details=details)]
-    return [Check(name="torch", status="ok", summary=summary, details=details)]
+    if not unseen:
+        return [Check(name="torch", status="ok", summary=summary, details=details)]
+    shown = " and ".join(f"{vendor}'s driver is loaded ({evidence})" for vendor, evidence in unseen)
+    why, fix = _why_unseen(case, {vendor for vendor, _ in unseen})
+    return [
+        Check(name="torch", status="warning", summary=f"{summary}; it sees no GPU, but {shown}{why}", fix=fix, details=details)
+    ]
 
 
-def _unseen_gpus(case: Case) -> str:
+def _unseen_gpus(case: Case) -> list[tuple[str, str]]:
     if case.device is not None or any(info.is_accelerator for info in case.machine.devices):
-        return ""
-    gpus = gpus_without_torch()
-    return " and ".join(f"{vendor}'s driver is loaded ({evidence})" for vendor, evidence in gpus)
+        return []
+    return gpus_without_torch()
+
+
+def _why_unseen(case: Case, vendors: set[str]) -> tuple[str, str]:
+    """Say why torch sees none of the GPUs of these vendors, and how to mend it: hidden, another build, or the driver."""
+    hidden = [name for name in HIDING if name in os.environ]
+    build = case.machine.build
+    if build is None or not vendors & _VENDORS.get(build.kind, set()):
+        return "", "uv pip install --reinstall torch --torch-backend=auto"
+    if hidden:
+        return f"; {' and '.join(hidden)} may hide it", f"unset {' '.join(hidden)}"
+    return "".join(f": {remark}" for remark in case.machine.remarks[:1]), ""
 
 
 def devices(case: Case) -> list[Check]:

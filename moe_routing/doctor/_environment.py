@@ -16,12 +16,15 @@ OURS = {
     BLOCK_VARIABLE: "backends that must not be used, separated by commas",
     STRICT_VARIABLE: "1: a choice below the device's best is an error",
 }
-OTHERS = {
+HIDING = {
     "CUDA_VISIBLE_DEVICES": "the NVIDIA and AMD devices that torch may see",
     "HIP_VISIBLE_DEVICES": "the AMD devices that torch may see",
     "ROCR_VISIBLE_DEVICES": "the AMD devices that ROCm may see",
     "ZE_AFFINITY_MASK": "the Intel devices that torch may see",
     "ONEAPI_DEVICE_SELECTOR": "the Intel devices that SYCL may see",
+}
+"""Variables of others that decide which devices torch sees."""
+OTHERS = HIDING | {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0: torch imports no third-party device backends",
     "TRITON_INTERPRET": "1: triton runs on the CPU, in Python",
 }

@@ -209,10 +209,9 @@ def present() -> list[str]:
     """Name the devices that torch sees, the CPU first."""
     import torch
 
-    kinds = [*_INDEXED, "mps"]
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and accelerator.type not in kinds:
-        kinds.append(accelerator.type)
+    foreign = torch._C._get_privateuse1_backend_name()  # noqa: SLF001 -- nothing public tells the name
+    kinds = dict.fromkeys([*_INDEXED, "mps", foreign, *([accelerator.type] if accelerator else [])])
     names = ["cpu"]
     for kind in kinds:
         count = _count(_module(kind)) or 0
