@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from functools import cache
@@ -27,8 +28,10 @@ from moe_routing_registry import (
 
 if TYPE_CHECKING:
     from moe_routing._backend import BoundRouter
+    from moe_routing.testing.shadow import Health, Shadow
     from moe_routing_registry import Registry, ResolutionReport
 
+VERIFY_VARIABLE = "MOE_ROUTING_VERIFY"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 Key = tuple[torch.device, torch.dtype, int, int, torch.dtype, bool, bool, "str | None"]
@@ -53,6 +56,10 @@ class Router:
     :ivar topk: K where the router was made from a configuration, else ``None``; then every call names it.
     :ivar latest: the binding of the latest call, ``None`` before the first.
 
+    ``verify=True`` compares every call with the float64 oracle, ``verify=0.01`` one in a hundred, without ever changing a
+    result or raising: ``health()`` and the logger ``moe_routing.verify`` tell. ``MOE_ROUTING_VERIFY=sample:0.01`` does so
+    for every router.
+
     >>> route = Router(RoutingSpec(family="topk_softmax", renormalize=True))
     >>> weights, ids = route(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
     >>> weights, ids
@@ -66,6 +73,7 @@ class Router:
         topk: int | None = None,
         num_experts: int | None = None,
         backend: str | None = None,
+        verify: float | bool | None = None,
     ) -> None:
         self.spec = spec
         self.topk = topk
@@ -73,6 +81,7 @@ class Router:
         self._requested = backend
         self._bindings: dict[Key, Binding] = {}
         self._lock = threading.Lock()
+        self._shadow = _shadow(verify)
         self.latest: Binding | None = None
 
     def __call__(  # noqa: PLR0913 -- one argument an operand of the maths
@@ -130,6 +139,11 @@ class Router:
                 self.spec, self._requested, logits, topk, per_expert_scale, bias, token_ids, expert_table,
                 num_valid_tokens, expert_map, ids_dtype, out, training=training,
             )  # fmt: skip
+            if self._shadow is not None and not torch.compiler.is_compiling():
+                self._shadow.look(self.spec, logits, topk, result, {
+                    "per_expert_scale": per_expert_scale, "bias": bias, "token_ids": token_ids, "expert_table": expert_table,
+                    "num_valid_tokens": num_valid_tokens, "expert_map": expert_map,
+                })  # fmt: skip
             if not torch.compiler.is_compiling():
                 self.latest = _op.router_of(self.spec.to_json(), self._requested).latest
             return result
@@ -235,6 +249,18 @@ class Router:
         """How the backend of the latest call was chosen, ``None`` before the first call."""
         return self.latest.report if self.latest else None
 
+    def health(self) -> Health:
+        """Return what shadow mode has seen of this router's calls: how many were compared, near ties, and what was wrong.
+
+        >>> route = Router(RoutingSpec(family="topk_softmax", renormalize=True), verify=True)
+        >>> _ = route(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
+        >>> route.health().compared, route.health().ok
+        (1, True)
+        """
+        from moe_routing.testing.shadow import Health
+
+        return Health() if self._shadow is None else self._shadow.health()
+
     def __repr__(self) -> str:
         """Show the spec, and what the router was made for."""
         extras = [
@@ -303,7 +329,8 @@ class Router:
             training=training,
             layout="rows" if rows else "strided",
         )
-        return _resolve_and_build(registry(), problem, device, Request.gather(self._requested))
+        binding = _resolve_and_build(registry(), problem, device, Request.gather(self._requested))
+        return binding if self._shadow is None else Binding(self._shadow.watch(binding.bound, self.spec, topk), binding.report)
 
 
 def _resolve_and_build(known: Registry, problem: RoutingProblem, device: torch.device, request: Request) -> Binding:
@@ -338,6 +365,16 @@ def _say_if_missed(report: ResolutionReport, request: Request) -> None:
 @cache
 def _warn_once(text: str) -> None:
     warnings.warn(text, DowngradeWarning, stacklevel=2)
+
+
+def _shadow(verify: float | bool | None) -> Shadow | None:  # noqa: FBT001 -- True is what users write
+    """Return what watches the calls, where the argument or the environment asks for it."""
+    if verify is None and not os.environ.get(VERIFY_VARIABLE):
+        return None
+    from moe_routing.testing.shadow import Shadow, rate_of
+
+    rate = rate_of(verify)
+    return Shadow(rate) if rate else None
 
 
 def _contiguous(operand: Tensor | None) -> Tensor | None:

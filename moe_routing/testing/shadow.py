@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_routing._router import VERIFY_VARIABLE
 from moe_routing.testing.admissible import compare
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from moe_routing.testing.admissible import Comparison
     from moe_routing_registry import RoutingSpec
 
-VARIABLE = "MOE_ROUTING_VERIFY"
 ROWS = 1024
 """Most rows of a call that are compared: a random stretch of them."""
 
@@ -76,7 +76,11 @@ def rate_of(verify: float | bool | None) -> float:  # noqa: FBT001 -- True is wh
     (1.0, 0.25, 0.0)
     """
     if verify is None:
-        name, said, expected = VARIABLE, os.environ.get(VARIABLE, "").strip() or "0", "sample:SHARE from 0 to 1, 1 or 0"
+        name, said, expected = (
+            VERIFY_VARIABLE,
+            os.environ.get(VERIFY_VARIABLE, "").strip() or "0",
+            "sample:SHARE from 0 to 1, 1 or 0",
+        )
     else:
         name, said, expected = "verify", str(verify), "True, False or a share from 0 to 1"
     try:
