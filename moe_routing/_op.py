@@ -1,4 +1,4 @@
-"""The operators ``moe_routing::route`` and ``route_backward``: what tracing, fake tensors and autograd see.
+"""The operators ``moe_routing::route``, ``route_training`` and ``route_backward``: what tracing and autograd see.
 
 An ordinary call never comes here (a dispatch through the operator costs more than the choice of the backend); a traced
 one, and one that wants gradients, does. The spec travels as its canonical JSON, so that an exported program can be
@@ -7,7 +7,7 @@ loaded in another process, where ``import moe_routing._op`` has registered the o
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
 _LIBRARY = torch.library.Library("moe_routing", "DEF")
-_LIBRARY.define(
-    "route(Tensor logits, Tensor? per_expert_scale, Tensor? bias, Tensor? token_ids, Tensor? expert_table, "
-    "Tensor? num_valid_tokens, Tensor? expert_map, str spec, int topk, ScalarType ids_dtype, bool training, "
-    "str? backend) -> (Tensor weights, Tensor ids)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_SCHEMA = (
+    "(Tensor logits, Tensor? per_expert_scale, Tensor? bias, Tensor? token_ids, Tensor? expert_table, "
+    "Tensor? num_valid_tokens, Tensor? expert_map, str spec, int topk, ScalarType ids_dtype, "
+    "str? backend) -> (Tensor weights, Tensor ids)"
 )
+_LIBRARY.define(f"route{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(f"route_training{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     "route_backward(Tensor grad_weights, Tensor logits, Tensor ids, Tensor? per_expert_scale, str spec, str? backend) "
     "-> (Tensor grad_logits, Tensor grad_per_expert_scale)",
@@ -51,14 +52,15 @@ def call(  # noqa: PLR0913, PLR0917 -- the router's operands
     *,
     training: bool,
 ) -> RoutingOutput:
-    """Call ``moe_routing::route`` with checked arguments."""
+    """Call an operator with checked arguments; the one with an autograd formula, which costs more, where it is wanted."""
     if num_valid_tokens is not None and not isinstance(num_valid_tokens, Tensor):
         num_valid_tokens = torch.full((1,), num_valid_tokens, dtype=torch.int64, device=logits.device)
     # The backward needs logical ids, so with gradients the map is applied behind the operator.
     inside_map = None if training else expert_map
-    weights, ids = torch.ops.moe_routing.route(
+    operator = torch.ops.moe_routing.route_training if training else torch.ops.moe_routing.route
+    weights, ids = operator(
         logits, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, inside_map,
-        spec.to_json(), topk, ids_dtype, training, backend,
+        spec.to_json(), topk, ids_dtype, backend,
     )  # fmt: skip
     if expert_map is not None and training:
         ids = torch.where(ids < 0, ids, expert_map[ids.clamp(min=0)].to(ids.dtype))
@@ -86,8 +88,9 @@ def _route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     spec: str,
     topk: int,
     ids_dtype: torch.dtype,
-    training: bool,  # noqa: FBT001 -- likewise
     backend: str | None,
+    *,
+    training: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return router_of(spec, backend).route_checked(
         logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, None,
@@ -95,13 +98,16 @@ def _route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     )  # fmt: skip
 
 
-_LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("moe_routing::route", lib=_LIBRARY)
 def _route_fake(logits: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema
     spec, topk, ids_dtype = operands[6:9]
     return empty_output(RoutingSpec.from_json(spec), logits, topk, ids_dtype)
+
+
+_LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
+_LIBRARY.impl("route", torch.library.fallthrough_kernel, "Autograd")  # nothing to record
+_LIBRARY.impl("route_training", partial(_route, training=True), "CompositeExplicitAutograd")
+torch.library.register_fake("moe_routing::route", _route_fake, lib=_LIBRARY)
+torch.library.register_fake("moe_routing::route_training", _route_fake, lib=_LIBRARY)
 
 
 def _route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
@@ -132,7 +138,7 @@ def _route_backward_fake(
 
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, per_expert_scale = inputs[:2]
-    ctx.spec, ctx.topk, ctx.backend = inputs[7], inputs[8], inputs[11]  # type: ignore[attr-defined]  # a bag by design
+    ctx.spec, ctx.topk, ctx.backend = inputs[7], inputs[8], inputs[10]  # type: ignore[attr-defined]  # a bag by design
     ctx.save_for_backward(logits, per_expert_scale, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -148,8 +154,8 @@ def _backward(ctx: Any, grad_weights: Tensor, _grad_ids: None) -> tuple[Tensor |
         ctx.spec,
         ctx.backend,
     )
-    nothing = (None,) * 10
+    nothing = (None,) * 9
     return grad_logits, (None if per_expert_scale is None else grad_scale), *nothing
 
 
-torch.library.register_autograd("moe_routing::route", _backward, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("moe_routing::route_training", _backward, setup_context=_save, lib=_LIBRARY)

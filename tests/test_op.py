@@ -12,6 +12,7 @@ from moe_routing.families import FAMILIES
 
 E, K, T = 16, 4, 6
 ROUTE = torch.ops.moe_routing.route.default
+TRAIN = torch.ops.moe_routing.route_training.default
 BACKWARD = torch.ops.moe_routing.route_backward.default
 GEMMA = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 
@@ -191,7 +192,7 @@ def test_opcheck_passes(name, training):
     given = {"per_expert_scale": None, "bias": None, "token_ids": None, "expert_table": None, **operands(spec)}
     logits = torch.randn(T, E, requires_grad=training)
     num_valid = torch.tensor([4])
-    opcheck(ROUTE, (logits, *given.values(), num_valid, None, spec.to_json(), K, torch.int32, training, None))
+    opcheck(TRAIN if training else ROUTE, (logits, *given.values(), num_valid, None, spec.to_json(), K, torch.int32, None))
 
 
 def test_opcheck_of_the_backward_passes():
