@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -112,8 +112,8 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
 
     >>> explain("gemma4", num_experts=128, topk=8).winner
     'eager'
-    >>> explain("gemma4", device="warp:9").error[:30]
-    "device: 'warp:9' is not usable"
+    >>> explain("gemma4", device="warp:9").winner is None
+    True
     """
     try:
         spec, configured_topk, configured_experts = _look_up(router)
@@ -127,7 +127,7 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
     try:
         info = probe(device)
     except Exception as error:  # noqa: BLE001 -- likewise
-        return ResolutionReport(problem=problem, requested=backend, error=f"device: {str(device)!r} is not usable: {error}")
+        return ResolutionReport(problem=problem, requested=backend, error=str(error))
     try:
         return registry().resolve(problem, info, request)
     except Exception as error:  # noqa: BLE001 -- likewise
@@ -144,14 +144,3 @@ def prefer(backend: str) -> AbstractContextManager[None]:
     """
     registry().check_names(Request(backend=backend, asked_by="context"))
     return preferring(backend)
-
-
-def describe(router: str) -> dict[str, Any]:
-    """Return what ``moe-routing list`` shows of a name: formula, family and source, as plain JSON values."""
-    spec = list_routers()[router]
-    if router in MODELS:
-        kind, source = "model", MODELS[router].source
-    else:
-        card = FAMILIES.get(router) or registry().families.get(router)
-        kind, source = ("family", card.source) if card else ("model", "")
-    return {"name": router, "kind": kind, "family": spec.family, "formula": spec.formula, "source": source}
