@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "==> torch, by constraints.txt (some hundred MB, a minute or more)"
 	@$(PIP) install -c constraints.txt torch
 	@echo "==> moe-routing, editable, with what tests, docs and lint need"
-	@$(PIP) install -c constraints.txt -e '.[test,transformers,docs,bench]' ruff mypy import-linter
+	@$(PIP) install -c constraints.txt -e '.[test,transformers,docs,bench,triton]' ruff mypy import-linter
 	@touch $@
 
 demo: $(READY) ## a random-weight MoE model of transformers, routed by us and by its own code (MODEL=deepseek_v3|qwen3_moe|gpt_oss)

@@ -25,7 +25,9 @@ _routers: dict[tuple[object, ...], Router] = {}
 _lock = threading.Lock()
 
 
-def get_router(router: str | RoutingSpec | object, *, backend: str | None = None) -> Router:
+def get_router(
+    router: str | RoutingSpec | object, *, backend: str | None = None, verify: float | bool | None = None
+) -> Router:
     """Return the router of a model, a family, a spec or a configuration.
 
     The same arguments give the same router, from any thread. Nothing is probed or built before its first call.
@@ -33,6 +35,7 @@ def get_router(router: str | RoutingSpec | object, *, backend: str | None = None
     :param router: a model name (transformers' ``model_type``), a family name, a ``RoutingSpec``, or a configuration
         object or dict with a ``model_type``, from which E, K, groups, scaling and renormalisation are read.
     :param backend: name of the backend to use, or an error; ``None`` to choose the best for each device.
+    :param verify: ``True``, or the share of calls, to compare with the float64 oracle in shadow; see ``Router.health``.
     :raises UnknownNameError: no such router or backend; near matches are named.
     :raises ValueError: the configuration lacks an attribute, or has an impossible value.
 
@@ -46,10 +49,10 @@ def get_router(router: str | RoutingSpec | object, *, backend: str | None = None
     if backend is not None:
         registry().check_names(Request(backend=backend, asked_by="argument"))
     spec, topk, num_experts = _look_up(router)
-    key = (spec, topk, num_experts, backend)
+    key = (spec, topk, num_experts, backend, verify)
     with _lock:
         if key not in _routers:
-            _routers[key] = Router(spec, topk=topk, num_experts=num_experts, backend=backend)
+            _routers[key] = Router(spec, topk=topk, num_experts=num_experts, backend=backend, verify=verify)
         return _routers[key]
 
 

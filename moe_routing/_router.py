@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from functools import cache
@@ -24,6 +23,7 @@ from moe_routing_registry import (
     RoutingProblem,
     RoutingSpec,
     preference,
+    verify_rate,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from moe_routing.testing.shadow import Health, Shadow
     from moe_routing_registry import Registry, ResolutionReport
 
-VERIFY_VARIABLE = "MOE_ROUTING_VERIFY"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 Key = tuple[torch.device, torch.dtype, int, int, torch.dtype, bool, bool, "str | None"]
@@ -369,12 +368,12 @@ def _warn_once(text: str) -> None:
 
 def _shadow(verify: float | bool | None) -> Shadow | None:  # noqa: FBT001 -- True is what users write
     """Return what watches the calls, where the argument or the environment asks for it."""
-    if verify is None and not os.environ.get(VERIFY_VARIABLE):
+    rate = verify_rate(verify)
+    if not rate:
         return None
-    from moe_routing.testing.shadow import Shadow, rate_of
+    from moe_routing.testing.shadow import Shadow
 
-    rate = rate_of(verify)
-    return Shadow(rate) if rate else None
+    return Shadow(rate)
 
 
 def _contiguous(operand: Tensor | None) -> Tensor | None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moe_routing_registry import BACKEND_VARIABLE, BLOCK_VARIABLE, STRICT_VARIABLE, UnknownNameError, flag
+from moe_routing_registry import (
+    BACKEND_VARIABLE,
+    BLOCK_VARIABLE,
+    STRICT_VARIABLE,
+    VERIFY_VARIABLE,
+    UnknownNameError,
+    flag,
+    verify_rate,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 PREFIX = "MOE_ROUTING_"
 OURS = {
     BACKEND_VARIABLE: "the backend to use, or an error",
     BLOCK_VARIABLE: "backends that must not be used, separated by commas",
     STRICT_VARIABLE: "1: a choice below the device's best is an error",
+    VERIFY_VARIABLE: "sample:0.01: one call in a hundred is compared with the oracle",
 }
 HIDING = {
     "CUDA_VISIBLE_DEVICES": "the NVIDIA and AMD devices that torch may see",
@@ -57,15 +66,18 @@ def _judge(name: str, value: str, backends: Collection[str]) -> str:
     if name not in OURS:
         return str(UnknownNameError("variable", name, OURS))
     if name == STRICT_VARIABLE:
-        return _not_a_flag(name)
+        return _refusal(flag, name)
+    if name == VERIFY_VARIABLE:
+        return _refusal(verify_rate, None)
     if name == BACKEND_VARIABLE:
         meant = [value.strip()] if value.strip() else []
     return "; ".join(str(UnknownNameError(kind, part, backends)) for part in meant if part not in backends)
 
 
-def _not_a_flag(name: str) -> str:
+def _refusal(read: Callable[[Any], object], argument: str | None) -> str:
+    """Return what a reader says against the value, ``""`` where it takes it."""
     try:
-        flag(name)
+        read(argument)
     except ValueError as error:
         return str(error)
     return ""

@@ -10,7 +10,6 @@ A comparison takes milliseconds and waits for the device. While a CUDA graph is 
 from __future__ import annotations
 
 import logging
-import os
 import random
 import threading
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing._router import VERIFY_VARIABLE
 from moe_routing.testing.admissible import compare
 
 if TYPE_CHECKING:
@@ -65,32 +63,6 @@ class Health:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
-
-
-def rate_of(verify: float | bool | None) -> float:  # noqa: FBT001 -- True is what users write
-    """Return the share of calls to compare: the argument's, or the environment's where it is ``None``.
-
-    :raises ValueError: neither a share from 0 to 1, nor ``MOE_ROUTING_VERIFY`` as ``sample:SHARE``, ``1`` or ``0``.
-
-    >>> rate_of(True), rate_of(0.25), rate_of(False)
-    (1.0, 0.25, 0.0)
-    """
-    if verify is None:
-        name, said, expected = (
-            VERIFY_VARIABLE,
-            os.environ.get(VERIFY_VARIABLE, "").strip() or "0",
-            "sample:SHARE from 0 to 1, 1 or 0",
-        )
-    else:
-        name, said, expected = "verify", str(verify), "True, False or a share from 0 to 1"
-    try:
-        rate = float({"True": "1", "False": "0"}.get(said, said.removeprefix("sample:")))
-    except ValueError:
-        rate = -1.0
-    if not 0 <= rate <= 1:
-        msg = f"{name}: expected {expected}, got {said!r}"
-        raise ValueError(msg)
-    return rate
 
 
 class Shadow:

@@ -27,11 +27,13 @@ from moe_routing_registry._request import (
     BACKEND_VARIABLE,
     BLOCK_VARIABLE,
     STRICT_VARIABLE,
+    VERIFY_VARIABLE,
     AskedBy,
     Request,
     flag,
     preference,
     preferring,
+    verify_rate,
 )
 from moe_routing_registry._spec import SCORES, SELECTIONS, GroupScore, RoutingSpec, Selection
 from moe_routing_registry._verdict import RejectCode, Verdict
@@ -47,6 +49,7 @@ __all__ = [
     "SCORES",
     "SELECTIONS",
     "STRICT_VARIABLE",
+    "VERIFY_VARIABLE",
     "AskedBy",
     "BackendSpec",
     "BackendUnavailableError",
@@ -77,4 +80,5 @@ __all__ = [
     "hookimpl",
     "preference",
     "preferring",
+    "verify_rate",
 ]

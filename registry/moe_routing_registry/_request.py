@@ -16,6 +16,7 @@ AskedBy = Literal["argument", "context", "environment", "probe"]
 BACKEND_VARIABLE = "MOE_ROUTING_BACKEND"
 BLOCK_VARIABLE = "MOE_ROUTING_BLOCK"
 STRICT_VARIABLE = "MOE_ROUTING_STRICT"
+VERIFY_VARIABLE = "MOE_ROUTING_VERIFY"
 
 preference: ContextVar[str | None] = ContextVar("moe_routing_preference", default=None)
 """The backend that the innermost ``prefer`` block names in this thread or task."""
@@ -73,3 +74,29 @@ def flag(variable: str) -> bool:
         return True
     msg = f"{variable}: expected 1 or 0, got {value!r}"
     raise ValueError(msg)
+
+
+def verify_rate(verify: float | bool | None) -> float:  # noqa: FBT001 -- True is what users write
+    """Return the share of calls to compare: the argument's, or the environment's where it is ``None``.
+
+    :raises ValueError: neither a share from 0 to 1, nor ``MOE_ROUTING_VERIFY`` as ``sample:SHARE``, ``1`` or ``0``.
+
+    >>> verify_rate(True), verify_rate(0.25), verify_rate(False)
+    (1.0, 0.25, 0.0)
+    """
+    if verify is None:
+        name, said, expected = (
+            VERIFY_VARIABLE,
+            os.environ.get(VERIFY_VARIABLE, "").strip() or "0",
+            "sample:SHARE from 0 to 1, 1 or 0",
+        )
+    else:
+        name, said, expected = "verify", str(verify), "True, False or a share from 0 to 1"
+    try:
+        rate = float({"True": "1", "False": "0"}.get(said, said.removeprefix("sample:")))
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        msg = f"{name}: expected {expected}, got {said!r}"
+        raise ValueError(msg)
+    return rate
