@@ -36,7 +36,7 @@ def test_eager_conforms(point):
 
 def pytest_on(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "moe_routing.testing.plugin", "-q", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -41,7 +41,7 @@ def test_the_plugin_and_the_class_import_no_torch():
 def test_a_pytest_run_of_somebody_else_imports_no_torch(tmp_path):
     (tmp_path / "test_theirs.py").write_text("import sys\ndef test_it():\n    assert 'torch' not in sys.modules\n")
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "moe_routing.testing.plugin", "-p", "no:cacheprovider", str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
