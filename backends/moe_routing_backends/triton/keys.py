@@ -9,15 +9,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def at_least(x, lowest: tl.constexpr):
+    """Return the higher of float32 ``x`` and ``lowest``; NaN gives ``lowest``.
+
+    Of NaN and a number a GPU's maximum is the number, as IEEE 754's maxNum; NumPy's, in the interpreter, is NaN.
+    """
+    if INTERPRETED:
+        x = tl.where(x == x, x, lowest)  # noqa: PLR0124 -- only NaN differs from itself
+    return tl.maximum(x, lowest)
 
 
 @triton.jit
 def clean(x):
     """Widen to float32, count NaN as -inf, clamp to the finite range."""
-    l = x.to(tl.float32)
-    l = tl.where(l == l, l, -FLOAT32_MAX)  # noqa: PLR0124 -- only NaN differs from itself
-    return tl.minimum(tl.maximum(l, -FLOAT32_MAX), FLOAT32_MAX)
+    return tl.minimum(at_least(x.to(tl.float32), -FLOAT32_MAX), FLOAT32_MAX)
 
 
 @triton.jit
@@ -71,3 +81,32 @@ def value_of_packed16(key, HALF: tl.constexpr):
     else:
         value = (bits << 16).to(tl.float32, bitcast=True)
     return tl.minimum(tl.maximum(value, -FLOAT32_MAX), FLOAT32_MAX)
+
+
+@triton.jit
+def rough_key(t, place, MASK: tl.constexpr):
+    """Pack the high bits of a clean float32 and the complement of its place (``place <= MASK``) into one uint32.
+
+    If a > b then their rough keys, places aside, are in this order or equal. ``t + 0.0`` turns -0 into +0; flipping the
+    sign of positive and all bits of negative floats is the usual order-preserving map.
+    """
+    bits = (t + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) | -0x80000000)
+    return ((ordered & ~MASK) | (MASK - place)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def narrow_key(x, place, MASK: tl.constexpr):
+    """Pack a 16-bit float and the complement of its place into one uint32, exactly.
+
+    As float32, bfloat16 has 16 low bits that are 0 and float16 has 13, and places take 11. NaN counts as -inf.
+    """
+    return rough_key(at_least(x.to(tl.float32), float("-inf")), place, MASK)
+
+
+@triton.jit
+def value_of_narrow(key, MASK: tl.constexpr):
+    """Return the clean float32 value inside a ``narrow_key``."""
+    ordered = key.to(tl.int32, bitcast=True)
+    bits = (ordered ^ (~(ordered >> 31) | -0x80000000)) & ~MASK
+    return clean(bits.to(tl.float32, bitcast=True))

@@ -21,7 +21,7 @@ from moe_routing_backends.triton.keys import (
     value_of_key,
     value_of_packed16,
 )
-from moe_routing_backends.triton.scores import activate, exp, selected_weights, sigmoid, sqrtsoftplus, tree_sum
+from moe_routing_backends.triton.scores import activate, exp_of_many, selected_weights, sigmoid, sqrtsoftplus, tree_sum
 
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 
@@ -68,7 +68,7 @@ def best_of_each_group(key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.c
     return tl.reshape(tl.where(left == 0, key3, 0), [ROWS, GROUPS * SIZE])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "valid", "row_stride", "expert_stride", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens", "expert_map"])
 def lanes_kernel(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
     T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
@@ -105,7 +105,7 @@ def lanes_kernel(
         if WHOLE_ROW and SELECTION != "sparsemixer":
             x = tl.where(exists[None, :], activate(clean(raw), MULTIPLIER, CAP), -FLOAT32_MAX)
             highest = tl.max(x, axis=1)
-            p = tl.where(exists[None, :], exp(x - highest[:, None]), 0.0)
+            p = tl.where(exists[None, :], exp_of_many(x - highest[:, None]), 0.0)
             total = tree_sum(p, BLOCK_T, GROUPS * SIZE)
 
     if SELECTION == "token_table":
@@ -151,7 +151,7 @@ def lanes_kernel(
                 if SELECTION == "sparsemixer":
                     m = value_of_key(tl.max(key, axis=1))[:, None]
                     far = (m - l) / tl.maximum(tl.abs(l), m) > 2.0 * JITTER
-                    near = tl.where((key == 0) | far, 0.0, exp(tl.minimum(l - m, 0.0)))
+                    near = tl.where((key == 0) | far, 0.0, exp_of_many(tl.minimum(l - m, 0.0)))
                     share = tl.where(here, 1.0 / tree_sum(near, BLOCK_T, GROUPS * SIZE)[:, None], share)
                 best, at, key = round_of_max(key, place)
                 found = tl.where(here, best[:, None], found)

@@ -37,6 +37,12 @@ def exp(d):
 
 
 @triton.jit
+def exp_of_many(d):
+    """Return e**d for d <= 0 with one rounding less cared for: for sums, where a term's error counts by its share."""
+    return tl.math.exp2(tl.maximum(d, UNDERFLOW) * LOG2E_HIGH)
+
+
+@triton.jit
 def log1p(e):
     """Return log(1 + e) for 0 <= e <= 1: 2 artanh(s) with s = e / (2 + e) <= 1/3, whose series ends at s**15."""
     s = e / (2.0 + e)
