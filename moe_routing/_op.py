@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_routing._backend import RoutingOutput
-from moe_routing._router import Router, empty_output
+from moe_routing._binding import Binder, empty_output
 from moe_routing.formula import weights_backward
 from moe_routing_registry import RoutingSpec
 
@@ -72,9 +72,9 @@ def call(  # noqa: PLR0913, PLR0917 -- the router's operands
 
 
 @cache
-def router_of(spec: str, backend: str | None) -> Router:
-    """Return the router behind the operator."""
-    return Router(RoutingSpec.from_json(spec), backend=backend)
+def binder_of(spec: str, backend: str | None) -> Binder:
+    """Return what binds the operator's calls."""
+    return Binder(RoutingSpec.from_json(spec), backend)
 
 
 def _route(  # noqa: PLR0913, PLR0917 -- the operator's schema
@@ -92,7 +92,7 @@ def _route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     *,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return router_of(spec, backend).route_checked(
+    return binder_of(spec, backend).route(
         logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, None,
         training=training,
     )  # fmt: skip
@@ -113,8 +113,7 @@ torch.library.register_fake("moe_routing::route_training", _route_fake, lib=_LIB
 def _route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
     grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None, spec: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    router = router_of(spec, backend)
-    binding = router.binding_for(
+    binding = binder_of(spec, backend).binding_for(
         logits.device, logits.dtype, logits.shape[1], ids.shape[1], ids_dtype=ids.dtype, training=True,
         rows=logits.stride(1) == 1 or logits.shape[1] == 1,
     )  # fmt: skip
@@ -122,7 +121,7 @@ def _route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
     if backward is not None and logits.shape[0]:
         fused: tuple[Tensor, Tensor] = backward(grad_weights, logits, ids, per_expert_scale)
         return fused
-    return weights_backward(router.spec, grad_weights, logits, ids, per_expert_scale)
+    return weights_backward(RoutingSpec.from_json(spec), grad_weights, logits, ids, per_expert_scale)
 
 
 _LIBRARY.impl("route_backward", _route_backward, "CompositeExplicitAutograd")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_routing import _check
+from moe_routing._binding import dtype_name
 from moe_routing._registry import registry
-from moe_routing._router import Router, dtype_name
+from moe_routing._router import Router
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED, from_config
 from moe_routing.probing import probe

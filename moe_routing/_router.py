@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
-from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from moe_routing import _check
-from moe_routing._backend import RoutingOutput
-from moe_routing._registry import registry
-from moe_routing.probing import probe
-from moe_routing_registry import (
-    STRICT_VARIABLE,
-    BackendUnavailableError,
-    DowngradeWarning,
-    FactoryError,
-    Request,
-    RoutingProblem,
-    RoutingSpec,
-    preference,
-    verify_rate,
-)
+from moe_routing import _check, _op
+from moe_routing._binding import Binder
+from moe_routing_registry import RoutingSpec, verify_rate
 
 if TYPE_CHECKING:
-    from moe_routing._backend import BoundRouter
+    from moe_routing._backend import RoutingOutput
+    from moe_routing._binding import Binding
     from moe_routing.testing.shadow import Health, Shadow
-    from moe_routing_registry import Registry, ResolutionReport
+    from moe_routing_registry import ResolutionReport
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-Key = tuple[torch.device, torch.dtype, int, int, torch.dtype, bool, bool, "str | None"]
-"""Device, logits dtype, E, K, ids dtype, rows, training, preference: what a binding depends on."""
-
-
-class Binding(NamedTuple):
-    """A kernel bound to a problem, and the report of how it was chosen."""
-
-    bound: BoundRouter
-    report: ResolutionReport
 
 
 class Router:
@@ -53,7 +29,6 @@ class Router:
     :ivar spec: the maths.
     :ivar num_experts: E where the router was made from a configuration, else ``None``.
     :ivar topk: K where the router was made from a configuration, else ``None``; then every call names it.
-    :ivar latest: the binding of the latest call, ``None`` before the first.
 
     ``verify=True`` compares every call with the float64 oracle, ``verify=0.01`` one in a hundred, without ever changing a
     result or raising: ``health()`` and the logger ``moe_routing.verify`` tell. ``MOE_ROUTING_VERIFY=sample:0.01`` does so
@@ -78,10 +53,8 @@ class Router:
         self.topk = topk
         self.num_experts = num_experts
         self._requested = backend
-        self._bindings: dict[Key, Binding] = {}
-        self._lock = threading.Lock()
         self._shadow = _shadow(verify)
-        self.latest: Binding | None = None
+        self._binder = Binder(spec, backend, self._shadow)
 
     def __call__(  # noqa: PLR0913 -- one argument an operand of the maths
         self,
@@ -129,8 +102,6 @@ class Router:
             logits.requires_grad or (per_expert_scale is not None and per_expert_scale.requires_grad)
         )
         if training or torch.compiler.is_compiling() or type(logits) not in _PLAIN:
-            from moe_routing import _op
-
             if out is not None and training:
                 msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
                 raise ValueError(msg)
@@ -144,48 +115,12 @@ class Router:
                     "num_valid_tokens": num_valid_tokens, "expert_map": expert_map,
                 })  # fmt: skip
             if not torch.compiler.is_compiling():
-                self.latest = _op.router_of(self.spec.to_json(), self._requested).latest
+                self._binder.latest = _op.binder_of(self.spec.to_json(), self._requested).latest
             return result
-        return self.route_checked(
+        return self._binder.route(
             logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out,
             training=False,
         )  # fmt: skip
-
-    def route_checked(  # noqa: PLR0913, PLR0917 -- positional: this is the hot path
-        self,
-        logits: Tensor,
-        topk: int,
-        per_expert_scale: Tensor | None,
-        bias: Tensor | None,
-        token_ids: Tensor | None,
-        expert_table: Tensor | None,
-        num_valid_tokens: int | Tensor | None,
-        expert_map: Tensor | None,
-        ids_dtype: torch.dtype,
-        out: RoutingOutput | None,
-        *,
-        training: bool,
-    ) -> RoutingOutput:
-        """Find the bound kernel and call it; the arguments have been checked. For this package's own use."""
-        num_tokens, num_experts = logits.shape
-        if num_tokens == 0:
-            return out if out is not None else empty_output(self.spec, logits, topk, ids_dtype)
-        rows = logits.stride(1) == 1 or num_experts == 1
-        key = (logits.device, logits.dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
-        binding = self._bindings.get(key)
-        if binding is None:
-            binding = self._bind(key)
-        self.latest = binding
-        return binding.bound(
-            logits,
-            per_expert_scale=_contiguous(per_expert_scale),
-            bias=_contiguous(bias),
-            token_ids=_contiguous(token_ids),
-            expert_table=_contiguous(expert_table),
-            num_valid_tokens=num_valid_tokens,
-            expert_map=_contiguous(expert_map),
-            out=out,
-        )
 
     def binding_for(  # noqa: PLR0913 -- the fields of a RoutingProblem
         self,
@@ -201,17 +136,10 @@ class Router:
         """Choose and build ahead of the first call; the same binding serves later calls.
 
         :param rows: whether the experts of a row lie side by side in memory.
+        :returns: ``(bound, report)``: the bound kernel, whose arguments nobody checks, and how it was chosen.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
-        device = torch.device(device)
-        index: int | None = device.index  # torch types it as an int, but "cuda" has none
-        if index is None and device.type not in ("cpu", "meta"):
-            device = torch.empty(0, device=device).device
-        _check.check_topk(self.spec, num_experts, topk)
-        key = (device, dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
-        binding = self._bindings.get(key) or self._bind(key)
-        self.latest = binding
-        return binding
+        return self._binder.binding_for(device, dtype, num_experts, topk, ids_dtype=ids_dtype, rows=rows, training=training)
 
     def warmup(  # noqa: PLR0913 -- the fields of a RoutingProblem
         self,
@@ -241,12 +169,12 @@ class Router:
     @property
     def backend(self) -> str | None:
         """Name of the backend of the latest call, ``None`` before the first."""
-        return self.latest.report.winner if self.latest else None
+        return self._binder.latest.report.winner if self._binder.latest else None
 
     @property
     def report(self) -> ResolutionReport | None:
         """How the backend of the latest call was chosen, ``None`` before the first call."""
-        return self.latest.report if self.latest else None
+        return self._binder.latest.report if self._binder.latest else None
 
     def health(self) -> Health:
         """Return what shadow mode has seen of this router's calls: how many were compared, near ties, and what was wrong.
@@ -311,60 +239,6 @@ class Router:
         if out is not None:
             _check.check_out(out, topk + spec.shared_experts, logits)
 
-    def _bind(self, key: Key) -> Binding:
-        with self._lock:
-            if key not in self._bindings:
-                self._bindings[key] = self._choose(key)
-            return self._bindings[key]
-
-    def _choose(self, key: Key) -> Binding:
-        device, dtype, num_experts, topk, ids_dtype, rows, training, _ = key
-        problem = RoutingProblem(
-            spec=self.spec,
-            num_experts=num_experts,
-            topk=topk,
-            dtype=dtype_name(dtype),
-            ids_dtype=dtype_name(ids_dtype),
-            training=training,
-            layout="rows" if rows else "strided",
-        )
-        binding = _resolve_and_build(registry(), problem, device, Request.gather(self._requested))
-        return binding if self._shadow is None else Binding(self._shadow.watch(binding.bound, self.spec, topk), binding.report)
-
-
-def _resolve_and_build(known: Registry, problem: RoutingProblem, device: torch.device, request: Request) -> Binding:
-    info = probe(device)
-    report = known.resolve(problem, info, request)
-    while report.winner is not None:
-        try:
-            bound: BoundRouter = known.build(report.winner, problem, info)
-        except FactoryError as error:
-            report = report.without(error.rejection)
-            if report.winner is None:
-                raise BackendUnavailableError(report.why, report) from error
-            continue
-        _say_if_missed(report, request)
-        return Binding(bound, report)
-    raise BackendUnavailableError(report.why, report)
-
-
-def _say_if_missed(report: ResolutionReport, request: Request) -> None:
-    """Nothing falls back silently: say once, or raise if ``MOE_ROUTING_STRICT`` is set."""
-    missed = report.rejection(report.missed) if report.missed else None
-    if missed is None:
-        return
-    fix = f"; mend: {missed.verdict.fix}" if missed.verdict.fix else ""
-    text = f"{report.device} routes with {report.winner!r}, not with {missed.name!r}, which {missed.verdict.reason}{fix}"
-    if request.strict:
-        msg = f"{STRICT_VARIABLE} is set and {text}"
-        raise BackendUnavailableError(msg, report)
-    _warn_once(text)
-
-
-@cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, DowngradeWarning, stacklevel=2)
-
 
 def _shadow(verify: float | bool | None) -> Shadow | None:  # noqa: FBT001 -- True is what users write
     """Return what watches the calls, where the argument or the environment asks for it."""
@@ -374,21 +248,3 @@ def _shadow(verify: float | bool | None) -> Shadow | None:  # noqa: FBT001 -- Tr
     from moe_routing.testing.shadow import Shadow
 
     return Shadow(rate)
-
-
-def _contiguous(operand: Tensor | None) -> Tensor | None:
-    return operand if operand is None or operand.is_contiguous() else operand.contiguous()
-
-
-def dtype_name(dtype: object) -> str:
-    """Return a dtype's name without its module: ``"bfloat16"``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def empty_output(spec: RoutingSpec, logits: Tensor, topk: int, ids_dtype: torch.dtype) -> RoutingOutput:
-    """Allocate outputs for the logits, unfilled."""
-    shape = (logits.shape[0], topk + spec.shared_experts)
-    return RoutingOutput(
-        torch.empty(shape, dtype=torch.float32, device=logits.device),
-        torch.empty(shape, dtype=ids_dtype, device=logits.device),
-    )
