@@ -7,6 +7,7 @@ from moe_routing_registry import Registry
 BUILT_IN = {
     "eager": "moe_routing_backends.eager",
     "torch-compile": "moe_routing_backends.torch_compile",
+    "triton": "moe_routing_backends.triton",
 }
 """The same lines as ``[project.entry-points]`` in pyproject.toml (a test holds that), for a checkout without metadata."""
 

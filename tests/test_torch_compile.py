@@ -52,6 +52,8 @@ def test_cuda_without_triton_gets_it():
     torch_only = (Toolchain(name="torch", version="2.13.0", usable=True), Toolchain(name="triton", version=None, usable=False))
     report = choose(DeviceInfo(type="cuda", index=0, platform="cuda", arch="sm_90", toolchains=torch_only))
     assert report.winner == "torch-compile"
+    assert report.missed == "triton"
+    assert report.rejection("triton").verdict.code is RejectCode.TOOLCHAIN
 
 
 def test_seven_batch_sizes_take_at_most_three_graphs_and_route_right(caplog):

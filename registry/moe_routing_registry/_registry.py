@@ -203,8 +203,16 @@ def _missed(request: Request, fitting: list[tuple[Rank, Candidate]], lost: list[
 
 def _matches(card: BackendSpec, _problem: RoutingProblem, device: DeviceInfo, _request: Request) -> Verdict:
     verdicts = [target.match(device) for target in card.targets]
+    if any(verdicts):
+        return Verdict.yes()
     # The most telling one: a wrong generation of the right platform says more than a wrong platform.
-    return max(verdicts, key=lambda verdict: (bool(verdict), verdict.code is RejectCode.ARCH))
+    generations = [verdict for verdict in verdicts if verdict.code is RejectCode.ARCH]
+    platforms = " and ".join(dict.fromkeys(target.platform for target in card.targets))
+    return (
+        generations[0]
+        if generations
+        else Verdict.no(RejectCode.PLATFORM, f"is for {platforms}, the device is {device.platform}")
+    )
 
 
 def _chosen_by_itself(card: BackendSpec, device: DeviceInfo) -> bool:
