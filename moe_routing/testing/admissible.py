@@ -85,11 +85,26 @@ def compare(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput,
     rows = max(1, CHUNK // logits.shape[1])
     valid = _valid_rows(operands.get("num_valid_tokens"), len(logits))
     found.problems += _padding_problems(output, valid)
+    if oracle.brought(spec.family) is not None:
+        found.problems += _problems_with_theirs(spec, logits, topk, output, operands)
+        return found
     for start in range(0, valid, rows):
         _compare_rows(spec, logits, topk, output, operands, range(start, min(start + rows, valid)), found)
         if len(found.problems) >= MANY:
             break
     return found
+
+
+def _problems_with_theirs(
+    spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput, operands: Operands
+) -> Iterator[str]:
+    """Hold a third party's family to the oracle that came with it: nothing is known here of its near ties."""
+    exact = oracle.route(spec, logits, topk, **operands)
+    for row in (output.ids.long() != exact.ids.to(output.ids.device)).any(-1).nonzero().flatten()[:MANY].tolist():
+        yield f"row {row}: ids {output.ids[row].tolist()}, its oracle says {exact.ids[row].tolist()}"
+    far = ~torch.isclose(output.weights.double(), exact.weights.to(output.weights.device), rtol=RTOL, atol=ATOL)
+    for row in far.any(-1).nonzero().flatten()[:MANY].tolist():
+        yield f"row {row}: weights {output.weights[row].tolist()}, its oracle says {exact.weights[row].tolist()}"
 
 
 def _shape_problems(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput) -> Iterator[str]:

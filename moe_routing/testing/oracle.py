@@ -7,13 +7,17 @@ autograd through ``route`` is the reference for gradients.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 import torch
 
 from moe_routing._backend import RoutingOutput
+from moe_routing._registry import registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from moe_routing_registry import RoutingSpec
@@ -44,9 +48,25 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
     >>> ids.tolist(), weights.tolist()
     ([[1, 2]], [[0.5, 0.5]])
     """
+    theirs = brought(spec.family)
+    if theirs is not None:
+        return theirs(
+            spec, logits, topk, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
+            num_valid_tokens=num_valid_tokens, expert_map=expert_map,
+        )  # fmt: skip
     ids = select(spec, logits, topk, bias=bias, token_ids=token_ids, expert_table=expert_table)
     weights = weights_at(spec, logits, ids, per_expert_scale=per_expert_scale)
     return finish(spec, weights, ids, logits.shape[1], num_valid_tokens=num_valid_tokens, expert_map=expert_map)
+
+
+def brought(family: str) -> Callable[..., RoutingOutput] | None:
+    """Return the oracle that a plug-in brought with its family, ``None`` where this module's is the one."""
+    card = registry().families.get(family)
+    if card is None or not card.oracle:
+        return None
+    module, _, attribute = card.oracle.partition(":")
+    theirs: Callable[..., RoutingOutput] = getattr(importlib.import_module(module), attribute)
+    return theirs
 
 
 def select(  # noqa: PLR0913 -- the operands of selection

@@ -1,0 +1,63 @@
+"""A family that the fields of RoutingSpec cannot say: a plug-in brings its card, its oracle and its backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PLUGIN = """
+from moe_routing_registry import BackendSpec, FamilySpec, RoutingSpec, Target, hookimpl
+
+SPEC = RoutingSpec(family="acme_square", score="square")
+
+@hookimpl
+def moe_routing_families():
+    return [FamilySpec(spec=SPEC, source="ACME, 2026", models={"acme_moe": SPEC}, oracle="acme_square:oracle")]
+
+@hookimpl
+def moe_routing_backends():
+    return [BackendSpec(name="acme", factory="acme_square:build", targets=(Target("cpu"),), priority=10,
+                        families=frozenset({"acme_square"}))]
+
+def square(logits, topk):
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return values[:, :topk] ** 2, ids[:, :topk]
+
+def oracle(spec, logits, topk, **operands):
+    from moe_routing import RoutingOutput
+    return RoutingOutput(*square(logits.double(), topk))
+
+def build(problem, device):
+    import torch
+    from moe_routing import RoutingOutput
+    def bound(logits, **operands):
+        weights, ids = square(logits.float(), problem.topk)
+        return RoutingOutput(weights * WRONG, ids.to(getattr(torch, problem.ids_dtype)))
+    return bound
+
+WRONG = 1.0
+"""
+
+SCRIPT = """
+import torch, moe_routing, acme_square
+route = moe_routing.get_router("acme_moe", verify=True)
+logits = torch.randn(5, 8)
+weights, ids = route(logits, 2)
+assert route.backend == "acme", route.report
+assert route.report.rejection("eager").verdict.code.value == "family"
+assert torch.equal(weights, logits.sort(descending=True).values[:, :2] ** 2)
+assert route.health().ok and route.health().compared == 1, route.health()
+acme_square.WRONG = 1.5
+route(logits, 2)
+assert not route.health().ok
+assert "its oracle says" in route.health().latest, route.health().latest
+assert moe_routing.list_routers()["acme_square"] is moe_routing.list_routers()["acme_moe"]
+print("routed")
+"""
+
+
+def test_a_third_partys_family_is_routed_by_its_backend_and_held_to_its_oracle(install_plugin):
+    site = install_plugin("acme_square", PLUGIN)
+    script = f"import sys; sys.path.insert(0, {str(site)!r})\n{SCRIPT}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "routed\n", done.stderr
