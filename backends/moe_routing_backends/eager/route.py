@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from moe_routing.formula import Top
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-SORT_UP_TO = 1 << 13
+SORT_UP_TO = 1 << 12
 """Elements up to which one stable sort beats building keys: its few calls cost less than the keys' many."""
+TOPK_UP_TO = 1 << 16
+"""Elements up to which one ``torch.topk`` over the keys beats K rounds of a maximum, for the same reason."""
 ROUNDS_UP_TO = 24
-"""K up to which K rounds of a maximum beat ``torch.topk`` over the keys."""
+"""K above which the rounds never win."""
 CHUNK = 1 << 17
 """Elements of the logits that are worked on at a time: their keys (1 MiB) then stay in a core's cache."""
 
@@ -32,8 +34,12 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> BoundRouter:
     spec, topk, num_experts = problem.spec, problem.topk, problem.num_experts
     ids_dtype: torch.dtype = getattr(torch, problem.ids_dtype)
     on_cpu = device.platform == "cpu"
-    many: Top = (by_rounds_in_place if topk <= ROUNDS_UP_TO else by_topk) if on_cpu else by_sort
     rows_at_a_time = max(1, CHUNK // num_experts)
+
+    def fastest(elements: int) -> Top:
+        if not on_cpu or elements <= SORT_UP_TO:
+            return by_sort
+        return by_topk if elements <= TOPK_UP_TO or topk > ROUNDS_UP_TO else by_rounds_in_place
 
     def bound(  # noqa: PLR0913 -- BoundRouter's operands
         logits: Tensor,
@@ -47,7 +53,7 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> BoundRouter:
         out: RoutingOutput | None = None,
     ) -> RoutingOutput:
         num_tokens = logits.shape[0]
-        top = many if num_tokens * num_experts > SORT_UP_TO else by_sort
+        top = fastest(num_tokens * num_experts)
         if on_cpu and num_tokens > rows_at_a_time and token_ids is None:
             parts = [
                 route(spec, topk, rows, top=top, per_expert_scale=per_expert_scale, bias=bias)
