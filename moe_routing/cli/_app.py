@@ -13,6 +13,7 @@ from moe_routing.cli._doctor import doctor
 from moe_routing.cli._explain import explain
 from moe_routing.cli._help import Group, taught
 from moe_routing.cli._list import list_routers
+from moe_routing.cli._new_backend import new_backend
 from moe_routing.cli._show import Unusable, UsageError, shortened
 from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import UnknownNameError
@@ -85,6 +86,10 @@ app.command(
     ),
 )(conformance)
 app.command(
+    "new-backend",
+    cls=taught(("moe-routing new-backend acme moe-routing-acme", "a distribution to install, check and fill with a kernel")),
+)(new_backend)
+app.command(
     "conformance",
     cls=taught(
         ("moe-routing conformance eager --point 1 --point 2", "order and ties, and unique ids"),
@@ -92,6 +97,10 @@ app.command(
         ("moe-routing conformance mine --report mine.html", "a page for the pull request"),
     ),
 )(conformance)
+app.command(
+    "new-backend",
+    cls=taught(("moe-routing new-backend acme moe-routing-acme", "a distribution to install, check and fill with a kernel")),
+)(new_backend)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,0 +1,28 @@
+"""``moe-routing new-backend``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moe_routing.cli._show import UsageError, command, console
+
+
+def new_backend(
+    name: Annotated[str, typer.Argument(help="Name of the backend: lower case words joined by hyphens.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where to write it: a new or an empty directory.")],
+) -> None:
+    """Write a distribution with a backend that works and conforms, to start from."""
+    from moe_routing.testing.new_backend import write
+
+    try:
+        written = write(name, directory)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    screen = console()
+    for path in written:
+        screen.print(str(path), markup=False, soft_wrap=True)
+    screen.print("Next:")
+    for line in (f"pip install -e {directory}", "moe-routing doctor", f"moe-routing conformance {name}"):
+        command(screen, line, indent=2)
