@@ -51,39 +51,6 @@ def value_of_key(key):
 
 
 @triton.jit
-def packed_key16(x, position):
-    """Pack a 16-bit float and its position into one uint32: higher value first, then lower position; never 0.
-
-    The high half is the signed magnitude plus 2**15, the low half the complement of the position; NaN counts as -inf.
-    """
-    INF: tl.constexpr = 0x7C00 if x.dtype == tl.float16 else 0x7F80
-    bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-    sign = bits >> 31
-    magnitude = bits & 0x7FFF
-    signed = tl.where(magnitude > INF, -INF, (magnitude ^ sign) - sign)
-    return ((signed + 0x8000).to(tl.uint32) << 16) | (0xFFFF - position).to(tl.uint32)
-
-
-@triton.jit
-def position_of_packed(key):
-    """Return the position inside a packed key."""
-    return 0xFFFF - (key & 0xFFFF).to(tl.int32)
-
-
-@triton.jit
-def value_of_packed16(key, HALF: tl.constexpr):
-    """Return the clean float32 value inside a packed key; ``HALF`` says float16 rather than bfloat16."""
-    signed = (key >> 16).to(tl.int32) - 0x8000
-    sign = signed >> 31
-    bits = ((signed ^ sign) - sign) | (sign & 0x8000)
-    if HALF:
-        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        value = (bits << 16).to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(value, -FLOAT32_MAX), FLOAT32_MAX)
-
-
-@triton.jit
 def rough_key(t, place, MASK: tl.constexpr):
     """Pack the high bits of a clean float32 and the complement of its place (``place <= MASK``) into one uint32.
 

@@ -15,11 +15,10 @@ from moe_routing_backends.triton.finish import store_outputs
 from moe_routing_backends.triton.keys import (
     FLOAT32_MAX,
     clean,
+    narrow_key,
     ordered_key,
-    packed_key16,
-    position_of_packed,
     value_of_key,
-    value_of_packed16,
+    value_of_narrow,
 )
 from moe_routing_backends.triton.scores import activate, exp_of_many, selected_weights, sigmoid, sqrtsoftplus, tree_sum
 
@@ -92,8 +91,8 @@ def lanes_kernel(
     exists = expert < E if NUM_GROUPS == 1 else (place % SIZE < PER) & (place // SIZE < NUM_GROUPS)
     column = tl.arange(0, N)
     is_selected = (column < K)[None, :]
-    HALF: tl.constexpr = logits.dtype.element_ty == tl.float16
-    NARROW: tl.constexpr = (HALF or logits.dtype.element_ty == tl.bfloat16) and SELECTION == "logits" and NUM_GROUPS == 1
+    MASK: tl.constexpr = GROUPS * SIZE - 1
+    NARROW: tl.constexpr = logits.dtype.element_ty != tl.float32 and SELECTION == "logits" and NUM_GROUPS == 1
     EXACT: tl.constexpr = RENORMALIZE and EPSILON == 0.0 and FLOOR == 0.0
     WHOLE_ROW: tl.constexpr = SCORE == "softmax" and (not EXACT or SELECTION == "scores_plus_bias")
     highest = tl.zeros([BLOCK_T], tl.float32)
@@ -113,15 +112,15 @@ def lanes_kernel(
         known = in_batch[:, None] & is_selected
         picked = tl.load(expert_table + token[:, None] * K + column[None, :], mask=known, other=0).to(tl.int32)
     elif NARROW:
-        key = tl.where(exists[None, :], packed_key16(raw, place[None, :]), 0)
+        key = tl.where(exists[None, :], narrow_key(raw, place[None, :], MASK), 0)
         found = tl.zeros([BLOCK_T, N], tl.uint32)
         for k0 in range(0, K, UNROLL):
             for k1 in tl.static_range(UNROLL):
                 best = tl.max(key, axis=1)
                 found = tl.where((column == k0 + k1)[None, :], best[:, None], found)
                 key = tl.where(key == best[:, None], 0, key)
-        picked = tl.where(is_selected, position_of_packed(found), 0)
-        x = activate(value_of_packed16(found, HALF), MULTIPLIER, CAP)
+        picked = tl.where(is_selected, MASK - (found & MASK).to(tl.int32), 0)
+        x = activate(value_of_narrow(found, MASK), MULTIPLIER, CAP)
     else:
         l = clean(raw)
         if SELECTION == "scores_plus_bias" or SELECTION == "logits_plus_bias":

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 UNROLL_UP_TO = 16
 WIDEST_LIST = 16
 MOST_CHUNKS = 64
-MOST_UNROLLED = 4
+MOST_UNROLLED = {("logits", 16): 16, ("logits", 32): 8}
+"""Chunks of a row that are loaded before the first is sorted, by kind and bits; 4 for the others, whose code is long."""
 CHUNK = 8
 
 
@@ -92,7 +93,9 @@ def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
     if launch.variant == "rows":
         width = CHUNK if columns <= CHUNK else WIDEST_LIST
         steps = -(-problem.num_experts // (CHUNK * launch.lanes))
-        unroll = max(d for d in range(1, MOST_UNROLLED + 1) if steps % d == 0)
+        bits = 32 if problem.dtype == "float32" else 16
+        most = MOST_UNROLLED.get((kind(spec), bits), 4)
+        unroll = max(d for d in range(1, most + 1) if steps % d == 0)
         rows = {"WIDTH": width, "LANES": launch.lanes, "UNROLL": unroll, "BLOCK_T": launch.block_t}
         return {**shared_constants(problem), **rows}
     groups = 1 if spec.selection in ("token_table", "sparsemixer") else spec.num_groups

@@ -138,7 +138,9 @@ def best_of_bucket(
     """
     column = tl.arange(0, WIDTH)[None, :]
     last = tl.zeros([ROWS], tl.uint64) - 1
-    for k in range(tl.max(count, axis=0)):
+    rounds = tl.max(count, axis=0)
+    k = 0
+    while k < rounds:
         best = tl.zeros(lane.shape, tl.uint64)
         for i in range(STEPS):
             chunk = tl.minimum(lane + i * lane.shape[1], CHUNKS - 1)
@@ -151,6 +153,7 @@ def best_of_bucket(
             best = tl.maximum(best, tl.max(tl.where(inside, key, 0), axis=2))
         last = tl.max(best, axis=1)
         exact = tl.where((column == (first_column + k)[:, None]) & (k < count)[:, None], last[:, None], exact)
+        k += 1
     return exact
 
 

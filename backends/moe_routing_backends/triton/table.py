@@ -26,6 +26,8 @@ SCHEMA = 1
 SHIPPED = Path(__file__).parent / "tables"
 LAST_LANES = Launch("lanes", 2, 1, 1)
 """What serves the tokens that the rows variant would, where it cannot."""
+WARP = 32
+"""Threads a warp on the device that the shipped table was measured on."""
 LANES_UP_TO = 1024
 """Tokens up to which one row a program fills no device twice over; above it, two rows share a program."""
 
@@ -161,4 +163,13 @@ def table_for(device: DeviceInfo) -> Table:
         except (OSError, ValueError) as error:
             warnings.warn(f"launch table {path} is ignored: {error}", RuntimeWarning, stacklevel=2)
     shipped = parse((SHIPPED / "sm_90.json").read_text(encoding="utf-8"), "rule of thumb")
-    return Table("rule of thumb", f"the table of sm_90, unmeasured on {device.arch or 'this device'}", shipped.rules)
+    wide = max(device.warp_sizes, default=WARP) // WARP
+    rules = {key: tuple(Step(s.tokens, _widened(s.launch, wide)) for s in steps) for key, steps in shipped.rules.items()}
+    return Table("rule of thumb", f"the table of sm_90, unmeasured on {device.arch or 'this device'}", rules)
+
+
+def _widened(launch: Launch, factor: int) -> Launch:
+    """Give the rows variant rows enough for wider warps: ``block_t * lanes`` threads are ``num_warps`` warps."""
+    if launch.variant == "lanes":
+        return launch
+    return Launch("rows", launch.block_t * factor, launch.lanes, launch.num_warps)
