@@ -1,14 +1,18 @@
-"""The baseline to beat: a row a program, one warp, a whole sort of int64 keys. The algorithm of the published Gemma4 kernel."""
+"""The baseline to beat: a row a program, one warp, a whole sort of int64 keys, as the published Gemma4 kernel does."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 
+if TYPE_CHECKING:
+    import torch
+
 
 @triton.jit
-def full_sort_kernel(logits, scale, weights, ids, E: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr):  # noqa: ANN001, ANN201, D103, PLR0913, PLR0917 -- a kernel
+def full_sort_kernel(logits, scale, weights, ids, E: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):  # noqa: ANN001, ANN201, D103, PLR0913, PLR0917 -- a kernel
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, SIZE)
     l = tl.load(logits + row * E + expert, mask=expert < E, other=-float("inf")).to(tl.float32)
@@ -30,4 +34,4 @@ def full_sort(logits: torch.Tensor, k: int, scale: torch.Tensor, out: tuple[torc
     """Route contiguous ``logits [T, E]`` without NaN by a full sort, into ``out``, float32 weights and int32 ids."""
     tokens, experts = logits.shape
     size = triton.next_power_of_2(experts)
-    full_sort_kernel[(tokens,)](logits, scale, *out, E=experts, K=k, SIZE=size, N=size, num_warps=1)
+    full_sort_kernel[(tokens,)](logits, scale, *out, E=experts, K=k, SIZE=size, num_warps=1)

@@ -7,14 +7,13 @@ against the float64 oracle before it is timed.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -23,6 +22,9 @@ from full_sort import full_sort
 from moe_routing import Router, RoutingOutput
 from moe_routing.testing.admissible import compare
 from moe_routing_registry import RoutingSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 SPECS = {
@@ -93,7 +95,9 @@ def reference(logits: torch.Tensor, k: int, scale: torch.Tensor) -> tuple[torch.
     return weights.float(), ids.int()
 
 
-def case(name: str, experts: int, k: int, tokens: int, dtype: str, *, baseline: bool) -> dict[str, Any]:
+def case(  # noqa: PLR0913 -- what a case is
+    name: str, experts: int, k: int, tokens: int, dtype: str, *, baseline: bool
+) -> dict[str, Any]:
     """Check and time one case."""
     spec, sets = SPECS[name], 16 if tokens <= 4096 else 4  # noqa: PLR2004 -- so that the sets outgrow the L2 cache
     route = Router(spec, backend="triton")
@@ -147,7 +151,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "unit": "microseconds a call, median of CUDA-graph replays over rotating inputs",
         "cases": [],
         "whole_calls_do_bench": [],

@@ -33,6 +33,7 @@ def launcher_of(compiled: Any, constants: tuple[Any, ...]) -> tuple[Launcher, st
             reason,
         )  # fmt: skip
     launch = run.launch
+    head: tuple[Any, ...]
     if hasattr(run, "kernel_signature"):
         head = (function, run.launch_cooperative_grid, run.launch_pdl, metadata, None, None, None, None, None)
         head = (*head, run.arg_annotations, run.kernel_signature)

@@ -67,7 +67,20 @@ def best_of_each_group(key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.c
     return tl.reshape(tl.where(left == 0, key3, 0), [ROWS, GROUPS * SIZE])
 
 
-@triton.jit(do_not_specialize=["T", "valid", "row_stride", "expert_stride", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens", "expert_map"])
+@triton.jit(
+    do_not_specialize=[
+        "T",
+        "valid",
+        "row_stride",
+        "expert_stride",
+        "per_expert_scale",
+        "bias",
+        "token_ids",
+        "expert_table",
+        "num_valid_tokens",
+        "expert_map",
+    ]
+)
 def lanes_kernel(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
     T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,

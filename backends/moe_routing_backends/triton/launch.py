@@ -26,24 +26,23 @@ ALIGNMENT = 16
 """Bytes of the widest load."""
 RUNTIME_ARGUMENTS = 13
 """How many arguments of a kernel, both variants alike, stand before its constants."""
-NO_OPERANDS = (None, None, None, None)
+NO_OPERANDS: tuple[Any, ...] = (None, None, None, None)
 
 if torch.cuda.is_available():
     # What torch.cuda.current_device and Inductor's generated code call; the public ways take ten times as long.
     from torch._C import _cuda_getCurrentRawStream as _current_stream
     from torch._C import _cuda_getDevice as _current_device
-    from torch._C._dynamo.guards import _empty_strided_cuda as _empty
+    from torch._C._dynamo.guards import _empty_strided_cuda as _empty  # type: ignore[attr-defined]  # not in the stubs
 else:  # the interpreter
 
     def _current_device() -> int:
         return -1
 
-    def _current_stream(_index: int) -> int:
+    def _current_stream(device: int) -> int:  # noqa: ARG001 -- the one on a GPU takes it
         return 0
 
     def _empty(size: tuple[int, int], strides: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(size, strides, dtype=dtype)
-
 
 
 def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
@@ -58,6 +57,7 @@ class TritonRouter:
     """
 
     def __init__(self, problem: RoutingProblem, device: DeviceInfo) -> None:
+        """Look up the launches for the problem; a table that cannot be used is warned of here."""
         self._problem = problem
         self._index = device.index or 0
         self._device = torch.device("cpu" if device.type == "cpu" else f"{device.type}:{self._index}")
@@ -79,7 +79,7 @@ class TritonRouter:
         indirect = (f"launches through Triton's own launcher: {self._indirect}",) if self._indirect else ()
         return (f"launch parameters from {self._table.source} ({self._table.provenance})", *indirect)
 
-    def __call__(  # noqa: PLR0913 -- BoundRouter's operands
+    def __call__(  # noqa: C901, PLR0913 -- BoundRouter's operands; one flat function, because calls cost a tenth of a microsecond
         self,
         logits: Tensor,
         *,
@@ -119,7 +119,8 @@ class TritonRouter:
         if bias is not None:
             bias_at = bias.data_ptr()
             key = (*key, "bias", bias.dtype)
-        valid, rest = T, NO_OPERANDS
+        valid = T
+        rest = NO_OPERANDS
         if token_ids is not None or num_valid_tokens is not None or expert_map is not None:
             valid_tensor = None
             if isinstance(num_valid_tokens, torch.Tensor):
@@ -181,7 +182,7 @@ class TritonRouter:
     def warmup(self) -> None:
         """Compile every variant that some number of tokens would pick, by routing zeros through it."""
         spec, device = self._problem.spec, self._device
-        operands: dict[str, Tensor] = {}
+        operands: dict[str, Any] = {}
         if spec.per_expert_scale:
             operands["per_expert_scale"] = torch.ones(self._experts, device=device)
         if spec.needs_bias:

@@ -1,4 +1,4 @@
-"""From a ``RoutingProblem`` to kernels: compile-time constants, what a variant can do, and which one serves how many tokens."""
+"""From a ``RoutingProblem`` to kernels: their compile-time constants, and what each variant can do."""
 
 from __future__ import annotations
 

@@ -5,9 +5,10 @@ network into the list of the ``WIDTH`` highest keys; lanes of one row merge thei
 about 14 integer instructions an expert for 16-bit logits and 17 for float32.
 
 Keys are 32 bits, so that a comparator is two instructions. 16-bit logits and the place fit in exactly. Of a float32 score
-only the high bits fit beside the place (25 of them at E = 128), so the list may misorder scores that share those: the
-``WIDTH`` selected are read again and sorted exactly, and if the best key left out shares the high bits of the K-th, the
-block reads its rows once more for each selected expert of that bucket. Logits that were 16-bit before have no low bits to lose, and never take it.
+only the high bits fit beside the place (25 of them at E = 128), so the list may misorder scores that share those. Hence the
+``WIDTH`` selected are read again and sorted exactly; and if the best key left out shares the high bits of the K-th, the block
+reads its rows once more for each selected expert of that bucket. Logits that were 16-bit before have no low bits to lose,
+and never need that.
 """
 
 from __future__ import annotations
@@ -169,7 +170,6 @@ def rows_kernel(
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``LANES`` threads each; E is a multiple of 8, ``K + SHARED <= WIDTH``, 8 or 16."""
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    in_batch = row < T
     readable = tl.minimum(row, T - 1).to(tl.int64)  # rows behind the last read the last: no mask on any load
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
@@ -276,4 +276,3 @@ def rows_kernel(
         weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
         E, K, SHARED, ZERO_EXPERTS, VALID_ON_DEVICE, WIDTH,
     )  # fmt: skip
-

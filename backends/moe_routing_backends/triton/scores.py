@@ -44,7 +44,7 @@ def exp_of_many(d):
 
 @triton.jit
 def log1p(e):
-    """Return log(1 + e) for 0 <= e <= 1: 2 artanh(s) with s = e / (2 + e) <= 1/3, whose series ends at s**15."""
+    """Compute the logarithm of 1 + e for 0 <= e <= 1: 2 artanh(s) with s = e / (2 + e) <= 1/3, whose series ends at s**15."""
     s = e / (2.0 + e)
     q = s * s
     p = tl.fma(q, 1.0 / 15.0, 1.0 / 13.0)
@@ -58,7 +58,7 @@ def log1p(e):
 
 @triton.jit
 def tanh(a):
-    """Return tanh(a): the minimax polynomial of the Cephes library near 0, 1 - 2 / (e**2|a| + 1) elsewhere."""
+    """Compute the hyperbolic tangent: the minimax polynomial of the Cephes library near 0, 1 - 2 / (e**2|a| + 1) elsewhere."""
     z = a * a
     p = tl.fma(z, -5.70498872745e-3, 2.06390887954e-2)
     p = tl.fma(z, p, -5.37397155531e-2)
@@ -83,7 +83,7 @@ def activate(l, MULTIPLIER: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, shift):
-    """Return sigmoid(x) e**-shift for a shift between the row's maximum and 0."""
+    """Compute the logistic function of x, times e**-shift, for a shift between the row's maximum and 0."""
     return exp(tl.minimum(x, 0.0) - shift) / (1.0 + exp(-tl.abs(x)))
 
 

@@ -120,7 +120,13 @@ def to_json(arch: str, provenance: str, rules: dict[tuple[str, int, int, int], t
             "experts": key[2],
             "width": key[3],
             "steps": [
-                [None if s.tokens == math.inf else s.tokens, s.launch.variant, s.launch.block_t, s.launch.lanes, s.launch.num_warps]
+                [
+                    None if s.tokens == math.inf else s.tokens,
+                    s.launch.variant,
+                    s.launch.block_t,
+                    s.launch.lanes,
+                    s.launch.num_warps,
+                ]
                 for s in steps
             ],
         }

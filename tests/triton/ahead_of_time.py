@@ -1,0 +1,115 @@
+"""Compile the kernels for GPUs that are not here; print registers, spills and shared memory as JSON.
+
+A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed. Arguments: names of targets.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe_routing_backends.triton.launch import KERNELS, RUNTIME_ARGUMENTS
+from moe_routing_backends.triton.plan import Launch, constants
+from moe_routing_registry import RoutingProblem, RoutingSpec
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
+DEEPSEEK = RoutingSpec(
+    family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20,
+    scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+)  # fmt: skip
+CASES = [
+    (spec, experts, k, Launch(*launch))
+    for spec, experts, k, launches in (
+        (GEMMA4, 128, 8, [("lanes", 1, 1, 1), ("lanes", 4, 1, 4), ("rows", 32, 1, 1), ("rows", 16, 2, 1), ("rows", 4, 8, 1)]),
+        (DEEPSEEK, 256, 8, [("lanes", 1, 1, 1), ("lanes", 2, 1, 1)]),
+        (GEMMA4, 512, 10, [("lanes", 1, 1, 1), ("rows", 16, 2, 1), ("rows", 4, 8, 1)]),
+    )
+    for launch in launches
+]
+
+
+def compiled(  # noqa: PLR0913, PLR0917 -- what a case is
+    spec, experts, k, dtype, launch, target
+):
+    """Compile one kernel to its last stage."""
+    if launch.variant == "rows":
+        launch = Launch("rows", launch.block_t * target.warp_size // 32, launch.lanes, launch.num_warps)
+    problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
+    kernel = KERNELS[launch.variant]
+    known = {
+        **constants(problem, launch),
+        "ROW_STRIDE": experts,
+        "EXPERT_STRIDE": 1,
+        "VALID_ON_DEVICE": False,
+        **dict.fromkeys(("token_ids", "expert_table", "num_valid_tokens", "expert_map")),
+        **({} if spec.per_expert_scale else {"per_expert_scale": None}),
+        **({} if spec.needs_bias else {"bias": None}),
+    }
+    types = dict.fromkeys(("weights", "per_expert_scale", "bias"), "*fp32") | {
+        "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype],
+        "ids": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64", "expert_stride": "i64",
+    }  # fmt: skip
+    signature = {name: "constexpr" if name in known else types[name] for name in kernel.arg_names}
+    assert list(signature).index("E") == RUNTIME_ARGUMENTS
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("logits", "weights", "ids")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options)
+
+
+def read_back(binary, target):
+    """Return what the compiler says of the binary."""
+    if target.backend == "hip":
+        text = binary.asm["amdgcn"]
+        names = {"registers": "vgpr_count", "spills": "vgpr_spill_count", "shared": "group_segment_fixed_size"}
+        numbers = {key: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for key, name in names.items()}
+        numbers["occupancy"] = int(re.search(r"; Occupancy: (\d+)", text)[1])
+        numbers["instructions"] = len(re.findall(r"^\t[svdgb][a-z]*_", text, re.MULTILINE))
+        return numbers
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True).stdout
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*)", code, re.MULTILINE)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + sum(" STL" in line or " LDL" in line for line in lines),
+        "shared": binary.metadata.shared,
+        "instructions": sum("NOP" not in line for line in lines),
+    }
+
+
+def main():
+    """Compile every case for the targets named."""
+    found = []
+    for name in sys.argv[1:] or TARGETS:
+        for spec, experts, k, launch in CASES:
+            for dtype in ("bfloat16", "float32"):
+                numbers = read_back(compiled(spec, experts, k, dtype, launch, TARGETS[name]), TARGETS[name])
+                what = f"{launch.variant} {launch.block_t}x{launch.lanes}"
+                found.append(
+                    {"target": name, "spec": spec.family, "E": experts, "K": k, "dtype": dtype, "kernel": what, **numbers}
+                )
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Run the Triton kernels in Triton's interpreter, on the CPU, against the oracle; print what was found as JSON.
+
+A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
+"""
+
+import json
+import os
+import sys
+import warnings
+
+os.environ["TRITON_INTERPRET"] = "1"
+# The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities that the kernels mean.
+warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+
+import torch  # noqa: E402 -- behind the variable
+
+from moe_routing import RoutingOutput  # noqa: E402 -- likewise
+from moe_routing.testing.admissible import compare  # noqa: E402 -- likewise
+from moe_routing_backends.triton.launch import build  # noqa: E402 -- likewise
+from moe_routing_backends.triton.plan import Launch  # noqa: E402 -- likewise
+from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
+
+CPU = DeviceInfo(type="cpu", platform="cpu")
+SPECS = {
+    "gemma4": RoutingSpec(family="f", renormalize=True, per_expert_scale=True),
+    "softmax": RoutingSpec(family="f"),
+    "softmax_bias": RoutingSpec(family="f", selection="scores_plus_bias", renormalize=True, renorm_floor=1e-12),
+    "zero_experts": RoutingSpec(family="f", selection="scores_plus_bias", scale=6.0, zero_experts=3),
+    "sigmoid": RoutingSpec(family="f", score="sigmoid"),
+    "sigmoid_renorm": RoutingSpec(family="f", score="sigmoid", renormalize=True),
+    "deepseek_v3": RoutingSpec(
+        family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20, scale=2.5,
+        num_groups=8, topk_groups=4, group_score="top2_sum",
+    ),
+    "deepseek_v2": RoutingSpec(family="f", num_groups=8, topk_groups=3, scale=16.0),
+    "sqrtsoftplus": RoutingSpec(family="f", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5),
+    "token_table": RoutingSpec(family="f", score="sqrtsoftplus", selection="token_table", renormalize=True, scale=1.5),
+    "sparsemixer": RoutingSpec(family="f", selection="sparsemixer"),
+    "topk_per_group": RoutingSpec(family="f", num_groups=4, topk_per_group=True, renormalize=True),
+    "logit_bias": RoutingSpec(family="f", score="sigmoid", selection="logits_plus_bias"),
+    "soft_cap": RoutingSpec(family="f", renormalize=True, logit_softcap=30.0, logit_multiplier=0.7),
+    "shared": RoutingSpec(family="f", score="sigmoid", renormalize=True, shared_experts=2, scale=2.5, per_expert_scale=True),
+}  # fmt: skip
+ROWS = ("gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared")
+
+
+def hostile(tokens, experts, generator):
+    """NaN, both infinities, both zeros, and ties, in rows with and without anything finite."""
+    x = (torch.randn(tokens, experts, generator=generator) * 8).round() / 4
+    kind = torch.rand(tokens, experts, generator=generator)
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf, -0.0, 0.0)):
+        x[(kind > i / 10) & (kind < (i + 1) / 10)] = value
+    x[0], x[1], x[2] = torch.nan, -torch.inf, torch.inf
+    return x
+
+
+def close(tokens, experts, generator):
+    """Values that differ in their lowest bits only: 32-bit keys with a place inside cannot tell them apart."""
+    x = 1 + torch.randint(0, 40, (tokens, experts), generator=generator) * 2.0**-23
+    x[:, ::3] *= -1
+    return x
+
+
+KINDS = {"hostile": hostile, "close": close}
+
+
+def run(  # noqa: PLR0913, PLR0917 -- what a case is
+    name, launch, experts, k, dtype, kind, *, extras=False
+):
+    """Route once; return what is wrong, and the outputs."""
+    spec = SPECS[name]
+    generator = torch.Generator().manual_seed(7)
+    tokens, slots = 6, experts + spec.shared_experts
+    storage = torch.empty(tokens, experts + 8, dtype=dtype)
+    logits = storage[:, :experts]
+    logits.copy_(KINDS[kind](tokens, experts, generator))
+    operands = {}
+    if spec.per_expert_scale:
+        operands["per_expert_scale"] = torch.rand(experts, generator=generator) + 0.5
+    if spec.needs_bias:
+        operands["bias"] = torch.randn(experts, generator=generator) * 0.1
+    if spec.selection == "token_table":
+        operands["token_ids"] = torch.randint(0, 9, (tokens,), generator=generator)
+        operands["expert_table"] = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(9)])
+    if extras:
+        operands["expert_map"] = torch.randperm(slots, generator=generator)
+        operands["num_valid_tokens"] = torch.tensor([4])
+    ids_dtype = "int64" if extras else "int32"
+    problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:], ids_dtype=ids_dtype)
+    router = build(problem, CPU)
+    router._limits, router._launches = [], [launch]
+    columns = k + spec.shared_experts
+    out = RoutingOutput(
+        torch.full((tokens, columns), torch.nan), torch.full((tokens, columns), -7, dtype=getattr(torch, ids_dtype))
+    )
+    router(logits, **operands, out=out)
+    return compare(spec, logits, k, out, **operands).problems, out
+
+
+def main():
+    """Run every spec in the lanes variant, and those that many tokens meet in the rows variant, bit for bit the same."""
+    torch.set_num_threads(1)
+    found = {}
+    for name in SPECS:
+        for dtype, kind, launch in (
+            (torch.float32, "hostile", Launch("lanes", 1, 1, 1)),
+            (torch.bfloat16, "hostile", Launch("lanes", 4, 1, 1)),
+            (torch.float32, "close", Launch("lanes", 4, 1, 1)),
+        ):
+            problems, _ = run(name, launch, 24, 4, dtype, kind, extras=launch.block_t == 4)
+            found[f"lanes {name} {dtype} {kind}"] = problems
+    for name in ROWS:
+        for dtype, kind, lanes, experts, k in (
+            (torch.float32, "close", 1, 40, 4),
+            (torch.float16, "hostile", 2, 40, 6),
+            (torch.float32, "hostile", 4, 64, 9),
+        ):
+            problems, out = run(name, Launch("rows", 4, lanes, 1), experts, k, dtype, kind)
+            _, other = run(name, Launch("lanes", 2, 1, 1), experts, k, dtype, kind)
+            same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
+            found[f"rows {name} {dtype} {kind}"] = problems + ([] if same else ["bits differ from the lanes variant's"])
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

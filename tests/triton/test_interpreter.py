@@ -1,0 +1,48 @@
+"""The kernels, interpreted on the CPU, against the float64 oracle."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NAMES = [
+    "gemma4",
+    "softmax",
+    "softmax_bias",
+    "zero_experts",
+    "sigmoid",
+    "sigmoid_renorm",
+    "deepseek_v3",
+    "deepseek_v2",
+    "sqrtsoftplus",
+    "token_table",
+    "sparsemixer",
+    "topk_per_group",
+    "logit_bias",
+    "soft_cap",
+    "shared",
+]
+
+
+@pytest.fixture(scope="module")
+def found():
+    script = Path(__file__).with_name("interpreted.py")
+    done = subprocess.run([sys.executable, str(script)], check=False, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lanes_variant_agrees_with_the_oracle_on_awkward_rows(found, name):
+    cases = {case: problems for case, problems in found.items() if case.startswith(f"lanes {name} ")}
+    assert len(cases) == 3
+    assert not {case: problems for case, problems in cases.items() if problems}
+
+
+@pytest.mark.parametrize("name", ["gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared"])
+def test_the_rows_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
+    cases = {case: problems for case, problems in found.items() if case.startswith(f"rows {name} ")}
+    assert len(cases) == 3
+    assert not {case: problems for case, problems in cases.items() if problems}
