@@ -7,7 +7,6 @@ import sys
 from xml.etree import ElementTree as ET
 
 import pytest
-import torch
 
 from moe_routing import UnknownNameError
 from moe_routing._registry import registry
@@ -16,14 +15,6 @@ from moe_routing.testing.kit import Report, Result
 from moe_routing.testing.mutants import MUTANTS, Mutant, registered
 from moe_routing.testing.points import POINTS
 from moe_routing_registry import RejectCode, Verdict
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -43,26 +34,9 @@ def pytest_on(*arguments):
     )
 
 
-SUITE = """
-import moe_routing.testing
-
-class TestAcme(moe_routing.testing.RouterConformance):
-    backend = "eager"
-    profile = "smoke"
-"""
-
-
-def test_a_vendors_own_suite_runs_the_points_as_its_tests(tmp_path):
-    (tmp_path / "test_acme.py").write_text(SUITE)
-    ran = pytest_on("-rA", "--rootdir", str(tmp_path), str(tmp_path), "-k", "no_tokens or streams")
-    assert ran.returncode == 0, ran.stdout
-    name = "TestAcme::test_09_no_tokens[09-no_tokens_give_empty_outputs-gemma4-E64-K8-T33-float32-eager-cpu]"
-    assert any(line.startswith("PASSED") and line.endswith(name) for line in ran.stdout.splitlines())
-    assert "not_applicable: cpu has no such thing" in ran.stdout
-
-
 def test_a_suite_without_a_backend_is_told_so(tmp_path):
-    (tmp_path / "test_acme.py").write_text(SUITE.replace('backend = "eager"', "pass"))
+    suite = "from moe_routing.testing import RouterConformance\nclass TestAcme(RouterConformance):\n    pass\n"
+    (tmp_path / "test_acme.py").write_text(suite)
     ran = pytest_on("--rootdir", str(tmp_path), str(tmp_path))
     assert ran.returncode != 0
     assert "name a backend" in ran.stdout

@@ -4,7 +4,6 @@ import re
 from itertools import chain
 
 import pytest
-import torch
 
 from moe_routing.testing import checks
 from moe_routing.testing.kit import evaluate, run, subject_of
@@ -12,15 +11,6 @@ from moe_routing.testing.mutants import MUTANTS, Mutant, Reference, registered
 from moe_routing.testing.points import POINTS
 
 HERE = [mutant for mutant in MUTANTS if not mutant.only_on]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """A few rows at a time: on a busy machine threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def results(mutant, check):

@@ -107,7 +107,7 @@ def brute_force(spec, row, topk, *, bias, scale, table_row):  # noqa: PLR0913 --
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_the_oracle_is_what_enumeration_finds(variant, data):
     spec = small(VARIANTS[variant])
