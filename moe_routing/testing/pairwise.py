@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_routing.testing.variants import VARIANTS, fits
+from moe_routing.testing.variants import BUILT_IN, VARIANTS, fits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ _REST = (
     (False, True),
     (False, True),
 )
-_PARAMETERS = (tuple(VARIANTS), EXPERTS, TOPK, TOKENS, DTYPES, *_REST)
+_PARAMETERS = (tuple(BUILT_IN), EXPERTS, TOPK, TOKENS, DTYPES, *_REST)
 _DATA = Path(__file__).with_name("pairwise.json")
 
 
@@ -53,7 +53,7 @@ def generate() -> list[list[Any]]:
     rest = list(itertools.product(TOKENS[:-1], DTYPES, *_REST))  # the largest T is paired already, and takes longest
     random.Random(0).shuffle(rest)  # noqa: S311 -- not a secret
     turns = itertools.cycle(rest)
-    sizes = [list(words) for words in itertools.product(VARIANTS, EXPERTS, TOPK) if _exists(words)]
+    sizes = [list(words) for words in itertools.product(BUILT_IN, EXPERTS, TOPK) if _exists(words)]
     missing = {pair for words in sizes for pair in _pairs(words)} - {pair for words in cases for pair in _pairs(words[:3])}
     while missing:
         best = max(sizes, key=lambda words: len(missing.intersection(_pairs(words))))
@@ -67,7 +67,7 @@ def _pairs(words: list[Any]) -> list[tuple[tuple[int, Any], ...]]:
 
 
 def pairwise() -> list[Case]:
-    """Return the thinned list."""
+    """Return the thinned list of the built-in families."""
     return [_case(words) for words in json.loads(_DATA.read_text(encoding="utf-8"))]
 
 

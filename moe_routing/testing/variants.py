@@ -1,10 +1,11 @@
-"""The specs that the kit routes: every built-in family, and the modifiers that models put on them. Free of torch."""
+"""The specs that the kit routes: every family, and the modifiers that models put on the built-in ones. Free of torch."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from moe_routing._registry import registry
 from moe_routing.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from moe_routing_registry import RoutingSpec
 
 
-def _all() -> dict[str, RoutingSpec]:
+def _built_in() -> dict[str, RoutingSpec]:
     family = {name: card.spec for name, card in FAMILIES.items()}
     modified = {
         "softmax_topk/renormalized_scaled": family["softmax_topk"].replace(renormalize=True, scale=2.5),
@@ -36,8 +37,13 @@ def _all() -> dict[str, RoutingSpec]:
     return family | modified
 
 
-VARIANTS: Mapping[str, RoutingSpec] = MappingProxyType(_all())
+BUILT_IN: Mapping[str, RoutingSpec] = MappingProxyType(_built_in())
 """Name -> spec. What stands before the slash is the family."""
+
+VARIANTS: Mapping[str, RoutingSpec] = MappingProxyType(
+    {**{name: card.spec for name, card in registry().families.items()}, **BUILT_IN}
+)
+"""The same, with the families of plug-ins, each held to the oracle that it brings."""
 
 
 def fits(spec: RoutingSpec, num_experts: int, topk: int) -> bool:

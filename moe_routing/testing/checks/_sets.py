@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from moe_routing.testing.cases import LAYOUTS, Case
 from moe_routing.testing.pairwise import MANY_TOKENS, everything, pairwise
 from moe_routing.testing.rows import KINDS
-from moe_routing.testing.variants import VARIANTS, fits
+from moe_routing.testing.variants import BUILT_IN, VARIANTS, fits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -44,7 +44,10 @@ def sizes_and_dtypes(profile: Profile) -> Iterable[Case]:
     """Return the thinned list (all of them for full), or one case a variant for smoke."""
     if profile == "smoke":
         return of_every_variant(profile)
-    return everything() if profile == "full" else pairwise()
+    if profile == "full":
+        return everything()
+    brought = [variant for variant in VARIANTS if variant not in BUILT_IN]
+    return [*pairwise(), *of_every_variant("full", variants=brought)]
 
 
 def few(profile: Profile, *, tokens: int = 33, dtype: str = "float32") -> list[Case]:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_routing.testing import oracle
 from moe_routing.testing.admissible import exact_device, logical_ids
+from moe_routing.testing.cases import on_device
 from moe_routing.testing.checks import _sets
 from moe_routing.testing.checks._check import check, require
 from moe_routing.testing.subject import must_match, same_bits
@@ -175,7 +176,11 @@ def _exact_gradients(call: Call, ids: torch.Tensor, direction: torch.Tensor) -> 
     logits = call.logits.detach().to(home).double().requires_grad_()
     scale = call.operands.get("per_expert_scale")
     exact_scale = None if scale is None else scale.detach().to(home).double().requires_grad_()
-    weights = oracle.weights_at(call.spec, logits, logical, per_expert_scale=exact_scale)
+    if oracle.brought(call.spec.family) is None:
+        weights = oracle.weights_at(call.spec, logits, logical, per_expert_scale=exact_scale)
+    else:
+        operands = on_device({**call.operands, "per_expert_scale": exact_scale}, home)
+        weights = oracle.route(call.spec, logits, call.topk, **operands).weights[:, : call.topk]
     weights = weights.masked_fill(padding, 0.0)
     inputs = [logits] if exact_scale is None else [logits, exact_scale]
     return torch.autograd.grad(weights, inputs, direction.to(home).double()[:, : call.topk])
