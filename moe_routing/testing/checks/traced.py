@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from moe_routing import Router
+    from moe_routing.testing.admissible import Operands
     from moe_routing.testing.cases import Call, Case, Profile
     from moe_routing.testing.subject import Subject
 
@@ -33,8 +34,9 @@ class _Module(torch.nn.Module):
         super().__init__()
         self.route, self.call = route, call
 
-    def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = self.route(logits, self.call.topk, **self.call.operands)
+    def forward(self, logits: torch.Tensor, token_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        operands: Operands = {**self.call.operands, "token_ids": token_ids}
+        weights, ids = self.route(logits, self.call.topk, **operands)
         return weights * 1.0, ids
 
 
@@ -50,8 +52,9 @@ def compiles_as_one_graph(subject: Subject, case: Case) -> None:
     module = _Module(subject.router(call.spec), call)
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
-    for logits in (call.logits, call.logits[:7].clone()):
-        _must_equal(compiled(logits), module(logits))
+    for some in (call, call.rows(slice(7))):
+        inputs = (some.logits, some.operands.get("token_ids"))
+        _must_equal(compiled(*inputs), module(*inputs))
 
 
 @check(14, _traced, capability="compile")
@@ -60,9 +63,10 @@ def exports(subject: Subject, case: Case) -> None:
     call = case.make(subject.device)
     subject.route(call)
     module = _Module(subject.router(call.spec), call)
-    exported = torch.export.export(module, (call.logits,)).module()
+    token_ids = call.operands.get("token_ids")
+    exported = torch.export.export(module, (call.logits, token_ids)).module()
     other = call.logits.flip(1).contiguous()
-    _must_equal(exported(other), module(other))
+    _must_equal(exported(other, token_ids), module(other, token_ids))
 
 
 def _must_equal(got: Any, expected: Any) -> None:  # noqa: ANN401 -- pairs of tensors
@@ -154,9 +158,9 @@ def _compare_gradients(subject: Subject, case: Case, call: Call) -> None:
         require(
             ours.dtype == tensor.dtype and ours.shape == tensor.shape, f"gradient of {name}: {ours.dtype} {tuple(ours.shape)}"
         )
-        rounding = torch.finfo(tensor.dtype).eps if tensor.dtype != torch.float64 else 0.0
+        info = torch.finfo(tensor.dtype)  # gradients are rounded to it: by half a unit, or half a subnormal's step
         largest = exact.abs().amax(-1, keepdim=True)
-        tolerance = (GRADIENT_RTOL + rounding) * exact.abs() + GRADIENT_ATOL * largest + 1e-30
+        tolerance = (GRADIENT_RTOL + info.eps) * exact.abs() + GRADIENT_ATOL * largest + info.tiny * info.eps + 1e-30
         off = (ours.to(exact.device).double() - exact).abs()
         wrong = ~(off <= tolerance)
         if wrong.any():
