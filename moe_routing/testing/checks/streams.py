@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +77,9 @@ def nothing_is_read_on_the_host(subject: Subject, case: Case) -> None:
     subject.route(call)
     torch.cuda.synchronize(subject.device)
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         output = subject.router(call.spec)(call.logits, call.topk, **call.operands)
     finally:
