@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 import traceback
@@ -20,13 +21,14 @@ from moe_routing.testing.subject import DeclinedError, NotApplicableError, Subje
 from moe_routing_registry import MoeRoutingWarning, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from moe_routing.testing.cases import Profile
     from moe_routing.testing.checks import Item
 
 Status = Literal["passed", "failed", "gap", "declined", "not_applicable"]
 SCHEMA_VERSION = 1
+MANY_ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +160,8 @@ def subject_of(backend: str, device: str | torch.device) -> Subject:
 def evaluate(item: Item, subject: Subject) -> Result:
     """Run one check on one case."""
     begun = time.perf_counter()
-    status, message = _outcome(item, subject)
+    with _threads_for(item, subject):
+        status, message = _outcome(item, subject)
     return Result(
         point=item.check.point,
         check=item.check.name,
@@ -168,6 +171,23 @@ def evaluate(item: Item, subject: Subject) -> Result:
         message=message,
         seconds=round(time.perf_counter() - begun, 6),
     )
+
+
+@contextlib.contextmanager
+def _threads_for(item: Item, subject: Subject) -> Iterator[None]:
+    """Use one thread of torch's for a few rows on a CPU: on a busy machine, threads wait for each other there, long.
+
+    Cases with many rows keep all threads, so that what goes wrong between threads can go wrong.
+    """
+    threads = torch.get_num_threads()
+    if subject.device.type != "cpu" or threads == 1 or getattr(item.case, "num_tokens", 0) >= MANY_ROWS:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _outcome(item: Item, subject: Subject) -> tuple[Status, str]:

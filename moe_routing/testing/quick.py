@@ -55,17 +55,9 @@ def verify(backend: str, device: str = "cpu") -> list[Finding]:
     >>> all(finding.ok for finding in verify("eager"))
     True
     """
-    import torch
-
     from moe_routing.testing.kit import subject_of
 
-    subject = subject_of(backend, device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a few rows at a time: on a busy machine threads would wait for each other
-    try:
-        return _findings(subject, time.monotonic() + BUDGET_SECONDS)
-    finally:
-        torch.set_num_threads(threads)
+    return _findings(subject_of(backend, device), time.monotonic() + BUDGET_SECONDS)
 
 
 def _findings(subject: Subject, until: float) -> list[Finding]:
