@@ -2,7 +2,7 @@
 
 Only operations whose result for an element does not depend on its place in the tensor are used: PyTorch's ``exp``,
 ``log1p`` and ``softmax`` over the last dimension are such on the CPU, its ``sigmoid`` (another polynomial for the last few
-elements) and its ``sum`` (another order for other shapes) are not. ``cumsum`` adds in order, in double precision.
+elements) and its ``sum`` (another order for other shapes) are not.
 """
 
 from __future__ import annotations
@@ -57,13 +57,27 @@ def selected_weights(spec: RoutingSpec, x: Tensor, ids: Tensor) -> Tensor:
         shift = chosen.amax(-1, keepdim=True).clamp_(max=0.0) if exact_ratio else torch.zeros_like(chosen[:, :1])
         weights = _sigmoid(chosen, shift) if spec.score == "sigmoid" else _sqrtsoftplus(chosen, shift)
     if spec.renormalize and not (exact_ratio and spec.score == "softmax"):
-        total = weights.cumsum(-1)[:, -1:] + spec.renorm_epsilon
+        total = _sum_in_order(weights) + spec.renorm_epsilon
         if spec.renorm_floor:
             total = total.clamp_(min=spec.renorm_floor)
         weights = weights / total
     if spec.scale != 1.0:
         weights = weights * spec.scale
     return weights.to(torch.float32)
+
+
+def _sum_in_order(weights: Tensor) -> Tensor:
+    """Add the K columns from the first to the last, with the same bits whatever T is.
+
+    On the CPU ``cumsum`` does that in one call, and in double precision. On CUDA it is a scan whose order depends on the
+    shape (T = 1 and T = 67 differ by a unit in the last place on an H200), so there each addition is written out.
+    """
+    if weights.device.type == "cpu":
+        return weights.cumsum(-1)[:, -1:]
+    total, *others = weights.split(1, dim=-1)
+    for other in others:
+        total = total + other
+    return total
 
 
 def _sigmoid(x: Tensor, shift: Tensor) -> Tensor:
