@@ -74,9 +74,9 @@ def _sum_in_order(weights: Tensor) -> Tensor:
     """
     if weights.device.type == "cpu":
         return weights.cumsum(-1)[:, -1:]
-    total, *others = weights.split(1, dim=-1)
-    for other in others:
-        total = total + other
+    total = weights[:, :1]
+    for k in range(1, weights.shape[1]):
+        total = total + weights[:, k : k + 1]
     return total
 
 
