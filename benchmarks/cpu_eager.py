@@ -10,14 +10,12 @@ exact ties. What is timed is checked first: the same weights wherever the ids ag
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import about
 import torch
 
 import moe_routing
@@ -113,14 +111,7 @@ def main() -> None:
                 + f"{median['ours'] / median['top-k first']:>14.2f} {median['one-hot'] / median['ours']:>15.1f}"
             )
     if arguments.json:
-        about = {
-            "what": "eager on the CPU, one thread, E=128 K=8, microseconds a call",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": f"{platform.machine()}, {moe_routing.probe('cpu').name}",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        about.write(arguments.json, "eager on the CPU, one thread, E=128 K=8, microseconds a call", rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ returns two, defined like ours: what torch.library itself asks. Microseconds of 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import about
 import torch
 
 import moe_routing
@@ -75,14 +73,7 @@ def main() -> None:
     for name, microseconds in measured.items():
         print(f"{name:>24} {microseconds:8.2f} us")
     if arguments.json:
-        about = {
-            "what": "host cost on a CPU, microseconds of process time a call, best of 15",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": f"{platform.machine()}, {moe_routing.probe('cpu').name}",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        arguments.json.write_text(json.dumps({**about, "us": measured}, indent=1) + "\n")
+        about.write(arguments.json, "host cost on a CPU, microseconds of process time a call, best of 15", us=measured)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,8 @@ except ValueError as error:
 print(json.dumps({
     "untouched": untouched, "nameless": nameless.to_dict(), "calls": calls, "same": len({id(a) for a in answers}),
     "answer": answers[0].to_dict(), "given": given, "currents": [first, second], "absent": absent,
-    "names": [n for n in moe_routing.probing.device_names() if n.startswith(("cpu", "acme"))][:3], "modules": sorted({"triton"} & set(sys.modules)),
+    "names": [name for name in moe_routing.probing.device_names() if name.startswith(("cpu", "acme"))][:3],
+    "modules": sorted({"triton"} & set(sys.modules)),
 }))
 """
 

@@ -9,6 +9,7 @@ from moe_routing_registry._card import (
     FamilySpec,
     SupportRule,
     Target,
+    knows_score,
 )
 from moe_routing_registry._device import DeviceInfo, Toolchain
 from moe_routing_registry._errors import (
@@ -78,6 +79,7 @@ __all__ = [
     "Verdict",
     "flag",
     "hookimpl",
+    "knows_score",
     "preference",
     "preferring",
     "verify_rate",

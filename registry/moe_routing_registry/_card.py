@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from moe_routing_registry._device import DeviceInfo
 from moe_routing_registry._problem import RoutingProblem
+from moe_routing_registry._spec import SCORES, RoutingSpec
 from moe_routing_registry._verdict import RejectCode, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from moe_routing_registry._spec import RoutingSpec
 
 API_VERSION = 1
 """Version of the plug-in interface; a card written for another version is rejected, not tried."""
@@ -27,6 +27,18 @@ ANY = "*"
 ACCELERATOR = "accelerator"
 
 SupportRule = Callable[[RoutingProblem, DeviceInfo], Verdict]
+
+
+def knows_score(problem: RoutingProblem, _device: DeviceInfo | None = None) -> Verdict:
+    """Accept the score functions that every built-in backend knows: a support rule, or the start of one.
+
+    >>> problem = RoutingProblem(spec=RoutingSpec(family="f", score="square"), num_experts=8, topk=2, dtype="float32")
+    >>> knows_score(problem).reason
+    "knows the score functions softmax, sigmoid, sqrtsoftplus, not 'square'"
+    """
+    if problem.spec.score in SCORES:
+        return Verdict.yes()
+    return Verdict.no(RejectCode.FAMILY, f"knows the score functions {', '.join(SCORES)}, not {problem.spec.score!r}")
 
 
 @dataclass(frozen=True, slots=True)

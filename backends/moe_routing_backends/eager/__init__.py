@@ -2,25 +2,7 @@
 
 from __future__ import annotations
 
-from moe_routing_registry import (
-    ANY,
-    SCORES,
-    BackendSpec,
-    DeviceInfo,
-    RejectCode,
-    RoutingProblem,
-    Target,
-    Verdict,
-    hookimpl,
-)
-
-
-def supports(problem: RoutingProblem, _device: DeviceInfo) -> Verdict:
-    """Accept everything that the fields of ``RoutingSpec`` can say."""
-    if problem.spec.score not in SCORES:
-        known = ", ".join(SCORES)
-        return Verdict.no(RejectCode.FAMILY, f"knows the score functions {known}, not {problem.spec.score!r}")
-    return Verdict.yes()
+from moe_routing_registry import ANY, BackendSpec, Target, hookimpl, knows_score
 
 
 @hookimpl
@@ -32,7 +14,7 @@ def moe_routing_backends() -> list[BackendSpec]:
             factory="moe_routing_backends.eager.route:build",
             targets=(Target(ANY),),
             priority=0,
-            supports=supports,
+            supports=knows_score,
             summary="plain PyTorch operations, on any device",
         )
     ]

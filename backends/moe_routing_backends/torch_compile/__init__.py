@@ -2,25 +2,7 @@
 
 from __future__ import annotations
 
-from moe_routing_registry import (
-    ACCELERATOR,
-    SCORES,
-    BackendSpec,
-    DeviceInfo,
-    RejectCode,
-    RoutingProblem,
-    Target,
-    Verdict,
-    hookimpl,
-)
-
-
-def supports(problem: RoutingProblem, _device: DeviceInfo) -> Verdict:
-    """Accept everything that the fields of ``RoutingSpec`` can say; whether a compiler is there, compiling shows."""
-    if problem.spec.score not in SCORES:
-        known = ", ".join(SCORES)
-        return Verdict.no(RejectCode.FAMILY, f"knows the score functions {known}, not {problem.spec.score!r}")
-    return Verdict.yes()
+from moe_routing_registry import ACCELERATOR, BackendSpec, Target, hookimpl, knows_score
 
 
 @hookimpl
@@ -32,7 +14,7 @@ def moe_routing_backends() -> list[BackendSpec]:
             factory="moe_routing_backends.torch_compile.compile:build",
             targets=(Target(ACCELERATOR), Target("cpu", explicit=True)),
             priority=50,
-            supports=supports,
+            supports=knows_score,
             summary="the plain formula through torch.compile, on any accelerator; on the CPU when named",
         )
     ]

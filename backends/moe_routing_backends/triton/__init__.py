@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from moe_routing_registry import (
-    SCORES,
     BackendSpec,
     DeviceInfo,
     RejectCode,
@@ -11,6 +10,7 @@ from moe_routing_registry import (
     Target,
     Verdict,
     hookimpl,
+    knows_score,
 )
 
 MAX_EXPERTS = 2048
@@ -29,16 +29,12 @@ def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
             f"needs a Triton that compiles for {device.platform}: {detail or 'the one installed does not'}",
             toolchain.fix if toolchain and toolchain.fix else "pip install 'moe-routing[triton]'",
         )
-    spec = problem.spec
-    if spec.score not in SCORES:
-        known = ", ".join(SCORES)
-        return Verdict.no(RejectCode.FAMILY, f"knows the score functions {known}, not {spec.score!r}")
     if problem.dtype not in DTYPES:
         return Verdict.no(RejectCode.DTYPE, f"takes logits of {', '.join(DTYPES)}, not {problem.dtype}")
     if problem.num_experts > MAX_EXPERTS or problem.topk > MAX_TOPK:
         asked = f"E = {problem.num_experts} and K = {problem.topk}"
         return Verdict.no(RejectCode.SHAPE, f"takes E up to {MAX_EXPERTS} and K up to {MAX_TOPK}, not {asked}")
-    return Verdict.yes()
+    return knows_score(problem)
 
 
 @hookimpl
