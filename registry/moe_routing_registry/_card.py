@@ -27,6 +27,7 @@ ANY = "*"
 ACCELERATOR = "accelerator"
 
 SupportRule = Callable[[RoutingProblem, DeviceInfo], Verdict]
+NotesRule = Callable[[RoutingProblem, DeviceInfo], tuple[str, ...]]
 
 
 def knows_score(problem: RoutingProblem, _device: DeviceInfo | None = None) -> Verdict:
@@ -137,6 +138,10 @@ class BackendSpec:
     :ivar supports: the support rule, ``supports(problem, device) -> Verdict``: cheap, without side effects, and
         without importing torch.
     :ivar summary: one line for ``moe-routing doctor``.
+    :ivar notes: ``notes(problem, device)``: what is worth knowing where it is chosen, a line each, for ``explain`` and doctor;
+        as cheap as ``supports``.
+    :ivar tuner: dotted path ``"package.module:attribute"`` of what ``moe-routing tune`` calls, ``tuner(problem, device,
+        tokens=..., on_step=...)``; ``""`` where there is nothing to tune.
     :ivar gaps: what it consciously leaves out: one of ``CAPABILITIES`` -> the reason, for the conformance report. What
         ``supports`` declines without a gap must really be impossible: the conformance kit tries it.
     """
@@ -150,6 +155,8 @@ class BackendSpec:
     priority: int = -1
     supports: SupportRule | None = field(default=None, compare=False)
     summary: str = ""
+    notes: NotesRule | None = field(default=None, compare=False)
+    tuner: str = ""
     gaps: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -157,10 +164,11 @@ class BackendSpec:
         if not self.name or self.name != self.name.strip().lower() or any(c in self.name for c in ", :"):
             msg = f"name: expected lower case without spaces, commas and colons, got {self.name!r}"
             raise ValueError(msg)
-        module, _, attribute = self.factory.partition(":")
-        if not module or not attribute:
-            msg = f"factory: expected 'package.module:attribute', got {self.factory!r}"
-            raise ValueError(msg)
+        for argument, path in (("factory", self.factory), ("tuner", self.tuner)):
+            module, _, attribute = path.partition(":")
+            if (path or argument == "factory") and not (module and attribute):
+                msg = f"{argument}: expected 'package.module:attribute', got {path!r}"
+                raise ValueError(msg)
         if not self.targets or not all(isinstance(t, Target) for t in self.targets):
             msg = f"targets: expected at least one Target, got {self.targets!r}"
             raise ValueError(msg)

@@ -38,6 +38,7 @@ class DeviceInfo:
     :ivar total_memory: bytes, 0 where nothing is known.
     :ivar compute_units: multiprocessors, compute units, Xe cores or CPU threads; 0 where nothing is known.
     :ivar warp_sizes: warp, wavefront or sub-group sizes in lanes, smallest first.
+    :ivar driver: version of the driver, ``"580.159.04"``, or ``""`` where nothing is known.
     :ivar toolchains: what was found beside torch.
     """
 
@@ -49,6 +50,7 @@ class DeviceInfo:
     total_memory: int = 0
     compute_units: int = 0
     warp_sizes: tuple[int, ...] = ()
+    driver: str = ""
     toolchains: tuple[Toolchain, ...] = ()
 
     @property

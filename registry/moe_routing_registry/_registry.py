@@ -109,15 +109,17 @@ class Registry:
                 lost.append((_rank(card, device), name))
         fitting.sort(key=itemgetter(0))
         eligible = tuple(candidate for _, candidate in fitting)
+        winner = next((c.name for c in eligible if request.backend in (None, c.name)), None)
         return ResolutionReport(
             problem=problem,
             device=device,
-            winner=next((c.name for c in eligible if request.backend in (None, c.name)), None),
+            winner=winner,
             asked_by=request.asked_by,
             requested=request.backend,
             eligible=eligible,
             rejected=tuple(rejected),
             missed=_missed(request, fitting, lost),
+            notes=() if winner is None else _notes(self.backends[winner], problem, device),
         )
 
     def check_names(self, request: Request) -> None:
@@ -169,9 +171,8 @@ class Registry:
 
     def build(self, name: str, problem: RoutingProblem, device: DeviceInfo) -> Any:  # noqa: ANN401 -- typed as BoundRouter one layer up, where torch is
         """Import the backend's factory and build; whatever it raises is raised as ``FactoryError``."""
-        module, _, attribute = self.backends[name].factory.partition(":")
         try:
-            factory: Callable[[RoutingProblem, DeviceInfo], object] = getattr(importlib.import_module(module), attribute)
+            factory: Callable[[RoutingProblem, DeviceInfo], object] = _imported(self.backends[name].factory)
             bound = factory(problem, device)
         except PLUGIN_FAILURES as error:
             verdict, trace = failed(RejectCode.FACTORY_FAILED, "its factory", error)
@@ -181,8 +182,27 @@ class Registry:
             raise FactoryError(self._rejection(name, verdict, ""))
         return bound
 
+    def tuner(self, name: str) -> Any:  # noqa: ANN401 -- what it takes and returns, its caller knows
+        """Import what measures a backend's launches, or return ``None`` where it has nothing to tune."""
+        path = self.backends[name].tuner
+        return _imported(path) if path else None
+
     def _rejection(self, name: str, verdict: Verdict, trace: str) -> Rejection:
         return Rejection(name=name, verdict=verdict, distribution=self.distribution(name), traceback=trace)
+
+
+def _imported(path: str) -> Any:  # noqa: ANN401 -- whatever stands there
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _notes(card: BackendSpec, problem: RoutingProblem, device: DeviceInfo) -> tuple[str, ...]:
+    if card.notes is None:
+        return ()
+    try:
+        return tuple(card.notes(problem, device))
+    except PLUGIN_FAILURES as error:
+        return (sentence("its notes", error),)
 
 
 Rank = tuple[int, int, str]

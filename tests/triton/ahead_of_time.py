@@ -1,6 +1,7 @@
 """Compile the kernels for GPUs that are not here; print registers, spills and shared memory as JSON.
 
 A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed. Arguments: names of targets.
+``--write`` keeps what it found for all of them as the table that a test holds the kernels to.
 """
 
 import json
@@ -18,6 +19,7 @@ from moe_routing_backends.triton.launch import KERNELS, RUNTIME_ARGUMENTS
 from moe_routing_backends.triton.plan import Launch, constants
 from moe_routing_registry import RoutingProblem, RoutingSpec
 
+TABLE = Path(__file__).with_suffix(".json")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -37,15 +39,20 @@ CASES = [
     (DEEPSEEK, 256, 8, Launch("lanes", 2, 1, 1)),
     (GEMMA4, 512, 10, Launch("lanes", 1, 1, 1)),
     (GEMMA4, 512, 10, Launch("rows", 16, 2, 1)),
+    (GEMMA4, 128, 8, Launch("sieve", 16, 2, 1)),
+    (GEMMA4, 512, 10, Launch("sieve", 8, 4, 1)),
+    (DEEPSEEK, 256, 8, Launch("tiles", 4, 8, 1)),
 ]
+SIEVES = ("sm_90", "sm_100", "sm_120")
+"""Targets that have the sieve variant's instructions."""
 
 
 def compiled(  # noqa: PLR0913, PLR0917 -- what a case is
     spec, experts, k, dtype, launch, target
 ):
     """Compile one kernel to its last stage."""
-    if launch.variant == "rows":
-        launch = Launch("rows", launch.block_t * target.warp_size // 32, launch.lanes, launch.num_warps)
+    if launch.variant in ("rows", "tiles"):
+        launch = Launch(launch.variant, launch.block_t * target.warp_size // 32, launch.lanes, launch.num_warps)
     problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
     kernel = KERNELS[launch.variant]
     known = {
@@ -95,19 +102,30 @@ def read_back(binary, target):
     }
 
 
-def main():
+def found_for(names):
     """Compile every case for the targets named."""
     found = []
-    for name in sys.argv[1:] or TARGETS:
+    for name in names:
         for spec, experts, k, launch in CASES:
+            if launch.variant == "sieve" and name not in SIEVES:
+                continue
             for dtype in ("bfloat16", "float32"):
                 numbers = read_back(compiled(spec, experts, k, dtype, launch, TARGETS[name]), TARGETS[name])
                 what = f"{launch.variant} {launch.block_t}x{launch.lanes}"
                 found.append(
                     {"target": name, "spec": spec.family, "E": experts, "K": k, "dtype": dtype, "kernel": what, **numbers}
                 )
-    json.dump(found, sys.stdout)
+    return found
+
+
+def write():
+    """Keep the table."""
+    lines = ",\n".join("  " + json.dumps(case) for case in found_for(TARGETS))
+    TABLE.write_text(f'{{\n "triton": "{triton.__version__}",\n "cases": [\n{lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--write"]:
+        write()
+    else:
+        json.dump({"triton": triton.__version__, "cases": found_for(sys.argv[1:] or TARGETS)}, sys.stdout)

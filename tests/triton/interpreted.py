@@ -36,12 +36,20 @@ SPECS = {
     "sqrtsoftplus": RoutingSpec(family="f", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5),
     "token_table": RoutingSpec(family="f", score="sqrtsoftplus", selection="token_table", renormalize=True, scale=1.5),
     "sparsemixer": RoutingSpec(family="f", selection="sparsemixer"),
+    "top2_of_logits": RoutingSpec(family="f", num_groups=4, topk_groups=2, group_score="top2_sum", renormalize=True),
     "topk_per_group": RoutingSpec(family="f", num_groups=4, topk_per_group=True, renormalize=True),
     "logit_bias": RoutingSpec(family="f", score="sigmoid", selection="logits_plus_bias"),
     "soft_cap": RoutingSpec(family="f", renormalize=True, logit_softcap=30.0, logit_multiplier=0.7),
     "shared": RoutingSpec(family="f", score="sigmoid", renormalize=True, shared_experts=2, scale=2.5, per_expert_scale=True),
 }  # fmt: skip
+SIEVED = ("gemma4", "softmax", "sigmoid_renorm", "soft_cap", "shared")
 ROWS = ("gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared")
+
+TILED = (
+    ("deepseek_v3", 192, 8, 8), ("deepseek_v2", 128, 6, 16), ("top2_of_logits", 64, 4, 4), ("softmax_bias", 64, 6, 2),
+    ("sqrtsoftplus", 64, 8, 8), ("logit_bias", 40, 4, 4), ("zero_experts", 64, 12, 4), ("soft_cap", 32, 1, 2),
+)  # fmt: skip
+"""Specs in the tiles variant, with E, K and lanes: groups padded and whole, one and more lanes a group, both lists."""
 
 
 def hostile(tokens, experts, generator):
@@ -119,6 +127,22 @@ def main():
             _, other = run(name, Launch("lanes", 2, 1, 1), experts, k, dtype, kind)
             same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
             found[f"rows {name} {dtype} {kind}"] = problems + ([] if same else ["bits differ from the lanes variant's"])
+    for name in SIEVED:
+        for dtype, kind, lanes, experts, k in (
+            (torch.float32, "close", 2, 48, 4),
+            (torch.bfloat16, "hostile", 1, 72, 6),
+            (torch.float16, "hostile", 4, 64, 9),
+        ):
+            problems, out = run(name, Launch("sieve", 4, lanes, 1), experts, k, dtype, kind)
+            _, other = run(name, Launch("lanes", 2, 1, 1), experts, k, dtype, kind)
+            same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
+            found[f"sieve {name} {dtype} {kind}"] = problems + ([] if same else ["bits differ from the lanes variant's"])
+    for name, experts, k, lanes in TILED:
+        for dtype, kind in ((torch.float32, "close"), (torch.bfloat16, "hostile")):
+            problems, out = run(name, Launch("tiles", 4, lanes, 1), experts, k, dtype, kind)
+            _, other = run(name, Launch("lanes", 2, 1, 1), experts, k, dtype, kind)
+            same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
+            found[f"tiles {name} {dtype} {kind}"] = problems + ([] if same else ["bits differ from the lanes variant's"])
     json.dump(found, sys.stdout)
 
 

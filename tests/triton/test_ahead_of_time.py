@@ -1,5 +1,6 @@
 """The kernels, compiled to machine code for GPUs that are not here."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,17 +10,41 @@ from pathlib import Path
 import pytest
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536, "gfx950": 163_840}
+SCRIPT = Path(__file__).with_name("ahead_of_time.py")
+WORTH_A_LOOK = 1.05
+"""A kernel that needs this many times what the table says has lost something, or the table is to be written again."""
+
+
+@functools.cache
+def compiled(target):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), target], check=False, capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_every_variant_compiles_without_spills_and_within_the_parts_shared_memory(target):
-    script = Path(__file__).with_name("ahead_of_time.py")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script), target], check=False, capture_output=True, text=True, timeout=600, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert len(found) == 10
+    found = compiled(target)["cases"]
+    assert found
     assert not [case for case in found if case["spills"]]
     assert not [case for case in found if case["shared"] > SHARED_MEMORY[target]]
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_no_kernel_needs_more_registers_or_instructions_than_the_table_says(target):
+    table, now = json.loads(SCRIPT.with_suffix(".json").read_text()), compiled(target)
+    if now["triton"] != table["triton"]:
+        pytest.skip(f"the table was written with triton {table['triton']}; {now['triton']} compiles otherwise")
+    names = ("target", "spec", "E", "K", "dtype", "kernel")
+    known = {tuple(case[name] for name in names): case for case in table["cases"]}
+    more = [
+        f"{key}: {what} {known.get(key, {}).get(what)} -> {case[what]}"
+        for case in now["cases"]
+        for key in [tuple(case[name] for name in names)]
+        for what in ("registers", "instructions")
+        if key not in known or case[what] > WORTH_A_LOOK * known[key][what]
+    ]
+    assert not more, "\n".join(["mend, or if it is worth it: python tests/triton/ahead_of_time.py --write", *more])

@@ -16,6 +16,7 @@ NAMES = [
     "sigmoid_renorm",
     "deepseek_v3",
     "deepseek_v2",
+    "top2_of_logits",
     "sqrtsoftplus",
     "token_table",
     "sparsemixer",
@@ -45,4 +46,30 @@ def test_the_lanes_variant_agrees_with_the_oracle_on_awkward_rows(found, name):
 def test_the_rows_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
     cases = {case: problems for case, problems in found.items() if case.startswith(f"rows {name} ")}
     assert len(cases) == 3
+    assert not {case: problems for case, problems in cases.items() if problems}
+
+
+@pytest.mark.parametrize("name", ["gemma4", "softmax", "sigmoid_renorm", "soft_cap", "shared"])
+def test_the_sieve_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
+    cases = {case: problems for case, problems in found.items() if case.startswith(f"sieve {name} ")}
+    assert len(cases) == 3
+    assert not {case: problems for case, problems in cases.items() if problems}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_v3",
+        "deepseek_v2",
+        "top2_of_logits",
+        "softmax_bias",
+        "sqrtsoftplus",
+        "logit_bias",
+        "zero_experts",
+        "soft_cap",
+    ],
+)
+def test_the_tiles_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
+    cases = {case: problems for case, problems in found.items() if case.startswith(f"tiles {name} ")}
+    assert len(cases) == 2
     assert not {case: problems for case, problems in cases.items() if problems}

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from moe_routing_backends.triton import table
-from moe_routing_backends.triton.plan import Launch, kind
+from moe_routing_backends.triton import store, table
+from moe_routing_backends.triton.plan import kind
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
 H200 = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200", warp_sizes=(32,))
@@ -17,10 +17,14 @@ GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "user_path", lambda device: tmp_path / f"{device.arch}.json")
-    table.table_for.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    table.tables_for.cache_clear()
     yield tmp_path
-    table.table_for.cache_clear()
+    table.tables_for.cache_clear()
+
+
+def steps_on(device, asked):
+    return table.speaking(device, asked).steps(asked)
 
 
 def problem(**changes):
@@ -29,14 +33,14 @@ def problem(**changes):
 
 @pytest.mark.usefixtures("home")
 def test_the_shipped_table_speaks_for_an_h200_and_says_where_it_was_measured():
-    assert "H200" in table.table_for(H200).provenance
+    assert "H200" in table.speaking(H200, problem()).provenance
 
 
 @pytest.mark.usefixtures("home")
-def test_few_tokens_get_the_lanes_variant_and_many_the_rows_variant():
-    steps = table.table_for(H200).steps(problem())
+def test_few_tokens_get_the_lanes_variant_and_many_the_sieve():
+    steps = steps_on(H200, problem())
     assert steps[0].launch.variant == "lanes"
-    assert steps[-1].launch.variant == "rows"
+    assert steps[-1].launch.variant == "sieve"
     assert steps[-1].tokens == math.inf
 
 
@@ -52,31 +56,28 @@ def test_few_tokens_get_the_lanes_variant_and_many_the_rows_variant():
 )
 @pytest.mark.usefixtures("home")
 def test_what_the_rows_variant_cannot_do_goes_to_the_lanes_variant(changes):
-    assert {s.launch.variant for s in table.table_for(H200).steps(problem(**changes))} == {"lanes"}
+    assert {s.launch.variant for s in steps_on(H200, problem(**changes))} == {"lanes"}
 
 
 @pytest.mark.usefixtures("home")
 def test_an_unknown_arch_gets_the_rule_of_thumb_and_says_so():
-    found = table.table_for(DeviceInfo(type="cuda", platform="cuda", arch="sm_80"))
-    assert found.source == "rule of thumb"
+    found = table.speaking(DeviceInfo(type="cuda", platform="cuda", arch="sm_80"), problem())
+    assert found.source == "the derived table"
     assert "unmeasured on sm_80" in found.provenance
+
+
+@pytest.mark.parametrize(("arch", "sieves"), [("sm_80", False), ("sm_100", True)])
+@pytest.mark.usefixtures("home")
+def test_only_devices_with_packed_minima_get_the_sieve_variant(arch, sieves):
+    device = DeviceInfo(type="cuda", platform="cuda", arch=arch, warp_sizes=(32,))
+    assert ("sieve" in {s.launch.variant for s in steps_on(device, problem())}) == sieves
 
 
 @pytest.mark.usefixtures("home")
 def test_a_wave_of_64_lanes_gets_twice_the_rows():
-    narrow = table.table_for(H200).steps(problem())[-1].launch
-    wide = (
-        table.table_for(DeviceInfo(type="cuda", platform="rocm", arch="gfx942", warp_sizes=(64,))).steps(problem())[-1].launch
-    )
+    narrow = steps_on(H200, problem())[-1].launch
+    wide = steps_on(DeviceInfo(type="cuda", platform="rocm", arch="gfx942", warp_sizes=(64,)), problem())[-1].launch
     assert wide.block_t == 2 * narrow.block_t
-
-
-def test_the_users_own_table_is_asked_first(home):
-    rules = {("logits", 16, 128, 8): (table.Step(math.inf, Launch("lanes", 8, 1, 4)),)}
-    table.write(home / "sm_90.json", table.to_json("sm_90", "tuned here", rules))
-    found = table.table_for(H200)
-    assert found.provenance == "tuned here"
-    assert found.steps(problem()) == rules["logits", 16, 128, 8]
 
 
 @pytest.mark.parametrize(
@@ -97,17 +98,13 @@ def test_the_users_own_table_is_asked_first(home):
     ],
 )
 def test_a_table_that_cannot_be_used_is_ignored_with_a_warning_that_names_the_file(home, text, complaint):
-    (home / "sm_90.json").write_text(text)
-    with pytest.warns(RuntimeWarning, match=re.escape(str(home / "sm_90.json")) + ".*" + re.escape(complaint)):
-        found = table.table_for(H200)
+    path = store.user_path(H200)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert path.is_relative_to(home)
+    with pytest.warns(RuntimeWarning, match=re.escape(str(path)) + ".*" + re.escape(complaint)):
+        found = table.speaking(H200, problem())
     assert "H200" in found.provenance
-
-
-def test_a_table_is_written_whole_or_not_at_all(home):
-    table.write(home / "t.json", "old")
-    with pytest.raises(TypeError):
-        table.write(home / "t.json", None)
-    assert (home / "t.json").read_text() == "old"
 
 
 def test_a_written_table_reads_back_the_same():

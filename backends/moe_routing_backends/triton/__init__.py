@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA and ROCm. This file stays free of torch and triton."""
+"""Triton kernels for CUDA and ROCm, and for Intel's XPU: one code base, two cards. Free of torch and triton."""
 
 from __future__ import annotations
 
@@ -37,9 +37,24 @@ def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
     return knows_score(problem)
 
 
+def supports_xpu(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
+    """Accept the same, on an Intel GPU whose sub-groups are those of the launch table."""
+    if not {16, 32} <= set(device.warp_sizes):
+        has = ", ".join(map(str, device.warp_sizes)) or "none that torch knows of"
+        return Verdict.no(RejectCode.ARCH, f"needs sub-groups of 16 and 32 lanes, the device has {has}")
+    return supports(problem, device)
+
+
+def notes(problem: RoutingProblem, device: DeviceInfo) -> tuple[str, ...]:
+    """Say which launch table speaks for the problem, and how its numbers came about."""
+    from moe_routing_backends.triton.table import said_of
+
+    return (said_of(device, problem),)
+
+
 @hookimpl
 def moe_routing_backends() -> list[BackendSpec]:
-    """Hand in the card."""
+    """Hand in the cards."""
     return [
         BackendSpec(
             name="triton",
@@ -48,5 +63,16 @@ def moe_routing_backends() -> list[BackendSpec]:
             priority=100,
             supports=supports,
             summary="one fused Triton kernel, on NVIDIA and AMD GPUs",
-        )
+            notes=notes,
+            tuner="moe_routing_backends.triton.tune:tune",
+        ),
+        BackendSpec(
+            name="triton-xpu",
+            factory="moe_routing_backends.triton.launch:build",
+            targets=(Target("xpu"),),
+            priority=100,
+            supports=supports_xpu,
+            summary="the same kernels on Intel GPUs, through Triton-XPU",
+            notes=notes,
+        ),
     ]

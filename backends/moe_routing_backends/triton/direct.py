@@ -8,15 +8,110 @@ to 3.9) the kernel object's own ``run``, whose shape all of these versions share
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_routing_backends.triton.xpu import launch_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
+
+    from moe_routing_registry import RoutingProblem
 
     Launcher = Callable[[int, int, tuple[Any, ...]], object]
     """``launcher(blocks, stream, arguments)``; the arguments are the kernel's own before its constants."""
 
 NEEDED = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+
+ALIGNMENT = 16
+"""Bytes of the widest load."""
+
+if torch.cuda.is_available():
+    # What torch.cuda.current_device and Inductor's generated code call; the public ways take ten times as long.
+    current_device = torch._C._cuda_getDevice  # noqa: SLF001 -- likewise
+    current_stream = torch._C._cuda_getCurrentRawStream  # noqa: SLF001 -- likewise
+    empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]  # noqa: SLF001 -- likewise; no stub has it
+else:  # the interpreter: no device is current, so nothing asks for its stream or its memory
+
+    def current_device() -> int:
+        """Return no device's index."""
+        return -1
+
+    def current_stream(device: int) -> int:
+        """Say that there is none."""
+        raise AssertionError(device)
+
+    def empty(size: tuple[int, int], strides: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Say that there is none."""
+        raise AssertionError(size, strides, dtype)
+
+
+def capturing() -> bool:
+    """Tell whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Compiled:
+    """The kernels that are compiled for one problem on one device, each with its cheapest launcher.
+
+    :ivar launchers: by whatever of the arguments a kernel was compiled for.
+    :ivar indirect: why launches take the slow way, or ``""``.
+    """
+
+    def __init__(self, problem: RoutingProblem, device: torch.device) -> None:
+        """Begin with nothing compiled."""
+        self.launchers: dict[tuple[Any, ...], Launcher] = {}
+        self.indirect = ""
+        self._problem = problem
+        self._device = device
+
+    def launch_and_keep(  # noqa: PLR0913, PLR0917 -- what a launch is
+        self,
+        key: tuple[Any, ...],
+        kernel: Any,  # noqa: ANN401 -- Triton's own object
+        blocks: int,
+        arguments: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        num_warps: int,
+        warp_size: int = 0,
+    ) -> None:
+        """Launch through Triton's front door, compiling where needed, and keep the compiled kernel.
+
+        :raises RuntimeError: the kernel is not compiled, and a CUDA graph is being captured.
+        """
+        if key not in self.launchers and capturing():
+            problem, device = self._problem, self._device
+            training = ", training=True" if problem.training else ""
+            msg = (
+                f"moe-routing's Triton kernel for {problem} is not compiled yet, and nothing compiles while a CUDA graph is "
+                f"captured: before the capture, call route.warmup({problem.num_experts}, {problem.topk}, "
+                f"dtype=torch.{problem.dtype}, device='{device}'{training}), or route inputs of the same kind once"
+            )
+            raise RuntimeError(msg)
+        if self._device.type == "cpu":  # the interpreter
+            kernel[blocks,](*arguments, *constants, num_warps=num_warps)
+            return
+        if self._device.type == "xpu":  # always by the front door: nothing else of Triton-XPU could be tried
+            with torch.xpu.device(self._device):
+                options = launch_options(num_warps, warp_size)
+                kernel[blocks,](*arguments, *constants, enable_fp_fusion=False, **options)
+            return
+        with torch.cuda.device(self._device):
+            compiled = kernel[blocks,](*arguments, *constants, num_warps=num_warps, enable_fp_fusion=False)
+            self.launchers[key], self.indirect = launcher_of(compiled, constants)
+        if self.indirect and torch.version.hip is None:  # on ROCm there is no other way
+            _say_once(self.indirect)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    text = f"moe-routing launches through Triton's own launcher, which takes the host some 10 us longer: {reason}"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def launcher_of(compiled: Any, constants: tuple[Any, ...]) -> tuple[Launcher, str]:  # noqa: ANN401 -- Triton's own object

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 
 
@@ -22,6 +21,9 @@ def at_least(x, lowest: tl.constexpr):
     if INTERPRETED:
         x = tl.where(x == x, x, lowest)  # noqa: PLR0124 -- only NaN differs from itself
     return tl.maximum(x, lowest)
+
+
+INTERPRETED = tl.constexpr(not isinstance(at_least, triton.JITFunction))
 
 
 @triton.jit
@@ -51,15 +53,22 @@ def value_of_key(key):
 
 
 @triton.jit
-def rough_key(t, place, MASK: tl.constexpr):
+def rough_key(t, place, MASK: tl.constexpr, ZEROS: tl.constexpr = True):
     """Pack the high bits of a clean float32 and the complement of its place (``place <= MASK``) into one uint32.
 
     If a > b then their rough keys, places aside, are in this order or equal. ``t + 0.0`` turns -0 into +0; flipping the
-    sign of positive and all bits of negative floats is the usual order-preserving map.
+    sign of positive and all bits of negative floats is the usual order-preserving map. ``ZEROS``: whether t may be -0.
     """
-    bits = (t + 0.0).to(tl.int32, bitcast=True)
+    bits = (t + 0.0 if ZEROS else t).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) | -0x80000000)
     return ((ordered & ~MASK) | (MASK - place)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def value_of_rough(key):
+    """Invert the order-preserving map in ``rough_key``: a key with its place bits cleared or set bounds its score."""
+    ordered = key.to(tl.int32, bitcast=True)
+    return (ordered ^ (~(ordered >> 31) | -0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

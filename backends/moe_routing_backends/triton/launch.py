@@ -8,41 +8,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing import RoutingOutput
-from moe_routing_backends.triton.direct import launcher_of
+from moe_routing_backends.triton.direct import ALIGNMENT, Compiled, current_device, current_stream, empty
+from moe_routing_backends.triton.gradient import Gradient
 from moe_routing_backends.triton.lanes import lanes_kernel
 from moe_routing_backends.triton.plan import constants
 from moe_routing_backends.triton.rows import rows_kernel
-from moe_routing_backends.triton.table import LAST_LANES, table_for
+from moe_routing_backends.triton.sieve import sieve_kernel
+from moe_routing_backends.triton.table import LAST_LANES, speaking
+from moe_routing_backends.triton.tiles import tiles_kernel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-    from moe_routing_backends.triton.direct import Launcher
     from moe_routing_backends.triton.plan import Launch
+    from moe_routing_backends.triton.table import Step
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-KERNELS = {"lanes": lanes_kernel, "rows": rows_kernel}
-ALIGNMENT = 16
-"""Bytes of the widest load."""
+KERNELS = {"lanes": lanes_kernel, "rows": rows_kernel, "sieve": sieve_kernel, "tiles": tiles_kernel}
 RUNTIME_ARGUMENTS = 13
-"""How many arguments of a kernel, both variants alike, stand before its constants."""
+"""How many arguments of a kernel, all variants alike, stand before its constants."""
 NO_OPERANDS: tuple[Any, ...] = (None, None, None, None)
-
-if torch.cuda.is_available():
-    # What torch.cuda.current_device and Inductor's generated code call; the public ways take ten times as long.
-    from torch._C import _cuda_getCurrentRawStream as _current_stream
-    from torch._C import _cuda_getDevice as _current_device
-    from torch._C._dynamo.guards import _empty_strided_cuda as _empty  # type: ignore[attr-defined]  # not in the stubs
-else:  # the interpreter
-
-    def _current_device() -> int:
-        return -1
-
-    def _current_stream(device: int) -> int:  # noqa: ARG001 -- the one on a GPU takes it
-        return 0
-
-    def _empty(size: tuple[int, int], strides: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(size, strides, dtype=dtype)
+_tuple = tuple.__new__
+"""Makes a named tuple in half the time of its own constructor, which is a Python function."""
 
 
 def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
@@ -53,11 +42,11 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
 class TritonRouter:
     """A ``BoundRouter``: one Triton kernel a call.
 
-    :ivar notes: which launch table speaks, and what is unusual, for ``explain`` and doctor.
+    :ivar notes: what is unusual, for ``Router.report``.
     """
 
-    def __init__(self, problem: RoutingProblem, device: DeviceInfo) -> None:
-        """Look up the launches for the problem; a table that cannot be used is warned of here."""
+    def __init__(self, problem: RoutingProblem, device: DeviceInfo, steps: tuple[Step, ...] | None = None) -> None:
+        """Look up the launches for the problem, or take the given; a table that cannot be used is warned of here."""
         self._problem = problem
         self._index = device.index or 0
         self._device = torch.device("cpu" if device.type == "cpu" else f"{device.type}:{self._index}")
@@ -65,19 +54,18 @@ class TritonRouter:
         self._columns = problem.topk + problem.spec.shared_experts
         self._ids_dtype: torch.dtype = getattr(torch, problem.ids_dtype)
         self._element = 4 if problem.dtype == "float32" else 2
-        table = table_for(device)
-        self._table = table
-        steps = table.steps(problem)
+        steps = speaking(device, problem).steps(problem) if steps is None else steps
         self._limits = [s.tokens for s in steps[:-1]]
         self._launches = [s.launch for s in steps]
-        self._ready: dict[tuple[Any, ...], Launcher] = {}
-        self._indirect = ""
+        self._compiled = Compiled(problem, self._device)
+        self._ready = self._compiled.launchers
+        self._gradient = Gradient(problem, self._index, self._compiled)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Say which table chose the launch parameters, and whether launches take the slow way."""
-        indirect = (f"launches through Triton's own launcher: {self._indirect}",) if self._indirect else ()
-        return (f"launch parameters from {self._table.source} ({self._table.provenance})", *indirect)
+        """Say whether launches take the slow way, which only a launch can tell; the card says which table speaks."""
+        why = self._compiled.indirect
+        return (f"launches through Triton's own launcher: {why}",) if why else ()
 
     def __call__(  # noqa: C901, PLR0913 -- BoundRouter's operands; one flat function, because calls cost a tenth of a microsecond
         self,
@@ -92,33 +80,30 @@ class TritonRouter:
         out: RoutingOutput | None = None,
     ) -> RoutingOutput:
         """Route ``logits [T, E]``; see ``BoundRouter``."""
-        T = logits.size(0)
+        T, _ = logits.shape
         row_stride, expert_stride = logits.stride()
-        here = _current_device() == self._index
-        if out is None:
-            columns = self._columns
-            if here:
-                size, strides = (T, columns), (columns, 1)
-                out = RoutingOutput(_empty(size, strides, torch.float32), _empty(size, strides, self._ids_dtype))
-            else:
-                out = RoutingOutput(
-                    torch.empty((T, columns), dtype=torch.float32, device=logits.device),
-                    torch.empty((T, columns), dtype=self._ids_dtype, device=logits.device),
-                )
-        weights, ids = out
+        here = current_device() == self._index
+        if out is not None:
+            weights, ids = out
+        elif here:
+            size, strides = (T, self._columns), (self._columns, 1)
+            weights, ids = empty(size, strides, torch.float32), empty(size, strides, self._ids_dtype)
+            out = _tuple(RoutingOutput, (weights, ids))
+        else:
+            weights = torch.empty((T, self._columns), dtype=torch.float32, device=logits.device)
+            ids = torch.empty((T, self._columns), dtype=self._ids_dtype, device=logits.device)
+            out = RoutingOutput(weights, ids)
         source, to_weights, to_ids = logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
         aligned = not (source | to_weights | to_ids | (row_stride * self._element)) % ALIGNMENT
-        launch = self._launches[bisect_left(self._limits, T)]
-        if not aligned and launch.variant == "rows":
-            launch = LAST_LANES
-        scale_at = bias_at = None
-        key: tuple[Any, ...] = (launch, row_stride == self._experts, aligned, expert_stride == 1)
+        step, launch = self._choose(T, aligned=aligned)
+        scale_at = bias_at = scale_dtype = bias_dtype = None
         if per_expert_scale is not None:
-            scale_at = per_expert_scale.data_ptr()
-            key = (*key, per_expert_scale.dtype)
+            scale_at, scale_dtype = per_expert_scale.data_ptr(), per_expert_scale.dtype
         if bias is not None:
-            bias_at = bias.data_ptr()
-            key = (*key, "bias", bias.dtype)
+            bias_at, bias_dtype = bias.data_ptr(), bias.dtype
+        key: tuple[Any, ...] = (step, aligned, row_stride == self._experts, expert_stride == 1, scale_dtype, bias_dtype)
+        if not aligned:  # a kernel is compiled for the alignment of each of the three
+            key = (*key, source % ALIGNMENT, to_weights % ALIGNMENT, to_ids % ALIGNMENT)
         valid = T
         rest = NO_OPERANDS
         if token_ids is not None or num_valid_tokens is not None or expert_map is not None:
@@ -138,10 +123,58 @@ class TritonRouter:
         block = launch.block_t
         ready(
             (T + block - 1) // block,
-            _current_stream(self._index),
+            current_stream(self._index),
             (source, to_weights, to_ids, scale_at, bias_at, *rest, T, valid, row_stride, expert_stride),
         )
         return out
+
+    def _choose(self, tokens: int, *, aligned: bool) -> tuple[int, Launch]:
+        step = bisect_left(self._limits, tokens)
+        launch = self._launches[step]
+        return (step, launch) if aligned or launch.variant == "lanes" else (-1, LAST_LANES)
+
+    def prepared(
+        self, logits: Tensor, per_expert_scale: Tensor | None, bias: Tensor | None
+    ) -> Callable[..., RoutingOutput] | None:
+        """Return what routes calls of the shapes, strides and dtypes of this one, which has been routed, in less host time.
+
+        All that depends on those is worked out here. ``None`` where such calls are not launched directly.
+        """
+        T, _ = logits.shape
+        row_stride, expert_stride = logits.stride()
+        step, launch = self._choose(T, aligned=True)
+        dtypes = (None if vector is None else vector.dtype for vector in (per_expert_scale, bias))
+        ready = self._ready.get((step, True, row_stride == self._experts, expert_stride == 1, *dtypes))
+        if ready is None or (row_stride * self._element) % ALIGNMENT:
+            return None
+        index, ids_dtype = self._index, self._ids_dtype
+        size, strides = (T, self._columns), (self._columns, 1)
+        blocks = (T + launch.block_t - 1) // launch.block_t
+        behind = (*NO_OPERANDS, T, T, row_stride, expert_stride)
+
+        def route(
+            logits: Tensor,
+            *,
+            per_expert_scale: Tensor | None = None,
+            bias: Tensor | None = None,
+            out: RoutingOutput | None = None,
+        ) -> RoutingOutput:
+            if current_device() != index:
+                return self(logits, per_expert_scale=per_expert_scale, bias=bias, out=out)
+            if out is None:
+                out = _tuple(
+                    RoutingOutput, (empty(size, strides, torch.float32), empty(size, strides, ids_dtype))
+                )  # fmt: skip
+            weights, ids = out
+            source, to_weights, to_ids = logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
+            if (source | to_weights | to_ids) % ALIGNMENT:
+                return self(logits, per_expert_scale=per_expert_scale, bias=bias, out=out)
+            scale_at = None if per_expert_scale is None else per_expert_scale.data_ptr()
+            bias_at = None if bias is None else bias.data_ptr()
+            ready(blocks, current_stream(index), (source, to_weights, to_ids, scale_at, bias_at, *behind))
+            return out
+
+        return route
 
     def _launch_slowly(  # noqa: PLR0913, PLR0917 -- what a call knows
         self,
@@ -152,7 +185,7 @@ class TritonRouter:
         operands: tuple[Tensor | None, ...],
         valid: int,
     ) -> None:
-        """Launch through Triton's front door, compiling where needed, and keep the compiled kernel."""
+        """Gather what a launch through Triton's front door takes."""
         row_stride, expert_stride = logits.stride()
         T = len(logits)
         named = {
@@ -163,35 +196,38 @@ class TritonRouter:
         }
         kernel = KERNELS[launch.variant]
         fixed = tuple(named[name] for name in kernel.arg_names[RUNTIME_ARGUMENTS:])
-        arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride, *fixed)
+        arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride)
         blocks = (T + launch.block_t - 1) // launch.block_t
-        if logits.device.type == "cpu":  # the interpreter
-            kernel[blocks,](*arguments, num_warps=launch.num_warps)
-            return
-        with torch.cuda.device(self._index):
-            if key not in self._ready and torch.cuda.is_current_stream_capturing():
-                msg = (
-                    f"moe-routing's Triton kernel for {self._problem} at T = {T} is not compiled yet, and nothing compiles "
-                    "while a CUDA graph is captured: call route.warmup(...), or route once, before the capture"
-                )
-                raise RuntimeError(msg)
-            compiled = kernel[blocks,](*arguments, num_warps=launch.num_warps, enable_fp_fusion=False)
-            launcher, self._indirect = launcher_of(compiled, fixed)
-            self._ready[key] = launcher
+        self._compiled.launch_and_keep(key, kernel, blocks, arguments, fixed, launch.num_warps, launch.warp_size)
+
+    def backward(
+        self, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of ``logits`` (in its dtype) and of ``per_expert_scale`` (empty if none), in one kernel.
+
+        :param grad_weights: float32 ``[T, K]``, of the K selected experts.
+        :param ids: ``[T, K]``, logical ids; -1 in rows of padding.
+        """
+        return self._gradient(grad_weights, logits, ids, per_expert_scale)
 
     def warmup(self) -> None:
         """Compile every variant that some number of tokens would pick, by routing zeros through it."""
         spec, device = self._problem.spec, self._device
-        operands: dict[str, Any] = {}
-        if spec.per_expert_scale:
-            operands["per_expert_scale"] = torch.ones(self._experts, device=device)
-        if spec.needs_bias:
-            operands["bias"] = torch.zeros(self._experts, device=device)
-        if spec.selection == "token_table":
-            operands["expert_table"] = torch.zeros(1, self._problem.topk, dtype=torch.int64, device=device)
-        limits = [1, *(int(limit) + 1 for limit in self._limits)]
-        for T in limits:
-            logits = torch.zeros(T, self._experts, dtype=getattr(torch, self._problem.dtype), device=device)
+        dtype: torch.dtype = getattr(torch, self._problem.dtype)
+        # Vectors come in float32 or in the model's dtype, and a kernel is compiled for one of them.
+        for vectors in {torch.float32, dtype} if spec.per_expert_scale or spec.needs_bias else {dtype}:
+            operands: dict[str, Any] = {}
+            if spec.per_expert_scale:
+                operands["per_expert_scale"] = torch.ones(self._experts, dtype=vectors, device=device)
+            if spec.needs_bias:
+                operands["bias"] = torch.zeros(self._experts, dtype=vectors, device=device)
             if spec.selection == "token_table":
-                operands["token_ids"] = torch.zeros(T, dtype=torch.int64, device=device)
-            self(logits, **operands)
+                operands["expert_table"] = torch.zeros(1, self._problem.topk, dtype=torch.int64, device=device)
+            for T in [1, *(int(limit) + 1 for limit in self._limits)]:
+                logits = torch.zeros(T, self._experts, dtype=dtype, device=device)
+                if spec.selection == "token_table":
+                    operands["token_ids"] = torch.zeros(T, dtype=torch.int64, device=device)
+                weights, ids = self(logits, **operands)
+            if self._problem.training:
+                k = self._problem.topk
+                self.backward(weights[:, :k].contiguous(), logits, ids[:, :k].contiguous(), operands.get("per_expert_scale"))

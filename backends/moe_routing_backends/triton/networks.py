@@ -1,4 +1,4 @@
-"""Sorting networks over registers: lists of 8 or 16 keys, descending, each key an integer of its own.
+"""Sorting networks over registers: lists of 8 or 16 keys, descending, each key an unsigned integer or a pair.
 
 Eight keys are sorted with Batcher's 19 comparators (Batcher, Sorting networks and their applications, 1968). Of two
 descending lists a and b of 8, the 8 highest are max(a[i], b[7 - i]), a bitonic list, which 12 comparators sort.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_routing_backends.triton.pairs import pair_max, pair_min
+
 
 @triton.jit
 def compare(a, b):
@@ -16,6 +18,8 @@ def compare(a, b):
     if a.dtype == tl.uint64:
         first = a > b
         return tl.where(first, a, b), tl.where(first, b, a)
+    elif a.dtype == tl.int32:
+        return pair_max(a, b), pair_min(a, b)
     else:
         return tl.maximum(a, b), tl.minimum(a, b)
 
@@ -25,8 +29,22 @@ def higher(a, b):
     """Return the higher key."""
     if a.dtype == tl.uint64:
         return tl.where(a > b, a, b)
+    elif a.dtype == tl.int32:
+        return pair_max(a, b)
     else:
         return tl.maximum(a, b)
+
+
+@triton.jit
+def sort4(s):
+    """Sort a tuple of 4 keys, highest first."""
+    a, b, c, d = s
+    a, b = compare(a, b)
+    c, d = compare(c, d)
+    a, c = compare(a, c)
+    b, d = compare(b, d)
+    b, c = compare(b, c)
+    return a, b, c, d
 
 
 @triton.jit
@@ -118,6 +136,12 @@ def insert(top, rest, lost, s, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def across8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    """Return the 8 highest of two descending lists: what ``tl.reduce`` calls."""
+    return sort_bitonic8(best8((a0, a1, a2, a3, a4, a5, a6, a7), (b0, b1, b2, b3, b4, b5, b6, b7)))
+
+
+@triton.jit
 def best_across8(a0, a1, a2, a3, a4, a5, a6, a7, a_lost, b0, b1, b2, b3, b4, b5, b6, b7, b_lost):
     """Combine the lists of two lanes, and the highest keys they left out: what ``tl.reduce`` calls."""
     a, b = (a0, a1, a2, a3, a4, a5, a6, a7), (b0, b1, b2, b3, b4, b5, b6, b7)
@@ -153,3 +177,33 @@ def in_columns(top, rest, WIDTH: tl.constexpr):
     else:
         both = tl.permute(tl.join(in_columns8(top), in_columns8(rest)), [0, 2, 1])
         return tl.reshape(both, [top[0].shape[0], 16])
+
+
+@triton.jit
+def over_lanes(top, rest, lane, WIDTH: tl.constexpr):
+    """Lay the list side by side, ``[ROWS, WIDTH]``, ``WIDTH / LANES`` columns with each ``lane [ROWS, LANES]`` of a row.
+
+    Every lane knows the whole list by then. This way each goes on with its share of it, in the layout of the stores.
+    """
+    LANES: tl.constexpr = lane.shape[1]
+    if LANES == 1 or LANES > WIDTH:
+        return in_columns(top, rest, WIDTH)
+    else:
+        SHARE: tl.constexpr = WIDTH // LANES
+        every = top + rest
+        share = ()
+        for i in tl.static_range(SHARE):
+            mine = every[i][:, None] + tl.zeros(lane.shape, every[i].dtype)
+            for j in tl.static_range(1, LANES):
+                mine = tl.where(lane == j, every[j * SHARE + i][:, None], mine)
+            share += (mine,)
+        if SHARE == 8:
+            tile = tl.join(tl.join(tl.join(share[0], share[4]), tl.join(share[2], share[6])),
+                           tl.join(tl.join(share[1], share[5]), tl.join(share[3], share[7])))  # fmt: skip
+        elif SHARE == 4:
+            tile = tl.join(tl.join(share[0], share[2]), tl.join(share[1], share[3]))
+        elif SHARE == 2:
+            tile = tl.join(share[0], share[1])
+        else:
+            tile = share[0]
+        return tl.reshape(tile, [lane.shape[0], WIDTH])

@@ -14,22 +14,33 @@ MOST_CHUNKS = 64
 MOST_UNROLLED = {("logits", 16): 16, ("logits", 32): 8}
 """Chunks of a row that are loaded before the first is sorted, by kind and bits; 4 for the others, whose code is long."""
 CHUNK = 8
+BEST_OF_GROUP = 2
+"""Experts whose sum is a group's score."""
+MOST_SORTED = 64
+"""Experts of a row that one thread of the tiles variant sorts."""
+MOST_SIEVED = 16
+"""Chunks of a row that one thread of the sieve variant keeps in registers."""
+LEAST_GROUPS = 8
+"""The sieve groups experts as long as there are so many groups for each expert that is selected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """How one kernel is launched.
 
-    :ivar variant: ``"lanes"`` (few tokens, every family) or ``"rows"`` (many tokens).
+    :ivar variant: ``"lanes"`` (few tokens, every family), ``"rows"``, ``"sieve"`` (many tokens) or ``"tiles"`` (many, with a
+        score for every expert or groups).
     :ivar block_t: rows a program.
-    :ivar lanes: threads that share a row; of the rows variant only.
+    :ivar lanes: threads that share a row; not of the lanes variant.
     :ivar num_warps: warps a program.
+    :ivar warp_size: lanes a warp, where the device has a choice (Intel's sub-groups, ``xpu.py``); 0 says nothing.
     """
 
-    variant: Literal["lanes", "rows"]
+    variant: Literal["lanes", "rows", "sieve", "tiles"]
     block_t: int
     lanes: int
     num_warps: int
+    warp_size: int = 0
 
 
 def next_power_of_two(n: int) -> int:
@@ -67,6 +78,43 @@ def rows_can(problem: RoutingProblem, lanes: int) -> bool:
     )
 
 
+def sieve_can(problem: RoutingProblem, lanes: int) -> bool:
+    """Tell whether the sieve variant serves the problem, given aligned logits and a device that it is for."""
+    chunks = problem.num_experts // CHUNK
+    return (
+        problem.spec.selection == "logits"
+        and rows_can(problem, lanes)
+        and chunks % lanes == 0
+        and chunks <= MOST_SIEVED * lanes
+    )
+
+
+def tiles_can(problem: RoutingProblem, launch: Launch) -> bool:
+    """Tell whether the tiles variant serves the problem, given aligned logits."""
+    spec = problem.spec
+    groups, per_group = spec.num_groups, problem.num_experts // spec.num_groups
+    tile = groups * next_power_of_two(per_group)
+    return (
+        spec.selection in ("logits", "scores_plus_bias", "logits_plus_bias")
+        and problem.layout == "rows"
+        and problem.topk + spec.shared_experts <= WIDEST_LIST
+        and not spec.topk_per_group
+        and groups == next_power_of_two(groups)
+        and per_group >= BEST_OF_GROUP
+        and groups <= launch.lanes
+        and CHUNK * launch.lanes <= tile <= MOST_SORTED * launch.lanes
+    )
+
+
+def can(problem: RoutingProblem, launch: Launch) -> bool:
+    """Tell whether the launch serves the problem, given aligned logits and a device that its variant is for."""
+    if launch.variant == "lanes":
+        return True
+    if launch.variant == "tiles":
+        return tiles_can(problem, launch)
+    return (sieve_can if launch.variant == "sieve" else rows_can)(problem, launch.lanes)
+
+
 def shared_constants(problem: RoutingProblem) -> dict[str, Any]:
     """Return the constants that both variants take."""
     spec = problem.spec
@@ -90,6 +138,24 @@ def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
     """Return the kernel's constants that do not depend on a call."""
     spec, k = problem.spec, problem.topk
     columns = k + spec.shared_experts
+    if launch.variant == "sieve":
+        width = CHUNK if columns <= CHUNK else WIDEST_LIST
+        words = problem.num_experts // (2 * launch.lanes)
+        most = max(1, min(problem.num_experts // (LEAST_GROUPS * k), words // CHUNK))
+        group = max(d for d in (1, 2, 4, 8) if d <= most and words % d == 0)
+        sieve = {"WIDTH": width, "LANES": launch.lanes, "GROUP": group, "BLOCK_T": launch.block_t}
+        return {**shared_constants(problem), **sieve}
+    if launch.variant == "tiles":
+        tiles = {
+            "GROUPS": spec.num_groups,
+            "TOPK_GROUPS": spec.topk_groups,
+            "TOP2": spec.num_groups > 1 and spec.group_score == "top2_sum",
+            "SIZE": next_power_of_two(problem.num_experts // spec.num_groups),
+            "WIDTH": CHUNK if columns <= CHUNK else WIDEST_LIST,
+            "LANES": launch.lanes,
+            "BLOCK_T": launch.block_t,
+        }
+        return {**shared_constants(problem), **tiles}
     if launch.variant == "rows":
         width = CHUNK if columns <= CHUNK else WIDEST_LIST
         steps = -(-problem.num_experts // (CHUNK * launch.lanes))

@@ -26,8 +26,23 @@ from moe_routing_backends.triton.keys import (
     value_of_key,
     value_of_narrow,
 )
-from moe_routing_backends.triton.networks import best_across8, best_across16, in_columns, insert, merge16, sort8
-from moe_routing_backends.triton.scores import activate, exp_of_many, selected_weights, sigmoid, sqrtsoftplus, tree_sum
+from moe_routing_backends.triton.networks import (
+    best_across8,
+    best_across16,
+    in_columns,
+    insert,
+    merge16,
+    over_lanes,
+    sort8,
+)
+from moe_routing_backends.triton.scores import (
+    activate,
+    exp_of_many,
+    selected_weights,
+    selection_bias,
+    selection_score,
+    tree_sum,
+)
 
 
 @triton.jit
@@ -51,7 +66,8 @@ def load_chunk(first, chunk, known):
     base = first[:, None, None] + (chunk * 8)[:, :, None]
     mask = None if known is None else known[:, :, None]
     other = None if known is None else 0.0
-    if first.dtype.element_ty.primitive_bitwidth == 16:
+    BITS: tl.constexpr = first.dtype.element_ty.primitive_bitwidth
+    if BITS == 16:
         return tl.load(base + tl.arange(0, 8)[None, None, :], mask=mask, other=other)
     else:
         # Two loads of 16 bytes: of one load of 32, Triton would give half to the neighbour thread.
@@ -67,26 +83,6 @@ def either(a, b):
 
 
 @triton.jit
-def selection_score(
-    raw, b, highest, total, SELECTION: tl.constexpr, SCORE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr
-):
-    """Return the float32 that selection looks at; ``highest``, ``total``: softmax statistics in ``raw``'s shape, or 0."""
-    t = clean(raw)
-    if SELECTION != "logits":
-        x = activate(t, MULTIPLIER, CAP)
-        if SELECTION == "logits_plus_bias":
-            t = x
-        elif SCORE == "softmax":
-            t = exp_of_many(x - highest) / total
-        elif SCORE == "sigmoid":
-            t = sigmoid(x, 0.0)
-        else:
-            t = sqrtsoftplus(x, 0.0)
-        t = clean(t + b.to(tl.float32))
-    return t
-
-
-@triton.jit
 def exact_key(t, place):
     """Pack a clean float32 and its place into one uint64: higher score first, then lower place; never 0."""
     return (ordered_key(t).to(tl.uint64) << 32) | (0xFFFF - place).to(tl.uint64)
@@ -94,22 +90,29 @@ def exact_key(t, place):
 
 @triton.jit
 def sum_of_steps(
-    first, highest, START: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr,
+    first, highest, STEPS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    MULTIPLIER: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Sum e**(x - highest) over ``STEPS`` steps of ``LANES`` chunks, in ``tree_sum``'s shape."""
-    if START * LANES >= CHUNKS:
-        return tl.zeros([ROWS], tl.float32)
-    elif STEPS > 1:
-        left = sum_of_steps(first, highest, START, STEPS // 2, CHUNKS, ROWS, LANES, MULTIPLIER, CAP)
-        right = sum_of_steps(first, highest, START + STEPS // 2, STEPS // 2, CHUNKS, ROWS, LANES, MULTIPLIER, CAP)
-        return left + right
-    else:
-        chunk = START * LANES + tl.arange(0, LANES)[None, :] + tl.zeros([ROWS, 1], tl.int32)
-        known = chunk < CHUNKS
-        x = activate(clean(load_chunk(first, chunk, known)), MULTIPLIER, CAP)
-        p = tl.where(known[:, :, None], exp_of_many(tl.minimum(x - highest[:, None, None], 0.0)), 0.0)
-        return tree_sum(tl.reshape(p, [ROWS, LANES * 8]), ROWS, LANES * 8)
+    """Sum e**(x - highest) over ``STEPS`` steps, a power of two, of ``LANES`` chunks, in ``tree_sum``'s shape.
+
+    ``sums`` is a stack, ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size are added at once.
+    """
+    sums = highest  # the stack's bottom, which is never read
+    for i in tl.static_range(STEPS):
+        if i * LANES < CHUNKS:
+            chunk = i * LANES + tl.arange(0, LANES)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+            known = chunk < CHUNKS
+            x = activate(clean(load_chunk(first, chunk, known)), MULTIPLIER, CAP)
+            p = tl.where(known[:, :, None], exp_of_many(tl.minimum(x - highest[:, None, None], 0.0)), 0.0)
+            step = tree_sum(tl.reshape(p, [ROWS, LANES * 8]), ROWS, LANES * 8)
+        else:
+            step = tl.zeros([ROWS], tl.float32)
+        for doublings in tl.static_range(1, 8):
+            if (i + 1) % (1 << doublings) == 0:
+                step = sums[0] + step
+                sums = sums[1]
+        sums = (step, sums)
+    return sums[0]
 
 
 @triton.jit
@@ -129,7 +132,7 @@ def highest_of_row(
 
 @triton.jit
 def best_of_bucket(
-    exact, bucket, first_column, count, first, bias, highest, total, lane, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
+    exact, bucket, first_column, count, first, bias, highest, share, lane, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr, SELECTION: tl.constexpr, SCORE: tl.constexpr,
     MULTIPLIER: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
@@ -147,8 +150,8 @@ def best_of_bucket(
             chunk = tl.minimum(lane + i * lane.shape[1], CHUNKS - 1)
             place = (chunk * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
             raw = load_chunk(first, chunk, None)
-            b = raw if bias is None else tl.load(bias + place)
-            t = selection_score(raw, b, highest[:, None, None], total[:, None, None], SELECTION, SCORE, MULTIPLIER, CAP)
+            b = raw if bias is None else selection_bias(tl.load(bias + place), SELECTION)
+            t = selection_score(raw, b, highest[:, None, None], share[:, None, None], SELECTION, SCORE, MULTIPLIER, CAP)
             key = exact_key(t, place)
             inside = ((rough_key(t, place, MASK) | MASK) == bucket[:, None, None]) & (key < last[:, None, None])
             best = tl.maximum(best, tl.max(tl.where(inside, key, 0), axis=2))
@@ -179,9 +182,9 @@ def rows_kernel(
     STEPS: tl.constexpr = (CHUNKS + LANES - 1) // LANES
     POWER: tl.constexpr = triton.next_power_of_2(STEPS)
     WHOLE: tl.constexpr = CHUNKS % LANES == 0
-    NARROW: tl.constexpr = logits.dtype.element_ty != tl.float32 and SELECTION == "logits"
+    NARROW: tl.constexpr = SELECTION == "logits" and logits.dtype.element_ty != tl.float32
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
-    EXACT: tl.constexpr = RENORMALIZE and EPSILON == 0.0 and FLOOR == 0.0
+    EXACT: tl.constexpr = RENORMALIZE and (EPSILON == 0.0 and FLOOR == 0.0)
     SOFTMAX_KEYS: tl.constexpr = SCORE == "softmax" and SELECTION == "scores_plus_bias"
     WHOLE_ROW: tl.constexpr = SCORE == "softmax" and (not EXACT or SOFTMAX_KEYS)
     lane = tl.arange(0, LANES)[None, :] + tl.zeros([BLOCK_T, 1], tl.int32)
@@ -189,7 +192,8 @@ def rows_kernel(
     total = highest
     if SOFTMAX_KEYS or (WHOLE_ROW and CAP != 0.0):
         highest = highest_of_row(first, STEPS, CHUNKS, BLOCK_T, LANES, MULTIPLIER, CAP)
-        total = sum_of_steps(first, highest, 0, POWER, CHUNKS, BLOCK_T, LANES, MULTIPLIER, CAP)
+        total = sum_of_steps(first, highest, POWER, CHUNKS, BLOCK_T, LANES, MULTIPLIER, CAP)
+    share = tl.div_rn(1.0, total) if SOFTMAX_KEYS else total
 
     lost = tl.zeros([BLOCK_T, LANES], tl.uint32)
     top = (lost, lost, lost, lost, lost, lost, lost, lost)
@@ -204,8 +208,10 @@ def rows_kernel(
             if NARROW:
                 key = narrow_key(raw, place, MASK)
             else:
-                b = raw if SELECTION == "logits" else tl.load(bias + (place if WHOLE else tl.minimum(place, E - 1)))
-                t = selection_score(raw, b, highest[:, None, None], total[:, None, None], SELECTION, SCORE, MULTIPLIER, CAP)
+                b = raw
+                if SELECTION != "logits":
+                    b = selection_bias(tl.load(bias + (place if WHOLE else tl.minimum(place, E - 1))), SELECTION)
+                t = selection_score(raw, b, highest[:, None, None], share[:, None, None], SELECTION, SCORE, MULTIPLIER, CAP)
                 key = rough_key(t, place, MASK)
                 d0, d1, d2, d3, d4, d5, d6, d7 = split8(t.to(tl.int32, bitcast=True))
                 dust |= (d0 | d1 | d2) | (d3 | d4 | d5) | (d6 | d7)
@@ -228,17 +234,18 @@ def rows_kernel(
         after = (merged[8], merged[9], merged[10], merged[11], merged[12], merged[13], merged[14], merged[15])
         lost1 = merged[16]
 
-    found = in_columns(best, after, WIDTH)
     if NARROW:
+        found = over_lanes(best, after, lane, WIDTH)
         picked = tl.where(is_selected, MASK - (found & MASK).to(tl.int32), 0)
         x = activate(value_of_narrow(found, MASK), MULTIPLIER, CAP)
     else:
+        found = in_columns(best, after, WIDTH)
         place = MASK - (found & MASK).to(tl.int32)
         real = found != 0
         place = tl.where(real, place, 0)
         raw = tl.load(first[:, None] + place)
-        b = raw if SELECTION == "logits" else tl.load(bias + place)
-        t = selection_score(raw, b, highest[:, None], total[:, None], SELECTION, SCORE, MULTIPLIER, CAP)
+        b = raw if SELECTION == "logits" else selection_bias(tl.load(bias + place), SELECTION)
+        t = selection_score(raw, b, highest[:, None], share[:, None], SELECTION, SCORE, MULTIPLIER, CAP)
         key = tl.where(real, exact_key(t, place), 0)
         if WIDTH == 8:
             s = sort8(split8(tl.reshape(key, [BLOCK_T, 1, 8])))
@@ -257,7 +264,7 @@ def rows_kernel(
         unsure = tl.where((kth == (lost1 | MASK)) & (lost_bits != 0), members, 0)
         if tl.max(unsure, axis=0) != 0:
             exact = best_of_bucket(
-                exact, kth, K - members, unsure, first, bias, highest, total, lane, STEPS, CHUNKS, BLOCK_T, WIDTH, MASK,
+                exact, kth, K - members, unsure, first, bias, highest, share, lane, STEPS, CHUNKS, BLOCK_T, WIDTH, MASK,
                 SELECTION, SCORE, MULTIPLIER, CAP,
             )  # fmt: skip
         picked = tl.where(is_selected, 0xFFFF - (exact & 0xFFFF).to(tl.int32), 0)
@@ -266,9 +273,9 @@ def rows_kernel(
         else:
             x = clean(tl.load(first[:, None] + picked))
         x = activate(x, MULTIPLIER, CAP)
-    if WHOLE_ROW and not SOFTMAX_KEYS and CAP == 0.0:
+    if WHOLE_ROW and (not SOFTMAX_KEYS and CAP == 0.0):
         highest = tl.max(tl.where(is_selected, x, -FLOAT32_MAX), axis=1)
-        total = sum_of_steps(first, highest, 0, POWER, CHUNKS, BLOCK_T, LANES, MULTIPLIER, CAP)
+        total = sum_of_steps(first, highest, POWER, CHUNKS, BLOCK_T, LANES, MULTIPLIER, CAP)
     w = selected_weights(
         x, is_selected, highest, total, SCORE, RENORMALIZE, EPSILON, FLOOR, SCALE, K, BLOCK_T, WIDTH
     )  # fmt: skip

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-from moe_routing_backends.triton.keys import FLOAT32_MAX
+from moe_routing_backends.triton.keys import FLOAT32_MAX, INTERPRETED, at_least, clean
 
 LOG2E_HIGH = tl.constexpr(1.4426950216293335)
 """log2(e) rounded to float32; LOW is the rest."""
@@ -39,21 +40,20 @@ def exp(d):
 @triton.jit
 def exp_of_many(d):
     """Return e**d for d <= 0 with one rounding less cared for: for sums, where a term's error counts by its share."""
-    return tl.math.exp2(tl.maximum(d, UNDERFLOW) * LOG2E_HIGH)
+    return tl.math.exp2(d * LOG2E_HIGH)
 
 
 @triton.jit
 def log1p(e):
-    """Compute the logarithm of 1 + e for 0 <= e <= 1: 2 artanh(s) with s = e / (2 + e) <= 1/3, whose series ends at s**15."""
-    s = e / (2.0 + e)
-    q = s * s
-    p = tl.fma(q, 1.0 / 15.0, 1.0 / 13.0)
-    p = tl.fma(q, p, 1.0 / 11.0)
-    p = tl.fma(q, p, 1.0 / 9.0)
-    p = tl.fma(q, p, 1.0 / 7.0)
-    p = tl.fma(q, p, 1.0 / 5.0)
-    p = tl.fma(q, p, 1.0 / 3.0)
-    return 2.0 * tl.fma(s * q, p, s)
+    """Compute the logarithm of 1 + e for 0 <= e <= 1 to 3 units of 2**-24: e + e**2 q(e), q a minimax polynomial."""
+    q = tl.fma(e, 0.005364826414734125, -0.03006580099463463)
+    q = tl.fma(e, q, 0.07920455187559128)
+    q = tl.fma(e, q, -0.13753803074359894)
+    q = tl.fma(e, q, 0.1915365606546402)
+    q = tl.fma(e, q, -0.24857163429260254)
+    q = tl.fma(e, q, 0.3332132399082184)
+    q = tl.fma(e, q, -0.49999648332595825)
+    return tl.fma(e * e, q, e)
 
 
 @triton.jit
@@ -96,6 +96,51 @@ def sqrtsoftplus(x, shift):
 
 
 @triton.jit
+def reciprocal(d):
+    """Return 1 / d for d >= 1 within 2 units in the last place; where that is below 2**-126 it may be 0."""
+    if INTERPRETED:
+        return 1.0 / d
+    else:
+        return libdevice.fast_dividef(1.0, d)
+
+
+@triton.jit
+def selection_bias(b, SELECTION: tl.constexpr):
+    """Widen a bias to float32. A clean bias and a score from 0 to 2**64 have a clean sum, so scores need no more care."""
+    b = b.to(tl.float32)
+    return clean(b) if SELECTION == "scores_plus_bias" else b
+
+
+@triton.jit
+def selection_score(
+    raw, b, highest, share, SELECTION: tl.constexpr, SCORE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr
+):
+    """Return the float32 that selection looks at, never -0 where a score is added to a bias.
+
+    This is done for every expert, so a score is only as exact as the contract asks (``moe_routing/testing/bounds.py``):
+    weights are computed from the selected logits by other, longer ways.
+
+    :param b: ``selection_bias``.
+    :param highest, share: the row's highest logit and 1 / sum(e**(x - highest)), for softmax scores.
+    """
+    PLAIN: tl.constexpr = MULTIPLIER == 1.0 and CAP == 0.0
+    if SELECTION == "logits":
+        t = clean(raw)
+    elif SELECTION == "logits_plus_bias":
+        t = clean(activate(clean(raw), MULTIPLIER, CAP) + b)
+    elif SCORE == "softmax":
+        t = exp_of_many(activate(clean(raw), MULTIPLIER, CAP) - highest) * share + b
+    elif SCORE == "sigmoid":
+        # Infinities give 0 and 1 as the largest finite numbers do, and NaN gives NaN, to be counted as -inf's 0.
+        x = raw.to(tl.float32) if PLAIN else activate(clean(raw), MULTIPLIER, CAP)
+        t = at_least(reciprocal(1.0 + tl.math.exp2(x * -LOG2E_HIGH)), 0.0) + b
+    else:
+        x = activate(clean(raw), MULTIPLIER, CAP)
+        t = tl.sqrt(tl.maximum(x, 0.0) + log1p(tl.math.exp2(-tl.abs(x) * LOG2E_HIGH))) + b
+    return t
+
+
+@triton.jit
 def tree_sum(v, ROWS: tl.constexpr, N: tl.constexpr):
     """Sum ``v [ROWS, N]`` over N, a power of two, neighbours first: sums of two do not depend on any layout.
 
@@ -113,7 +158,7 @@ def selected_weights(
     FLOOR: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Return the weights of the selected ``x [ROWS, N]``; ``highest``, ``total``: the row's softmax statistics."""
-    EXACT: tl.constexpr = RENORMALIZE and EPSILON == 0.0 and FLOOR == 0.0
+    EXACT: tl.constexpr = RENORMALIZE and (EPSILON == 0.0 and FLOOR == 0.0)
     x = tl.where(is_selected, x, -FLOAT32_MAX)
     best = tl.max(x, axis=1)[:, None]
     if SCORE == "softmax":

@@ -1,28 +1,30 @@
 """Which launch serves how many tokens: JSON tables, one an arch, and the rule for an arch without one.
 
-A table is data: ``tables/<arch>.json`` is shipped; ``moe-routing tune`` stores the user's own, which is asked first.
+A table is data: ``tables/<arch>.json`` is shipped, measured where its provenance says. What ``moe-routing tune`` measured
+stands in the user's own table (``store.py``). An arch without a table gets one that is derived from that of sm_90.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from moe_routing_backends.triton.plan import Launch, kind, rows_can
+from moe_routing_backends.triton.plan import Launch, can, kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 SCHEMA = 1
+VARIANTS: tuple[Literal["lanes", "rows", "sieve", "tiles"], ...] = ("lanes", "rows", "sieve", "tiles")
+SIEVES_FROM = (9, 0)
+"""Least compute capability on which the sieve variant was measured; nothing is derived for older devices."""
 SHIPPED = Path(__file__).parent / "tables"
 LAST_LANES = Launch("lanes", 2, 1, 1)
 """What serves the tokens that the rows variant would, where it cannot."""
@@ -30,6 +32,10 @@ WARP = 32
 """Threads a warp on the device that the shipped table was measured on."""
 LANES_UP_TO = 1024
 """Tokens up to which one row a program fills no device twice over; above it, two rows share a program."""
+
+
+Key = tuple[str, int, int, int]
+"""What a rule is for: the kind of a spec, the bits of a logit, E, and the width of the list of the selected, 8 or 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +52,36 @@ class Table:
 
     :ivar source: path of the file, or the name of the rule.
     :ivar provenance: measured where, or derived from what.
-    :ivar rules: from (kind, bits of a logit, E, list width) to its steps, by rising number of tokens.
+    :ivar rules: the steps of each key, by rising number of tokens.
+    :ivar device: what device it was measured on, as ``store.identity`` says; of a user's own table only.
     """
 
     source: str
     provenance: str
-    rules: dict[tuple[str, int, int, int], tuple[Step, ...]]
+    rules: Mapping[Key, tuple[Step, ...]]
+    device: Mapping[str, str] | None = None
+
+    def nearest(self, problem: RoutingProblem) -> tuple[tuple[bool, bool, int], Key] | None:
+        """Return how far off the nearest rule is, and its key: of the problem's kind and list width, the least E not below."""
+        kind_, bits, experts, width = key_of(problem)
+        fits = [key for key in self.rules if key[:2] == (kind_, bits)]
+        return min((((key[3] != width, key[2] < experts, abs(key[2] - experts)), key) for key in fits), default=None)
 
     def steps(self, problem: RoutingProblem) -> tuple[Step, ...]:
-        """Return the steps for the problem: of its kind and list width, the least E that is not below its own.
-
-        The last step has no end, and every step can serve the problem.
-        """
-        bits = 32 if problem.dtype == "float32" else 16
-        width = 8 if problem.topk + problem.spec.shared_experts <= 8 else 16  # noqa: PLR2004 -- the two lists there are
-        fits = [key for key in self.rules if key[:2] == (kind(problem.spec), bits)]
-        if not fits:
+        """Return the steps of the nearest rule. The last step has no end, and every step can serve the problem."""
+        nearest = self.nearest(problem)
+        if nearest is None:
             return (Step(LANES_UP_TO, Launch("lanes", 1, 1, 1)), Step(math.inf, LAST_LANES))
-        best = min(fits, key=lambda key: (key[3] != width, key[2] < problem.num_experts, abs(key[2] - problem.num_experts)))
-        usable = [s for s in self.rules[best] if s.launch.variant == "lanes" or rows_can(problem, s.launch.lanes)]
+        usable = [s for s in self.rules[nearest[1]] if can(problem, s.launch)]
         if not usable or usable[-1].tokens != math.inf:
             usable.append(Step(math.inf, LAST_LANES))
         return tuple(usable)
+
+
+def key_of(problem: RoutingProblem) -> Key:
+    """Return what a rule for the problem is kept under."""
+    width = 8 if problem.topk + problem.spec.shared_experts <= 8 else 16  # noqa: PLR2004 -- the two lists there are
+    return kind(problem.spec), 32 if problem.dtype == "float32" else 16, problem.num_experts, width
 
 
 def parse(text: str, source: str) -> Table:
@@ -84,7 +98,8 @@ def parse(text: str, source: str) -> Table:
     for rule in _typed(data, "rules", list):
         key = (_typed(rule, "kind", str), *(_typed(rule, name, int) for name in ("bits", "experts", "width")))
         rules[key] = tuple(_steps(_typed(rule, "steps", list)))
-    return Table(source, _typed(data, "provenance", str), rules)
+    device = _typed(data, "device", dict) if "device" in data else None
+    return Table(source, _typed(data, "provenance", str), rules, device)
 
 
 def _typed(data: Any, name: str, kind_: type) -> Any:  # noqa: ANN401 -- JSON
@@ -98,8 +113,9 @@ def _typed(data: Any, name: str, kind_: type) -> Any:  # noqa: ANN401 -- JSON
 def _steps(lines: list[Any]) -> Iterable[Step]:
     before = 0.0
     for line in lines:
-        if not isinstance(line, list) or len(line) != 5 or line[1] not in ("lanes", "rows"):  # noqa: PLR2004 -- as written
-            msg = f"steps: expected [tokens or null, 'lanes' or 'rows', block_t, lanes, num_warps], got {line!r}"
+        if not isinstance(line, list) or len(line) not in (5, 6) or line[1] not in VARIANTS:
+            variants = " or ".join(map(repr, VARIANTS))
+            msg = f"steps: expected [tokens or null, {variants}, block_t, lanes, num_warps(, warp_size)], got {line!r}"
             raise ValueError(msg)
         tokens = math.inf if line[0] is None else line[0]
         numbers = line[2:]
@@ -111,7 +127,7 @@ def _steps(lines: list[Any]) -> Iterable[Step]:
         yield Step(tokens, Launch(line[1], *numbers))
 
 
-def to_json(arch: str, provenance: str, rules: dict[tuple[str, int, int, int], tuple[Step, ...]]) -> str:
+def to_json(arch: str, provenance: str, rules: Mapping[Key, tuple[Step, ...]], device: Mapping[str, str] | None = None) -> str:
     """Write a table as text that ``parse`` reads."""
     lines = [
         {
@@ -126,6 +142,7 @@ def to_json(arch: str, provenance: str, rules: dict[tuple[str, int, int, int], t
                     s.launch.block_t,
                     s.launch.lanes,
                     s.launch.num_warps,
+                    *([s.launch.warp_size] if s.launch.warp_size else []),
                 ]
                 for s in steps
             ],
@@ -134,48 +151,67 @@ def to_json(arch: str, provenance: str, rules: dict[tuple[str, int, int, int], t
     ]
     rules_text = ",\n  ".join(json.dumps(line) for line in lines)
     head = f'"schema": {SCHEMA}, "arch": {json.dumps(arch)}, "provenance": {json.dumps(provenance)}'
+    head += "" if device is None else f', "device": {json.dumps(device)}'
     return f'{{{head}, "rules": [\n  {rules_text}\n]}}\n'
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all: readers and other writers never see a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    Path(temporary).replace(path)
-
-
-def user_path(device: DeviceInfo) -> Path:
-    """Return where ``moe-routing tune`` keeps the table of this device: by name, driver and Triton version."""
-    import platformdirs
-
-    versions = "-".join(f"{t.name}{t.version}" for t in device.toolchains if t.name in ("triton", "torch") and t.version)
-    safe = "".join(c if c.isalnum() or c in "-._" else "_" for c in f"{device.name}-{device.arch}-{versions}")
-    return Path(platformdirs.user_cache_dir("moe-routing")) / "triton" / f"{safe}.json"
-
-
 @cache
-def table_for(device: DeviceInfo) -> Table:
-    """Return the table that speaks for the device: the user's own, the shipped one, or the rule of thumb.
+def tables_for(device: DeviceInfo) -> tuple[Table, ...]:
+    """Return the tables that may speak for the device: the user's own, then the shipped or the derived one.
 
     A file that cannot be used is named in a warning and ignored.
     """
-    for path in (user_path(device), SHIPPED / f"{device.arch}.json"):
-        if not path.is_file():
-            continue
-        try:
-            return parse(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, ValueError) as error:
-            warnings.warn(f"launch table {path} is ignored: {error}", RuntimeWarning, stacklevel=2)
-    shipped = parse((SHIPPED / "sm_90.json").read_text(encoding="utf-8"), "rule of thumb")
-    wide = max(device.warp_sizes, default=WARP) // WARP
-    rules = {key: tuple(Step(s.tokens, _widened(s.launch, wide)) for s in steps) for key, steps in shipped.rules.items()}
-    return Table("rule of thumb", f"the table of sm_90, unmeasured on {device.arch or 'this device'}", rules)
+    from moe_routing_backends.triton.store import own_table
+
+    own = own_table(device)
+    return (_without_owner(device),) if own is None else (own, _without_owner(device))
 
 
-def _widened(launch: Launch, factor: int) -> Launch:
-    """Give the rows variant rows enough for wider warps: ``block_t * lanes`` threads are ``num_warps`` warps."""
+def speaking(device: DeviceInfo, problem: RoutingProblem) -> Table:
+    """Return the table whose rule is nearest to the problem; the user's own where it is as near as the other."""
+    tables = tables_for(device)
+    near = [(found[0], index) for index, table in enumerate(tables) if (found := table.nearest(problem)) is not None]
+    return tables[min(near)[1]] if near else tables[-1]
+
+
+def said_of(device: DeviceInfo, problem: RoutingProblem) -> str:
+    """Say which table speaks, and how its numbers came about."""
+    table = speaking(device, problem)
+    return f"launch parameters from {table.source} ({table.provenance})"
+
+
+def usable(path: Path) -> Table | None:
+    """Read a table; one that is not there is ``None``, and so, with a warning, is one that cannot be used."""
+    if not path.is_file():
+        return None
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, ValueError) as error:
+        warnings.warn(f"moe-routing ignores the launch table {path}: {error}", RuntimeWarning, stacklevel=2)
+        return None
+
+
+def _without_owner(device: DeviceInfo) -> Table:
+    for name in (device.arch, device.platform):
+        table = usable(SHIPPED / f"{name}.json")
+        if table is not None:
+            return table
+    return derived(device)
+
+
+def derived(device: DeviceInfo) -> Table:
+    """Derive a table from that of sm_90: rows enough for the device's warps, and only variants that it has."""
+    measured = parse((SHIPPED / "sm_90.json").read_text(encoding="utf-8"), "tables/sm_90.json")
+    rules = {key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps) for key, steps in measured.rules.items()}
+    provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
+    return Table("the derived table", provenance, rules)
+
+
+def _fitted(launch: Launch, device: DeviceInfo) -> Launch:
+    """Fit a launch to another device; ``block_t * lanes`` threads are ``num_warps`` warps, of 32 on the one measured."""
     if launch.variant == "lanes":
         return launch
-    return Launch("rows", launch.block_t * factor, launch.lanes, launch.num_warps)
+    sieves = device.capability is not None and device.capability >= SIEVES_FROM
+    wide = max(device.warp_sizes, default=WARP) // WARP
+    variant = "rows" if launch.variant == "sieve" and not sieves else launch.variant
+    return Launch(variant, launch.block_t * wide, launch.lanes, launch.num_warps)

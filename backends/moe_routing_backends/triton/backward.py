@@ -1,0 +1,149 @@
+"""The gradient of the weights, by the logits and by the scale of each expert, in one kernel.
+
+Below, ``w = SCALE * per_expert_scale[ids] * u`` and ``u`` is a score, renormalised where the spec says so. By the logarithm
+of score k the gradient is ``h_k = u_k (g_k - sum(g u))``, the sum only where renormalised, whatever epsilon and floor are:
+the denominator that ``u`` was divided by is in ``u`` already. What is left is the slope of the score's logarithm, or, for a
+softmax over the whole row, ``-p sum(h)`` at every expert.
+
+Tile: ``[BLOCK_T, SIZE]`` experts in registers. A program walks over rows ``BLOCK_T`` at a time and adds up the gradient of the
+scale as it goes, so that each program leaves one partial sum, and the host adds those in one fixed order: no atomics, the same
+bits in every run. Of a row it reads the K chosen logits (all of them for a softmax over the row), and writes E gradients once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_routing_backends.triton.keys import FLOAT32_MAX, clean
+from moe_routing_backends.triton.scores import activate, exp, exp_of_many, log1p, selected_weights, sigmoid, tree_sum
+
+SOFTPLUS_IS_EXP = tl.constexpr(-17.0)
+"""Below it log(softplus(x)) is x to within float32, and its slope 1."""
+FLOOR_IS_REACHED = tl.constexpr(0.999999)
+"""The sum of u is 1 - epsilon / denominator: further below what the floor would give than this, the floor was the divisor."""
+
+
+@triton.jit
+def log_slope(x, SCORE: tl.constexpr):
+    """Return the derivative of log(score(x)); 1 for softmax, whose denominator is treated elsewhere."""
+    if SCORE == "sigmoid":
+        return sigmoid(-x, 0.0)
+    elif SCORE == "sqrtsoftplus":
+        softplus = tl.maximum(x, 0.0) + log1p(exp(-tl.abs(x)))
+        tiny = x < SOFTPLUS_IS_EXP
+        return 0.5 * tl.where(tiny, 1.0, sigmoid(x, 0.0) / tl.where(tiny, 1.0, softplus))
+    else:
+        return x * 0.0 + 1.0
+
+
+@triton.jit
+def slope_of_activation(x, MULTIPLIER: tl.constexpr, CAP: tl.constexpr):
+    """Return the derivative of the activated logit ``x`` by the logit."""
+    slope = x * 0.0 + MULTIPLIER
+    if CAP != 0.0:
+        tanh = x / CAP
+        slope = slope * (1.0 - tanh * tanh)
+    return slope
+
+
+@triton.jit
+def is_finite(raw):
+    """Tell finite numbers from infinities and NaN."""
+    return tl.abs(raw.to(tl.float32)) <= FLOAT32_MAX
+
+
+@triton.jit(do_not_specialize=["grad_weights", "ids", "per_expert_scale", "T", "row_stride", "expert_stride"])
+def backward_kernel(
+    grad_weights, logits, ids, per_expert_scale, grad_logits, grad_scale,
+    T: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    E: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, SCORE: tl.constexpr,
+    SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
+    MULTIPLIER: tl.constexpr, CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr, JITTER: tl.constexpr,
+    SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Go back through ``grad_weights [T, K]``; ``SIZE``, ``N``: experts and columns as powers of two."""
+    EXACT: tl.constexpr = RENORMALIZE and (EPSILON == 0.0 and FLOOR == 0.0)
+    MIXER: tl.constexpr = SELECTION == "sparsemixer"
+    WHOLE_ROW: tl.constexpr = SCORE == "softmax" and (not EXACT and not MIXER)
+    step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
+    stride = ROW_STRIDE if ROW_STRIDE else row_stride
+    expert = tl.arange(0, SIZE)[None, :]
+    exists = expert < E
+    column = tl.arange(0, N)
+    is_selected = (column < K)[None, :]
+    by_scale = tl.zeros([BLOCK_T, SIZE], tl.float32)
+    for first_row in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
+        row = first_row + tl.arange(0, BLOCK_T)
+        in_batch = (row < T)[:, None]
+        row = row.to(tl.int64)[:, None]
+        known = in_batch & is_selected
+        chosen = tl.load(ids + row * K + column[None, :], mask=known, other=-1).to(tl.int32)
+        known = known & (chosen >= 0)
+        grad = tl.load(grad_weights + row * K + column[None, :], mask=known, other=0.0) * SCALE
+        if ZERO_EXPERTS:
+            grad = tl.where(chosen >= E - ZERO_EXPERTS, 0.0, grad)
+        at_chosen = tl.where(known, chosen, 0)
+        grad_u = grad
+        if per_expert_scale is not None:
+            grad_u = grad * tl.load(per_expert_scale + at_chosen, mask=known, other=0.0).to(tl.float32)
+        raw = tl.load(logits + row * stride + at_chosen * step, mask=known, other=0.0)
+        x = activate(clean(raw), MULTIPLIER, CAP)
+        if WHOLE_ROW or MIXER:
+            every = tl.load(logits + row * stride + expert * step, mask=in_batch & exists, other=0.0)
+        if MIXER:
+            # Every round is a softmax over what the earlier ones left near its best; what is near is a constant.
+            l = clean(every)
+            left = tl.where(exists, 1, 0) + tl.zeros([BLOCK_T, SIZE], tl.int32)
+            by_logit = tl.zeros([BLOCK_T, SIZE], tl.float32)
+            u = tl.zeros([BLOCK_T, N], tl.float32)
+            x = clean(raw)
+            for k in range(K):
+                here = (column == k)[None, :]
+                id_k = tl.load(ids + row * K + k, mask=in_batch, other=-1).to(tl.int32)
+                top = tl.sum(tl.where(here, x, 0.0), axis=1)[:, None]
+                far = (top - l) / tl.maximum(tl.abs(l), top) > 2.0 * JITTER
+                near = tl.where((left == 0) | far, 0.0, exp_of_many(tl.minimum(l - top, 0.0)))
+                share = 1.0 / tl.maximum(tree_sum(near, BLOCK_T, SIZE), 1.0)[:, None]
+                h = tl.sum(tl.where(here, grad_u, 0.0), axis=1)[:, None] * share
+                by_logit += tl.where(expert == id_k, h, 0.0) - near * share * h
+                u = tl.where(here, share, u)
+                left = tl.where(expert == id_k, 0, left)
+            by_logit = tl.where(is_finite(every), by_logit, 0.0)
+        else:
+            highest = tl.zeros([BLOCK_T], tl.float32)
+            total = highest
+            if WHOLE_ROW:
+                all_x = activate(clean(every), MULTIPLIER, CAP)
+                highest = tl.max(tl.where(exists, all_x, -FLOAT32_MAX), axis=1)
+                p = tl.where(exists, exp_of_many(all_x - highest[:, None]), 0.0)
+                total = tree_sum(p, BLOCK_T, SIZE)
+            u = selected_weights(x, is_selected, highest, total, SCORE, RENORMALIZE, EPSILON, FLOOR, 1.0, K, BLOCK_T, N)
+            through_sum = tl.zeros([BLOCK_T], tl.float32)
+            if RENORMALIZE:
+                through_sum = tree_sum(grad_u * u, BLOCK_T, N)
+                if FLOOR != 0.0:
+                    reached = tree_sum(u, BLOCK_T, N) * FLOOR + EPSILON < FLOOR * FLOOR_IS_REACHED
+                    through_sum = tl.where(reached, 0.0, through_sum)
+            h = u * (grad_u - through_sum[:, None])
+            by_logit = tl.zeros([BLOCK_T, SIZE], tl.float32)
+            if WHOLE_ROW:
+                slope = slope_of_activation(all_x, MULTIPLIER, CAP)
+                spread = tree_sum(h, BLOCK_T, N)[:, None]
+                by_logit = tl.where(is_finite(every), -p / total[:, None] * spread * slope, 0.0)
+            h = h * log_slope(x, SCORE) * slope_of_activation(x, MULTIPLIER, CAP)
+            h = tl.where(is_finite(raw), h, 0.0)
+        part = grad * u
+        for k0 in range(0, K, UNROLL):
+            for k1 in tl.static_range(UNROLL):
+                here = (column == k0 + k1)[None, :]
+                id_k = tl.load(ids + row * K + k0 + k1, mask=in_batch, other=-1).to(tl.int32)
+                if not MIXER:
+                    by_logit += tl.where(expert == id_k, tl.sum(tl.where(here, h, 0.0), axis=1)[:, None], 0.0)
+                if per_expert_scale is not None:
+                    by_scale += tl.where(expert == id_k, tl.sum(tl.where(here, part, 0.0), axis=1)[:, None], 0.0)
+        place = grad_logits + row * E + expert
+        tl.store(place, by_logit.to(grad_logits.dtype.element_ty), mask=in_batch & exists)
+    if per_expert_scale is not None:
+        place = grad_scale + tl.program_id(0) * E + tl.arange(0, SIZE)
+        tl.store(place, tl.sum(by_scale, axis=0), mask=tl.arange(0, SIZE) < E)

@@ -1,0 +1,280 @@
+"""The variant for middling and many tokens on GPUs that compare two bfloat16 in one instruction (sm_90): a sieve.
+
+Tile: ``[BLOCK_T, LANES]`` rows; a lane reads its share of a row in chunks of 8 experts and keeps it in registers as pairs of
+bfloat16; other dtypes are rounded to that, which keeps their order or makes ties. Then:
+
+1. Sorting networks over pairs find a bar that at least K experts are not below. Experts are first put into groups of
+   ``GROUP``, and only the highest of each goes through the networks: the bar is the K-th of those.
+2. One comparison a pair with the bar leaves a mask of the experts that are not below it: the K, with what ties with the
+   last of them after rounding, and with the second of a group here and there, one or two of a row.
+3. Those are read again (8 reads from the L1 cache), and their exact keys sorted as in ``rows.py``. So nothing rests on the
+   rounding, and ties, NaN and infinities follow the keys. They come 4 a lane at a time, until no mask of the block has more.
+
+About half of the instructions of ``rows.py``: a comparator of pairs serves two experts, and groups spare most of them. Keys
+have 32 bits, as there; a block where two that matter could be confused walks over its masks once more for each of the K.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_routing_backends.triton.finish import store_outputs
+from moe_routing_backends.triton.keys import FLOAT32_MAX, clean, narrow_key, rough_key, value_of_key, value_of_narrow
+from moe_routing_backends.triton.networks import (
+    across8,
+    best_across8,
+    best_across16,
+    insert,
+    over_lanes,
+    sort4,
+    sort8,
+)
+from moe_routing_backends.triton.pairs import LEAST_PAIR, index_of_bit, not_below, pair_max, pair_min, rounded, swapped
+from moe_routing_backends.triton.rows import exact_key, highest_of_row, split8, sum_of_steps
+from moe_routing_backends.triton.scores import activate, selected_weights
+
+
+@triton.jit
+def split4(tile):
+    """Split ``[ROWS, LANES, 4]`` into 4 tensors ``[ROWS, LANES]``."""
+    ROWS: tl.constexpr = tile.shape[0]
+    LANES: tl.constexpr = tile.shape[1]
+    even, odd = tl.split(tl.reshape(tile, [ROWS, LANES, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def load_pairs(first, chunk):
+    """Load the 8 logits of ``chunk [ROWS, LANES]`` as 4 pairs; bfloat16 comes as int32 pointers, the rest is rounded."""
+    column = tl.arange(0, 4)[None, None, :]
+    if first.dtype.element_ty == tl.int32:
+        return split4(tl.load(first[:, None, None] + (chunk * 4)[:, :, None] + column))
+    elif first.dtype.element_ty == tl.float32:
+        base = first[:, None, None] + (chunk * 8)[:, :, None]
+        a, b, c, d = split4(tl.load(base + column))
+        e, f, g, h = split4(tl.load(base + 4 + column))
+        return rounded(a, b), rounded(c, d), rounded(e, f), rounded(g, h)
+    else:
+        whole = tl.load(first[:, None, None] + (chunk * 8)[:, :, None] + tl.arange(0, 8)[None, None, :])
+        a, b, c, d, e, f, g, h = split8(whole.to(tl.float32))
+        return rounded(a, b), rounded(c, d), rounded(e, f), rounded(g, h)
+
+
+@triton.jit
+def kth_of_halves(t, K: tl.constexpr):
+    """Return the K-th highest of two descending lists of 8, the halves of ``t``, in both halves; K <= 16.
+
+    The K highest are i of one list and K - i of the other for some i, and the lowest of them is the lower of those two ends;
+    for every other i that minimum is no higher.
+    """
+    found = tl.full(t[0].shape, LEAST_PAIR, tl.int32)
+    for i in tl.static_range(0 if K <= 8 else K - 8, K + 1 if K <= 8 else 9):
+        if i == 0:
+            found = pair_max(found, swapped(t[K - 1]))
+        elif i == K:
+            found = pair_max(found, t[K - 1])
+        else:
+            found = pair_max(found, pair_min(t[i - 1], swapped(t[K - i - 1])))
+    return found
+
+
+@triton.jit
+def take(masks, bases):
+    """Take the lowest bit out of the first mask that is not empty: whether there was one, its place, what is left."""
+    LAST: tl.constexpr = len(masks) - 1
+    mask = masks[LAST]
+    base = bases[LAST]
+    for i in tl.static_range(1, LAST + 1):
+        full = masks[LAST - i] != 0
+        mask = tl.where(full, masks[LAST - i], mask)
+        base = tl.where(full, bases[LAST - i], base)
+    rest = mask & (mask - 1)
+    left = ()
+    none_before = tl.full(mask.shape, 1, tl.int1)
+    for i in tl.static_range(LAST):
+        full = masks[i] != 0
+        left += (tl.where(none_before & full, rest, masks[i]),)
+        none_before &= ~full
+    left += (tl.where(none_before, rest, masks[LAST]),)
+    return mask != 0, base, index_of_bit(mask ^ rest), left
+
+
+@triton.jit
+def candidate(masks, bases, first, LANES: tl.constexpr):
+    """Take one expert out of the masks: whether there was one, its place, its logit, and the masks left."""
+    some, base, bit, masks = take(masks, bases)
+    # Bit 16 h + 4 s + q stands for half h of pair q of the lane's s-th chunk.
+    place = base + 2 * bit - 31 * (bit >> 4) + (bit & 12) * (2 * LANES - 2)
+    place = tl.where(some, place, 0)
+    return some, place, tl.load(first[:, None] + place), masks
+
+
+@triton.jit
+def batch(masks, bases, first, LANES: tl.constexpr, MASK: tl.constexpr):
+    """Take up to 4 experts out of the masks: their keys, highest first and filled up to 8, what is left, and low bits.
+
+    The low bits are those of float32 scores that a key has no room for.
+    """
+    keys = ()
+    dust = tl.zeros(masks[0].shape, tl.int32)
+    for _ in tl.static_range(4):
+        some, place, raw, masks = candidate(masks, bases, first, LANES)
+        if raw.dtype == tl.float32:
+            key = rough_key(clean(raw), place, MASK)
+            dust |= raw.to(tl.int32, bitcast=True) & MASK
+        else:
+            key = narrow_key(raw, place, MASK)
+        keys += (tl.where(some, key, 0),)
+    nothing = keys[0] * 0
+    return sort4(keys) + (nothing, nothing, nothing, nothing), masks, dust
+
+
+@triton.jit
+def exact_best(masks, bases, first, LANES: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the K highest exact keys of the experts in the masks, ``[ROWS, WIDTH]``, by a walk over the masks for each.
+
+    Slow and short: few blocks need it.
+    """
+    ROWS: tl.constexpr = masks[0].shape[0]
+    column = tl.arange(0, WIDTH)[None, :]
+    found = tl.zeros([ROWS, WIDTH], tl.uint64)
+    last = tl.zeros([ROWS], tl.uint64) - 1
+    for k in range(K):
+        best = tl.zeros(masks[0].shape, tl.uint64)
+        left = masks
+        more = any_left(left)
+        while more != 0:
+            some, place, raw, left = candidate(left, bases, first, LANES)
+            key = exact_key(clean(raw), place)
+            best = tl.maximum(best, tl.where(some & (key < last[:, None]), key, 0))
+            more = any_left(left)
+        last = tl.max(best, axis=1)
+        found = tl.where(column == k, last[:, None], found)
+    return found
+
+
+@triton.jit
+def any_left(masks):
+    """Tell whether any row of the block has experts left."""
+    left = masks[0]
+    for i in tl.static_range(1, len(masks)):
+        left |= masks[i]
+    return tl.max(tl.reshape((left != 0).to(tl.int32), [left.shape[0] * left.shape[1]]), axis=0)
+
+
+@triton.jit
+def best_of(masks, bases, first, LANES: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr):
+    """Sort the experts in the masks: the ``WIDTH`` highest keys of each row, the highest left out, and low bits."""
+    top, masks, dust = batch(masks, bases, first, LANES, MASK)
+    nothing = top[0] * 0
+    lost = nothing
+    rest = (nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)
+    more = any_left(masks)
+    while more != 0:
+        s, masks, low = batch(masks, bases, first, LANES, MASK)
+        top, rest, lost = insert(top, rest, lost, s, WIDTH)
+        dust |= low
+        more = any_left(masks)
+    if WIDTH == 8:
+        both = tl.reduce(top + (lost,), 1, best_across8)
+        return both[:8], (), both[8], tl.max(dust, axis=1)
+    else:
+        both = tl.reduce(top + rest + (lost,), 1, best_across16)
+        return both[:8], both[8:16], both[16], tl.max(dust, axis=1)
+
+
+@triton.jit(do_not_specialize=["T", "valid", "row_stride", "expert_stride", "per_expert_scale", "bias", "token_ids",
+                               "expert_table", "num_valid_tokens", "expert_map"])  # fmt: skip
+def sieve_kernel(
+    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
+    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
+    SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Route ``BLOCK_T`` rows by ``LANES`` threads each, which divide E / 8; ``GROUP`` divides the pairs of a thread."""
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    readable = tl.minimum(row, T - 1).to(tl.int64)
+    if ROW_STRIDE:
+        offset = readable * ROW_STRIDE
+    else:
+        offset = tl.multiple_of(readable * row_stride, 4)
+    first = logits + offset
+    STEPS: tl.constexpr = E // 8 // LANES
+    PAIRS: tl.constexpr = STEPS * 4
+    MASK: tl.constexpr = triton.next_power_of_2(E) - 1
+    EXACT: tl.constexpr = RENORMALIZE and EPSILON == 0.0 and FLOOR == 0.0
+    lane = tl.arange(0, LANES)[None, :] + tl.zeros([BLOCK_T, 1], tl.int32)
+    if logits.dtype.element_ty == tl.bfloat16:
+        source = first.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        source = first
+
+    pairs = ()
+    for i in tl.static_range(STEPS):
+        pairs += load_pairs(source, lane + i * LANES)
+    GROUPS: tl.constexpr = PAIRS // GROUP
+    least = tl.full(lane.shape, LEAST_PAIR, tl.int32)
+    groups = ()
+    for i in tl.static_range(GROUPS):
+        most = least
+        for j in tl.static_range(GROUP):
+            most = pair_max(most, pairs[i + j * GROUPS])
+        groups += (most,)
+    for _ in tl.static_range(-GROUPS % 8):
+        groups += (least,)
+    best = sort8(groups[:8])
+    for i in tl.static_range(1, (GROUPS + 7) // 8):
+        best = across8(*best, *sort8(groups[8 * i : 8 * i + 8]))
+    bar = kth_of_halves(tl.reduce(best, 1, across8), K)[:, None]
+
+    masks = ()
+    bases = ()
+    for i in tl.static_range((PAIRS + 15) // 16):
+        mask = tl.zeros(lane.shape, tl.uint32)
+        for j in tl.static_range(16 if 16 * i + 16 <= PAIRS else PAIRS % 16):
+            mask |= not_below(pairs[16 * i + j], bar, 0x00010001 << j)
+        masks += (mask,)
+        bases += (lane * 8 + i * (32 * LANES),)
+
+    column = tl.arange(0, WIDTH)
+    is_selected = (column < K)[None, :]
+    top, rest, lost, dust = best_of(masks, bases, first, LANES, MASK, WIDTH)
+    found = over_lanes(top, rest, lane, WIDTH)
+    picked = tl.where(is_selected, MASK - (found & MASK).to(tl.int32), 0)
+    if logits.dtype.element_ty != tl.float32:
+        x = value_of_narrow(found, MASK)
+    else:
+        x = clean(tl.load(first[:, None] + picked))
+        # The list may misorder where two neighbours, down to the best left out, share all bits but the place's, and some
+        # low bits were lost.
+        every = top + rest + (lost,)
+        closest = every[0] ^ every[1]
+        for i in tl.static_range(1, K):
+            closest = tl.minimum(closest, every[i] ^ every[i + 1])
+        unsure = (closest <= MASK) & (dust != 0)
+        if tl.max(unsure.to(tl.int32), axis=0) != 0:
+            exact = exact_best(masks, bases, first, LANES, K, WIDTH)
+            picked = tl.where(is_selected, 0xFFFF - (exact & 0xFFFF).to(tl.int32), 0)
+            x = value_of_key((exact >> 32).to(tl.uint32))
+    x = activate(x, MULTIPLIER, CAP)
+    highest = tl.zeros([BLOCK_T], tl.float32)
+    total = highest
+    if SCORE == "softmax" and not EXACT:
+        if CAP != 0.0:
+            highest = highest_of_row(first, STEPS, E // 8, BLOCK_T, LANES, MULTIPLIER, CAP)
+        else:
+            highest = tl.max(tl.where(is_selected, x, -FLOAT32_MAX), axis=1)
+        STEPS_2: tl.constexpr = triton.next_power_of_2(STEPS)
+        total = sum_of_steps(first, highest, STEPS_2, E // 8, BLOCK_T, LANES, MULTIPLIER, CAP)
+    w = selected_weights(
+        x, is_selected, highest, total, SCORE, RENORMALIZE, EPSILON, FLOOR, SCALE, K, BLOCK_T, WIDTH
+    )  # fmt: skip
+    store_outputs(
+        weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
+        E, K, SHARED, ZERO_EXPERTS, VALID_ON_DEVICE, WIDTH,
+    )  # fmt: skip

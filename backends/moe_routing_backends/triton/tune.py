@@ -1,0 +1,233 @@
+"""Measuring launches on the user's device, for ``moe-routing tune``; what is fastest goes into the user's own table."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_routing import RoutingOutput
+from moe_routing.testing.admissible import compare
+from moe_routing_backends.triton.launch import TritonRouter
+from moe_routing_backends.triton.plan import Launch, can
+from moe_routing_backends.triton.store import keep
+from moe_routing_backends.triton.table import SIEVES_FROM, VARIANTS, WARP, Step, key_of, said_of, speaking
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from moe_routing_registry import DeviceInfo, RoutingProblem
+
+    Clock = Callable[[Callable[[], object], torch.device], float]
+
+TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+LANES_SHAPES = ((1, 1), (2, 1), (4, 1), (4, 4), (8, 4), (16, 4))
+"""Rows a program, and warps, of the lanes variant."""
+SETS = 4
+"""Inputs that a measurement takes in turns."""
+SAMPLE = 512
+"""Rows that are compared with the oracle, at each end."""
+NOISE = 0.02
+"""A launch is changed between two numbers of tokens only for a gain above this."""
+MILLISECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """The best launch for one number of tokens, and the one that served it before; microseconds a call."""
+
+    tokens: int
+    launch: Launch
+    us: float
+    launch_before: Launch
+    us_before: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What was measured for one problem.
+
+    :ivar table: the file in which the steps are kept.
+    :ivar before: which table spoke before.
+    :ivar timed: the best launch for each number of tokens.
+    :ivar steps: what is kept of it.
+    :ivar wrong: candidates that computed something else than the contract says, a sentence each; they are not used.
+    :ivar unusable: candidates that did not compile or run here, likewise.
+    """
+
+    table: str
+    before: str
+    timed: tuple[Timed, ...]
+    steps: tuple[Step, ...]
+    wrong: tuple[str, ...]
+    unusable: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; a step without an end has ``tokens`` ``None``."""
+        plain = asdict(self)
+        for step in plain["steps"]:
+            step["tokens"] = None if step["tokens"] == math.inf else step["tokens"]
+        return plain
+
+
+def tune(
+    problem: RoutingProblem,
+    device: DeviceInfo,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    on_step: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
+    clock: Clock | None = None,
+) -> Tuned:
+    """Check and time every candidate for every number of tokens, and keep the best.
+
+    :param on_step: called before each candidate with what is measured, how many are done, and how many there are.
+    :param clock: returns the microseconds of a call; CUDA-graph replays where ``None``.
+    """
+    clock = clock or replayed
+    sizes = sorted(set(tokens))
+    said, before = said_of(device, problem), speaking(device, problem).steps(problem)
+    now = [next(step.launch for step in before if step.tokens >= T) for T in sizes]
+    routers = {
+        launch: TritonRouter(problem, device, (Step(math.inf, launch),))
+        for launch in dict.fromkeys([*now, *candidates(problem, device)])
+    }
+    every = len(sizes) * len(routers)
+    times: list[dict[Launch, float]] = [{} for _ in sizes]
+    wrong: dict[Launch, str] = {}
+    unusable: dict[Launch, str] = {}
+    for place, T in enumerate(sizes):
+        inputs = _Inputs(problem, device, T)
+        inputs.expect(routers[now[place]])
+        for number, (launch, router) in enumerate(routers.items()):
+            on_step(f"T = {T}: {shown(launch)}", place * len(routers) + number, every)
+            if launch in wrong or launch in unusable:
+                continue
+            try:
+                if inputs.same(router):
+                    times[place][launch] = clock(inputs.turns(router), inputs.device)
+                else:
+                    wrong[launch] = f"{shown(launch)} at T = {T}: other bits than {shown(now[place])}"
+            except Exception as error:  # noqa: BLE001 -- a launch that is too big for this device is an answer, not the end
+                unusable[launch] = f"{shown(launch)}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    on_step("done", every, every)
+    right = [{launch: us for launch, us in found.items() if launch not in wrong and launch not in unusable} for found in times]
+    timed = [_timed(T, found, launch) for T, found, launch in zip(sizes, right, now, strict=True)]
+    steps = steps_of(sizes, right)
+    path = keep(device, {key_of(problem): steps})
+    return Tuned(str(path), said, tuple(timed), steps, tuple(wrong.values()), tuple(unusable.values()))
+
+
+def candidates(problem: RoutingProblem, device: DeviceInfo) -> list[Launch]:
+    """Return the launches that are worth a try, few, for each must be compiled: a row by one thread, and by up to a warp."""
+    wide = max(device.warp_sizes, default=WARP)
+    found = [Launch("lanes", block_t, 1, warps) for block_t, warps in LANES_SHAPES]
+    for variant in VARIANTS[1:]:
+        if variant == "sieve" and (device.capability is None or device.capability < SIEVES_FROM):
+            continue
+        shares = [1 << n for n in range(wide.bit_length())]
+        found += [Launch(variant, wide // lanes, lanes, 1) for lanes in shares]
+    return [launch for launch in found if can(problem, launch)]
+
+
+def steps_of(sizes: Sequence[int], times: Sequence[dict[Launch, float]]) -> tuple[Step, ...]:
+    """Choose a launch for each size, the one before as long as it loses nothing; change half-way, on a scale of ratios.
+
+    >>> a, b = Launch("lanes", 1, 1, 1), Launch("rows", 32, 1, 1)
+    >>> [step.tokens for step in steps_of([1, 100, 10000], [{a: 1.0, b: 3.0}, {a: 2.0, b: 1.99}, {a: 9.0, b: 4.0}])]
+    [1000, inf]
+    """
+    steps: list[Step] = []
+    launch = min(times[0], key=times[0].__getitem__)
+    for before, size, found in zip(sizes, sizes[1:], times[1:]):  # noqa: B905 -- pairs of neighbours: lengths differ by one
+        best = min(found, key=found.__getitem__)
+        if found.get(launch, math.inf) > found[best] * (1 + NOISE):
+            steps.append(Step(math.isqrt(before * size), launch))
+            launch = best
+    return (*steps, Step(math.inf, launch))
+
+
+def shown(launch: Launch) -> str:
+    """Name a launch in a few words."""
+    share = "" if launch.variant == "lanes" else f", {launch.lanes} threads a row"
+    return f"{launch.variant}, {launch.block_t} rows a program{share}, {launch.num_warps} warps"
+
+
+def replayed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the microseconds of a call inside a replayed CUDA graph."""
+    from triton.testing import do_bench_cudagraph
+
+    with torch.cuda.device(device):
+        return float(do_bench_cudagraph(work, rep=MILLISECONDS, return_mode="median")) * 1e3
+
+
+def _timed(tokens: int, found: dict[Launch, float], before: Launch) -> Timed:
+    best = min(found, key=found.__getitem__)
+    return Timed(tokens, best, round(found[best], 3), before, round(found[before], 3))
+
+
+class _Inputs:
+    """Seeded inputs of one problem for T tokens, outputs to write into, and what they must hold."""
+
+    def __init__(self, problem: RoutingProblem, info: DeviceInfo, tokens: int) -> None:
+        self.device = torch.device("cpu" if info.type == "cpu" else f"{info.type}:{info.index or 0}")
+        self._problem = problem
+        generator = torch.Generator(device=self.device).manual_seed(tokens)
+        spec, experts, k = problem.spec, problem.num_experts, problem.topk
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=self.device)
+
+        self.logits = [drawn(tokens, experts).to(getattr(torch, problem.dtype)) for _ in range(SETS)]
+        columns, ids_dtype = k + spec.shared_experts, getattr(torch, problem.ids_dtype)
+        self.outs = [
+            RoutingOutput(drawn(tokens, columns), torch.empty(tokens, columns, dtype=ids_dtype, device=self.device))
+            for _ in range(SETS)
+        ]
+        self.operands: dict[str, Any] = {}
+        if spec.per_expert_scale:
+            self.operands["per_expert_scale"] = drawn(experts).abs() + 0.5
+        if spec.needs_bias:
+            self.operands["bias"] = drawn(experts) * 0.1
+        if spec.selection == "token_table":
+            self.operands["expert_table"] = drawn(64, experts).topk(k).indices
+            self.operands["token_ids"] = torch.arange(tokens, device=self.device) % 64
+        self._expected: RoutingOutput | None = None
+
+    def _routed(self, router: TritonRouter) -> RoutingOutput:
+        self.outs[0].weights.fill_(torch.nan)  # what stays so was not written
+        self.outs[0].ids.fill_(-7)
+        return router(self.logits[0], **self.operands, out=self.outs[0])
+
+    def expect(self, router: TritonRouter) -> None:
+        """Route with the launch in use, compare with the float64 oracle, and keep the bits that all others must have."""
+        output = self._routed(router)
+        self._expected = RoutingOutput(output.weights.clone(), output.ids.clone())
+        for part in {slice(0, SAMPLE).indices(len(output.ids)), slice(-SAMPLE, None).indices(len(output.ids))}:
+            rows = slice(*part)
+            operands = {name: v[rows] if name == "token_ids" else v for name, v in self.operands.items()}
+            some = RoutingOutput(output.weights[rows], output.ids[rows])
+            problems = compare(self._problem.spec, self.logits[0][rows], self._problem.topk, some, **operands).problems
+            if problems:
+                msg = f"the launch in use computes something else than the oracle, so nothing is tuned: {problems[0]}"
+                raise RuntimeError(msg)
+
+    def same(self, router: TritonRouter) -> bool:
+        """Tell whether a candidate gives the same bits."""
+        assert self._expected is not None  # noqa: S101 -- for mypy: `expect` came before
+        output = self._routed(router)
+        return torch.equal(output.weights, self._expected.weights) and torch.equal(output.ids, self._expected.ids)
+
+    def turns(self, router: TritonRouter) -> Callable[[], object]:
+        """Return what routes the inputs in turns."""
+        pairs = itertools.cycle(list(zip(self.logits, self.outs, strict=True)))
+
+        def work() -> None:
+            logits, out = next(pairs)
+            router(logits, **self.operands, out=out)
+
+        return work

@@ -1,0 +1,75 @@
+"""Tune in Triton's interpreter, by a clock of this script, with one variant that computes wrong; print JSON.
+
+A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import warnings
+
+os.environ["TRITON_INTERPRET"] = "1"
+warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+
+import torch  # noqa: E402 -- behind the variable
+from interpreted import SPECS  # noqa: E402 -- likewise
+
+from moe_routing_backends.triton import launch, table  # noqa: E402 -- likewise
+from moe_routing_backends.triton.plan import Launch  # noqa: E402 -- likewise
+from moe_routing_backends.triton.tune import candidates, tune  # noqa: E402 -- likewise
+from moe_routing_registry import DeviceInfo, RoutingProblem  # noqa: E402 -- likewise
+
+CPU = DeviceInfo(type="cpu", platform="cpu", name="the interpreter")
+
+
+class Altered:
+    """A kernel that a test alters: it raises, or writes a weight that is off by one part in a million."""
+
+    def __init__(self, kernel, *, raises):
+        self.kernel, self.raises = kernel, raises
+        self.arg_names = kernel.arg_names
+
+    def __getitem__(self, grid):
+        def run(logits, weights, *rest, **options):
+            if self.raises:
+                msg = "out of registers"
+                raise RuntimeError(msg)
+            self.kernel[grid](logits, weights, *rest, **options)
+            weights[-1, 0] *= 1 + 1e-6
+
+        return run
+
+
+def main():
+    """Tune a problem of which the rows variant is wrong or raises, as the argument says, and the others are right."""
+    torch.set_num_threads(1)
+    rows = launch.KERNELS["rows"]
+    launch.KERNELS["rows"] = Altered(rows, raises=sys.argv[1] == "raises")
+    problem = RoutingProblem(spec=SPECS["gemma4"], num_experts=16, topk=2, dtype="float32")
+    offered = candidates(problem, CPU)
+    seconds = iter(range(10_000))
+    said = []
+
+    def clock(work, _device):
+        work()
+        return 1e6 / (1 + next(seconds))  # whoever comes later is faster
+
+    tuned = tune(problem, CPU, tokens=(3, 1), on_step=lambda *step: said.append(step), clock=clock)
+    kept = table.speaking(CPU, problem)
+    json.dump(
+        {
+            "offered": sorted({c.variant for c in offered}),
+            "tuned": tuned.to_dict(),
+            "kept": [dataclasses.asdict(step.launch) for step in kept.steps(problem)],
+            "last_right": dataclasses.asdict([c for c in offered if c.variant != "rows"][-1]),
+            "source": kept.source,
+            "steps_said": [said[0], said[-1], len(said)],
+            "of_rows": sum(isinstance(c, Launch) and c.variant == "rows" for c in offered),
+        },
+        sys.stdout,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The host side of the Triton backend, as far as it goes without a device: what is compiled, and when it must not be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe_routing import RoutingOutput
+from moe_routing_backends.triton import direct, launch
+from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
+
+GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
+SIGMOID = RoutingSpec(family="f", score="sigmoid")
+CPU = DeviceInfo(type="cpu", platform="cpu")
+
+
+def router(spec=SIGMOID, **fields):
+    return launch.build(RoutingProblem(**{"spec": spec, "num_experts": 8, "topk": 2, "dtype": "float32", **fields}), CPU)
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """Note what each kernel would be compiled for, instead of compiling it."""
+    seen = []
+    monkeypatch.setattr(direct.Compiled, "launch_and_keep", lambda _self, key, *_rest: seen.append(key))
+    return seen
+
+
+def test_nothing_compiles_while_a_graph_is_captured_and_the_error_says_what_to_call(monkeypatch):
+    monkeypatch.setattr(direct, "capturing", lambda: True)
+    wanted = r"route\.warmup\(8, 2, dtype=torch\.float32, device='cpu'\)"
+    with pytest.raises(RuntimeError, match=f"nothing compiles while a CUDA graph is captured.*{wanted}"):
+        router()(torch.randn(3, 8))
+
+
+def test_the_backward_kernel_does_not_compile_either_and_its_warmup_is_one_for_training(monkeypatch):
+    monkeypatch.setattr(direct, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"device='cpu', training=True\)"):
+        router(training=True).backward(torch.randn(3, 2), torch.randn(3, 8), torch.zeros(3, 2, dtype=torch.int32), None)
+
+
+def test_a_kernel_that_is_compiled_may_be_launched_while_a_graph_is_captured(monkeypatch):
+    kernels = direct.Compiled(RoutingProblem(spec=SIGMOID, num_experts=8, topk=2, dtype="float32"), torch.device("cpu"))
+    kernels.launchers["key",] = lambda *_: None
+    monkeypatch.setattr(direct, "capturing", lambda: True)
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_arguments, **_options: launched.append(grid)
+
+    kernels.launch_and_keep(("key",), Kernel(), 3, (), (), 1)
+    assert launched == [(3,)]
+
+
+@pytest.mark.parametrize("crooked", [0, 1, 2])
+def test_a_kernel_is_compiled_for_the_alignment_of_each_of_its_three_tensors(keys, crooked):
+    def made(offsets):
+        storage = [torch.zeros(64), torch.zeros(64), torch.zeros(64, dtype=torch.int32)]
+        logits, weights, ids = (
+            s[o : o + n].view(-1, c) for s, o, n, c in zip(storage, offsets, (24, 6, 6), (8, 2, 2), strict=True)
+        )
+        router()(logits, out=RoutingOutput(weights, ids))
+
+    made([0, 0, 0])
+    for which in (crooked, (crooked + 1) % 3):
+        made([int(i == which) for i in range(3)])
+    assert len(set(keys)) == 3
+
+
+def test_warmup_compiles_for_vectors_in_float32_and_in_the_models_dtype(keys):
+    router(GEMMA4, dtype="bfloat16").warmup()
+    assert {torch.float32, torch.bfloat16} <= {part for key in keys for part in key}
+
+
+def test_warmup_for_training_compiles_the_backward_kernel_too(keys):
+    router(GEMMA4).warmup()
+    assert not any("backward" in key for key in keys)
+    router(GEMMA4, training=True).warmup()
+    assert any("backward" in key for key in keys)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A device of this test's: launches are noted, memory is the CPU's."""
+    seen = []
+    monkeypatch.setattr(launch, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "current_stream", lambda index: 77 + index)
+    monkeypatch.setattr(launch, "empty", lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype))
+
+    def keep(compiled, key, *_rest):
+        compiled.launchers[key] = lambda *launch_of: seen.append((key, *launch_of))
+
+    monkeypatch.setattr(direct.Compiled, "launch_and_keep", keep)
+    return seen
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 3000])
+def test_a_prepared_call_launches_what_any_call_would(launched, tokens):
+    bound = router(GEMMA4, num_experts=16)
+    logits, scale = torch.randn(tokens, 16), torch.rand(16)
+    bound(logits, per_expert_scale=scale)
+    out = bound(logits, per_expert_scale=scale)
+    prepared = bound.prepared(logits, scale, None)
+    assert prepared(logits, per_expert_scale=scale, out=out) is out
+    bound(logits, per_expert_scale=scale, out=out)
+    (_, *_first), by_preparation, by_any = launched
+    assert by_preparation == by_any
+    fresh = prepared(logits, per_expert_scale=scale)
+    assert (fresh.weights.shape, fresh.ids.dtype) == ((tokens, 2), torch.int32)
+
+
+def test_a_prepared_call_with_crooked_memory_or_on_another_device_takes_the_general_way(launched, monkeypatch):
+    bound = router(num_experts=16)
+    logits = torch.randn(3, 16)
+    bound(logits)
+    prepared = bound.prepared(logits, None, None)
+    crooked = torch.randn(49)[1:].view(3, 16)
+    for _ in range(2):
+        prepared(crooked)
+    assert launched[-1][0][1] is False
+    monkeypatch.setattr(launch, "current_device", lambda: 1)
+    before = len(launched)
+    prepared(logits)
+    assert len(launched) == before
+
+
+def test_nothing_is_prepared_for_rows_that_begin_anywhere():
+    bound = router(num_experts=16)
+    assert bound.prepared(torch.randn(3, 17)[:, :16], None, None) is None
+
+
+def test_the_direct_launch_hands_over_what_the_installed_tritons_own_launcher_does():
+    """`make triton-versions` runs the same for every other version from 3.6 to 3.9."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("launched.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], check=False, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout
+    assert len(json.loads(done.stdout)["kernels"]) == 8
+
+
+class CudaLauncher:
+    """A launcher of a shape that nobody knows; the name is what counts."""
+
+    def __init__(self, **fields):
+        usual = dict.fromkeys(direct.NEEDED, 0) | {"launch": self.never}
+        self.__dict__.update(usual | fields)
+        self.called = []
+
+    def __call__(self, *arguments):
+        self.called.append(arguments)
+
+    @staticmethod
+    def never(*_arguments):
+        raise AssertionError
+
+
+class OtherLauncher(CudaLauncher):
+    """ROCm's, say."""
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (OtherLauncher(), "OtherLauncher is not CUDA's launcher"),
+        (CudaLauncher(global_scratch_size=8), "the kernel asks for scratch memory"),
+        (CudaLauncher(profile_scratch_size=8), "the kernel asks for scratch memory"),
+        (CudaLauncher(arg_annotations=()), "Triton's CudaLauncher is of no known shape"),
+        (CudaLauncher(gsan_enabled=True), "Triton's sanitizer is on"),
+    ],
+)
+def test_a_launcher_of_unknown_shape_is_called_as_triton_calls_it_and_why_is_said(run, reason):
+    loaded = SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+    launcher, why = direct.launcher_of(loaded, ("constant",))
+    assert why == reason
+    launcher(3, 5, (1, 2))
+    assert run.called == [(3, 1, 1, 5, "function", "metadata", None, None, None, 1, 2, "constant")]
+
+
+def test_a_launcher_without_a_field_that_is_needed_is_not_launched_directly():
+    run = CudaLauncher()
+    del run.launch_pdl
+    assert direct.why_not_direct(run) == "Triton's CudaLauncher has no launch_pdl"
+
+
+def test_the_slow_way_on_cuda_is_said_once_and_the_router_notes_it():
+    direct._say_once.cache_clear()
+    bound = router()
+    bound._compiled.indirect = "no known shape"
+    assert bound.notes == ("launches through Triton's own launcher: no known shape",)
+    with pytest.warns(RuntimeWarning, match="moe-routing launches through Triton's own launcher.*no known shape"):
+        direct._say_once("no known shape")
+    direct._say_once("no known shape")  # warned already: warnings are errors here
+    direct._say_once.cache_clear()
