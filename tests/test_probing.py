@@ -17,7 +17,7 @@ from moe_routing.probing import device_names, devices, probe
 from moe_routing.probing._describe import describe
 from moe_routing.probing._installed import Installed, Triton
 from moe_routing.probing._intel import intel_arch
-from moe_routing.probing._observe import Observation, TorchBuild
+from moe_routing.probing._observe import Observation, TorchBuild, driver_version
 from moe_routing.probing._toolchains import toolchains
 
 RECORDED = sorted((Path(__file__).parent / "recorded_devices").glob("*.json"))
@@ -391,3 +391,39 @@ def test_ipex_is_usable_only_as_the_retired_pair_and_a_mismatch_is_explained(ver
     assert ipex.usable is usable
     assert why in ipex.detail
     assert ipex.fix == ("" if usable else "pip uninstall --yes intel-extension-for-pytorch")
+
+
+@pytest.mark.parametrize(
+    ("build", "file", "text", "version"),
+    [
+        (
+            CUDA_BUILD,
+            "proc/driver/nvidia/version",
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12.2.0\n",
+            "535.104.05",
+        ),
+        (
+            CUDA_BUILD,
+            "proc/driver/nvidia/version",
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (builder@host)\n",
+            "580.65.06",
+        ),
+        (CUDA_BUILD, "proc/driver/nvidia/version", "something else\n", ""),
+        (CUDA_BUILD, "sys/module/amdgpu/version", "6.10.5\n", ""),
+        (TorchBuild(version="2.13.0", hip="7.0"), "sys/module/amdgpu/version", "6.10.5\n", "6.10.5"),
+    ],
+)
+def test_the_drivers_version_is_read_off_the_running_drivers_file(tmp_path, build, file, text, version):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(text)
+    assert driver_version(build, tmp_path) == version
+
+
+def test_an_intel_gpus_driver_is_what_torch_says():
+    file = next(file for file in RECORDED if file.stem == "intel_max_1100")
+    record, device = recorded(file)
+    assert device.driver == record["properties"]["driver_version"]
+
+
+def test_the_cpu_has_no_driver():
+    assert probe("cpu").driver == ""

@@ -26,6 +26,7 @@ def describe(seen: Observation) -> DeviceInfo:
         type=seen.type,
         index=seen.index,
         platform=platform,
+        driver=str(getattr(seen.properties, "driver_version", "")) or seen.driver,  # torch tells that of Intel's only
         toolchains=toolchains(platform, seen.build, seen.installed),
         **facts,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ class Observation:
     :ivar type: torch's device type.
     :ivar index: index of the device, or ``None`` where the type has only one.
     :ivar properties: torch's properties object, ``HostProperties``, ``MpsProperties``, or ``None`` where nobody answers.
+    :ivar driver: version of the driver, as its files say, ``""`` where no file does.
     :ivar build: what the installed torch says of itself.
     :ivar installed: the packages beside it.
     """
@@ -71,6 +73,7 @@ class Observation:
     type: str
     index: int | None = None
     properties: object = None
+    driver: str = ""
     build: TorchBuild
     installed: Installed
 
@@ -187,11 +190,13 @@ def _require_present(kind: str, index: int | None) -> None:
 
 def observe(kind: str, index: int | None) -> Observation:
     """Ask torch about one device, without making it the current one."""
+    build = TorchBuild.read()
     return Observation(
         type=kind,
         index=index,
         properties=_properties(kind, index),
-        build=TorchBuild.read(),
+        driver=driver_version(build) if kind == "cuda" else "",
+        build=build,
         installed=Installed.read(),
     )
 
@@ -203,6 +208,18 @@ def _properties(kind: str, index: int | None) -> object:
         return MpsProperties.read()
     ask: Any = getattr(_module(kind), "get_device_properties", None)
     return None if kind == "meta" or ask is None else ask(index)
+
+
+def driver_version(build: TorchBuild, root: Path = Path("/")) -> str:
+    """Read the version of NVIDIA's or AMD's driver off the file in which the running one says it; ``""`` without one."""
+    file = root / ("sys/module/amdgpu/version" if build.hip else "proc/driver/nvidia/version")
+    if not file.is_file():  # Windows, WSL, and AMD's driver as it comes with Linux, which has no version of its own
+        return ""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if build.hip:
+        return text.strip()
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
+    return found[1] if found else ""
 
 
 def present() -> list[str]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 TORCH_RANGE = ("2.8", "2.13")
 TRITON_RANGE = ("3.6", "3.9")
 """Oldest version that works and newest that was tested, both inclusive."""
+TRITON_XPU_RANGE = ("3.3", "3.9")
+"""Likewise of Triton-XPU, which is at 3.4 beside torch 2.8; 3.3 is what the kernels were compiled by."""
 
 _TRITON_BACKEND = {"cuda": "nvidia", "rocm": "amd", "xpu": "intel"}
 _TORCH_FOR = {
@@ -65,23 +67,22 @@ def _triton(platform: str, triton: Triton | None) -> Toolchain:
     if triton is None:
         return Toolchain(name="triton", version=None, usable=False, detail="not installed", fix=fix if needed else "")
     version = triton.version or None
-    if triton.broken_by:
-        lost = " and ".join(triton.overwritten)
-        detail = (
-            f"{triton.distribution} {triton.version} has overwritten {lost}, which still announces "
-            f"{', '.join(triton.broken_by)}: importing triton.backends raises"
-        )
+    overwrote = ""
+    if triton.overwritten:
+        overwrote = f"{triton.distribution} {triton.version} has overwritten {' and '.join(triton.overwritten)}"
         gone = " ".join([triton.distribution, *(other.split()[0] for other in triton.overwritten)])
         fix = f"pip uninstall --yes {gone}" + (f" && {fix}" if fix else "")
+    if triton.broken_by:
+        detail = f"{overwrote}, which still announces {', '.join(triton.broken_by)}: importing triton.backends raises"
         return Toolchain(name="triton", version=version, usable=False, detail=detail, fix=fix)
     wanted = _TRITON_BACKEND.get(platform)
     fits = wanted in triton.backends if needed else bool(triton.backends)
-    too_old, remark = _age(triton.version, TRITON_RANGE)
+    too_old, remark = _age(triton.version, TRITON_XPU_RANGE if platform == "xpu" else TRITON_RANGE)
     return Toolchain(
         name="triton",
         version=version,
         usable=fits and not too_old,
-        detail=_carries(triton, platform, wanted) + remark,
+        detail=_carries(triton, platform, wanted) + remark + (f"; {overwrote}" if overwrote else ""),
         fix="" if fits and not too_old else fix,
     )
 

@@ -1,0 +1,61 @@
+"""The kernels, compiled for an Arc Pro B60 by the real Triton-XPU; ``make xpu-check`` runs this."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SITE = os.environ["XPU_SITE"]
+"""Where Triton-XPU is installed, and nothing else."""
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    assert shutil.which("spirv-val"), "spirv-val is not installed: apt-get install --yes spirv-tools"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([SITE, sysconfig.get_path("purelib")]),
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "TRITON_DISABLE_LINE_INFO": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    processes = os.cpu_count() or 1
+
+    def part(first):
+        command = [sys.executable, str(HERE / "spirv.py"), str(first), str(processes)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said = json.loads(done.stdout)
+        assert said["triton"] == "3.3.0b1"
+        return said["cases"]
+
+    with ThreadPoolExecutor(processes) as pool:
+        found = [case for cases in pool.map(part, range(processes)) for case in cases]
+    for case in sorted(found, key=lambda case: list(map(str, case.values()))):
+        print(*case.values())  # noqa: T201 -- the table of docs/backends.md
+    return found
+
+
+def test_every_launch_compiles_at_sub_groups_of_16_and_of_32_lanes(compiled):
+    assert {case["sub_group"] for case in compiled} == {16, 32}
+    assert {case["kernel"].split()[0] for case in compiled} >= {"lanes", "rows", "backward"}
+
+
+def test_spirv_val_takes_every_module(compiled):
+    assert not [case for case in compiled if case["invalid"]]
+
+
+def test_what_ships_spills_no_register_on_a_data_center_max(compiled):
+    if shutil.which("ocloc") is None:
+        pytest.skip("Intel's offline compiler is not installed: apt-get install --yes intel-opencl-icd")
+    assert not [case for case in compiled if case["ships"] and case["spills"]]
+
+
+def test_what_ships_fits_into_the_local_memory_of_an_xe_core(compiled):
+    assert not [case for case in compiled if case["shared"] > 131_072]
