@@ -14,6 +14,8 @@ import moe_routing
 from moe_routing import Router
 from moe_routing._registry import registry
 from moe_routing.families import FAMILIES
+from moe_routing.formula import by_narrow_rounds, by_sort
+from moe_routing.formula.select import finite
 from moe_routing.testing import oracle
 from moe_routing_registry import DeviceInfo, RejectCode, Request, RoutingProblem, Toolchain
 
@@ -56,6 +58,17 @@ def test_cuda_without_triton_gets_it():
     assert report.rejection("triton").verdict.code is RejectCode.TOOLCHAIN
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_keys_select_as_a_stable_sort_does_among_all_16_bit_numbers(dtype):
+    generator = torch.Generator().manual_seed(0)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)  # NaN and infinities included
+    for experts in (8192, 60, 7):
+        order = torch.randperm(2**16, generator=generator)[: 2**16 // experts * experts]
+        t = finite(every[order].view(-1, experts))
+        t = torch.cat([t, t.flip(0)[:, : experts // 2].repeat(1, 3)[:, :experts]])  # and ties
+        assert torch.equal(by_narrow_rounds(t, 5), by_sort(t, 5))
+
+
 def test_seven_batch_sizes_take_at_most_three_graphs_and_route_right(caplog):
     route = Router(GROUPED, backend="torch-compile")
     torch.manual_seed(0)
@@ -74,6 +87,35 @@ def test_seven_batch_sizes_take_at_most_three_graphs_and_route_right(caplog):
     padded = route(torch.randn(5, 16), 4, bias=bias, num_valid_tokens=2)
     assert (padded.ids[2:] == -1).all()
     assert (padded.weights[2:] == 0).all()
+
+
+def test_the_second_call_of_a_kind_goes_past_dynamo_and_routes_what_it_is_given():
+    spec = FAMILIES["sigmoid_bias_topk"].spec.replace(per_expert_scale=True)
+    route = Router(spec, backend="torch-compile")
+    bound = route.binding_for("cpu", torch.float32, 16, 4).bound
+    for seed in range(3):
+        torch.manual_seed(seed)
+        logits, bias, scale = torch.randn(5, 16), torch.randn(16), torch.rand(16)
+        given = {"bias": bias, "per_expert_scale": bias if seed == 0 else scale}  # one tensor in two places, then two
+        weights, ids = route(logits, 4, **given)
+        expected = oracle.route(spec, logits, 4, **given)
+        assert torch.equal(ids.long(), expected.ids)
+        torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
+        assert ((5, 16, 16, 1) in {kind[:4] for kind in bound._direct}) is (seed > 0)
+
+
+def test_operands_that_do_not_compile_later_are_a_sentence_that_names_them(monkeypatch):
+    route = Router(FAMILIES["sigmoid_topk"].spec, backend="torch-compile")
+    route(torch.randn(5, 16), 4)
+    bound = route.binding_for("cpu", torch.float32, 16, 4).bound
+
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bound, "_inductor", broken)
+    with pytest.raises(RuntimeError, match=r"cannot compile sigmoid_topk E=16 .* with expert_map: OSError: .*No space left"):
+        route(torch.randn(5, 16), 4, expert_map=torch.arange(16))
+    route(torch.randn(5, 16), 4)
 
 
 def test_without_a_compiler_naming_it_is_a_clear_error():

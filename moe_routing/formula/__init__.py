@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from moe_routing.formula.gradient import weights_backward
 from moe_routing.formula.route import finish, route
-from moe_routing.formula.select import Top, by_rounds, by_rounds_in_place, by_sort, by_topk
+from moe_routing.formula.select import NARROW_UP_TO, Top, by_narrow_rounds, by_rounds, by_rounds_in_place, by_sort, by_topk
 
-__all__ = ["Top", "by_rounds", "by_rounds_in_place", "by_sort", "by_topk", "finish", "route", "weights_backward"]
+__all__ = [
+    "NARROW_UP_TO",
+    "Top",
+    "by_narrow_rounds",
+    "by_rounds",
+    "by_rounds_in_place",
+    "by_sort",
+    "by_topk",
+    "finish",
+    "route",
+    "weights_backward",
+]

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from moe_routing_registry import RoutingSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+NARROW_UP_TO = 1 << 13
+"""Experts whose ids fit into the low bits that a 16-bit float leaves 0 in float32."""
 _LOWEST_KEY = torch.iinfo(torch.int64).min
+_LOWEST_NARROW_KEY = torch.iinfo(torch.int32).min
 
 Top = Callable[["Tensor", int], "Tensor"]
 """``top(t [T, E], k) -> int64 ids [T, k]``, by descending score, equal scores by ascending id."""
@@ -75,6 +78,24 @@ def by_rounds(t: Tensor, k: int) -> Tensor:
         rounds.append(winner)
         keys = keys.masked_fill(keys == winner, _LOWEST_KEY)
     return _id_of(torch.cat(rounds, dim=-1), t.shape[-1])
+
+
+def by_narrow_rounds(t: Tensor, k: int) -> Tensor:
+    """Do the same with int32 keys, for scores that bfloat16 or float16 hold exactly, of at most ``NARROW_UP_TO`` experts.
+
+    As float32 such a number has 13 low bits that are 0, where the complement of the id fits. What ``finite`` clamped has
+    not, and stays outside all others without them.
+    """
+    places = (1 << (t.shape[-1] - 1).bit_length()) - 1
+    bits = t.add(0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (ordered & ~places) | torch.arange(t.shape[-1] - 1, -1, -1, device=t.device, dtype=torch.int32)
+    rounds = []
+    for _ in range(k):
+        winner = keys.amax(-1, keepdim=True)
+        rounds.append(winner)
+        keys = keys.masked_fill(keys == winner, _LOWEST_NARROW_KEY)
+    return t.shape[-1] - 1 - (torch.cat(rounds, dim=-1) & places).long()
 
 
 def by_rounds_in_place(t: Tensor, k: int) -> Tensor:

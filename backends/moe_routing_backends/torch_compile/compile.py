@@ -1,7 +1,11 @@
 """Compile the plain formula whole, once a problem, and be told at once where that cannot be done.
 
-K rounds of a maximum over keys are K reductions over the same rows, which Inductor fuses into one kernel with the weights
-behind them; ``torch.topk`` and ``torch.sort`` would be calls between kernels, and the former's ties are arbitrary.
+K rounds of a maximum over keys are K reductions over the same rows, which Inductor fuses into one kernel, and the weights into
+another; ``torch.topk`` and ``torch.sort`` would be calls between kernels, and the former's ties are arbitrary.
+
+Before every call Dynamo checks its guards, which takes longer than the kernels do. All but those on the sizes, strides and
+dtypes of the arguments are about constants of this file, so what Inductor returned for a set of sizes, strides and dtypes is
+kept, and called directly the next time.
 """
 
 from __future__ import annotations
@@ -11,24 +15,30 @@ import logging
 import threading
 import time
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch._dynamo import lookup_backend
+from torch._dynamo.exc import TorchDynamoException
 
-from moe_routing.formula import by_rounds, by_sort, finish, route
+from moe_routing import RoutingOutput
+from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+    from torch.fx import GraphModule
 
-    from moe_routing import RoutingOutput
+    from moe_routing.formula import Top
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 LOGGER = logging.getLogger("moe_routing.torch_compile")
 ROUNDS_UP_TO = 32
 """K up to which the rounds are unrolled; a longer graph compiles for minutes, so a stable sort takes over."""
 SAMPLE_TOKENS = 64
+MOST_KINDS = 1 << 14
+"""Kinds of calls that are remembered, one a number of tokens; when there are more, remembering begins anew."""
 _counter = itertools.count()
 
 
@@ -49,6 +59,8 @@ class CompiledRouter:
         self._problem = problem
         self._device = device
         self._compiled: dict[tuple[object, ...], Callable[..., RoutingOutput]] = {}
+        self._direct: dict[tuple[object, ...], _Direct] = {}
+        self._seen: list[_Run] = []
         self._lock = threading.Lock()
 
     def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- BoundRouter's operands, handed on
@@ -56,7 +68,19 @@ class CompiledRouter:
         valid = operands.get("num_valid_tokens")
         if isinstance(valid, int):  # a value would be compiled in
             operands["num_valid_tokens"] = torch.full((1,), valid, dtype=torch.int64, device=logits.device)
-        result = self._run(logits.detach(), {name: value for name, value in operands.items() if value is not None})
+        given = {name: value for name, value in operands.items() if value is not None}
+        kind = _kind(logits, given)
+        direct = self._direct.get(kind)
+        if direct is not None:
+            result = direct(logits, given)
+        else:
+            try:
+                result = self._through_dynamo(kind, logits.detach(), given)
+            except TorchDynamoException as error:  # a set of operands that `warmup` could not know
+                cause = getattr(error, "inner_exception", error)
+                said = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+                msg = f"torch-compile cannot compile {self._problem} with {', '.join(given)}: {said}; use backend='eager'"
+                raise RuntimeError(msg) from error
         if out is None:
             return result
         out.weights.copy_(result.weights)
@@ -66,11 +90,12 @@ class CompiledRouter:
     def warmup(self) -> None:
         """Compile the graphs of an ordinary call: many tokens, and one."""
         start = time.perf_counter()
+        step = 1 if self._problem.layout == "rows" else 2
+        dtype: torch.dtype = getattr(torch, self._problem.dtype)
         for num_tokens in (SAMPLE_TOKENS, 1):
-            logits = torch.zeros(
-                num_tokens, self._problem.num_experts, dtype=getattr(torch, self._problem.dtype), device=self._device
-            )
-            self._run(logits, self._sample_operands(num_tokens))
+            logits = torch.zeros(num_tokens, self._problem.num_experts * step, dtype=dtype, device=self._device)
+            operands = self._sample_operands(num_tokens)
+            self._through_dynamo(_kind(logits[:, ::step], operands), logits[:, ::step], operands)
         LOGGER.info("compiled %s for %s in %.1f s", self._problem, self._device, time.perf_counter() - start)
 
     def _sample_operands(self, num_tokens: int) -> dict[str, Tensor]:
@@ -85,23 +110,26 @@ class CompiledRouter:
             operands["expert_table"] = torch.arange(self._problem.topk, device=self._device)[None]
         return operands
 
-    def _run(self, logits: Tensor, operands: dict[str, Tensor]) -> RoutingOutput:
-        key = (logits.stride(1) == 1, *((name, value.dtype) for name, value in operands.items()))
-        compiled = self._compiled.get(key)
-        with torch.no_grad():
-            if compiled is not None:
-                return compiled(logits, **operands)
-            with self._lock:
-                if key not in self._compiled:
-                    self._compiled[key] = self._compile()
-                if logits.shape[0] > 1:
-                    torch._dynamo.mark_dynamic(logits, 0)  # noqa: SLF001 -- torch documents it under this name
-                return self._compiled[key](logits, **operands)
+    def _through_dynamo(self, kind: tuple[object, ...], logits: Tensor, operands: dict[str, Tensor]) -> RoutingOutput:
+        """Let Dynamo check its guards and compile where needed, and remember what it called for this kind of arguments."""
+        graph = (logits.stride(1) == 1, *((name, value.dtype) for name, value in operands.items()))
+        with self._lock, torch.no_grad():
+            if graph not in self._compiled:
+                self._compiled[graph] = self._compile()
+            if logits.shape[0] > 1:
+                torch._dynamo.mark_dynamic(logits, 0)  # noqa: SLF001 -- torch documents it under this name
+            result = self._compiled[graph](logits, **operands)
+            direct = self._seen.pop().as_direct(logits, operands, result) if self._seen else None
+            if len(self._direct) >= MOST_KINDS:
+                self._direct.clear()
+            if direct is not None:
+                self._direct[kind] = direct
+        return result
 
     def _compile(self) -> Callable[..., RoutingOutput]:
         spec, topk, num_experts = self._problem.spec, self._problem.topk, self._problem.num_experts
         ids_dtype: torch.dtype = getattr(torch, self._problem.ids_dtype)
-        top = by_rounds if topk <= ROUNDS_UP_TO else by_sort
+        top = _selection(self._problem)
 
         def formula(logits: Tensor, **operands: Tensor) -> RoutingOutput:
             behind = {name: operands.pop(name, None) for name in ("num_valid_tokens", "expert_map")}
@@ -111,4 +139,57 @@ class CompiledRouter:
         # Dynamo keeps its graphs, and counts its recompilations, by code object: each problem needs its own.
         code: CodeType = formula.__code__.replace(co_name=f"route_{next(_counter)}")
         own = FunctionType(code, formula.__globals__, code.co_name, None, formula.__closure__)
-        return torch.compile(own, fullgraph=True)
+        return torch.compile(own, fullgraph=True, backend=self._inductor)
+
+    def _inductor(self, graph: GraphModule, samples: list[Any]) -> Callable[..., Any]:
+        """Compile with Inductor, as Dynamo's own backend of that name does, and see how the result is called."""
+        function = lookup_backend("inductor")(graph, samples)
+
+        def seen(*arguments: Any) -> Any:  # noqa: ANN401 -- what Dynamo passes
+            outputs = function(*arguments)
+            self._seen[:] = [_Run(function, arguments, outputs)]
+            return outputs
+
+        return seen
+
+
+def _selection(problem: RoutingProblem) -> Top:
+    """Return the way to select that compiles to the least."""
+    if problem.topk > ROUNDS_UP_TO:
+        return by_sort
+    exact = problem.dtype in ("bfloat16", "float16") and problem.spec.selection == "logits" and not problem.spec.grouped
+    return by_narrow_rounds if exact and problem.num_experts <= NARROW_UP_TO else by_rounds
+
+
+def _kind(logits: Tensor, operands: dict[str, Tensor]) -> tuple[object, ...]:
+    """Return all that Dynamo's guards look at and that may differ between the calls for one problem."""
+    return (*logits.shape, *logits.stride(), *[(name, value.dtype, value.shape) for name, value in operands.items()])
+
+
+class _Run(NamedTuple):
+    """One call that Dynamo made of what Inductor returned."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    outputs: Any
+
+    def as_direct(self, logits: Tensor, operands: dict[str, Tensor], result: RoutingOutput) -> _Direct | None:
+        """Say how to make the same call for other tensors of the kind; ``None`` where that cannot be seen."""
+        tensors = {id(logits): "logits", **{id(value): name for name, value in operands.items()}}
+        places = [a if isinstance(a, int) else tensors.get(id(a)) for a in self.arguments]
+        several = len(tensors) <= len(operands)  # one tensor came as two operands, and the next time two may come
+        if several or None in places or [id(o) for o in self.outputs] != [id(o) for o in result]:
+            return None
+        return _Direct(self.function, tuple(places))
+
+
+class _Direct(NamedTuple):
+    """What Inductor returned, and its arguments for one kind of call: names of tensors, and sizes."""
+
+    function: Callable[..., Any]
+    places: tuple[Any, ...]
+
+    def __call__(self, logits: Tensor, operands: dict[str, Tensor]) -> RoutingOutput:
+        """Route."""
+        operands["logits"] = logits
+        return RoutingOutput(*self.function(*[operands.get(place, place) for place in self.places]))
