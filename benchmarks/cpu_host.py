@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CALLS = 3000
+SMALL_IDS = False
+"""The operator's ``int64_ids``."""
 LOGITS, SCALE = torch.randn(1, 128), torch.rand(128)
 SAME = moe_routing.RoutingOutput(torch.rand(1, 8), torch.zeros(1, 8, dtype=torch.int32))
 
@@ -64,7 +66,7 @@ def main() -> None:
     ways: dict[str, Callable[[], object]] = {
         "the bound kernel itself": lambda: do_nothing(LOGITS, per_expert_scale=SCALE),
         "router": lambda: route(LOGITS, 8, SCALE),
-        "operator": lambda: operator(LOGITS, SCALE, None, None, None, None, None, spec, 8, torch.int32, None),
+        "operator": lambda: operator(LOGITS, SCALE, None, None, None, None, None, spec, 8, SMALL_IDS, None),
         "smallest operator": lambda: smallest(LOGITS),
         "two torch.empty": lambda: (torch.empty(1, 8), torch.empty(1, 8, dtype=torch.int32)),
     }

@@ -41,6 +41,11 @@ class Binding(NamedTuple):
     bound: BoundRouter
     report: ResolutionReport
 
+    def told(self) -> ResolutionReport:
+        """Return the report with what the kernel says of itself now, behind what its card said when it was chosen."""
+        said = (*self.report.notes, *getattr(self.bound, "notes", ()))
+        return dataclasses.replace(self.report, notes=tuple(dict.fromkeys(said)))
+
 
 class Binder:
     """Binds one spec to whatever device, dtype and sizes the calls bring, once each.
@@ -154,7 +159,7 @@ def _resolve_and_build(known: Registry, problem: RoutingProblem, device: torch.d
                 raise BackendUnavailableError(report.why, report) from error
             continue
         _say_if_missed(report, request)
-        return Binding(bound, dataclasses.replace(report, notes=tuple(getattr(bound, "notes", ()))))
+        return Binding(bound, report)
     raise BackendUnavailableError(report.why, report)
 
 

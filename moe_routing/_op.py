@@ -21,10 +21,11 @@ from moe_routing_registry import RoutingSpec
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
+# `int64_ids` rather than a ScalarType: of an argument's way through the dispatcher, that of a dtype takes longest.
 _LIBRARY = torch.library.Library("moe_routing", "DEF")
 _SCHEMA = (
     "(Tensor logits, Tensor? per_expert_scale, Tensor? bias, Tensor? token_ids, Tensor? expert_table, "
-    "Tensor? num_valid_tokens, Tensor? expert_map, str spec, int topk, ScalarType ids_dtype, "
+    "Tensor? num_valid_tokens, Tensor? expert_map, str spec, int topk, bool int64_ids, "
     "str? backend) -> (Tensor weights, Tensor ids)"
 )
 _LIBRARY.define(f"route{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -60,7 +61,7 @@ def call(  # noqa: PLR0913, PLR0917 -- the router's operands
     operator = torch.ops.moe_routing.route_training if training else torch.ops.moe_routing.route
     weights, ids = operator(
         logits, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, inside_map,
-        spec.to_json(), topk, ids_dtype, backend,
+        spec.to_json(), topk, ids_dtype is torch.int64, backend,
     )  # fmt: skip
     if expert_map is not None and training:
         ids = torch.where(ids < 0, ids, expert_map[ids.clamp(min=0)].to(ids.dtype))
@@ -87,20 +88,20 @@ def _route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     expert_map: Tensor | None,
     spec: str,
     topk: int,
-    ids_dtype: torch.dtype,
+    int64_ids: bool,  # noqa: FBT001 -- likewise
     backend: str | None,
     *,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return binder_of(spec, backend).route(
-        logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, None,
-        training=training,
+        logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
+        torch.int64 if int64_ids else torch.int32, None, training=training,
     )  # fmt: skip
 
 
 def _route_fake(logits: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema
-    spec, topk, ids_dtype = operands[6:9]
-    return empty_output(RoutingSpec.from_json(spec), logits, topk, ids_dtype)
+    spec, topk, int64_ids = operands[6:9]
+    return empty_output(RoutingSpec.from_json(spec), logits, topk, torch.int64 if int64_ids else torch.int32)
 
 
 _LIBRARY.impl("route", _route, "CompositeExplicitAutograd")

@@ -5,19 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from moe_routing import _check, _op
+from moe_routing._backend import RoutingOutput
 from moe_routing._binding import Binder
-from moe_routing_registry import RoutingSpec, verify_rate
+from moe_routing_registry import RoutingSpec, preference, verify_rate
 
 if TYPE_CHECKING:
-    from moe_routing._backend import RoutingOutput
+    from collections.abc import Callable
+
     from moe_routing._binding import Binding
     from moe_routing.testing.shadow import Health, Shadow
     from moe_routing_registry import ResolutionReport
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_KINDS_KEPT = 1024
+"""A router that knows so many kinds of call forgets them all and begins anew."""
+_INDESCRIBABLE = (AttributeError, RuntimeError, TypeError, ValueError)
+"""What describing a wrong argument raises: a list has no dtype, a sparse tensor no strides, a set no hash."""
 
 
 class Router:
@@ -55,6 +62,7 @@ class Router:
         self._requested = backend
         self._shadow = _shadow(verify)
         self._binder = Binder(spec, backend, self._shadow)
+        self._known: dict[tuple[object, ...], tuple[Callable[..., RoutingOutput], Binding]] = {}
 
     def __call__(  # noqa: PLR0913 -- one argument an operand of the maths
         self,
@@ -89,6 +97,45 @@ class Router:
         :raises ValueError: an argument has the wrong value, shape or device.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
+        kind: tuple[object, ...] | None = None
+        plain = token_ids is None and expert_table is None and num_valid_tokens is None and expert_map is None
+        if plain and not is_dynamo_compiling():
+            # All that the checks and the choice of a kernel look at. A call of a kind that passed them passes them again.
+            try:
+                kind = (
+                    type(logits), logits.dtype, logits.device, logits.layout, logits.shape, logits.stride(), type(topk), topk,
+                    None if per_expert_scale is None else _described(per_expert_scale),
+                    None if bias is None else _described(bias),
+                    None if out is None else (type(out), *map(_described, out)),
+                    ids_dtype, preference.get(),
+                )  # fmt: skip
+                known = self._known.get(kind)
+            except _INDESCRIBABLE:
+                kind = known = None
+            if known is not None and not (is_grad_enabled() and _requires_grad(logits, per_expert_scale)):
+                call, self._binder.latest = known
+                if out is not None and type(out) is not RoutingOutput:
+                    out = RoutingOutput(*out)
+                return call(logits, per_expert_scale=per_expert_scale, bias=bias, out=out)
+        return self._checked(
+            kind, logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out
+        )
+
+    def _checked(  # noqa: PLR0913, PLR0917 -- the operands of a call
+        self,
+        kind: tuple[object, ...] | None,
+        logits: Tensor,
+        topk: int | None,
+        per_expert_scale: Tensor | None,
+        bias: Tensor | None,
+        token_ids: Tensor | None,
+        expert_table: Tensor | None,
+        num_valid_tokens: int | Tensor | None,
+        expert_map: Tensor | None,
+        ids_dtype: torch.dtype | None,
+        out: RoutingOutput | tuple[Tensor, Tensor] | None,
+    ) -> RoutingOutput:
+        """Check everything, then route; a call that went straight to its kernel makes its ``kind`` known."""
         if topk is None:
             topk = self._default_topk()
         if out is not None:
@@ -98,9 +145,7 @@ class Router:
         self._check(
             logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out
         )
-        training = torch.is_grad_enabled() and (
-            logits.requires_grad or (per_expert_scale is not None and per_expert_scale.requires_grad)
-        )
+        training = is_grad_enabled() and _requires_grad(logits, per_expert_scale)
         if training or torch.compiler.is_compiling() or type(logits) not in _PLAIN:
             if out is not None and training:
                 msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
@@ -117,10 +162,33 @@ class Router:
             if not torch.compiler.is_compiling():
                 self._binder.latest = _op.binder_of(self.spec.to_json(), self._requested).latest
             return result
-        return self._binder.route(
+        result = self._binder.route(
             logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out,
             training=False,
         )  # fmt: skip
+        if kind is not None and logits.shape[0] and all(v is None or v.is_contiguous() for v in (per_expert_scale, bias)):
+            self._remember(kind, logits, topk, per_expert_scale, bias, ids_dtype)
+        return result
+
+    def _remember(  # noqa: PLR0913, PLR0917 -- what tells kinds of calls apart
+        self,
+        kind: tuple[object, ...],
+        logits: Tensor,
+        topk: int,
+        per_expert_scale: Tensor | None,
+        bias: Tensor | None,
+        ids_dtype: torch.dtype,
+    ) -> None:
+        """Keep what serves later calls of this kind; a kernel may have less to do for those than for any call."""
+        binding = self._binder.binding_for(
+            logits.device, logits.dtype, logits.shape[1], topk, ids_dtype=ids_dtype,
+            rows=logits.stride(1) == 1 or logits.shape[1] == 1,
+        )  # fmt: skip
+        prepare = getattr(binding.bound, "prepared", None) if self._shadow is None else None
+        call = prepare(logits, per_expert_scale, bias) if prepare is not None else None
+        if len(self._known) >= _KINDS_KEPT:
+            self._known.clear()
+        self._known[kind] = (call or binding.bound, binding)
 
     def binding_for(  # noqa: PLR0913 -- the fields of a RoutingProblem
         self,
@@ -164,7 +232,7 @@ class Router:
         compile_ahead = getattr(binding.bound, "warmup", None)
         if compile_ahead is not None:
             compile_ahead()
-        return binding.report
+        return binding.told()
 
     @property
     def backend(self) -> str | None:
@@ -174,7 +242,7 @@ class Router:
     @property
     def report(self) -> ResolutionReport | None:
         """How the backend of the latest call was chosen, ``None`` before the first call."""
-        return self._binder.latest.report if self._binder.latest else None
+        return self._binder.latest.told() if self._binder.latest else None
 
     def health(self) -> Health:
         """Return what shadow mode has seen of this router's calls: how many were compared, near ties, and what was wrong.
@@ -238,6 +306,14 @@ class Router:
         _check.check_ids_dtype(ids_dtype, out)
         if out is not None:
             _check.check_out(out, topk + spec.shared_experts, logits)
+
+
+def _described(operand: Tensor) -> tuple[object, ...]:
+    return type(operand), operand.dtype, operand.device, operand.shape, operand.is_contiguous()
+
+
+def _requires_grad(logits: Tensor, per_expert_scale: Tensor | None) -> bool:
+    return logits.requires_grad or (per_expert_scale is not None and per_expert_scale.requires_grad)
 
 
 def _shadow(verify: float | bool | None) -> Shadow | None:  # noqa: FBT001 -- True is what users write

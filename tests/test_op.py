@@ -192,7 +192,7 @@ def test_opcheck_passes(name, training):
     given = {"per_expert_scale": None, "bias": None, "token_ids": None, "expert_table": None, **operands(spec)}
     logits = torch.randn(T, E, requires_grad=training)
     num_valid = torch.tensor([4])
-    opcheck(TRAIN if training else ROUTE, (logits, *given.values(), num_valid, None, spec.to_json(), K, torch.int32, None))
+    opcheck(TRAIN if training else ROUTE, (logits, *given.values(), num_valid, None, spec.to_json(), K, False, None))
 
 
 def test_opcheck_of_the_backward_passes():

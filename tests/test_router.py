@@ -258,3 +258,121 @@ def test_a_model_whose_routing_cannot_be_expressed_says_why():
 def test_a_misspelt_router_lists_near_matches():
     with pytest.raises(UnknownNameError, match="unknown router 'qwen3_mo': did you mean 'qwen3_moe'"):
         moe_routing.get_router("qwen3_mo")
+
+
+SCALED = RoutingSpec(family="known", renormalize=True, per_expert_scale=True)
+SCALE = torch.tensor([1.0, 2.0, 3.0, 4.0])
+KNOWN_OUT = moe_routing.RoutingOutput(torch.empty(2, 2), torch.empty(2, 2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "operands", "named"),
+    [
+        ((LOGITS, True, SCALE), {}, "topk"),
+        ((LOGITS, 2.0, SCALE), {}, "topk"),
+        ((LOGITS.to_sparse(), 2, SCALE), {}, "logits"),
+        ((LOGITS.tolist(), 2, SCALE), {}, "logits"),
+        ((LOGITS, 2, SCALE.int()), {}, "per_expert_scale"),
+        ((LOGITS, 2, SCALE[None]), {}, "per_expert_scale"),
+        ((LOGITS, 2, SCALE.to("meta")), {}, "per_expert_scale"),
+        ((LOGITS, 2, SCALE.numpy()), {}, "per_expert_scale"),
+        ((LOGITS, 2, None), {}, "per_expert_scale"),
+        ((LOGITS, 2, SCALE), {"bias": SCALE}, "bias"),
+        ((LOGITS, 2, SCALE), {"ids_dtype": "int32"}, "ids_dtype"),
+        ((LOGITS, 2, SCALE), {"ids_dtype": []}, "ids_dtype"),
+        ((LOGITS, 2, SCALE), {"out": list(KNOWN_OUT)}, "out"),
+        ((LOGITS, 2, SCALE), {"out": (KNOWN_OUT[0], KNOWN_OUT[1].t())}, "out"),
+        ((LOGITS[:1], 2, SCALE), {"out": KNOWN_OUT}, "out"),
+        ((LOGITS, 2, SCALE), {"out": KNOWN_OUT, "ids_dtype": torch.int64}, "out"),
+    ],
+)
+def test_a_wrong_call_is_refused_after_a_right_one_that_is_much_like_it(arguments, operands, named):
+    route = Router(SCALED)
+    for _ in range(2):
+        route(LOGITS, 2, SCALE)
+        route(LOGITS, 2, SCALE, out=KNOWN_OUT)
+        route(LOGITS, 2, SCALE, out=tuple(KNOWN_OUT))
+    with pytest.raises((TypeError, ValueError), match=f"^{named}: "):
+        route(*arguments, **operands)
+
+
+def test_a_known_call_is_checked_once_and_routes_as_the_first_one_did(monkeypatch):
+    route, checked = Router(SCALED), []
+    monkeypatch.setattr(route, "_check", lambda *a: checked.append(a))
+    first = route(LOGITS, 2, SCALE)
+    again = route(LOGITS, 2, SCALE)
+    given = route(LOGITS, 2, SCALE, out=tuple(KNOWN_OUT))
+    assert route(LOGITS, 2, SCALE, out=tuple(KNOWN_OUT)).weights is KNOWN_OUT.weights
+    assert len(checked) == 2
+    for output in (again, given):
+        assert isinstance(output, moe_routing.RoutingOutput)
+        assert torch.equal(output.weights, first.weights)
+        assert torch.equal(output.ids, first.ids)
+
+
+def test_a_known_call_that_wants_gradients_has_them():
+    route, scale = Router(SCALED), SCALE.clone()
+    assert not route(LOGITS, 2, scale).weights.requires_grad
+    scale.requires_grad_()
+    assert route(LOGITS, 2, scale).weights.requires_grad
+    with torch.no_grad():
+        assert not route(LOGITS, 2, scale).weights.requires_grad
+
+
+def test_other_strides_are_another_call():
+    route, wide = Router(SCALED), torch.stack([SCALE, -SCALE], 1)
+    expected = route(LOGITS, 2, SCALE)
+    for logits, scale in ((LOGITS.t().contiguous().t(), SCALE), (LOGITS, wide[:, 0])):
+        for _ in range(2):
+            output = route(logits, 2, scale)
+            assert torch.equal(output.weights, expected.weights)
+            assert torch.equal(output.ids, expected.ids)
+
+
+def test_a_router_remembers_a_bounded_number_of_kinds_of_call(monkeypatch):
+    monkeypatch.setattr("moe_routing._router._KINDS_KEPT", 5)
+    route = Router(SCALED)
+    for tokens in range(1, 20):
+        route(torch.randn(tokens, 4), 2, SCALE)
+        assert len(route._known) <= 5
+
+
+class Preparing:
+    """A kernel that prepares for calls like one that it has seen."""
+
+    def __init__(self):
+        self.prepared_for = []
+
+    def __call__(self, logits, **_operands):
+        return moe_routing.RoutingOutput(torch.ones(len(logits), 2), torch.full((len(logits), 2), 1, dtype=torch.int32))
+
+    def prepared(self, logits, per_expert_scale, bias):
+        self.prepared_for.append((tuple(logits.shape), per_expert_scale, bias))
+        if len(logits) == 1:
+            return None
+
+        def route(logits, **_operands):
+            return moe_routing.RoutingOutput(torch.ones(len(logits), 2), torch.full((len(logits), 2), 2, dtype=torch.int32))
+
+        return route
+
+
+def build_preparing(_problem, _device):
+    return Preparing()
+
+
+def test_a_kernel_may_prepare_for_later_calls_of_a_kind(add_backend):
+    add_backend("preparing", "build_preparing")
+    route = fresh_router(backend="preparing")
+    assert [route(LOGITS, 2).ids[0, 0].item() for _ in range(3)] == [1, 2, 2]
+    assert [route(LOGITS[:1], 2).ids[0, 0].item() for _ in range(3)] == [1, 1, 1]
+    bound = route.binding_for("cpu", torch.float32, 4, 2).bound
+    assert bound.prepared_for == [((2, 4), None, None), ((1, 4), None, None)]
+
+
+def test_a_watched_router_sees_every_call_whatever_the_kernel_prepares(add_backend):
+    add_backend("preparing", "build_preparing")
+    route = Router(RoutingSpec(family="topk_softmax", renormalize=True), backend="preparing", verify=True)
+    for _ in range(3):
+        route(LOGITS, 2)
+    assert route.health().compared == 3
