@@ -1,0 +1,151 @@
+"""``moe-routing tune``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from moe_routing.cli._bench import main_device
+from moe_routing.cli._catalogue import loaded_registry, look_up
+from moe_routing.cli._show import STATUS_STYLES, Unusable, UsageError, console, count, print_json, table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from moe_routing_registry import ResolutionReport
+
+SCHEMA_VERSION = 1
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def tune(  # noqa: PLR0913 -- the options of the command
+    *,
+    router: Annotated[
+        list[str] | None, typer.Option("--router", "--model", metavar="NAME,...", help="Models or families; gemma4.")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(parser=count, metavar="E", help="Experts; the model's own, else 128.")] = None,
+    topk: Annotated[
+        int | None, typer.Option(parser=count, metavar="K", help="Experts a token; the model's own, else 8.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(metavar="DTYPE,...", help="Of the logits: bf16, fp16, fp32; bf16.")
+    ] = None,
+    tokens: Annotated[
+        list[str] | None, typer.Option(metavar="T,...", help="Numbers of tokens; nine from 1 to 262144.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda:0, ...; the first accelerator.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Measure which launch serves how many tokens best on this device, and keep it; exit code 1 if one computed wrong."""
+    place = device or main_device()
+    names = _words(router) or ["gemma4"]
+    dtypes = [_dtype(word) for word in _words(dtype)] or ["bfloat16"]
+    sizes = [_tokens(word) for word in _words(tokens)]
+    asked = [(name, _chosen(name, place, experts, topk, kind)) for name in names for kind in dtypes]
+    screen = console()
+    found = _measured(asked, sizes, screen if screen.is_terminal and not as_json else Console(stderr=True))
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "device": str(asked[0][1].device), "problems": found})
+    else:
+        for one in found:
+            _show(one, screen)
+    raise typer.Exit(1 if any(one["wrong"] for one in found) else 0)
+
+
+def _words(given: list[str] | None) -> list[str]:
+    return list(dict.fromkeys(word for part in given or () for word in part.replace(",", " ").split()))
+
+
+def _dtype(word: str) -> str:
+    if word in _DTYPES or word in _DTYPES.values():
+        return _DTYPES.get(word, word)
+    msg = f"--dtype: expected one of {', '.join(_DTYPES)}, got {word!r}"
+    raise UsageError(msg)
+
+
+def _tokens(word: str) -> int:
+    try:
+        return count(word)
+    except typer.BadParameter as error:
+        msg = f"--tokens: {error}"
+        raise UsageError(msg) from error
+
+
+def _chosen(name: str, device: str, experts: int | None, topk: int | None, dtype: str) -> ResolutionReport:
+    """Ask which backend routes this; it must be one that can be tuned."""
+    import moe_routing
+
+    entry = look_up(name)
+    moe_routing.probe(device)  # a device that is not here is an error of its own
+    experts = experts or entry.num_experts
+    report = moe_routing.explain(name, device=device, num_experts=experts, topk=topk or entry.topk, dtype=dtype)
+    if report.problem is None:
+        raise UsageError(report.error.partition(": ")[2] or report.error)
+    known = loaded_registry()
+    if report.winner is None or not known.backends[report.winner].tuner:
+        raise Unusable(_refusal(report))
+    return report
+
+
+def _refusal(report: ResolutionReport) -> str:
+    """Say why nothing can be tuned here, and the command that mends it."""
+    tunable = [card.name for card in loaded_registry().backends.values() if card.tuner]
+    routes = f"{report.winner} routes, which has nothing to tune" if report.winner else "no backend routes"
+    missed = [rejection for name in tunable if (rejection := report.rejection(name)) is not None]
+    reasons = "; ".join(f"{rejection.name} {rejection.verdict.reason}" for rejection in missed)
+    fixes = [rejection.verdict.fix for rejection in missed if rejection.verdict.fix] or ["moe-routing doctor"]
+    return f"nothing to tune on {report.device}: {routes}; {reasons or 'no backend can be tuned'}; try: {fixes[0]}"
+
+
+def _measured(asked: Sequence[tuple[str, ResolutionReport]], sizes: Sequence[int], screen: Console) -> list[dict[str, Any]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    found = []
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        for router, report in asked:
+            assert report.problem is not None  # noqa: S101 -- for mypy: `_chosen` saw to it
+            assert report.winner is not None  # noqa: S101 -- likewise
+            problem = report.problem
+            name = f"{router} {problem.num_experts}/{problem.topk} {problem.dtype}"
+            task = progress.add_task(name, total=None)
+
+            def advance(what: str, done: int, total: int, *, task: Any = task, name: str = name) -> None:  # noqa: ANN401 -- rich's id
+                progress.update(task, description=f"{name}, {what}", completed=done, total=total)
+
+            measure: Callable[..., Any] = loaded_registry().tuner(report.winner)
+            try:
+                tuned = measure(problem, report.device, **({"tokens": sizes} if sizes else {}), on_step=advance)
+            except RuntimeError as error:
+                msg = f"{name} on {report.device}: {str(error).partition(chr(10))[0]}"
+                raise Unusable(msg) from error
+            shape = {"num_experts": problem.num_experts, "topk": problem.topk, "dtype": problem.dtype}
+            found.append({"router": router, **shape, "backend": report.winner, **tuned.to_dict()})
+    return found
+
+
+def _show(one: dict[str, Any], screen: Console) -> None:
+    rows = [
+        (
+            Text(f"{timed['tokens']:,}", justify="right"),
+            _launch(timed["launch"]),
+            Text(f"{timed['us']:.2f}", justify="right"),
+            _launch(timed["launch_before"]),
+            Text(f"{timed['us_before']:.2f}", justify="right"),
+        )
+        for timed in one["timed"]
+    ]
+    title = f"{one['router']}, E={one['num_experts']} K={one['topk']} {one['dtype']}, microseconds in a CUDA graph"
+    columns = ("T", "fastest", "us", "before", "us before")
+    screen.print(table(title, *columns, rows=rows, whole=("T", "us", "us before")))
+    for kind, status in (("wrong", "problem"), ("unusable", "skipped")):
+        for sentence in one[kind]:
+            screen.print(Text.assemble((f"{kind}: ", STATUS_STYLES[status]), sentence))
+    screen.print(Text(f"before: {one['before']}"), soft_wrap=True)
+    screen.print(Text(f"kept in {one['table']}"), soft_wrap=True)
+
+
+def _launch(launch: dict[str, Any]) -> str:
+    return f"{launch['variant']} {launch['block_t']}x{launch['lanes']}, {launch['num_warps']} warps"
