@@ -180,7 +180,7 @@ def _choice(case: Case, name: str, report: ResolutionReport, *, asked: bool) -> 
         return Check(name="backend", status="problem" if asked else "warning", summary=summary, fix=fix, details=str(report))
     missed = report.rejection(report.missed) if report.missed else None
     if missed is None:
-        summary = f"{name} routes {case.router} with {report.winner}: {report.why}"
+        summary = "; ".join((f"{name} routes {case.router} with {report.winner}: {report.why}", *report.notes))
         return Check(name="backend", status="ok", summary=summary, details=str(report))
     summary = (
         f"{name} routes {case.router} with {report.winner}, not with {missed.name}, which "
@@ -210,7 +210,7 @@ def verify(case: Case) -> list[Check]:
 
 
 def _verified(name: str, device: str) -> Check:
-    with quietly():
+    with quietly() as said:
         from moe_routing.testing.quick import verify as quick
 
         try:
@@ -226,7 +226,8 @@ def _verified(name: str, device: str) -> Check:
         summary = f"{name} on {device}: {len(wrong)} of {len(findings)} checks failed; first: {wrong[0].sentence}"
         return Check(name="verify", status="problem", summary=summary, details=details)
     summary = f"{name} on {device} agrees with the oracle in {len(findings)} checks"
-    return Check(name="verify", status="ok", summary=summary, details=details)
+    ours = [remark for remark in said if remark.startswith("moe-routing")]
+    return Check(name="verify", status="warning" if ours else "ok", summary="; ".join((summary, *ours)), details=details)
 
 
 def _code(code: object) -> str:

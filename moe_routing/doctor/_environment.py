@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moe_routing.integrations.vllm._seams import VARIABLE as VLLM_VARIABLE
 from moe_routing_registry import (
     BACKEND_VARIABLE,
     BLOCK_VARIABLE,
@@ -24,6 +25,7 @@ OURS = {
     BLOCK_VARIABLE: "backends that must not be used, separated by commas",
     STRICT_VARIABLE: "1: a choice below the device's best is an error",
     VERIFY_VARIABLE: "sample:0.01: one call in a hundred is compared with the oracle",
+    VLLM_VARIABLE: "1: vLLM routes through moe_routing",
 }
 HIDING = {
     "CUDA_VISIBLE_DEVICES": "the NVIDIA and AMD devices that torch may see",
@@ -65,7 +67,7 @@ def _judge(name: str, value: str, backends: Collection[str]) -> str:
     kind, meant = f"backend in {name}", [part.strip() for part in value.split(",") if part.strip()]
     if name not in OURS:
         return str(UnknownNameError("variable", name, OURS))
-    if name == STRICT_VARIABLE:
+    if name in (STRICT_VARIABLE, VLLM_VARIABLE):
         return _refusal(flag, name)
     if name == VERIFY_VARIABLE:
         return _refusal(verify_rate, None)

@@ -10,6 +10,7 @@ from moe_routing.doctor._case import take
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._environment import variables
 from moe_routing.doctor._machine import FAILURES, Failure
+from moe_routing.doctor._vllm import vllm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -33,6 +34,7 @@ CHECKS: dict[str, Callable[[Case], list[Check]]] = {
         _checks.plugins,
         _checks.environment,
         _checks.backend,
+        vllm,
         _checks.verify,
     )
 }

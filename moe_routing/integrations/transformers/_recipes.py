@@ -1,0 +1,249 @@
+"""Recipes: how each kind of router in transformers is routed, and in which form its block expects what comes out.
+
+Which classes a recipe is proven for stands in ``fingerprints.json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 -- its usual name
+
+from moe_routing.integrations.transformers import _logits, _specs
+from moe_routing.integrations.transformers._deferred import DeferredSoftmax
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from moe_routing import RoutingSpec
+    from moe_routing._router import Router as Route
+    from moe_routing.integrations.transformers._logits import Router
+
+Outputs = tuple[Any, ...]
+
+
+# Further operands, from the router or from what its block passes behind the hidden states.
+
+
+def _nothing(_router: Router) -> dict[str, Tensor]:
+    return {}
+
+
+def _own_bias(router: Router) -> dict[str, Tensor]:
+    return {"bias": router.e_score_correction_bias}
+
+
+def _ernie_bias(router: Router) -> dict[str, Tensor]:
+    return {"bias": router.moe_statics.e_score_correction_bias.flatten()}
+
+
+def _given_bias(_router: Router, e_score_correction_bias: Tensor) -> dict[str, Tensor]:
+    return {"bias": e_score_correction_bias}
+
+
+def _afmoe_bias(_router: Router, expert_bias: Tensor) -> dict[str, Tensor]:
+    return {"bias": expert_bias}
+
+
+def _lfm2_bias(router: Router, expert_bias: Tensor | None = None) -> dict[str, Tensor]:
+    return {"bias": expert_bias} if router.use_expert_bias and expert_bias is not None else {}
+
+
+def _zero_bias(router: Router) -> dict[str, Tensor]:
+    """Give zeros where groups are scored by their probabilities, which no order of the logits gives."""
+    weight: Tensor = router.weight
+    return {} if router.num_group == 1 else {"bias": weight.new_zeros(router.num_experts)}
+
+
+def _gemma_scale(router: Router) -> dict[str, Tensor]:
+    return {"per_expert_scale": router.per_expert_scale}
+
+
+def _hash_table(router: Router, input_ids: Tensor) -> dict[str, Tensor]:
+    return {"token_ids": input_ids.reshape(-1), "expert_table": router.tid2eid}
+
+
+# K, which may change after loading.
+
+
+def _topk(router: Router) -> int:
+    topk: int = router.top_k
+    return topk
+
+
+def _gemma_topk(router: Router) -> int:
+    topk: int = router.config.top_k_experts
+    return topk
+
+
+# Dtype of the weights.
+
+
+def _float32(_hidden: Tensor, _logits: Tensor) -> torch.dtype:
+    return torch.float32
+
+
+def _of_logits(_hidden: Tensor, logits: Tensor) -> torch.dtype:
+    return logits.dtype
+
+
+def _of_hidden(hidden: Tensor, _logits: Tensor) -> torch.dtype:
+    return hidden.dtype
+
+
+# Outputs.
+
+
+def _logits_first(_router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
+    return logits, weights, ids
+
+
+def _ids_first(_router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
+    return ids, weights, logits
+
+
+def _no_logits(_router: Router, _logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
+    return weights, ids
+
+
+def _probabilities_first(router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
+    """Leave the probabilities for later where only the decoder layer sees them, which throws them away."""
+    seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or router._forward_hooks  # noqa: SLF001 -- no public way
+    return F.softmax(logits, dim=-1, dtype=torch.float32) if seen else DeferredSoftmax(logits), weights, ids
+
+
+def _dense_scores(_router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
+    return torch.zeros_like(logits).scatter(1, ids, weights), logits
+
+
+def _sorted_by_expert(router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
+    """Sort JetMoe's pairs of token and expert by expert; its block splits by a list of how many each expert got."""
+    experts, order = ids.flatten().sort()
+    sizes = torch.bincount(experts, minlength=router.num_experts).tolist()
+    return order, order.div(router.top_k, rounding_mode="trunc"), weights.flatten()[order], sizes, logits
+
+
+def _zaya(router: Router, route: Route, hidden_states: Tensor, router_states: Tensor | None = None) -> Outputs:
+    """Do all that Zaya's router does: it passes a state to the next layer's, and its last expert is to skip."""
+    states: Tensor = router.down_proj(hidden_states)
+    if router.use_eda and router_states is not None:
+        states = states + router_states * router.router_states_scale
+    logits: Tensor = router.router_mlp(states).reshape(-1, router.num_router_classes)
+    weights, ids = route(logits, router.top_k, bias=router.balancing_biases, ids_dtype=torch.int64)
+    ids = ids.masked_fill(ids == router.num_experts, 0)  # whose weight is 0 already
+    return logits, weights.to(logits.dtype), ids, states[:, -hidden_states.shape[1] :].clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one kind of router is routed.
+
+    :ivar spec: the maths by the router's own attributes; raises ``RefusedError`` for what cannot be said.
+    :ivar logits: computes the logits ``[T, E]`` from the router's input.
+    :ivar operands: the further operands of the maths; takes what the block passes behind the input.
+    :ivar weights: dtype of the weights that the router returns.
+    :ivar output: arranges what is returned.
+    :ivar method: the method that is replaced.
+    :ivar topk: reads K at each call.
+    :ivar in_training: whether training routes as inference does; where not, the router's own code trains.
+    :ivar whole: replaces all of these steps, for a router that does more.
+    """
+
+    spec: Callable[[Router], RoutingSpec]
+    logits: Callable[[Router, Tensor], Tensor] = _logits.linear
+    operands: Callable[..., Mapping[str, Any]] = _nothing
+    weights: Callable[[Tensor, Tensor], torch.dtype] = _of_logits
+    output: Callable[[Router, Tensor, Tensor, Tensor], Outputs] = _logits_first
+    method: str = "forward"
+    topk: Callable[[Router], int] = _topk
+    in_training: bool = True
+    whole: Callable[..., Outputs] | None = None
+
+    def replacement(self, stock: Callable[..., Outputs], route: Route) -> Callable[..., Outputs]:
+        """Return the method that takes the place of ``stock``, the class's own."""
+        if self.whole is not None:
+            whole = self.whole
+            return lambda router, *args, **kwargs: whole(router, route, *args, **kwargs)
+
+        def forward(router: Router, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Outputs:  # noqa: ANN401 -- the block's
+            if router.training and not self.in_training:
+                return stock(router, hidden_states, *args, **kwargs)
+            logits = self.logits(router, hidden_states)
+            weights, ids = route(logits, self.topk(router), ids_dtype=torch.int64, **self.operands(router, *args, **kwargs))
+            return self.output(router, logits, weights.to(self.weights(hidden_states, logits)), ids)
+
+        return forward
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "afmoe": Recipe(
+        spec=_specs.scaled_by("route_scale", "sigmoid_bias_topk", renorm_epsilon=1e-20),
+        logits=_logits.afmoe,
+        operands=_afmoe_bias,
+    ),
+    "axk2": Recipe(spec=_specs.axk2, logits=_logits.linear_float32, operands=_own_bias),
+    "beam": Recipe(spec=_specs.beam, logits=_logits.linear_float32, operands=_own_bias),
+    "cohere2": Recipe(spec=_specs.cohere2, weights=_of_hidden),
+    "dbrx": Recipe(spec=_specs.dbrx, logits=_logits.as_given, output=_no_logits, method="route_tokens_to_experts"),
+    "deepseek": Recipe(spec=_specs.deepseek, logits=_logits.linear_float32, operands=_own_bias),
+    "deepseek_v2": Recipe(spec=_specs.deepseek_v2, logits=_logits.linear_float32, weights=_float32),
+    "deepseek_v4": Recipe(spec=_specs.deepseek_v4, operands=_own_bias),
+    "deepseek_v4_hash": Recipe(spec=_specs.deepseek_v4_hash, operands=_hash_table),
+    "ernie": Recipe(spec=_specs.ernie, logits=_logits.linear_without_autocast, operands=_ernie_bias, weights=_of_hidden),
+    "flint": Recipe(spec=_specs.renormalized("sigmoid_topk"), logits=_logits.linear_without_autocast),
+    "gemma": Recipe(
+        spec=_specs.fixed("gemma4"),
+        logits=_logits.gemma,
+        operands=_gemma_scale,
+        weights=_float32,
+        output=_probabilities_first,
+        topk=_gemma_topk,
+    ),
+    "gpt_oss": Recipe(spec=_specs.fixed("topk_softmax"), logits=_logits.linear_with_bias),
+    "granite": Recipe(spec=_specs.fixed("topk_softmax"), logits=_logits.linear_then_float32, weights=_of_hidden),
+    "granite_ids_first": Recipe(
+        spec=_specs.fixed("topk_softmax"), logits=_logits.linear_then_float32, weights=_of_hidden, output=_ids_first
+    ),
+    "hunyuan": Recipe(spec=_specs.fixed("softmax_topk", renormalize=True), logits=_logits.hunyuan),
+    "hy_v3": Recipe(
+        spec=_specs.scaled_by("router_scaling_factor", "sigmoid_bias_topk", renorm_epsilon=1e-20),
+        logits=_logits.linear_float32,
+        operands=_given_bias,
+    ),
+    "inkling2": Recipe(spec=_specs.deepseek_v4, logits=_logits.linear_float32_input, operands=_own_bias),
+    "jamba": Recipe(spec=_specs.fixed("softmax_topk"), weights=_of_hidden),
+    "jetmoe": Recipe(spec=_specs.fixed("topk_softmax"), logits=_logits.jetmoe, weights=_of_hidden, output=_sorted_by_expert),
+    "kolibri": Recipe(spec=_specs.renormalized("logit_bias_sigmoid"), logits=_logits.kolibri, operands=_own_bias),
+    "laguna": Recipe(spec=_specs.fixed("sigmoid_bias_topk"), logits=_logits.laguna, operands=_own_bias, weights=_of_hidden),
+    "lfm2": Recipe(spec=_specs.lfm2, operands=_lfm2_bias),
+    "llama4": Recipe(spec=_specs.fixed("topk_sigmoid"), output=_dense_scores),
+    "longcat": Recipe(
+        spec=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"), logits=_logits.longcat, operands=_own_bias
+    ),
+    "longcat_no_logits": Recipe(
+        spec=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"),
+        logits=_logits.longcat,
+        operands=_own_bias,
+        output=_no_logits,
+    ),
+    "minimax_m2": Recipe(
+        spec=_specs.fixed("sigmoid_bias_topk"), logits=_logits.linear_in_weights_dtype, operands=_given_bias, weights=_float32
+    ),
+    "minimax_m3": Recipe(
+        spec=_specs.fixed("sigmoid_bias_topk"), logits=_logits.linear_in_weights_dtype, operands=_own_bias, weights=_float32
+    ),
+    "mistral": Recipe(spec=_specs.mistral, operands=_zero_bias),
+    "mistral_float32": Recipe(spec=_specs.mistral, logits=_logits.linear_float32, operands=_zero_bias),
+    "mixtral": Recipe(spec=_specs.fixed("softmax_topk", renormalize=True), weights=_float32),
+    "muse_spark": Recipe(spec=_specs.muse_spark, logits=_logits.muse_spark, operands=_own_bias),
+    "phimoe": Recipe(spec=_specs.phimoe, in_training=False),
+    "privacy_filter": Recipe(spec=_specs.privacy_filter, logits=_logits.linear_float32_with_bias),
+    "qwen": Recipe(spec=_specs.renormalized("softmax_topk")),
+    "qwen_always": Recipe(spec=_specs.fixed("softmax_topk", renormalize=True)),
+    "selected": Recipe(spec=_specs.fixed("topk_softmax")),
+    "selected_ids_first": Recipe(spec=_specs.fixed("topk_softmax"), output=_ids_first),
+    "zaya": Recipe(spec=_specs.zaya, whole=_zaya),
+}

@@ -1,0 +1,103 @@
+"""``PatchReport``: for each layer what was replaced by what, what was left and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one router.
+
+    :ivar name: its name in the model, ``"model.layers.0.router"``.
+    :ivar router: its class.
+    :ivar routing: the formula that replaces its own, ``""`` where it was left.
+    :ivar backend: who computes it where the layer's weights are now; ``""`` where it was left, or there is no device yet.
+    :ivar reason: why it was left, or a remark.
+    """
+
+    name: str
+    router: str
+    routing: str = ""
+    backend: str = ""
+    reason: str = ""
+
+    @property
+    def replaced(self) -> bool:
+        """Whether this layer routes through ``moe_routing``."""
+        return bool(self.routing)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What ``patch`` did, layer by layer; ``print`` it, show it with rich, or take ``to_dict()`` for programs.
+
+    :ivar layers: every router that was found, in the model's order.
+    """
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def replaced(self) -> tuple[Layer, ...]:
+        """The layers that route through ``moe_routing``."""
+        return tuple(layer for layer in self.layers if layer.replaced)
+
+    @property
+    def left(self) -> tuple[Layer, ...]:
+        """The layers that keep their own code."""
+        return tuple(layer for layer in self.layers if not layer.replaced)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: ``schema_version``, and ``layers`` with their fields and ``replaced``."""
+        layers = [{**asdict(layer), "replaced": layer.replaced} for layer in self.layers]
+        return {"schema_version": SCHEMA_VERSION, "layers": layers}
+
+    def __str__(self) -> str:
+        """Say it in lines, runs of layers that fared alike in one.
+
+        >>> print(PatchReport((Layer("layers.0.mlp", "Gate", "ids = topk(l)"), Layer("layers.1.mlp", "Gate", reason="why"))))
+        1 of 2 routers replaced
+        [replaced] layers.0.mlp (Gate): ids = topk(l)
+        [left] layers.1.mlp (Gate): why
+        """
+        lines = [f"{len(self.replaced)} of {len(self.layers)} routers replaced"]
+        for names, first in self.runs():
+            what = " ".join(filter(None, (first.routing, first.backend and f"by {first.backend}", first.reason)))
+            lines.append(f"[{'replaced' if first.replaced else 'left'}] {names} ({first.router}): {what}")
+        return "\n".join(lines)
+
+    def runs(self) -> list[tuple[str, Layer]]:
+        """Group neighbours that differ in their name only: names, and the first of them."""
+        found: list[list[Layer]] = []
+        for layer in self.layers:
+            if found and _alike(found[-1][0], layer):
+                found[-1].append(layer)
+            else:
+                found.append([layer])
+        return [(_names(run), run[0]) for run in found]
+
+    def __rich__(self) -> Table:
+        """Return a table for rich."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        built = Table(title=str(self).partition("\n")[0], title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for column in ("Layers", "Router", "Now", "By", "Why"):
+            built.add_column(column, overflow="fold")
+        for names, first in self.runs():
+            built.add_row(names, first.router, first.routing or "its own code", first.backend, first.reason)
+        return built
+
+
+def _alike(one: Layer, other: Layer) -> bool:
+    return asdict(one) | {"name": ""} == asdict(other) | {"name": ""}
+
+
+def _names(run: list[Layer]) -> str:
+    return run[0].name if len(run) == 1 else f"{run[0].name} to {run[-1].name} ({len(run)})"

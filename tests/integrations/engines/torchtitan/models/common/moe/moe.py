@@ -1,0 +1,59 @@
+"""The seam of torchtitan (pytorch/torchtitan 18761a8c, torchtitan/models/common/moe/moe.py): settings and signature."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenChoiceTopKRouter(nn.Module):
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        num_expert_groups: int | None,
+        num_limited_groups: int | None,
+        top_k: int,
+        score_func: Literal["softmax", "sigmoid"],
+        route_norm: bool,
+        route_scale: float,
+        gate_bias: bool,
+        _debug_force_load_balance: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, num_experts, bias=gate_bias)
+        self.num_experts, self.top_k = num_experts, top_k
+        self.num_expert_groups, self.num_limited_groups = num_expert_groups, num_limited_groups
+        self.score_func: Literal["softmax", "sigmoid"] = score_func
+        self.route_norm, self.route_scale = route_norm, route_scale
+        self._debug_force_load_balance = _debug_force_load_balance
+
+    def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute what torchtitan's docstring says, token by token."""
+        logits = self.gate(x).float()
+        scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(-1)
+        choice = scores if expert_bias is None else scores + expert_bias
+        if self.num_expert_groups is not None:
+            grouped = choice.unflatten(1, (self.num_expert_groups, -1))
+            kept = grouped.topk(2, dim=-1).values.sum(-1).topk(self.num_limited_groups or 1, dim=-1).indices
+            outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, kept, value=False)
+            choice = grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(1)
+        ids = choice.topk(self.top_k, dim=-1, sorted=False).indices
+        weights = scores.gather(1, ids)
+        if self.route_norm:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.route_scale, ids, torch.bincount(ids.flatten(), minlength=self.num_experts)
+
+
+class MoE(nn.Module):
+    """The router's caller: the bias goes by position, the sum of experts is by weight."""
+
+    def __init__(self, router: TokenChoiceTopKRouter, experts: Tensor, expert_bias: Tensor | None) -> None:
+        super().__init__()
+        self.router, self.experts, self.expert_bias = router, nn.Parameter(experts), expert_bias
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        top_scores, selected_experts_indices, num_tokens_per_expert = self.router(x, self.expert_bias)
+        return (self.experts[selected_experts_indices] * top_scores.unsqueeze(-1)).sum(1), num_tokens_per_expert

@@ -1,0 +1,49 @@
+"""Compare ``fingerprints.json`` with releases of transformers, without importing them.
+
+``python tests/integrations/fingerprints.py FOLDER...``, each what ``pip install --no-deps --target FOLDER
+transformers==...`` made. Prints each router's code that the file does not know: class, fingerprint, source. Give it a recipe
+of ``_recipes.py`` that computes the same, or write one, and add the line; ``test_transformers_routers.py`` then holds it
+against the router.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+from moe_routing.integrations.transformers._fingerprint import digest
+from moe_routing.integrations.transformers._proof import known
+
+
+def of_release(site, path):
+    """Fingerprint a class from the files of a release; ``None`` where it has no such class."""
+    folder, _, name = path.partition(".")
+    file = Path(site) / "transformers" / "models" / folder / f"modeling_{folder}.py"
+    if not file.exists():
+        return None, ""
+    body = ast.parse(file.read_text()).body
+    functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    if found is None:
+        return None, ""
+    trees = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef) and node.name != "__init__"}
+    named = {node.id for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    bases = [ast.unparse(base).rpartition(".")[2] for base in found.bases]
+    return digest(bases, trees | {name: functions[name] for name in named & set(functions)}), ast.unparse(found)
+
+
+def main(sites):
+    unknown = {}
+    for site in sites:
+        for path, recipes in known().items():
+            fingerprint, source = of_release(site, path)
+            if fingerprint is not None and fingerprint not in recipes:
+                unknown.setdefault((path, fingerprint), (site, source))
+    for (path, fingerprint), (site, source) in unknown.items():
+        sys.stdout.write(f"{site}: {path} {fingerprint}\n{source}\n\n")
+    return len(unknown)
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1:])))

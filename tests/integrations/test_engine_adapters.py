@@ -1,0 +1,105 @@
+"""The adapters of docs/integrations.md: type-checked against the engines' signatures, and called as the engines call them."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+ENGINES = Path(__file__).with_name("engines")
+ADAPTERS = ROOT / "examples" / "integrations"
+T, H, E, K = 33, 16, 16, 4
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import modules of the adapters and of the engines' seams, and forget them again."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(ENGINES))
+    monkeypatch.syspath_prepend(str(ADAPTERS))
+    torch.manual_seed(0)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in {"sglang", "tensorrt_llm", "torchtitan"} or name.endswith("_adapter"):
+            del sys.modules[name]
+
+
+def dense(weights, ids):
+    return torch.zeros(T, E, dtype=weights.dtype).scatter(1, ids.long(), weights)
+
+
+def test_adapters_pass_mypy_against_the_engines_signatures():
+    files = sorted(map(str, ADAPTERS.glob("*.py")))
+    assert len(files) == 3
+    environment = {"MYPYPATH": str(ENGINES), "PATH": ""}
+    command = [sys.executable, "-m", "mypy", *files]  # strict, by pyproject.toml
+    checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_sglangs_plain_layers_route_through_us(load, renormalize):
+    topk = load("sglang.srt.layers.moe.topk")
+    plain = topk.TopK(topk.TopKConfig(K, renormalize=renormalize))
+    others = [
+        topk.TopK(topk.TopKConfig(K, use_grouped_topk=True)),
+        topk.TopK(topk.TopKConfig(K, num_fused_shared_experts=1)),
+        topk.TopK(topk.TopKConfig(K, correction_bias=torch.zeros(E))),
+        topk.TopK(topk.TopKConfig(K, scoring_func="sigmoid")),
+    ]
+    hidden, logits = torch.randn(T, H), torch.randn(T, E)
+    theirs = plain(hidden, logits)
+    assert load("sglang_adapter").adapt(torch.nn.ModuleList([plain, *others]), "qwen3_moe") == 1
+    ours = plain(hidden, logits)
+    assert (ours.topk_weights.dtype, ours.topk_ids.dtype) == (torch.float32, torch.int32)
+    assert torch.equal(ours.topk_ids, theirs.topk_ids)
+    torch.testing.assert_close(ours.topk_weights, theirs.topk_weights)
+    assert all(layer.topk_config.custom_routing_function is None for layer in others)
+
+
+def test_tensorrt_llms_modules_take_our_routing_method(load):
+    routing = load("tensorrt_llm._torch.modules.fused_moe.routing")
+    experts, logits, bias = torch.randn(E, H), torch.randn(T, E), torch.rand(E)
+    method = load("tensorrt_llm_adapter").MoeRoutingMethod("glm4_moe", K, lambda: bias)
+    ids, weights = method.apply(logits)
+    assert (ids.dtype, weights.dtype) == (torch.int32, torch.float32)
+    assert method.routing_method_type is routing.RoutingMethodType.Unspecified
+    scores = logits.sigmoid()
+    selected = (scores + bias).topk(K).indices
+    expected = scores.gather(1, selected)
+    expected = dense(expected / expected.sum(-1, keepdim=True), selected)
+    torch.testing.assert_close(routing.run_moe(method, logits, experts), expected @ experts)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("groups", "score", "norm"), [(None, "softmax", False), (None, "sigmoid", True), (4, "sigmoid", True)]
+)
+def test_torchtitans_layers_route_and_train_through_us(load, groups, score, norm, biased):
+    titan = load("torchtitan.models.common.moe.moe")
+    router = titan.TokenChoiceTopKRouter(H, E, groups, groups and 2, K, score, norm, 2.5, gate_bias=True)
+    moe = titan.MoE(router, torch.randn(E, H), torch.rand(E) if biased else None)
+    x = torch.randn(T, H)
+
+    def passed():
+        moe.zero_grad()
+        output, counts = moe(x)
+        output.square().sum().backward()
+        return output.detach(), counts, router.gate.weight.grad.clone(), router.gate.bias.grad.clone()
+
+    theirs = passed()
+    assert load("torchtitan_adapter").adapt(moe) == 1
+    state = moe.state_dict().keys()
+    torch.testing.assert_close(passed(), theirs, rtol=1e-4, atol=1e-4)
+    assert state == moe.state_dict().keys()
+
+
+def test_torchtitans_balanced_benchmark_router_is_left(load):
+    titan = load("torchtitan.models.common.moe.moe")
+    router = titan.TokenChoiceTopKRouter(H, E, None, None, K, "softmax", 0, 1.0, 0, _debug_force_load_balance=True)
+    assert load("torchtitan_adapter").adapt(torch.nn.ModuleList([router])) == 0

@@ -1,0 +1,146 @@
+"""Every router of transformers that a preset is proven against: its own code and ours, on the same input."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe_routing import MoeRoutingWarning
+from moe_routing.integrations.transformers import patch, unpatch
+from moe_routing.integrations.transformers._patch import install
+from moe_routing.integrations.transformers._proof import known
+from moe_routing.models import MODELS
+
+AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
+parts, in_order_of_ids, assert_same = AGAINST.parts, AGAINST.in_order_of_ids, AGAINST.assert_same_items
+HERE = [
+    pytest.param(case, said, id=f"{case.model}-{index}")
+    for case in AGAINST.CASES
+    if AGAINST.is_here(case)  # an older transformers has fewer models
+    for index, said in enumerate(case.settings)
+]
+LEFT = [parameters for parameters in HERE if parameters.id in {"axk2-0", "axk2-1"}]
+REPLACED = [parameters for parameters in HERE if parameters not in LEFT]
+KEPT_IN_FLOAT32 = {"inkling2_text"}
+"""Models that keep their router's weights in float32, whatever the model's dtype."""
+TRAINED = [parameters for parameters in REPLACED if parameters.id.endswith("-0") or parameters.id == "axk2-3"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The tensors are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def made(case, said, dtype=torch.float32):
+    """Build a router; return it, its arguments, and a function that calls it as its block does."""
+    torch.manual_seed(sum(map(ord, case.model)))
+    router = AGAINST.built(case, AGAINST.configured(case, said))
+    if case.model not in KEPT_IN_FLOAT32:
+        router.to(dtype)
+    hidden, bias = torch.randn(AGAINST.T, AGAINST.H, dtype=dtype), torch.empty(AGAINST.E).uniform_(-0.3, 0.3)
+    arguments = case.arguments(hidden.requires_grad_(), bias)
+
+    def call():
+        if case.model == "dbrx":
+            return router.route_tokens_to_experts(router.router(arguments[0]))
+        return router(*arguments)
+
+    return router, hidden, call
+
+
+@pytest.mark.parametrize(("case", "said"), REPLACED)
+@torch.no_grad()
+def test_replaced_router_returns_what_its_own_code_returns(case, said):
+    router, _, call = made(case, said)
+    theirs = call()
+    assert patch(router).left == ()
+    assert_same(in_order_of_ids(call()), in_order_of_ids(theirs))
+    unpatch(router)
+    assert_same(call(), theirs)
+
+
+@pytest.mark.parametrize(("case", "said"), REPLACED)
+@torch.no_grad()
+def test_replaced_router_keeps_places_and_dtypes_in_bfloat16(case, said):
+    router, _, call = made(case, said, torch.bfloat16)
+    theirs = call()
+    patch(router)
+    ours = call()
+    described = [
+        [(item.dtype, item.shape) if isinstance(item, torch.Tensor) else type(item) for item in output]
+        for output in (ours, theirs)
+    ]
+    assert described[0] == described[1]
+    if parts(theirs)[1]:
+        assert_same(parts(ours)[2], parts(theirs)[2])  # logits or probabilities, to the bit of their linear
+
+
+@pytest.mark.parametrize(("case", "said"), TRAINED)
+def test_gradients_are_those_of_its_own_code(case, said):
+    router, hidden, call = made(case, said)
+    router.requires_grad_()
+    leaves = [hidden, *(parameter for parameter in router.parameters() if parameter.is_floating_point())]
+
+    def gradients():
+        items = in_order_of_ids(call())
+        floats = [item for item in items if isinstance(item, torch.Tensor) and item.requires_grad]
+        torch.manual_seed(0)
+        loss = sum((item.float() * torch.randn(item.shape)).sum() for item in floats)
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    theirs = gradients()
+    patch(router)
+    for mine, its in zip(gradients(), theirs, strict=True):
+        assert (mine is None) == (its is None)
+        if its is not None:
+            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "said"), REPLACED)
+def test_routing_read_from_a_router_is_that_of_the_preset(case, said):
+    config = AGAINST.configured(case, said)
+    expected = AGAINST.routing_of(case, config).spec
+    spec, _ = install(made(case, said)[0])
+    own = {
+        "openai_privacy_filter": {"scale": 1 / AGAINST.K},  # which its block takes back
+        "longcat_flash": {"zero_experts": 0},  # its block multiplies the identity by these weights
+        "laguna": {"logit_softcap": None},  # returned with the cap, so routed with it
+        "muse_spark_text": {"logit_multiplier": 1.0},  # likewise
+    }
+    assert spec == expected.replace(**({"scale": 1.0} if case.factor else {}) | own.get(case.model, {}))
+
+
+@pytest.mark.parametrize(("case", "said"), LEFT)
+def test_router_that_selects_otherwise_than_its_preset_is_left_with_the_reason(case, said):
+    router, _, _ = made(case, said)
+    with pytest.warns(MoeRoutingWarning, match="experts outside the kept groups"):
+        report = patch(router)
+    assert [layer.router for layer in report.left] == ["axk2.AXK2TopkRouter"]
+    assert "forward" not in vars(router)
+
+
+def test_training_of_phimoe_keeps_its_own_code():
+    case = AGAINST.BY_MODEL["phimoe"]
+    router, _, call = made(case, case.settings[0])
+    router.train()
+    torch.manual_seed(1)
+    theirs = call()
+    report = patch(router)
+    torch.manual_seed(1)
+    assert_same(call(), theirs)
+    assert report.layers[0].reason == "training keeps its own code"
+
+
+def test_every_preset_has_a_router_that_is_known():
+    classes = {case.router for case in AGAINST.CASES}
+    assert classes == set(known())
+    covered = {MODELS[case.model].spec.family for case in AGAINST.CASES}
+    assert {MODELS[name].spec.family for name in set(MODELS) - AGAINST.FROM_ELSEWHERE} <= covered
