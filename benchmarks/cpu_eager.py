@@ -19,22 +19,13 @@ import about
 import torch
 
 import moe_routing
+from moe_routing.bench._formulas import one_hot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 E, K = 128, 8
 ROUTE = moe_routing.get_router("gemma4", backend="eager")
-
-
-def one_hot(logits: torch.Tensor, k: int, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask the softmax over all experts to the chosen ones."""
-    ids = logits.topk(k, dim=-1).indices
-    chosen = torch.nn.functional.one_hot(ids, logits.shape[-1]).sum(-2)
-    gates = chosen * logits.softmax(-1)
-    total = gates.sum(-1, keepdim=True)
-    weights = (gates / total.where(total > 0, 1.0)).gather(1, ids) * scale[ids].to(gates.dtype)
-    return weights.float(), ids.int()
 
 
 def topk_first(logits: torch.Tensor, k: int, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

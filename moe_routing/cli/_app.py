@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_routing.cli._bench import bench
 from moe_routing.cli._conformance import conformance
 from moe_routing.cli._doctor import doctor
 from moe_routing.cli._explain import explain
 from moe_routing.cli._help import Group, taught
 from moe_routing.cli._list import list_routers
 from moe_routing.cli._new_backend import new_backend
+from moe_routing.cli._report import report
 from moe_routing.cli._show import Unusable, UsageError, shortened
+from moe_routing.cli._transformers import transformers
+from moe_routing.cli._tune import tune
 from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import UnknownNameError
 
@@ -86,21 +90,47 @@ app.command(
     ),
 )(conformance)
 app.command(
-    "new-backend",
-    cls=taught(("moe-routing new-backend acme moe-routing-acme", "a distribution to install, check and fill with a kernel")),
-)(new_backend)
-app.command(
-    "conformance",
+    "transformers",
     cls=taught(
-        ("moe-routing conformance eager --point 1 --point 2", "order and ties, and unique ids"),
-        ("moe-routing conformance mine --device cuda:0 --full", "your own backend, all sizes and dtypes"),
-        ("moe-routing conformance mine --report mine.html", "a page for the pull request"),
+        ("moe-routing transformers mixtral", "which layers of such a model patch() replaces, by what"),
+        (
+            "moe-routing transformers ./checkpoint --json",
+            "by a checkpoint's config.json, for programs; exit code 1 if one is left",
+        ),
     ),
-)(conformance)
+)(transformers)
 app.command(
     "new-backend",
     cls=taught(("moe-routing new-backend acme moe-routing-acme", "a distribution to install, check and fill with a kernel")),
 )(new_backend)
+app.command(
+    "bench",
+    cls=taught(
+        ("moe-routing bench", "gemma4 on the first accelerator, beside plain PyTorch"),
+        (
+            "moe-routing bench --backend all --dtype bf16,fp32 --plot bench.html",
+            "every backend that fits, and a page to look at",
+        ),
+        ("moe-routing bench --mode call --compare eager,compile-default", "whole calls, beside PyTorch and torch.compile"),
+        ("moe-routing bench --json > before.json", "keep a run"),
+        ("moe-routing bench --against before.json", "exit code 1 if a backend got slower by more than the noise"),
+    ),
+)(bench)
+app.command(
+    "report",
+    cls=taught(
+        ("moe-routing report", "moe-routing-report.html, to attach to a bug report"),
+        ("moe-routing report --device cpu --out cpu.html", "try the CPU, although there is a GPU"),
+    ),
+)(report)
+app.command(
+    "tune",
+    cls=taught(
+        ("moe-routing tune", "which launch serves how many tokens best, for Gemma4's routing; a minute, with a progress bar"),
+        ("moe-routing tune --model deepseek_v3,qwen3_moe --dtype bf16,fp32", "several models, with their own E and K"),
+        ("moe-routing tune --router softmax_topk --experts 64 --topk 6 --tokens 1,8,64", "the sizes that you serve"),
+    ),
+)(tune)
 
 
 def run(arguments: Sequence[str]) -> int:

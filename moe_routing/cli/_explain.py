@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from moe_routing.cli._catalogue import loaded_registry, look_up
-from moe_routing.cli._show import STATE_STYLES, Unusable, UsageError, command, console, mark, print_json, table
+from moe_routing.cli._show import STATE_STYLES, Unusable, UsageError, command, console, count, mark, print_json, table
 from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import Request
 
@@ -33,23 +33,15 @@ class Dtype(str, Enum):
     FLOAT64 = "float64"
 
 
-def _count(text: str) -> int:
-    """Read an integer >= 1; typer's own words for it depend on its version and leave out what came."""
-    if text.isdecimal() and int(text) >= 1:
-        return int(text)
-    msg = f"expected an integer >= 1, got {text!r}"
-    raise typer.BadParameter(msg)
-
-
 def explain(  # noqa: PLR0913 -- the options of the command
     router: Annotated[str, typer.Argument(metavar="ROUTER", help="A model or family; `moe-routing list` shows them.")],
     *,
     device: Annotated[str, typer.Option(help="The device: cpu, cuda:0, xpu, mps, ...")] = "cpu",
     num_experts: Annotated[
-        int | None, typer.Option("--num-experts", "-e", parser=_count, metavar="E", help="Experts; the model's own, else 128.")
+        int | None, typer.Option("--num-experts", "-e", parser=count, metavar="E", help="Experts; the model's own, else 128.")
     ] = None,
     topk: Annotated[
-        int | None, typer.Option("--topk", "-k", parser=_count, metavar="K", help="Experts a token; the model's own, else 8.")
+        int | None, typer.Option("--topk", "-k", parser=count, metavar="K", help="Experts a token; the model's own, else 8.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the logits.")] = Dtype.BFLOAT16,
     backend: Annotated[str | None, typer.Option(help="This backend or none.")] = None,

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -50,6 +51,14 @@ def table(title: str | None, *columns: str, rows: Iterable[tuple[str | Text, ...
     for row in rows:
         built.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return built
+
+
+def count(text: str) -> int:
+    """Read an integer >= 1; typer's own words for it depend on its version and leave out what came."""
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    msg = f"expected an integer >= 1, got {text!r}"
+    raise typer.BadParameter(msg)
 
 
 def command(screen: Console, text: str, indent: int = 4) -> None:

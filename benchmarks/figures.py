@@ -1,0 +1,173 @@
+"""Draw docs/figures, and write README's table, from benchmarks/results: ``make figures``.
+
+``python benchmarks/figures.py FOLDER`` draws into that folder and leaves README alone. Each figure is drawn light and dark.
+
+- ``h200-kernels``: kernels in CUDA graphs: ours and the full sort from the newest run of ``gpu.py``, the fastest peer from
+  ``h200-peers.json``; all three measured in the same way.
+- ``h200-torch``: whole calls from the newest run of ``moe-routing bench`` that has torch.compile in it, and how many times our
+  time the others take, beside the ratios published for the full sort on an A100.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from moe_routing.bench import Case, Result, Row, Settings
+from moe_routing.bench._plot import DARK, LIGHT, STYLE, Facet, draw, style_axes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+
+    from moe_routing.bench._plot import Theme
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PUBLISHED_A100 = {
+    "eager": 12.68, "compile-default": 4.50, "compile-reduce-overhead": 4.97, "compile-max-autotune": 4.45,
+}  # fmt: skip
+"""How many times the full sort's time, as published for it."""
+PEERS = ("vLLM CUDA", "SGLang CUDA", "SGLang Triton", "FlashInfer", "triton_kernels")
+SHOWN = (1, 64, 4096, 65536, 250_000)
+BEGIN, END = "<!-- table of make figures -->", "<!-- end of the table -->"
+
+
+def newest(has: str) -> dict[str, Any]:
+    """Return the newest result on an H200 that has this key.
+
+    :raises FileNotFoundError: there is none.
+    """
+    found = [held for path in RESULTS.glob("h200-*.json") if has in (held := json.loads(path.read_text())) and "date" in held]
+    if not found:
+        msg = f"benchmarks/results: expected an h200-*.json with {has!r}"
+        raise FileNotFoundError(msg)
+    return max(found, key=lambda held: str(held["date"]))
+
+
+def kernels() -> Result:
+    """Put gpu.py's run and the peers' into one result; E = 128, K = 8."""
+    run, peers = newest("whole_calls_do_bench"), json.loads((RESULTS / "h200-peers.json").read_text())
+    fastest = {
+        (row["dtype"], row["T"]): min(time for name, time in row["us"].items() if name != "full sort")
+        for row in peers["rows"]
+        if (row["E"], row["K"]) == (128, 8)
+    }
+    rows = []
+    for case in run["cases"]:
+        if (case["spec"], case["E"], case["K"]) != ("gemma4", 128, 8) or case["wrong"]:
+            continue
+        of = Case("gemma4", case["dtype"], 128, 8, case["T"])
+        moved = case["T"] * (128 * (2 if case["dtype"] == "bfloat16" else 4) + 8 * 8)
+        ways = (("triton", True, case["us"]), ("full sort", False, case["full_sort_us"]))
+        ways += (("fastest peer", False, fastest[case["dtype"], case["T"]]),)
+        rows += [Row(case=of, mode="graph", way=way, ours=ours, rounds=(us,), bytes=moved) for way, ours, us in ways]
+    return Result(
+        settings=Settings(device="cuda:0", modes=("graph",)),
+        device={"name": run["device"]},
+        versions={"torch": run["torch"], "triton": run["triton"]},
+        date=run["date"],
+        copy_rate=peers["copy_bytes_per_second"],
+        launch_floor={"graph": peers["empty_kernel_us"]},
+        rows=rows,
+    )
+
+
+def draw_kernels(result: Result, theme: Theme) -> Figure:
+    """Draw a panel a dtype."""
+    figure = Figure(figsize=(9.4, 4.0), layout="constrained")
+    for axes, dtype in zip(figure.subplots(1, 2, sharey=True), ("bfloat16", "float32"), strict=True):
+        rows = [row for row in result.rows if row.case.dtype == dtype]
+        draw(axes, result, Facet("gemma4", dtype, 128, 8, "graph"), rows, theme)
+        axes.set_title(f"{result.device['name']}, {dtype} logits, E = 128, K = 8", loc="left", color=theme.ink, fontsize=9)
+    return figure
+
+
+def with_compile() -> Result:
+    """Return the newest run of bench in which torch.compile was timed in whole calls."""
+    for path in sorted(RESULTS.glob("h200-*.json"), reverse=True):
+        if "schema_version" in (held := json.loads(path.read_text())) and "rows" in held:
+            result = Result.read(path)
+            result.rows = [row for row in result.rows if row.mode == "call" and row.case.dtype == "bfloat16"]
+            if any(row.way == "compile-default" and row.rounds for row in result.rows):
+                return result
+    msg = "benchmarks/results: expected an h200-*.json of moe-routing bench with compile-default in mode call"
+    raise FileNotFoundError(msg)
+
+
+def draw_torch(result: Result, theme: Theme) -> Figure:
+    """Draw the times on the left, and how many times ours they are on the right."""
+    figure = Figure(figsize=(9.4, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw(left, result, Facet("gemma4", "bfloat16", 128, 8, "call"), result.rows, theme)
+    left.set_title(f"whole calls, {result.device['name']}, bfloat16, E = 128, K = 8", loc="left", color=theme.ink, fontsize=9)
+    _ratios(right, result, theme)
+    return figure
+
+
+def _ratios(axes: Axes, result: Result, theme: Theme) -> None:
+    for way, published in PUBLISHED_A100.items():
+        rows = [row for row in result.rows if row.way == way and not row.ours and row.rounds]
+        ratios = [result.slowdown(row) or 0.0 for row in rows]
+        colour = theme.others[way]
+        axes.plot([row.case.tokens for row in rows], ratios, marker="o", markersize=4, linewidth=1.4, color=colour, label=way)
+        axes.axhline(published, linestyle="--", linewidth=1, color=colour)
+    axes.plot([], [], "--", color=theme.ink, linewidth=1, label="published, A100: times the full sort")
+    axes.set_ylim(bottom=1)
+    style_axes(axes, theme, "times ours")
+    axes.set_title("how many times our time", loc="left", color=theme.ink, fontsize=9)
+
+
+def figures() -> Iterator[tuple[str, Figure]]:
+    """Draw everything, light and dark."""
+    for suffix, plain in (("", LIGHT), ("-dark", DARK)):
+        more = {"full sort": plain.others["baseline"], "fastest peer": plain.others["compile-default"]}
+        theme = plain._replace(others={**plain.others, **more})
+        yield f"h200-kernels{suffix}", draw_kernels(kernels(), theme)
+        yield f"h200-torch{suffix}", draw_torch(with_compile(), theme)
+
+
+def table() -> list[str]:
+    """Return README's table: microseconds of each peer, of the full sort in the same run as ours, and of ours."""
+    run, peers = newest("whole_calls_do_bench"), json.loads((RESULTS / "h200-peers.json").read_text())["rows"]
+    ours = {(case["spec"], case["dtype"], case["E"], case["K"], case["T"]): case for case in run["cases"]}
+    lines = ["| logits | T | ours | full sort | " + " | ".join(PEERS) + " |", "|---|" + "---|" * (3 + len(PEERS))]
+    for peer in peers:
+        if (peer["E"], peer["K"]) == (128, 8) and peer["T"] in SHOWN:
+            case = ours["gemma4", peer["dtype"], 128, 8, peer["T"]]
+            times = [f"**{case['us']:.2f}**", f"{case['full_sort_us']:.2f}", *(f"{peer['us'][name]:.2f}" for name in PEERS)]
+            lines.append(f"| {peer['dtype']} | {peer['T']:,} | " + " | ".join(times) + " |")
+    return lines
+
+
+def write_table(page: Path) -> None:
+    """Put the table between its marks on a page."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        msg = f"{page}: expected {BEGIN} and {END}"
+        raise ValueError(msg)
+    page.write_text("\n".join([before + begin, *table(), end + after]))
+
+
+def main() -> None:
+    """Write the files."""
+    folder = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs" / "figures"
+    if not sys.argv[1:]:
+        write_table(ROOT / "README.md")
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        for name, figure in figures():
+            path = folder / f"{name}.svg"
+            figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""``Inputs``: the tensors that are routed, in as many sets as no cache holds."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import moe_routing
+from moe_routing import RoutingOutput
+
+if TYPE_CHECKING:
+    from moe_routing.bench._settings import Case
+    from moe_routing_registry import RoutingSpec
+
+CPU_CACHE = 64 << 20
+"""Bytes; torch does not say how large a CPU's last cache is."""
+FEWEST_SETS, MOST_SETS = 4, 256
+_VOCABULARY = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Sets of logits, and outputs to write them to; all calls share the operands.
+
+    :ivar logits: each ``[T, E]``, standard normal.
+    :ivar outs: weights float32 and ids int32, ``[T, K + shared experts]``.
+    :ivar bytes: that one call must move.
+    """
+
+    case: Case
+    spec: RoutingSpec
+    logits: list[torch.Tensor]
+    outs: list[RoutingOutput]
+    operands: dict[str, Any]
+    bytes: int
+
+
+def make(case: Case, device: torch.device, cache: int) -> Inputs:
+    """Make the sets: enough for twice the cache, where that takes no more than 256; a few rows are in a cache always."""
+    spec = moe_routing.get_router(case.router).spec
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    columns = case.topk + spec.shared_experts
+    operands = _operands(spec, case, device, generator)
+    moved = case.tokens * (case.num_experts * dtype.itemsize + columns * 8)
+    moved += sum(value.nbytes for name, value in operands.items() if name != "expert_table")
+    sets = min(max(FEWEST_SETS, -(-2 * cache // moved)), MOST_SETS)
+    return Inputs(
+        case,
+        spec,
+        [torch.randn(case.tokens, case.num_experts, device=device, generator=generator).to(dtype) for _ in range(sets)],
+        [
+            RoutingOutput(
+                torch.empty(case.tokens, columns, device=device),
+                torch.empty(case.tokens, columns, device=device, dtype=torch.int32),
+            )
+            for _ in range(sets)
+        ],
+        operands,
+        moved,
+    )
+
+
+def turns(inputs: Inputs) -> itertools.cycle[tuple[torch.Tensor, RoutingOutput]]:
+    """Go round the sets for ever."""
+    return itertools.cycle(list(zip(inputs.logits, inputs.outs, strict=True)))
+
+
+def cache_of(device: torch.device) -> int:
+    """Return the bytes that the device's last cache may hold."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return CPU_CACHE
+
+
+def _operands(spec: RoutingSpec, case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+    operands: dict[str, Any] = {}
+    if spec.per_expert_scale:
+        operands["per_expert_scale"] = torch.rand(case.num_experts, device=device, generator=generator) + 0.5
+    if spec.needs_bias:
+        operands["bias"] = torch.randn(case.num_experts, device=device, generator=generator) * 0.1
+    if spec.selection == "token_table":
+        order = torch.rand(_VOCABULARY, case.num_experts, device=device, generator=generator).argsort(-1)
+        operands["expert_table"] = order[:, : case.topk].contiguous()
+        operands["token_ids"] = torch.randint(_VOCABULARY, (case.tokens,), device=device, generator=generator)
+    return operands

@@ -1,0 +1,147 @@
+"""``measure``: check every way, time those that are right, in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import platform
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import moe_routing
+from moe_routing.bench import _clock
+from moe_routing.bench._check import problems
+from moe_routing.bench._inputs import cache_of, make
+from moe_routing.bench._result import Result, Row
+from moe_routing.bench._ways import NotMeasuredError, backend, comparison, fitting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from moe_routing.bench._inputs import Inputs
+    from moe_routing.bench._settings import Case, Settings
+    from moe_routing.bench._ways import Way
+
+
+def measure(
+    settings: Settings,
+    *,
+    cases: Sequence[Case] | None = None,
+    on_case: Callable[[Result, int, int], None] | None = None,
+) -> Result:
+    """Measure everything that the settings name.
+
+    :param cases: only these of the settings' cases.
+    :param on_case: called after each case with the result so far, how many cases are done, and how many there are.
+    :raises ValueError: the device is not here, or graphs are to be timed and triton, which times them, is not here.
+    :raises UnknownNameError: no such router or backend.
+    :raises BackendUnavailableError: no backend fits, or one that was named does not.
+    """
+    moe_routing.probe(settings.device)
+    device = torch.empty(0, device=settings.device).device
+    if "graph" in settings.modes and importlib.util.find_spec("triton") is None:
+        msg = "modes: expected call or host without triton, which times graphs, got graph; pip install 'moe-routing[triton]'"
+        raise ValueError(msg)
+    with _one_thread(device), torch.no_grad():
+        return _measure(settings, device, settings.cases if cases is None else cases, on_case)
+
+
+def described(device: torch.device | str) -> dict[str, Any]:
+    """Return what two runs must have in common, and the size of the device's last cache in bytes.
+
+    :raises ValueError: the device is not here.
+    """
+    info = moe_routing.probe(device)
+    device = torch.empty(0, device=device).device
+    threads = 1 if device.type == "cpu" else 0
+    return {
+        "name": info.name, "platform": info.platform, "arch": info.arch, "threads": threads, "cache": cache_of(device)
+    }  # fmt: skip
+
+
+def _measure(
+    settings: Settings,
+    device: torch.device,
+    cases: Sequence[Case],
+    on_case: Callable[[Result, int, int], None] | None,
+) -> Result:
+    plan = [(case, fitting(settings.backends, case, settings.device)) for case in cases]
+    triton = moe_routing.probe(device).toolchain("triton")
+    result = Result(
+        settings=settings,
+        device=described(device),
+        versions={
+            "moe-routing": moe_routing.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": (triton.version if triton else None) or "",
+        },
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        copy_rate=_clock.copy_rate(device),
+        launch_floor={mode: _clock.launch_floor(mode, device) for mode in settings.modes},
+    )
+    for done, (case, names) in enumerate(plan, start=1):
+        result.rows += _rows(case, names, settings, device, result.device["cache"])
+        if on_case is not None:
+            on_case(result, done, len(cases))
+    return result
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Use one thread on a CPU, as ``torch.utils.benchmark`` does: on a busy machine several wait for each other, long."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(case: Case, names: list[str], settings: Settings, device: torch.device, cache: int) -> list[Row]:
+    """Check and time one case: backends first, then what they are compared with."""
+    inputs = make(case, device, cache)
+    asked = [*((name, True) for name in names), *((name, False) for name in settings.compare)]
+    ways: list[Way] = []
+    rows: list[Row] = []
+    for name, ours in asked:
+        wrong, skipped = [], ""
+        try:
+            way = backend(name, inputs) if ours else comparison(name, inputs)
+            wrong = problems(way, inputs)
+        except NotMeasuredError as error:
+            skipped = str(error)
+        except Exception as error:  # noqa: BLE001 -- compilers raise anything; the row says it
+            skipped = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            wrong = [f"raised {skipped}"] if ours else []
+        if wrong or skipped:
+            rows += [
+                Row(case=case, mode=mode, way=name, ours=ours, wrong=tuple(wrong), skipped="" if wrong else skipped)
+                for mode in settings.modes
+            ]
+        else:
+            ways.append(way)
+    rows += _timed(ways, inputs, settings)
+    return sorted(rows, key=lambda row: (settings.modes.index(row.mode), asked.index((row.way, row.ours))))
+
+
+def _timed(ways: list[Way], inputs: Inputs, settings: Settings) -> list[Row]:
+    rows = []
+    for mode in settings.modes:
+        refused = [_clock.refusal(mode, way) for way in ways]
+        rounds: list[list[float]] = [[] for _ in ways]
+        for _ in range(_clock.ROUNDS):
+            for way, why_not, times in zip(ways, refused, rounds, strict=True):
+                if not why_not:
+                    times.append(round(_clock.round_of(mode, way, inputs), 4))
+        rows += [
+            Row(
+                case=inputs.case, mode=mode, way=way.name, ours=way.ours, rounds=tuple(times), bytes=inputs.bytes,
+                skipped=why_not,
+            )
+            for way, why_not, times in zip(ways, refused, rounds, strict=True)
+        ]  # fmt: skip
+    return rows

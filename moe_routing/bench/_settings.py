@@ -1,0 +1,116 @@
+"""``Settings``: what is to be measured. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+MODES = {
+    "graph": "replays of a CUDA graph, outputs allocated before: what the kernels take",
+    "call": "whole calls, outputs allocated in them",
+    "host": "what a call takes of the CPU, the device not waited for",
+}
+"""What is timed."""
+COMPARISONS = {
+    "baseline": "a Triton kernel that sorts whole rows, as the published Gemma4 kernel does",
+    "eager": "the formula as model code writes it, in plain PyTorch",
+    "compile-default": "the same through torch.compile",
+    "compile-reduce-overhead": "the same with mode='reduce-overhead'",
+    "compile-max-autotune": "the same with mode='max-autotune'",
+}
+"""What backends are measured beside."""
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Short names of the dtypes of logits."""
+
+
+class Case(NamedTuple):
+    """One problem and one number of tokens."""
+
+    router: str
+    dtype: str
+    num_experts: int
+    topk: int
+    tokens: int
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"{self.router} {self.dtype} E={self.num_experts} K={self.topk} T={self.tokens:,}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is to be measured: every router, dtype, number of tokens, mode and way with every other.
+
+    :ivar routers: model or family names.
+    :ivar sizes: E and K for each of the routers.
+    :ivar backends: names of backends; empty: the one that the device gets; ``("all",)``: each that fits.
+    :ivar tokens: T.
+    :ivar dtypes: of the logits: ``"bfloat16"``, ``"float16"``, ``"float32"``.
+    :ivar device: ``"cpu"``, ``"cuda:0"``, ...
+    :ivar modes: names in ``MODES``.
+    :ivar compare: names in ``COMPARISONS``.
+
+    Raises ``ValueError`` that names the field for a value that cannot be.
+
+    >>> len(Settings(tokens=(1, 16)).cases)
+    2
+    """
+
+    routers: tuple[str, ...] = ("gemma4",)
+    sizes: tuple[tuple[int, int], ...] = ((128, 8),)
+    backends: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = (1, 16, 256, 4096, 65536)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    device: str = "cpu"
+    modes: tuple[str, ...] = ("call",)
+    compare: tuple[str, ...] = ("eager",)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        for name, known in (("modes", MODES), ("compare", COMPARISONS), ("dtypes", DTYPES.values())):
+            for value in getattr(self, name):
+                if value not in known:
+                    msg = f"{name}: expected one of {', '.join(known)}, got {value!r}"
+                    raise ValueError(msg)
+        if not self.tokens or min(self.tokens) < 1:
+            msg = f"tokens: expected integers >= 1, got {self.tokens!r}"
+            raise ValueError(msg)
+        unlike = set(self.modes) - {"call"}
+        if self.device.partition(":")[0] == "cpu" and unlike:
+            msg = f"modes: expected call on the CPU, which has no graphs and is its own host, got {', '.join(sorted(unlike))}"
+            raise ValueError(msg)
+        if "graph" in self.modes and self.device.partition(":")[0] != "cuda":
+            msg = f"modes: expected call or host on {self.device}, got graph: only CUDA and ROCm devices have CUDA graphs"
+            raise ValueError(msg)
+
+    @property
+    def cases(self) -> list[Case]:
+        """Every problem and number of tokens, in the order in which they are measured."""
+        return [
+            Case(router, dtype, *size, tokens)
+            for router, size in zip(self.routers, self.sizes, strict=True)
+            for dtype in self.dtypes
+            for tokens in self.tokens
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            name: [list(item) if isinstance(item, tuple) else item for item in value] if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """Rebuild from ``to_dict``'s values."""
+        sizes = tuple((int(e), int(k)) for e, k in values["sizes"])
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists, "sizes": sizes})
+
+
+def best_mode(device: str) -> str:
+    """Choose how to time where nobody says: the kernels alone, where they can be."""
+    graphs = device.partition(":")[0] == "cuda" and importlib.util.find_spec("triton") is not None
+    return "graph" if graphs else "call"

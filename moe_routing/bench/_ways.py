@@ -1,0 +1,134 @@
+"""``Way``: something that routes and can be timed: a backend, or what it is compared with."""
+
+from __future__ import annotations
+
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+import moe_routing
+from moe_routing.bench._formulas import formula_of
+from moe_routing_registry import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moe_routing import RoutingOutput
+    from moe_routing.bench._formulas import Formula
+    from moe_routing.bench._inputs import Inputs
+    from moe_routing.bench._settings import Case
+
+    Call = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Way(NamedTuple):
+    """One way to route a case's inputs.
+
+    ``call`` allocates its outputs; ``into`` writes those that it is given, where the way can. ``captures``: whether it can
+    be captured in a CUDA graph.
+    """
+
+    name: str
+    ours: bool
+    call: Call
+    into: Callable[[torch.Tensor, RoutingOutput], object] | None = None
+    captures: bool = True
+
+
+class NotMeasuredError(Exception):
+    """This way does not serve this case here; says why."""
+
+
+def fitting(asked: tuple[str, ...], case: Case, device: str) -> list[str]:
+    """Name the backends to measure: those asked for, every one that fits (``"all"``), or the one that the device gets.
+
+    :raises UnknownNameError: no such backend.
+    :raises BackendUnavailableError: none fits, or one that was named does not.
+    """
+    names: list[str | None] = [*moe_routing.list_backends()] if "all" in asked else [*asked] or [None]
+    found = []
+    for name in names:
+        if name is not None:
+            moe_routing.get_router(case.router, backend=name)  # a misspelt name is an error of its own
+        report = moe_routing.explain(
+            case.router, device=device, num_experts=case.num_experts, topk=case.topk, dtype=case.dtype, backend=name
+        )
+        if report.winner is not None:
+            found.append(report.winner)
+        elif name in asked or name is None:
+            raise BackendUnavailableError(report.why, report)
+    return found
+
+
+def backend(name: str, inputs: Inputs) -> Way:
+    """Route through a backend."""
+    route = moe_routing.get_router(inputs.case.router, backend=name)
+    topk, operands = inputs.case.topk, inputs.operands
+
+    def call(logits: torch.Tensor) -> RoutingOutput:
+        return route(logits, topk, **operands)
+
+    def into(logits: torch.Tensor, out: RoutingOutput) -> RoutingOutput:
+        return route(logits, topk, **operands, out=out)
+
+    return Way(name, True, call, into)  # noqa: FBT003 -- a field of a tuple
+
+
+def comparison(name: str, inputs: Inputs) -> Way:
+    """Route as others do.
+
+    :raises NotMeasuredError: they do not route this.
+    """
+    if name == "baseline":
+        return _baseline(inputs)
+    formula = formula_of(inputs.spec)
+    if formula is None:
+        msg = f"nobody writes {inputs.spec.family} in a few lines of PyTorch"
+        raise NotMeasuredError(msg)
+    topk, operands = inputs.case.topk, inputs.operands
+    mode = name.partition("-")[2]
+    if mode:
+        formula = torch.compile(_own(formula), mode=mode, dynamic=False)
+
+    def call(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return formula(logits, topk, **operands)
+
+    return Way(name, False, call, captures=mode in ("", "default"))  # noqa: FBT003 -- likewise
+
+
+def _own(formula: Formula) -> Formula:
+    """Copy the function: Dynamo keeps graphs, and counts recompilations, by code object."""
+    assert isinstance(formula, FunctionType)  # noqa: S101 -- for mypy
+    code: CodeType = formula.__code__.replace(co_name=f"{formula.__name__}_")
+    own: Formula = FunctionType(code, formula.__globals__, code.co_name, formula.__defaults__, formula.__closure__)
+    return own
+
+
+def _baseline(inputs: Inputs) -> Way:
+    spec, topk = inputs.spec, inputs.case.topk
+    if inputs.logits[0].device.type == "cpu":
+        msg = "a Triton kernel, which needs a GPU"
+        raise NotMeasuredError(msg)
+    if not spec.per_expert_scale or spec.shared_experts:
+        msg = "it sorts for gemma4's formula only"
+        raise NotMeasuredError(msg)
+    try:
+        from moe_routing.bench.full_sort import full_sort
+    except ImportError as error:
+        msg = f"a Triton kernel, and {error}"
+        raise NotMeasuredError(msg) from error
+    scale = inputs.operands["per_expert_scale"]
+
+    def call(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = (
+            torch.empty(len(logits), topk, device=logits.device),
+            torch.empty(len(logits), topk, device=logits.device, dtype=torch.int32),
+        )
+        full_sort(logits, topk, scale, out)
+        return out
+
+    def into(logits: torch.Tensor, out: RoutingOutput) -> None:
+        full_sort(logits, topk, scale, out)
+
+    return Way("baseline", False, call, into)  # noqa: FBT003 -- likewise

@@ -1,0 +1,109 @@
+"""``to_html``: everything on one page."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from moe_routing._html import escape, page, table
+from moe_routing.doctor._machine import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing.report._gather import Gathered
+
+_GIB = 2**30
+_MARKS = {"ok": ("✓", "passed"), "warning": ("!", "gap"), "problem": ("✗", "failed"), "skipped": ("-", "declined")}
+
+
+def to_html(gathered: Gathered) -> str:
+    """Return one page, without scripts or links to elsewhere."""
+    return page("moe-routing report", _parts(gathered))
+
+
+def _parts(gathered: Gathered) -> Iterator[str]:
+    doctor = gathered.doctor
+    verdict, style = ("fine", "passed") if gathered.ok else ("needs a look", "failed")
+    yield f"<h1>moe-routing report <span class='verdict' style='background:var(--{style})'>{verdict}</span></h1>"
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    yield f"<p>{escape(', '.join(f'{name} {version}' for name, version in doctor['versions'].items()))}; {now}</p>"
+    yield from _checks(doctor)
+    yield from _machine(doctor)
+    yield from _backends(doctor)
+    yield from _conformance(gathered)
+    yield from _bench(gathered)
+
+
+def _checks(doctor: dict[str, Any]) -> Iterator[str]:
+    yield "<h2>Checks</h2>"
+    for check in doctor["checks"]:
+        if check["status"] == "skipped":
+            continue
+        mark, style = _MARKS[check["status"]]
+        fix = f"<pre>{escape(check['fix'])}</pre>" if check["fix"] else ""
+        found = f"<span class='{style}'>{mark}</span> <b>{escape(check['name'])}</b>: {escape(check['summary'])}"
+        yield f"<div>{found}{fix}</div>"
+
+
+def _machine(doctor: dict[str, Any]) -> Iterator[str]:
+    devices = [
+        (
+            device["type"] if device["index"] is None else f"{device['type']}:{device['index']}",
+            device["name"] or "unknown",
+            device["arch"] or "unknown",
+            f"{device['total_memory'] / _GIB:.1f} GiB" if device["total_memory"] else "unknown",
+            device["compute_units"] or "unknown",
+        )
+        for device in doctor["devices"]
+    ]
+    yield "<h2>Devices</h2>" + table(("device", "name", "arch", "memory", "units"), devices)
+    toolchains = [(t["name"], t["version"] or "no", "yes" if t["usable"] else "no", t["detail"]) for t in doctor["toolchains"]]
+    yield "<h2>Toolchains</h2>" + table(("name", "installed", "usable", "what"), toolchains)
+    variables = [(v["name"], v["value"], v["problem"] or v["meaning"]) for v in doctor["environment"]]
+    if variables:
+        yield "<h2>Environment variables</h2>" + table(("name", "value", "meaning"), variables)
+
+
+def _backends(doctor: dict[str, Any]) -> Iterator[str]:
+    for place in doctor["reports"]:
+        states = [(backend["name"], backend["devices"][place]) for backend in doctor["backends"]]
+        rows = [(name, " ".join(filter(None, (state["state"], state["code"]))), state["reason"]) for name, state in states]
+        yield f"<h2>Backends on {escape(place)}</h2>" + table(("name", "state", "why"), rows)
+        yield from (f"<div>to use {name}: <pre>{escape(s['fix'])}</pre></div>" for name, s in states if s["fix"])
+    for failure in doctor["plugin_failures"]:
+        yield f"<p class='failed'>plug-in {escape(failure['name'])}: {escape(failure['reason'])}</p>"
+
+
+def _conformance(gathered: Gathered) -> Iterator[str]:
+    found = gathered.conformance
+    if found is None:
+        return
+    if isinstance(found, Failure):
+        yield "<h2>Conformance</h2>" + _failed(found)
+        return
+    from moe_routing.testing.reports import legend, listing, matrix
+
+    verdict, style = ("conforms", "passed") if found.ok else ("does not conform", "failed")
+    yield f"<h2>Conformance of {escape(found.backend)} on {escape(gathered.device)}</h2>"
+    done = f"{len(found.results)} checks of the {found.profile} profile in {found.seconds:.0f} s"
+    yield f"<p><b class='{style}'>{verdict}</b>: {escape(done)}</p>"
+    yield matrix(found) + legend()
+    yield listing("Failures", found.failed, "failed")
+
+
+def _bench(gathered: Gathered) -> Iterator[str]:
+    found = gathered.bench
+    if found is None:
+        return
+    yield "<h2>Benchmark</h2>"
+    if isinstance(found, Failure):
+        yield _failed(found)
+        return
+    from moe_routing.bench._page import sections
+
+    yield from sections(found, heading="h3")
+
+
+def _failed(failure: Failure) -> str:
+    return f"<p class='failed'>{escape(failure.sentence)}</p><pre>{escape(failure.traceback)}</pre>"
