@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY := $(VENV)/.ready
 MODEL ?= gemma4
+TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
 
-.PHONY: help setup demo test lint types docs pytest clean
+.PHONY: help setup demo test lint types docs figures pytest triton-versions transformers-check vllm-check xpu-check clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## virtual environment in .venv, torch by constraints.txt, the project editable
 
@@ -41,9 +42,68 @@ docs: $(READY) ## the documentation in docs/_build/html, warnings are errors
 	@echo "==> docs"
 	@$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
+figures: $(READY) ## docs/figures, drawn from benchmarks/results
+	@$(BIN)/python benchmarks/figures.py
+
 pytest: $(READY) ## tests and doctests
 	@echo "==> tests"
 	@$(BIN)/python -m pytest
 
+OLDEST := $(VENV)/transformers-5.17
+
+transformers-check: $(OLDEST)/.ready ## the integration with the oldest transformers that it is for
+	@echo "==> transformers 5.17"
+	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations/test_transformers_*.py -k 'not bfloat16 and not gradients and not preset'
+
+$(OLDEST)/.ready: $(READY)
+	@$(PIP) install --no-deps --no-compile --upgrade --target $(OLDEST) transformers==5.17.0 'huggingface_hub<2' httpx httpcore h11 anyio
+	@touch $@
+
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check -qq install --no-compile
+
+vllm-check: $(VLLM)/.ours ## vLLM's engine on this CPU (Linux, x86-64), routed by itself and by us: same tokens; 2 GB in .venv-vllm
+	@echo "==> vLLM"
+	@$(VLLM)/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm
+
+$(VLLM)/.ready: tests/vllm/requirements.txt tests/vllm/no-deps.txt constraints.txt
+	@echo "==> vLLM's virtual environment in $(VLLM) (a gigabyte, a minute or more)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM_PIP) "$$(grep ^torch== constraints.txt)"
+	@$(VLLM_PIP) -r tests/vllm/requirements.txt
+	@$(VLLM_PIP) --no-deps -r tests/vllm/no-deps.txt
+	@touch $@
+
+$(VLLM)/.ours: $(VLLM)/.ready pyproject.toml
+	@$(VLLM_PIP) --no-deps -e .
+	@touch $@
+
+triton-versions: $(READY) ## the direct launch beside Triton's own, for the versions that are not installed (downloads 0.6 GB)
+	@for version in $(TRITON_VERSIONS); do \
+		echo "==> Triton $$version"; site=$$(mktemp -d); \
+		$(PIP) install --no-deps --target $$site triton==$$version && \
+		PYTHONPATH=$$site TRITON_CACHE_DIR=$$site/cache $(BIN)/python tests/triton/launched.py >/dev/null; \
+		status=$$?; rm -rf $$site; [ $$status = 0 ] || exit $$status; \
+	done
+
+XPU := $(CURDIR)/.venv-xpu
+XPU_PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+xpu-check: $(READY) $(XPU)/.ready ## the kernels, compiled for an Arc Pro B60; doctor beside Intel's packages, right and wrong; 2 GB in .venv-xpu
+	@command -v spirv-val >/dev/null || { echo "spirv-val is not installed: apt-get install --yes spirv-tools"; exit 1; }
+	@echo "==> Intel GPUs"
+	@XPU_SITE=$(XPU)/triton-xpu XPU_IPEX=$(XPU)/ipex XPU_OVERWRITTEN=$$(echo $(XPU)/overwritten/lib/python3*/site-packages) \
+		$(BIN)/python -m pytest tests/xpu
+
+$(XPU)/.ready: $(READY)
+	@echo "==> Triton-XPU, IPEX, and a triton that overwrites Triton-XPU, in folders of $(XPU)"
+	@rm -rf $(XPU)
+	@$(XPU_PIP) install --no-deps --pre --target $(XPU)/triton-xpu triton-xpu==3.3.0b1
+	@$(XPU_PIP) install --no-deps --target $(XPU)/ipex intel-extension-for-pytorch==2.8.0
+	@$(PYTHON) -m venv --without-pip $(XPU)/overwritten
+	@$(XPU_PIP) --python $(XPU)/overwritten install --no-deps --pre triton-xpu==3.3.0b1
+	@$(XPU_PIP) --python $(XPU)/overwritten install --no-deps triton==3.7.1
+	@touch $@
+
 clean: ## remove what the other targets made
-	rm -rf $(VENV) docs/_build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) $(XPU) docs/_build .mypy_cache .ruff_cache .pytest_cache

@@ -17,7 +17,12 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
-VARIABLES = ("MOE_ROUTING_BACKEND", "MOE_ROUTING_BLOCK", "MOE_ROUTING_STRICT", "MOE_ROUTING_VERIFY")
+VARIABLES = ("MOE_ROUTING_BACKEND", "MOE_ROUTING_BLOCK", "MOE_ROUTING_STRICT", "MOE_ROUTING_VERIFY", "MOE_ROUTING_VLLM")
+
+
+def pytest_ignore_collect(collection_path):
+    """Only test files hold tests; the others are what they run in processes of their own, and not for a doctest's import."""
+    return (collection_path.suffix == ".py" and not collection_path.name.startswith("test_")) or None
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ WRITTEN = sorted(
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"))
     if not {"_build", "_generated", ".venv"} & set(page.parts)
 )
-PAGES = ["README.md", "docs/quickstart.md", "docs/families.md", "docs/index.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/families.md", "docs/index.md", "docs/integrations.md"]
 
 
 def python_blocks(page):
