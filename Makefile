@@ -42,7 +42,8 @@ docs: $(READY) ## the documentation in docs/_build/html, warnings are errors
 	@echo "==> docs"
 	@$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
-figures: $(READY) ## docs/figures, drawn from benchmarks/results
+figures: $(READY) ## docs/figures and the tables of README and docs/performance.md, from benchmarks/results
+	@$(BIN)/python benchmarks/tables.py
 	@$(BIN)/python benchmarks/figures.py
 
 pytest: $(READY) ## tests and doctests

@@ -1,6 +1,6 @@
-"""Draw docs/figures, and write README's table, from benchmarks/results: ``make figures``.
+"""Draw docs/figures from benchmarks/results: ``make figures``.
 
-``python benchmarks/figures.py FOLDER`` draws into that folder and leaves README alone. Each figure is drawn light and dark.
+``python benchmarks/figures.py FOLDER`` draws into that folder. Each figure is drawn light and dark.
 
 - ``h200-kernels``: kernels in CUDA graphs: ours and the full sort from the newest run of ``gpu.py``, the fastest peer from
   ``h200-peers.json``; all three measured in the same way.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from tables import RESULTS, ROOT, newest, peers
 
 from moe_routing.bench import Case, Result, Row, Settings
 from moe_routing.bench._plot import DARK, LIGHT, STYLE, Facet, draw, style_axes
@@ -28,35 +29,18 @@ if TYPE_CHECKING:
 
     from moe_routing.bench._plot import Theme
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PUBLISHED_A100 = {
     "eager": 12.68, "compile-default": 4.50, "compile-reduce-overhead": 4.97, "compile-max-autotune": 4.45,
 }  # fmt: skip
 """How many times the full sort's time, as published for it."""
-PEERS = ("vLLM CUDA", "SGLang CUDA", "SGLang Triton", "FlashInfer", "triton_kernels")
-SHOWN = (1, 64, 4096, 65536, 250_000)
-BEGIN, END = "<!-- table of make figures -->", "<!-- end of the table -->"
-
-
-def newest(has: str) -> dict[str, Any]:
-    """Return the newest result on an H200 that has this key.
-
-    :raises FileNotFoundError: there is none.
-    """
-    found = [held for path in RESULTS.glob("h200-*.json") if has in (held := json.loads(path.read_text())) and "date" in held]
-    if not found:
-        msg = f"benchmarks/results: expected an h200-*.json with {has!r}"
-        raise FileNotFoundError(msg)
-    return max(found, key=lambda held: str(held["date"]))
 
 
 def kernels() -> Result:
     """Put gpu.py's run and the peers' into one result; E = 128, K = 8."""
-    run, peers = newest("whole_calls_do_bench"), json.loads((RESULTS / "h200-peers.json").read_text())
+    run, held = newest("whole_calls_do_bench"), peers()
     fastest = {
         (row["dtype"], row["T"]): min(time for name, time in row["us"].items() if name != "full sort")
-        for row in peers["rows"]
+        for row in held["rows"]
         if (row["E"], row["K"]) == (128, 8)
     }
     rows = []
@@ -73,8 +57,8 @@ def kernels() -> Result:
         device={"name": run["device"]},
         versions={"torch": run["torch"], "triton": run["triton"]},
         date=run["date"],
-        copy_rate=peers["copy_bytes_per_second"],
-        launch_floor={"graph": peers["empty_kernel_us"]},
+        copy_rate=held["copy_bytes_per_second"],
+        launch_floor={"graph": held["empty_kernel_us"]},
         rows=rows,
     )
 
@@ -133,34 +117,9 @@ def figures() -> Iterator[tuple[str, Figure]]:
         yield f"h200-torch{suffix}", draw_torch(with_compile(), theme)
 
 
-def table() -> list[str]:
-    """Return README's table: microseconds of each peer, of the full sort in the same run as ours, and of ours."""
-    run, peers = newest("whole_calls_do_bench"), json.loads((RESULTS / "h200-peers.json").read_text())["rows"]
-    ours = {(case["spec"], case["dtype"], case["E"], case["K"], case["T"]): case for case in run["cases"]}
-    lines = ["| logits | T | ours | full sort | " + " | ".join(PEERS) + " |", "|---|" + "---|" * (3 + len(PEERS))]
-    for peer in peers:
-        if (peer["E"], peer["K"]) == (128, 8) and peer["T"] in SHOWN:
-            case = ours["gemma4", peer["dtype"], 128, 8, peer["T"]]
-            times = [f"**{case['us']:.2f}**", f"{case['full_sort_us']:.2f}", *(f"{peer['us'][name]:.2f}" for name in PEERS)]
-            lines.append(f"| {peer['dtype']} | {peer['T']:,} | " + " | ".join(times) + " |")
-    return lines
-
-
-def write_table(page: Path) -> None:
-    """Put the table between its marks on a page."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        msg = f"{page}: expected {BEGIN} and {END}"
-        raise ValueError(msg)
-    page.write_text("\n".join([before + begin, *table(), end + after]))
-
-
 def main() -> None:
     """Write the files."""
     folder = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs" / "figures"
-    if not sys.argv[1:]:
-        write_table(ROOT / "README.md")
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         for name, figure in figures():

@@ -368,8 +368,13 @@ def test_settings_come_back_from_json():
 
 
 def test_the_figures_are_drawn_from_the_kept_runs(tmp_path):
-    script = f"import sys, runpy; sys.argv[1:] = [{str(tmp_path)!r}]; runpy.run_path({str(FIGURES)!r}, run_name='__main__')"
-    done = process(script)
+    done = subprocess.run([sys.executable, FIGURES, tmp_path], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     names = {"h200-kernels.svg", "h200-kernels-dark.svg", "h200-torch.svg", "h200-torch-dark.svg"}
     assert {path.name for path in tmp_path.iterdir()} == names <= {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+
+
+def test_the_tables_of_the_pages_say_what_the_kept_runs_say():
+    script = FIGURES.with_name("tables.py")
+    done = subprocess.run([sys.executable, script, "--check"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

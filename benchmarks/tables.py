@@ -1,0 +1,146 @@
+"""Write the tables of README and of docs/performance.md that say what was measured: part of ``make figures``.
+
+``python benchmarks/tables.py`` writes each between its marks; with ``--check`` it names the pages that are not as the kept
+results say, and exits with 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COMPILED = ROOT / "tests" / "triton" / "ahead_of_time.json"
+PEERS = ("vLLM CUDA", "SGLang CUDA", "SGLang Triton", "FlashInfer", "triton_kernels")
+IN_README = (1, 64, 4096, 65536, 250_000)
+OF_FAMILIES = (1, 64, 4096, 65536)
+
+
+def newest(has: str) -> dict[str, Any]:
+    """Return the newest result on an H200 that has this key.
+
+    :raises FileNotFoundError: there is none.
+    """
+    found = [held for path in RESULTS.glob("h200-*.json") if has in (held := json.loads(path.read_text())) and "date" in held]
+    if not found:
+        msg = f"benchmarks/results: expected an h200-*.json with {has!r}"
+        raise FileNotFoundError(msg)
+    return max(found, key=lambda held: str(held["date"]))
+
+
+def peers() -> dict[str, Any]:
+    """Return what was measured of the peers."""
+    held: dict[str, Any] = json.loads((RESULTS / "h200-peers.json").read_text())
+    return held
+
+
+def ours() -> dict[tuple[str, str, int, int, int], dict[str, Any]]:
+    """Return the cases of the newest run of ``gpu.py`` that were right."""
+    cases = newest("whole_calls_do_bench")["cases"]
+    return {(c["spec"], c["dtype"], c["E"], c["K"], c["T"]): c for c in cases if not c["wrong"]}
+
+
+def in_readme() -> Iterable[str]:
+    """Yield each peer's time, the full sort's in the same run as ours, and ours."""
+    yield "| logits | T | ours | full sort | " + " | ".join(PEERS) + " |"
+    yield "|---|" + "---|" * (3 + len(PEERS))
+    timed = ours()
+    for peer in peers()["rows"]:
+        if (peer["E"], peer["K"]) == (128, 8) and peer["T"] in IN_README:
+            case = timed["gemma4", peer["dtype"], 128, 8, peer["T"]]
+            times = [f"**{case['us']:.2f}**", f"{case['full_sort_us']:.2f}", *(f"{peer['us'][name]:.2f}" for name in PEERS)]
+            yield f"| {peer['dtype']} | {peer['T']:,} | " + " | ".join(times) + " |"
+
+
+def against_peers() -> Iterable[str]:
+    """Yield a line for each row that has a target, and how many are met."""
+    held, timed = peers(), ours()
+    met = ahead = 0
+    yield "| logits | E / K | T | floor | full sort | best peer | ours | target | met |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in held["rows"]:
+        dtype, experts, k, tokens, target = row["dtype"], row["E"], row["K"], row["T"], row["target"]
+        case = timed["gemma4", dtype, experts, k, tokens]
+        moved = tokens * (experts * (2 if dtype == "bfloat16" else 4) + k * 8)
+        best = min(time for name, time in row["us"].items() if name != "full sort")
+        is_met = case["us"] <= target
+        met += is_met
+        ahead += case["us"] < best
+        cells = [f"{moved / held['copy_bytes_per_second'] * 1e6:.2f}", f"{case['full_sort_us']:.2f}", f"{best:.2f}"]
+        verdict = "yes" if is_met else f"no, {case['us'] / target:.2f} times"
+        cells += [f"**{case['us']:.2f}**", f"{target:.2f}", verdict]
+        yield f"| {dtype} | {experts} / {k} | {tokens:,} | " + " | ".join(cells) + " |"
+    yield ""
+    yield f"Ahead of every peer in {ahead} of {len(held['rows'])} rows; {met} targets are met."
+
+
+def of_families() -> Iterable[str]:
+    """Yield each family's time, and its ratio to gemma4's of the same sizes."""
+    timed = ours()
+    yield "| family | logits | " + " | ".join(f"T = {T:,}" if T == 1 else f"{T:,}" for T in OF_FAMILIES) + " |"
+    yield "|---|---|" + "---|" * len(OF_FAMILIES)
+    for dtype in ("bfloat16", "float32"):
+        for spec, experts, k in dict.fromkeys((key[0], key[2], key[3]) for key in timed if key[0] != "gemma4"):
+            times = [(timed[spec, dtype, experts, k, T]["us"], timed["gemma4", dtype, experts, k, T]["us"]) for T in OF_FAMILIES]
+            yield f"| `{spec}` | {dtype} | " + " | ".join(f"{us:.2f} ({us / least:.2f})" for us, least in times) + " |"
+
+
+def compiled_ahead() -> Iterable[str]:
+    """Yield registers, instructions and waves of the kernels for GPUs that are not here."""
+    cases = json.loads(COMPILED.read_text())["cases"]
+    targets = list(dict.fromkeys(case["target"] for case in cases))
+    yield "| problem | logits | kernel | " + " | ".join(targets) + " |"
+    yield "|---|---|---|" + "---|" * len(targets)
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for case in cases:
+        waves = f" / {case['occupancy']}" if "occupancy" in case else ""
+        key = (f"{case['spec']} {case['E']}/{case['K']}", case["dtype"], case["kernel"])
+        rows.setdefault(key, {})[case["target"]] = f"{case['registers']} / {case['instructions']:,}{waves}"
+    for key in sorted(rows):
+        yield f"| {' | '.join(key)} | " + " | ".join(rows[key].get(target, "–") for target in targets) + " |"
+
+
+TABLES = {
+    "readme": (ROOT / "README.md", in_readme),
+    "peers": (ROOT / "docs" / "performance.md", against_peers),
+    "families": (ROOT / "docs" / "performance.md", of_families),
+    "compiled": (ROOT / "docs" / "performance.md", compiled_ahead),
+}
+
+
+def with_table(text: str, name: str, lines: Iterable[str]) -> str:
+    """Return the page's text with the table between its marks.
+
+    :raises ValueError: the page has not both marks.
+    """
+    begin, end = f"<!-- table {name}: make figures -->", f"<!-- end of table {name} -->"
+    before, found, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        msg = f"expected the marks {begin} and {end}"
+        raise ValueError(msg)
+    return "\n".join([before + begin, *lines, end + after])
+
+
+def main() -> None:
+    """Write or check every table."""
+    stale = []
+    for name, (page, lines) in TABLES.items():
+        text = page.read_text()
+        fresh = with_table(text, name, lines())
+        if fresh != text:
+            stale.append(f"{page.relative_to(ROOT)}: table {name}")
+            if "--check" not in sys.argv[1:]:
+                page.write_text(fresh)
+    if stale and "--check" in sys.argv[1:]:
+        sys.exit("\n".join([*stale, "not as the kept results say: make figures"]))
+
+
+if __name__ == "__main__":
+    main()
