@@ -18,6 +18,8 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 VARIABLES = ("MOE_ROUTING_BACKEND", "MOE_ROUTING_BLOCK", "MOE_ROUTING_STRICT", "MOE_ROUTING_VERIFY", "MOE_ROUTING_VLLM")
+WIDTH = "COLUMNS"
+"""Of the terminal, which lines are wrapped to."""
 
 
 def pytest_ignore_collect(collection_path):
@@ -27,7 +29,7 @@ def pytest_ignore_collect(collection_path):
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch):
-    for variable in VARIABLES:
+    for variable in (*VARIABLES, WIDTH):
         monkeypatch.delenv(variable, raising=False)
 
 

@@ -1,10 +1,10 @@
 """The kernels, compiled to machine code for GPUs that are not here."""
 
-import functools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,27 +15,33 @@ WORTH_A_LOOK = 1.05
 """A kernel that needs this many times what the table says has lost something, or the table is to be written again."""
 
 
-@functools.cache
-def compiled(target):
+@pytest.fixture(scope="module")
+def compiled():
+    """What the compilers say of every case, by target; a process a target, as many at a time as there are cores."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), target], check=False, capture_output=True, text=True, timeout=600, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+
+    def of(target):
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), target], check=False, capture_output=True, text=True, timeout=600, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(SHARED_MEMORY, pool.map(of, SHARED_MEMORY), strict=True))
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)
-def test_every_variant_compiles_without_spills_and_within_the_parts_shared_memory(target):
-    found = compiled(target)["cases"]
+def test_every_variant_compiles_without_spills_and_within_the_parts_shared_memory(compiled, target):
+    found = compiled[target]["cases"]
     assert found
     assert not [case for case in found if case["spills"]]
     assert not [case for case in found if case["shared"] > SHARED_MEMORY[target]]
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)
-def test_no_kernel_needs_more_registers_or_instructions_than_the_table_says(target):
-    table, now = json.loads(SCRIPT.with_suffix(".json").read_text()), compiled(target)
+def test_no_kernel_needs_more_registers_or_instructions_than_the_table_says(compiled, target):
+    table, now = json.loads(SCRIPT.with_suffix(".json").read_text()), compiled[target]
     if now["triton"] != table["triton"]:
         pytest.skip(f"the table was written with triton {table['triton']}; {now['triton']} compiles otherwise")
     names = ("target", "spec", "E", "K", "dtype", "kernel")
