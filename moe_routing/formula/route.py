@@ -42,7 +42,7 @@ def route(  # noqa: PLR0913 -- BoundRouter's operands
         ids = select(spec, _selection_scores(spec, l, x, bias), topk, top)
         weights = selected_weights(spec, x, ids)
     if per_expert_scale is not None:
-        weights = weights * per_expert_scale.to(torch.float32)[ids]
+        weights = weights * per_expert_scale.to(torch.float32).take(ids)
     if spec.zero_experts:
         weights = weights.masked_fill(ids >= logits.shape[1] - spec.zero_experts, 0.0)
     return weights, ids

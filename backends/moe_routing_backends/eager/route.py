@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from moe_routing.formula import Top
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-SORT_UP_TO = 1 << 12
+SORT_UP_TO = 1 << 10
 """Elements up to which one stable sort beats building keys: its few calls cost less than the keys' many."""
-TOPK_UP_TO = 1 << 16
+TOPK_UP_TO = 1 << 15
 """Elements up to which one ``torch.topk`` over the keys beats K rounds of a maximum, for the same reason."""
 ROUNDS_UP_TO = 24
 """K above which the rounds never win."""
