@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from moe_routing.formula import Top
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-SORT_UP_TO = 1 << 10
+SORT_UP_TO = 1 << 8
 """Elements up to which one stable sort beats building keys: its few calls cost less than the keys' many."""
-TOPK_UP_TO = 1 << 15
-"""Elements up to which one ``torch.topk`` over the keys beats K rounds of a maximum, for the same reason."""
+TOPK_UP_TO = 96
+"""Rows up to which one ``torch.topk`` over the keys, a row after another, beats K rounds of a maximum over all of them."""
 ROUNDS_UP_TO = 24
 """K above which the rounds never win."""
 CHUNK = 1 << 17
@@ -36,10 +36,10 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> BoundRouter:
     on_cpu = device.platform == "cpu"
     rows_at_a_time = max(1, CHUNK // num_experts)
 
-    def fastest(elements: int) -> Top:
-        if not on_cpu or elements <= SORT_UP_TO:
+    def fastest(rows: int) -> Top:
+        if not on_cpu or rows * num_experts <= SORT_UP_TO:
             return by_sort
-        return by_topk if elements <= TOPK_UP_TO or topk > ROUNDS_UP_TO else by_rounds_in_place
+        return by_topk if rows <= TOPK_UP_TO or topk > ROUNDS_UP_TO else by_rounds_in_place
 
     def bound(  # noqa: PLR0913 -- BoundRouter's operands
         logits: Tensor,
@@ -53,7 +53,7 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> BoundRouter:
         out: RoutingOutput | None = None,
     ) -> RoutingOutput:
         num_tokens = logits.shape[0]
-        top = fastest(num_tokens * num_experts)
+        top = fastest(num_tokens)
         if on_cpu and num_tokens > rows_at_a_time and token_ids is None:
             parts = [
                 route(spec, topk, rows, top=top, per_expert_scale=per_expert_scale, bias=bias)
