@@ -12,7 +12,10 @@ from moe_routing.families import FAMILIES
 from moe_routing.formula import by_rounds, by_rounds_in_place, by_sort, by_topk
 from moe_routing_backends.eager.route import CHUNK
 
-TIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3.0e38, -3.0e38, 0.1, 2.0])
+NEXT = 1 + 2.0**-23
+MOST = torch.finfo(torch.float32).max
+TIES = st.sampled_from([0.0, -0.0, 1.0, NEXT, -1.0, -NEXT, 2.0**-149, -(2.0**-149), MOST, -MOST, 0.1, 2.0, -torch.inf])
+"""Ties, neighbours, both ends of float32, and what masks experts of a group that is not kept."""
 
 
 def brute_force(row, k):
@@ -31,6 +34,16 @@ def test_every_way_to_select_is_the_brute_force_one(rows, data):
     expected = [brute_force(row, k) for row in t.tolist()]
     for way in (by_sort, by_rounds, by_rounds_in_place, by_topk):
         assert way(t, k).tolist() == expected, way.__name__
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-126, 2.0**-149, 2.0**127])
+@pytest.mark.parametrize("experts", [2048, 8192])
+def test_keys_of_many_experts_stay_between_neighbouring_scores(experts, scale):
+    generator = torch.Generator().manual_seed(experts)
+    t = (1 + torch.randint(0, 40, (4, experts), generator=generator) * 2.0**-23) * scale
+    t[:, ::3] *= -1
+    assert torch.equal(by_topk(t, 64), by_sort(t, 64))
+    assert torch.equal(by_topk(t, experts), by_sort(t, experts))
 
 
 @pytest.mark.parametrize("experts", [60, 128])

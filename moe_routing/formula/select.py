@@ -114,7 +114,7 @@ def by_rounds_in_place(t: Tensor, k: int) -> Tensor:
 def by_topk(t: Tensor, k: int) -> Tensor:
     """Let ``torch.topk`` find the largest of float64 keys, of which no two are equal; for devices that have float64.
 
-    A key is ``t + (|t| + s) c``: c counts down with the id in steps of 2**-50, so that equal scores move apart, up to 2**13
+    A key is ``t + (|t| + s) c``: c counts down with the id in steps of 2**-50, so that equal scores move apart, up to 2**25
     of them, by less than the 2**-24 that any other score is away; s is the least float32, for zeros. What is masked with -inf
     stays below all others.
     """

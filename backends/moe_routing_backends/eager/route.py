@@ -1,6 +1,6 @@
 """The eager backend: the plain formula, on a CPU a piece of the rows at a time, with the selection that is fastest there.
 
-At E = 128, K = 8 and T >= 4096 exact ties cost nothing: K rounds of a vectorised maximum over keys take less time than
+At E = 128, K = 8 and T >= 256 exact ties cost nothing: K rounds of a vectorised maximum over keys take less time than
 ``torch.topk``, whose ties are arbitrary (``benchmarks/cpu_eager.py``).
 """
 
