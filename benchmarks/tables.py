@@ -87,7 +87,8 @@ def of_families() -> Iterable[str]:
     yield "|---|---|" + "---|" * len(OF_FAMILIES)
     for dtype in ("bfloat16", "float32"):
         for spec, experts, k in dict.fromkeys((key[0], key[2], key[3]) for key in timed if key[0] != "gemma4"):
-            times = [(timed[spec, dtype, experts, k, T]["us"], timed["gemma4", dtype, experts, k, T]["us"]) for T in OF_FAMILIES]
+            sizes = [(dtype, experts, k, T) for T in OF_FAMILIES]
+            times = [(timed[(spec, *size)]["us"], timed[("gemma4", *size)]["us"]) for size in sizes]
             yield f"| `{spec}` | {dtype} | " + " | ".join(f"{us:.2f} ({us / least:.2f})" for us, least in times) + " |"
 
 
@@ -103,7 +104,7 @@ def compiled_ahead() -> Iterable[str]:
         key = (f"{case['spec']} {case['E']}/{case['K']}", case["dtype"], case["kernel"])
         rows.setdefault(key, {})[case["target"]] = f"{case['registers']} / {case['instructions']:,}{waves}"
     for key in sorted(rows):
-        yield f"| {' | '.join(key)} | " + " | ".join(rows[key].get(target, "–") for target in targets) + " |"
+        yield f"| {' | '.join(key)} | " + " | ".join(rows[key].get(target, "") for target in targets) + " |"
 
 
 TABLES = {
