@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -17,7 +18,8 @@ from triton.compiler import ASTSource
 
 from moe_routing_backends.triton.launch import KERNELS, RUNTIME_ARGUMENTS
 from moe_routing_backends.triton.plan import Launch, constants
-from moe_routing_registry import RoutingProblem, RoutingSpec
+from moe_routing_backends.triton.table import _without_owner
+from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
 TABLE = Path(__file__).with_suffix(".json")
 TARGETS = {
@@ -33,27 +35,28 @@ DEEPSEEK = RoutingSpec(
     family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20,
     scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
 )  # fmt: skip
-CASES = [
-    (GEMMA4, 128, 8, Launch("lanes", 1, 1, 1)),
-    (GEMMA4, 128, 8, Launch("rows", 16, 2, 1)),
-    (DEEPSEEK, 256, 8, Launch("lanes", 2, 1, 1)),
-    (GEMMA4, 512, 10, Launch("lanes", 1, 1, 1)),
-    (GEMMA4, 512, 10, Launch("rows", 16, 2, 1)),
-    (GEMMA4, 128, 8, Launch("sieve", 16, 2, 1)),
-    (GEMMA4, 512, 10, Launch("sieve", 8, 4, 1)),
-    (DEEPSEEK, 256, 8, Launch("tiles", 4, 8, 1)),
-]
-SIEVES = ("sm_90", "sm_100", "sm_120")
-"""Targets that have the sieve variant's instructions."""
+PROBLEMS = [(GEMMA4, 128, 8), (DEEPSEEK, 256, 8), (GEMMA4, 512, 10)]
 
 
-def compiled(  # noqa: PLR0913, PLR0917 -- what a case is
-    spec, experts, k, dtype, launch, target
-):
+def launches(problem, name):
+    """Return every launch that ships for the problem on a target, and the one variant that only ``tune`` tries."""
+    target = TARGETS[name]
+    platform = {"cuda": "cuda", "hip": "rocm"}[target.backend]
+    device = DeviceInfo(type="cuda", platform=platform, arch=name, warp_sizes=(target.warp_size,))
+    found = [step.launch for step in _without_owner(device).steps(problem)]
+    tiles = Launch("tiles", 4 * target.warp_size // 32, 8, 1)
+    return list(dict.fromkeys([*found, *([tiles] if problem.spec.num_groups > 1 else [])]))
+
+
+def shown(launch, target):
+    """Name a launch by its rows for 32 lanes, so that one line of the table holds what is derived from one another."""
+    rows = launch.block_t if launch.variant == "lanes" else launch.block_t * 32 // target.warp_size
+    return f"{launch.variant} {rows}x{launch.lanes}" + (f" in {launch.num_warps} warps" if launch.num_warps > 1 else "")
+
+
+def compiled(problem, launch, target):
     """Compile one kernel to its last stage."""
-    if launch.variant in ("rows", "tiles"):
-        launch = Launch(launch.variant, launch.block_t * target.warp_size // 32, launch.lanes, launch.num_warps)
-    problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
+    spec, experts, dtype = problem.spec, problem.num_experts, problem.dtype
     kernel = KERNELS[launch.variant]
     known = {
         **constants(problem, launch),
@@ -103,18 +106,14 @@ def read_back(binary, target):
 
 
 def found_for(names):
-    """Compile every case for the targets named."""
+    """Compile everything for the targets named."""
     found = []
-    for name in names:
-        for spec, experts, k, launch in CASES:
-            if launch.variant == "sieve" and name not in SIEVES:
-                continue
-            for dtype in ("bfloat16", "float32"):
-                numbers = read_back(compiled(spec, experts, k, dtype, launch, TARGETS[name]), TARGETS[name])
-                what = f"{launch.variant} {launch.block_t}x{launch.lanes}"
-                found.append(
-                    {"target": name, "spec": spec.family, "E": experts, "K": k, "dtype": dtype, "kernel": what, **numbers}
-                )
+    for name, (spec, experts, k), dtype in product(names, PROBLEMS, ("bfloat16", "float32")):
+        problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
+        case = {"target": name, "spec": spec.family, "E": experts, "K": k, "dtype": dtype}
+        for launch in launches(problem, name):
+            numbers = read_back(compiled(problem, launch, TARGETS[name]), TARGETS[name])
+            found.append({**case, "kernel": shown(launch, TARGETS[name]), **numbers})
     return found
 
 

@@ -15,6 +15,7 @@ from triton.backends.nvidia import driver
 
 from moe_routing_backends.triton.direct import launcher_of
 from moe_routing_backends.triton.plan import Launch
+from moe_routing_registry import RoutingProblem
 
 CASES = [
     (GEMMA4, 128, 8, Launch("lanes", 1, 1, 1)),
@@ -59,7 +60,8 @@ def main():
     found = {}
     for spec, experts, k, launch in CASES:
         for dtype in ("bfloat16", "float32"):
-            kernel = compiled(spec, experts, k, dtype, launch, TARGETS["sm_90"])
+            problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
+            kernel = compiled(problem, launch, TARGETS["sm_90"])
             found[f"{spec.family} {experts}/{k} {dtype} {launch.variant}"] = compare(kernel)
     for spec, experts, k in ((GEMMA4, 128, 8), (DEEPSEEK, 256, 8)):
         kernel = compiled_backward(spec, experts, k, "bfloat16", TARGETS["sm_90"])
