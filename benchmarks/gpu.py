@@ -20,6 +20,7 @@ import triton
 from full_sort import full_sort
 
 from moe_routing import Router, RoutingOutput
+from moe_routing.bench._formulas import one_hot
 from moe_routing.testing.admissible import compare
 from moe_routing_registry import RoutingSpec
 
@@ -85,16 +86,6 @@ def host_time(call: Callable[[], object]) -> float:
     return round(statistics.median(samples), 2)
 
 
-def reference(logits: torch.Tensor, k: int, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Route as model code does: softmax over all, one-hot of the chosen, renormalise, scale."""
-    ids = logits.topk(k, dim=-1).indices
-    chosen = torch.nn.functional.one_hot(ids, logits.shape[-1]).sum(-2)
-    gates = chosen * logits.softmax(-1)
-    total = gates.sum(-1, keepdim=True)
-    weights = (gates / total.where(total > 0, 1.0)).gather(1, ids) * scale[ids].to(gates.dtype)
-    return weights.float(), ids.int()
-
-
 def case(  # noqa: PLR0913 -- what a case is
     name: str, experts: int, k: int, tokens: int, dtype: str, *, baseline: bool
 ) -> dict[str, Any]:
@@ -129,10 +120,10 @@ def against_torch(tokens: int) -> dict[str, Any]:
     route = Router(GEMMA4, backend="triton")
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: route(logits, 8, scale),
-        "eager": lambda: reference(logits, 8, scale),
+        "eager": lambda: one_hot(logits, 8, scale),
     }
     for mode in ("default", "reduce-overhead", "max-autotune"):
-        compiled = torch.compile(reference, mode=mode, dynamic=False)
+        compiled = torch.compile(one_hot, mode=mode, dynamic=False)
         ways[f"compile {mode}"] = lambda compiled=compiled: compiled(logits, 8, scale)
     ways["compiled caller of ours"] = torch.compile(lambda: route(logits, 8, scale), fullgraph=True)
     row: dict[str, Any] = {"T": tokens}

@@ -20,6 +20,7 @@ import torch
 import triton
 
 from moe_routing import Router, RoutingOutput
+from moe_routing.bench._formulas import one_hot
 from moe_routing.families import FAMILIES
 from moe_routing.testing import quick
 from moe_routing.testing.admissible import compare
@@ -33,16 +34,6 @@ SIZES = (1, 64, 2048, 65536)
 CHECKED = 512
 """Rows that are compared with the oracle."""
 VERIFY_SECONDS = 10.0
-
-
-def reference(logits: torch.Tensor, k: int, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Route as model code does: softmax over all, one-hot of the chosen, renormalise, scale."""
-    ids = logits.topk(k, dim=-1).indices
-    chosen = torch.nn.functional.one_hot(ids, logits.shape[-1]).sum(-2)
-    gates = chosen * logits.softmax(-1)
-    total = gates.sum(-1, keepdim=True)
-    weights = (gates / total.where(total > 0, 1.0)).gather(1, ids) * scale[ids].to(gates.dtype)
-    return weights.float(), ids.int()
 
 
 def host_clock(call: Callable[[], object]) -> dict[str, float]:
@@ -84,7 +75,7 @@ def case(route: Router, tokens: int) -> dict[str, Any]:
     row["torch-compile"] = timed(lambda: route(logits, 8, scale))
     for mode in MODES:
         torch._dynamo.reset()  # noqa: SLF001 -- one shape a time; there is no other name for it
-        compiled = torch.compile(reference, mode=mode, dynamic=False)
+        compiled = torch.compile(one_hot, mode=mode, dynamic=False)
         row[mode] = timed(lambda compiled=compiled: compiled(logits, 8, scale))
     for clock in ("do_bench", "back_to_back"):
         row[f"times_faster_{clock}"] = [

@@ -20,7 +20,7 @@ from moe_routing.families import FAMILIES
 from moe_routing.probing._describe import describe
 from moe_routing.probing._installed import Installed, Triton
 from moe_routing.probing._observe import Observation, TorchBuild
-from moe_routing_backends.triton import table
+from moe_routing_backends.triton import choose, table
 from moe_routing_backends.triton.xpu import in_sub_groups
 from moe_routing_registry import DeviceInfo, RejectCode, Request, RoutingProblem
 
@@ -43,7 +43,7 @@ def recorded(file, triton=INTELS, ipex=None, **properties):
     )
 
 
-def choose(device, dtype="bfloat16"):
+def resolved(device, dtype="bfloat16"):
     return registry().resolve(RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype=dtype), device, Request())
 
 
@@ -66,14 +66,14 @@ def test_an_arc_pro_b60_is_what_intel_says_it_is():
     ],
 )
 def test_an_intel_gpu_with_intels_triton_gets_triton_xpu(file, properties):
-    report = choose(recorded(file, **properties))
+    report = resolved(recorded(file, **properties))
     assert report.winner == "triton-xpu"
     assert report.rejection("triton").verdict.code is RejectCode.PLATFORM
 
 
 @pytest.mark.parametrize("triton", [None, NVIDIAS])
 def test_without_intels_triton_torch_compile_routes_and_the_way_to_mend_it_is_said(triton):
-    report = choose(recorded("intel_arc_pro_b60", triton))
+    report = resolved(recorded("intel_arc_pro_b60", triton))
     verdict = report.rejection("triton-xpu").verdict
     assert (report.winner, report.missed, verdict.code) == ("torch-compile", "triton-xpu", RejectCode.TOOLCHAIN)
     assert verdict.fix == "uv pip install --reinstall torch --torch-backend=xpu"
@@ -82,16 +82,16 @@ def test_without_intels_triton_torch_compile_routes_and_the_way_to_mend_it_is_sa
 def test_the_retired_pair_of_torch_and_ipex_2_8_is_recognised_and_gets_triton_xpu_too():
     device = recorded("intel_max_1100", Triton(distribution="triton-xpu", version="3.4.0", backends=("intel",)), "2.8.10+xpu")
     assert device.toolchain("ipex").usable
-    assert choose(device).winner == "triton-xpu"
+    assert resolved(device).winner == "triton-xpu"
 
 
 def test_a_device_without_the_tables_sub_groups_is_declined_by_its_arch():
-    verdict = choose(recorded("intel_arc_pro_b60", sub_group_sizes=[8, 16])).rejection("triton-xpu").verdict
+    verdict = resolved(recorded("intel_arc_pro_b60", sub_group_sizes=[8, 16])).rejection("triton-xpu").verdict
     assert (verdict.code, verdict.reason) == (RejectCode.ARCH, "needs sub-groups of 16 and 32 lanes, the device has 8, 16")
 
 
 def test_on_an_xpu_its_own_table_speaks_and_says_that_it_was_not_measured():
-    found = table.speaking(
+    found = choose.speaking(
         recorded("intel_arc_pro_b60"), RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype="bfloat16")
     )
     assert found.source.endswith("xpu.json")
@@ -99,7 +99,7 @@ def test_on_an_xpu_its_own_table_speaks_and_says_that_it_was_not_measured():
 
 
 def launches():
-    rules = table.parse((table.SHIPPED / "xpu.json").read_text(), "xpu.json").rules
+    rules = table.parse((choose.SHIPPED / "xpu.json").read_text(), "xpu.json").rules
     return [step.launch for steps in rules.values() for step in steps]
 
 

@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moe_routing_backends.triton.choose import shipped
 from moe_routing_backends.triton.launch import KERNELS, RUNTIME_ARGUMENTS
 from moe_routing_backends.triton.plan import Launch, constants
-from moe_routing_backends.triton.table import _without_owner
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -43,7 +43,7 @@ def launches(problem, name):
     target = TARGETS[name]
     platform = {"cuda": "cuda", "hip": "rocm"}[target.backend]
     device = DeviceInfo(type="cuda", platform=platform, arch=name, warp_sizes=(target.warp_size,))
-    found = [step.launch for step in _without_owner(device).steps(problem)]
+    found = [step.launch for step in shipped(device).steps(problem)]
     tiles = Launch("tiles", 4 * target.warp_size // 32, 8, 1)
     return list(dict.fromkeys([*found, *([tiles] if problem.spec.num_groups > 1 else [])]))
 

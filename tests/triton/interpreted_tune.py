@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtim
 import torch  # noqa: E402 -- behind the variable
 from interpreted import SPECS  # noqa: E402 -- likewise
 
-from moe_routing_backends.triton import launch, table  # noqa: E402 -- likewise
+from moe_routing_backends.triton import choose, launch  # noqa: E402 -- likewise
 from moe_routing_backends.triton.plan import Launch  # noqa: E402 -- likewise
 from moe_routing_backends.triton.tune import candidates, tune  # noqa: E402 -- likewise
 from moe_routing_registry import DeviceInfo, RoutingProblem  # noqa: E402 -- likewise
@@ -56,7 +56,7 @@ def main():
         return 1e6 / (1 + next(seconds))  # whoever comes later is faster
 
     tuned = tune(problem, CPU, tokens=(3, 1), on_step=lambda *step: said.append(step), clock=clock)
-    kept = table.speaking(CPU, problem)
+    kept = choose.speaking(CPU, problem)
     json.dump(
         {
             "offered": sorted({c.variant for c in offered}),

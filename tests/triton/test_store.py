@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from moe_routing_backends.triton import store, table
+from moe_routing_backends.triton import choose, store, table
 from moe_routing_backends.triton.plan import Launch
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec, Toolchain
 
@@ -26,9 +26,9 @@ RULE = (table.Step(math.inf, Launch("lanes", 8, 1, 4)),)
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    table.tables_for.cache_clear()
+    store.own_table.cache_clear()
     yield tmp_path
-    table.tables_for.cache_clear()
+    store.own_table.cache_clear()
 
 
 def rewritten(**changes):
@@ -39,18 +39,18 @@ def rewritten(**changes):
 
 
 def test_what_is_kept_speaks_from_then_on_and_says_so(home):
-    assert "tuned on this" not in table.said_of(H200, PROBLEM)
+    assert "tuned on this" not in choose.said_of(H200, PROBLEM)
     path = store.keep(H200, {table.key_of(PROBLEM): RULE})
     assert path.is_relative_to(home)
-    assert table.speaking(H200, PROBLEM).steps(PROBLEM) == RULE
-    assert str(path) in table.said_of(H200, PROBLEM)
-    assert "tuned on this NVIDIA H200 (driver 580.1, triton 3.6.0)" in table.said_of(H200, PROBLEM)
+    assert choose.speaking(H200, PROBLEM).steps(PROBLEM) == RULE
+    assert str(path) in choose.said_of(H200, PROBLEM)
+    assert "tuned on this NVIDIA H200 (driver 580.1, triton 3.6.0)" in choose.said_of(H200, PROBLEM)
 
 
 def test_a_problem_that_was_not_tuned_keeps_the_shipped_rule():
     store.keep(H200, {table.key_of(PROBLEM): RULE})
     other = dataclasses.replace(PROBLEM, num_experts=256)
-    assert "tuned" not in table.said_of(H200, other)
+    assert "tuned" not in choose.said_of(H200, other)
 
 
 def test_tuning_another_problem_later_keeps_the_first_one():
@@ -58,13 +58,13 @@ def test_tuning_another_problem_later_keeps_the_first_one():
     store.keep(H200, {table.key_of(PROBLEM): RULE})
     store.keep(H200, {table.key_of(other): RULE})
     for kept in (PROBLEM, other):
-        assert table.speaking(H200, kept).steps(kept) == RULE
+        assert choose.speaking(H200, kept).steps(kept) == RULE
 
 
 @pytest.mark.parametrize("changes", [{"name": "NVIDIA H100"}, {"driver": "581.0"}, {"toolchains": ()}])
 def test_another_part_driver_or_triton_does_not_use_it(changes):
     store.keep(H200, {table.key_of(PROBLEM): RULE})
-    assert "tuned" not in table.said_of(dataclasses.replace(H200, **changes), PROBLEM)
+    assert "tuned" not in choose.said_of(dataclasses.replace(H200, **changes), PROBLEM)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_a_foreign_stale_or_corrupt_table_is_ignored_with_a_warning_and_replaced
     path = rewritten(**changes)
     pattern = re.escape(str(path)) + ".*" + re.escape(complaint)
     with pytest.warns(RuntimeWarning, match=pattern):
-        assert "tuned" not in table.said_of(H200, PROBLEM)
+        assert "tuned" not in choose.said_of(H200, PROBLEM)
     with pytest.warns(RuntimeWarning, match=pattern):
         store.keep(H200, {table.key_of(PROBLEM): RULE})
-    assert "tuned" in table.said_of(H200, PROBLEM)
+    assert "tuned" in choose.said_of(H200, PROBLEM)
 
 
 def test_a_table_is_written_whole_or_not_at_all(home):
@@ -97,7 +97,7 @@ def test_a_table_is_written_whole_or_not_at_all(home):
 
 KEEPING = """
     import sys
-    from moe_routing_backends.triton import store, table
+    from moe_routing_backends.triton import choose, store, table
     from moe_routing_backends.triton.plan import Launch
     from moe_routing_registry import DeviceInfo, Toolchain
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from moe_routing_backends.triton import store, table
+from moe_routing_backends.triton import choose, store, table
 from moe_routing_backends.triton.plan import kind
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
@@ -18,13 +18,13 @@ GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    table.tables_for.cache_clear()
+    store.own_table.cache_clear()
     yield tmp_path
-    table.tables_for.cache_clear()
+    store.own_table.cache_clear()
 
 
 def steps_on(device, asked):
-    return table.speaking(device, asked).steps(asked)
+    return choose.speaking(device, asked).steps(asked)
 
 
 def problem(**changes):
@@ -33,7 +33,7 @@ def problem(**changes):
 
 @pytest.mark.usefixtures("home")
 def test_the_shipped_table_speaks_for_an_h200_and_says_where_it_was_measured():
-    assert "H200" in table.speaking(H200, problem()).provenance
+    assert "H200" in choose.speaking(H200, problem()).provenance
 
 
 @pytest.mark.usefixtures("home")
@@ -61,7 +61,7 @@ def test_what_the_rows_variant_cannot_do_goes_to_the_lanes_variant(changes):
 
 @pytest.mark.usefixtures("home")
 def test_an_unknown_arch_gets_the_rule_of_thumb_and_says_so():
-    found = table.speaking(DeviceInfo(type="cuda", platform="cuda", arch="sm_80"), problem())
+    found = choose.speaking(DeviceInfo(type="cuda", platform="cuda", arch="sm_80"), problem())
     assert found.source == "the derived table"
     assert "unmeasured on sm_80" in found.provenance
 
@@ -103,12 +103,12 @@ def test_a_table_that_cannot_be_used_is_ignored_with_a_warning_that_names_the_fi
     path.write_text(text)
     assert path.is_relative_to(home)
     with pytest.warns(RuntimeWarning, match=re.escape(str(path)) + ".*" + re.escape(complaint)):
-        found = table.speaking(H200, problem())
+        found = choose.speaking(H200, problem())
     assert "H200" in found.provenance
 
 
 def test_a_written_table_reads_back_the_same():
-    text = (table.SHIPPED / "sm_90.json").read_text()
+    text = (choose.SHIPPED / "sm_90.json").read_text()
     rules = table.parse(text, "shipped").rules
     assert table.parse(table.to_json("sm_90", "x", rules), "again").rules == rules
     assert json.loads(text)["arch"] == "sm_90"

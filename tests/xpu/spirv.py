@@ -29,9 +29,10 @@ from triton.compiler import ASTSource, make_backend
 
 from moe_routing_backends.triton import gradient
 from moe_routing_backends.triton.backward import backward_kernel
+from moe_routing_backends.triton.choose import SHIPPED
 from moe_routing_backends.triton.launch import KERNELS
 from moe_routing_backends.triton.plan import Launch, constants
-from moe_routing_backends.triton.table import LAST_LANES, SHIPPED, parse
+from moe_routing_backends.triton.table import LAST_LANES, parse
 from moe_routing_backends.triton.xpu import SUB_GROUP, in_sub_groups
 from moe_routing_registry import RoutingProblem, RoutingSpec
 

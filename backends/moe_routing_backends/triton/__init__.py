@@ -47,7 +47,7 @@ def supports_xpu(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
 
 def notes(problem: RoutingProblem, device: DeviceInfo) -> tuple[str, ...]:
     """Say which launch table speaks for the problem, and how its numbers came about."""
-    from moe_routing_backends.triton.table import said_of
+    from moe_routing_backends.triton.choose import said_of
 
     return (said_of(device, problem),)
 

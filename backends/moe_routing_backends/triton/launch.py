@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing import RoutingOutput
+from moe_routing_backends.triton.choose import speaking
 from moe_routing_backends.triton.direct import ALIGNMENT, Compiled, current_device, current_stream, empty
 from moe_routing_backends.triton.gradient import Gradient
 from moe_routing_backends.triton.lanes import lanes_kernel
 from moe_routing_backends.triton.plan import constants
 from moe_routing_backends.triton.rows import rows_kernel
 from moe_routing_backends.triton.sieve import sieve_kernel
-from moe_routing_backends.triton.table import LAST_LANES, speaking
+from moe_routing_backends.triton.table import LAST_LANES
 from moe_routing_backends.triton.tiles import tiles_kernel
 
 if TYPE_CHECKING:

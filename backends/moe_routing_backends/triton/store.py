@@ -7,10 +7,11 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing_backends.triton.table import parse, tables_for, to_json, usable
+from moe_routing_backends.triton.table import parse, to_json, usable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ def user_path(device: DeviceInfo) -> Path:
     return Path(platformdirs.user_cache_dir("moe-routing")) / "triton" / f"{safe}.json"
 
 
+@cache
 def own_table(device: DeviceInfo) -> Table | None:
     """Return the user's own table; one that is corrupt, stale or of another device is named in a warning and ignored."""
     path = user_path(device)
@@ -56,6 +58,7 @@ def keep(device: DeviceInfo, rules: Mapping[Key, tuple[Step, ...]]) -> Path:
     path = user_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
+        own_table.cache_clear()
         kept = own_table(device)
         known = identity(device)
         versions = ", ".join(f"{key} {known[key]}" for key in ("driver", "triton") if known[key])
@@ -63,7 +66,7 @@ def keep(device: DeviceInfo, rules: Mapping[Key, tuple[Step, ...]]) -> Path:
         text = to_json(device.arch, provenance, {**(kept.rules if kept else {}), **rules}, known)
         parse(text, str(path))
         write(path, text)
-    tables_for.cache_clear()
+    own_table.cache_clear()
     return path
 
 

@@ -1,8 +1,4 @@
-"""Which launch serves how many tokens: JSON tables, one an arch, and the rule for an arch without one.
-
-A table is data: ``tables/<arch>.json`` is shipped, measured where its provenance says. What ``moe-routing tune`` measured
-stands in the user's own table (``store.py``). An arch without a table gets one that is derived from that of sm_90.
-"""
+"""Launch tables: which launch serves how many tokens of which problems, as data; how they are read and written as JSON."""
 
 from __future__ import annotations
 
@@ -10,26 +6,20 @@ import json
 import math
 import warnings
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_routing_backends.triton.plan import Launch, can, kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
-    from moe_routing_registry import DeviceInfo, RoutingProblem
+    from moe_routing_registry import RoutingProblem
 
 SCHEMA = 1
 VARIANTS: tuple[Literal["lanes", "rows", "sieve", "tiles"], ...] = ("lanes", "rows", "sieve", "tiles")
-SIEVES_FROM = (9, 0)
-"""Least compute capability on which the sieve variant was measured; nothing is derived for older devices."""
-SHIPPED = Path(__file__).parent / "tables"
 LAST_LANES = Launch("lanes", 2, 1, 1)
 """What serves the tokens that the rows variant would, where it cannot."""
-WARP = 32
-"""Threads a warp on the device that the shipped table was measured on."""
 LANES_UP_TO = 1024
 """Tokens up to which one row a program fills no device twice over; above it, two rows share a program."""
 
@@ -155,31 +145,6 @@ def to_json(arch: str, provenance: str, rules: Mapping[Key, tuple[Step, ...]], d
     return f'{{{head}, "rules": [\n  {rules_text}\n]}}\n'
 
 
-@cache
-def tables_for(device: DeviceInfo) -> tuple[Table, ...]:
-    """Return the tables that may speak for the device: the user's own, then the shipped or the derived one.
-
-    A file that cannot be used is named in a warning and ignored.
-    """
-    from moe_routing_backends.triton.store import own_table
-
-    own = own_table(device)
-    return (_without_owner(device),) if own is None else (own, _without_owner(device))
-
-
-def speaking(device: DeviceInfo, problem: RoutingProblem) -> Table:
-    """Return the table whose rule is nearest to the problem; the user's own where it is as near as the other."""
-    tables = tables_for(device)
-    near = [(found[0], index) for index, table in enumerate(tables) if (found := table.nearest(problem)) is not None]
-    return tables[min(near)[1]] if near else tables[-1]
-
-
-def said_of(device: DeviceInfo, problem: RoutingProblem) -> str:
-    """Say which table speaks, and how its numbers came about."""
-    table = speaking(device, problem)
-    return f"launch parameters from {table.source} ({table.provenance})"
-
-
 def usable(path: Path) -> Table | None:
     """Read a table; one that is not there is ``None``, and so, with a warning, is one that cannot be used."""
     if not path.is_file():
@@ -189,29 +154,3 @@ def usable(path: Path) -> Table | None:
     except (OSError, ValueError) as error:
         warnings.warn(f"moe-routing ignores the launch table {path}: {error}", RuntimeWarning, stacklevel=2)
         return None
-
-
-def _without_owner(device: DeviceInfo) -> Table:
-    for name in (device.arch, device.platform):
-        table = usable(SHIPPED / f"{name}.json")
-        if table is not None:
-            return table
-    return derived(device)
-
-
-def derived(device: DeviceInfo) -> Table:
-    """Derive a table from that of sm_90: rows enough for the device's warps, and only variants that it has."""
-    measured = parse((SHIPPED / "sm_90.json").read_text(encoding="utf-8"), "tables/sm_90.json")
-    rules = {key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps) for key, steps in measured.rules.items()}
-    provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
-    return Table("the derived table", provenance, rules)
-
-
-def _fitted(launch: Launch, device: DeviceInfo) -> Launch:
-    """Fit a launch to another device; ``block_t * lanes`` threads are ``num_warps`` warps, of 32 on the one measured."""
-    if launch.variant == "lanes":
-        return launch
-    sieves = device.capability is not None and device.capability >= SIEVES_FROM
-    wide = max(device.warp_sizes, default=WARP) // WARP
-    variant = "rows" if launch.variant == "sieve" and not sieves else launch.variant
-    return Launch(variant, launch.block_t * wide, launch.lanes, launch.num_warps)

@@ -11,10 +11,11 @@ import torch
 
 from moe_routing import RoutingOutput
 from moe_routing.testing.admissible import compare
+from moe_routing_backends.triton.choose import SIEVES_FROM, WARP, said_of, speaking
 from moe_routing_backends.triton.launch import TritonRouter
 from moe_routing_backends.triton.plan import Launch, can
 from moe_routing_backends.triton.store import keep
-from moe_routing_backends.triton.table import SIEVES_FROM, VARIANTS, WARP, Step, key_of, said_of, speaking
+from moe_routing_backends.triton.table import VARIANTS, Step, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,0 +1,66 @@
+"""Which launch table speaks for a problem on a device, and how its numbers came about.
+
+``tables/<arch>.json`` is shipped, measured where its provenance says. What ``moe-routing tune`` measured stands in the user's
+own table (``store.py``). An arch without a table gets one that is derived from that of sm_90.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_routing_backends.triton.plan import Launch
+from moe_routing_backends.triton.store import own_table
+from moe_routing_backends.triton.table import Step, Table, parse, usable
+
+if TYPE_CHECKING:
+    from moe_routing_registry import DeviceInfo, RoutingProblem
+
+SIEVES_FROM = (9, 0)
+"""Least compute capability on which the sieve variant was measured; nothing is derived for older devices."""
+SHIPPED = Path(__file__).parent / "tables"
+WARP = 32
+"""Threads a warp on the device that the shipped table was measured on."""
+
+
+def speaking(device: DeviceInfo, problem: RoutingProblem) -> Table:
+    """Return the table whose rule is nearest to the problem; the user's own where it is as near as the other."""
+    own, other = own_table(device), shipped(device)
+    tables = (other,) if own is None else (own, other)
+    near = [(found[0], index) for index, table in enumerate(tables) if (found := table.nearest(problem)) is not None]
+    return tables[min(near)[1]] if near else tables[-1]
+
+
+def said_of(device: DeviceInfo, problem: RoutingProblem) -> str:
+    """Say which table speaks, and how its numbers came about."""
+    table = speaking(device, problem)
+    return f"launch parameters from {table.source} ({table.provenance})"
+
+
+@cache
+def shipped(device: DeviceInfo) -> Table:
+    """Return the table that comes with this package for the device's arch or platform, or the one that is derived."""
+    for name in (device.arch, device.platform):
+        table = usable(SHIPPED / f"{name}.json")
+        if table is not None:
+            return table
+    return derived(device)
+
+
+def derived(device: DeviceInfo) -> Table:
+    """Derive a table from that of sm_90: rows enough for the device's warps, and only variants that it has."""
+    measured = parse((SHIPPED / "sm_90.json").read_text(encoding="utf-8"), "tables/sm_90.json")
+    rules = {key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps) for key, steps in measured.rules.items()}
+    provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
+    return Table("the derived table", provenance, rules)
+
+
+def _fitted(launch: Launch, device: DeviceInfo) -> Launch:
+    """Fit a launch to another device; ``block_t * lanes`` threads are ``num_warps`` warps, of 32 on the one measured."""
+    if launch.variant == "lanes":
+        return launch
+    sieves = device.capability is not None and device.capability >= SIEVES_FROM
+    wide = max(device.warp_sizes, default=WARP) // WARP
+    variant = "rows" if launch.variant == "sieve" and not sieves else launch.variant
+    return Launch(variant, launch.block_t * wide, launch.lanes, launch.num_warps)
