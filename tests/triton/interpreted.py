@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import warnings
+from random import Random
 
 os.environ["TRITON_INTERPRET"] = "1"
 # The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities that the kernels mean.
@@ -17,7 +18,8 @@ import torch  # noqa: E402 -- behind the variable
 from moe_routing import RoutingOutput  # noqa: E402 -- likewise
 from moe_routing.testing.admissible import compare  # noqa: E402 -- likewise
 from moe_routing_backends.triton.launch import build  # noqa: E402 -- likewise
-from moe_routing_backends.triton.plan import Launch  # noqa: E402 -- likewise
+from moe_routing_backends.triton.plan import Launch, can  # noqa: E402 -- likewise
+from moe_routing_backends.triton.table import VARIANTS  # noqa: E402 -- likewise
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
 
 CPU = DeviceInfo(type="cpu", platform="cpu")
@@ -69,7 +71,37 @@ def close(tokens, experts, generator):
     return x
 
 
-KINDS = {"hostile": hostile, "close": close}
+def tiny(tokens, experts, generator):
+    """Float32 below its normal numbers; zeros as float16."""
+    return torch.randn(tokens, experts, generator=generator) * 2.0**-140
+
+
+def normal(tokens, experts, generator):
+    """Draw what routers see, with a few that are not finite."""
+    x = torch.randn(tokens, experts, generator=generator) * 4
+    x[torch.rand(tokens, experts, generator=generator) < 0.02] = torch.inf
+    x[torch.rand(tokens, experts, generator=generator) < 0.02] = torch.nan
+    return x
+
+
+KINDS = {"hostile": hostile, "close": close, "tiny": tiny, "normal": normal}
+DRAWN = 24
+"""Random cases, the same in every run: they are for the next change of a kernel."""
+
+
+def draw(random, variant):
+    """Draw a case that the contract allows and the variant can serve."""
+    while True:
+        name, experts, k = random.choice(list(SPECS)), random.choice(range(8, 200, 8)), random.randint(1, 16)
+        launch = Launch(variant, 4, random.choice([1, 2, 4, 8]), 1)
+        dtype = random.choice([torch.float32, torch.bfloat16, torch.float16])
+        spec = SPECS[name]
+        try:
+            spec.check_size(experts, k)
+        except ValueError:
+            continue
+        if can(RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:]), launch):
+            return name, launch, experts, k, dtype, random.choice(list(KINDS))
 
 
 def run(  # noqa: PLR0913, PLR0917 -- what a case is
@@ -143,6 +175,14 @@ def main():
             _, other = run(name, Launch("lanes", 2, 1, 1), experts, k, dtype, kind)
             same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
             found[f"tiles {name} {dtype} {kind}"] = problems + ([] if same else ["bits differ from the lanes variant's"])
+    random = Random(0)  # noqa: S311 -- cases of a test
+    for variant in VARIANTS * (DRAWN // len(VARIANTS)):
+        name, launch, *rest = draw(random, variant)
+        problems, out = run(name, launch, *rest)
+        _, other = run(name, Launch("lanes", 1, 1, 1), *rest)
+        same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
+        case = " ".join(["drawn", name, *map(str, (launch, *rest))])
+        found[case] = problems + ([] if same else ["bits differ from the lanes variant's"])
     json.dump(found, sys.stdout)
 
 

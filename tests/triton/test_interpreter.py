@@ -73,3 +73,10 @@ def test_the_tiles_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit
     cases = {case: problems for case, problems in found.items() if case.startswith(f"tiles {name} ")}
     assert len(cases) == 2
     assert not {case: problems for case, problems in cases.items() if problems}
+
+
+def test_random_cases_of_every_variant_agree_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found):
+    cases = {case: problems for case, problems in found.items() if case.startswith("drawn ")}
+    variants = {variant for case in cases for variant in ("lanes", "rows", "sieve", "tiles") if f"'{variant}'" in case}
+    assert (len(cases), len(variants)) == (24, 4)
+    assert not {case: problems for case, problems in cases.items() if problems}
