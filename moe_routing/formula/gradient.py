@@ -27,15 +27,15 @@ def weights_backward(
     :param ids: ``[T, K]``, logical ids; -1 in rows of padding.
     """
     chosen = ids.long().clamp(min=0)
-    grad = grad_weights.to(torch.float32).masked_fill(ids < 0, 0.0) * spec.scale
+    grad = grad_weights.float().masked_fill(ids < 0, 0.0) * spec.scale
     if spec.zero_experts:
         grad = grad.masked_fill(ids >= logits.shape[1] - spec.zero_experts, 0.0)
-    l = torch.nan_to_num(logits.to(torch.float32), nan=-_MAX, posinf=_MAX, neginf=-_MAX)
+    l = torch.nan_to_num(logits.float(), nan=-_MAX, posinf=_MAX, neginf=-_MAX)
     if spec.selection == "sparsemixer":
         grad_x, u, slope = _sparsemixer(spec, grad, l, chosen, per_expert_scale)
     else:
         x, slope = _activated(spec, l)
-        grad_u = grad if per_expert_scale is None else grad * per_expert_scale.to(torch.float32)[chosen]
+        grad_u = grad if per_expert_scale is None else grad * per_expert_scale.float()[chosen]
         grad_x, u = _scored(spec, grad_u, x, chosen)
     grad_logits = (grad_x * slope).masked_fill(~logits.isfinite(), 0.0).to(logits.dtype)
     if per_expert_scale is None:

@@ -42,7 +42,7 @@ def route(  # noqa: PLR0913 -- BoundRouter's operands
         ids = select(spec, _selection_scores(spec, l, x, bias), topk, top)
         weights = selected_weights(spec, x, ids)
     if per_expert_scale is not None:
-        weights = weights * per_expert_scale.to(torch.float32).take(ids)
+        weights = weights * per_expert_scale.float().take(ids)
     if spec.zero_experts:
         weights = weights.masked_fill(ids >= logits.shape[1] - spec.zero_experts, 0.0)
     return weights, ids
@@ -52,7 +52,7 @@ def _selection_scores(spec: RoutingSpec, l: Tensor, x: Tensor, bias: Tensor | No
     if bias is None:
         return l
     t = score(spec, x) if spec.selection == "scores_plus_bias" else x
-    return finite(t + bias.to(torch.float32))
+    return finite(t + bias.float())
 
 
 def finish(  # noqa: PLR0913 -- what may follow the maths

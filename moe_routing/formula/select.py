@@ -31,7 +31,7 @@ Top = Callable[["Tensor", int], "Tensor"]
 
 def finite(x: Tensor) -> Tensor:
     """Widen to float32, count NaN as -inf, and clamp to float32's finite range."""
-    return torch.nan_to_num(x.to(torch.float32), nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX)
+    return torch.nan_to_num(x.float(), nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX)
 
 
 def select(spec: RoutingSpec, t: Tensor, topk: int, top: Top) -> Tensor:

@@ -63,7 +63,7 @@ def selected_weights(spec: RoutingSpec, x: Tensor, ids: Tensor) -> Tensor:
         weights = weights / total
     if spec.scale != 1.0:
         weights = weights * spec.scale
-    return weights.to(torch.float32)
+    return weights.float()
 
 
 def _sum_in_order(weights: Tensor) -> Tensor:
