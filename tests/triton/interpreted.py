@@ -137,6 +137,14 @@ def run(  # noqa: PLR0913, PLR0917 -- what a case is
     return compare(spec, logits, k, out, **operands).problems, out
 
 
+def beside_lanes(name, launch, *rest, one_row=False):
+    """Route once in this launch and once in the lanes variant; return what is wrong, other bits too."""
+    problems, out = run(name, launch, *rest)
+    _, other = run(name, Launch("lanes", 1 if one_row else 2, 1, 1), *rest)
+    same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
+    return problems + ([] if same else ["bits differ from the lanes variant's"])
+
+
 def main():
     """Run every spec in the lanes variant, and those that many tokens meet in the rows variant, bit for bit the same."""
     torch.set_num_threads(1)
@@ -155,34 +163,22 @@ def main():
             (torch.float16, "hostile", 2, 40, 6),
             (torch.float32, "hostile", 4, 64, 9),
         ):
-            problems, out = run(name, Launch("rows", 4, lanes, 1), experts, k, dtype, kind)
-            _, other = run(name, Launch("lanes", 2, 1, 1), experts, k, dtype, kind)
-            same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
-            found[f"rows {name} {dtype} {kind}"] = problems + ([] if same else ["bits differ from the lanes variant's"])
+            found[f"rows {name} {dtype} {kind}"] = beside_lanes(name, Launch("rows", 4, lanes, 1), experts, k, dtype, kind)
     for name in SIEVED:
         for dtype, kind, lanes, experts, k in (
             (torch.float32, "close", 2, 48, 4),
             (torch.bfloat16, "hostile", 1, 72, 6),
             (torch.float16, "hostile", 4, 64, 9),
         ):
-            problems, out = run(name, Launch("sieve", 4, lanes, 1), experts, k, dtype, kind)
-            _, other = run(name, Launch("lanes", 2, 1, 1), experts, k, dtype, kind)
-            same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
-            found[f"sieve {name} {dtype} {kind}"] = problems + ([] if same else ["bits differ from the lanes variant's"])
+            found[f"sieve {name} {dtype} {kind}"] = beside_lanes(name, Launch("sieve", 4, lanes, 1), experts, k, dtype, kind)
     for name, experts, k, lanes in TILED:
         for dtype, kind in ((torch.float32, "close"), (torch.bfloat16, "hostile")):
-            problems, out = run(name, Launch("tiles", 4, lanes, 1), experts, k, dtype, kind)
-            _, other = run(name, Launch("lanes", 2, 1, 1), experts, k, dtype, kind)
-            same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
-            found[f"tiles {name} {dtype} {kind}"] = problems + ([] if same else ["bits differ from the lanes variant's"])
+            found[f"tiles {name} {dtype} {kind}"] = beside_lanes(name, Launch("tiles", 4, lanes, 1), experts, k, dtype, kind)
     random = Random(0)  # noqa: S311 -- cases of a test
     for variant in VARIANTS * (DRAWN // len(VARIANTS)):
         name, launch, *rest = draw(random, variant)
-        problems, out = run(name, launch, *rest)
-        _, other = run(name, Launch("lanes", 1, 1, 1), *rest)
-        same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
         case = " ".join(["drawn", name, *map(str, (launch, *rest))])
-        found[case] = problems + ([] if same else ["bits differ from the lanes variant's"])
+        found[case] = beside_lanes(name, launch, *rest, one_row=True)
     json.dump(found, sys.stdout)
 
 
