@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from tables import RESULTS, ROOT, newest, peers
+from tables import RESULTS, ROOT, fastest_peer, newest, peers
 
 from moe_routing.bench import Case, Result, Row, Settings
 from moe_routing.bench._plot import DARK, LIGHT, STYLE, Facet, draw, style_axes
@@ -38,11 +38,7 @@ PUBLISHED_A100 = {
 def kernels() -> Result:
     """Put gpu.py's run and the peers' into one result; E = 128, K = 8."""
     run, held = newest("whole_calls_do_bench"), peers()
-    fastest = {
-        (row["dtype"], row["T"]): min(time for name, time in row["us"].items() if name != "full sort")
-        for row in held["rows"]
-        if (row["E"], row["K"]) == (128, 8)
-    }
+    fastest = {(row["dtype"], row["T"]): fastest_peer(row) for row in held["rows"] if (row["E"], row["K"]) == (128, 8)}
     rows = []
     for case in run["cases"]:
         if (case["spec"], case["E"], case["K"]) != ("gemma4", 128, 8) or case["wrong"]:

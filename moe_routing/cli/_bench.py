@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from moe_routing.cli._catalogue import look_up
-from moe_routing.cli._show import STATUS_STYLES, Unusable, UsageError, console, count, print_json, table
+from moe_routing.cli._show import STATUS_STYLES, Unusable, UsageError, console, count, print_json, table, words
 from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import BackendUnavailableError, UnknownNameError
 
@@ -159,8 +159,7 @@ def _settings(given: _Given, kept: Settings | None) -> Settings:
 
 
 def _words(given: list[str] | None) -> tuple[str, ...]:
-    words = (word for part in given or () for word in part.replace(",", " ").split() if word != "none")
-    return tuple(dict.fromkeys(words))
+    return tuple(word for word in words(given) if word != "none")
 
 
 def _tokens(word: str) -> int:

@@ -53,6 +53,15 @@ def table(title: str | None, *columns: str, rows: Iterable[tuple[str | Text, ...
     return built
 
 
+def words(given: list[str] | None) -> tuple[str, ...]:
+    """Take apart an option that holds a list and may be repeated: words between commas and spaces, each once.
+
+    >>> words(["a,b", "b c"])
+    ('a', 'b', 'c')
+    """
+    return tuple(dict.fromkeys(word for part in given or () for word in part.replace(",", " ").split()))
+
+
 def count(text: str) -> int:
     """Read an integer >= 1; typer's own words for it depend on its version and leave out what came."""
     if text.isdecimal() and int(text) >= 1:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moe_routing.cli._bench import main_device
 from moe_routing.cli._catalogue import loaded_registry, look_up
-from moe_routing.cli._show import STATUS_STYLES, Unusable, UsageError, console, count, print_json, table
+from moe_routing.cli._show import STATUS_STYLES, Unusable, UsageError, console, count, print_json, table, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from moe_routing_registry import ResolutionReport
 
 SCHEMA_VERSION = 1
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def tune(  # noqa: PLR0913 -- the options of the command
@@ -42,9 +41,9 @@ def tune(  # noqa: PLR0913 -- the options of the command
 ) -> None:
     """Measure which launch serves how many tokens best on this device, and keep it; exit code 1 if one computed wrong."""
     place = device or main_device()
-    names = _words(router) or ["gemma4"]
-    dtypes = [_dtype(word) for word in _words(dtype)] or ["bfloat16"]
-    sizes = [_tokens(word) for word in _words(tokens)]
+    names = words(router) or ("gemma4",)
+    dtypes = [_dtype(word) for word in words(dtype)] or ["bfloat16"]
+    sizes = [_tokens(word) for word in words(tokens)]
     asked = [(name, _chosen(name, place, experts, topk, kind)) for name in names for kind in dtypes]
     screen = console()
     found = _measured(asked, sizes, screen if screen.is_terminal and not as_json else Console(stderr=True))
@@ -56,14 +55,12 @@ def tune(  # noqa: PLR0913 -- the options of the command
     raise typer.Exit(1 if any(one["wrong"] for one in found) else 0)
 
 
-def _words(given: list[str] | None) -> list[str]:
-    return list(dict.fromkeys(word for part in given or () for word in part.replace(",", " ").split()))
-
-
 def _dtype(word: str) -> str:
-    if word in _DTYPES or word in _DTYPES.values():
-        return _DTYPES.get(word, word)
-    msg = f"--dtype: expected one of {', '.join(_DTYPES)}, got {word!r}"
+    from moe_routing.bench import DTYPES
+
+    if word in DTYPES or word in DTYPES.values():
+        return DTYPES.get(word, word)
+    msg = f"--dtype: expected one of {', '.join(DTYPES)}, got {word!r}"
     raise UsageError(msg)
 
 
