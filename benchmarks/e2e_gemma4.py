@@ -332,15 +332,17 @@ def run(out: Path, *, tiny: bool) -> None:
     with torch.no_grad():
         decoders[batches[0]].prefill()
         result["agreement"] = agreement(bench, decoders[batches[0]])
-        for stage, measure in (("graph decode", graph_decode), ("eager decode", eager_decode)):
-            for batch in batches if stage == "eager decode" or not tiny else ():
-                record(batch, EXPERTS.get(batch, "grouped_mm"))
-                keep(stage, batch, measure, EXPERTS.get(batch, "grouped_mm"))
-        for batch, decoder in decoders.items():
+        for batch in () if tiny else batches:
+            record(batch, EXPERTS.get(batch, "grouped_mm"))
+            keep("graph decode", batch, graph_decode, EXPERTS.get(batch, "grouped_mm"))
+        for batch, decoder in reversed(decoders.items()):
             bench.model.set_experts_implementation("grouped_mm")
             with bench.routed("recording"):
                 decoder.prefill()
             keep("prefill", batch, prefill, "grouped_mm")
+        for batch in batches:
+            record(batch, EXPERTS.get(batch, "grouped_mm"))
+            keep("eager decode", batch, eager_decode, EXPERTS.get(batch, "grouped_mm"))
     print(f"done in {result['seconds']} s", flush=True)
 
 

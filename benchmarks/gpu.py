@@ -1,8 +1,9 @@
 """Time routing on a CUDA device against the full-sort kernel, eager PyTorch and torch.compile; write one JSON.
 
-Run from the repository's root: ``python benchmarks/gpu.py OUT.json [--quick]``. Microseconds a call: the median of CUDA-graph
-replays that rotate over 4 to 16 input sets, as in a serving engine; and host time of a plain call. Every case is checked
-against the float64 oracle before it is timed.
+Run from the repository's root: ``python benchmarks/gpu.py OUT.json [--quick] [--kernels]``. Microseconds a call: the median
+of CUDA-graph replays that rotate over 4 to 16 input sets, as in a serving engine, alone and behind a linear layer; and host
+time of a plain call. Every case is checked against the float64 oracle before it is timed. ``--kernels`` leaves out whole calls
+against torch.compile, which take minutes.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ ALL = (1, 16, 64, 512, 4096, 16384, 65536, 250_000)
 FEW = (1, 64, 4096, 65536)
 SIZES = [("gemma4", 128, 8, ALL), ("gemma4", 256, 8, FEW), ("gemma4", 512, 10, FEW), ("gemma4", 160, 6, FEW)]
 OTHERS = [(name, 128, 8, FEW) for name in SPECS if name not in ("gemma4", "deepseek_v3")]
-OTHERS.append(("deepseek_v3", 256, 8, FEW))
+OTHERS += [("deepseek_v3", 256, 8, FEW), ("sigmoid_bias", 256, 8, FEW), ("sigmoid_bias", 384, 8, FEW)]
+HIDDEN = 2816
+"""Width of the linear layer in front of Gemma4's routing."""
 
 
 def graph_time(call: Callable[[int], object], sets: int, repeats: int = 20) -> float:
@@ -114,6 +117,25 @@ def case(  # noqa: PLR0913 -- what a case is
     return row
 
 
+def behind_linear(tokens: int) -> dict[str, Any]:
+    """Time the linear layer that gives Gemma4's logits, alone and with routing behind it, in turns; bfloat16."""
+    sets = 16 if tokens <= 64 else 4  # noqa: PLR2004 -- as many as fit a graph of a millisecond
+    weight = torch.randn(128, HIDDEN, device="cuda", dtype=torch.bfloat16) / HIDDEN**0.5
+    inputs = [torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
+    outs = [
+        RoutingOutput(torch.empty(tokens, 8, device="cuda"), torch.empty(tokens, 8, device="cuda").int()) for _ in range(sets)
+    ]
+    scale, route = torch.rand(128, device="cuda") + 0.5, Router(GEMMA4, backend="triton")
+    linear = torch.nn.functional.linear
+    ways: dict[str, Callable[[int], object]] = {
+        "linear": lambda i: linear(inputs[i], weight),
+        "full sort": lambda i: full_sort(linear(inputs[i], weight), 8, scale, outs[i]),
+        "ours": lambda i: route(linear(inputs[i], weight), 8, scale, out=outs[i]),
+    }
+    times = [{name: graph_time(call, sets) for name, call in ways.items()} for _ in range(3)]
+    return {"T": tokens, **{name: statistics.median(t[name] for t in times) for name in ways}}
+
+
 def against_torch(tokens: int) -> dict[str, Any]:
     """Time whole calls, allocation included, of the router and of PyTorch's ways, E = 128, K = 8, bfloat16."""
     logits, scale = torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16), torch.rand(128, device="cuda")
@@ -145,6 +167,7 @@ def main() -> None:
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "unit": "microseconds a call, median of CUDA-graph replays over rotating inputs",
         "cases": [],
+        "behind_linear": [],
         "whole_calls_do_bench": [],
     }
     sized = [(*size, True) for size in SIZES] + [(*other, False) for other in OTHERS]
@@ -155,6 +178,9 @@ def main() -> None:
                 results["cases"].append(row)
                 print(*row.values(), flush=True)
             target.write_text(json.dumps(results, indent=1) + "\n")
+    for tokens in (1, 16, 64, 512, 4096):
+        results["behind_linear"].append(behind_linear(tokens))
+        print(results["behind_linear"][-1], flush=True)
     logits, scale = torch.randn(1, 128, device="cuda", dtype=torch.bfloat16), torch.rand(128, device="cuda")
     route = Router(GEMMA4, backend="triton")
     out = route(logits, 8, scale)
@@ -164,7 +190,7 @@ def main() -> None:
         "two torch.empty": host_time(lambda: (torch.empty_like(out[0]), torch.empty_like(out[1]))),
     }
     print(results["host_us"], flush=True)
-    for tokens in () if quick else (1, 64, 512, 2048, 8192, 65536):
+    for tokens in () if quick or "--kernels" in sys.argv else (1, 64, 512, 2048, 8192, 65536):
         results["whole_calls_do_bench"].append(against_torch(tokens))
         print(results["whole_calls_do_bench"][-1], flush=True)
         target.write_text(json.dumps(results, indent=1) + "\n")

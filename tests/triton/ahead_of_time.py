@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_routing_backends.triton.choose import shipped
+from moe_routing_backends.triton.choose import shipped, starts_early
 from moe_routing_backends.triton.launch import KERNELS, RUNTIME_ARGUMENTS
 from moe_routing_backends.triton.plan import Launch, constants
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
@@ -38,12 +38,16 @@ DEEPSEEK = RoutingSpec(
 PROBLEMS = [(GEMMA4, 128, 8), (DEEPSEEK, 256, 8), (GEMMA4, 512, 10)]
 
 
+def device_of(target):
+    """Describe a device of the target as probing one would."""
+    platform, arch = {"cuda": ("cuda", f"sm_{target.arch}"), "hip": ("rocm", target.arch)}[target.backend]
+    return DeviceInfo(type="cuda", platform=platform, arch=arch, warp_sizes=(target.warp_size,))
+
+
 def launches(problem, name):
     """Return every launch that ships for the problem on a target, and the one variant that only ``tune`` tries."""
     target = TARGETS[name]
-    platform = {"cuda": "cuda", "hip": "rocm"}[target.backend]
-    device = DeviceInfo(type="cuda", platform=platform, arch=name, warp_sizes=(target.warp_size,))
-    found = [step.launch for step in shipped(device).steps(problem)]
+    found = [step.launch for step in shipped(device_of(target)).steps(problem)]
     tiles = Launch("tiles", 4 * target.warp_size // 32, 8, 1)
     return list(dict.fromkeys([*found, *([tiles] if problem.spec.num_groups > 1 else [])]))
 
@@ -58,11 +62,13 @@ def compiled(problem, launch, target):
     """Compile one kernel to its last stage."""
     spec, experts, dtype = problem.spec, problem.num_experts, problem.dtype
     kernel = KERNELS[launch.variant]
+    early = starts_early(device_of(target))
     known = {
         **constants(problem, launch),
         "ROW_STRIDE": experts,
         "EXPERT_STRIDE": 1,
         "VALID_ON_DEVICE": False,
+        "EARLY": early,
         **dict.fromkeys(("token_ids", "expert_table", "num_valid_tokens", "expert_map")),
         **({} if spec.per_expert_scale else {"per_expert_scale": None}),
         **({} if spec.needs_bias else {"bias": None}),
@@ -75,7 +81,7 @@ def compiled(problem, launch, target):
     assert list(signature).index("E") == RUNTIME_ARGUMENTS
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("logits", "weights", "ids")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False, **({"launch_pdl": True} if early else {})}
     return triton.compile(source, target=target, options=options)
 
 

@@ -71,6 +71,14 @@ def close(tokens, experts, generator):
     return x
 
 
+def twins(tokens, experts, generator):
+    """What routers see, but every expert of the second half has a twin in the first that differs in the lowest bits only."""
+    x = torch.randn(tokens, experts, generator=generator)
+    half = experts // 2
+    x[:, -half:] = x[:, :half] * (1 + torch.randint(-2, 3, (tokens, half), generator=generator) * 2.0**-22)
+    return x
+
+
 def tiny(tokens, experts, generator):
     """Float32 below its normal numbers; zeros as float16."""
     return torch.randn(tokens, experts, generator=generator) * 2.0**-140
@@ -84,7 +92,7 @@ def normal(tokens, experts, generator):
     return x
 
 
-KINDS = {"hostile": hostile, "close": close, "tiny": tiny, "normal": normal}
+KINDS = {"hostile": hostile, "close": close, "twins": twins, "tiny": tiny, "normal": normal}
 DRAWN = 24
 """Random cases, the same in every run: they are for the next change of a kernel."""
 
@@ -167,6 +175,8 @@ def main():
     for name in SIEVED:
         for dtype, kind, lanes, experts, k in (
             (torch.float32, "close", 2, 48, 4),
+            (torch.float32, "twins", 2, 48, 5),
+            (torch.float32, "twins", 4, 96, 9),
             (torch.bfloat16, "hostile", 1, 72, 6),
             (torch.float16, "hostile", 4, 64, 9),
         ):

@@ -78,7 +78,7 @@ def source_of(problem, launch):
     types = dict.fromkeys(("T", "valid"), "i32") | dict.fromkeys(("row_stride", "expert_stride"), "i64")
     if launch.variant in KERNELS:
         kernel, known = KERNELS[launch.variant], constants(problem, launch)
-        known |= {"VALID_ON_DEVICE": False}
+        known |= {"VALID_ON_DEVICE": False, "EARLY": False}
         known |= dict.fromkeys(("token_ids", "expert_table", "num_valid_tokens", "expert_map"))
         types |= {"logits": values, "weights": "*fp32", "ids": "*i32", "per_expert_scale": "*fp32", "bias": "*fp32"}
         aligned = ("logits", "weights", "ids")

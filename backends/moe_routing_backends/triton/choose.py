@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SIEVES_FROM = (9, 0)
 """Least compute capability on which the sieve variant was measured; nothing is derived for older devices."""
+STARTS_EARLY_FROM = (9, 0)
+"""Least compute capability that can start a kernel while the one in front still runs."""
 SHIPPED = Path(__file__).parent / "tables"
 WARP = 32
 """Threads a warp on the device that the shipped table was measured on."""
@@ -54,6 +56,11 @@ def derived(device: DeviceInfo) -> Table:
     rules = {key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps) for key, steps in measured.rules.items()}
     provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
     return Table("the derived table", provenance, rules)
+
+
+def starts_early(device: DeviceInfo) -> bool:
+    """Tell whether the device can start a kernel while the one in front still runs (``early.py``)."""
+    return device.platform == "cuda" and device.capability is not None and device.capability >= STARTS_EARLY_FROM
 
 
 def _fitted(launch: Launch, device: DeviceInfo) -> Launch:

@@ -79,9 +79,12 @@ class Compiled:
         constants: tuple[Any, ...],
         num_warps: int,
         warp_size: int = 0,
+        *,
+        early: bool = False,
     ) -> None:
         """Launch through Triton's front door, compiling where needed, and keep the compiled kernel.
 
+        :param early: launch while the kernel in front still runs (``early.py``).
         :raises RuntimeError: the kernel is not compiled, and a CUDA graph is being captured.
         """
         if key not in self.launchers and capturing():
@@ -102,7 +105,8 @@ class Compiled:
                 kernel[blocks,](*arguments, *constants, enable_fp_fusion=False, **options)
             return
         with torch.cuda.device(self._device):
-            compiled = kernel[blocks,](*arguments, *constants, num_warps=num_warps, enable_fp_fusion=False)
+            options = {"num_warps": num_warps, "enable_fp_fusion": False, **({"launch_pdl": True} if early else {})}
+            compiled = kernel[blocks,](*arguments, *constants, **options)
             self.launchers[key], self.indirect = launcher_of(compiled, constants)
         if self.indirect and torch.version.hip is None:  # on ROCm there is no other way
             _say_once(self.indirect)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_routing_backends.triton.early import let_the_next_start, wait_for_kernels_in_front
 from moe_routing_backends.triton.finish import store_outputs
 from moe_routing_backends.triton.keys import (
     FLOAT32_MAX,
@@ -231,10 +232,12 @@ def lanes_kernel(
     SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
     SCALE: tl.constexpr, NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr,
     PER_GROUP: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr,
-    JITTER: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    JITTER: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, EARLY: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows."""
+    let_the_next_start(EARLY)
+    wait_for_kernels_in_front(EARLY)
     route_by_rounds(
         tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), logits, weights, ids, per_expert_scale, bias, token_ids,
         expert_table, num_valid_tokens, expert_map, T, valid, row_stride, expert_stride, E, K, SHARED, ROW_STRIDE,

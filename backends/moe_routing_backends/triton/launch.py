@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing import RoutingOutput
-from moe_routing_backends.triton.choose import speaking
+from moe_routing_backends.triton.choose import speaking, starts_early
 from moe_routing_backends.triton.direct import ALIGNMENT, Compiled, current_device, current_stream, empty
 from moe_routing_backends.triton.gradient import Gradient
 from moe_routing_backends.triton.lanes import lanes_kernel
@@ -58,6 +58,7 @@ class TritonRouter:
         steps = speaking(device, problem).steps(problem) if steps is None else steps
         self._limits = [s.tokens for s in steps[:-1]]
         self._launches = [s.launch for s in steps]
+        self._early = starts_early(device)
         self._compiled = Compiled(problem, self._device)
         self._ready = self._compiled.launchers
         self._gradient = Gradient(problem, self._index, self._compiled)
@@ -194,12 +195,15 @@ class TritonRouter:
             "ROW_STRIDE": self._experts if row_stride == self._experts and expert_stride == 1 else 0,
             "EXPERT_STRIDE": 1 if expert_stride == 1 else 0,
             "VALID_ON_DEVICE": operands[4] is not None,
+            "EARLY": self._early,
         }
         kernel = KERNELS[launch.variant]
         fixed = tuple(named[name] for name in kernel.arg_names[RUNTIME_ARGUMENTS:])
         arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride)
         blocks = (T + launch.block_t - 1) // launch.block_t
-        self._compiled.launch_and_keep(key, kernel, blocks, arguments, fixed, launch.num_warps, launch.warp_size)
+        self._compiled.launch_and_keep(
+            key, kernel, blocks, arguments, fixed, launch.num_warps, launch.warp_size, early=self._early
+        )
 
     def backward(
         self, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None

@@ -93,11 +93,12 @@ def tiles_can(problem: RoutingProblem, launch: Launch) -> bool:
     """Tell whether the tiles variant serves the problem, given aligned logits."""
     spec = problem.spec
     groups, per_group = spec.num_groups, problem.num_experts // spec.num_groups
+    longest = WIDEST_LIST if groups == 1 else CHUNK  # with groups, Triton 3.6 may compile lists of 16 for minutes
     tile = groups * next_power_of_two(per_group)
     return (
         spec.selection in ("logits", "scores_plus_bias", "logits_plus_bias")
         and problem.layout == "rows"
-        and problem.topk + spec.shared_experts <= WIDEST_LIST
+        and problem.topk + spec.shared_experts <= longest
         and not spec.topk_per_group
         and groups == next_power_of_two(groups)
         and per_group >= BEST_OF_GROUP

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_routing_backends.triton.early import let_the_next_start, wait_for_kernels_in_front
 from moe_routing_backends.triton.finish import store_outputs
 from moe_routing_backends.triton.keys import (
     FLOAT32_MAX,
@@ -80,6 +81,15 @@ def load_chunk(first, chunk, known):
 def either(a, b):
     """Combine bits."""
     return a | b
+
+
+@triton.jit
+def count_of(chosen):
+    """Count the columns ``chosen [ROWS, N]`` of each row.
+
+    In float32, because of Triton 3.6's LLVM: it looks through sums of integers in loops, and here compiles for minutes.
+    """
+    return tl.sum(tl.where(chosen, 1.0, 0.0), axis=1).to(tl.int32)
 
 
 @triton.jit
@@ -169,9 +179,12 @@ def rows_kernel(
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
     SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
     SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr,
-    VALID_ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, EARLY: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``LANES`` threads each; E is a multiple of 8, ``K + SHARED <= WIDTH``, 8 or 16."""
+    let_the_next_start(EARLY)
+    wait_for_kernels_in_front(EARLY)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     readable = tl.minimum(row, T - 1).to(tl.int64)  # rows behind the last read the last: no mask on any load
     if ROW_STRIDE:
@@ -260,7 +273,7 @@ def rows_kernel(
         # their bucket in the list must be found again; the list stands above the bucket, in exact order.
         kth = (best[K - 1] if K <= 8 else after[K - 9]) | MASK
         lost_bits = tl.reduce(dust, 1, either) & MASK
-        members = tl.sum(((found | MASK) == kth[:, None]).to(tl.int32) * is_selected.to(tl.int32), axis=1)
+        members = count_of(((found | MASK) == kth[:, None]) & is_selected)
         unsure = tl.where((kth == (lost1 | MASK)) & (lost_bits != 0), members, 0)
         if tl.max(unsure, axis=0) != 0:
             exact = best_of_bucket(

@@ -11,7 +11,8 @@ bfloat16; other dtypes are rounded to that, which keeps their order or makes tie
    rounding, and ties, NaN and infinities follow the keys. They come 4 a lane at a time, until no mask of the block has more.
 
 About half of the instructions of ``rows.py``: a comparator of pairs serves two experts, and groups spare most of them. Keys
-have 32 bits, as there; a block where two that matter could be confused walks over its masks once more for each of the K.
+have 32 bits, as there; a block where two that matter could be confused reads its lists again and sorts exact keys, and where
+the K-th could be confused with the best left out, it walks over its masks for all that share the high bits of that key.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_routing_backends.triton.early import wait_for_kernels_in_front
 from moe_routing_backends.triton.finish import store_outputs
 from moe_routing_backends.triton.keys import FLOAT32_MAX, clean, narrow_key, rough_key, value_of_key, value_of_narrow
 from moe_routing_backends.triton.networks import (
@@ -26,12 +28,13 @@ from moe_routing_backends.triton.networks import (
     best_across8,
     best_across16,
     insert,
+    merge16,
     over_lanes,
     sort4,
     sort8,
 )
 from moe_routing_backends.triton.pairs import LEAST_PAIR, index_of_bit, not_below, pair_max, pair_min, rounded, swapped
-from moe_routing_backends.triton.rows import exact_key, highest_of_row, split8, sum_of_steps
+from moe_routing_backends.triton.rows import count_of, exact_key, highest_of_row, split8, sum_of_steps
 from moe_routing_backends.triton.scores import activate, selected_weights
 
 
@@ -133,27 +136,45 @@ def batch(masks, bases, first, LANES: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def exact_best(masks, bases, first, LANES: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the K highest exact keys of the experts in the masks, ``[ROWS, WIDTH]``, by a walk over the masks for each.
+def in_exact_order(found, first, MASK: tl.constexpr, K: tl.constexpr):
+    """Return the exact keys of the K highest of a list of rough keys, ``found [ROWS, WIDTH]``, highest first."""
+    column = tl.arange(0, found.shape[1])[None, :]
+    place = tl.where(found != 0, MASK - (found & MASK).to(tl.int32), 0)
+    left = tl.where(found != 0, exact_key(clean(tl.load(first[:, None] + place)), place), 0)
+    ordered = tl.zeros(found.shape, tl.uint64)
+    rounds = tl.minimum(tl.max(count_of(found != 0), axis=0), K)  # K, but not to the compiler: it would unroll the loop
+    for k in range(rounds):
+        best = tl.max(left, axis=1)[:, None]
+        ordered = tl.where(column == k, best, ordered)
+        left = tl.where(left == best, 0, left)
+    return ordered
 
-    Slow and short: few blocks need it.
+
+@triton.jit
+def best_of_bucket(exact, bucket, first_column, count, masks, bases, first, LANES: tl.constexpr, MASK: tl.constexpr):
+    """Fill ``count`` columns of ``exact`` from ``first_column`` on with the best exact keys of a bucket, a walk a key.
+
+    A bucket is the experts in the masks whose rough keys share the high bits, ``bucket [ROWS]``. Slow, and rarely needed.
     """
-    ROWS: tl.constexpr = masks[0].shape[0]
-    column = tl.arange(0, WIDTH)[None, :]
-    found = tl.zeros([ROWS, WIDTH], tl.uint64)
-    last = tl.zeros([ROWS], tl.uint64) - 1
-    for k in range(K):
+    column = tl.arange(0, exact.shape[1])[None, :]
+    last = tl.zeros(bucket.shape, tl.uint64) - 1
+    rounds = tl.max(count, axis=0)
+    k = 0
+    while k < rounds:
         best = tl.zeros(masks[0].shape, tl.uint64)
         left = masks
         more = any_left(left)
         while more != 0:
             some, place, raw, left = candidate(left, bases, first, LANES)
-            key = exact_key(clean(raw), place)
-            best = tl.maximum(best, tl.where(some & (key < last[:, None]), key, 0))
+            t = clean(raw)
+            key = exact_key(t, place)
+            inside = some & ((rough_key(t, place, MASK) | MASK) == bucket[:, None]) & (key < last[:, None])
+            best = tl.maximum(best, tl.where(inside, key, 0))
             more = any_left(left)
         last = tl.max(best, axis=1)
-        found = tl.where(column == k, last[:, None], found)
-    return found
+        exact = tl.where((column == (first_column + k)[:, None]) & (k < count)[:, None], last[:, None], exact)
+        k += 1
+    return exact
 
 
 @triton.jit
@@ -194,9 +215,11 @@ def sieve_kernel(
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
     SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
     SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr,
-    VALID_ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, EARLY: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``LANES`` threads each, which divide E / 8; ``GROUP`` divides the pairs of a thread."""
+    wait_for_kernels_in_front(EARLY)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     readable = tl.minimum(row, T - 1).to(tl.int64)
     if ROW_STRIDE:
@@ -258,7 +281,12 @@ def sieve_kernel(
             closest = tl.minimum(closest, every[i] ^ every[i + 1])
         unsure = (closest <= MASK) & (dust != 0)
         if tl.max(unsure.to(tl.int32), axis=0) != 0:
-            exact = exact_best(masks, bases, first, LANES, K, WIDTH)
+            exact = in_exact_order(found, first, MASK, K)
+            # The list lacks experts that belong into it only where the K-th and the best left out are hard to tell apart.
+            kth = every[K - 1] | MASK
+            members = count_of(((found | MASK) == kth[:, None]) & is_selected)
+            missing = tl.where(unsure & (kth == (lost | MASK)), members, 0)
+            exact = best_of_bucket(exact, kth, K - members, missing, masks, bases, first, LANES, MASK)
             picked = tl.where(is_selected, 0xFFFF - (exact & 0xFFFF).to(tl.int32), 0)
             x = value_of_key((exact >> 32).to(tl.uint32))
     x = activate(x, MULTIPLIER, CAP)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_routing_backends.triton.early import wait_for_kernels_in_front
 from moe_routing_backends.triton.finish import store_outputs
 from moe_routing_backends.triton.keys import (
     FLOAT32_MAX,
@@ -188,10 +189,11 @@ def tiles_kernel(
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
     SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
     SCALE: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr, MULTIPLIER: tl.constexpr,
-    CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    LANES: tl.constexpr, BLOCK_T: tl.constexpr,
+    CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, EARLY: tl.constexpr, SIZE: tl.constexpr,
+    WIDTH: tl.constexpr, LANES: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows; ``GROUPS`` is a power of two, ``SIZE`` the experts of a group as one."""
+    wait_for_kernels_in_front(EARLY)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     readable = tl.minimum(row, T - 1).to(tl.int64)  # rows behind the last read the last: no mask for them
     if ROW_STRIDE:

@@ -1,0 +1,25 @@
+"""Starting while the kernel in front still runs: NVIDIA's programmatic dependent launch, from compute capability 9.0 on.
+
+A kernel that is launched so may have its programs placed, and wait, before the one in front has ended; and one that says so
+lets the next of its kind be placed before it has ended itself. Neither changes what a kernel reads or writes: everything that
+touches memory comes behind the wait, which ends when all kernels in front have ended.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_kernels_in_front(EARLY: tl.constexpr):
+    """Wait until the kernels in front have ended, and what they wrote can be read."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_the_next_start(EARLY: tl.constexpr):
+    """Let the kernel behind be placed as soon as all programs of this one are: worth it where those are few and short."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
