@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from moe_routing_backends.triton.choose import shipped, starts_early
 from moe_routing_backends.triton.launch import KERNELS, RUNTIME_ARGUMENTS
-from moe_routing_backends.triton.plan import Launch, constants
+from moe_routing_backends.triton.plan import constants
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -45,11 +45,8 @@ def device_of(target):
 
 
 def launches(problem, name):
-    """Return every launch that ships for the problem on a target, and the one variant that only ``tune`` tries."""
-    target = TARGETS[name]
-    found = [step.launch for step in shipped(device_of(target)).steps(problem)]
-    tiles = Launch("tiles", 4 * target.warp_size // 32, 8, 1)
-    return list(dict.fromkeys([*found, *([tiles] if problem.spec.num_groups > 1 else [])]))
+    """Return every launch that ships for the problem on a target."""
+    return list(dict.fromkeys(step.launch for step in shipped(device_of(TARGETS[name])).steps(problem)))
 
 
 def shown(launch, target):
@@ -108,7 +105,15 @@ def read_back(binary, target):
         "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + sum(" STL" in line or " LDL" in line for line in lines),
         "shared": binary.metadata.shared,
         "instructions": sum("NOP" not in line for line in lines),
+        "waits": waits(lines),
     }
+
+
+def waits(lines):
+    """Say when machine code waits for the kernels in front: before it touches memory, behind that, or never."""
+    touches = [number for number, line in enumerate(lines) if re.search(r"\b(LDG|STG|RED|ATOM)", line)]
+    found = [number for number, line in enumerate(lines) if "ACQBULK" in line]
+    return "never" if not found else "first" if found[0] < touches[0] else "late"
 
 
 def found_for(names):

@@ -39,6 +39,13 @@ def test_every_variant_compiles_without_spills_and_within_the_parts_shared_memor
     assert not [case for case in found if case["shared"] > SHARED_MEMORY[target]]
 
 
+@pytest.mark.parametrize(
+    ("target", "when"), [("sm_80", "never"), ("sm_90", "first"), ("sm_100", "first"), ("sm_120", "first")]
+)
+def test_a_kernel_that_may_start_early_waits_before_it_touches_memory(compiled, target, when):
+    assert {case["waits"] for case in compiled[target]["cases"]} == {when}
+
+
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_no_kernel_needs_more_registers_or_instructions_than_the_table_says(compiled, target):
     table, now = json.loads(SCRIPT.with_suffix(".json").read_text()), compiled[target]

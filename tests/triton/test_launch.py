@@ -27,7 +27,7 @@ def router(spec=SIGMOID, **fields):
 def keys(monkeypatch):
     """Note what each kernel would be compiled for, instead of compiling it."""
     seen = []
-    monkeypatch.setattr(direct.Compiled, "launch_and_keep", lambda _self, key, *_rest: seen.append(key))
+    monkeypatch.setattr(direct.Compiled, "launch_and_keep", lambda _self, key, *_rest, **_options: seen.append(key))
     return seen
 
 
@@ -93,7 +93,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(launch, "current_stream", lambda index: 77 + index)
     monkeypatch.setattr(launch, "empty", lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype))
 
-    def keep(compiled, key, *_rest):
+    def keep(compiled, key, *_rest, **_options):
         compiled.launchers[key] = lambda *launch_of: seen.append((key, *launch_of))
 
     monkeypatch.setattr(direct.Compiled, "launch_and_keep", keep)

@@ -51,11 +51,11 @@ def test_few_tokens_get_the_lanes_variant_and_many_the_sieve():
         {"layout": "strided"},
         {"topk": 22, "num_experts": 512},
         {"spec": RoutingSpec(family="f", selection="sparsemixer"), "topk": 2},
-        {"spec": RoutingSpec(family="f", num_groups=8, topk_groups=4)},
+        {"spec": RoutingSpec(family="f", num_groups=8, topk_groups=4, topk_per_group=True)},
     ],
 )
 @pytest.mark.usefixtures("home")
-def test_what_the_rows_variant_cannot_do_goes_to_the_lanes_variant(changes):
+def test_what_no_other_variant_can_do_goes_to_the_lanes_variant(changes):
     assert {s.launch.variant for s in steps_on(H200, problem(**changes))} == {"lanes"}
 
 
@@ -71,6 +71,26 @@ def test_an_unknown_arch_gets_the_rule_of_thumb_and_says_so():
 def test_only_devices_with_packed_minima_get_the_sieve_variant(arch, sieves):
     device = DeviceInfo(type="cuda", platform="cuda", arch=arch, warp_sizes=(32,))
     assert ("sieve" in {s.launch.variant for s in steps_on(device, problem())}) == sieves
+
+
+@pytest.mark.usefixtures("home")
+def test_groups_of_many_tokens_go_to_the_tiles_variant_as_long_as_the_lists_are_short():
+    grouped = RoutingSpec(family="f", num_groups=8, topk_groups=4)
+    assert [steps_on(H200, problem(spec=grouped, topk=k))[-1].launch.variant for k in (8, 9)] == ["tiles", "lanes"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "arch", "early"),
+    [
+        ("cuda", "sm_80", False),
+        ("cuda", "sm_89", False),
+        ("cuda", "sm_90", True),
+        ("cuda", "sm_120", True),
+        ("rocm", "gfx942", False),
+    ],
+)
+def test_kernels_start_early_on_nvidias_devices_from_compute_capability_9_on(platform, arch, early):
+    assert choose.starts_early(DeviceInfo(type="cuda", platform=platform, arch=arch)) is early
 
 
 @pytest.mark.usefixtures("home")
