@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from tables import RESULTS, ROOT, fastest_peer, newest, peers
+from tables import RESULTS, ROOT, fastest_peer, newest, ours, peers
 
 from moe_routing.bench import Case, Result, Row, Settings
 from moe_routing.bench._plot import DARK, LIGHT, STYLE, Facet, draw, style_axes
@@ -40,14 +40,14 @@ def kernels() -> Result:
     run, held = newest("whole_calls_do_bench"), peers()
     fastest = {(row["dtype"], row["T"]): fastest_peer(row) for row in held["rows"] if (row["E"], row["K"]) == (128, 8)}
     rows = []
-    for case in run["cases"]:
-        if (case["spec"], case["E"], case["K"]) != ("gemma4", 128, 8) or case["wrong"]:
+    for case in ours().values():
+        if (case["spec"], case["E"], case["K"]) != ("gemma4", 128, 8):
             continue
         of = Case("gemma4", case["dtype"], 128, 8, case["T"])
         moved = case["T"] * (128 * (2 if case["dtype"] == "bfloat16" else 4) + 8 * 8)
         ways = (("triton", True, case["us"]), ("full sort", False, case["full_sort_us"]))
         ways += (("fastest peer", False, fastest[case["dtype"], case["T"]]),)
-        rows += [Row(case=of, mode="graph", way=way, ours=ours, rounds=(us,), bytes=moved) for way, ours, us in ways]
+        rows += [Row(case=of, mode="graph", way=way, ours=mine, rounds=(us,), bytes=moved) for way, mine, us in ways]
     return Result(
         settings=Settings(device="cuda:0", modes=("graph",)),
         device={"name": run["device"]},

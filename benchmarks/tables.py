@@ -45,10 +45,21 @@ def fastest_peer(row: dict[str, Any]) -> float:
     return min(time for name, time in row["us"].items() if name != "full sort")
 
 
-def ours() -> dict[tuple[str, str, int, int, int], dict[str, Any]]:
-    """Return the cases of the newest run of ``gpu.py`` that were right."""
-    cases = newest("whole_calls_do_bench")["cases"]
-    return {(c["spec"], c["dtype"], c["E"], c["K"], c["T"]): c for c in cases if not c["wrong"]}
+def ours(*, and_since: bool = True) -> dict[tuple[str, str, int, int, int], dict[str, Any]]:
+    """Return the cases of the newest run of ``gpu.py`` that were right, and what was measured since, variant by variant."""
+    whole, since = newest("whole_calls_do_bench"), newest("start_early")
+    cases = whole["cases"] + (since["cases"] if and_since and since["date"] > whole["date"] else [])
+    found: dict[tuple[str, str, int, int, int], dict[str, Any]] = {}
+    for case in cases:
+        if not case["wrong"]:
+            key = (case["spec"], case["dtype"], case["E"], case["K"], case["T"])
+            found[key] = {**found.get(key, {}), **case}
+    return found
+
+
+def shown(case: dict[str, Any]) -> str:
+    """Return the time of a case, marked where it is not of the whole run."""
+    return f"{case['us']:.2f}" + ("\u2020" if "measured_in" in case else "")
 
 
 def in_readme() -> Iterable[str]:
@@ -59,7 +70,7 @@ def in_readme() -> Iterable[str]:
     for peer in peers()["rows"]:
         if (peer["E"], peer["K"]) == (128, 8) and peer["T"] in IN_README:
             case = timed["gemma4", peer["dtype"], 128, 8, peer["T"]]
-            times = [f"**{case['us']:.2f}**", f"{case['full_sort_us']:.2f}", *(f"{peer['us'][name]:.2f}" for name in PEERS)]
+            times = [f"**{shown(case)}**", f"{case['full_sort_us']:.2f}", *(f"{peer['us'][name]:.2f}" for name in PEERS)]
             yield f"| {peer['dtype']} | {peer['T']:,} | " + " | ".join(times) + " |"
 
 
@@ -79,22 +90,24 @@ def against_peers() -> Iterable[str]:
         ahead += case["us"] < best
         cells = [f"{moved / held['copy_bytes_per_second'] * 1e6:.2f}", f"{case['full_sort_us']:.2f}", f"{best:.2f}"]
         verdict = "yes" if is_met else f"no, {case['us'] / target:.2f} times"
-        cells += [f"**{case['us']:.2f}**", f"{target:.2f}", verdict]
+        cells += [f"**{shown(case)}**", f"{target:.2f}", verdict]
         yield f"| {dtype} | {experts} / {k} | {tokens:,} | " + " | ".join(cells) + " |"
     yield ""
     yield f"Ahead of every peer in {ahead} of {len(held['rows'])} rows; {met} targets are met."
 
 
 def of_families() -> Iterable[str]:
-    """Yield each family's time, and its ratio to gemma4's of the same sizes."""
-    timed = ours()
+    """Yield each family's time, and its ratio to gemma4's of the same sizes and, where there is one, the same run."""
+    timed, in_the_whole_run = ours(), ours(and_since=False)
     yield "| family | logits | " + " | ".join(f"T = {T:,}" if T == 1 else f"{T:,}" for T in OF_FAMILIES) + " |"
     yield "|---|---|" + "---|" * len(OF_FAMILIES)
     for dtype in ("bfloat16", "float32"):
         for spec, experts, k in dict.fromkeys((key[0], key[2], key[3]) for key in timed if key[0] != "gemma4"):
             sizes = [(dtype, experts, k, T) for T in OF_FAMILIES]
-            times = [(timed[(spec, *size)]["us"], timed[("gemma4", *size)]["us"]) for size in sizes]
-            yield f"| `{spec}` | {dtype} | " + " | ".join(f"{us:.2f} ({us / least:.2f})" for us, least in times) + " |"
+            cases = [timed[(spec, *size)] for size in sizes]
+            beside = [timed if "measured_in" in case else in_the_whole_run for case in cases]
+            times = [(c, of[("gemma4", *size)]["us"]) for c, of, size in zip(cases, beside, sizes, strict=True)]
+            yield f"| `{spec}` | {dtype} | " + " | ".join(f"{shown(c)} ({c['us'] / least:.2f})" for c, least in times) + " |"
 
 
 def compiled_ahead() -> Iterable[str]:
