@@ -1,28 +1,34 @@
 """Run the Triton kernels in Triton's interpreter, on the CPU, against the oracle; print what was found as JSON.
 
-A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
+A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported. ``--cuda 2/10`` runs every
+tenth case, from the second on, on the GPU at hand instead; ten such processes at a time, for Triton compiles them all.
 """
 
 import json
 import os
 import sys
 import warnings
+from functools import partial
+from itertools import islice
 from random import Random
 
-os.environ["TRITON_INTERPRET"] = "1"
+ON_GPU = "--cuda" in sys.argv
+os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
 # The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities that the kernels mean.
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
 import torch  # noqa: E402 -- behind the variable
 
 from moe_routing import RoutingOutput  # noqa: E402 -- likewise
+from moe_routing.probing import probe  # noqa: E402 -- likewise
 from moe_routing.testing.admissible import compare  # noqa: E402 -- likewise
 from moe_routing_backends.triton.launch import build  # noqa: E402 -- likewise
 from moe_routing_backends.triton.plan import Launch, can  # noqa: E402 -- likewise
 from moe_routing_backends.triton.table import VARIANTS  # noqa: E402 -- likewise
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
 
-CPU = DeviceInfo(type="cpu", platform="cpu")
+DEVICE = probe("cuda:0") if ON_GPU else DeviceInfo(type="cpu", platform="cpu")
+torch.set_default_device(DEVICE.type)
 SPECS = {
     "gemma4": RoutingSpec(family="f", renormalize=True, per_expert_scale=True),
     "softmax": RoutingSpec(family="f"),
@@ -117,7 +123,7 @@ def run(  # noqa: PLR0913, PLR0917 -- what a case is
 ):
     """Route once; return what is wrong, and the outputs."""
     spec = SPECS[name]
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE.type).manual_seed(7)
     tokens, slots = 6, experts + spec.shared_experts
     storage = torch.empty(tokens, experts + 8, dtype=dtype)
     logits = storage[:, :experts]
@@ -135,7 +141,7 @@ def run(  # noqa: PLR0913, PLR0917 -- what a case is
         operands["num_valid_tokens"] = torch.tensor([4])
     ids_dtype = "int64" if extras else "int32"
     problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:], ids_dtype=ids_dtype)
-    router = build(problem, CPU)
+    router = build(problem, DEVICE)
     router._limits, router._launches = [], [launch]
     columns = k + spec.shared_experts
     out = RoutingOutput(
@@ -153,25 +159,24 @@ def beside_lanes(name, launch, *rest, one_row=False):
     return problems + ([] if same else ["bits differ from the lanes variant's"])
 
 
-def main():
-    """Run every spec in the lanes variant, and those that many tokens meet in the rows variant, bit for bit the same."""
-    torch.set_num_threads(1)
-    found = {}
+def cases():
+    """Yield titles and what to call: all specs in the lanes variant, those that many tokens meet in the others, drawn ones."""
     for name in SPECS:
         for dtype, kind, launch in (
             (torch.float32, "hostile", Launch("lanes", 1, 1, 1)),
             (torch.bfloat16, "hostile", Launch("lanes", 4, 1, 1)),
             (torch.float32, "close", Launch("lanes", 4, 1, 1)),
         ):
-            problems, _ = run(name, launch, 24, 4, dtype, kind, extras=launch.block_t == 4)
-            found[f"lanes {name} {dtype} {kind}"] = problems
+            alone = partial(run, name, launch, 24, 4, dtype, kind, extras=launch.block_t > 1)
+            yield f"lanes {name} {dtype} {kind}", lambda alone=alone: alone()[0]
     for name in ROWS:
         for dtype, kind, lanes, experts, k in (
             (torch.float32, "close", 1, 40, 4),
             (torch.float16, "hostile", 2, 40, 6),
             (torch.float32, "hostile", 4, 64, 9),
         ):
-            found[f"rows {name} {dtype} {kind}"] = beside_lanes(name, Launch("rows", 4, lanes, 1), experts, k, dtype, kind)
+            launch = Launch("rows", 4, lanes, 1)
+            yield f"rows {name} {dtype} {kind}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
     for name in SIEVED:
         for dtype, kind, lanes, experts, k in (
             (torch.float32, "close", 2, 48, 4),
@@ -180,16 +185,23 @@ def main():
             (torch.bfloat16, "hostile", 1, 72, 6),
             (torch.float16, "hostile", 4, 64, 9),
         ):
-            found[f"sieve {name} {dtype} {kind}"] = beside_lanes(name, Launch("sieve", 4, lanes, 1), experts, k, dtype, kind)
+            launch = Launch("sieve", 4, lanes, 1)
+            yield f"sieve {name} {dtype} {kind} {experts}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
     for name, experts, k, lanes in TILED:
         for dtype, kind in ((torch.float32, "close"), (torch.bfloat16, "hostile")):
-            found[f"tiles {name} {dtype} {kind}"] = beside_lanes(name, Launch("tiles", 4, lanes, 1), experts, k, dtype, kind)
+            launch = Launch("tiles", 4, lanes, 1)
+            yield f"tiles {name} {dtype} {kind}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
     random = Random(0)  # noqa: S311 -- cases of a test
     for variant in VARIANTS * (DRAWN // len(VARIANTS)):
         name, launch, *rest = draw(random, variant)
-        case = " ".join(["drawn", name, *map(str, (launch, *rest))])
-        found[case] = beside_lanes(name, launch, *rest, one_row=True)
-    json.dump(found, sys.stdout)
+        yield " ".join(["drawn", name, *map(str, (launch, *rest))]), partial(beside_lanes, name, launch, *rest, one_row=True)
+
+
+def main():
+    """Run all cases, or a share of them."""
+    torch.set_num_threads(1)
+    part, parts = map(int, sys.argv[-1].split("/")) if ON_GPU else (1, 1)
+    json.dump({title: case() for title, case in islice(cases(), part - 1, None, parts)}, sys.stdout)
 
 
 if __name__ == "__main__":

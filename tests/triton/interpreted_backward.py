@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
 import torch  # noqa: E402 -- behind the variable
-from interpreted import CPU, SPECS, hostile  # noqa: E402 -- likewise
+from interpreted import DEVICE, SPECS, hostile  # noqa: E402 -- likewise
 
 from moe_routing.formula import weights_backward  # noqa: E402 -- likewise
 from moe_routing.testing import oracle  # noqa: E402 -- likewise
@@ -58,7 +58,7 @@ def run(name, dtype, *, awkward):
     ids = chosen_by(spec, logits, k, generator).to(torch.int32 if awkward else torch.int64).contiguous()
     grad = torch.randn(TOKENS, k, generator=generator)
     scale = torch.rand(experts, generator=generator) + 0.5 if spec.per_expert_scale else None
-    router = build(RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:], training=True), CPU)
+    router = build(RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:], training=True), DEVICE)
     by_logits, by_scale = router.backward(grad, logits, ids, scale)
     again = router.backward(grad, logits, ids, scale)
     problems = [] if torch.equal(by_logits, again[0]) and torch.equal(by_scale, again[1]) else ["differs from run to run"]

@@ -28,7 +28,6 @@ from moe_routing_backends.triton.networks import (
     best_across8,
     best_across16,
     insert,
-    merge16,
     over_lanes,
     sort4,
     sort8,
