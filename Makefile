@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 MODEL ?= gemma4
 TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
 
-.PHONY: help setup demo test lint types docs figures pytest triton-versions transformers-check vllm-check xpu-check clean
+.PHONY: help setup demo test lint types docs figures pytest triton-versions transformers-check vllm-check vllm-overlay xpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,11 +61,19 @@ $(OLDEST)/.ready: $(READY)
 	@touch $@
 
 VLLM := .venv-vllm
+OVERLAY := 0.33.0
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check -qq install --no-compile
 
 vllm-check: $(VLLM)/.ours ## vLLM's engine on this CPU (Linux, x86-64), routed by itself and by us: same tokens; 2 GB in .venv-vllm
 	@echo "==> vLLM"
 	@$(VLLM)/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm
+
+vllm-overlay: $(VLLM)/.ours ## the same with a later vLLM's Python files over that build's compiled ones; 3 GB more
+	@echo "==> vLLM $(OVERLAY)"
+	@rm -rf $(VLLM)-$(OVERLAY) && cp -r $(VLLM) $(VLLM)-$(OVERLAY)
+	@$(VLLM)-$(OVERLAY)/bin/python -m pip --disable-pip-version-check -q download --no-deps --dest $(VLLM)-$(OVERLAY)/wheel vllm==$(OVERLAY)
+	@$(VLLM)-$(OVERLAY)/bin/python tests/vllm/overlay.py $(VLLM)-$(OVERLAY)/wheel/vllm-*.whl
+	@$(VLLM)-$(OVERLAY)/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm
 
 $(VLLM)/.ready: tests/vllm/requirements.txt tests/vllm/no-deps.txt constraints.txt
 	@echo "==> vLLM's virtual environment in $(VLLM) (a gigabyte, a minute or more)"
@@ -107,4 +115,4 @@ $(XPU)/.ready: $(READY)
 	@touch $@
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(VLLM) $(XPU) docs/_build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) $(VLLM)-$(OVERLAY) $(XPU) docs/_build .mypy_cache .ruff_cache .pytest_cache
