@@ -9,6 +9,7 @@ import textwrap
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.output_code import CompiledFxGraph
 
 import moe_routing
 from moe_routing import Router
@@ -102,6 +103,27 @@ def test_the_second_call_of_a_kind_goes_past_dynamo_and_routes_what_it_is_given(
         assert torch.equal(ids.long(), expected.ids)
         torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
         assert ((5, 16, 16, 1) in {kind[:4] for kind in bound._direct}) is (seed > 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_prepared_call_hands_its_tensors_to_what_inductor_made_and_routes_right(tokens):
+    spec = FAMILIES["gemma4"].spec
+    route = Router(spec, backend="torch-compile")
+    bound = route.binding_for("cpu", torch.bfloat16, 16, 4).bound
+    first = torch.randn(tokens, 16).bfloat16(), torch.rand(16)
+    assert bound.prepared(torch.randn(7, 16).bfloat16(), first[1], None) is None  # no call of this kind came
+    for _ in range(2):
+        bound(first[0], per_expert_scale=first[1])
+    assert {type(direct.function) for direct in bound._direct.values()} == {CompiledFxGraph}
+    prepared = bound.prepared(*first, None)
+    logits, scale = torch.randn(tokens, 16).bfloat16(), torch.rand(16)
+    out = moe_routing.RoutingOutput(torch.zeros(tokens, 4), torch.zeros(tokens, 4, dtype=torch.int32))
+    assert prepared(logits, per_expert_scale=scale, out=out) is out
+    fresh = prepared(logits, per_expert_scale=scale)
+    expected = oracle.route(spec, logits, 4, per_expert_scale=scale)
+    assert torch.equal(fresh.ids.long(), expected.ids)
+    torch.testing.assert_close(fresh.weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
+    assert all(map(torch.equal, out, fresh))
 
 
 def test_operands_that_do_not_compile_later_are_a_sentence_that_names_them(monkeypatch):

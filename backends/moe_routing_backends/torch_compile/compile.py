@@ -3,9 +3,10 @@
 K rounds of a maximum over keys are K reductions over the same rows, which Inductor fuses into one kernel, and the weights into
 another; ``torch.topk`` and ``torch.sort`` would be calls between kernels, and the former's ties are arbitrary.
 
-Before every call Dynamo checks its guards, which takes longer than the kernels do. All but those on the sizes, strides and
-dtypes of the arguments are about constants of this file, so what Inductor returned for a set of sizes, strides and dtypes is
-kept, and called directly the next time.
+Before every call Dynamo checks its guards, which takes longer than the kernels do, and AOTAutograd looks for aliases and
+gradients. All guards but those on the sizes, strides and dtypes of the arguments are about constants of this file, and there
+are neither aliases nor gradients here; so what Inductor made for a set of sizes, strides and dtypes is kept, and called
+directly the next time.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch._dynamo import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config as functorch
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from moe_routing import RoutingOutput
 from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route
@@ -81,11 +83,38 @@ class CompiledRouter:
                 said = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
                 msg = f"torch-compile cannot compile {self._problem} with {', '.join(given)}: {said}; use backend='eager'"
                 raise RuntimeError(msg) from error
-        if out is None:
-            return result
-        out.weights.copy_(result.weights)
-        out.ids.copy_(result.ids)
-        return out
+        return _into(out, result)
+
+    def prepared(
+        self, logits: Tensor, per_expert_scale: Tensor | None, bias: Tensor | None
+    ) -> Callable[..., RoutingOutput] | None:
+        """Return what routes calls of this one's shapes, strides and dtypes in less host time; ``None`` if none was seen."""
+        operands = {"per_expert_scale": per_expert_scale, "bias": bias}
+        direct = self._direct.get(_kind(logits, {name: value for name, value in operands.items() if value is not None}))
+        if direct is None:
+            return None
+        function, places = direct
+        at_logits, at_scale, at_bias = (
+            places.index(name) if name in places else None for name in ("logits", "per_expert_scale", "bias")
+        )
+
+        def route(
+            logits: Tensor,
+            *,
+            per_expert_scale: Tensor | None = None,
+            bias: Tensor | None = None,
+            out: RoutingOutput | None = None,
+        ) -> RoutingOutput:
+            arguments = list(places)
+            if at_logits is not None:
+                arguments[at_logits] = logits
+            if at_scale is not None:
+                arguments[at_scale] = per_expert_scale
+            if at_bias is not None:
+                arguments[at_bias] = bias
+            return _into(out, RoutingOutput(*function(arguments)))
+
+        return route
 
     def warmup(self) -> None:
         """Compile the graphs of an ordinary call: many tokens, and one."""
@@ -142,15 +171,33 @@ class CompiledRouter:
         return torch.compile(own, fullgraph=True, backend=self._inductor)
 
     def _inductor(self, graph: GraphModule, samples: list[Any]) -> Callable[..., Any]:
-        """Compile with Inductor, as Dynamo's own backend of that name does, and see how the result is called."""
-        function = lookup_backend("inductor")(graph, samples)
+        """Compile as Dynamo's backend "inductor" does, and see how what Inductor made is called under AOTAutograd.
 
-        def seen(*arguments: Any) -> Any:  # noqa: ANN401 -- what Dynamo passes
-            outputs = function(*arguments)
-            self._seen[:] = [_Run(function, arguments, outputs)]
-            return outputs
+        AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own caches stay.
+        """
 
-        return seen
+        def inner(module: GraphModule, inputs: Any, **options: Any) -> Any:  # noqa: ANN401 -- Inductor's own
+            function = compile_fx_inner(module, inputs, **options)
+
+            def seen(*arguments: Any) -> Any:  # noqa: ANN401 -- what AOTAutograd passes
+                outputs = function(list(arguments))
+                self._seen[:] = [_Run(function, arguments, outputs)]
+                return outputs
+
+            return seen
+
+        with functorch.patch(enable_autograd_cache=False):
+            compiled: Any = compile_fx(graph, samples, inner_compile=inner)
+        return compiled  # type: ignore[no-any-return] # what Dynamo calls; Inductor's declaration also allows other things
+
+
+def _into(out: RoutingOutput | None, result: RoutingOutput) -> RoutingOutput:
+    """Copy a result to where the caller wants it."""
+    if out is None:
+        return result
+    out.weights.copy_(result.weights)
+    out.ids.copy_(result.ids)
+    return out
 
 
 def _selection(problem: RoutingProblem) -> Top:
@@ -167,7 +214,7 @@ def _kind(logits: Tensor, operands: dict[str, Tensor]) -> tuple[object, ...]:
 
 
 class _Run(NamedTuple):
-    """One call that Dynamo made of what Inductor returned."""
+    """One call that AOTAutograd made of what Inductor made."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -184,7 +231,7 @@ class _Run(NamedTuple):
 
 
 class _Direct(NamedTuple):
-    """What Inductor returned, and its arguments for one kind of call: names of tensors, and sizes."""
+    """What Inductor made, and its arguments for one kind of call: names of tensors, and sizes."""
 
     function: Callable[..., Any]
     places: tuple[Any, ...]
@@ -192,4 +239,4 @@ class _Direct(NamedTuple):
     def __call__(self, logits: Tensor, operands: dict[str, Tensor]) -> RoutingOutput:
         """Route."""
         operands["logits"] = logits
-        return RoutingOutput(*self.function(*[operands.get(place, place) for place in self.places]))
+        return RoutingOutput(*self.function([operands.get(place, place) for place in self.places]))
