@@ -2,15 +2,17 @@
 
 Run from the repository's root: ``python benchmarks/gpu.py OUT.json [--quick] [--kernels]``. Microseconds a call: the median
 of CUDA-graph replays that rotate over 4 to 16 input sets, as in a serving engine, alone and behind a linear layer; and host
-time of a plain call. Every case is checked against the float64 oracle before it is timed. ``--kernels`` leaves out whole calls
-against torch.compile, which take minutes.
+time of a plain call. Every case is checked against the float64 oracle before it is timed. Kernels are compiled before that,
+in as many processes as there are cores. ``--kernels`` leaves out whole calls against torch.compile, which take minutes.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -157,9 +159,40 @@ def against_torch(tokens: int) -> dict[str, Any]:
     return row
 
 
+def sized() -> list[tuple[str, int, int, tuple[int, ...], bool]]:
+    """Return specs, sizes, numbers of tokens, and whether the full sort is timed beside."""
+    return [(*size, True) for size in SIZES] + [(*other, False) for other in OTHERS]
+
+
+def compile_share(part: int, parts: int) -> None:
+    """Compile a share of the kernels by a call each; the other processes of ``compile_all`` do the rest."""
+    every = [(dtype, size, tokens) for dtype in FLOAT for size in sized() for tokens in size[3]]
+    for dtype, (name, experts, k, _, baseline), tokens in every[part::parts]:
+        logits, vector = torch.zeros(tokens, experts, device="cuda", dtype=FLOAT[dtype]), torch.ones(experts, device="cuda")
+        spec = SPECS[name]
+        operands = {"per_expert_scale": vector} if spec.per_expert_scale else {"bias": vector} if spec.needs_bias else {}
+        out = Router(spec, backend="triton")(logits, k, **operands)
+        if baseline:
+            full_sort(logits, k, vector, out)
+    torch.cuda.synchronize()
+
+
+def compile_all() -> None:
+    """Fill Triton's cache."""
+    parts = max(1, (os.cpu_count() or 1) - 1)
+    share = [sys.executable, __file__, "--compile"]
+    shares = [subprocess.Popen([*share, f"{part}/{parts}"]) for part in range(parts)]  # noqa: S603 -- this file itself
+    if any(process.wait() for process in shares):
+        sys.exit("a kernel did not compile, see above")
+
+
 def main() -> None:
     """Run everything and write the results as they come."""
+    if sys.argv[1] == "--compile":
+        compile_share(*map(int, sys.argv[2].split("/")))
+        return
     target, quick = Path(sys.argv[1]), "--quick" in sys.argv
+    compile_all()
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -170,9 +203,8 @@ def main() -> None:
         "behind_linear": [],
         "whole_calls_do_bench": [],
     }
-    sized = [(*size, True) for size in SIZES] + [(*other, False) for other in OTHERS]
     for dtype in FLOAT:
-        for name, experts, k, many, baseline in sized:
+        for name, experts, k, many, baseline in sized():
             for tokens in (1, 64) if quick else many:
                 row = case(name, experts, k, tokens, dtype, baseline=baseline)
                 results["cases"].append(row)
