@@ -214,7 +214,7 @@ def _kind(logits: Tensor, operands: dict[str, Tensor]) -> tuple[object, ...]:
 
 
 class _Run(NamedTuple):
-    """One call that AOTAutograd made of what Inductor made."""
+    """One call of what Inductor made, by AOTAutograd."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]

@@ -10,16 +10,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.extra import cuda
+except ImportError:  # a build of Triton for other vendors alone
+    cuda = None
+
+# Looked up here, because Triton looks for all that stands in a kernel, also behind a condition that is false; Triton-XPU 3.3
+# has neither.
+gdc_wait = getattr(cuda, "gdc_wait", None)
+gdc_launch_dependents = getattr(cuda, "gdc_launch_dependents", None)
+
 
 @triton.jit
 def wait_for_kernels_in_front(EARLY: tl.constexpr):
     """Wait until the kernels in front have ended, and what they wrote can be read."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
 
 
 @triton.jit
 def let_the_next_start(EARLY: tl.constexpr):
     """Let the kernel behind be placed as soon as all programs of this one are: worth it where those are few and short."""
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+        gdc_launch_dependents()
