@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._C._dynamo.guards import TensorGuards
 from torch.compiler import is_dynamo_compiling
 
 from moe_routing import _check, _op
@@ -16,6 +17,7 @@ from moe_routing_registry import RoutingSpec, preference, verify_rate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moe_routing._backend import BoundRouter
     from moe_routing._binding import Binding
     from moe_routing.testing.shadow import Health, Shadow
     from moe_routing_registry import ResolutionReport
@@ -23,8 +25,59 @@ if TYPE_CHECKING:
 _PLAIN = (Tensor, torch.nn.Parameter)
 _KINDS_KEPT = 1024
 """A router that knows so many kinds of call forgets them all and begins anew."""
+_ABSENT = tuple(torch.empty(0) for _ in range(4))
+"""Stand for scale, bias and outputs that a call does not bring. One is like no operand, whose dimensions are never 0."""
 _INDESCRIBABLE = (AttributeError, RuntimeError, TypeError, ValueError)
 """What describing a wrong argument raises: a list has no dtype, a sparse tensor no strides, a set no hash."""
+
+
+class _Asked(NamedTuple):
+    """What a call asked for, beside its tensors."""
+
+    topk: int | None
+    ids_dtype: torch.dtype | None
+    form: type
+    """Of ``out``."""
+
+    def by_tensors_like(self, *tensors: Tensor | None) -> Callable[..., bool]:
+        """Return what tells whether a call asks for the same, of tensors alike in type, dtype, device, shape and strides."""
+        (topk, ids_dtype, form), preferred = self, preference.get()
+        examples = [absent if t is None else t for t, absent in zip(tensors, (None, *_ABSENT), strict=True)]
+        alike = TensorGuards(
+            *examples,
+            dynamic_dims_sizes=[list(t.shape) for t in examples],
+            dynamic_dims_strides=[list(t.stride()) for t in examples],
+        ).check
+        no_scale, no_bias, *nowhere = _ABSENT
+
+        def serves(
+            logits: Tensor,
+            wanted: int | None,
+            scale: Tensor | None,
+            bias: Tensor | None,
+            out: tuple[Tensor, Tensor] | None,
+            ids: torch.dtype | None,
+        ) -> bool:
+            if wanted is not topk or ids is not ids_dtype or type(out) is not form or preference.get() != preferred:
+                return False
+            weights, places = nowhere if out is None else out
+            return alike(  # type: ignore[no-any-return] # no stub has it
+                logits, no_scale if scale is None else scale, no_bias if bias is None else bias, weights, places
+            )
+
+        return serves
+
+
+class _Kind(NamedTuple):
+    """A kind of calls that passed the checks, and what serves it.
+
+    :ivar serves: tells whether a call is of this kind.
+    :ivar call: the kernel, made ready for this kind where it can be.
+    """
+
+    serves: Callable[..., bool]
+    call: Callable[..., RoutingOutput]
+    binding: Binding
 
 
 class Router:
@@ -62,7 +115,8 @@ class Router:
         self._requested = backend
         self._shadow = _shadow(verify)
         self._binder = Binder(spec, backend, self._shadow)
-        self._known: dict[tuple[object, ...], tuple[Callable[..., RoutingOutput], Binding]] = {}
+        self._known: dict[tuple[object, ...], _Kind] = {}
+        self._latest: _Kind | None = None
 
     def __call__(  # noqa: PLR0913 -- one argument an operand of the maths
         self,
@@ -100,23 +154,28 @@ class Router:
         kind: tuple[object, ...] | None = None
         plain = token_ids is None and expert_table is None and num_valid_tokens is None and expert_map is None
         if plain and not is_dynamo_compiling():
-            # All that the checks and the choice of a kernel look at. A call of a kind that passed them passes them again.
+            # A call of a kind that passed the checks passes them again. Most often it is the kind of the call before, which
+            # takes one look at all tensors together; otherwise the kind is described, and looked up.
+            known = self._latest
             try:
-                kind = (
-                    type(logits), logits.dtype, logits.device, logits.layout, logits.shape, logits.stride(), type(topk), topk,
-                    None if per_expert_scale is None else _described(per_expert_scale),
-                    None if bias is None else _described(bias),
-                    None if out is None else (type(out), *map(_described, out)),
-                    ids_dtype, preference.get(),
-                )  # fmt: skip
-                known = self._known.get(kind)
+                if known is None or not known[0](logits, topk, per_expert_scale, bias, out, ids_dtype):
+                    kind = (
+                        type(logits), logits.dtype, logits.device, logits.layout, logits.shape, logits.stride(), type(topk), topk,
+                        None if per_expert_scale is None else _described(per_expert_scale),
+                        None if bias is None else _described(bias),
+                        None if out is None else (type(out), *map(_described, out)),
+                        ids_dtype, preference.get(), torch.is_inference_mode_enabled(),
+                    )  # fmt: skip
+                    known = self._known.get(kind)
+                    if known is not None:
+                        self._latest = known
             except _INDESCRIBABLE:
                 kind = known = None
             if known is not None and not (is_grad_enabled() and _requires_grad(logits, per_expert_scale)):
-                call, self._binder.latest = known
+                _, call, self._binder.latest = known
                 if out is not None and type(out) is not RoutingOutput:
                     out = RoutingOutput(*out)
-                return call(logits, per_expert_scale=per_expert_scale, bias=bias, out=out)
+                return call(logits, per_expert_scale, bias, out)
         return self._checked(
             kind, logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out
         )
@@ -136,6 +195,7 @@ class Router:
         out: RoutingOutput | tuple[Tensor, Tensor] | None,
     ) -> RoutingOutput:
         """Check everything, then route; a call that went straight to its kernel makes its ``kind`` known."""
+        asked = _Asked(topk, ids_dtype, type(out))
         if topk is None:
             topk = self._default_topk()
         if out is not None:
@@ -167,16 +227,18 @@ class Router:
             training=False,
         )  # fmt: skip
         if kind is not None and logits.shape[0] and all(v is None or v.is_contiguous() for v in (per_expert_scale, bias)):
-            self._remember(kind, logits, topk, per_expert_scale, bias, ids_dtype)
+            self._remember(kind, asked, logits, topk, per_expert_scale, bias, out, ids_dtype)
         return result
 
     def _remember(  # noqa: PLR0913, PLR0917 -- what tells kinds of calls apart
         self,
         kind: tuple[object, ...],
+        asked: _Asked,
         logits: Tensor,
         topk: int,
         per_expert_scale: Tensor | None,
         bias: Tensor | None,
+        out: RoutingOutput | None,
         ids_dtype: torch.dtype,
     ) -> None:
         """Keep what serves later calls of this kind; a kernel may have less to do for those than for any call."""
@@ -188,7 +250,8 @@ class Router:
         call = prepare(logits, per_expert_scale, bias) if prepare is not None else None
         if len(self._known) >= _KINDS_KEPT:
             self._known.clear()
-        self._known[kind] = (call or binding.bound, binding)
+        serves = asked.by_tensors_like(logits, per_expert_scale, bias, *(out or (None, None)))
+        self._known[kind] = self._latest = _Kind(serves, call or _by_position(binding.bound), binding)
 
     def binding_for(  # noqa: PLR0913 -- the fields of a RoutingProblem
         self,
@@ -306,6 +369,10 @@ class Router:
         _check.check_ids_dtype(ids_dtype, out)
         if out is not None:
             _check.check_out(out, topk + spec.shared_experts, logits)
+
+
+def _by_position(bound: BoundRouter) -> Callable[..., RoutingOutput]:
+    return lambda logits, scale, bias, out: bound(logits, per_expert_scale=scale, bias=bias, out=out)
 
 
 def _described(operand: Tensor) -> tuple[object, ...]:

@@ -351,7 +351,7 @@ class Preparing:
         if len(logits) == 1:
             return None
 
-        def route(logits, **_operands):
+        def route(logits, _scale, _bias, _out):
             return moe_routing.RoutingOutput(torch.ones(len(logits), 2), torch.full((len(logits), 2), 2, dtype=torch.int32))
 
         return route

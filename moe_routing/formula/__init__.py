@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from moe_routing.formula.gradient import weights_backward
 from moe_routing.formula.route import finish, route
-from moe_routing.formula.select import NARROW_UP_TO, Top, by_narrow_rounds, by_rounds, by_rounds_in_place, by_sort, by_topk
+from moe_routing.formula.select import (
+    NARROW_UP_TO,
+    Select,
+    by_narrow_rounds,
+    by_rounds,
+    by_rounds_in_place,
+    by_sort,
+    by_topk,
+    whole,
+)
 
 __all__ = [
     "NARROW_UP_TO",
-    "Top",
+    "Select",
     "by_narrow_rounds",
     "by_rounds",
     "by_rounds_in_place",
@@ -17,4 +26,5 @@ __all__ = [
     "finish",
     "route",
     "weights_backward",
+    "whole",
 ]

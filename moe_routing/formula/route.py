@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_routing._backend import RoutingOutput
-from moe_routing.formula.select import Top, finite, select
+from moe_routing.formula.select import finite
 from moe_routing.formula.weights import activated, score, selected_weights, sparsemixer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_routing.formula.select import Select
     from moe_routing_registry import RoutingSpec
 
 
@@ -21,30 +22,31 @@ def route(  # noqa: PLR0913 -- BoundRouter's operands
     topk: int,
     logits: Tensor,
     *,
-    top: Top,
+    select: Select,
     per_expert_scale: Tensor | None = None,
     bias: Tensor | None = None,
     token_ids: Tensor | None = None,
     expert_table: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return float32 weights and int64 logical ids of the K selected experts, both ``[T, K]``.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return float32 weights and int64 logical ids of the K selected experts, whole or in columns, as ``select`` does.
 
-    :param top: how to find the best of a row; each way gives the same ids.
+    :param select: how to find the best of a row; each way gives the same ids.
     """
     l = finite(logits)
     if token_ids is not None and expert_table is not None:
-        ids = expert_table[token_ids].long()
+        ids = [expert_table[token_ids].long()]
         weights = selected_weights(spec, activated(spec, l), ids)
     elif spec.selection == "sparsemixer":
-        weights, ids = sparsemixer(spec, l, topk)
+        weights, ids = ([part] for part in sparsemixer(spec, l, topk))
     else:
         x = activated(spec, l)
-        ids = select(spec, _selection_scores(spec, l, x, bias), topk, top)
+        ids = select(spec, _selection_scores(spec, l, x, bias), topk)
         weights = selected_weights(spec, x, ids)
     if per_expert_scale is not None:
-        weights = weights * per_expert_scale.float().take(ids)
+        weights = [w * per_expert_scale.float().take(i) for w, i in zip(weights, ids, strict=True)]
     if spec.zero_experts:
-        weights = weights.masked_fill(ids >= logits.shape[1] - spec.zero_experts, 0.0)
+        last = logits.shape[1] - spec.zero_experts
+        weights = [w.masked_fill(i >= last, 0.0) for w, i in zip(weights, ids, strict=True)]
     return weights, ids
 
 
@@ -57,24 +59,28 @@ def _selection_scores(spec: RoutingSpec, l: Tensor, x: Tensor, bias: Tensor | No
 
 def finish(  # noqa: PLR0913 -- what may follow the maths
     spec: RoutingSpec,
-    weights: Tensor,
-    ids: Tensor,
+    weights: list[Tensor],
+    ids: list[Tensor],
     *,
     num_experts: int,
     ids_dtype: torch.dtype,
     num_valid_tokens: int | Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> RoutingOutput:
-    """Append shared experts, map logical to physical ids, mask padding, and give the ids their dtype."""
-    num_tokens = ids.shape[0]
+    """Append shared experts, map logical to physical ids, mask padding, give the ids their dtype, and join what is in columns."""
+    num_tokens, device = ids[0].shape[0], ids[0].device
     if spec.shared_experts:
-        shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=ids.device)
-        ids = torch.cat([ids, shared.expand(num_tokens, -1)], dim=-1)
-        weights = torch.cat([weights, weights.new_ones(num_tokens, spec.shared_experts)], dim=-1)
+        shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=device)
+        ids = [*ids, shared.expand(num_tokens, -1)]
+        weights = [*weights, weights[0].new_ones(num_tokens, spec.shared_experts)]
     if expert_map is not None:
-        ids = expert_map[ids]
+        ids = [expert_map[i] for i in ids]
     if num_valid_tokens is not None:
-        padding = (torch.arange(num_tokens, device=ids.device) >= num_valid_tokens)[:, None]
-        weights = weights.masked_fill(padding, 0.0)
-        ids = ids.masked_fill(padding, -1)
-    return RoutingOutput(weights, ids.to(ids_dtype))
+        padding = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
+        weights = [w.masked_fill(padding, 0.0) for w in weights]
+        ids = [i.masked_fill(padding, -1) for i in ids]
+    return RoutingOutput(_joined(weights), _joined([i.to(ids_dtype) for i in ids]))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -27,6 +27,8 @@ _LOWEST_NARROW_KEY = torch.iinfo(torch.int32).min
 
 Top = Callable[["Tensor", int], "Tensor"]
 """``top(t [T, E], k) -> int64 ids [T, k]``, by descending score, equal scores by ascending id."""
+Select = Callable[["RoutingSpec", "Tensor", int], "list[Tensor]"]
+"""``select(spec, t [T, E], k) -> int64 ids``, under the spec's group rule: ``[T, K]`` whole, or K columns ``[T, 1]``."""
 
 
 def finite(x: Tensor) -> Tensor:
@@ -34,11 +36,12 @@ def finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x.float(), nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX)
 
 
-def select(spec: RoutingSpec, t: Tensor, topk: int, top: Top) -> Tensor:
-    """Select by the scores ``t [T, E]`` (float32, finite), under the spec's group rule.
+def whole(top: Top) -> Select:
+    """Select all K at once, in that way."""
+    return lambda spec, t, topk: [_select(spec, t, topk, top)]
 
-    :returns: int64 ids ``[T, K]``, by descending score, equal scores by ascending id.
-    """
+
+def _select(spec: RoutingSpec, t: Tensor, topk: int, top: Top) -> Tensor:
     if spec.topk_per_group and spec.num_groups > 1:
         per_group = t.unflatten(-1, (spec.num_groups, -1))
         inside = top(per_group.flatten(0, 1), topk // spec.num_groups).view(t.shape[0], spec.num_groups, -1)
@@ -83,22 +86,24 @@ def by_rounds(t: Tensor, k: int) -> Tensor:
     return _id_of(torch.cat(rounds, dim=-1), t.shape[-1])
 
 
-def by_narrow_rounds(t: Tensor, k: int) -> Tensor:
-    """Do the same with int32 keys, for scores that bfloat16 or float16 hold exactly, of at most ``NARROW_UP_TO`` experts.
+def by_narrow_rounds(spec: RoutingSpec, t: Tensor, topk: int) -> list[Tensor]:
+    """Take K maxima of int32 keys, a column each: for scores that bfloat16 or float16 hold exactly, and without groups.
 
-    As float32 such a number has 13 low bits that are 0, where the complement of the id fits. What ``finite`` clamped has
-    not, and stays outside all others without them.
+    As float32 such a number has 13 low bits that are 0, where the complement of the id fits (``NARROW_UP_TO``). What
+    ``finite`` clamped has not, and stays outside all others without them.
     """
+    if spec.grouped:
+        raise NotImplementedError(spec)
     places = (1 << (t.shape[-1] - 1).bit_length()) - 1
     bits = t.add(0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (ordered & ~places) | torch.arange(t.shape[-1] - 1, -1, -1, device=t.device, dtype=torch.int32)
-    rounds = []
-    for _ in range(k):
+    ids = []
+    for _ in range(topk):
         winner = keys.amax(-1, keepdim=True)
-        rounds.append(winner)
+        ids.append(t.shape[-1] - 1 - (winner & places).long())
         keys = keys.masked_fill(keys == winner, _LOWEST_NARROW_KEY)
-    return t.shape[-1] - 1 - (torch.cat(rounds, dim=-1) & places).long()
+    return ids
 
 
 def by_rounds_in_place(t: Tensor, k: int) -> Tensor:

@@ -46,37 +46,61 @@ def score(spec: RoutingSpec, x: Tensor) -> Tensor:
     return _softplus(x).sqrt_()
 
 
-def selected_weights(spec: RoutingSpec, x: Tensor, ids: Tensor) -> Tensor:
-    """Compute the float32 weights ``[T, K]`` of the selected experts, renormalised and scaled as the spec says."""
+def selected_weights(spec: RoutingSpec, x: Tensor, ids: list[Tensor]) -> list[Tensor]:
+    """Compute the float32 weights of the selected experts, renormalised and scaled as the spec says.
+
+    :param ids: ``[T, K]`` whole, or K columns ``[T, 1]``; the weights come likewise.
+    """
     exact_ratio = spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor)
     if spec.score == "softmax":
-        weights = x.gather(-1, ids).softmax(-1) if exact_ratio else x.softmax(-1).gather(-1, ids)
+        weights = _softmax(x, ids, of_selected=exact_ratio)
     else:
-        chosen = x.gather(-1, ids)
+        chosen = [x.gather(-1, i) for i in ids]
         # A common factor exp(-shift) cancels in the ratio, and keeps the largest term away from underflow.
-        shift = chosen.amax(-1, keepdim=True).clamp_(max=0.0) if exact_ratio else torch.zeros_like(chosen[:, :1])
-        weights = _sigmoid(chosen, shift) if spec.score == "sigmoid" else _sqrtsoftplus(chosen, shift)
+        shift = _highest(chosen).clamp_(max=0.0) if exact_ratio else torch.zeros_like(chosen[0][:, :1])
+        of = _sigmoid if spec.score == "sigmoid" else _sqrtsoftplus
+        weights = [of(c, shift) for c in chosen]
     if spec.renormalize and not (exact_ratio and spec.score == "softmax"):
         total = _sum_in_order(weights) + spec.renorm_epsilon
         if spec.renorm_floor:
             total = total.clamp_(min=spec.renorm_floor)
-        weights = weights / total
+        weights = [w / total for w in weights]
     if spec.scale != 1.0:
-        weights = weights * spec.scale
-    return weights.float()
+        weights = [w * spec.scale for w in weights]
+    return [w.float() for w in weights]
 
 
-def _sum_in_order(weights: Tensor) -> Tensor:
+def _softmax(x: Tensor, ids: list[Tensor], *, of_selected: bool) -> list[Tensor]:
+    """Return the softmax over all experts, or over those selected, at the selected."""
+    if len(ids) == 1:
+        return [x.gather(-1, ids[0]).softmax(-1) if of_selected else x.softmax(-1).gather(-1, ids[0])]
+    chosen = [x.gather(-1, i) for i in ids]
+    highest = _highest(chosen) if of_selected else x.amax(-1, keepdim=True)
+    powers = [(c - highest).exp_() for c in chosen]
+    total = _sum_in_order(powers) if of_selected else (x - highest).exp_().sum(-1, keepdim=True)
+    return [p / total for p in powers]
+
+
+def _highest(parts: list[Tensor]) -> Tensor:
+    highest = parts[0].amax(-1, keepdim=True)
+    for part in parts[1:]:
+        highest = highest.maximum(part)
+    return highest
+
+
+def _sum_in_order(parts: list[Tensor]) -> Tensor:
     """Add the K columns from the first to the last, with the same bits whatever T is.
 
     On the CPU ``cumsum`` does that in one call, and in double precision. On CUDA it is a scan whose order depends on the
     shape (T = 1 and T = 67 differ by a unit in the last place on an H200), so there each addition is written out.
     """
-    if weights.device.type == "cpu":
-        return weights.cumsum(-1)[:, -1:]
-    total = weights[:, :1]
-    for k in range(1, weights.shape[1]):
-        total = total + weights[:, k : k + 1]
+    if len(parts) == 1:
+        if parts[0].device.type == "cpu":
+            return parts[0].cumsum(-1)[:, -1:]
+        parts = list(parts[0].split(1, dim=-1))
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
     return total
 
 

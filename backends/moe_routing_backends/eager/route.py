@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing.formula import by_rounds_in_place, by_sort, by_topk, finish, route
+from moe_routing.formula import by_rounds_in_place, by_sort, by_topk, finish, route, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ CHUNK = 1 << 17
 
 
 def fastest_on_cpu(t: Tensor, k: int) -> Tensor:
-    """Select in the way that is fastest for so many scores; see ``moe_routing.formula.Top``."""
+    """Select in the way that is fastest for so many scores; see ``moe_routing.formula.select.Top``."""
     if t.numel() <= SORT_UP_TO:
         return by_sort(t, k)
     return by_topk(t, k) if t.numel() <= TOPK_UP_TO or k > ROUNDS_UP_TO else by_rounds_in_place(t, k)
@@ -40,7 +40,7 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> BoundRouter:
     spec, topk, num_experts = problem.spec, problem.topk, problem.num_experts
     ids_dtype: torch.dtype = getattr(torch, problem.ids_dtype)
     on_cpu = device.platform == "cpu"
-    top = fastest_on_cpu if on_cpu else by_sort
+    select = whole(fastest_on_cpu if on_cpu else by_sort)
     rows_at_a_time = max(1, CHUNK // num_experts)
 
     def bound(  # noqa: PLR0913 -- BoundRouter's operands
@@ -57,13 +57,13 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> BoundRouter:
         num_tokens = logits.shape[0]
         if on_cpu and num_tokens > rows_at_a_time and token_ids is None:
             parts = [
-                route(spec, topk, rows, top=top, per_expert_scale=per_expert_scale, bias=bias)
+                route(spec, topk, rows, select=select, per_expert_scale=per_expert_scale, bias=bias)
                 for rows in logits.split(rows_at_a_time)
             ]
-            weights, ids = torch.cat([w for w, _ in parts]), torch.cat([i for _, i in parts])
+            weights, ids = ([torch.cat([part for (part,) in pieces])] for pieces in zip(*parts, strict=True))
         else:
             weights, ids = route(
-                spec, topk, logits, top=top,
+                spec, topk, logits, select=select,
                 per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
             )  # fmt: skip
         result = finish(

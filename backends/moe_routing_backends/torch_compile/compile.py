@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from moe_routing import RoutingOutput
-from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route
+from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-    from moe_routing.formula import Top
+    from moe_routing.formula import Select
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 LOGGER = logging.getLogger("moe_routing.torch_compile")
@@ -100,7 +101,6 @@ class CompiledRouter:
 
         def route(
             logits: Tensor,
-            *,
             per_expert_scale: Tensor | None = None,
             bias: Tensor | None = None,
             out: RoutingOutput | None = None,
@@ -158,11 +158,11 @@ class CompiledRouter:
     def _compile(self) -> Callable[..., RoutingOutput]:
         spec, topk, num_experts = self._problem.spec, self._problem.topk, self._problem.num_experts
         ids_dtype: torch.dtype = getattr(torch, self._problem.ids_dtype)
-        top = _selection(self._problem)
+        select = _selection(self._problem)
 
         def formula(logits: Tensor, **operands: Tensor) -> RoutingOutput:
             behind = {name: operands.pop(name, None) for name in ("num_valid_tokens", "expert_map")}
-            weights, ids = route(spec, topk, logits, top=top, **operands)
+            weights, ids = route(spec, topk, logits, select=select, **operands)
             return finish(spec, weights, ids, num_experts=num_experts, ids_dtype=ids_dtype, **behind)
 
         # Dynamo keeps its graphs, and counts its recompilations, by code object: each problem needs its own.
@@ -173,7 +173,8 @@ class CompiledRouter:
     def _inductor(self, graph: GraphModule, samples: list[Any]) -> Callable[..., Any]:
         """Compile as Dynamo's backend "inductor" does, and see how what Inductor made is called under AOTAutograd.
 
-        AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own caches stay.
+        AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own caches stay. Shapes and strides
+        are those of a kind of call that is known, and ids come out of keys that hold no others: neither is looked at again.
         """
 
         def inner(module: GraphModule, inputs: Any, **options: Any) -> Any:  # noqa: ANN401 -- Inductor's own
@@ -186,7 +187,8 @@ class CompiledRouter:
 
             return seen
 
-        with functorch.patch(enable_autograd_cache=False):
+        unasserted = inductor.patch(size_asserts=False, assert_indirect_indexing=False)
+        with functorch.patch(enable_autograd_cache=False), unasserted:
             compiled: Any = compile_fx(graph, samples, inner_compile=inner)
         return compiled  # type: ignore[no-any-return] # what Dynamo calls; Inductor's declaration also allows other things
 
@@ -200,12 +202,12 @@ def _into(out: RoutingOutput | None, result: RoutingOutput) -> RoutingOutput:
     return out
 
 
-def _selection(problem: RoutingProblem) -> Top:
+def _selection(problem: RoutingProblem) -> Select:
     """Return the way to select that compiles to the least."""
     if problem.topk > ROUNDS_UP_TO:
-        return by_sort
+        return whole(by_sort)
     exact = problem.dtype in ("bfloat16", "float16") and problem.spec.selection == "logits" and not problem.spec.grouped
-    return by_narrow_rounds if exact and problem.num_experts <= NARROW_UP_TO else by_rounds
+    return by_narrow_rounds if exact and problem.num_experts <= NARROW_UP_TO else whole(by_rounds)
 
 
 def _kind(logits: Tensor, operands: dict[str, Tensor]) -> tuple[object, ...]:

@@ -156,7 +156,6 @@ class TritonRouter:
 
         def route(
             logits: Tensor,
-            *,
             per_expert_scale: Tensor | None = None,
             bias: Tensor | None = None,
             out: RoutingOutput | None = None,
