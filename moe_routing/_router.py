@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -39,18 +39,15 @@ class _Asked(NamedTuple):
     form: type
     """Of ``out``."""
 
-    def by_tensors_like(self, *tensors: Tensor | None) -> Callable[..., bool]:
+    def by_tensors_like(self, logits: Tensor, *others: Tensor | None) -> Callable[..., bool]:
         """Return what tells whether a call asks for the same, of tensors alike in type, dtype, device, shape and strides."""
         (topk, ids_dtype, form), preferred = self, preference.get()
-        examples = [absent if t is None else t for t, absent in zip(tensors, (None, *_ABSENT), strict=True)]
-        alike = TensorGuards(
-            *examples,
-            dynamic_dims_sizes=[list(t.shape) for t in examples],
-            dynamic_dims_strides=[list(t.stride()) for t in examples],
-        ).check
+        examples = [logits, *(absent if t is None else t for t, absent in zip(others, _ABSENT, strict=True))]
+        sizes, strides = [list(t.shape) for t in examples], [list(t.stride()) for t in examples]
+        alike = TensorGuards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type] # ints do
         no_scale, no_bias, *nowhere = _ABSENT
 
-        def serves(
+        def serves(  # noqa: PLR0913, PLR0917 -- the operands of a call that is of no rare kind
             logits: Tensor,
             wanted: int | None,
             scale: Tensor | None,
@@ -61,9 +58,7 @@ class _Asked(NamedTuple):
             if wanted is not topk or ids is not ids_dtype or type(out) is not form or preference.get() != preferred:
                 return False
             weights, places = nowhere if out is None else out
-            return alike(  # type: ignore[no-any-return] # no stub has it
-                logits, no_scale if scale is None else scale, no_bias if bias is None else bias, weights, places
-            )
+            return alike(logits, no_scale if scale is None else scale, no_bias if bias is None else bias, weights, places)
 
         return serves
 
@@ -158,10 +153,10 @@ class Router:
             # takes one look at all tensors together; otherwise the kind is described, and looked up.
             known = self._latest
             try:
-                if known is None or not known[0](logits, topk, per_expert_scale, bias, out, ids_dtype):
+                if known is None or not known.serves(logits, topk, per_expert_scale, bias, out, ids_dtype):
                     kind = (
-                        type(logits), logits.dtype, logits.device, logits.layout, logits.shape, logits.stride(), type(topk), topk,
-                        None if per_expert_scale is None else _described(per_expert_scale),
+                        type(logits), logits.dtype, logits.device, logits.layout, logits.shape, logits.stride(),
+                        type(topk), topk, None if per_expert_scale is None else _described(per_expert_scale),
                         None if bias is None else _described(bias),
                         None if out is None else (type(out), *map(_described, out)),
                         ids_dtype, preference.get(), torch.is_inference_mode_enabled(),

@@ -288,12 +288,10 @@ KNOWN_OUT = moe_routing.RoutingOutput(torch.empty(2, 2), torch.empty(2, 2, dtype
 )
 def test_a_wrong_call_is_refused_after_a_right_one_that_is_much_like_it(arguments, operands, named):
     route = Router(SCALED)
-    for _ in range(2):
-        route(LOGITS, 2, SCALE)
-        route(LOGITS, 2, SCALE, out=KNOWN_OUT)
-        route(LOGITS, 2, SCALE, out=tuple(KNOWN_OUT))
-    with pytest.raises((TypeError, ValueError), match=f"^{named}: "):
-        route(*arguments, **operands)
+    for right in ({}, {"out": KNOWN_OUT}, {"out": tuple(KNOWN_OUT)}) * 2:
+        route(LOGITS, 2, SCALE, **right)
+        with pytest.raises((TypeError, ValueError), match=f"^{named}: "):
+            route(*arguments, **operands)
 
 
 def test_a_known_call_is_checked_once_and_routes_as_the_first_one_did(monkeypatch):
@@ -317,6 +315,25 @@ def test_a_known_call_that_wants_gradients_has_them():
     assert route(LOGITS, 2, scale).weights.requires_grad
     with torch.no_grad():
         assert not route(LOGITS, 2, scale).weights.requires_grad
+
+
+def test_a_call_like_the_one_before_takes_one_look_at_its_tensors(monkeypatch):
+    route = Router(SCALED)
+    route(LOGITS, 2, SCALE, out=KNOWN_OUT)
+    monkeypatch.setattr("moe_routing._router._described", lambda _tensor: pytest.fail("its tensors were described"))
+    other = moe_routing.RoutingOutput(torch.empty(len(LOGITS), 2), torch.empty(len(LOGITS), 2, dtype=torch.int32))
+    assert route(LOGITS + 1, 2, SCALE, out=other) is other
+    assert torch.equal(other.ids, KNOWN_OUT.ids)
+
+
+def test_a_call_in_inference_mode_is_of_another_kind_and_routes_as_outside():
+    route = Router(SCALED)
+    expected = [route(LOGITS, 2, SCALE) for _ in range(2)][-1]
+    with torch.inference_mode():
+        inside = [route(LOGITS.clone(), 2, SCALE) for _ in range(2)]
+    for output in (*inside, route(LOGITS, 2, SCALE)):
+        assert torch.equal(output.weights, expected.weights)
+    assert len(route._known) == 2
 
 
 def test_other_strides_are_another_call():

@@ -67,7 +67,7 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
     num_valid_tokens: int | Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> RoutingOutput:
-    """Append shared experts, map logical to physical ids, mask padding, give the ids their dtype, and join what is in columns."""
+    """Append shared experts, map logical to physical ids, mask padding, give the ids their dtype, and join the columns."""
     num_tokens, device = ids[0].shape[0], ids[0].device
     if spec.shared_experts:
         shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=device)

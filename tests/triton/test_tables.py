@@ -59,6 +59,14 @@ def test_what_no_other_variant_can_do_goes_to_the_lanes_variant(changes):
     assert {s.launch.variant for s in steps_on(H200, problem(**changes))} == {"lanes"}
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.usefixtures("home")
+def test_rows_that_lanes_of_the_sieve_cannot_share_evenly_go_to_the_rows_variant(renormalize):
+    spec = GEMMA4.replace(renormalize=renormalize)
+    assert steps_on(H200, problem(spec=spec, num_experts=72))[-1].launch.variant == "rows"
+    assert steps_on(H200, problem(spec=spec, num_experts=96))[-1].launch.variant == "sieve"
+
+
 @pytest.mark.usefixtures("home")
 def test_an_unknown_arch_gets_the_rule_of_thumb_and_says_so():
     found = choose.speaking(DeviceInfo(type="cuda", platform="cuda", arch="sm_80"), problem())

@@ -20,6 +20,8 @@ MOST_SORTED = 64
 """Experts of a row that one thread of the tiles variant sorts."""
 MOST_SIEVED = 16
 """Chunks of a row that one thread of the sieve variant keeps in registers."""
+MOST_TILED = 4
+"""Threads a row up to which the sieve reads rows as they lie in memory; with 8 the exchange costs more than it saves."""
 LEAST_GROUPS = 8
 """The sieve groups experts as long as there are so many groups for each expert that is selected."""
 
@@ -144,7 +146,8 @@ def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
         words = problem.num_experts // (2 * launch.lanes)
         most = max(1, min(problem.num_experts // (LEAST_GROUPS * k), words // CHUNK))
         group = max(d for d in (1, 2, 4, 8) if d <= most and words % d == 0)
-        sieve = {"WIDTH": width, "LANES": launch.lanes, "GROUP": group, "BLOCK_T": launch.block_t}
+        tiled = launch.lanes <= MOST_TILED and problem.num_experts == next_power_of_two(problem.num_experts)
+        sieve = {"WIDTH": width, "LANES": launch.lanes, "GROUP": group, "TILED": tiled, "BLOCK_T": launch.block_t}
         return {**shared_constants(problem), **sieve}
     if launch.variant == "tiles":
         tiles = {

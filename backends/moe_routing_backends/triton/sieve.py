@@ -1,7 +1,8 @@
 """The variant for middling and many tokens on GPUs that compare two bfloat16 in one instruction (sm_90): a sieve.
 
-Tile: ``[BLOCK_T, LANES]`` rows; a lane reads its share of a row in chunks of 8 experts and keeps it in registers as pairs of
-bfloat16; other dtypes are rounded to that, which keeps their order or makes ties. Then:
+Tile: ``[BLOCK_T, LANES]`` rows; a lane has its share of a row in registers as pairs of bfloat16; other dtypes are rounded to
+that, which keeps their order or makes ties. With few lanes a row (``TILED``) a program reads rows as they lie in memory, in
+whole cache lines, and hands the pairs over through shared memory; otherwise each lane reads chunks of 8 experts. Then:
 
 1. Sorting networks over pairs find a bar that at least K experts are not below. Experts are first put into groups of
    ``GROUP``, and only the highest of each goes through the networks: the bar is the K-th of those.
@@ -66,6 +67,43 @@ def load_pairs(first, chunk):
 
 
 @triton.jit
+def split_each(tiles):
+    """Split each ``[ROWS, LANES, N]`` into its even and its odd columns: first all even ones, then all odd ones."""
+    even = ()
+    odd = ()
+    for i in tl.static_range(len(tiles)):
+        tile = tiles[i]
+        a, b = tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2]))
+        even += (a,)
+        odd += (b,)
+    return even + odd
+
+
+@triton.jit
+def load_tile(first, E: tl.constexpr, LANES: tl.constexpr):
+    """Load rows as they lie in memory, whole cache lines a warp, and hand them over through shared memory.
+
+    :returns: the pairs of each lane's share of its row, which lies in one piece.
+    """
+    ROWS: tl.constexpr = first.shape[0]
+    PAIRS: tl.constexpr = E // 2 // LANES
+    if first.dtype.element_ty == tl.int32:
+        tile = tl.load(first[:, None] + tl.arange(0, E // 2)[None, :])
+    else:
+        whole = tl.load(first[:, None] + tl.arange(0, E)[None, :]).to(tl.float32)
+        low, high = tl.split(tl.reshape(whole, [ROWS, E // 2, 2]))
+        tile = rounded(low, high)
+    pairs = (tl.reshape(tile, [ROWS, LANES, PAIRS]),)
+    for i in tl.static_range(7):
+        if 1 << i < PAIRS:
+            pairs = split_each(pairs)
+    flat = ()
+    for i in tl.static_range(PAIRS):
+        flat += (tl.reshape(pairs[i], [ROWS, LANES]),)
+    return flat
+
+
+@triton.jit
 def kth_of_halves(t, K: tl.constexpr):
     """Return the K-th highest of two descending lists of 8, the halves of ``t``, in both halves; K <= 16.
 
@@ -105,17 +143,19 @@ def take(masks, bases):
 
 
 @triton.jit
-def candidate(masks, bases, first, LANES: tl.constexpr):
-    """Take one expert out of the masks: whether there was one, its place, its logit, and the masks left."""
+def candidate(masks, bases, first, GAP: tl.constexpr):
+    """Take one expert out of the masks: whether there was one, its place, its logit, and the masks left.
+
+    Bit 16 h + p stands for half h of a lane's p-th pair; after 4 pairs, a chunk, there are 4 times ``GAP`` experts of others.
+    """
     some, base, bit, masks = take(masks, bases)
-    # Bit 16 h + 4 s + q stands for half h of pair q of the lane's s-th chunk.
-    place = base + 2 * bit - 31 * (bit >> 4) + (bit & 12) * (2 * LANES - 2)
+    place = base + 2 * bit - 31 * (bit >> 4) + (bit & 12) * GAP
     place = tl.where(some, place, 0)
     return some, place, tl.load(first[:, None] + place), masks
 
 
 @triton.jit
-def batch(masks, bases, first, LANES: tl.constexpr, MASK: tl.constexpr):
+def batch(masks, bases, first, GAP: tl.constexpr, MASK: tl.constexpr):
     """Take up to 4 experts out of the masks: their keys, highest first and filled up to 8, what is left, and low bits.
 
     The low bits are those of float32 scores that a key has no room for.
@@ -123,7 +163,7 @@ def batch(masks, bases, first, LANES: tl.constexpr, MASK: tl.constexpr):
     keys = ()
     dust = tl.zeros(masks[0].shape, tl.int32)
     for _ in tl.static_range(4):
-        some, place, raw, masks = candidate(masks, bases, first, LANES)
+        some, place, raw, masks = candidate(masks, bases, first, GAP)
         if raw.dtype == tl.float32:
             key = rough_key(clean(raw), place, MASK)
             dust |= raw.to(tl.int32, bitcast=True) & MASK
@@ -150,7 +190,7 @@ def in_exact_order(found, first, MASK: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def best_of_bucket(exact, bucket, first_column, count, masks, bases, first, LANES: tl.constexpr, MASK: tl.constexpr):
+def best_of_bucket(exact, bucket, first_column, count, masks, bases, first, GAP: tl.constexpr, MASK: tl.constexpr):
     """Fill ``count`` columns of ``exact`` from ``first_column`` on with the best exact keys of a bucket, a walk a key.
 
     A bucket is the experts in the masks whose rough keys share the high bits, ``bucket [ROWS]``. Slow, and rarely needed.
@@ -164,7 +204,7 @@ def best_of_bucket(exact, bucket, first_column, count, masks, bases, first, LANE
         left = masks
         more = any_left(left)
         while more != 0:
-            some, place, raw, left = candidate(left, bases, first, LANES)
+            some, place, raw, left = candidate(left, bases, first, GAP)
             t = clean(raw)
             key = exact_key(t, place)
             inside = some & ((rough_key(t, place, MASK) | MASK) == bucket[:, None]) & (key < last[:, None])
@@ -186,15 +226,15 @@ def any_left(masks):
 
 
 @triton.jit
-def best_of(masks, bases, first, LANES: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr):
+def best_of(masks, bases, first, GAP: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr):
     """Sort the experts in the masks: the ``WIDTH`` highest keys of each row, the highest left out, and low bits."""
-    top, masks, dust = batch(masks, bases, first, LANES, MASK)
+    top, masks, dust = batch(masks, bases, first, GAP, MASK)
     nothing = top[0] * 0
     lost = nothing
     rest = (nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)
     more = any_left(masks)
     while more != 0:
-        s, masks, low = batch(masks, bases, first, LANES, MASK)
+        s, masks, low = batch(masks, bases, first, GAP, MASK)
         top, rest, lost = insert(top, rest, lost, s, WIDTH)
         dust |= low
         more = any_left(masks)
@@ -215,7 +255,7 @@ def sieve_kernel(
     SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
     SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr,
     VALID_ON_DEVICE: tl.constexpr, EARLY: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    TILED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``LANES`` threads each, which divide E / 8; ``GROUP`` divides the pairs of a thread."""
     wait_for_kernels_in_front(EARLY)
@@ -230,15 +270,19 @@ def sieve_kernel(
     PAIRS: tl.constexpr = STEPS * 4
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
     EXACT: tl.constexpr = RENORMALIZE and EPSILON == 0.0 and FLOOR == 0.0
+    GAP: tl.constexpr = 0 if TILED else 2 * LANES - 2
     lane = tl.arange(0, LANES)[None, :] + tl.zeros([BLOCK_T, 1], tl.int32)
     if logits.dtype.element_ty == tl.bfloat16:
         source = first.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
         source = first
 
-    pairs = ()
-    for i in tl.static_range(STEPS):
-        pairs += load_pairs(source, lane + i * LANES)
+    if TILED:
+        pairs = load_tile(source, E, LANES)
+    else:
+        pairs = ()
+        for i in tl.static_range(STEPS):
+            pairs += load_pairs(source, lane + i * LANES)
     GROUPS: tl.constexpr = PAIRS // GROUP
     least = tl.full(lane.shape, LEAST_PAIR, tl.int32)
     groups = ()
@@ -261,11 +305,11 @@ def sieve_kernel(
         for j in tl.static_range(16 if 16 * i + 16 <= PAIRS else PAIRS % 16):
             mask |= not_below(pairs[16 * i + j], bar, 0x00010001 << j)
         masks += (mask,)
-        bases += (lane * 8 + i * (32 * LANES),)
+        bases += (lane * (2 * PAIRS if TILED else 8) + i * (32 if TILED else 32 * LANES),)
 
     column = tl.arange(0, WIDTH)
     is_selected = (column < K)[None, :]
-    top, rest, lost, dust = best_of(masks, bases, first, LANES, MASK, WIDTH)
+    top, rest, lost, dust = best_of(masks, bases, first, GAP, MASK, WIDTH)
     found = over_lanes(top, rest, lane, WIDTH)
     picked = tl.where(is_selected, MASK - (found & MASK).to(tl.int32), 0)
     if logits.dtype.element_ty != tl.float32:
@@ -285,7 +329,7 @@ def sieve_kernel(
             kth = every[K - 1] | MASK
             members = count_of(((found | MASK) == kth[:, None]) & is_selected)
             missing = tl.where(unsure & (kth == (lost | MASK)), members, 0)
-            exact = best_of_bucket(exact, kth, K - members, missing, masks, bases, first, LANES, MASK)
+            exact = best_of_bucket(exact, kth, K - members, missing, masks, bases, first, GAP, MASK)
             picked = tl.where(is_selected, 0xFFFF - (exact & 0xFFFF).to(tl.int32), 0)
             x = value_of_key((exact >> 32).to(tl.uint32))
     x = activate(x, MULTIPLIER, CAP)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_routing_backends.triton.plan import Launch, can, kind
@@ -62,10 +62,18 @@ class Table:
         nearest = self.nearest(problem)
         if nearest is None:
             return (Step(LANES_UP_TO, Launch("lanes", 1, 1, 1)), Step(math.inf, LAST_LANES))
-        usable = [s for s in self.rules[nearest[1]] if can(problem, s.launch)]
+        served = ((s.tokens, _serving(problem, s.launch)) for s in self.rules[nearest[1]])
+        usable = [Step(tokens, launch) for tokens, launch in served if launch is not None]
         if not usable or usable[-1].tokens != math.inf:
             usable.append(Step(math.inf, LAST_LANES))
         return tuple(usable)
+
+
+def _serving(problem: RoutingProblem, launch: Launch) -> Launch | None:
+    """Return the launch, or its twin of the rows variant where only the sieve's shape forbids it, or ``None``."""
+    if not can(problem, launch) and launch.variant == "sieve":
+        launch = replace(launch, variant="rows")
+    return launch if can(problem, launch) else None
 
 
 def key_of(problem: RoutingProblem) -> Key:
