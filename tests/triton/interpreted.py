@@ -180,9 +180,10 @@ def cases():
     for name in SIEVED:
         for dtype, kind, lanes, experts, k in (
             (torch.float32, "close", 2, 48, 4),
-            (torch.float32, "twins", 2, 48, 5),
+            (torch.float32, "twins", 2, 64, 5),
             (torch.float32, "twins", 4, 96, 9),
             (torch.bfloat16, "hostile", 1, 72, 6),
+            (torch.bfloat16, "hostile", 2, 128, 6),
             (torch.float16, "hostile", 4, 64, 9),
         ):
             launch = Launch("sieve", 4, lanes, 1)
