@@ -127,6 +127,23 @@ def test_a_prepared_call_hands_its_tensors_to_what_inductor_made_and_routes_righ
     assert all(map(torch.equal, out, fresh))
 
 
+def test_16_bit_logits_are_routed_by_one_kernel():
+    bound = Router(GEMMA4, backend="torch-compile").binding_for("cpu", torch.bfloat16, 16, 4).bound
+    for tokens in (1, 5):
+        bound(torch.randn(tokens, 16).bfloat16(), per_expert_scale=torch.rand(16))
+    sources = {direct.function.source_code for direct in bound._direct.values()}
+    assert len(sources) == 2
+    assert {source.count("async_compile.cpp") for source in sources} == {1}
+
+
+def test_a_token_id_that_the_table_lacks_is_an_error_and_no_memory_of_others():
+    route = Router(FAMILIES["hash_sqrtsoftplus"].spec, backend="torch-compile")
+    table = torch.arange(8)[None].expand(3, 8).contiguous()
+    assert route(torch.randn(2, 16), 8, token_ids=torch.tensor([0, 2]), expert_table=table).ids.shape == (2, 8)
+    with pytest.raises(RuntimeError, match="index out of bounds"):
+        route(torch.randn(2, 16), 8, token_ids=torch.tensor([0, 3]), expert_table=table)
+
+
 def test_operands_that_do_not_compile_later_are_a_sentence_that_names_them(monkeypatch):
     route = Router(FAMILIES["sigmoid_topk"].spec, backend="torch-compile")
     route(torch.randn(5, 16), 4)

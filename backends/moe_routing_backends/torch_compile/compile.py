@@ -174,7 +174,8 @@ class CompiledRouter:
         """Compile as Dynamo's backend "inductor" does, and see how what Inductor made is called under AOTAutograd.
 
         AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own caches stay. Shapes and strides
-        are those of a kind of call that is known, and ids come out of keys that hold no others: neither is looked at again.
+        are those of a kind of call that is known, and ids come out of keys that hold no others: neither is looked at again;
+        token ids are the user's.
         """
 
         def inner(module: GraphModule, inputs: Any, **options: Any) -> Any:  # noqa: ANN401 -- Inductor's own
@@ -187,8 +188,9 @@ class CompiledRouter:
 
             return seen
 
-        unasserted = inductor.patch(size_asserts=False, assert_indirect_indexing=False)
-        with functorch.patch(enable_autograd_cache=False), unasserted:
+        by_table = self._problem.spec.selection == "token_table"
+        asserting = inductor.patch(size_asserts=False, assert_indirect_indexing=by_table)
+        with functorch.patch(enable_autograd_cache=False), asserting:
             compiled: Any = compile_fx(graph, samples, inner_compile=inner)
         return compiled  # type: ignore[no-any-return] # what Dynamo calls; Inductor's declaration also allows other things
 
