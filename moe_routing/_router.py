@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C._dynamo.guards import TensorGuards
 from torch.compiler import is_dynamo_compiling
 
 from moe_routing import _check, _op
 from moe_routing._backend import RoutingOutput
 from moe_routing._binding import Binder
-from moe_routing_registry import RoutingSpec, preference, verify_rate
+from moe_routing._kind import INDESCRIBABLE, Asked, Kind, described
+from moe_routing_registry import RoutingSpec, verify_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,54 +25,6 @@ if TYPE_CHECKING:
 _PLAIN = (Tensor, torch.nn.Parameter)
 _KINDS_KEPT = 1024
 """A router that knows so many kinds of call forgets them all and begins anew."""
-_ABSENT = tuple(torch.empty(0) for _ in range(4))
-"""Stand for scale, bias and outputs that a call does not bring. One is like no operand, whose dimensions are never 0."""
-_INDESCRIBABLE = (AttributeError, RuntimeError, TypeError, ValueError)
-"""What describing a wrong argument raises: a list has no dtype, a sparse tensor no strides, a set no hash."""
-
-
-class _Asked(NamedTuple):
-    """What a call asked for, beside its tensors."""
-
-    topk: int | None
-    ids_dtype: torch.dtype | None
-    form: type
-    """Of ``out``."""
-
-    def by_tensors_like(self, logits: Tensor, *others: Tensor | None) -> Callable[..., bool]:
-        """Return what tells whether a call asks for the same, of tensors alike in type, dtype, device, shape and strides."""
-        (topk, ids_dtype, form), preferred = self, preference.get()
-        examples = [logits, *(absent if t is None else t for t, absent in zip(others, _ABSENT, strict=True))]
-        sizes, strides = [list(t.shape) for t in examples], [list(t.stride()) for t in examples]
-        alike = TensorGuards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type] # ints do
-        no_scale, no_bias, *nowhere = _ABSENT
-
-        def serves(  # noqa: PLR0913, PLR0917 -- the operands of a call that is of no rare kind
-            logits: Tensor,
-            wanted: int | None,
-            scale: Tensor | None,
-            bias: Tensor | None,
-            out: tuple[Tensor, Tensor] | None,
-            ids: torch.dtype | None,
-        ) -> bool:
-            if wanted is not topk or ids is not ids_dtype or type(out) is not form or preference.get() != preferred:
-                return False
-            weights, places = nowhere if out is None else out
-            return alike(logits, no_scale if scale is None else scale, no_bias if bias is None else bias, weights, places)
-
-        return serves
-
-
-class _Kind(NamedTuple):
-    """A kind of calls that passed the checks, and what serves it.
-
-    :ivar serves: tells whether a call is of this kind.
-    :ivar call: the kernel, made ready for this kind where it can be.
-    """
-
-    serves: Callable[..., bool]
-    call: Callable[..., RoutingOutput]
-    binding: Binding
 
 
 class Router:
@@ -110,8 +62,8 @@ class Router:
         self._requested = backend
         self._shadow = _shadow(verify)
         self._binder = Binder(spec, backend, self._shadow)
-        self._known: dict[tuple[object, ...], _Kind] = {}
-        self._latest: _Kind | None = None
+        self._known: dict[tuple[object, ...], Kind] = {}
+        self._latest: Kind | None = None
 
     def __call__(  # noqa: PLR0913 -- one argument an operand of the maths
         self,
@@ -154,17 +106,11 @@ class Router:
             known = self._latest
             try:
                 if known is None or not known.serves(logits, topk, per_expert_scale, bias, out, ids_dtype):
-                    kind = (
-                        type(logits), logits.dtype, logits.device, logits.layout, logits.shape, logits.stride(),
-                        type(topk), topk, None if per_expert_scale is None else _described(per_expert_scale),
-                        None if bias is None else _described(bias),
-                        None if out is None else (type(out), *map(_described, out)),
-                        ids_dtype, preference.get(), torch.is_inference_mode_enabled(),
-                    )  # fmt: skip
+                    kind = described(logits, topk, per_expert_scale, bias, out, ids_dtype)
                     known = self._known.get(kind)
                     if known is not None:
                         self._latest = known
-            except _INDESCRIBABLE:
+            except INDESCRIBABLE:
                 kind = known = None
             if known is not None and not (is_grad_enabled() and _requires_grad(logits, per_expert_scale)):
                 _, call, self._binder.latest = known
@@ -190,7 +136,7 @@ class Router:
         out: RoutingOutput | tuple[Tensor, Tensor] | None,
     ) -> RoutingOutput:
         """Check everything, then route; a call that went straight to its kernel makes its ``kind`` known."""
-        asked = _Asked(topk, ids_dtype, type(out))
+        asked = Asked(topk, ids_dtype, type(out))
         if topk is None:
             topk = self._default_topk()
         if out is not None:
@@ -228,7 +174,7 @@ class Router:
     def _remember(  # noqa: PLR0913, PLR0917 -- what tells kinds of calls apart
         self,
         kind: tuple[object, ...],
-        asked: _Asked,
+        asked: Asked,
         logits: Tensor,
         topk: int,
         per_expert_scale: Tensor | None,
@@ -245,8 +191,8 @@ class Router:
         call = prepare(logits, per_expert_scale, bias) if prepare is not None else None
         if len(self._known) >= _KINDS_KEPT:
             self._known.clear()
-        serves = asked.by_tensors_like(logits, per_expert_scale, bias, *(out or (None, None)))
-        self._known[kind] = self._latest = _Kind(serves, call or _by_position(binding.bound), binding)
+        serves = asked.of_tensors_like(logits, per_expert_scale, bias, *(out or (None, None)))
+        self._known[kind] = self._latest = Kind(serves, call or _by_position(binding.bound), binding)
 
     def binding_for(  # noqa: PLR0913 -- the fields of a RoutingProblem
         self,
@@ -368,10 +314,6 @@ class Router:
 
 def _by_position(bound: BoundRouter) -> Callable[..., RoutingOutput]:
     return lambda logits, scale, bias, out: bound(logits, per_expert_scale=scale, bias=bias, out=out)
-
-
-def _described(operand: Tensor) -> tuple[object, ...]:
-    return type(operand), operand.dtype, operand.device, operand.shape, operand.is_contiguous()
 
 
 def _requires_grad(logits: Tensor, per_expert_scale: Tensor | None) -> bool:

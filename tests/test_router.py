@@ -320,10 +320,21 @@ def test_a_known_call_that_wants_gradients_has_them():
 def test_a_call_like_the_one_before_takes_one_look_at_its_tensors(monkeypatch):
     route = Router(SCALED)
     route(LOGITS, 2, SCALE, out=KNOWN_OUT)
-    monkeypatch.setattr("moe_routing._router._described", lambda _tensor: pytest.fail("its tensors were described"))
+    monkeypatch.setattr("moe_routing._router.described", lambda *_call: pytest.fail("the call was described"))
     other = moe_routing.RoutingOutput(torch.empty(len(LOGITS), 2), torch.empty(len(LOGITS), 2, dtype=torch.int32))
     assert route(LOGITS + 1, 2, SCALE, out=other) is other
     assert torch.equal(other.ids, KNOWN_OUT.ids)
+
+
+def test_a_torch_without_the_guard_routes_all_the_same(monkeypatch):
+    def other(*_tensors):
+        raise TypeError
+
+    monkeypatch.setattr("torch._C._dynamo.guards.TensorGuards", other)
+    route = Router(SCALED)
+    first, again = (route(LOGITS, 2, SCALE) for _ in range(2))
+    assert torch.equal(first.weights, again.weights)
+    assert len(route._known) == 1
 
 
 def test_a_call_in_inference_mode_is_of_another_kind_and_routes_as_outside():
