@@ -127,6 +127,12 @@ def test_a_prepared_call_hands_its_tensors_to_what_inductor_made_and_routes_righ
     assert all(map(torch.equal, out, fresh))
 
 
+def test_the_formula_that_is_compiled_conforms():
+    """Every case of the contract, uncompiled, which takes seconds; compiled it would take hours."""
+    script = "from moe_routing.cli import main; main(['conformance', 'torch-compile'])"
+    assert "torch-compile conforms: " in run(script, TORCHDYNAMO_DISABLE="1")
+
+
 def test_16_bit_logits_are_routed_by_one_kernel():
     bound = Router(GEMMA4, backend="torch-compile").binding_for("cpu", torch.bfloat16, 16, 4).bound
     for tokens in (1, 5):

@@ -92,7 +92,7 @@ def by_narrow_rounds(spec: RoutingSpec, t: Tensor, topk: int) -> list[Tensor]:
     As float32 such a number has 13 low bits that are 0, where the complement of the id fits (``NARROW_UP_TO``). What
     ``finite`` clamped has not, and stays outside all others without them.
     """
-    if spec.grouped:
+    if spec.num_groups > 1:
         raise NotImplementedError(spec)
     places = (1 << (t.shape[-1] - 1).bit_length()) - 1
     bits = t.add(0.0).view(torch.int32)

@@ -208,7 +208,8 @@ def _selection(problem: RoutingProblem) -> Select:
     """Return the way to select that compiles to the least."""
     if problem.topk > ROUNDS_UP_TO:
         return whole(by_sort)
-    exact = problem.dtype in ("bfloat16", "float16") and problem.spec.selection == "logits" and not problem.spec.grouped
+    spec = problem.spec
+    exact = problem.dtype in ("bfloat16", "float16") and spec.selection == "logits" and spec.num_groups == 1
     return by_narrow_rounds if exact and problem.num_experts <= NARROW_UP_TO else whole(by_rounds)
 
 
