@@ -1,7 +1,7 @@
 """Run the Triton kernels in Triton's interpreter, on the CPU, against the oracle; print what was found as JSON.
 
-A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported. ``--cuda 2/10`` runs every
-tenth case, from the second on, on the GPU at hand instead; ten such processes at a time, for Triton compiles them all.
+A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported. ``2/10`` runs every tenth
+case, from the second on. ``--cuda`` runs them on the GPU at hand; in many processes at a time, for Triton compiles them all.
 """
 
 import json
@@ -201,7 +201,7 @@ def cases():
 def main():
     """Run all cases, or a share of them."""
     torch.set_num_threads(1)
-    part, parts = map(int, sys.argv[-1].split("/")) if ON_GPU else (1, 1)
+    part, parts = map(int, sys.argv[-1].split("/"))
     json.dump({title: case() for title, case in islice(cases(), part - 1, None, parts)}, sys.stdout)
 
 
