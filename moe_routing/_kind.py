@@ -80,7 +80,8 @@ class Asked(NamedTuple):
 def guard(examples: Sequence[Tensor]) -> Callable[..., bool] | None:
     """Return what tells whether as many tensors are like these, dispatch keys and ``requires_grad`` included.
 
-    :returns: ``None`` where this PyTorch has no such guard.
+    :returns: ``None`` where this PyTorch has no such guard, or one that takes other arguments: it is private. Nothing is lost
+        but host time, for a call that is not recognised is described.
 
     >>> alike = guard([torch.zeros(2, 3)])
     >>> alike(torch.ones(2, 3)), alike(torch.ones(3, 2).t()), alike(torch.ones(2, 3, requires_grad=True))
@@ -90,7 +91,7 @@ def guard(examples: Sequence[Tensor]) -> Callable[..., bool] | None:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        return TensorGuards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type] # ints will do
+        return TensorGuards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type] # the stub says one flat list
     except (AttributeError, ImportError, TypeError):
         return None
 

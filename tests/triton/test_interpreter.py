@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,12 +34,12 @@ NAMES = [
 def found():
     script, parts = Path(__file__).with_name("interpreted.py"), os.cpu_count() or 1
     commands = [[sys.executable, str(script), f"{part}/{parts}"] for part in range(1, parts + 1)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    run = partial(subprocess.run, check=False, capture_output=True, text=True, timeout=600)
     cases = {}
-    for process in running:
-        printed, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said[-3000:]
-        cases |= json.loads(printed)
+    with ThreadPoolExecutor(parts) as pool:
+        for done in pool.map(run, commands):
+            assert done.returncode == 0, done.stderr[-3000:]
+            cases |= json.loads(done.stdout)
     return cases
 
 
