@@ -18,12 +18,17 @@ os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
 import torch  # noqa: E402 -- behind the variable
+import triton  # noqa: E402 -- likewise
+import triton.language as tl  # noqa: E402 -- likewise
 
 from moe_routing import RoutingOutput  # noqa: E402 -- likewise
 from moe_routing.probing import probe  # noqa: E402 -- likewise
 from moe_routing.testing.admissible import compare  # noqa: E402 -- likewise
+from moe_routing_backends.triton.keys import value_of_rough  # noqa: E402 -- likewise
 from moe_routing_backends.triton.launch import build  # noqa: E402 -- likewise
+from moe_routing_backends.triton.pairs import low_half, rounded_halves, sigmoid_scores  # noqa: E402 -- likewise
 from moe_routing_backends.triton.plan import Launch, can  # noqa: E402 -- likewise
+from moe_routing_backends.triton.sieve import range_of  # noqa: E402 -- likewise
 from moe_routing_backends.triton.table import VARIANTS  # noqa: E402 -- likewise
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
 
@@ -40,6 +45,9 @@ SPECS = {
         family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20, scale=2.5,
         num_groups=8, topk_groups=4, group_score="top2_sum",
     ),
+    "sigmoid_bias": RoutingSpec(
+        family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True, scale=2.0, shared_experts=1
+    ),
     "deepseek_v2": RoutingSpec(family="f", num_groups=8, topk_groups=3, scale=16.0),
     "sqrtsoftplus": RoutingSpec(family="f", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5),
     "token_table": RoutingSpec(family="f", score="sqrtsoftplus", selection="token_table", renormalize=True, scale=1.5),
@@ -50,7 +58,7 @@ SPECS = {
     "soft_cap": RoutingSpec(family="f", renormalize=True, logit_softcap=30.0, logit_multiplier=0.7),
     "shared": RoutingSpec(family="f", score="sigmoid", renormalize=True, shared_experts=2, scale=2.5, per_expert_scale=True),
 }  # fmt: skip
-SIEVED = ("gemma4", "softmax", "sigmoid_renorm", "soft_cap", "shared")
+SIEVED = ("gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "soft_cap", "shared")
 ROWS = ("gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared")
 
 TILED = (
@@ -85,6 +93,13 @@ def twins(tokens, experts, generator):
     return x
 
 
+def far(tokens, experts, generator):
+    """Twins below a best that is so far above them that 32-bit keys cannot hold what lies between and the lowest bits."""
+    x = twins(tokens, experts, generator)
+    x[::2, experts // 3] = 2.0**20
+    return x
+
+
 def tiny(tokens, experts, generator):
     """Float32 below its normal numbers; zeros as float16."""
     return torch.randn(tokens, experts, generator=generator) * 2.0**-140
@@ -98,7 +113,7 @@ def normal(tokens, experts, generator):
     return x
 
 
-KINDS = {"hostile": hostile, "close": close, "twins": twins, "tiny": tiny, "normal": normal}
+KINDS = {"hostile": hostile, "close": close, "twins": twins, "far": far, "tiny": tiny, "normal": normal}
 DRAWN = 24
 """Random cases, the same in every run: they are for the next change of a kernel."""
 
@@ -132,7 +147,8 @@ def run(  # noqa: PLR0913, PLR0917 -- what a case is
     if spec.per_expert_scale:
         operands["per_expert_scale"] = torch.rand(experts, generator=generator) + 0.5
     if spec.needs_bias:
-        operands["bias"] = torch.randn(experts, generator=generator) * 0.1
+        bias = hostile(4, experts, generator)[3] if kind == "hostile" else torch.randn(experts, generator=generator) * 0.1
+        operands["bias"] = torch.where(torch.rand(experts, generator=generator) < 0.1, bias * 1e5, bias)
     if spec.selection == "token_table":
         operands["token_ids"] = torch.randint(0, 9, (tokens,), generator=generator)
         operands["expert_table"] = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(9)])
@@ -147,7 +163,10 @@ def run(  # noqa: PLR0913, PLR0917 -- what a case is
     out = RoutingOutput(
         torch.full((tokens, columns), torch.nan), torch.full((tokens, columns), -7, dtype=getattr(torch, ids_dtype))
     )
-    router(logits, **operands, out=out)
+    given = dict(operands)
+    if extras and spec.selection == "token_table":
+        given["token_ids"] = torch.cat([operands["token_ids"][:4], torch.full((tokens - 4,), 2**40)])  # padding has no token
+    router(logits, **given, out=out)
     return compare(spec, logits, k, out, **operands).problems, out
 
 
@@ -159,8 +178,41 @@ def beside_lanes(name, launch, *rest, one_row=False):
     return problems + ([] if same else ["bits differ from the lanes variant's"])
 
 
+@triton.jit
+def guess_kernel(logits, bias, found, COUNT: tl.constexpr, N: tl.constexpr):
+    """Guess scores as the sieve does; were they the K-th and the highest of a row, its bar and what scores lie between."""
+    place = tl.program_id(0) * N + tl.arange(0, N)
+    b = tl.load(bias + place) + 0.5
+    x = tl.load(logits + place)
+    pair = sigmoid_scores(x, x, rounded_halves(b, b))
+    least, most, bar = range_of(pair, pair, "scores_plus_bias")
+    tl.store(found + place, low_half(pair))
+    tl.store(found + COUNT + place, low_half(bar >> 16))
+    tl.store(found + 2 * COUNT + place, value_of_rough(least))
+    tl.store(found + 3 * COUNT + place, value_of_rough(most))
+
+
+def guesses():
+    """Hold the sieve's guesses at sigmoid(x) + b to the bounds in ``pairs.margin``, for all magnitudes; say what is wrong."""
+    sizes = torch.cat([torch.linspace(0, 20, 1024), 2.0 ** torch.linspace(-30, 15, 1024)])
+    biases = torch.tensor([0.0, 0.1, -0.1, -0.5, -1.0, 0.9, 8.3, -8.3, 300.0, -300.0, 6e4, -6e4])
+    x, b = (t.flatten().contiguous() for t in torch.meshgrid(torch.cat([sizes, -sizes]), biases, indexing="ij"))
+    found = torch.empty(4, len(x))
+    guess_kernel[len(x) // 4096,](x, b, found, len(x), 4096)
+    scores, bars, least, most = found.double()
+    bound = 0.00062 + scores.abs() / 1024
+    wrong = {
+        "the guess is off": (scores - x.double().sigmoid() - b.double()).abs() > bound,
+        "the bar is high": bars > scores - 2 * bound,
+        "the least is high": least > scores - bound,
+        "the most is low": most < scores + bound,
+    }
+    return [f"sigmoid({x[bad][0]}) + {b[bad][0]} = {scores[bad][0]}: {what}" for what, bad in wrong.items() if bad.any()]
+
+
 def cases():
     """Yield titles and what to call: all specs in the lanes variant, those that many tokens meet in the others, drawn ones."""
+    yield "guesses of the sieve", guesses
     for name in SPECS:
         for dtype, kind, launch in (
             (torch.float32, "hostile", Launch("lanes", 1, 1, 1)),
@@ -181,7 +233,7 @@ def cases():
         for dtype, kind, lanes, experts, k in (
             (torch.float32, "close", 2, 48, 4),
             (torch.float32, "twins", 2, 64, 5),
-            (torch.float32, "twins", 4, 96, 9),
+            (torch.float32, "far", 4, 96, 9),
             (torch.bfloat16, "hostile", 1, 72, 6),
             (torch.bfloat16, "hostile", 2, 128, 6),
             (torch.float16, "hostile", 4, 64, 9),

@@ -147,7 +147,9 @@ def test_a_written_table_reads_back_the_same():
     [
         (GEMMA4, "logits"),
         (RoutingSpec(family="f", renormalize=True, renorm_floor=1e-12), "row_sum"),
-        (RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias"), "bias"),
+        (RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias"), "sigmoid_bias"),
+        (RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias", logit_softcap=5.0), "bias"),
+        (RoutingSpec(family="f", score="sigmoid", selection="logits_plus_bias"), "bias"),
         (RoutingSpec(family="f", num_groups=4, topk_per_group=True), "grouped"),
     ],
 )

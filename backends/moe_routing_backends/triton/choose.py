@@ -53,7 +53,11 @@ def shipped(device: DeviceInfo) -> Table:
 def derived(device: DeviceInfo) -> Table:
     """Derive a table from that of sm_90: rows enough for the device's warps, and only variants that it has."""
     measured = parse((SHIPPED / "sm_90.json").read_text(encoding="utf-8"), "tables/sm_90.json")
-    rules = {key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps) for key, steps in measured.rules.items()}
+    rules = {
+        key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps)
+        for key, steps in measured.rules.items()
+        if key[0] != "sigmoid_bias" or _sieves(device)  # the rule for other biased scores is the better one without a sieve
+    }
     provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
     return Table("the derived table", provenance, rules)
 
@@ -63,11 +67,14 @@ def starts_early(device: DeviceInfo) -> bool:
     return device.platform == "cuda" and device.capability is not None and device.capability >= STARTS_EARLY_FROM
 
 
+def _sieves(device: DeviceInfo) -> bool:
+    return device.capability is not None and device.capability >= SIEVES_FROM
+
+
 def _fitted(launch: Launch, device: DeviceInfo) -> Launch:
     """Fit a launch to another device; ``block_t * lanes`` threads are ``num_warps`` warps, of 32 on the one measured."""
     if launch.variant == "lanes":
         return launch
-    sieves = device.capability is not None and device.capability >= SIEVES_FROM
     wide = max(device.warp_sizes, default=WARP) // WARP
-    variant = "rows" if launch.variant == "sieve" and not sieves else launch.variant
+    variant = "rows" if launch.variant == "sieve" and not _sieves(device) else launch.variant
     return Launch(variant, launch.block_t * wide, launch.lanes, launch.num_warps)

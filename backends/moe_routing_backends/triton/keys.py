@@ -13,7 +13,7 @@ FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def at_least(x, lowest: tl.constexpr):
+def at_least(x, lowest):
     """Return the higher of float32 ``x`` and ``lowest``; NaN gives ``lowest``.
 
     Of NaN and a number a GPU's maximum is the number, as IEEE 754's maxNum; NumPy's, in the interpreter, is NaN.
@@ -53,14 +53,22 @@ def value_of_key(key):
 
 
 @triton.jit
+def ordered_bits(t, ZEROS: tl.constexpr = True):
+    """Map clean float32 to uint32 in the same order, neighbours to neighbours. ``ZEROS``: whether t may be -0, which is +0.
+
+    ``t + 0.0`` turns -0 into +0; flipping the sign of positive and all bits of negative floats is the usual map.
+    """
+    bits = (t + 0.0 if ZEROS else t).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def rough_key(t, place, MASK: tl.constexpr, ZEROS: tl.constexpr = True):
     """Pack the high bits of a clean float32 and the complement of its place (``place <= MASK``) into one uint32.
 
-    If a > b then their rough keys, places aside, are in this order or equal. ``t + 0.0`` turns -0 into +0; flipping the
-    sign of positive and all bits of negative floats is the usual order-preserving map. ``ZEROS``: whether t may be -0.
+    If a > b then their rough keys, places aside, are in this order or equal. ``ZEROS``: whether t may be -0.
     """
-    bits = (t + 0.0 if ZEROS else t).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) | -0x80000000)
+    ordered = ordered_bits(t, ZEROS).to(tl.int32, bitcast=True)
     return ((ordered & ~MASK) | (MASK - place)).to(tl.uint32, bitcast=True)
 
 

@@ -145,7 +145,9 @@ def route_by_rounds(
             total = tree_sum(p, BLOCK_T, GROUPS * SIZE)
 
     if SELECTION == "token_table":
-        token = tl.load(token_ids + row, mask=in_batch, other=0).to(tl.int64)
+        # Padding has no token: whatever stands there may lie outside the table.
+        real = row < (tl.load(num_valid_tokens) if VALID_ON_DEVICE else valid)
+        token = tl.load(token_ids + row, mask=in_batch & real, other=0).to(tl.int64)
         known = in_batch[:, None] & is_selected
         picked = tl.load(expert_table + token[:, None] * K + column[None, :], mask=known, other=0).to(tl.int32)
     elif NARROW:

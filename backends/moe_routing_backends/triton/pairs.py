@@ -2,6 +2,10 @@
 
 An int32 tensor of this backend that is compared is such a pair; keys are unsigned. Each operation is one PTX instruction.
 The interpreter takes the twin beside it, which agrees in all but which of NaN and -inf comes out, and nobody asks that.
+
+Biased scores are pairs of float16, which are three bits finer, and compared by the same instructions: both formats are a sign
+and a magnitude, so read as bfloat16 the bits of two float16 are in the order of their values. The NaN that arithmetic makes,
+0x7FFF, is one in both.
 """
 
 from __future__ import annotations
@@ -85,6 +89,68 @@ def rounded(low, high):
         return tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], dtype=tl.int32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def rounded_halves(low, high):
+    """Round two float32 to the nearest float16 each."""
+    if INTERPRETED:
+        return joined_halves(low.to(tl.float16), high.to(tl.float16))
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def joined_halves(low, high):
+    """Put two float16 into a pair; every NaN becomes the one that arithmetic makes."""
+    low = tl.where(low == low, low.to(tl.int16, bitcast=True), 0x7FFF).to(tl.int32)  # noqa: PLR0124 -- NaN alone differs
+    high = tl.where(high == high, high.to(tl.int16, bitcast=True), 0x7FFF).to(tl.int32)  # noqa: PLR0124 -- likewise
+    return (high << 16) | (low & 0xFFFF)
+
+
+@triton.jit
+def low_half(pair):
+    """Return the low float16 as float32."""
+    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def sigmoid_scores(low, high, bias):
+    """Return sigmoid(x) + b as a pair of float16, off by at most ``margin``; ``bias`` is the pair of b + 0.5.
+
+    tanh(x / 2) / 2 + (b + 0.5), where the hardware's tangent is off by at most 2**-10.987 (PTX ISA, tanh). NaN stays NaN.
+    """
+    if INTERPRETED:
+        h0, h1 = low.to(tl.float16) * 0.5, high.to(tl.float16) * 0.5
+        u0 = 1.0 - 2.0 / (tl.exp(2.0 * h0.to(tl.float32)) + 1.0)
+        u1 = 1.0 - 2.0 / (tl.exp(2.0 * h1.to(tl.float32)) + 1.0)
+        return rounded_halves(u0 * 0.5 + low_half(bias), u1 * 0.5 + low_half(bias >> 16))
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 x, half;
+            mov.b32 half, 0x38003800;
+            cvt.rn.f16x2.f32 x, $1, $2;
+            mul.rn.f16x2 x, x, half;
+            tanh.approx.f16x2 x, x;
+            fma.rn.f16x2 $0, x, half, $3;
+            }""",
+            "=r,r,r,r", [high, low, bias], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def margin(score):
+    """Return twice what ``sigmoid_scores`` may be off near a score, and more.
+
+    With s for a score and S for what stands in the pair, |S - s| <= d + c |S|: of the tangent 2**-11.987, of its argument's
+    rounding 0.23 * 2**-11, of the bias 2**-11 (|S| + 0.5), of the sum 2**-11 |S|; together d = 0.00062, c = 2**-10. The K
+    experts whose S is not below the bar B have s >= B - d - c |B|, so the K-th highest s is not below that, and an expert
+    with such an s has S >= B - 2 d - 2 c |B|, but for c**2. Rounding the bar to float16 again costs 2**-11 |B|.
+    """
+    return 0.0016 + 0.0028 * tl.abs(score)
 
 
 @triton.jit

@@ -50,7 +50,10 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def kind(spec: RoutingSpec) -> Literal["logits", "row_sum", "bias", "grouped"]:
+Kind = Literal["logits", "row_sum", "sigmoid_bias", "bias", "grouped"]
+
+
+def kind(spec: RoutingSpec) -> Kind:
     """Class a spec by what its kernel does for every expert of a row: the tables of launches are kept by that.
 
     >>> from moe_routing_registry import RoutingSpec
@@ -60,7 +63,8 @@ def kind(spec: RoutingSpec) -> Literal["logits", "row_sum", "bias", "grouped"]:
     if spec.num_groups > 1:
         return "grouped"
     if spec.needs_bias:
-        return "bias"
+        plain = spec.selection == "scores_plus_bias" and spec.logit_multiplier == 1 and not spec.logit_softcap
+        return "sigmoid_bias" if plain and spec.score == "sigmoid" else "bias"
     exact = spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor)
     return "row_sum" if spec.score == "softmax" and not exact else "logits"
 
@@ -83,12 +87,7 @@ def rows_can(problem: RoutingProblem, lanes: int) -> bool:
 def sieve_can(problem: RoutingProblem, lanes: int) -> bool:
     """Tell whether the sieve variant serves the problem, given aligned logits and a device that it is for."""
     chunks = problem.num_experts // CHUNK
-    return (
-        problem.spec.selection == "logits"
-        and rows_can(problem, lanes)
-        and chunks % lanes == 0
-        and chunks <= MOST_SIEVED * lanes
-    )
+    return kind(problem.spec) != "bias" and rows_can(problem, lanes) and chunks % lanes == 0 and chunks <= MOST_SIEVED * lanes
 
 
 def tiles_can(problem: RoutingProblem, launch: Launch) -> bool:

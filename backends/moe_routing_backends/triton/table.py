@@ -51,11 +51,16 @@ class Table:
     rules: Mapping[Key, tuple[Step, ...]]
     device: Mapping[str, str] | None = None
 
-    def nearest(self, problem: RoutingProblem) -> tuple[tuple[bool, bool, int], Key] | None:
-        """Return how far off the nearest rule is, and its key: of the problem's kind and list width, the least E not below."""
+    def nearest(self, problem: RoutingProblem) -> tuple[tuple[bool, bool, bool, int], Key] | None:
+        """Return how far off the nearest rule is, and its key: of the problem's kind and list width, the least E not below.
+
+        A sigmoid with bias, which the sieve serves, is routed as other biased scores are where no rule is for it.
+        """
         kind_, bits, experts, width = key_of(problem)
-        fits = [key for key in self.rules if key[:2] == (kind_, bits)]
-        return min((((key[3] != width, key[2] < experts, abs(key[2] - experts)), key) for key in fits), default=None)
+        kinds = (kind_, "bias") if kind_ == "sigmoid_bias" else (kind_,)
+        fits = [key for key in self.rules if key[0] in kinds and key[1] == bits]
+        off = {key: (key[0] != kind_, key[3] != width, key[2] < experts, abs(key[2] - experts)) for key in fits}
+        return min(((off[key], key) for key in fits), default=None)
 
     def steps(self, problem: RoutingProblem) -> tuple[Step, ...]:
         """Return the steps of the nearest rule. The last step has no end, and every step can serve the problem."""
