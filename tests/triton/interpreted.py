@@ -113,6 +113,15 @@ def normal(tokens, experts, generator):
     return x
 
 
+def biases(experts, kind, generator):
+    """Small ones as in trained models; beside scores of some kinds others: without end, alike and far from 0, far apart."""
+    bias = torch.randn(experts, generator=generator) * 0.1
+    if kind == "hostile":
+        few = torch.rand(experts, generator=generator) < 0.1
+        return torch.where(few, bias * 1e6, hostile(4, experts, generator)[3])
+    return {"twins": bias + 1000, "far": bias * 500}.get(kind, bias)
+
+
 KINDS = {"hostile": hostile, "close": close, "twins": twins, "far": far, "tiny": tiny, "normal": normal}
 DRAWN = 24
 """Random cases, the same in every run: they are for the next change of a kernel."""
@@ -147,8 +156,7 @@ def run(  # noqa: PLR0913, PLR0917 -- what a case is
     if spec.per_expert_scale:
         operands["per_expert_scale"] = torch.rand(experts, generator=generator) + 0.5
     if spec.needs_bias:
-        bias = hostile(4, experts, generator)[3] if kind == "hostile" else torch.randn(experts, generator=generator) * 0.1
-        operands["bias"] = torch.where(torch.rand(experts, generator=generator) < 0.1, bias * 1e5, bias)
+        operands["bias"] = biases(experts, kind, generator)
     if spec.selection == "token_table":
         operands["token_ids"] = torch.randint(0, 9, (tokens,), generator=generator)
         operands["expert_table"] = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(9)])
@@ -241,7 +249,7 @@ def cases():
             launch = Launch("sieve", 4, lanes, 1)
             yield f"sieve {name} {dtype} {kind} {experts}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
     for name, experts, k, lanes in TILED:
-        for dtype, kind in ((torch.float32, "close"), (torch.bfloat16, "hostile")):
+        for dtype, kind in ((torch.float32, "close"), (torch.float32, "far"), (torch.bfloat16, "hostile")):
             launch = Launch("tiles", 4, lanes, 1)
             yield f"tiles {name} {dtype} {kind}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
     random = Random(0)  # noqa: S311 -- cases of a test

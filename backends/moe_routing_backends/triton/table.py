@@ -65,11 +65,11 @@ class Table:
     def steps(self, problem: RoutingProblem) -> tuple[Step, ...]:
         """Return the steps of the nearest rule. The last step has no end, and every step can serve the problem."""
         nearest = self.nearest(problem)
-        if nearest is None:
-            return (Step(LANES_UP_TO, Launch("lanes", 1, 1, 1)), Step(math.inf, LAST_LANES))
-        served = ((s.tokens, _serving(problem, s.launch)) for s in self.rules[nearest[1]])
+        served = ((s.tokens, _serving(problem, s.launch)) for s in (self.rules[nearest[1]] if nearest else ()))
         usable = [Step(tokens, launch) for tokens, launch in served if launch is not None]
-        if not usable or usable[-1].tokens != math.inf:
+        if not usable:
+            return (Step(LANES_UP_TO, Launch("lanes", 1, 1, 1)), Step(math.inf, LAST_LANES))
+        if usable[-1].tokens != math.inf:
             usable.append(Step(math.inf, LAST_LANES))
         return tuple(usable)
 

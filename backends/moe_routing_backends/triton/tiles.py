@@ -7,10 +7,11 @@ group, sorts them by networks in registers into the list of its ``WIDTH`` best, 
 a group; the lists of groups that lose are emptied before the last merges. About 30 instructions an expert for a sigmoid with
 bias and groups.
 
-Keys are those of the rows variant: the high bits of a float32 score and the place. So a group's score, the sum of its best
-two, is known within bounds. Where the bounds of a kept and a lost group meet, or two neighbours among the K best and the next
-share their high bits, the row is routed again by exact rounds, as the lanes variant does it: one row in two hundred of
-normal logits.
+A key has what fits into 32 bits beside the place: of a score with a bias its place on a grid of 2**23 points, which reaches
+from the lowest bias to the highest and the highest score (``grid_of``), and of other scores the high bits. So a group's
+score, the sum of its best two, is known within bounds. Where the bounds of a kept and a lost group meet, or two neighbours
+among the K best and the next share their high bits, the row is routed again by exact rounds, as the lanes variant does it:
+one row in some thousand of normal logits, and one in two hundred without the grid.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ from moe_routing_backends.triton.scores import (
     selection_score,
     tree_sum,
 )
+
+TWO_TO_23 = tl.constexpr(8388608.0)
+LOWEST_POINT = tl.constexpr(8)
+"""The grid's lowest point, so that a key is never 0 whatever its place."""
+HIGHEST_POINT = tl.constexpr(2**23 - 1)
 
 
 @triton.jit
@@ -131,11 +137,81 @@ def emptied8(t, kept):
 
 
 @triton.jit
-def choose_groups(first, second, GROUPS: tl.constexpr, KEEP: tl.constexpr, TOP2: tl.constexpr, MASK: tl.constexpr):
-    """Choose the ``KEEP`` best groups by their best two rough keys ``[ROWS, GROUPS]``.
+def grid_of(b, exists, SCORE: tl.constexpr):
+    """Return the scale and the offset ``[1, 1]`` of the grid for scores with the biases ``b [1, N]``.
 
-    A rough key with its place bits cleared or set is a bound of its score; so are the float32 sums of bounds, since rounding
-    is monotonic. Bounds are compared as integers whose low bits hold the complement of the group.
+    A score t is at the point t * scale + offset, rounded; points are whole numbers of float32 from 2**23 to 2**24. Biases
+    more than 64 below the highest are off it. The grid is so wide that no number on it is more than 8 times its width: the
+    offset's rounding is less than the 64 points kept free at each end, and a point is still less than a float32 apart there.
+    """
+    highest = tl.max(tl.where(exists[None, :], b, -FLOAT32_MAX), axis=1)
+    lowest = tl.maximum(tl.min(tl.where(exists[None, :], b, FLOAT32_MAX), axis=1), highest - 64.0)
+    top = highest + (16.0 if SCORE == "sqrtsoftplus" else 1.0)
+    width = tl.maximum(top - lowest, tl.maximum(tl.abs(top), tl.abs(lowest)) * 0.125)
+    scale = (TWO_TO_23 - 128.0) / width
+    offset = -lowest * scale + (TWO_TO_23 + 64.0)
+    return scale[:, None], offset[:, None]
+
+
+@triton.jit
+def grid_key(t, place, scale, offset, MASK: tl.constexpr, SCORE: tl.constexpr):
+    """Pack the point of a score on the grid and the complement of its place into one uint32, never 0.
+
+    What is off the grid is at its ends. Only a sqrt-softplus can be off the upper one.
+    """
+    point = tl.fma(t, tl.broadcast_to(scale, t.shape), tl.broadcast_to(offset, t.shape))
+    point = tl.maximum(point, TWO_TO_23 + LOWEST_POINT)
+    if SCORE == "sqrtsoftplus":
+        point = tl.minimum(point, TWO_TO_23 + HIGHEST_POINT)
+    bits = (point.to(tl.int32, bitcast=True) << 9).to(tl.uint32, bitcast=True)
+    return ((bits & (MASK ^ 0xFFFFFFFF)) | place.to(tl.uint32)) ^ MASK
+
+
+@triton.jit
+def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
+    """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``, and the last of those ranks.
+
+    Low bits of a rank make room for the complement of the group, so that no two are equal.
+    """
+    LOW: tl.constexpr = GROUPS - 1
+    left = (rank | LOW) ^ tl.arange(0, GROUPS).to(tl.uint32)[None, :]
+    worst = tl.max(left, axis=1)
+    left = tl.where(left == worst[:, None], 0, left)
+    for _ in tl.static_range(KEEP - 1):
+        worst = tl.max(left, axis=1)
+        left = tl.where(left == worst[:, None], 0, left)
+    return left == 0, (worst | LOW) ^ LOW
+
+
+@triton.jit
+def choose_by_points(
+    first, second, GROUPS: tl.constexpr, KEEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr
+):  # fmt: skip
+    """Choose the ``KEEP`` groups with the highest sums of their best two, given as grid keys ``[ROWS, GROUPS]``.
+
+    :returns: which are kept, and for each row whether another choice is possible: 1 or 0.
+    """
+    first = ((first | MASK) ^ MASK) >> 9
+    second = ((second | MASK) ^ MASK) >> 9
+    total = first + second
+    kept, worst = highest_groups(total * GROUPS, GROUPS, KEEP)
+    best_lost = tl.max(tl.where(kept, 0, total), axis=1)
+    # A sum of two is off by half a point for each, and where scores are up to 8 widths, by up to 8 for float32's rounding of
+    # the sum; and points are cut where a place takes more than the 9 bits that are free.
+    APART: tl.constexpr = 2 * 10 + 2 * (MASK // 512)
+    unsure = (best_lost + APART >= worst // GROUPS).to(tl.int32)
+    # Ends of the grid bound a score on one side only.
+    unsure |= tl.max((kept & (second <= LOWEST_POINT)).to(tl.int32), axis=1)
+    if SCORE == "sqrtsoftplus":
+        unsure |= (tl.max(tl.where(kept, 0, first), axis=1) >= HIGHEST_POINT - MASK // 512).to(tl.int32)
+    return kept, unsure
+
+
+@triton.jit
+def choose_groups(first, second, GROUPS: tl.constexpr, KEEP: tl.constexpr, TOP2: tl.constexpr, MASK: tl.constexpr):
+    """Choose the ``KEEP`` best groups by their best two keys ``[ROWS, GROUPS]``, or by their best.
+
+    A key with its place bits cleared or set bounds its score; so do the float32 sums of bounds, since rounding is monotonic.
 
     :returns: which are kept, and for each row whether another choice is possible: 1 or 0.
     """
@@ -146,16 +222,9 @@ def choose_groups(first, second, GROUPS: tl.constexpr, KEEP: tl.constexpr, TOP2:
         high = value_of_rough(highest) + value_of_rough(second | MASK)
         lowest = ordered_key(tl.minimum(tl.maximum(low, -FLOAT32_MAX), FLOAT32_MAX))
         highest = ordered_key(tl.minimum(tl.maximum(high, -FLOAT32_MAX), FLOAT32_MAX))
-    LOW: tl.constexpr = GROUPS - 1
-    left = (lowest | LOW) ^ tl.arange(0, GROUPS).to(tl.uint32)[None, :]
-    worst = tl.max(left, axis=1)
-    left = tl.where(left == worst[:, None], 0, left)
-    for _ in tl.static_range(KEEP - 1):
-        worst = tl.max(left, axis=1)
-        left = tl.where(left == worst[:, None], 0, left)
-    kept = left == 0
+    kept, worst = highest_groups(lowest, GROUPS, KEEP)
     best_lost = tl.max(tl.where(kept, 0, highest), axis=1)
-    return kept, (best_lost >= ((worst | LOW) ^ LOW)).to(tl.int32)
+    return kept, (best_lost >= worst).to(tl.int32)
 
 
 @triton.jit
@@ -204,6 +273,7 @@ def tiles_kernel(
     WHOLE: tl.constexpr = PER == SIZE
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
     GROUPED: tl.constexpr = TOPK_GROUPS < GROUPS
+    GRID: tl.constexpr = SELECTION == "scores_plus_bias"
     NARROW: tl.constexpr = (SELECTION == "logits" and not TOP2) and logits.dtype.element_ty != tl.float32
     EXACT: tl.constexpr = RENORMALIZE and (EPSILON == 0.0 and FLOOR == 0.0)
     WHOLE_ROW: tl.constexpr = SCORE == "softmax" and (not EXACT or SELECTION == "scores_plus_bias")
@@ -226,7 +296,11 @@ def tiles_kernel(
     else:
         b = raw if SELECTION == "logits" else bias_of(bias, expert, exists, WHOLE, SELECTION)
         t = selection_score(raw, b, highest[:, None], share[:, None], SELECTION, SCORE, MULTIPLIER, CAP)
-        key = rough_key(t, expert[None, :], MASK, SELECTION != "scores_plus_bias")
+        if GRID:
+            scale, offset = grid_of(b, exists, SCORE)
+            key = grid_key(t, expert[None, :], scale, offset, MASK, SCORE)
+        else:
+            key = rough_key(t, expert[None, :], MASK)
     if not WHOLE:
         key = tl.where(here, key, 0)
 
@@ -237,7 +311,11 @@ def tiles_kernel(
             top = shaped8(found[0], BLOCK_T, GROUPS, LANES // GROUPS)
             rest = shaped8(found[1], BLOCK_T, GROUPS, LANES // GROUPS)
             found = best_across((top, rest, tl.reshape(found[2], [BLOCK_T, GROUPS, LANES // GROUPS])), 2, WIDTH)
-        kept, unsure = choose_groups(found[0][0], found[0][1], GROUPS, TOPK_GROUPS, TOP2, MASK)
+        first_of, second_of = found[0][0], found[0][1]
+        if GRID and TOP2:
+            kept, unsure = choose_by_points(first_of, second_of, GROUPS, TOPK_GROUPS, MASK, SCORE)
+        else:
+            kept, unsure = choose_groups(first_of, second_of, GROUPS, TOPK_GROUPS, TOP2, MASK)
         found = (emptied8(found[0], kept), emptied8(found[1], kept), tl.where(kept, found[2], 0))
     best, after, lost = best_across(found, 1, WIDTH)
 
