@@ -26,8 +26,9 @@ from moe_routing.probing import probe  # noqa: E402 -- likewise
 from moe_routing.testing.admissible import compare  # noqa: E402 -- likewise
 from moe_routing_backends.triton.keys import value_of_rough  # noqa: E402 -- likewise
 from moe_routing_backends.triton.launch import build  # noqa: E402 -- likewise
-from moe_routing_backends.triton.pairs import low_half, rounded_halves, sigmoid_scores  # noqa: E402 -- likewise
+from moe_routing_backends.triton.pairs import low_half  # noqa: E402 -- likewise
 from moe_routing_backends.triton.plan import Launch, can  # noqa: E402 -- likewise
+from moe_routing_backends.triton.sieve import guesses as guess_pairs  # noqa: E402 -- likewise
 from moe_routing_backends.triton.sieve import range_of  # noqa: E402 -- likewise
 from moe_routing_backends.triton.table import VARIANTS  # noqa: E402 -- likewise
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
@@ -58,7 +59,7 @@ SPECS = {
     "soft_cap": RoutingSpec(family="f", renormalize=True, logit_softcap=30.0, logit_multiplier=0.7),
     "shared": RoutingSpec(family="f", score="sigmoid", renormalize=True, shared_experts=2, scale=2.5, per_expert_scale=True),
 }  # fmt: skip
-SIEVED = ("gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "soft_cap", "shared")
+SIEVED = ("gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "sqrtsoftplus", "soft_cap", "shared")
 ROWS = ("gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared")
 
 TILED = (
@@ -100,6 +101,13 @@ def far(tokens, experts, generator):
     return x
 
 
+def silent(tokens, experts, generator):
+    """What routers see, but two experts are NaN in every row: those whose biases are the highest (``biases``)."""
+    x = torch.randn(tokens, experts, generator=generator)
+    x[:, 3] = x[:, -2] = torch.nan
+    return x
+
+
 def tiny(tokens, experts, generator):
     """Float32 below its normal numbers; zeros as float16."""
     return torch.randn(tokens, experts, generator=generator) * 2.0**-140
@@ -119,10 +127,12 @@ def biases(experts, kind, generator):
     if kind == "hostile":
         few = torch.rand(experts, generator=generator) < 0.1
         return torch.where(few, bias * 1e6, hostile(4, experts, generator)[3])
+    if kind == "silent":
+        bias[3], bias[-2] = 14.0, 500.0
     return {"twins": bias + 1000, "far": bias * 500}.get(kind, bias)
 
 
-KINDS = {"hostile": hostile, "close": close, "twins": twins, "far": far, "tiny": tiny, "normal": normal}
+KINDS = {"hostile": hostile, "close": close, "twins": twins, "far": far, "silent": silent, "tiny": tiny, "normal": normal}
 DRAWN = 24
 """Random cases, the same in every run: they are for the next change of a kernel."""
 
@@ -187,12 +197,12 @@ def beside_lanes(name, launch, *rest, one_row=False):
 
 
 @triton.jit
-def guess_kernel(logits, bias, found, COUNT: tl.constexpr, N: tl.constexpr):
+def guess_kernel(logits, bias, found, COUNT: tl.constexpr, SCORE: tl.constexpr):
     """Guess scores as the sieve does; were they the K-th and the highest of a row, its bar and what scores lie between."""
-    place = tl.program_id(0) * N + tl.arange(0, N)
-    b = tl.load(bias + place) + 0.5
+    place = tl.program_id(0) * 4096 + tl.arange(0, 4096)
+    b = tl.load(bias + place)
     x = tl.load(logits + place)
-    pair = sigmoid_scores(x, x, rounded_halves(b, b))
+    pair = guess_pairs(x, x, b, b, SCORE)
     least, most, bar = range_of(pair, pair, "scores_plus_bias")
     tl.store(found + place, low_half(pair))
     tl.store(found + COUNT + place, low_half(bar >> 16))
@@ -200,27 +210,31 @@ def guess_kernel(logits, bias, found, COUNT: tl.constexpr, N: tl.constexpr):
     tl.store(found + 3 * COUNT + place, value_of_rough(most))
 
 
-def guesses():
-    """Hold the sieve's guesses at sigmoid(x) + b to the bounds in ``pairs.margin``, for all magnitudes; say what is wrong."""
-    sizes = torch.cat([torch.linspace(0, 20, 1024), 2.0 ** torch.linspace(-30, 15, 1024)])
-    biases = torch.tensor([0.0, 0.1, -0.1, -0.5, -1.0, 0.9, 8.3, -8.3, 300.0, -300.0, 6e4, -6e4])
+def guesses(score):
+    """Hold the sieve's guesses at biased scores to the bounds in ``pairs.margin``, for all magnitudes; say what is wrong."""
+    sizes = torch.cat([torch.linspace(0, 20, 1024), 2.0 ** torch.linspace(-30, 31, 1024)])
+    biases = torch.tensor([0.0, 0.1, -0.1, -0.5, -1.0, 0.9, 8.3, -8.3, 300.0, -300.0, -1000.0, 6e4])
     x, b = (t.flatten().contiguous() for t in torch.meshgrid(torch.cat([sizes, -sizes]), biases, indexing="ij"))
     found = torch.empty(4, len(x))
-    guess_kernel[len(x) // 4096,](x, b, found, len(x), 4096)
+    guess_kernel[len(x) // 4096,](x, b, found, len(x), score)
     scores, bars, least, most = found.double()
-    bound = 0.00062 + scores.abs() / 1024
+    bound = {"sigmoid": 0.00062, "sqrtsoftplus": 0.0007}[score] + scores.abs() / 1024
+    exact = x.double().sigmoid() if score == "sigmoid" else torch.nn.functional.softplus(x.double(), threshold=50).sqrt()
+    known = scores.isfinite()  # what is NaN or inf is never below a bar
     wrong = {
-        "the guess is off": (scores - x.double().sigmoid() - b.double()).abs() > bound,
-        "the bar is high": bars > scores - 2 * bound,
-        "the least is high": least > scores - bound,
-        "the most is low": most < scores + bound,
+        "no guess where there should be one": ~known & (b.abs() <= 1024) & (exact + b.double() < 65000),
+        "the guess is off": known & ((scores - exact - b.double()).abs() > bound),
+        "the bar is high": known & (bars > scores - 2 * bound),
+        "the least is high": known & (least > scores - bound),
+        "the most is low": known & (most < scores + bound),
     }
-    return [f"sigmoid({x[bad][0]}) + {b[bad][0]} = {scores[bad][0]}: {what}" for what, bad in wrong.items() if bad.any()]
+    return [f"{score}({x[bad][0]}) + {b[bad][0]} = {scores[bad][0]}: {what}" for what, bad in wrong.items() if bad.any()]
 
 
 def cases():
     """Yield titles and what to call: all specs in the lanes variant, those that many tokens meet in the others, drawn ones."""
-    yield "guesses of the sieve", guesses
+    yield "guesses of the sieve sigmoid", partial(guesses, "sigmoid")
+    yield "guesses of the sieve sqrtsoftplus", partial(guesses, "sqrtsoftplus")
     for name in SPECS:
         for dtype, kind, launch in (
             (torch.float32, "hostile", Launch("lanes", 1, 1, 1)),
@@ -243,6 +257,7 @@ def cases():
             (torch.float32, "twins", 2, 64, 5),
             (torch.float32, "far", 4, 96, 9),
             (torch.bfloat16, "hostile", 1, 72, 6),
+            (torch.bfloat16, "silent", 2, 128, 6),
             (torch.bfloat16, "hostile", 2, 128, 6),
             (torch.float16, "hostile", 4, 64, 9),
         ):

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing_backends.triton.plan import Launch
+from moe_routing_backends.triton.plan import GUESSED, Launch
 from moe_routing_backends.triton.store import own_table
 from moe_routing_backends.triton.table import Step, Table, parse, usable
 
@@ -56,7 +56,7 @@ def derived(device: DeviceInfo) -> Table:
     rules = {
         key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps)
         for key, steps in measured.rules.items()
-        if key[0] != "sigmoid_bias" or _sieves(device)  # the rule for other biased scores is the better one without a sieve
+        if key[0] not in GUESSED or _sieves(device)
     }
     provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
     return Table("the derived table", provenance, rules)

@@ -1,10 +1,10 @@
 """The variant for middling and many tokens on GPUs that compare two bfloat16 in one instruction (sm_90): a sieve.
 
 Tile: ``[BLOCK_T, LANES]`` rows; a lane has its share of a row in registers as pairs of bfloat16; other dtypes are rounded to
-that, which keeps their order or makes ties. Where selection looks at sigmoid(x) + bias, the pairs hold quick guesses at that,
-for one instruction of the special function unit an expert, and the bar is lowered by all that a guess may be off. With few
-lanes a row (``TILED``) a program reads rows as they lie in memory, in whole cache lines, and hands the pairs over through
-shared memory; otherwise each lane reads chunks of 8 experts. Then:
+that, which keeps their order or makes ties. Where selection looks at a sigmoid or sqrt-softplus with a bias, the pairs hold
+quick guesses at that, for one or three instructions of the special function unit an expert, and the bar is lowered by all
+that a guess may be off. With few lanes a row (``TILED``) a program reads rows as they lie in memory, in whole cache lines,
+and hands the pairs over through shared memory; otherwise each lane reads chunks of 8 experts. Then:
 
 1. Sorting networks over pairs find a bar that at least K experts are not below. Experts are first put into groups of
    ``GROUP``, and only the highest of each goes through the networks: the bar is the K-th of those.
@@ -59,6 +59,7 @@ from moe_routing_backends.triton.pairs import (
     rounded,
     rounded_halves,
     sigmoid_scores,
+    sqrtsoftplus_scores,
     swapped,
 )
 from moe_routing_backends.triton.rows import count_of, exact_key, highest_of_row, split8, sum_of_steps
@@ -104,13 +105,22 @@ def load_eight(first, chunk):
 
 
 @triton.jit
-def load_scores(first, bias, chunk):
+def guesses(low, high, low_bias, high_bias, SCORE: tl.constexpr):
+    """Guess the scores of two logits with their biases, as a pair of float16."""
+    if SCORE == "sigmoid":
+        return sigmoid_scores(low, high, rounded_halves(low_bias + 0.5, high_bias + 0.5))
+    else:
+        return sqrtsoftplus_scores(low, high, low_bias, high_bias)
+
+
+@triton.jit
+def load_scores(first, bias, chunk, SCORE: tl.constexpr):
     """Load the 8 logits and biases of ``chunk [ROWS, LANES]`` as 4 pairs of scores."""
     x = load_eight(first[:, None, None], chunk)
     b = load_eight(bias, chunk)
     found = ()
     for i in tl.static_range(0, 8, 2):
-        found += (sigmoid_scores(x[i], x[i + 1], rounded_halves(b[i] + 0.5, b[i + 1] + 0.5)),)
+        found += (guesses(x[i], x[i + 1], b[i], b[i + 1], SCORE),)
     return found
 
 
@@ -128,7 +138,7 @@ def split_each(tiles):
 
 
 @triton.jit
-def load_tile(first, bias, E: tl.constexpr, LANES: tl.constexpr, SELECTION: tl.constexpr):
+def load_tile(first, bias, E: tl.constexpr, LANES: tl.constexpr, SELECTION: tl.constexpr, SCORE: tl.constexpr):
     """Load rows as they lie in memory, whole cache lines a warp, and hand them over through shared memory.
 
     Scores are guessed before that, where a thread has the same experts in every row, and prepares their biases once.
@@ -147,9 +157,9 @@ def load_tile(first, bias, E: tl.constexpr, LANES: tl.constexpr, SELECTION: tl.c
         if SELECTION == "logits":
             tile = rounded(low, high)
     if SELECTION != "logits":
-        even = tl.load(bias + 2 * tl.arange(0, E // 2)).to(tl.float32) + 0.5
-        odd = tl.load(bias + 2 * tl.arange(0, E // 2) + 1).to(tl.float32) + 0.5
-        tile = sigmoid_scores(low, high, rounded_halves(even, odd)[None, :])
+        even = tl.load(bias + 2 * tl.arange(0, E // 2)).to(tl.float32)[None, :]
+        odd = tl.load(bias + 2 * tl.arange(0, E // 2) + 1).to(tl.float32)[None, :]
+        tile = guesses(low, high, even, odd, SCORE)
     pairs = (tl.reshape(tile, [ROWS, LANES, PAIRS]),)
     for i in tl.static_range(7):
         if 1 << i < PAIRS:
@@ -182,7 +192,8 @@ def kth_of_halves(t, K: tl.constexpr):
 def range_of(bar, highest, SELECTION: tl.constexpr):
     """Return bounds, as ``ordered_bits``, of the K-th highest and of the highest score, and the bar to hold pairs to.
 
-    :param bar, highest: pairs ``[ROWS]`` with the K-th highest or less, the same in both halves, and with the highest.
+    :param bar, highest: pairs ``[ROWS]`` with the K-th highest or less, the same in both halves, and with the highest. NaN
+        among the pairs, a NaN logit or bias, is no score above the highest.
     """
     highest = pair_max(highest, swapped(highest))
     if SELECTION == "logits":
@@ -406,14 +417,14 @@ def sieve_kernel(
         source = first
 
     if TILED:
-        pairs = load_tile(source, bias, E, LANES, SELECTION)
+        pairs = load_tile(source, bias, E, LANES, SELECTION, SCORE)
     else:
         pairs = ()
         for i in tl.static_range(STEPS):
             if SELECTION == "logits":
                 pairs += load_pairs(source, lane + i * LANES)
             else:
-                pairs += load_scores(source, bias, lane + i * LANES)
+                pairs += load_scores(source, bias, lane + i * LANES, SCORE)
     GROUPS: tl.constexpr = PAIRS // GROUP
     least = tl.full(lane.shape, LEAST_PAIR, tl.int32)
     groups = ()

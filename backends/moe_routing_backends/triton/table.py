@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_routing_backends.triton.plan import Launch, can, kind
+from moe_routing_backends.triton.plan import GUESSED, Launch, can, kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -54,10 +54,10 @@ class Table:
     def nearest(self, problem: RoutingProblem) -> tuple[tuple[bool, bool, bool, int], Key] | None:
         """Return how far off the nearest rule is, and its key: of the problem's kind and list width, the least E not below.
 
-        A sigmoid with bias, which the sieve serves, is routed as other biased scores are where no rule is for it.
+        Biased scores that the sieve can serve are routed as others are where no rule is for them.
         """
         kind_, bits, experts, width = key_of(problem)
-        kinds = (kind_, "bias") if kind_ == "sigmoid_bias" else (kind_,)
+        kinds = (kind_, "bias") if kind_ in GUESSED else (kind_,)
         fits = [key for key in self.rules if key[0] in kinds and key[1] == bits]
         off = {key: (key[0] != kind_, key[3] != width, key[2] < experts, abs(key[2] - experts)) for key in fits}
         return min(((off[key], key) for key in fits), default=None)

@@ -110,6 +110,22 @@ def nan_and_inf_follow_the_rule(subject: Subject, case: Case) -> None:
     require(output.weights.isfinite().all(), "weights are not all finite")
 
 
+def _biased_scores(profile: Profile) -> Iterator[Case]:
+    names = [name for name, spec in VARIANTS.items() if spec.selection == "scores_plus_bias"]
+    return _sets.of_every_variant(profile, variants=names)
+
+
+@check(3, _biased_scores)
+def nan_keeps_its_bias(subject: Subject, case: Case) -> None:
+    """A NaN logit has the score of -inf, and its expert's bias still counts, be it the highest of all; for many tokens too."""
+    for tokens in (case.num_tokens, 4099):
+        call = case.but(num_tokens=tokens).make(subject.device)
+        call.logits[:, [3, -2]] = torch.nan
+        bias = torch.linspace(0, 0.5, case.num_experts, device=subject.device)
+        bias[3], bias[-2] = 14, 500
+        subject.check(call.but(bias=bias))
+
+
 @check(3, _sets.rows_of("extreme"))
 def large_logits_do_not_overflow(subject: Subject, case: Case) -> None:
     """Sorted, one-hot, far apart and largest logits give the oracle's ids and weights."""
@@ -132,11 +148,6 @@ def float64_logits_are_rounded_first(subject: Subject, case: Case) -> None:
     rising = torch.arange(case.num_experts, dtype=torch.float64, device=subject.device) * 2.0**-40
     call.logits = call.logits.float().double().sign() + rising
     subject.check(call)
-
-
-def _biased_scores(profile: Profile) -> Iterator[Case]:
-    names = [name for name, spec in VARIANTS.items() if spec.selection == "scores_plus_bias"]
-    return _sets.of_every_variant(profile, variants=names)
 
 
 @check(5, _biased_scores)
