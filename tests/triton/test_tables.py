@@ -67,6 +67,45 @@ def test_rows_that_lanes_of_the_sieve_cannot_share_evenly_go_to_the_rows_variant
     assert steps_on(H200, problem(spec=spec, num_experts=96))[-1].launch.variant == "sieve"
 
 
+SIGMOID = RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_experts", "variant"),
+    [
+        (SIGMOID, 128, "sieve"),
+        (SIGMOID.replace(score="sqrtsoftplus"), 256, "sieve"),
+        (SIGMOID.replace(score="softmax"), 128, "tiles"),
+        (SIGMOID.replace(logit_softcap=5.0), 128, "tiles"),
+        (SIGMOID, 72, "tiles"),  # nine chunks of 8: no two lanes can share them
+    ],
+)
+@pytest.mark.usefixtures("home")
+def test_biased_scores_that_can_be_guessed_go_to_the_sieve_where_lanes_share_rows_evenly(spec, num_experts, variant):
+    assert steps_on(H200, problem(spec=spec, num_experts=num_experts))[-1].launch.variant == variant
+
+
+@pytest.mark.usefixtures("home")
+def test_where_eight_lanes_cannot_share_a_row_four_do():
+    steps = steps_on(H200, problem(spec=SIGMOID, num_experts=160))  # the rule for 256 has eight lanes: 20 chunks
+    assert {(s.launch.variant, s.launch.lanes) for s in steps} >= {("sieve", 4)}
+    assert "rows" not in {s.launch.variant for s in steps}
+
+
+@pytest.mark.parametrize(("arch", "variant"), [("sm_80", "tiles"), ("sm_100", "sieve")])
+@pytest.mark.usefixtures("home")
+def test_without_a_sieve_biased_sigmoids_are_routed_as_other_biased_scores(arch, variant):
+    device = DeviceInfo(type="cuda", platform="cuda", arch=arch, warp_sizes=(32,))
+    assert steps_on(device, problem(spec=SIGMOID))[-1].launch.variant == variant
+
+
+@pytest.mark.usefixtures("home")
+def test_a_table_without_a_rule_for_biased_sigmoids_has_one_for_biased_scores():
+    rule = RULE.replace('"logits"', '"bias"') % '[null, "tiles", 8, 4, 1]'
+    asked = problem(spec=SIGMOID)
+    assert [s.launch.variant for s in table.parse(rule, "x").steps(asked)] == ["tiles"]
+
+
 @pytest.mark.usefixtures("home")
 def test_an_unknown_arch_gets_the_rule_of_thumb_and_says_so():
     found = choose.speaking(DeviceInfo(type="cuda", platform="cuda", arch="sm_80"), problem())

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_routing_backends.triton.plan import GUESSED, Launch, can, kind
+from moe_routing_backends.triton.plan import CHUNK, GUESSED, Launch, can, kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,6 +20,8 @@ SCHEMA = 1
 VARIANTS: tuple[Literal["lanes", "rows", "sieve", "tiles"], ...] = ("lanes", "rows", "sieve", "tiles")
 LAST_LANES = Launch("lanes", 2, 1, 1)
 """What serves the tokens that the rows variant would, where it cannot."""
+FEWEST_LANES = 2
+"""Lanes a row that the sieve variant needs: with one it takes long to compile, and is no faster."""
 LANES_UP_TO = 1024
 """Tokens up to which one row a program fills no device twice over; above it, two rows share a program."""
 
@@ -75,16 +77,22 @@ class Table:
 
 
 def _serving(problem: RoutingProblem, launch: Launch) -> Launch | None:
-    """Return the launch, or its twin of the rows variant where only the sieve's shape forbids it, or ``None``."""
-    if not can(problem, launch) and launch.variant == "sieve":
-        launch = replace(launch, variant="rows")
+    """Return the launch; where the sieve's lanes cannot share a row fewer lanes, or its twin of the rows variant; or None."""
+    if launch.variant == "sieve":
+        narrow = launch
+        while not can(problem, narrow) and narrow.lanes > FEWEST_LANES:
+            narrow = replace(narrow, block_t=2 * narrow.block_t, lanes=narrow.lanes // 2)
+        launch = narrow if can(problem, narrow) else replace(launch, variant="rows")
     return launch if can(problem, launch) else None
 
 
 def key_of(problem: RoutingProblem) -> Key:
     """Return what a rule for the problem is kept under."""
     width = 8 if problem.topk + problem.spec.shared_experts <= 8 else 16  # noqa: PLR2004 -- the two lists there are
-    return kind(problem.spec), 32 if problem.dtype == "float32" else 16, problem.num_experts, width
+    kind_ = kind(problem.spec)
+    if kind_ in GUESSED and problem.num_experts % (FEWEST_LANES * CHUNK):
+        kind_ = "bias"  # no lanes of the sieve can share such a row
+    return kind_, 32 if problem.dtype == "float32" else 16, problem.num_experts, width
 
 
 def parse(text: str, source: str) -> Table:
