@@ -215,6 +215,16 @@ class InfMinusInf(Reference):
         return logits.double().softmax(-1).gather(1, ids)
 
 
+@caught_by("nan_keeps_its_bias", "sigmoid_bias_topk")
+class NanLosesItsBias(Reference):
+    """Puts the experts of NaN logits last, whatever their biases."""
+
+    def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
+        scores = oracle.log_scores(self.spec, oracle.clean(logits)).exp()
+        biased = scores if operands["bias"] is None else scores + operands["bias"]
+        return oracle.descending(biased.masked_fill(logits.isnan(), -torch.inf))[:, : self.topk]
+
+
 @caught_by("large_logits_do_not_overflow", "softmax_topk")
 class SoftmaxWithoutTheMaximum(Reference):
     """Exponentiates without subtracting the row's maximum."""

@@ -142,7 +142,7 @@ def grid_of(b, exists, SCORE: tl.constexpr):
 
     A score t is at the point t * scale + offset, rounded; points are whole numbers of float32 from 2**23 to 2**24. Biases
     more than 64 below the highest are off it. The grid is so wide that no number on it is more than 8 times its width: the
-    offset's rounding is less than the 64 points kept free at each end, and a point is still less than a float32 apart there.
+    offset's rounding is less than the 64 points kept free at each end, and points are still closer than float32 is there.
     """
     highest = tl.max(tl.where(exists[None, :], b, -FLOAT32_MAX), axis=1)
     lowest = tl.maximum(tl.min(tl.where(exists[None, :], b, FLOAT32_MAX), axis=1), highest - 64.0)
