@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from random import Random
 
 ON_GPU = "--cuda" in sys.argv
@@ -49,6 +49,9 @@ SPECS = {
     "sigmoid_bias": RoutingSpec(
         family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True, scale=2.0, shared_experts=1
     ),
+    "one_group": RoutingSpec(  # where groups are twins, one is kept and the other not
+        family="f", score="sigmoid", selection="scores_plus_bias", num_groups=8, topk_groups=1, group_score="top2_sum",
+    ),
     "deepseek_v2": RoutingSpec(family="f", num_groups=8, topk_groups=3, scale=16.0),
     "sqrtsoftplus": RoutingSpec(family="f", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5),
     "token_table": RoutingSpec(family="f", score="sqrtsoftplus", selection="token_table", renormalize=True, scale=1.5),
@@ -63,8 +66,9 @@ SIEVED = ("gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "sqrtsoftplus",
 ROWS = ("gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared")
 
 TILED = (
-    ("deepseek_v3", 192, 8, 8), ("deepseek_v2", 128, 6, 16), ("top2_of_logits", 64, 4, 4), ("softmax_bias", 64, 6, 2),
-    ("sqrtsoftplus", 64, 8, 8), ("logit_bias", 40, 4, 4), ("zero_experts", 64, 12, 4), ("soft_cap", 32, 1, 2),
+    ("deepseek_v3", 192, 8, 8), ("one_group", 128, 8, 8), ("deepseek_v2", 128, 6, 16), ("top2_of_logits", 64, 4, 4),
+    ("softmax_bias", 64, 6, 2), ("sqrtsoftplus", 64, 8, 8), ("logit_bias", 40, 4, 4), ("zero_experts", 64, 12, 4),
+    ("soft_cap", 32, 1, 2),
 )  # fmt: skip
 """Specs in the tiles variant, with E, K and lanes: groups padded and whole, one and more lanes a group, both lists."""
 
@@ -95,9 +99,9 @@ def twins(tokens, experts, generator):
 
 
 def far(tokens, experts, generator):
-    """Twins below a best that is so far above them that 32-bit keys cannot hold what lies between and the lowest bits."""
+    """Twins below a best that is 8, 64, 512, ... times as high: 32-bit keys cannot hold both that and the lowest bits."""
     x = twins(tokens, experts, generator)
-    x[::2, experts // 3] = 2.0**20
+    x[:, experts // 3] = 2.0 ** (3.4 + 3 * torch.arange(tokens))
     return x
 
 
@@ -122,14 +126,16 @@ def normal(tokens, experts, generator):
 
 
 def biases(experts, kind, generator):
-    """Small ones as in trained models; beside scores of some kinds others: without end, alike and far from 0, far apart."""
+    """Small ones as in trained models; beside scores of some kinds others: without end, of twins, far apart."""
     bias = torch.randn(experts, generator=generator) * 0.1
     if kind == "hostile":
         few = torch.rand(experts, generator=generator) < 0.1
         return torch.where(few, bias * 1e6, hostile(4, experts, generator)[3])
     if kind == "silent":
         bias[3], bias[-2] = 14.0, 500.0
-    return {"twins": bias + 1000, "far": bias * 500}.get(kind, bias)
+    if kind == "twins":
+        bias[-(experts // 2) :] = bias[: experts // 2]
+    return bias * 500 if kind == "far" else bias
 
 
 KINDS = {"hostile": hostile, "close": close, "twins": twins, "far": far, "silent": silent, "tiny": tiny, "normal": normal}
@@ -264,8 +270,8 @@ def cases():
             launch = Launch("sieve", 4, lanes, 1)
             yield f"sieve {name} {dtype} {kind} {experts}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
     for name, experts, k, lanes in TILED:
-        for dtype, kind in ((torch.float32, "close"), (torch.float32, "far"), (torch.bfloat16, "hostile")):
-            launch = Launch("tiles", 4, lanes, 1)
+        launch = Launch("tiles", 4, lanes, 1)
+        for kind, dtype in (*product(("close", "far", "twins"), [torch.float32]), ("hostile", torch.bfloat16)):
             yield f"tiles {name} {dtype} {kind}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
     random = Random(0)  # noqa: S311 -- cases of a test
     for variant in VARIANTS * (DRAWN // len(VARIANTS)):
