@@ -128,9 +128,10 @@ def of_families() -> Iterable[str]:
             sizes = [(dtype, experts, k, T) for T in OF_FAMILIES]
             if any(("gemma4", *size) not in timed for size in sizes):
                 continue
-            times = [(timed[(spec, *size)]["us"], timed[("gemma4", *size)]["us"]) for size in sizes]
-            cells = " | ".join(f"{us:.2f} ({us / beside:.2f})" for us, beside in times)
-            ratios += (us / beside for us, beside in times)
+            cases = [timed[(spec, *size)] for size in sizes]
+            beside = [case["us"] / timed[("gemma4", *size)]["us"] for case, size in zip(cases, sizes, strict=True)]
+            cells = " | ".join(f"{shown(case)} ({ratio:.2f})" for case, ratio in zip(cases, beside, strict=True))
+            ratios += beside
             yield f"| `{spec}` | {dtype} | {experts} / {k} | {cells} |"
 
     yield ""

@@ -59,10 +59,10 @@ def test_the_rows_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
-@pytest.mark.parametrize("name", ["gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "sqrtsoftplus", "soft_cap", "shared"])
+@pytest.mark.parametrize("name", ["gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "soft_cap", "shared"])
 def test_the_sieve_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
     cases = {case: problems for case, problems in found.items() if case.startswith(f"sieve {name} ")}
-    assert len(cases) == 7
+    assert len(cases) == 8
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
@@ -82,13 +82,12 @@ def test_the_sieve_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit
 )
 def test_the_tiles_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
     cases = {case: problems for case, problems in found.items() if case.startswith(f"tiles {name} ")}
-    assert len(cases) == 4
+    assert len(cases) == 5
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
-@pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
-def test_the_sieve_s_guesses_are_off_by_no_more_than_its_bar_is_lowered_for(found, score):
-    assert found[f"guesses of the sieve {score}"] == []
+def test_the_sieve_s_guesses_are_off_by_no_more_than_its_bar_is_lowered_for(found):
+    assert found["guesses of the sieve"] == []
 
 
 def test_random_cases_of_every_variant_agree_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found):

@@ -74,14 +74,14 @@ SIGMOID = RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias",
     ("spec", "num_experts", "variant"),
     [
         (SIGMOID, 128, "sieve"),
-        (SIGMOID.replace(score="sqrtsoftplus"), 256, "sieve"),
+        (SIGMOID.replace(score="sqrtsoftplus"), 256, "tiles"),
         (SIGMOID.replace(score="softmax"), 128, "tiles"),
         (SIGMOID.replace(logit_softcap=5.0), 128, "tiles"),
         (SIGMOID, 72, "tiles"),  # nine chunks of 8: no two lanes can share them
     ],
 )
 @pytest.mark.usefixtures("home")
-def test_biased_scores_that_can_be_guessed_go_to_the_sieve_where_lanes_share_rows_evenly(spec, num_experts, variant):
+def test_biased_sigmoids_go_to_the_sieve_where_lanes_share_rows_evenly(spec, num_experts, variant):
     assert steps_on(H200, problem(spec=spec, num_experts=num_experts))[-1].launch.variant == variant
 
 

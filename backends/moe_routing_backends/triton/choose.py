@@ -56,7 +56,7 @@ def derived(device: DeviceInfo) -> Table:
     rules = {
         key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps)
         for key, steps in measured.rules.items()
-        if key[0] not in GUESSED or _sieves(device)
+        if key[0] != GUESSED or _sieves(device)
     }
     provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
     return Table("the derived table", provenance, rules)

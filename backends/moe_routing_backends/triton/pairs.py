@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_routing_backends.triton.keys import FLOAT32_MAX, INTERPRETED, at_least
+from moe_routing_backends.triton.keys import INTERPRETED, at_least
 
 LEAST_PAIR = tl.constexpr(-0x7F0080)
 """-inf in both halves."""
@@ -146,57 +146,11 @@ def sigmoid_scores(low, high, bias):
 
 
 @triton.jit
-def sqrtsoftplus_scores(low, high, low_bias, high_bias):
-    """Return sqrt(log(1 + e**x)) + b as a pair of float16, off by at most ``margin``.
-
-    NaN logits count as -inf; NaN stays a NaN bias. Where a large bias could cancel a large root, the sum would be off by more
-    than that, and inf, which no bar is above, stands for it.
-    """
-    low_bias = tl.where((tl.abs(low_bias) > 1024.0) & (low_bias >= -1e30), float("inf"), low_bias)
-    high_bias = tl.where((tl.abs(high_bias) > 1024.0) & (high_bias >= -1e30), float("inf"), high_bias)
-    if INTERPRETED:
-        low = at_least(low, -FLOAT32_MAX)
-        high = at_least(high, -FLOAT32_MAX)
-        l = tl.sqrt(tl.maximum(low, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(low)))) + low_bias
-        h = tl.sqrt(tl.maximum(high, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(high)))) + high_bias
-        return rounded_halves(l, h)
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 x, y, l, h, m;
-            max.f32 x, $1, 0fFF7FFFFF;
-            max.f32 y, $2, 0fFF7FFFFF;
-            abs.f32 l, x;
-            abs.f32 h, y;
-            mul.f32 l, l, -1.44269504;
-            mul.f32 h, h, -1.44269504;
-            ex2.approx.ftz.f32 l, l;
-            ex2.approx.ftz.f32 h, h;
-            add.f32 l, l, 1.0;
-            add.f32 h, h, 1.0;
-            lg2.approx.ftz.f32 l, l;
-            lg2.approx.ftz.f32 h, h;
-            max.f32 m, x, 0.0;
-            fma.rn.f32 l, l, 0.693147181, m;
-            max.f32 m, y, 0.0;
-            fma.rn.f32 h, h, 0.693147181, m;
-            sqrt.approx.ftz.f32 l, l;
-            sqrt.approx.ftz.f32 h, h;
-            add.f32 l, l, $3;
-            add.f32 h, h, $4;
-            cvt.rn.f16x2.f32 $0, h, l;
-            }""",
-            "=r,r,r,r,r", [low, high, low_bias, high_bias], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def margin(score):
-    """Return twice what ``sigmoid_scores`` and ``sqrtsoftplus_scores`` may be off near a score, and more.
+    """Return twice what ``sigmoid_scores`` may be off near a score, and more.
 
-    With s for a score and S for what stands in the pair, |S - s| <= d + c |S|. Of the sigmoid: of the tangent 2**-11.987, of
-    its argument's rounding 0.23 * 2**-11, of the bias 2**-11 (|S| + 0.5), of the sum 2**-11 |S|; together d = 0.00062,
-    c = 2**-10. Of the root: of exponential and logarithm 2**-21 below it, so at most 2**-10.5 = 0.0007, and c = 2**-11. The K
+    With s for a score and S for what stands in the pair, |S - s| <= d + c |S|: of the tangent 2**-11.987, of its argument's
+    rounding 0.23 * 2**-11, of the bias 2**-11 (|S| + 0.5), of the sum 2**-11 |S|; together d = 0.00062, c = 2**-10. The K
     experts whose S is not below the bar B have s >= B - d - c |B|, so the K-th highest s is not below that, and an expert
     with such an s has S >= B - 2 d - 2 c |B|, but for c**2. Rounding the bar to float16 again costs 2**-11 |B|.
     """

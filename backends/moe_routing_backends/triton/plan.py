@@ -50,9 +50,9 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-Kind = Literal["logits", "row_sum", "sigmoid_bias", "sqrtsoftplus_bias", "bias", "grouped"]
-GUESSED: tuple[Kind, ...] = ("sigmoid_bias", "sqrtsoftplus_bias")
-"""Kinds of biased scores that the sieve serves by guesses; where there is no sieve they are as other biased ones."""
+Kind = Literal["logits", "row_sum", "sigmoid_bias", "bias", "grouped"]
+GUESSED: Kind = "sigmoid_bias"
+"""Biased scores that the sieve serves by guesses; where there is no sieve they are as other biased ones."""
 
 
 def kind(spec: RoutingSpec) -> Kind:
@@ -66,8 +66,7 @@ def kind(spec: RoutingSpec) -> Kind:
         return "grouped"
     if spec.needs_bias:
         plain = spec.selection == "scores_plus_bias" and spec.logit_multiplier == 1 and not spec.logit_softcap
-        guessed: dict[str, Kind] = {"sigmoid": "sigmoid_bias", "sqrtsoftplus": "sqrtsoftplus_bias"}
-        return guessed.get(spec.score, "bias") if plain else "bias"
+        return GUESSED if plain and spec.score == "sigmoid" else "bias"
     exact = spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor)
     return "row_sum" if spec.score == "softmax" and not exact else "logits"
 

@@ -1,10 +1,10 @@
 """The variant for middling and many tokens on GPUs that compare two bfloat16 in one instruction (sm_90): a sieve.
 
 Tile: ``[BLOCK_T, LANES]`` rows; a lane has its share of a row in registers as pairs of bfloat16; other dtypes are rounded to
-that, which keeps their order or makes ties. Where selection looks at a sigmoid or sqrt-softplus with a bias, the pairs hold
-quick guesses at that, for one or three instructions of the special function unit an expert, and the bar is lowered by all
-that a guess may be off. With few lanes a row (``TILED``) a program reads rows as they lie in memory, in whole cache lines,
-and hands the pairs over through shared memory; otherwise each lane reads chunks of 8 experts. Then:
+that, which keeps their order or makes ties. Where selection looks at sigmoid(x) + bias, the pairs hold quick guesses at that,
+for one instruction of the special function unit an expert, and the bar is lowered by all that a guess may be off. With few
+lanes a row (``TILED``) a program reads rows as they lie in memory, in whole cache lines, and hands the pairs over through
+shared memory; otherwise each lane reads chunks of 8 experts. Then:
 
 1. Sorting networks over pairs find a bar that at least K experts are not below. Experts are first put into groups of
    ``GROUP``, and only the highest of each goes through the networks: the bar is the K-th of those.
@@ -59,7 +59,6 @@ from moe_routing_backends.triton.pairs import (
     rounded,
     rounded_halves,
     sigmoid_scores,
-    sqrtsoftplus_scores,
     swapped,
 )
 from moe_routing_backends.triton.rows import count_of, exact_key, highest_of_row, split8, sum_of_steps
@@ -105,22 +104,19 @@ def load_eight(first, chunk):
 
 
 @triton.jit
-def guesses(low, high, low_bias, high_bias, SCORE: tl.constexpr):
+def guesses(low, high, low_bias, high_bias):
     """Guess the scores of two logits with their biases, as a pair of float16."""
-    if SCORE == "sigmoid":
-        return sigmoid_scores(low, high, rounded_halves(low_bias + 0.5, high_bias + 0.5))
-    else:
-        return sqrtsoftplus_scores(low, high, low_bias, high_bias)
+    return sigmoid_scores(low, high, rounded_halves(low_bias + 0.5, high_bias + 0.5))
 
 
 @triton.jit
-def load_scores(first, bias, chunk, SCORE: tl.constexpr):
+def load_scores(first, bias, chunk):
     """Load the 8 logits and biases of ``chunk [ROWS, LANES]`` as 4 pairs of scores."""
     x = load_eight(first[:, None, None], chunk)
     b = load_eight(bias, chunk)
     found = ()
     for i in tl.static_range(0, 8, 2):
-        found += (guesses(x[i], x[i + 1], b[i], b[i + 1], SCORE),)
+        found += (guesses(x[i], x[i + 1], b[i], b[i + 1]),)
     return found
 
 
@@ -138,7 +134,7 @@ def split_each(tiles):
 
 
 @triton.jit
-def load_tile(first, bias, E: tl.constexpr, LANES: tl.constexpr, SELECTION: tl.constexpr, SCORE: tl.constexpr):
+def load_tile(first, bias, E: tl.constexpr, LANES: tl.constexpr, SELECTION: tl.constexpr):
     """Load rows as they lie in memory, whole cache lines a warp, and hand them over through shared memory.
 
     Scores are guessed before that, where a thread has the same experts in every row, and prepares their biases once.
@@ -159,7 +155,7 @@ def load_tile(first, bias, E: tl.constexpr, LANES: tl.constexpr, SELECTION: tl.c
     if SELECTION != "logits":
         even = tl.load(bias + 2 * tl.arange(0, E // 2)).to(tl.float32)[None, :]
         odd = tl.load(bias + 2 * tl.arange(0, E // 2) + 1).to(tl.float32)[None, :]
-        tile = guesses(low, high, even, odd, SCORE)
+        tile = guesses(low, high, even, odd)
     pairs = (tl.reshape(tile, [ROWS, LANES, PAIRS]),)
     for i in tl.static_range(7):
         if 1 << i < PAIRS:
@@ -417,14 +413,14 @@ def sieve_kernel(
         source = first
 
     if TILED:
-        pairs = load_tile(source, bias, E, LANES, SELECTION, SCORE)
+        pairs = load_tile(source, bias, E, LANES, SELECTION)
     else:
         pairs = ()
         for i in tl.static_range(STEPS):
             if SELECTION == "logits":
                 pairs += load_pairs(source, lane + i * LANES)
             else:
-                pairs += load_scores(source, bias, lane + i * LANES, SCORE)
+                pairs += load_scores(source, bias, lane + i * LANES)
     GROUPS: tl.constexpr = PAIRS // GROUP
     least = tl.full(lane.shape, LEAST_PAIR, tl.int32)
     groups = ()

@@ -59,7 +59,7 @@ class Table:
         Biased scores that the sieve can serve are routed as others are where no rule is for them.
         """
         kind_, bits, experts, width = key_of(problem)
-        kinds = (kind_, "bias") if kind_ in GUESSED else (kind_,)
+        kinds = (kind_, "bias") if kind_ == GUESSED else (kind_,)
         fits = [key for key in self.rules if key[0] in kinds and key[1] == bits]
         off = {key: (key[0] != kind_, key[3] != width, key[2] < experts, abs(key[2] - experts)) for key in fits}
         return min(((off[key], key) for key in fits), default=None)
@@ -90,7 +90,7 @@ def key_of(problem: RoutingProblem) -> Key:
     """Return what a rule for the problem is kept under."""
     width = 8 if problem.topk + problem.spec.shared_experts <= 8 else 16  # noqa: PLR2004 -- the two lists there are
     kind_ = kind(problem.spec)
-    if kind_ in GUESSED and problem.num_experts % (FEWEST_LANES * CHUNK):
+    if kind_ == GUESSED and problem.num_experts % (FEWEST_LANES * CHUNK):
         kind_ = "bias"  # no lanes of the sieve can share such a row
     return kind_, 32 if problem.dtype == "float32" else 16, problem.num_experts, width
 
