@@ -56,7 +56,7 @@ def derived(device: DeviceInfo) -> Table:
     rules = {
         key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps)
         for key, steps in measured.rules.items()
-        if key[0] != GUESSED or _sieves(device)
+        if key[0] != GUESSED or sieves(device)
     }
     provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
     return Table("the derived table", provenance, rules)
@@ -67,7 +67,8 @@ def starts_early(device: DeviceInfo) -> bool:
     return device.platform == "cuda" and device.capability is not None and device.capability >= STARTS_EARLY_FROM
 
 
-def _sieves(device: DeviceInfo) -> bool:
+def sieves(device: DeviceInfo) -> bool:
+    """Tell whether the sieve variant is for the device."""
     return device.capability is not None and device.capability >= SIEVES_FROM
 
 
@@ -76,5 +77,5 @@ def _fitted(launch: Launch, device: DeviceInfo) -> Launch:
     if launch.variant == "lanes":
         return launch
     wide = max(device.warp_sizes, default=WARP) // WARP
-    variant = "rows" if launch.variant == "sieve" and not _sieves(device) else launch.variant
+    variant = "rows" if launch.variant == "sieve" and not sieves(device) else launch.variant
     return Launch(variant, launch.block_t * wide, launch.lanes, launch.num_warps)

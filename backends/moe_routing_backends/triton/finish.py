@@ -7,6 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
+def is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE: tl.constexpr):
+    """Tell which rows are tokens; how many are is a number, or stands on the device."""
+    return row < (tl.load(num_valid_tokens) if VALID_ON_DEVICE else valid)
+
+
+@triton.jit
 def store_outputs(
     weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ZERO_EXPERTS: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
@@ -25,9 +31,7 @@ def store_outputs(
         w = tl.where(routed, w, 1.0)
     if expert_map is not None:
         picked = tl.load(expert_map + picked, mask=written, other=0)
-    if VALID_ON_DEVICE:
-        valid = tl.load(num_valid_tokens)
-    is_valid = (row < valid)[:, None]
+    is_valid = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
     out = row.to(tl.int64)[:, None] * (K + SHARED) + column
     tl.store(weights + out, tl.where(is_valid, w, 0.0), mask=written)
     tl.store(ids + out, tl.where(is_valid, picked, -1).to(ids.dtype.element_ty), mask=written)

@@ -63,12 +63,18 @@ def ordered_bits(t, ZEROS: tl.constexpr = True):
 
 
 @triton.jit
-def rough_key(t, place, MASK: tl.constexpr, ZEROS: tl.constexpr = True):
+def with_place(bits, place, MASK: tl.constexpr):
+    """Put the complement of a place into the low bits of a uint32."""
+    return ((bits & (MASK ^ 0xFFFFFFFF)) | place.to(tl.uint32)) ^ MASK
+
+
+@triton.jit
+def rough_key(t, place, MASK: tl.constexpr):
     """Pack the high bits of a clean float32 and the complement of its place (``place <= MASK``) into one uint32.
 
-    If a > b then their rough keys, places aside, are in this order or equal. ``ZEROS``: whether t may be -0.
+    If a > b then their rough keys, places aside, are in this order or equal.
     """
-    ordered = ordered_bits(t, ZEROS).to(tl.int32, bitcast=True)
+    ordered = ordered_bits(t).to(tl.int32, bitcast=True)
     return ((ordered & ~MASK) | (MASK - place)).to(tl.uint32, bitcast=True)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from moe_routing_backends.triton.early import let_the_next_start, wait_for_kernels_in_front
-from moe_routing_backends.triton.finish import store_outputs
+from moe_routing_backends.triton.finish import is_no_padding, store_outputs
 from moe_routing_backends.triton.keys import (
     FLOAT32_MAX,
     clean,
@@ -146,8 +146,8 @@ def route_by_rounds(
 
     if SELECTION == "token_table":
         # Padding has no token: whatever stands there may lie outside the table.
-        real = row < (tl.load(num_valid_tokens) if VALID_ON_DEVICE else valid)
-        token = tl.load(token_ids + row, mask=in_batch & real, other=0).to(tl.int64)
+        real = in_batch & is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)
+        token = tl.load(token_ids + row, mask=real, other=0).to(tl.int64)
         known = in_batch[:, None] & is_selected
         picked = tl.load(expert_table + token[:, None] * K + column[None, :], mask=known, other=0).to(tl.int32)
     elif NARROW:

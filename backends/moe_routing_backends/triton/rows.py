@@ -99,6 +99,17 @@ def exact_key(t, place):
 
 
 @triton.jit
+def from_exact(exact, is_selected, first, SELECTION: tl.constexpr):
+    """Return the places in ``exact [ROWS, N]``, 0 where not selected, and the clean logits that stand there."""
+    picked = tl.where(is_selected, 0xFFFF - (exact & 0xFFFF).to(tl.int32), 0)
+    if SELECTION == "logits":
+        x = value_of_key((exact >> 32).to(tl.uint32))
+    else:
+        x = clean(tl.load(first[:, None] + picked))
+    return picked, x
+
+
+@triton.jit
 def sum_of_steps(
     first, highest, STEPS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     MULTIPLIER: tl.constexpr, CAP: tl.constexpr,
@@ -280,11 +291,7 @@ def rows_kernel(
                 exact, kth, K - members, unsure, first, bias, highest, share, lane, STEPS, CHUNKS, BLOCK_T, WIDTH, MASK,
                 SELECTION, SCORE, MULTIPLIER, CAP,
             )  # fmt: skip
-        picked = tl.where(is_selected, 0xFFFF - (exact & 0xFFFF).to(tl.int32), 0)
-        if SELECTION == "logits":
-            x = value_of_key((exact >> 32).to(tl.uint32))
-        else:
-            x = clean(tl.load(first[:, None] + picked))
+        picked, x = from_exact(exact, is_selected, first, SELECTION)
         x = activate(x, MULTIPLIER, CAP)
     if WHOLE_ROW and (not SOFTMAX_KEYS and CAP == 0.0):
         highest = tl.max(tl.where(is_selected, x, -FLOAT32_MAX), axis=1)

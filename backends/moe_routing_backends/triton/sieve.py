@@ -34,9 +34,9 @@ from moe_routing_backends.triton.keys import (
     clean,
     narrow_key,
     ordered_bits,
-    value_of_key,
     value_of_narrow,
     value_of_rough,
+    with_place,
 )
 from moe_routing_backends.triton.networks import (
     across8,
@@ -61,7 +61,7 @@ from moe_routing_backends.triton.pairs import (
     sigmoid_scores,
     swapped,
 )
-from moe_routing_backends.triton.rows import count_of, exact_key, highest_of_row, split8, sum_of_steps
+from moe_routing_backends.triton.rows import count_of, exact_key, from_exact, highest_of_row, split8, sum_of_steps
 from moe_routing_backends.triton.scores import activate, selected_weights, selection_bias, selection_score
 
 LEAST_BITS = tl.constexpr(0x00800000)
@@ -229,8 +229,7 @@ def window_key(t, place, factor, offset, MASK: tl.constexpr, SELECTION: tl.const
     if t.dtype != tl.float32:
         return narrow_key(t, place, MASK)
     else:
-        above = ordered_bits(t, SELECTION == "logits") * factor + offset
-        return ((above & (MASK ^ 0xFFFFFFFF)) | place.to(tl.uint32)) ^ MASK
+        return with_place(ordered_bits(t, SELECTION == "logits") * factor + offset, place, MASK)
 
 
 @triton.jit
@@ -485,11 +484,7 @@ def sieve_kernel(
                     exact, kth, K - members, missing, masks, bases, first, bias, floor, factor, offset, GAP, MASK,
                     SELECTION, SCORE,
                 )  # fmt: skip
-                picked = tl.where(is_selected, 0xFFFF - (exact & 0xFFFF).to(tl.int32), 0)
-                if SELECTION == "logits":
-                    x = value_of_key((exact >> 32).to(tl.uint32))
-                else:
-                    x = clean(tl.load(first[:, None] + picked))
+                picked, x = from_exact(exact, is_selected, first, SELECTION)
     x = activate(x, MULTIPLIER, CAP)
     highest = tl.zeros([BLOCK_T], tl.float32)
     total = highest

@@ -29,6 +29,7 @@ from moe_routing_backends.triton.keys import (
     rough_key,
     value_of_narrow,
     value_of_rough,
+    with_place,
 )
 from moe_routing_backends.triton.lanes import route_by_rounds
 from moe_routing_backends.triton.networks import best_across8, best_across16, in_columns, insert, sort8
@@ -163,8 +164,7 @@ def grid_key(t, place, scale, offset, MASK: tl.constexpr, SCORE: tl.constexpr):
     point = tl.maximum(point, TWO_TO_23 + LOWEST_POINT)
     if SCORE == "sqrtsoftplus":
         point = tl.minimum(point, TWO_TO_23 + HIGHEST_POINT)
-    bits = (point.to(tl.int32, bitcast=True) << 9).to(tl.uint32, bitcast=True)
-    return ((bits & (MASK ^ 0xFFFFFFFF)) | place.to(tl.uint32)) ^ MASK
+    return with_place((point.to(tl.int32, bitcast=True) << 9).to(tl.uint32, bitcast=True), place, MASK)
 
 
 @triton.jit

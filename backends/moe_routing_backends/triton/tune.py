@@ -11,7 +11,7 @@ import torch
 
 from moe_routing import RoutingOutput
 from moe_routing.testing.admissible import compare
-from moe_routing_backends.triton.choose import SIEVES_FROM, WARP, said_of, speaking
+from moe_routing_backends.triton.choose import WARP, said_of, sieves, speaking
 from moe_routing_backends.triton.launch import TritonRouter
 from moe_routing_backends.triton.plan import Launch, can
 from moe_routing_backends.triton.store import keep
@@ -128,7 +128,7 @@ def candidates(problem: RoutingProblem, device: DeviceInfo) -> list[Launch]:
     wide = max(device.warp_sizes, default=WARP)
     found = [Launch("lanes", block_t, 1, warps) for block_t, warps in LANES_SHAPES]
     for variant in VARIANTS[1:]:
-        if variant == "sieve" and (device.capability is None or device.capability < SIEVES_FROM):
+        if variant == "sieve" and not sieves(device):
             continue
         shares = [1 << n for n in range(wide.bit_length())]
         found += [Launch(variant, wide // lanes, lanes, 1) for lanes in shares]
