@@ -8,7 +8,8 @@ tensor([[1, 3]], dtype=torch.int32)
 >>> route.backend
 'eager'
 
-Importing this package imports neither torch nor a backend; the first use of a name below does.
+Importing this package imports neither torch nor a backend; the first use of a name below does. Once both this package and
+torch are imported, in whichever order, the operators that exported programs call are registered.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moe_routing._with_torch import register
+
 if TYPE_CHECKING:
-    from moe_routing._backend import BoundRouter, RoutingOutput
+    from moe_routing._kernel import Kernel, Operands, RoutingOutput
     from moe_routing._public import explain, get_router, list_backends, list_routers, prefer
     from moe_routing._router import Router
     from moe_routing.probing import devices, probe
@@ -33,13 +36,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BackendUnavailableError": "moe_routing_registry",
-    "BoundRouter": "moe_routing._backend",
     "DowngradeWarning": "moe_routing_registry",
+    "Kernel": "moe_routing._kernel",
     "MoeRoutingWarning": "moe_routing_registry",
+    "Operands": "moe_routing._kernel",
     "PluginWarning": "moe_routing_registry",
     "ResolutionReport": "moe_routing_registry",
     "Router": "moe_routing._router",
-    "RoutingOutput": "moe_routing._backend",
+    "RoutingOutput": "moe_routing._kernel",
     "RoutingSpec": "moe_routing_registry",
     "UnknownNameError": "moe_routing_registry",
     "devices": "moe_routing.probing",
@@ -54,9 +58,10 @@ _HOME = {
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
-    "BoundRouter",
     "DowngradeWarning",
+    "Kernel",
     "MoeRoutingWarning",
+    "Operands",
     "PluginWarning",
     "ResolutionReport",
     "Router",
@@ -86,3 +91,6 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 -- the TYPE_CHECKING block ab
 def __dir__() -> list[str]:
     """List the public names, imported or not."""
     return sorted({*globals(), *__all__})
+
+
+register()

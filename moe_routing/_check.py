@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from moe_routing._backend import RoutingOutput
+from moe_routing._kernel import RoutingOutput
 
 if TYPE_CHECKING:
+    from moe_routing._kernel import Operands
     from moe_routing_registry import RoutingSpec
 
 LOGITS_DTYPES = frozenset(
@@ -29,6 +30,36 @@ def _said(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, dtype {value.dtype}, device {value.device}"
     return repr(value)
+
+
+def check_operands(
+    spec: RoutingSpec, operands: Operands, topk: int, ids_dtype: torch.dtype, *, num_experts: int | None = None
+) -> None:
+    """Check all that a call brings; ``out`` is ``as_output``'s already.
+
+    :param num_experts: E as a configuration says it, if one does.
+    """
+    logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+    check_logits(logits)
+    num_tokens, columns = logits.shape
+    if num_experts is not None and columns != num_experts:
+        _wrong(ValueError, "logits", f"num_experts = {num_experts} columns, as the configuration says", columns)
+    check_topk(spec, columns, topk)
+    by_table = spec.selection == "token_table"
+    if scale is not None or spec.per_expert_scale:
+        check_vector("per_expert_scale", scale, columns, logits, wanted=spec.per_expert_scale)
+    if bias is not None or spec.needs_bias:
+        check_vector("bias", bias, columns, logits, wanted=spec.needs_bias)
+    if token_ids is not None or expert_table is not None or by_table:
+        check_vector("token_ids", token_ids, num_tokens, logits, integer=True, wanted=by_table)
+        check_table(spec, expert_table, topk, logits)
+    if valid is not None:
+        check_valid_tokens(valid, logits)
+    if expert_map is not None:
+        check_vector("expert_map", expert_map, columns + spec.shared_experts, logits, integer=True)
+    check_ids_dtype(ids_dtype, out)
+    if out is not None:
+        check_out(out, topk + spec.shared_experts, logits)
 
 
 def check_logits(logits: object) -> None:

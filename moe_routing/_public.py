@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from moe_routing import _check
-from moe_routing._binding import dtype_name
+from moe_routing import _check, _traced
+from moe_routing._dispatch import dtype_name
 from moe_routing._registry import registry
 from moe_routing._router import Router
 from moe_routing.families import FAMILIES
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from moe_routing_registry import BackendSpec
 
 _routers: dict[tuple[object, ...], Router] = {}
-_lock = threading.Lock()
 
 
 def get_router(
@@ -31,7 +30,8 @@ def get_router(
 ) -> Router:
     """Return the router of a model, a family, a spec or a configuration.
 
-    The same arguments give the same router, from any thread. Nothing is probed or built before its first call.
+    The same arguments give the same router, from any thread. Nothing is probed or built before its first call. Inside a
+    compiled function the call is a constant, and costs nothing when the function runs.
 
     :param router: a model name (transformers' ``model_type``), a family name, a ``RoutingSpec``, or a configuration
         object or dict with a ``model_type``, from which E, K, groups, scaling and renormalisation are read.
@@ -47,30 +47,55 @@ def get_router(
     ...
     moe_routing_registry._errors.UnknownNameError: unknown router 'gema4': did you mean 'gemma4'...
     """
+    if is_dynamo_compiling():
+        return _traced_router(router, backend, verify)
     if backend is not None:
         registry().check_names(Request(backend=backend, asked_by="argument"))
     spec, topk, num_experts = _look_up(router)
     key = (spec, topk, num_experts, backend, verify)
-    with _lock:
-        if key not in _routers:
-            _routers[key] = Router(spec, topk=topk, num_experts=num_experts, backend=backend, verify=verify)
-        return _routers[key]
+    found = _routers.get(key)
+    if found is None:
+        # No lock: of two threads that come here at once, both get the router that was stored first.
+        made = Router(spec, topk=topk, num_experts=num_experts, backend=backend, verify=verify)
+        found = _routers.setdefault(key, made)
+    return found
+
+
+def _traced_router(router: object, backend: str | None, verify: float | bool | None) -> Router:  # noqa: FBT001 -- as above
+    """Make a router inside a compiled function, of parts that Dynamo can trace."""
+    if backend is not None:
+        _traced.check_backend(backend)
+    if isinstance(router, RoutingSpec):
+        return Router(router, backend=backend, verify=verify)
+    if isinstance(router, str):
+        return Router(_traced.spec_named(router), backend=backend, verify=verify)
+    configured = from_config(router)
+    return Router(configured.spec, topk=configured.topk, num_experts=configured.num_experts, backend=backend, verify=verify)
 
 
 def _look_up(router: object) -> tuple[RoutingSpec, int | None, int | None]:
     if isinstance(router, RoutingSpec):
         return router, None, None
     if isinstance(router, str):
-        known = list_routers()
-        if router in NOT_EXPRESSED:
-            msg = f"router: {router!r} cannot be expressed: {NOT_EXPRESSED[router]}"
-            raise ValueError(msg)
-        if router not in known:
-            kind = "router"
-            raise UnknownNameError(kind, router, known)
-        return known[router], None, None
+        return named(router), None, None
     configured = from_config(router)
     return configured.spec, configured.topk, configured.num_experts
+
+
+def named(router: str) -> RoutingSpec:
+    """Return the spec of a model or family.
+
+    :raises UnknownNameError: there is none of that name.
+    :raises ValueError: the model's routing cannot be expressed.
+    """
+    known = list_routers()
+    if router in NOT_EXPRESSED:
+        msg = f"router: {router!r} cannot be expressed: {NOT_EXPRESSED[router]}"
+        raise ValueError(msg)
+    if router not in known:
+        kind = "router"
+        raise UnknownNameError(kind, router, known)
+    return known[router]
 
 
 def list_routers() -> Mapping[str, RoutingSpec]:

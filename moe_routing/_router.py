@@ -1,45 +1,52 @@
-"""``Router``: checks the arguments, finds the bound kernel with one dict look-up, and calls it."""
+"""``Router``: checks the arguments, finds the kernel, and calls it; a call like an earlier one goes straight to the kernel."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from moe_routing import _check, _op
-from moe_routing._backend import RoutingOutput
-from moe_routing._binding import Binder
-from moe_routing._kind import INDESCRIBABLE, Asked, Kind, described
+from moe_routing import _check, _op, _operators  # noqa: F401 -- `_op` registers what `_operators` calls
+from moe_routing._autograd import Rule, recorded
+from moe_routing._call_cache import ORDINARY, UNREADABLE, CachedCall, described, matcher, never
+from moe_routing._dispatch import dispatcher_of, empty_output
+from moe_routing._kernel import Operands, Prepares, RoutingOutput, WarmsUp
+from moe_routing._operators import CallConfig
+from moe_routing._traced import shared_shadow_key, text_of
 from moe_routing_registry import RoutingSpec, verify_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from moe_routing._backend import BoundRouter
-    from moe_routing._binding import Binding
+    from moe_routing._autograd import Backward, Gradients
+    from moe_routing._call_cache import Matches
+    from moe_routing._dispatch import Resolved
+    from moe_routing._kernel import Prepared
     from moe_routing.testing.shadow import Health, Shadow
     from moe_routing_registry import ResolutionReport
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_KINDS_KEPT = 1024
-"""A router that knows so many kinds of call forgets them all and begins anew."""
+_CALLS_KEPT = 1024
+"""A router that has cached so many calls forgets them all and begins anew."""
+_tuple = tuple.__new__
+"""Makes a named tuple in half the time of its own constructor, which is a Python function."""
 
 
 class Router:
     """Routes tokens to experts: ``weights, ids = route(logits, topk)``. Get one from ``moe_routing.get_router``.
 
     The backend is chosen at the first call for each (device, dtype, E, K, layout) and kept; later calls cost one
-    dict look-up. A router may be used from any number of threads.
+    comparison of their tensors. A router may be used from any number of threads. It is a value: it may be copied, pickled and
+    sent to other processes, which choose for themselves; what it has seen (``report``, ``health``) stays here.
 
     :ivar spec: the maths.
-    :ivar num_experts: E where the router was made from a configuration, else ``None``.
-    :ivar topk: K where the router was made from a configuration, else ``None``; then every call names it.
+    :ivar num_experts: E for a router of a configuration, else ``None``.
+    :ivar topk: K for a router of a configuration, else ``None``; then every call names it.
 
     ``verify=True`` compares every call with the float64 oracle, ``verify=0.01`` one in a hundred, without ever changing a
     result or raising: ``health()`` and the logger ``moe_routing.verify`` tell. ``MOE_ROUTING_VERIFY=sample:0.01`` does so
-    for every router.
+    for every router. Calls inside compiled functions are compared too.
 
     >>> route = Router(RoutingSpec(family="topk_softmax", renormalize=True))
     >>> weights, ids = route(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
@@ -60,10 +67,18 @@ class Router:
         self.topk = topk
         self.num_experts = num_experts
         self._requested = backend
-        self._shadow = _shadow(verify)
-        self._binder = Binder(spec, backend, self._shadow)
-        self._known: dict[tuple[object, ...], Kind] = {}
-        self._latest: Kind | None = None
+        self._verify = verify
+        if is_dynamo_compiling():
+            self._text, self._shadow, self._shadow_key = text_of(spec), None, shared_shadow_key(verify)
+        else:
+            self._text, self._shadow = spec.to_json(), _shadow(verify)
+            self._shadow_key = None if self._shadow is None else self._shadow.key
+        self._calls: dict[tuple[object, ...], CachedCall] = {}
+        self._latest: CachedCall | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle what the router was made of."""
+        return _rebuilt, (self.spec, self.topk, self.num_experts, self._requested, self._verify)
 
     def __call__(  # noqa: PLR0913 -- one argument an operand of the maths
         self,
@@ -81,8 +96,9 @@ class Router:
     ) -> RoutingOutput:
         """Select ``topk`` experts for every token and weigh them.
 
-        :param logits: ``[T, E]``, any float dtype (float64 is rounded to float32), any strides; T may be 0.
-        :param topk: K, 1 <= K <= E; may be left out where the router was made from a configuration.
+        :param logits: ``[T, E]``, any float dtype (float64 is rounded to float32), any strides; T may be 0. A DTensor that
+            is sharded by rows or replicated is routed on each rank, and the outputs are placed like it.
+        :param topk: K, 1 <= K <= E; may be left out for a router of a configuration.
         :param per_expert_scale: ``[E]``, any float dtype; for specs with ``per_expert_scale`` (Gemma4), and only those.
         :param bias: ``[E]``, any float dtype; for specs whose selection adds a bias, and only those.
         :param token_ids: ``[T]``, int32 or int64; for token-table selection, and only that.
@@ -92,109 +108,120 @@ class Router:
         :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.
         :param ids_dtype: ``torch.int32`` (default) or ``torch.int64``.
         :param out: ``(weights, ids)`` to write into: contiguous, ``[T, K + shared_experts]``, not with gradients.
-        :returns: ``RoutingOutput(weights, ids)``: float32 and ``ids_dtype``, both ``[T, K + shared_experts]``, ordered
-            by descending selection score, equal scores by ascending id.
+        :returns: ``RoutingOutput(weights, ids)``: float32 and ``ids_dtype``, both ``[T, K + shared_experts]`` and contiguous,
+            ordered by descending selection score, equal scores by ascending id.
         :raises TypeError: an argument has the wrong type or dtype.
         :raises ValueError: an argument has the wrong value, shape or device.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
-        kind: tuple[object, ...] | None = None
-        plain = token_ids is None and expert_table is None and num_valid_tokens is None and expert_map is None
-        if plain and not is_dynamo_compiling():
-            # A call of a kind that passed the checks passes them again. Most often it is the kind of the call before, which
-            # takes one look at all tensors together; otherwise the kind is described, and looked up.
-            known = self._latest
-            try:
-                if known is None or not known.serves(logits, topk, per_expert_scale, bias, out, ids_dtype):
-                    kind = described(logits, topk, per_expert_scale, bias, out, ids_dtype)
-                    known = self._known.get(kind)
-                    if known is not None:
-                        self._latest = known
-            except INDESCRIBABLE:
-                kind = known = None
-            if known is not None and not (is_grad_enabled() and _requires_grad(logits, per_expert_scale)):
-                _, call, self._binder.latest = known
-                if out is not None and type(out) is not RoutingOutput:
-                    out = RoutingOutput(*out)
-                return call(logits, per_expert_scale, bias, out)
-        return self._checked(
-            kind, logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out
-        )
-
-    def _checked(  # noqa: PLR0913, PLR0917 -- the operands of a call
-        self,
-        kind: tuple[object, ...] | None,
-        logits: Tensor,
-        topk: int | None,
-        per_expert_scale: Tensor | None,
-        bias: Tensor | None,
-        token_ids: Tensor | None,
-        expert_table: Tensor | None,
-        num_valid_tokens: int | Tensor | None,
-        expert_map: Tensor | None,
-        ids_dtype: torch.dtype | None,
-        out: RoutingOutput | tuple[Tensor, Tensor] | None,
-    ) -> RoutingOutput:
-        """Check everything, then route; a call that went straight to its kernel makes its ``kind`` known."""
-        asked = Asked(topk, ids_dtype, type(out))
-        if topk is None:
-            topk = self._default_topk()
-        if out is not None:
-            out = _check.as_output(out)
-        if ids_dtype is None:
-            ids_dtype = torch.int32 if out is None else out.ids.dtype
-        self._check(
-            logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out
-        )
-        training = is_grad_enabled() and _requires_grad(logits, per_expert_scale)
-        if training or torch.compiler.is_compiling() or type(logits) not in _PLAIN:
-            if out is not None and training:
-                msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
-                raise ValueError(msg)
-            result = _op.call(
-                self.spec, self._requested, logits, topk, per_expert_scale, bias, token_ids, expert_table,
-                num_valid_tokens, expert_map, ids_dtype, out, training=training,
+        if is_dynamo_compiling():
+            operands = Operands(
+                logits, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, out  # type: ignore[arg-type] # checked next
             )  # fmt: skip
-            if self._shadow is not None and not torch.compiler.is_compiling():
-                self._shadow.look(self.spec, logits, topk, result, {
-                    "per_expert_scale": per_expert_scale, "bias": bias, "token_ids": token_ids, "expert_table": expert_table,
-                    "num_valid_tokens": num_valid_tokens, "expert_map": expert_map,
-                })  # fmt: skip
-            if not torch.compiler.is_compiling():
-                self._binder.latest = _op.binder_of(self.spec.to_json(), self._requested).latest
-            return result
-        result = self._binder.route(
-            logits, topk, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, ids_dtype, out,
-            training=False,
-        )  # fmt: skip
-        if kind is not None and logits.shape[0] and all(v is None or v.is_contiguous() for v in (per_expert_scale, bias)):
-            self._remember(kind, asked, logits, topk, per_expert_scale, bias, out, ids_dtype)
-        return result
+            return self._traced(operands, topk, ids_dtype)
+        if type(out) is tuple and len(out) == 2:  # noqa: PLR2004 -- a pair
+            out = _tuple(RoutingOutput, out)
+        operands = _tuple(
+            Operands, (logits, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, out)
+        )
+        latest = self._latest
+        try:
+            known = latest is not None and latest.matches(operands, topk, ids_dtype)
+        except UNREADABLE:
+            known = False
+        return latest.route(operands) if known else self._dispatch(operands, topk, ids_dtype)  # type: ignore[union-attr] # known
 
-    def _remember(  # noqa: PLR0913, PLR0917 -- what tells kinds of calls apart
-        self,
-        kind: tuple[object, ...],
-        asked: Asked,
-        logits: Tensor,
-        topk: int,
-        per_expert_scale: Tensor | None,
-        bias: Tensor | None,
-        out: RoutingOutput | None,
-        ids_dtype: torch.dtype,
-    ) -> None:
-        """Keep what serves later calls of this kind; a kernel may have less to do for those than for any call."""
-        binding = self._binder.binding_for(
-            logits.device, logits.dtype, logits.shape[1], topk, ids_dtype=ids_dtype,
-            rows=logits.stride(1) == 1 or logits.shape[1] == 1,
-        )  # fmt: skip
-        prepare = getattr(binding.bound, "prepared", None) if self._shadow is None else None
-        call = prepare(logits, per_expert_scale, bias) if prepare is not None else None
-        if len(self._known) >= _KINDS_KEPT:
-            self._known.clear()
-        serves = asked.of_tensors_like(logits, per_expert_scale, bias, *(out or (None, None)))
-        self._known[kind] = self._latest = Kind(serves, call or _by_position(binding.bound), binding)
+    def _dispatch(self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> RoutingOutput:
+        """Route a call unlike the one before: look it up, or check it."""
+        key: tuple[object, ...] | None = None
+        found = None
+        try:
+            key = described(operands, topk, ids_dtype)
+            found = self._calls.get(key)
+        except UNREADABLE:
+            key = None
+        if found is None:
+            return self._first(key, operands, topk, ids_dtype)
+        self._latest = found
+        return found.route(operands)
 
-    def binding_for(  # noqa: PLR0913 -- the fields of a RoutingProblem
+    def _first(
+        self, key: tuple[object, ...] | None, asked: Operands, asked_topk: int | None, asked_ids: torch.dtype | None
+    ) -> RoutingOutput:
+        """Check a call, choose what serves it, and cache that for later calls like it."""
+        operands, topk, ids_dtype = self._checked(asked, asked_topk, asked_ids)
+        config = CallConfig(self._text, self._requested, topk, ids_dtype, self._shadow_key)
+        differentiable = self._differentiable(operands)
+        if not all(_ordinary(t) for t in _tensors(operands)):
+            self._latest = CachedCall(never, _never_routes, None)
+            return self._unordinary(config, operands, differentiable=differentiable)
+        if not operands.logits.shape[0]:
+            if differentiable:
+                return _operators.call(config, operands, training=True)
+            return operands.out or empty_output(self.spec, operands.logits, topk, ids_dtype)
+        dispatcher = dispatcher_of(self._text, self._requested)
+        resolved = dispatcher.resolve_for(operands, topk, ids_dtype, training=differentiable)
+        route = self._general_route(resolved)
+        rule = Rule(self.spec, topk, resolved.backward)
+        call = recorded(rule, route) if differentiable else route
+        output = call(operands)
+        matches: Matches = never
+        if key is not None and all(t.numel() for t in _tensors(operands)):
+            if self._shadow is None and _vectors_are_contiguous(operands) and isinstance(resolved.kernel, Prepares):
+                plain = operands._replace(expert_map=None, out=None) if differentiable else operands
+                route = resolved.kernel.prepared(plain) or route
+                call = recorded(rule, route) if differentiable else route
+            matches = matcher(asked, asked_topk, asked_ids)
+            if len(self._calls) >= _CALLS_KEPT:
+                self._calls.clear()
+            self._calls[key] = CachedCall(matches, call, resolved)
+        self._latest = CachedCall(matches, call, resolved)
+        return output
+
+    def _general_route(self, resolved: Resolved) -> Prepared:
+        """Return what calls the kernel with any operands, watched in shadow mode."""
+        shadow = self._shadow
+        return resolved.route if shadow is None else lambda operands: resolved.route(operands, shadow)
+
+    def _differentiable(self, operands: Operands) -> bool:
+        """Tell whether the weights need derivatives, and refuse ``out`` if they do."""
+        differentiable = (
+            (is_grad_enabled() and _requires_grad(operands))
+            or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
+            or any(_functorch.is_functorch_wrapped_tensor(t) for t in _tensors(operands))
+        )
+        if differentiable and operands.out is not None:
+            msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
+            raise ValueError(msg)
+        return differentiable
+
+    def _unordinary(self, config: CallConfig, operands: Operands, *, differentiable: bool) -> RoutingOutput:
+        """Route tensors that are no plain memory: the operator and PyTorch's own rules know what to do with each."""
+        if any(_is_dtensor(t) for t in _tensors(operands)):
+            return self._sharded(config, operands, training=differentiable)
+        if any(_functorch.is_functorch_wrapped_tensor(t) for t in _tensors(operands)):
+            rule = Rule(self.spec, config.topk, _operator_backward(config))
+            return recorded(rule, lambda some: _operators.call(config, some, training=False))(operands)
+        return _operators.call(config, operands, training=differentiable)
+
+    def _sharded(self, config: CallConfig, operands: Operands, *, training: bool) -> RoutingOutput:
+        from moe_routing import _dtensor
+
+        return _dtensor.route(config, operands, config.topk + self.spec.shared_experts, training=training)
+
+    def _traced(self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> RoutingOutput:
+        """Put the operator into the graph that Dynamo is making."""
+        operands, topk, ids_dtype = self._checked(operands, topk, ids_dtype)
+        training = is_grad_enabled() and _requires_grad(operands)
+        if training and operands.out is not None:
+            msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
+            raise ValueError(msg)
+        config = CallConfig(self._text, self._requested, topk, ids_dtype, self._shadow_key)
+        if _is_dtensor(operands.logits):
+            return self._sharded(config, operands, training=training)
+        return _operators.call(config, operands, training=training)
+
+    def resolve(  # noqa: PLR0913 -- the fields of a RoutingProblem
         self,
         device: torch.device | str,
         dtype: torch.dtype,
@@ -204,14 +231,16 @@ class Router:
         ids_dtype: torch.dtype = torch.int32,
         rows: bool = True,
         training: bool = False,
-    ) -> Binding:
-        """Choose and build ahead of the first call; the same binding serves later calls.
+    ) -> Resolved:
+        """Choose and build ahead of the first call; the same kernel serves later calls.
 
-        :param rows: whether the experts of a row lie side by side in memory.
-        :returns: ``(bound, report)``: the bound kernel, whose arguments nobody checks, and how it was chosen.
+        :param rows: whether the experts of a row are adjacent in memory.
+        :returns: ``(kernel, report)``: the kernel, whose arguments nobody checks, and how it was chosen.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
-        return self._binder.binding_for(device, dtype, num_experts, topk, ids_dtype=ids_dtype, rows=rows, training=training)
+        return dispatcher_of(self._text, self._requested).resolve(
+            device, dtype, num_experts, topk, ids_dtype=ids_dtype, rows=rows, training=training
+        )
 
     def warmup(  # noqa: PLR0913 -- the fields of a RoutingProblem
         self,
@@ -225,6 +254,8 @@ class Router:
     ) -> ResolutionReport:
         """Choose, build and compile before the first call (and before a CUDA graph is captured).
 
+        Plain calls, calls inside compiled functions and, with ``training=True``, calls with gradients are then warm.
+
         :returns: the report of the choice.
         """
         num_experts = num_experts if num_experts is not None else self.num_experts
@@ -232,21 +263,32 @@ class Router:
             msg = "num_experts: expected an int (this router was not made from a configuration), got None"
             raise TypeError(msg)
         topk = topk if topk is not None else self._default_topk()
-        binding = self.binding_for(device, dtype, num_experts, topk, ids_dtype=ids_dtype, training=training)
-        compile_ahead = getattr(binding.bound, "warmup", None)
-        if compile_ahead is not None:
-            compile_ahead()
-        return binding.told()
+        choices = [
+            self.resolve(device, dtype, num_experts, topk, ids_dtype=ids_dtype, training=wanted)
+            for wanted in ((False, True) if training else (False,))
+        ]
+        for resolved in dict.fromkeys(choices) if training else choices:
+            if isinstance(resolved.kernel, WarmsUp):
+                resolved.kernel.warmup()
+        if training:
+            choices[-1].warm_up_backward()
+        self._latest = CachedCall(never, _never_routes, choices[-1])
+        return choices[-1].report_with_notes()
 
     @property
     def backend(self) -> str | None:
-        """Name of the backend of the latest call, ``None`` before the first."""
-        return self._binder.latest.report.winner if self._binder.latest else None
+        """Name of the backend of the latest call, ``None`` before the first.
+
+        Calls inside compiled functions do not count: they leave Python before they are routed.
+        """
+        resolved = self._latest.resolved if self._latest else None
+        return resolved.report.winner if resolved else None
 
     @property
     def report(self) -> ResolutionReport | None:
-        """How the backend of the latest call was chosen, ``None`` before the first call."""
-        return self._binder.latest.told() if self._binder.latest else None
+        """How the backend of the latest call was chosen, ``None`` before the first call; see ``backend``."""
+        resolved = self._latest.resolved if self._latest else None
+        return resolved.report_with_notes() if resolved else None
 
     def health(self) -> Health:
         """Return what shadow mode has seen of this router's calls: how many were compared, near ties, and what was wrong.
@@ -275,53 +317,81 @@ class Router:
             raise TypeError(msg)
         return self.topk
 
-    def _check(  # noqa: PLR0913, PLR0917 -- positional: this is the hot path
-        self,
-        logits: Tensor,
-        topk: int,
-        per_expert_scale: Tensor | None,
-        bias: Tensor | None,
-        token_ids: Tensor | None,
-        expert_table: Tensor | None,
-        num_valid_tokens: int | Tensor | None,
-        expert_map: Tensor | None,
-        ids_dtype: torch.dtype,
-        out: RoutingOutput | None,
-    ) -> None:
-        spec = self.spec
-        _check.check_logits(logits)
-        num_tokens, num_experts = logits.shape
-        if self.num_experts is not None and num_experts != self.num_experts:
-            msg = f"logits: expected num_experts = {self.num_experts} columns, as the configuration says, got {num_experts}"
-            raise ValueError(msg)
-        _check.check_topk(spec, num_experts, topk)
-        by_table = spec.selection == "token_table"
-        if per_expert_scale is not None or spec.per_expert_scale:
-            _check.check_vector("per_expert_scale", per_expert_scale, num_experts, logits, wanted=spec.per_expert_scale)
-        if bias is not None or spec.needs_bias:
-            _check.check_vector("bias", bias, num_experts, logits, wanted=spec.needs_bias)
-        if token_ids is not None or expert_table is not None or by_table:
-            _check.check_vector("token_ids", token_ids, num_tokens, logits, integer=True, wanted=by_table)
-            _check.check_table(spec, expert_table, topk, logits)
-        if num_valid_tokens is not None:
-            _check.check_valid_tokens(num_valid_tokens, logits)
-        if expert_map is not None:
-            _check.check_vector("expert_map", expert_map, num_experts + spec.shared_experts, logits, integer=True)
-        _check.check_ids_dtype(ids_dtype, out)
+    def _checked(
+        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+    ) -> tuple[Operands, int, torch.dtype]:
+        """Check every argument, and fill in K, the ids' dtype and the type of ``out``."""
+        if topk is None:
+            topk = self._default_topk()
+        out = operands.out
         if out is not None:
-            _check.check_out(out, topk + spec.shared_experts, logits)
+            out = _check.as_output(out)
+            operands = operands._replace(out=out)
+        if ids_dtype is None:
+            ids_dtype = torch.int32 if out is None else out.ids.dtype
+        _check.check_operands(self.spec, operands, topk, ids_dtype, num_experts=self.num_experts)
+        return operands, topk, ids_dtype
 
 
-def _by_position(bound: BoundRouter) -> Callable[..., RoutingOutput]:
-    return lambda logits, scale, bias, out: bound(logits, per_expert_scale=scale, bias=bias, out=out)
+def _rebuilt(
+    spec: RoutingSpec,
+    topk: int | None,
+    num_experts: int | None,
+    backend: str | None,
+    verify: float | bool | None,  # noqa: FBT001 -- True is what users write
+) -> Router:
+    return Router(spec, topk=topk, num_experts=num_experts, backend=backend, verify=verify)
 
 
-def _requires_grad(logits: Tensor, per_expert_scale: Tensor | None) -> bool:
-    return logits.requires_grad or (per_expert_scale is not None and per_expert_scale.requires_grad)
+def _operator_backward(config: CallConfig) -> Backward:
+    """Return the first derivative through the operator, of tensors of any type."""
+
+    def backward(grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None) -> Gradients:
+        gradients: Gradients = torch.ops.moe_routing.route_backward(
+            grad_weights, logits, ids, per_expert_scale, config.spec, config.backend
+        )
+        return gradients
+
+    return backward
+
+
+def _never_routes(operands: Operands) -> RoutingOutput:
+    raise AssertionError(operands)
+
+
+def _tensors(operands: Operands) -> list[Tensor]:
+    """Return the tensors that a call brings."""
+    return [t for t in (*operands[:7], *(operands.out or ())) if isinstance(t, Tensor)]
+
+
+def _vectors_are_contiguous(operands: Operands) -> bool:
+    return all(t.is_contiguous() for t in operands[1:7] if isinstance(t, Tensor))
+
+
+def _ordinary(tensor: Tensor) -> bool:
+    """Tell whether a tensor is memory that a kernel may read, as its shape and strides say."""
+    return (
+        type(tensor) in ORDINARY
+        and not _functorch.is_functorch_wrapped_tensor(tensor)
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()  # noqa: SLF001 -- there is no other name for it
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None  # noqa: SLF001 -- likewise
+    )
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Tell DTensors, without importing their package for those who have none."""
+    kind = type(tensor)
+    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
+
+
+def _requires_grad(operands: Operands) -> bool:
+    scale = operands.per_expert_scale
+    return operands.logits.requires_grad or (scale is not None and scale.requires_grad)
 
 
 def _shadow(verify: float | bool | None) -> Shadow | None:  # noqa: FBT001 -- True is what users write
-    """Return what watches the calls, where the argument or the environment asks for it."""
+    """Return what watches the calls, if the argument or the environment asks for it."""
     rate = verify_rate(verify)
     if not rate:
         return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -186,18 +189,64 @@ def test_fake_and_meta_tensors_give_shapes():
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("int64_ids", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 300])
 @pytest.mark.parametrize("name", ["gemma4", "grouped_sigmoid_bias", "hash_sqrtsoftplus", "zero and shared"])
-def test_opcheck_passes(name, training):
+def test_opcheck_passes(name, tokens, int64_ids, training):
     spec = SPECS[name]
     given = {"per_expert_scale": None, "bias": None, "token_ids": None, "expert_table": None, **operands(spec)}
-    logits = torch.randn(T, E, requires_grad=training)
+    if given["token_ids"] is not None:
+        given["token_ids"] = torch.arange(tokens) % T
+    logits = torch.randn(tokens, E, requires_grad=training)
     num_valid = torch.tensor([4])
-    opcheck(TRAIN if training else ROUTE, (logits, *given.values(), num_valid, None, spec.to_json(), K, False, None))
+    opcheck(TRAIN if training else ROUTE, (logits, *given.values(), num_valid, None, spec.to_json(), K, int64_ids, None))
 
 
 def test_opcheck_of_the_backward_passes():
     ids = torch.randn(T, E).topk(K).indices.int()
     opcheck(BACKWARD, (torch.randn(T, K), torch.randn(T, E), ids, torch.rand(E), GEMMA.to_json(), None))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_few_tokens_compile_with_ids_that_are_flattened(backend, ids_dtype):
+    route = Router(GEMMA)
+
+    def flat(logits, scale):
+        return route(logits, 2, scale, ids_dtype=ids_dtype).ids.view(-1) + 1
+
+    for tokens in (1, 2, 3, 7, 130):
+        torch.compiler.reset()
+        logits, scale = torch.randn(tokens, E), torch.rand(E)
+        assert torch.equal(torch.compile(flat, fullgraph=True, backend=backend)(logits, scale), flat(logits, scale))
+
+
+EXPORTED = """
+import sys
+{imports}
+program = torch.export.load(sys.argv[1])
+logits = torch.linspace(-2, 2, 5 * 16).view(5, 16).flip(1).contiguous()
+output = program.module()(logits)
+print(type(output).__name__, output.ids.tolist())
+"""
+
+
+@pytest.mark.parametrize("imports", ["import torch\nimport moe_routing", "import moe_routing\nimport torch"])
+def test_an_exported_program_that_returns_routing_output_loads_where_only_the_package_was_imported(tmp_path, imports):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.route = Router(RoutingSpec(family="topk_softmax", renormalize=True))
+
+        def forward(self, logits):
+            return self.route(logits, 2)
+
+    path = tmp_path / "program.pt2"
+    torch.export.save(torch.export.export(Module(), (torch.randn(5, 16),)), path)
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORTED.format(imports=imports), str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"RoutingOutput {[[0, 1]] * 5}\n", done.stderr
 
 
 def test_an_ordinary_call_does_not_go_through_the_operator():

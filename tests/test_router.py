@@ -176,7 +176,7 @@ def test_32_threads_asking_at_once_get_one_router_one_kernel_and_one_probe(add_b
         start.wait()
         route = moe_routing.get_router(spec, backend="seven")
         route(LOGITS, 2)
-        seen.append((route, route.binding_for("cpu", torch.float32, 4, 2).bound))
+        seen.append((route, route.resolve("cpu", torch.float32, 4, 2).kernel))
 
     threads = [threading.Thread(target=ask) for _ in range(32)]
     for thread in threads:
@@ -296,7 +296,8 @@ def test_a_wrong_call_is_refused_after_a_right_one_that_is_much_like_it(argument
 
 def test_a_known_call_is_checked_once_and_routes_as_the_first_one_did(monkeypatch):
     route, checked = Router(SCALED), []
-    monkeypatch.setattr(route, "_check", lambda *a: checked.append(a))
+    check = route._checked
+    monkeypatch.setattr(route, "_checked", lambda *call: (checked.append(call), check(*call))[1])
     first = route(LOGITS, 2, SCALE)
     again = route(LOGITS, 2, SCALE)
     given = route(LOGITS, 2, SCALE, out=tuple(KNOWN_OUT))
@@ -334,7 +335,7 @@ def test_a_torch_without_the_guard_routes_all_the_same(monkeypatch):
     route = Router(SCALED)
     first, again = (route(LOGITS, 2, SCALE) for _ in range(2))
     assert torch.equal(first.weights, again.weights)
-    assert len(route._known) == 1
+    assert len(route._calls) == 1
 
 
 def test_a_call_in_inference_mode_is_of_another_kind_and_routes_as_outside():
@@ -344,7 +345,7 @@ def test_a_call_in_inference_mode_is_of_another_kind_and_routes_as_outside():
         inside = [route(LOGITS.clone(), 2, SCALE) for _ in range(2)]
     for output in (*inside, route(LOGITS, 2, SCALE)):
         assert torch.equal(output.weights, expected.weights)
-    assert len(route._known) == 2
+    assert len(route._calls) == 2
 
 
 def test_other_strides_are_another_call():
@@ -358,11 +359,11 @@ def test_other_strides_are_another_call():
 
 
 def test_a_router_remembers_a_bounded_number_of_kinds_of_call(monkeypatch):
-    monkeypatch.setattr("moe_routing._router._KINDS_KEPT", 5)
+    monkeypatch.setattr("moe_routing._router._CALLS_KEPT", 5)
     route = Router(SCALED)
     for tokens in range(1, 20):
         route(torch.randn(tokens, 4), 2, SCALE)
-        assert len(route._known) <= 5
+        assert len(route._calls) <= 5
 
 
 class Preparing:
@@ -374,12 +375,13 @@ class Preparing:
     def __call__(self, logits, **_operands):
         return moe_routing.RoutingOutput(torch.ones(len(logits), 2), torch.full((len(logits), 2), 1, dtype=torch.int32))
 
-    def prepared(self, logits, per_expert_scale, bias):
-        self.prepared_for.append((tuple(logits.shape), per_expert_scale, bias))
-        if len(logits) == 1:
+    def prepared(self, operands):
+        self.prepared_for.append((tuple(operands.logits.shape), operands.per_expert_scale, operands.bias))
+        if len(operands.logits) == 1:
             return None
 
-        def route(logits, _scale, _bias, _out):
+        def route(operands):
+            logits = operands.logits
             return moe_routing.RoutingOutput(torch.ones(len(logits), 2), torch.full((len(logits), 2), 2, dtype=torch.int32))
 
         return route
@@ -394,8 +396,8 @@ def test_a_kernel_may_prepare_for_later_calls_of_a_kind(add_backend):
     route = fresh_router(backend="preparing")
     assert [route(LOGITS, 2).ids[0, 0].item() for _ in range(3)] == [1, 2, 2]
     assert [route(LOGITS[:1], 2).ids[0, 0].item() for _ in range(3)] == [1, 1, 1]
-    bound = route.binding_for("cpu", torch.float32, 4, 2).bound
-    assert bound.prepared_for == [((2, 4), None, None), ((1, 4), None, None)]
+    kernel = route.resolve("cpu", torch.float32, 4, 2).kernel
+    assert kernel.prepared_for == [((2, 4), None, None), ((1, 4), None, None)]
 
 
 def test_a_watched_router_sees_every_call_whatever_the_kernel_prepares(add_backend):

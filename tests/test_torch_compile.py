@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.output_code import CompiledFxGraph
 
 import moe_routing
-from moe_routing import Router
+from moe_routing import Operands, Router
 from moe_routing._registry import registry
 from moe_routing.families import FAMILIES
 from moe_routing.formula import by_narrow_rounds, by_sort
@@ -94,7 +94,7 @@ def test_seven_batch_sizes_take_at_most_three_graphs_and_route_right(caplog):
 def test_the_second_call_of_a_kind_goes_past_dynamo_and_routes_what_it_is_given():
     spec = FAMILIES["sigmoid_bias_topk"].spec.replace(per_expert_scale=True)
     route = Router(spec, backend="torch-compile")
-    bound = route.binding_for("cpu", torch.float32, 16, 4).bound
+    bound = route.resolve("cpu", torch.float32, 16, 4).kernel
     for seed in range(3):
         torch.manual_seed(seed)
         logits, bias, scale = torch.randn(5, 16), torch.randn(16), torch.rand(16)
@@ -110,17 +110,17 @@ def test_the_second_call_of_a_kind_goes_past_dynamo_and_routes_what_it_is_given(
 def test_a_prepared_call_hands_its_tensors_to_what_inductor_made_and_routes_right(tokens):
     spec = FAMILIES["gemma4"].spec
     route = Router(spec, backend="torch-compile")
-    bound = route.binding_for("cpu", torch.bfloat16, 16, 4).bound
+    bound = route.resolve("cpu", torch.bfloat16, 16, 4).kernel
     first = torch.randn(tokens, 16).bfloat16(), torch.rand(16)
-    assert bound.prepared(torch.randn(7, 16).bfloat16(), first[1], None) is None  # no call of this kind came
+    assert bound.prepared(Operands(torch.randn(7, 16).bfloat16(), first[1])) is None  # no call of this kind came
     for _ in range(2):
         bound(first[0], per_expert_scale=first[1])
     assert {type(direct.function) for direct in bound._direct.values()} == {CompiledFxGraph}
-    prepared = bound.prepared(*first, None)
+    prepared = bound.prepared(Operands(*first))
     logits, scale = torch.randn(tokens, 16).bfloat16(), torch.rand(16)
     out = moe_routing.RoutingOutput(torch.zeros(tokens, 4), torch.zeros(tokens, 4, dtype=torch.int32))
-    assert prepared(logits, per_expert_scale=scale, out=out) is out
-    fresh = prepared(logits, per_expert_scale=scale)
+    assert prepared(Operands(logits, scale, out=out)) is out
+    fresh = prepared(Operands(logits, scale))
     expected = oracle.route(spec, logits, 4, per_expert_scale=scale)
     assert torch.equal(fresh.ids.long(), expected.ids)
     torch.testing.assert_close(fresh.weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
@@ -134,7 +134,7 @@ def test_the_formula_that_is_compiled_conforms():
 
 
 def test_16_bit_logits_are_routed_by_one_kernel():
-    bound = Router(GEMMA4, backend="torch-compile").binding_for("cpu", torch.bfloat16, 16, 4).bound
+    bound = Router(GEMMA4, backend="torch-compile").resolve("cpu", torch.bfloat16, 16, 4).kernel
     for tokens in (1, 5):
         bound(torch.randn(tokens, 16).bfloat16(), per_expert_scale=torch.rand(16))
     sources = {direct.function.source_code for direct in bound._direct.values()}
@@ -153,7 +153,7 @@ def test_a_token_id_that_the_table_lacks_is_an_error_and_no_memory_of_others():
 def test_operands_that_do_not_compile_later_are_a_sentence_that_names_them(monkeypatch):
     route = Router(FAMILIES["sigmoid_topk"].spec, backend="torch-compile")
     route(torch.randn(5, 16), 4)
-    bound = route.binding_for("cpu", torch.float32, 16, 4).bound
+    bound = route.resolve("cpu", torch.float32, 16, 4).kernel
 
     def broken(*_):
         raise OSError(28, "No space left on device")

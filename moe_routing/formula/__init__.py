@@ -7,6 +7,7 @@ from moe_routing.formula.route import finish, route
 from moe_routing.formula.select import (
     NARROW_UP_TO,
     Select,
+    Top,
     by_narrow_rounds,
     by_rounds,
     by_rounds_in_place,
@@ -18,6 +19,7 @@ from moe_routing.formula.select import (
 __all__ = [
     "NARROW_UP_TO",
     "Select",
+    "Top",
     "by_narrow_rounds",
     "by_rounds",
     "by_rounds_in_place",

@@ -23,6 +23,8 @@ def weights_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``logits`` (in its dtype, 0 at NaN and inf) and of ``per_expert_scale`` (empty if none).
 
+    Only operations that PyTorch can differentiate, and none in place: the derivatives of the gradient come out of them.
+
     :param grad_weights: ``[T, K]``, of the K selected experts.
     :param ids: ``[T, K]``, logical ids; -1 in rows of padding.
     """
@@ -41,7 +43,7 @@ def weights_backward(
     if per_expert_scale is None:
         return grad_logits, logits.new_empty(0)
     total = torch.zeros(per_expert_scale.shape, dtype=torch.float32, device=logits.device)
-    total.index_add_(0, chosen.flatten(), (grad * u).flatten())
+    total = total.index_add(0, chosen.flatten(), (grad * u).flatten())
     return grad_logits, total.to(per_expert_scale.dtype)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing._backend import RoutingOutput
+from moe_routing._kernel import RoutingOutput
 from moe_routing.formula.select import finite
 from moe_routing.formula.weights import activated, score, selected_weights, sparsemixer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moe_routing_registry import RoutingSpec
 
 
-def route(  # noqa: PLR0913 -- BoundRouter's operands
+def route(  # noqa: PLR0913 -- Kernel's operands
     spec: RoutingSpec,
     topk: int,
     logits: Tensor,
@@ -30,6 +30,9 @@ def route(  # noqa: PLR0913 -- BoundRouter's operands
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return float32 weights and int64 logical ids of the K selected experts, whole or in columns, as ``select`` does.
 
+    Loops rather than comprehensions, and conditions rather than calls that do nothing: eager routes a few tokens in the time
+    of a few dozen Python calls, and each function here is one of them.
+
     :param select: how to find the best of a row; each way gives the same ids.
     """
     l = finite(logits)
@@ -39,22 +42,18 @@ def route(  # noqa: PLR0913 -- BoundRouter's operands
     elif spec.selection == "sparsemixer":
         weights, ids = ([part] for part in sparsemixer(spec, l, topk))
     else:
-        x = activated(spec, l)
-        ids = select(spec, _selection_scores(spec, l, x, bias), topk)
+        x = l if spec.logit_multiplier == 1.0 and spec.logit_softcap is None else activated(spec, l)
+        t = l if bias is None else finite((score(spec, x) if spec.selection == "scores_plus_bias" else x) + bias.float())
+        ids = select(spec, t, topk)
         weights = selected_weights(spec, x, ids)
     if per_expert_scale is not None:
-        weights = [w * per_expert_scale.float().take(i) for w, i in zip(weights, ids, strict=True)]
+        scale = per_expert_scale.float()
+        for n, i in enumerate(ids):
+            weights[n] = weights[n] * scale.take(i)
     if spec.zero_experts:
         last = logits.shape[1] - spec.zero_experts
         weights = [w.masked_fill(i >= last, 0.0) for w, i in zip(weights, ids, strict=True)]
     return weights, ids
-
-
-def _selection_scores(spec: RoutingSpec, l: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return l
-    t = score(spec, x) if spec.selection == "scores_plus_bias" else x
-    return finite(t + bias.float())
 
 
 def finish(  # noqa: PLR0913 -- what may follow the maths
@@ -67,7 +66,10 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
     num_valid_tokens: int | Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> RoutingOutput:
-    """Append shared experts, map logical to physical ids, mask padding, give the ids their dtype, and join the columns."""
+    """Append shared experts, map logical to physical ids, mask padding, give the ids their dtype, and join the columns.
+
+    Both outputs are contiguous: ids that a sort selected are a view of all E of them.
+    """
     num_tokens, device = ids[0].shape[0], ids[0].device
     if spec.shared_experts:
         shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=device)
@@ -79,8 +81,10 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
         padding = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
         weights = [w.masked_fill(padding, 0.0) for w in weights]
         ids = [i.masked_fill(padding, -1) for i in ids]
-    return RoutingOutput(_joined(weights), _joined([i.to(ids_dtype) for i in ids]))
+    if len(ids) == 1:
+        return _tuple(RoutingOutput, (weights[0].contiguous(), ids[0].to(ids_dtype).contiguous()))
+    return RoutingOutput(torch.cat(weights, dim=-1), torch.cat([i.to(ids_dtype) for i in ids], dim=-1))
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+_tuple = tuple.__new__
+"""Makes a named tuple in half the time of its own constructor, which is a Python function."""

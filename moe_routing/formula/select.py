@@ -7,7 +7,6 @@ are equal, because each holds its expert's id. There are several ways to the sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +37,7 @@ def finite(x: Tensor) -> Tensor:
 
 def whole(top: Top) -> Select:
     """Select all K at once, in that way."""
-    return lambda spec, t, topk: [_select(spec, t, topk, top)]
+    return lambda spec, t, topk: [top(t, topk) if spec.num_groups == 1 else _select(spec, t, topk, top)]
 
 
 def _select(spec: RoutingSpec, t: Tensor, topk: int, top: Top) -> Tensor:
@@ -124,12 +123,23 @@ def by_topk(t: Tensor, k: int) -> Tensor:
     stays below all others.
     """
     keys = t.to(torch.float64).clamp_(min=_BELOW_ALL)
-    return torch.addcmul(keys, keys.abs().add_(_LEAST), _steps(t.shape[-1], t.device)).topk(k, dim=-1).indices
+    place = (t.shape[-1], t.device)
+    steps = _STEPS.get(place)
+    if steps is None:
+        steps = _steps(*place)
+    return torch.addcmul(keys, keys.abs().add_(_LEAST), steps).topk(k, dim=-1).indices
 
 
-@cache
+_STEPS: dict[tuple[int, torch.device], Tensor] = {}
+
+
 def _steps(num_experts: int, device: torch.device) -> Tensor:
-    return torch.arange(num_experts - 1, -1, -1, device=device, dtype=torch.float64).mul_(2.0**-50)
+    """Make the multiples of c, and keep them if they are real: the caller may be inside a mode that makes fake tensors."""
+    with torch.inference_mode(mode=False):
+        steps = torch.arange(num_experts - 1, -1, -1, device=device, dtype=torch.float64).mul_(2.0**-50)
+    if type(steps) is torch.Tensor:
+        _STEPS[num_experts, device] = steps
+    return steps
 
 
 def ordered_keys(t: Tensor) -> Tensor:

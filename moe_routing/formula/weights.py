@@ -60,14 +60,15 @@ def selected_weights(spec: RoutingSpec, x: Tensor, ids: list[Tensor]) -> list[Te
         shift = _highest(chosen).clamp_(max=0.0) if exact_ratio else torch.zeros_like(chosen[0][:, :1])
         of = _sigmoid if spec.score == "sigmoid" else _sqrtsoftplus
         weights = [of(c, shift) for c in chosen]
+    total = None
     if spec.renormalize and not (exact_ratio and spec.score == "softmax"):
         total = _sum_in_order(weights) + spec.renorm_epsilon
         if spec.renorm_floor:
             total = total.clamp_(min=spec.renorm_floor)
-        weights = [w / total for w in weights]
-    if spec.scale != 1.0:
-        weights = [w * spec.scale for w in weights]
-    return [w.float() for w in weights]
+    for n, w in enumerate(weights):
+        renormalized = w if total is None else w / total
+        weights[n] = (renormalized if spec.scale == 1.0 else renormalized * spec.scale).float()
+    return weights
 
 
 def _softmax(x: Tensor, ids: list[Tensor], *, of_selected: bool) -> list[Tensor]:

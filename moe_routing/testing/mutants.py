@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing._backend import RoutingOutput
+from moe_routing._kernel import RoutingOutput
 from moe_routing._registry import registry
 from moe_routing.testing import oracle
 from moe_routing_registry import ANY, BackendSpec, RejectCode, Target, Verdict
@@ -34,7 +34,7 @@ class Reference:
         del device
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- BoundRouter's
+    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's
         """Route, step by step."""
         logits = self.read(logits)
         selection = {name: operands.get(name) for name in ("bias", "token_ids", "expert_table")}
@@ -307,7 +307,7 @@ class WeightsRoundedToBfloat16(Reference):
 class ScaleByPhysicalId(Reference):
     """Looks the scale up under the physical id."""
 
-    def __call__(self, logits: Tensor, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- BoundRouter's
+    def __call__(self, logits: Tensor, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's
         """Route with the scale in another order."""
         scale, physical = operands.get("per_expert_scale"), operands.get("expert_map")
         if scale is not None and physical is not None:
@@ -427,6 +427,17 @@ class TiesAtRandom(Reference):
         return order[oracle.descending(oracle.clean(logits)[:, order])[:, : self.topk]]
 
 
+@caught_by("outputs_are_contiguous", "topk_softmax")
+class IdsAreAView(Reference):
+    """Returns the first K of all E sorted ids, whose rows are E apart in memory."""
+
+    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's
+        """Route, and widen the memory of the ids."""
+        weights, ids = super().__call__(logits, out=out, **operands)
+        wide = ids.new_zeros(len(ids), logits.shape[1] + 1)[:, : ids.shape[1]]
+        return RoutingOutput(weights, ids if out is not None else wide.copy_(ids))
+
+
 @caught_by("each_call_uses_its_own_inputs_in_stream_order", "topk_softmax")
 class WrongStream(Reference):
     """Reads what the logits held before: as a kernel on another stream, which does not wait."""
@@ -438,13 +449,24 @@ class WrongStream(Reference):
         return stale if stale is not None and stale.shape == logits.shape else logits
 
 
+@caught_by("outputs_are_contiguous", "topk_softmax")
+class IdsAreAView(Reference):
+    """Returns the first K of all E sorted ids, whose rows are E apart in memory."""
+
+    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's
+        """Route, and widen the memory of the ids."""
+        weights, ids = super().__call__(logits, out=out, **operands)
+        wide = ids.new_zeros(len(ids), logits.shape[1] + 1)[:, : ids.shape[1]]
+        return RoutingOutput(weights, ids if out is not None else wide.copy_(ids))
+
+
 @caught_by("each_call_uses_its_own_inputs_in_stream_order", "topk_softmax")
 class OneOutputForAllCalls(Reference):
     """Keeps its outputs, and hands the same memory out again."""
 
     kept: RoutingOutput | None = None
 
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- BoundRouter's
+    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's
         """Route into the memory of the call before."""
         if out is None and self.kept is not None and len(self.kept.ids) == len(logits):
             out = self.kept

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing._backend import RoutingOutput
+from moe_routing._kernel import RoutingOutput
 from moe_routing._registry import registry
 
 if TYPE_CHECKING:

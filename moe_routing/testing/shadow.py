@@ -4,25 +4,29 @@
 so for every router of the process. What is found goes to the logger ``moe_routing.verify`` and to ``route.health()``;
 neither a wrong backend nor a failing comparison raises in the caller's path.
 
-A comparison takes milliseconds and waits for the device. While a CUDA graph is captured none is made.
+A comparison takes milliseconds and waits for the device. While a CUDA graph is captured none is made, and a graph that is
+replayed (``torch.compile(mode="reduce-overhead")`` too) runs no Python: its calls are not seen.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import threading
+import uuid
+import weakref
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_routing.testing.admissible import compare
+from moe_routing_registry import ForkSafeLock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_routing import BoundRouter, RoutingOutput
+    from moe_routing import RoutingOutput
     from moe_routing.testing.admissible import Comparison
     from moe_routing_registry import RoutingSpec
 
@@ -66,21 +70,22 @@ class Health:
 
 
 class Shadow:
-    """Compares a share of one router's calls with the oracle, and counts."""
+    """Compares a share of one router's calls with the oracle, and counts.
+
+    :ivar key: names it inside compiled programs, in this process only.
+    """
 
     def __init__(self, rate: float) -> None:
         """Watch that share of calls."""
+        self.key = uuid.uuid4().hex
         self._health = Health(rate=rate)
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
+        _shadows[self.key] = self
         self._dice = random.Random()  # noqa: S311 -- sampling; its own, so that the caller's seeds stay as they are
 
     def health(self) -> Health:
         """Return the counts so far."""
         return self._health
-
-    def watch(self, bound: BoundRouter, spec: RoutingSpec, topk: int) -> BoundRouter:
-        """Return ``bound`` with each call looked at."""
-        return Watched(self, bound, spec, topk)
 
     def look(self, spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput, operands: dict[str, Any]) -> None:
         """Compare the output of a call with the oracle, if the dice say so; never raises."""
@@ -111,23 +116,33 @@ class Shadow:
             self._health = replace(self._health, latest=said, **counts)
 
 
-class Watched:
-    """A bound kernel whose calls a ``Shadow`` looks at; everything else is the kernel's own."""
+_shadows: weakref.WeakValueDictionary[str, Shadow] = weakref.WeakValueDictionary()
+_shared: dict[float, Shadow] = {}
 
-    def __init__(self, shadow: Shadow, bound: BoundRouter, spec: RoutingSpec, topk: int) -> None:
-        """Wrap the kernel."""
-        self._shadow, self._bound, self._spec, self._topk = shadow, bound, spec, topk
 
-    def __call__(self, logits: Tensor, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- BoundRouter's operands
-        """Route, then look."""
-        output = self._bound(logits, **operands)
-        operands.pop("out", None)
-        self._shadow.look(self._spec, logits, self._topk, output, operands)
-        return output
+def shadow_of(key: str) -> Shadow | None:
+    """Return what a router's calls are watched by, from inside an operator, which knows only its key.
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 -- whatever the kernel has: warmup, backward
-        """Hand out what the kernel has."""
-        return getattr(self._bound, name)
+    A compiled or exported program outlives its router, and may have come from another process: then nothing watches it, and
+    the logger says so once.
+    """
+    found = _shadows.get(key)
+    if found is None:
+        _say_unwatched(key)
+    return found
+
+
+def shared(rate: float) -> Shadow:
+    """Return what watches the routers of that rate that compiled functions make."""
+    return _shared.setdefault(rate, Shadow(rate))
+
+
+@cache
+def _say_unwatched(_key: str) -> None:
+    _log.warning(
+        "a compiled or exported program asks for shadow mode (verify=), but the router that it was made from is gone or in "
+        "another process: its calls are not compared"
+    )
 
 
 def _capturing(logits: Tensor) -> bool:

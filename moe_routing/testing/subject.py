@@ -89,6 +89,10 @@ def must_match(call: Call, output: RoutingOutput) -> None:
     if output.ids.dtype != call.ids_dtype:
         msg = f"ids: expected dtype {call.ids_dtype}, got {output.ids.dtype}"
         raise AssertionError(msg)
+    for name, tensor in zip(("weights", "ids"), output, strict=True):
+        if not tensor.is_contiguous():
+            msg = f"{name}: expected a contiguous tensor, got strides {tensor.stride()} of shape {list(tensor.shape)}"
+            raise AssertionError(msg)
     problems = compare(call.spec, call.logits, call.topk, RoutingOutput(*output), **call.operands).problems
     if problems:
         raise AssertionError("; ".join(_with_label(problem, call.labels) for problem in problems))

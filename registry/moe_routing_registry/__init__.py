@@ -21,6 +21,7 @@ from moe_routing_registry._errors import (
     UnknownNameError,
 )
 from moe_routing_registry._hooks import ENTRY_POINT_GROUP, hookimpl
+from moe_routing_registry._locks import ForkSafeLock
 from moe_routing_registry._problem import Layout, RoutingProblem
 from moe_routing_registry._registry import FactoryError, Registry
 from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
@@ -60,6 +61,7 @@ __all__ = [
     "DuplicateNameError",
     "FactoryError",
     "FamilySpec",
+    "ForkSafeLock",
     "GroupScore",
     "Layout",
     "MoeRoutingWarning",

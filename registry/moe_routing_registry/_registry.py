@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 import traceback
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from moe_routing_registry import _requirements
 from moe_routing_registry._card import API_VERSION
 from moe_routing_registry._errors import BackendUnavailableError, DuplicateNameError, UnknownNameError
 from moe_routing_registry._loading import PLUGIN_FAILURES, Inventory, load, sentence
+from moe_routing_registry._locks import ForkSafeLock
 from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
 from moe_routing_registry._request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
 from moe_routing_registry._verdict import MENDABLE, RejectCode, Verdict
@@ -28,12 +28,14 @@ class Registry:
     """Backends and families from plug-ins, loaded on first use, once, whichever thread comes first.
 
     :param built_in: name -> module of the plug-ins that are there even in a checkout without metadata.
+    :ivar generation: how often ``register`` and ``unregister`` changed what there is; whoever keeps a choice compares it.
     """
 
     def __init__(self, built_in: Mapping[str, str] | None = None) -> None:
         self._built_in = dict(built_in or {})
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
         self._inventory: Inventory | None = None
+        self.generation = 0
 
     def _load(self) -> Inventory:
         if self._inventory is None:
@@ -78,6 +80,7 @@ class Registry:
                 msg = "backend"
                 raise DuplicateNameError(msg, card.name, taken_by, distribution)
             inventory.add("backend", inventory.backends, card.name, card, distribution)
+            self.generation += 1
 
     def unregister(self, name: str) -> None:
         """Take out a backend that was added by hand."""
@@ -85,6 +88,7 @@ class Registry:
             inventory = self._load()
             del inventory.backends[name]
             del inventory.distributions["backend", name]
+            self.generation += 1
 
     def resolve(self, problem: RoutingProblem, device: DeviceInfo, request: Request) -> ResolutionReport:
         """Choose: who was named, else the best by priority, then narrower target, then name.

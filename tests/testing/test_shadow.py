@@ -129,18 +129,6 @@ def test_the_callers_random_numbers_stay_as_they_are():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_watched_kernel_keeps_its_other_attributes():
-    class Kernel:
-        def __call__(self, logits, **operands):
-            raise NotImplementedError
-
-        def warmup(self):
-            return "warm"
-
-    assert shadow.Shadow(1.0).watch(Kernel(), SPEC, 2).warmup() == "warm"
-    assert getattr(shadow.Shadow(1.0).watch(Kernel(), SPEC, 2), "backward", None) is None
-
-
 def test_without_shadow_mode_the_kit_is_not_imported():
     code = (
         "import sys, torch, moe_routing; moe_routing.get_router('mixtral')(torch.zeros(1, 4), 2);"

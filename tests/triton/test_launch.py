@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_routing import RoutingOutput
+from moe_routing import Operands, RoutingOutput
+from moe_routing._dispatch import Resolved
 from moe_routing_backends.triton import direct, launch
-from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
+from moe_routing_registry import DeviceInfo, ResolutionReport, RoutingProblem, RoutingSpec
 
 GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 SIGMOID = RoutingSpec(family="f", score="sigmoid")
@@ -79,10 +80,13 @@ def test_warmup_compiles_for_vectors_in_float32_and_in_the_models_dtype(keys):
 
 
 def test_warmup_for_training_compiles_the_backward_kernel_too(keys):
-    router(GEMMA4).warmup()
+    kernel = router(GEMMA4)
+    kernel.warmup()
     assert not any("backward" in key for key in keys)
-    router(GEMMA4, training=True).warmup()
-    assert any("backward" in key for key in keys)
+    problem = RoutingProblem(spec=GEMMA4, num_experts=8, topk=2, dtype="bfloat16", training=True)
+    resolved = Resolved(kernel, ResolutionReport(problem=problem, device=CPU), problem, kernel.backward)
+    resolved.warm_up_backward()
+    assert {key[-1] for key in keys if "backward" in key} == {torch.float32, torch.bfloat16}
 
 
 @pytest.fixture
@@ -106,12 +110,12 @@ def test_a_prepared_call_launches_what_any_call_would(launched, tokens):
     logits, scale = torch.randn(tokens, 16), torch.rand(16)
     bound(logits, per_expert_scale=scale)
     out = bound(logits, per_expert_scale=scale)
-    prepared = bound.prepared(logits, scale, None)
-    assert prepared(logits, per_expert_scale=scale, out=out) is out
+    prepared = bound.prepared(Operands(logits, scale))
+    assert prepared(Operands(logits, scale, out=out)) is out
     bound(logits, per_expert_scale=scale, out=out)
     (_, *_first), by_preparation, by_any = launched
     assert by_preparation == by_any
-    fresh = prepared(logits, per_expert_scale=scale)
+    fresh = prepared(Operands(logits, scale))
     assert (fresh.weights.shape, fresh.ids.dtype) == ((tokens, 2), torch.int32)
 
 
@@ -119,20 +123,20 @@ def test_a_prepared_call_with_crooked_memory_or_on_another_device_takes_the_gene
     bound = router(num_experts=16)
     logits = torch.randn(3, 16)
     bound(logits)
-    prepared = bound.prepared(logits, None, None)
+    prepared = bound.prepared(Operands(logits))
     crooked = torch.randn(49)[1:].view(3, 16)
     for _ in range(2):
-        prepared(crooked)
+        prepared(Operands(crooked))
     assert launched[-1][0][1] is False
     monkeypatch.setattr(launch, "current_device", lambda: 1)
     before = len(launched)
-    prepared(logits)
+    prepared(Operands(logits))
     assert len(launched) == before
 
 
 def test_nothing_is_prepared_for_rows_that_begin_anywhere():
     bound = router(num_experts=16)
-    assert bound.prepared(torch.randn(3, 17)[:, :16], None, None) is None
+    assert bound.prepared(Operands(torch.randn(3, 17)[:, :16])) is None
 
 
 def test_the_direct_launch_hands_over_what_the_installed_tritons_own_launcher_does():

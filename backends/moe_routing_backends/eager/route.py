@@ -6,16 +6,20 @@ At E = 128, K = 8 and T >= 256 exact ties cost nothing: K rounds of a vectorised
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_routing import Operands
 from moe_routing.formula import by_rounds_in_place, by_sort, by_topk, finish, route, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_routing import BoundRouter, RoutingOutput
+    from moe_routing import RoutingOutput
+    from moe_routing._kernel import Prepared
+    from moe_routing.formula import Select, Top
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 SORT_UP_TO = 1 << 8
@@ -30,50 +34,61 @@ CHUNK = 1 << 17
 
 def fastest_on_cpu(t: Tensor, k: int) -> Tensor:
     """Select in the way that is fastest for so many scores; see ``moe_routing.formula.select.Top``."""
-    if t.numel() <= SORT_UP_TO:
-        return by_sort(t, k)
-    return by_topk(t, k) if t.numel() <= TOPK_UP_TO or k > ROUNDS_UP_TO else by_rounds_in_place(t, k)
+    return _fastest_on_cpu(t.numel(), k)(t, k)
 
 
-def build(problem: RoutingProblem, device: DeviceInfo) -> BoundRouter:
-    """Bind the problem; there is nothing to compile."""
-    spec, topk, num_experts = problem.spec, problem.topk, problem.num_experts
-    ids_dtype: torch.dtype = getattr(torch, problem.ids_dtype)
-    on_cpu = device.platform == "cpu"
-    select = whole(fastest_on_cpu if on_cpu else by_sort)
-    rows_at_a_time = max(1, CHUNK // num_experts)
+def _fastest_on_cpu(scores: int, k: int) -> Top:
+    if scores <= SORT_UP_TO:
+        return by_sort
+    return by_topk if scores <= TOPK_UP_TO or k > ROUNDS_UP_TO else by_rounds_in_place
 
-    def bound(  # noqa: PLR0913 -- BoundRouter's operands
-        logits: Tensor,
-        *,
-        per_expert_scale: Tensor | None = None,
-        bias: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        expert_table: Tensor | None = None,
-        num_valid_tokens: int | Tensor | None = None,
-        expert_map: Tensor | None = None,
-        out: RoutingOutput | None = None,
-    ) -> RoutingOutput:
-        num_tokens = logits.shape[0]
-        if on_cpu and num_tokens > rows_at_a_time and token_ids is None:
-            parts = [
-                route(spec, topk, rows, select=select, per_expert_scale=per_expert_scale, bias=bias)
-                for rows in logits.split(rows_at_a_time)
-            ]
-            weights, ids = ([torch.cat([part for (part,) in pieces])] for pieces in zip(*parts, strict=True))
-        else:
+
+def build(problem: RoutingProblem, device: DeviceInfo) -> EagerKernel:
+    """Make the kernel; there is nothing to compile."""
+    return EagerKernel(problem, on_cpu=device.platform == "cpu")
+
+
+class EagerKernel:
+    """A ``Kernel`` of PyTorch operations."""
+
+    def __init__(self, problem: RoutingProblem, *, on_cpu: bool) -> None:
+        """Keep what every call needs."""
+        self._spec, self._topk, self._num_experts = problem.spec, problem.topk, problem.num_experts
+        self._ids_dtype: torch.dtype = getattr(torch, problem.ids_dtype)
+        self._on_cpu = on_cpu
+        self._select = whole(fastest_on_cpu if on_cpu else by_sort)
+        self._rows_at_a_time = max(1, CHUNK // problem.num_experts) if on_cpu else None
+
+    def __call__(self, logits: Tensor, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's operands
+        """Route ``logits [T, E]``; see ``Kernel``."""
+        return self.route(Operands(logits, **operands))
+
+    def prepared(self, operands: Operands) -> Prepared:
+        """Return what routes without unpacking keywords, and without asking again which way to select is fastest."""
+        if not self._on_cpu or self._spec.num_groups > 1:
+            return self.route
+        rows = min(len(operands.logits), self._rows_at_a_time or 1)
+        return partial(self.route, select=whole(_fastest_on_cpu(rows * self._num_experts, self._topk)))
+
+    def route(self, operands: Operands, *, select: Select | None = None) -> RoutingOutput:
+        """Route, on a CPU a piece of the rows at a time, so that their keys stay in a core's cache."""
+        logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+        spec, topk, most = self._spec, self._topk, self._rows_at_a_time
+        select = select or self._select
+        if most is None or len(logits) <= most or token_ids is not None:
             weights, ids = route(
                 spec, topk, logits, select=select,
-                per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
+                per_expert_scale=scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
             )  # fmt: skip
+        else:
+            parts = [route(spec, topk, rows, select=select, per_expert_scale=scale, bias=bias) for rows in logits.split(most)]
+            weights, ids = ([torch.cat([part for (part,) in pieces])] for pieces in zip(*parts, strict=True))
         result = finish(
             spec, weights, ids,
-            num_experts=num_experts, ids_dtype=ids_dtype, num_valid_tokens=num_valid_tokens, expert_map=expert_map,
+            num_experts=self._num_experts, ids_dtype=self._ids_dtype, num_valid_tokens=valid, expert_map=expert_map,
         )  # fmt: skip
         if out is None:
             return result
         out.weights.copy_(result.weights)
         out.ids.copy_(result.ids)
         return out
-
-    return bound

@@ -24,7 +24,7 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-from moe_routing import RoutingOutput
+from moe_routing import Operands, RoutingOutput
 from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route, whole
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
+    from moe_routing._kernel import Prepared
     from moe_routing.formula import Select
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
@@ -42,6 +43,8 @@ ROUNDS_UP_TO = 32
 SAMPLE_TOKENS = 64
 MOST_KINDS = 1 << 14
 """Kinds of calls that are remembered, one a number of tokens; when there are more, remembering begins anew."""
+OTHERS = Operands._fields[1:-1]
+"""Names of the operands but for the logits and ``out``."""
 _counter = itertools.count()
 
 
@@ -66,11 +69,11 @@ class CompiledRouter:
         self._seen: list[_Run] = []
         self._lock = threading.Lock()
 
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- BoundRouter's operands, handed on
-        """Route; see ``BoundRouter``."""
+    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's operands, handed on
+        """Route; see ``Kernel``."""
         valid = operands.get("num_valid_tokens")
-        if isinstance(valid, int):  # a value would be compiled in
-            operands["num_valid_tokens"] = torch.full((1,), valid, dtype=torch.int64, device=logits.device)
+        if isinstance(valid, int):
+            operands["num_valid_tokens"] = self._counted(valid, logits)
         given = {name: value for name, value in operands.items() if value is not None}
         kind = _kind(logits, given)
         direct = self._direct.get(kind)
@@ -86,35 +89,34 @@ class CompiledRouter:
                 raise RuntimeError(msg) from error
         return _into(out, result)
 
-    def prepared(
-        self, logits: Tensor, per_expert_scale: Tensor | None, bias: Tensor | None
-    ) -> Callable[..., RoutingOutput] | None:
+    def prepared(self, operands: Operands) -> Prepared | None:
         """Return what routes calls of this one's shapes, strides and dtypes in less host time; ``None`` if none was seen."""
-        operands = {"per_expert_scale": per_expert_scale, "bias": bias}
-        direct = self._direct.get(_kind(logits, {name: value for name, value in operands.items() if value is not None}))
+        logits, *others, _ = operands
+        counted = isinstance(operands.num_valid_tokens, int)
+        if counted:
+            others[OTHERS.index("num_valid_tokens")] = self._counted(operands.num_valid_tokens, logits)
+        given = {name: value for name, value in zip(OTHERS, others, strict=True) if isinstance(value, torch.Tensor)}
+        direct = self._direct.get(_kind(logits, given))
         if direct is None:
             return None
         function, places = direct
-        at_logits, at_scale, at_bias = (
-            places.index(name) if name in places else None for name in ("logits", "per_expert_scale", "bias")
-        )
+        # Where each operand stands among the arguments of what Inductor made; the rest are sizes.
+        filled = [(n, Operands._fields.index(place)) for n, place in enumerate(places) if isinstance(place, str)]
 
-        def route(
-            logits: Tensor,
-            per_expert_scale: Tensor | None = None,
-            bias: Tensor | None = None,
-            out: RoutingOutput | None = None,
-        ) -> RoutingOutput:
+        def route(operands: Operands) -> RoutingOutput:
+            if counted:
+                valid = self._counted(operands.num_valid_tokens, operands.logits)
+                operands = operands._replace(num_valid_tokens=valid)
             arguments = list(places)
-            if at_logits is not None:
-                arguments[at_logits] = logits
-            if at_scale is not None:
-                arguments[at_scale] = per_expert_scale
-            if at_bias is not None:
-                arguments[at_bias] = bias
-            return _into(out, RoutingOutput(*function(arguments)))
+            for n, index in filled:
+                arguments[n] = operands[index]
+            return _into(operands.out, RoutingOutput(*function(arguments)))
 
         return route
+
+    @staticmethod
+    def _counted(valid: Any, logits: Tensor) -> Tensor:  # noqa: ANN401 -- an int, whose value must not be compiled in
+        return torch.full((1,), min(valid, len(logits)), dtype=torch.int64, device=logits.device)
 
     def warmup(self) -> None:
         """Compile the graphs of an ordinary call: many tokens, and one."""

@@ -89,7 +89,7 @@ class Compiled:
         """
         if key not in self.launchers and capturing():
             problem, device = self._problem, self._device
-            training = ", training=True" if problem.training else ""
+            training = ", training=True" if key[0] == "backward" else ""
             msg = (
                 f"moe-routing's Triton kernel for {problem} is not compiled yet, and nothing compiles while a CUDA graph is "
                 f"captured: before the capture, call route.warmup({problem.num_experts}, {problem.topk}, "

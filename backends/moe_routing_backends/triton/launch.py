@@ -19,10 +19,10 @@ from moe_routing_backends.triton.table import LAST_LANES
 from moe_routing_backends.triton.tiles import tiles_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
+    from moe_routing import Operands
+    from moe_routing._kernel import Prepared
     from moe_routing_backends.triton.plan import Launch
     from moe_routing_backends.triton.table import Step
     from moe_routing_registry import DeviceInfo, RoutingProblem
@@ -41,7 +41,7 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
 
 
 class TritonRouter:
-    """A ``BoundRouter``: one Triton kernel a call.
+    """A ``Kernel``: one Triton kernel a call.
 
     :ivar notes: what is unusual, for ``Router.report``.
     """
@@ -69,7 +69,7 @@ class TritonRouter:
         why = self._compiled.indirect
         return (f"launches through Triton's own launcher: {why}",) if why else ()
 
-    def __call__(  # noqa: C901, PLR0913 -- BoundRouter's operands; one flat function, because calls cost a tenth of a microsecond
+    def __call__(  # noqa: C901, PLR0913 -- Kernel's operands; one flat function, because calls cost a tenth of a microsecond
         self,
         logits: Tensor,
         *,
@@ -81,8 +81,9 @@ class TritonRouter:
         expert_map: Tensor | None = None,
         out: RoutingOutput | None = None,
     ) -> RoutingOutput:
-        """Route ``logits [T, E]``; see ``BoundRouter``."""
+        """Route ``logits [T, E]``; see ``Kernel``."""
         T, _ = logits.shape
+        logits = logits.resolve_neg()  # a kernel reads memory, and knows of no lazy negation
         row_stride, expert_stride = logits.stride()
         here = current_device() == self._index
         if out is not None:
@@ -135,33 +136,36 @@ class TritonRouter:
         launch = self._launches[step]
         return (step, launch) if aligned or launch.variant == "lanes" else (-1, LAST_LANES)
 
-    def prepared(
-        self, logits: Tensor, per_expert_scale: Tensor | None, bias: Tensor | None
-    ) -> Callable[..., RoutingOutput] | None:
+    def prepared(self, operands: Operands) -> Prepared | None:
         """Return what routes calls of the shapes, strides and dtypes of this one, which has been routed, in less host time.
 
         All that depends on those is worked out here. ``None`` where such calls are not launched directly.
         """
+        logits, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
         T, _ = logits.shape
         row_stride, expert_stride = logits.stride()
         step, launch = self._choose(T, aligned=True)
-        dtypes = (None if vector is None else vector.dtype for vector in (per_expert_scale, bias))
-        ready = self._ready.get((step, True, row_stride == self._experts, expert_stride == 1, *dtypes))
+        key: tuple[Any, ...] = (
+            step, True, row_stride == self._experts, expert_stride == 1,
+            None if scale is None else scale.dtype, None if bias is None else bias.dtype,
+        )  # fmt: skip
+        extras = token_ids is not None or valid is not None or expert_map is not None
+        counted = isinstance(valid, int)
+        if extras:
+            tensors = (token_ids, expert_table, None if counted else valid, expert_map)
+            key = (*key, *[None if o is None else o.dtype for o in tensors])  # type: ignore[union-attr] # no int is left
+        ready = self._ready.get(key)
         if ready is None or (row_stride * self._element) % ALIGNMENT:
             return None
         index, ids_dtype = self._index, self._ids_dtype
         size, strides = (T, self._columns), (self._columns, 1)
         blocks = (T + launch.block_t - 1) // launch.block_t
-        behind = (*NO_OPERANDS, T, T, row_stride, expert_stride)
+        tail: tuple[Any, ...] = (*NO_OPERANDS, T, T, row_stride, expert_stride)
 
-        def route(
-            logits: Tensor,
-            per_expert_scale: Tensor | None = None,
-            bias: Tensor | None = None,
-            out: RoutingOutput | None = None,
-        ) -> RoutingOutput:
+        def route(operands: Operands) -> RoutingOutput:
+            logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
             if current_device() != index:
-                return self(logits, per_expert_scale=per_expert_scale, bias=bias, out=out)
+                return self._route(operands)
             if out is None:
                 out = _tuple(
                     RoutingOutput, (empty(size, strides, torch.float32), empty(size, strides, ids_dtype))
@@ -169,13 +173,30 @@ class TritonRouter:
             weights, ids = out
             source, to_weights, to_ids = logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
             if (source | to_weights | to_ids) % ALIGNMENT:
-                return self(logits, per_expert_scale=per_expert_scale, bias=bias, out=out)
-            scale_at = None if per_expert_scale is None else per_expert_scale.data_ptr()
+                return self._route(operands)
+            scale_at = None if scale is None else scale.data_ptr()
             bias_at = None if bias is None else bias.data_ptr()
-            ready(blocks, current_stream(index), (source, to_weights, to_ids, scale_at, bias_at, *behind))
+            rest = tail
+            if extras:
+                rest = (
+                    None if token_ids is None else token_ids.data_ptr(),
+                    None if expert_table is None else expert_table.data_ptr(),
+                    None if valid is None or counted else valid.data_ptr(),  # type: ignore[union-attr] # a tensor
+                    None if expert_map is None else expert_map.data_ptr(),
+                    T, min(valid, T) if counted else T, row_stride, expert_stride,  # type: ignore[type-var] # an int
+                )  # fmt: skip
+            ready(blocks, current_stream(index), (source, to_weights, to_ids, scale_at, bias_at, *rest))
             return out
 
         return route
+
+    def _route(self, operands: Operands) -> RoutingOutput:
+        """Route a call that a prepared one does not fit."""
+        logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+        return self(
+            logits, per_expert_scale=scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
+            num_valid_tokens=valid, expert_map=expert_map, out=out,
+        )  # fmt: skip
 
     def _launch_slowly(  # noqa: PLR0913, PLR0917 -- what a call knows
         self,
@@ -231,7 +252,4 @@ class TritonRouter:
                 logits = torch.zeros(T, self._experts, dtype=dtype, device=device)
                 if spec.selection == "token_table":
                     operands["token_ids"] = torch.zeros(T, dtype=torch.int64, device=device)
-                weights, ids = self(logits, **operands)
-            if self._problem.training:
-                k = self._problem.topk
-                self.backward(weights[:, :k].contiguous(), logits, ids[:, :k].contiguous(), operands.get("per_expert_scale"))
+                self(logits, **operands)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_routing._binding import dtype_name
+from moe_routing._dispatch import dtype_name
 from moe_routing._registry import registry
 from moe_routing.families import FAMILIES
 from moe_routing.probing import probe

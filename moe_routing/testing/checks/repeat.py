@@ -13,7 +13,7 @@ from moe_routing.testing.subject import same_bits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from moe_routing._backend import RoutingOutput
+    from moe_routing._kernel import RoutingOutput
     from moe_routing.testing.cases import Case, Profile
     from moe_routing.testing.subject import Subject
 

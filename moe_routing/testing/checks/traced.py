@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_routing._kernel import Operands as KernelOperands
+from moe_routing._operators import CallConfig, arguments
 from moe_routing.testing import oracle
 from moe_routing.testing.admissible import exact_device, logical_ids
 from moe_routing.testing.cases import on_device
@@ -94,28 +95,21 @@ def fake_tensors_give_fake_outputs(subject: Subject, case: Case) -> None:
 
 @check(14, _traced, capability="compile")
 def the_operator_passes_opcheck(subject: Subject, case: Case) -> None:
-    """torch.library.opcheck finds nothing wrong with the operator that a traced call goes through."""
+    """torch.library.opcheck finds nothing wrong with the operators that traced calls go through, with ids of either dtype."""
     call = case.make(subject.device)
     subject.route(call)
-    call.logits.requires_grad_()
-    with _Recorder() as recorder:
-        subject.router(call.spec)(call.logits, call.topk, **call.operands)
-    require(recorder.calls, "a call that wants gradients went through no operator of moe_routing")
-    for operator, arguments in recorder.calls:
-        torch.library.opcheck(operator, arguments)
-
-
-class _Recorder(TorchDispatchMode):
-    """Keeps the calls of moe_routing's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 -- torch's protocol
-        if func.namespace == "moe_routing":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
+    operators = torch.ops.moe_routing
+    for rows, dtype, operator in (
+        (slice(2), torch.int64, operators.route),
+        (slice(None), torch.int32, operators.route),
+        (slice(2), torch.int32, operators.route_training),
+        (slice(None), torch.int64, operators.route_training),
+    ):
+        part = call.rows(rows)
+        training = operator is operators.route_training
+        operands = KernelOperands(part.logits.detach().requires_grad_(training), **part.operands)
+        config = CallConfig(part.spec.to_json(), subject.backend, part.topk, dtype)
+        torch.library.opcheck(operator.default, arguments(config, operands))
 
 
 def _differentiable(profile: Profile) -> Iterator[Case]:

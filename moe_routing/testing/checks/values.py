@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing._backend import RoutingOutput
+from moe_routing._kernel import RoutingOutput
 from moe_routing.testing.checks import _sets
 from moe_routing.testing.checks._check import check, require
 from moe_routing.testing.subject import NotApplicableError, must_match, same_bits
@@ -189,6 +189,16 @@ def ids_dtype_is_as_asked(subject: Subject, case: Case) -> None:
     call.ids_dtype = torch.int64
     wide = subject.check(call)
     require(torch.equal(wide.ids, narrow.ids.long()), "int64 ids are not the int32 ids")
+
+
+@check(6, _sets.of_every_variant)
+def outputs_are_contiguous(subject: Subject, case: Case) -> None:
+    """Weights and ids of either dtype are contiguous, for one token, few and many: compiled callers rely on it."""
+    for tokens in (1, 3, 300):
+        for ids_dtype in (torch.int32, torch.int64):
+            call = case.but(num_tokens=tokens).make(subject.device)
+            call.ids_dtype = ids_dtype
+            subject.check(call)
 
 
 @check(6, _sets.few)

@@ -1,0 +1,179 @@
+"""The call cache of a router: a call like one that passed the checks skips the checks and the choice of a kernel.
+
+Most calls are like the one before, and one comparison of all their tensors recognises them: the guard with which Dynamo's
+compiled functions begin. It is private to PyTorch. If this PyTorch has another, or none, a call is described by a tuple and
+looked up instead; a call unlike the one before is looked up in any case.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch._C import _dispatch_keys
+from torch.autograd import forward_ad
+
+from moe_routing_registry import preference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from moe_routing._dispatch import Resolved
+    from moe_routing._kernel import Operands, Prepared
+
+    Matches = Callable[[Operands, int | None, torch.dtype | None], bool]
+
+ABSENT = tuple(torch.empty(0, device="cpu") for _ in range(8))
+"""Stand for operands that a call does not bring. None is like an operand of a call that is kept, which has elements."""
+UNREADABLE = (AttributeError, RuntimeError, TypeError, ValueError)
+"""What reading a wrong argument raises: a list has no dtype, a sparse tensor no strides, a set no hash."""
+ORDINARY = (Tensor, torch.nn.Parameter)
+"""Types of tensors that kernels take. Others (DTensor, fake tensors) know themselves what an operator does with them."""
+
+
+class CachedCall(NamedTuple):
+    """Calls that passed the checks, and what serves them.
+
+    :ivar matches: tells whether a call is like these; it may say no to one that is.
+    :ivar route: serves a call that matches.
+    :ivar resolved: the kernel, and how it was chosen; ``None`` if the operator chose.
+    """
+
+    matches: Matches
+    route: Prepared
+    resolved: Resolved | None
+
+
+def never(_operands: Operands, _topk: int | None, _ids_dtype: torch.dtype | None) -> bool:
+    """Match no call."""
+    return False
+
+
+def matcher(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
+    """Return what tells whether a call is like this one: in its tensors' types, dtypes, devices, shapes and strides, and
+    in whether gradients are wanted.
+
+    :param topk: as the caller wrote it, like ``ids_dtype``.
+    """  # noqa: D205 -- one sentence
+    extras = any(operand is not None for operand in operands[3:7])
+    return _with_extras(operands, topk, ids_dtype) if extras else _without_extras(operands, topk, ids_dtype)
+
+
+def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
+    """Match calls of logits, scale, bias and out alone: the fewest comparisons."""
+    logits, scale, bias, *_, out = operands
+    no_scale, no_bias, *nowhere = ABSENT[:4]
+    alike = guard([logits, no_scale if scale is None else scale, no_bias if bias is None else bias, *(out or nowhere)])
+    if alike is None:
+        return never
+    form, preferred, grads = type(out), preference.get(), _grad_mode(operands)
+
+    def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
+        logits, scale, bias, token_ids, table, valid, expert_map, out = operands
+        if (
+            wanted is not topk
+            or ids is not ids_dtype
+            or type(out) is not form
+            or token_ids is not None
+            or table is not None
+            or valid is not None
+            or expert_map is not None
+            or preference.get() != preferred
+            or (grads is not None and is_grad_enabled() is not grads)
+            or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
+        ):
+            return False
+        weights, places = nowhere if out is None else out
+        return alike(logits, no_scale if scale is None else scale, no_bias if bias is None else bias, weights, places)
+
+    return matches
+
+
+def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
+    """Match calls with any operands. The number of valid tokens, if it is an int, may have any value >= 0."""
+    alike = guard(_tensors(operands))
+    if alike is None:
+        return never
+    form, preferred, grads = type(operands.out), preference.get(), _grad_mode(operands)
+    counted = type(operands.num_valid_tokens) is int
+
+    def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
+        valid = operands.num_valid_tokens
+        if (
+            wanted is not topk
+            or ids is not ids_dtype
+            or type(operands.out) is not form
+            or (type(valid) is int) is not counted
+            or (counted and valid < 0)  # type: ignore[operator] # an int, as the line above says
+            or preference.get() != preferred
+            or (grads is not None and is_grad_enabled() is not grads)
+            or forward_ad._current_level >= 0  # noqa: SLF001 -- likewise
+        ):
+            return False
+        return alike(*_tensors(operands))
+
+    return matches
+
+
+def _tensors(operands: Operands) -> tuple[Tensor, ...]:
+    """Return nine tensors, one for each that a call can bring."""
+    logits, scale, bias, token_ids, table, valid, expert_map, out = operands
+    return (
+        logits,
+        ABSENT[0] if scale is None else scale,
+        ABSENT[1] if bias is None else bias,
+        ABSENT[2] if token_ids is None else token_ids,
+        ABSENT[3] if table is None else table,
+        valid if isinstance(valid, Tensor) else ABSENT[4],
+        ABSENT[5] if expert_map is None else expert_map,
+        *(ABSENT[6:] if out is None else out),
+    )
+
+
+def _grad_mode(operands: Operands) -> bool | None:
+    """Return the grad mode if the call depends on it."""
+    scale = operands.per_expert_scale
+    return is_grad_enabled() if operands.logits.requires_grad or (scale is not None and scale.requires_grad) else None
+
+
+def guard(examples: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """Return what tells whether as many tensors are like these, dispatch keys and ``requires_grad`` included.
+
+    :returns: ``None`` if this PyTorch has no such guard, or one that takes other arguments: it is private. Nothing is lost
+        but host time, for a call that is not recognised is described.
+
+    >>> alike = guard([torch.zeros(2, 3)])
+    >>> alike(torch.ones(2, 3)), alike(torch.ones(3, 2).t()), alike(torch.ones(2, 3, requires_grad=True))
+    (True, False, False)
+    """
+    sizes, strides = [list(t.shape) for t in examples], [list(t.stride()) for t in examples]
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type] # the stub says one flat list
+    except (AttributeError, ImportError, TypeError):
+        return None
+
+
+def described(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> tuple[object, ...]:
+    """Describe a call, for looking it up.
+
+    :raises UNREADABLE: an argument is not what it should be.
+    """
+    logits, scale, *others, valid, expert_map, out = operands
+    return (
+        *map(_described, (logits, scale, *others, valid if isinstance(valid, Tensor) else None, expert_map)),
+        None if out is None else (type(out), *map(_described, out)),
+        type(topk), topk, ids_dtype, type(valid), type(valid) is int and valid < 0, preference.get(), _grad_mode(operands),
+        forward_ad._current_level >= 0, torch.is_inference_mode_enabled(),  # noqa: SLF001 -- as above
+    )  # fmt: skip
+
+
+def _described(operand: Tensor | None) -> tuple[object, ...] | None:
+    if operand is None:
+        return None
+    # The dispatch keys tell lazy negation, functorch's wrappers and all else that is no plain memory.
+    keys = _dispatch_keys(operand).raw_repr()
+    shape, strides = operand.shape, operand.stride()
+    return type(operand), operand.dtype, operand.device, operand.layout, shape, strides, keys, operand.requires_grad

@@ -1,0 +1,282 @@
+"""``Dispatcher``: from a call to its kernel. One serves the plain, traced and training calls of a spec and a backend name.
+
+A choice is made once for each device, dtype, E, K, ids dtype, layout, ``training`` and preference. A kernel is built once for
+each backend and problem, whoever asks: ``training`` is part of the choice, but one kernel serves calls with and without
+gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from contextvars import ContextVar
+from functools import cache, partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from moe_routing import _check
+from moe_routing._kernel import Differentiates, HasNotes, Operands, RoutingOutput
+from moe_routing._registry import registry
+from moe_routing._warnings import not_raised
+from moe_routing.formula import weights_backward
+from moe_routing.probing import probe
+from moe_routing_registry import (
+    SCORES,
+    STRICT_VARIABLE,
+    BackendUnavailableError,
+    DowngradeWarning,
+    FactoryError,
+    ForkSafeLock,
+    Request,
+    RoutingProblem,
+    RoutingSpec,
+    preference,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from moe_routing._autograd import Backward
+    from moe_routing._kernel import Kernel
+    from moe_routing.testing.shadow import Shadow
+    from moe_routing_registry import DeviceInfo, ResolutionReport
+
+Key = tuple[torch.device, torch.dtype, int, int, torch.dtype, bool, bool, "str | None"]
+"""Device, logits dtype, E, K, ids dtype, rows, training, preference: what a choice depends on."""
+
+
+class Resolved(NamedTuple):
+    """A kernel, and the report of how its backend was chosen.
+
+    :ivar backward: the gradients of logits and scale, by the kernel if it has a backward; see ``Differentiates.backward``.
+    """
+
+    kernel: Kernel
+    report: ResolutionReport
+    problem: RoutingProblem
+    backward: Backward
+
+    def report_with_notes(self) -> ResolutionReport:
+        """Return the report with the kernel's own notes, which may change with every call."""
+        notes = (*self.report.notes, *(self.kernel.notes if isinstance(self.kernel, HasNotes) else ()))
+        return dataclasses.replace(self.report, notes=tuple(dict.fromkeys(notes)))
+
+    def route(self, operands: Operands, shadow: Shadow | None = None) -> RoutingOutput:
+        """Call the kernel with checked operands, and let shadow mode compare the result."""
+        vectors = [None if t is None else t.contiguous() for t in (*operands[1:5], operands.expert_map)]
+        scale, bias, token_ids, expert_table, expert_map = vectors
+        output = self.kernel(
+            operands.logits, per_expert_scale=scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
+            num_valid_tokens=operands.num_valid_tokens, expert_map=expert_map, out=operands.out,
+        )  # fmt: skip
+        if shadow is not None:
+            given = {
+                "per_expert_scale": scale, "bias": bias, "token_ids": token_ids, "expert_table": expert_table,
+                "num_valid_tokens": operands.num_valid_tokens, "expert_map": expert_map,
+            }  # fmt: skip
+            shadow.look(self.problem.spec, operands.logits, self.problem.topk, output, given)
+        return output
+
+    def warm_up_backward(self) -> None:
+        """Go back through zeros once with each dtype that a scale comes in, so that a kernel's backward is compiled."""
+        problem, device = self.problem, self.report.device
+        if device is None:
+            return
+        place = torch.device(device.type) if device.index is None else torch.device(device.type, device.index)
+        dtype: torch.dtype = getattr(torch, problem.dtype)
+        step = 1 if problem.layout == "rows" else 2
+        logits = torch.zeros(1, problem.num_experts * step, dtype=dtype, device=place)[:, ::step]
+        ids = torch.arange(problem.topk, device=place)[None].to(getattr(torch, problem.ids_dtype))
+        grad = torch.zeros(1, problem.topk, device=place)
+        for vectors in {torch.float32, dtype} if problem.spec.per_expert_scale else {None}:
+            scale = None if vectors is None else torch.ones(problem.num_experts, dtype=vectors, device=place)
+            self.backward(grad, logits, ids, scale)
+
+
+class Dispatcher:
+    """Chooses and builds for one spec and, where the user names one, one backend. ``dispatcher_of`` returns it."""
+
+    def __init__(self, spec: RoutingSpec, requested: str | None) -> None:
+        """Keep the maths and the backend's name; nothing is chosen yet."""
+        self.spec = spec
+        self._requested = requested
+        self._resolved: dict[Key, Resolved] = {}
+
+    def resolve_for(self, operands: Operands, topk: int, ids_dtype: torch.dtype, *, training: bool) -> Resolved:
+        """Return the kernel for checked operands; T is not 0."""
+        logits = operands.logits
+        num_experts = logits.shape[1]
+        key = (
+            logits.device, logits.dtype, num_experts, topk, ids_dtype, has_rows(logits), training, preference.get()
+        )  # fmt: skip
+        return self._resolved.get(key) or self._resolve(key)
+
+    def resolve(  # noqa: PLR0913 -- the fields of a RoutingProblem
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        num_experts: int,
+        topk: int,
+        *,
+        ids_dtype: torch.dtype = torch.int32,
+        rows: bool = True,
+        training: bool = False,
+    ) -> Resolved:
+        """Return the kernel ahead of the first call; the same kernel serves later calls.
+
+        :param rows: whether the experts of a row are adjacent in memory.
+        :raises BackendUnavailableError: no backend fits, or the one that was named does not.
+        """
+        device = torch.device(device)
+        index: int | None = device.index  # torch types it as an int, but "cuda" has none
+        if index is None and device.type not in ("cpu", "meta"):
+            device = torch.empty(0, device=device).device
+        _check.check_topk(self.spec, num_experts, topk)
+        key = (device, dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
+        return self._resolved.get(key) or self._resolve(key)
+
+    def _resolve(self, key: Key) -> Resolved:
+        with _lock_for((id(self), key)):
+            if key not in self._resolved:
+                self._resolved[key] = self._choose(key)
+            return self._resolved[key]
+
+    def _choose(self, key: Key) -> Resolved:
+        device, dtype, num_experts, topk, ids_dtype, rows, training, _ = key
+        problem = RoutingProblem(
+            spec=self.spec,
+            num_experts=num_experts,
+            topk=topk,
+            dtype=dtype_name(dtype),
+            ids_dtype=dtype_name(ids_dtype),
+            training=training,
+            layout="rows" if rows else "strided",
+        )
+        request = Request.gather(self._requested)
+        info = probe(device)
+        report = registry().resolve(problem, info, request)
+        while report.winner is not None:
+            try:
+                kernel = _kernel(report.winner, problem, info)
+            except FactoryError as error:
+                report = report.without(error.rejection)
+                if report.winner is None:
+                    raise BackendUnavailableError(report.why, report) from error
+                continue
+            backward = kernel.backward if isinstance(kernel, Differentiates) else partial(weights_backward, self.spec)
+            _require_gradient(kernel, problem, report)
+            _warn_of_downgrade(report, request)
+            return Resolved(kernel, report, problem, backward)
+        raise BackendUnavailableError(report.why, report)
+
+
+_dispatchers: dict[tuple[str, str | None], Dispatcher] = {}
+_kernels: dict[tuple[str, RoutingProblem, DeviceInfo], Kernel] = {}
+_locks: dict[Hashable, ForkSafeLock] = {}
+_generation = 0
+"""``Registry.generation`` for which the three above were filled."""
+_filling = ForkSafeLock()
+
+
+def dispatcher_of(spec: str, requested: str | None) -> Dispatcher:
+    """Return the process's dispatcher for a spec, as its canonical JSON, and the name of a backend or ``None``.
+
+    A backend that is registered or unregistered by hand starts them anew.
+    """
+    if registry().generation != _generation:
+        _start_anew()
+    found = _dispatchers.get((spec, requested))
+    if found is None:
+        found = _dispatchers.setdefault((spec, requested), Dispatcher(RoutingSpec.from_json(spec), requested))
+    return found
+
+
+def _start_anew() -> None:
+    global _generation  # noqa: PLW0603 -- the process has one registry, and so one set of dispatchers
+    with _filling:
+        for store in (_dispatchers, _kernels, _locks):
+            store.clear()
+        _generation = registry().generation
+
+
+def _lock_for(key: Hashable) -> ForkSafeLock:
+    """Return the lock of one choice or one kernel: a factory may route, and must find the locks of other problems free."""
+    return _locks.setdefault(key, ForkSafeLock())
+
+
+_building: ContextVar[tuple[Hashable, ...]] = ContextVar("moe_routing_building", default=())
+"""What this thread's factories are building, the innermost last."""
+
+
+def _kernel(name: str, problem: RoutingProblem, device: DeviceInfo) -> Kernel:
+    """Return the backend's kernel for the problem, with or without gradients; build it if it is the first.
+
+    :raises FactoryError: the factory raised, or returned no callable.
+    """
+    key = (name, dataclasses.replace(problem, training=False), device)
+    with _lock_for(key):
+        if key in _kernels:
+            return _kernels[key]
+        if key in _building.get():
+            msg = f"the factory of backend {name!r} routed {problem}, the problem that it is building for"
+            raise RuntimeError(msg)
+        token = _building.set((*_building.get(), key))
+        try:
+            # Whatever the caller is in the middle of, a kernel and the tensors that it keeps are real.
+            with not_raised(), unset_fake_temporarily(), torch.inference_mode(mode=False):
+                kernel: Kernel = registry().build(name, problem, device)
+        finally:
+            _building.reset(token)
+        _kernels[key] = kernel
+        return kernel
+
+
+def _require_gradient(kernel: Kernel, problem: RoutingProblem, report: ResolutionReport) -> None:
+    """Refuse training with a score function for which neither the kernel nor this package has a gradient."""
+    if problem.training and problem.spec.score not in SCORES and not isinstance(kernel, Differentiates):
+        msg = (
+            f"training: backend {report.winner!r} has no backward, and the closed form knows the score functions "
+            f"{', '.join(SCORES)}, not {problem.spec.score!r} of family {problem.spec.family!r}; use torch.no_grad(), or a "
+            "backend whose kernel has a method backward"
+        )
+        raise BackendUnavailableError(msg, report)
+
+
+def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:
+    """Nothing falls back silently: warn once, or raise if ``MOE_ROUTING_STRICT`` is set."""
+    missed = report.rejection(report.missed) if report.missed else None
+    if missed is None:
+        return
+    fix = f"; mend: {missed.verdict.fix}" if missed.verdict.fix else ""
+    text = f"{report.device} routes with {report.winner!r}, not with {missed.name!r}, which {missed.verdict.reason}{fix}"
+    if request.strict:
+        msg = f"{STRICT_VARIABLE} is set and {text}"
+        raise BackendUnavailableError(msg, report)
+    _warn_once(text)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, DowngradeWarning, stacklevel=2)
+
+
+def has_rows(logits: Tensor) -> bool:
+    """Tell whether the experts of a row are adjacent in memory."""
+    return logits.stride(1) == 1 or logits.shape[1] == 1
+
+
+def dtype_name(dtype: object) -> str:
+    """Return a dtype's name without its module: ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def empty_output(spec: RoutingSpec, logits: Tensor, topk: int, ids_dtype: torch.dtype) -> RoutingOutput:
+    """Allocate outputs for the logits, unfilled."""
+    shape = (logits.shape[0], topk + spec.shared_experts)
+    return RoutingOutput(
+        torch.empty(shape, dtype=torch.float32, device=logits.device),
+        torch.empty(shape, dtype=ids_dtype, device=logits.device),
+    )

@@ -1,0 +1,136 @@
+"""What a call hands to a kernel, what a kernel is, and what routing returns.
+
+A backend's factory returns a ``Kernel``: any callable with that signature, a plain function too. What else a kernel can do is
+optional. Each of the other protocols here is one method or attribute, and a kernel that has it has the ability; no base class
+is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_routing_registry import DeviceInfo, RoutingProblem
+
+    Factory = Callable[[RoutingProblem, DeviceInfo], "Kernel"]
+
+
+class RoutingOutput(NamedTuple):
+    """Weights and ids of the experts of each token.
+
+    :ivar weights: float32 ``[T, K]``, in the order of ``ids``.
+    :ivar ids: int32 or int64 ``[T, K]``, by descending selection score, equal scores by ascending id.
+
+    With shared experts both have ``K + shared_experts`` columns. Both are contiguous.
+    """
+
+    weights: Tensor
+    ids: Tensor
+
+
+class Operands(NamedTuple):
+    """The tensors of one routing call, in the order in which every part of this package passes them.
+
+    ``Router.__call__`` describes each of them; ``Kernel.__call__`` takes the same names as keyword arguments.
+    """
+
+    logits: Tensor
+    per_expert_scale: Tensor | None = None
+    bias: Tensor | None = None
+    token_ids: Tensor | None = None
+    expert_table: Tensor | None = None
+    num_valid_tokens: int | Tensor | None = None
+    expert_map: Tensor | None = None
+    out: RoutingOutput | None = None
+
+
+class Kernel(Protocol):
+    """A kernel for one ``RoutingProblem`` on one device, for any number of tokens T >= 1.
+
+    The router has checked every argument before it calls: shapes, dtypes and devices fit, operands that the spec does
+    not take are ``None``, one-dimensional operands are contiguous, and T is not 0. ``logits`` may have any strides
+    that ``RoutingProblem.layout`` allows. One kernel serves calls with and without gradients, from any number of threads.
+    """
+
+    def __call__(  # noqa: PLR0913 -- one argument an operand of the maths; keywords, so that a reader sees which
+        self,
+        logits: Tensor,
+        *,
+        per_expert_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_table: Tensor | None = None,
+        num_valid_tokens: int | Tensor | None = None,
+        expert_map: Tensor | None = None,
+        out: RoutingOutput | None = None,
+    ) -> RoutingOutput:
+        """Route ``logits [T, E]``; write into ``out`` if it is given.
+
+        :param per_expert_scale: ``[E]``, any float dtype, for specs with ``per_expert_scale``.
+        :param bias: ``[E]``, any float dtype, for specs with ``needs_bias``.
+        :param token_ids: ``[T]``, int32 or int64, for specs with ``selection == "token_table"``.
+        :param expert_table: ``[vocabulary, K]``, int32 or int64, likewise.
+        :param num_valid_tokens: rows at or past it get ids -1 and weights 0; an int, or a 0-d or 1-element integer
+            tensor on the device, which must be read there, without a host sync.
+        :param expert_map: ``[E + shared_experts]``, int32 or int64: the physical id of each logical expert.
+        :param out: contiguous outputs to write into.
+        :returns: contiguous outputs, or ``out``.
+        """
+        ...
+
+
+Prepared = Callable[[Operands], RoutingOutput]
+"""Routes calls that are like an earlier one; see ``Prepares``."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A kernel that takes less host time for calls that are like one that it has routed."""
+
+    def prepared(self, operands: Operands) -> Prepared | None:
+        """Return a function for later calls of the same shapes, strides, dtypes and devices, or ``None``.
+
+        :param operands: what was routed. Later calls bring the same operands, contiguous where they are vectors; ``out``
+            may come or not, and an int ``num_valid_tokens`` may have another value.
+        """
+        ...
+
+
+@runtime_checkable
+class WarmsUp(Protocol):
+    """A kernel that can compile before its first call."""
+
+    def warmup(self) -> None:
+        """Compile whatever a later call, or its gradient, would compile."""
+        ...
+
+
+@runtime_checkable
+class Differentiates(Protocol):
+    """A kernel with a backward of its own; the others use the closed form in ``moe_routing.formula``."""
+
+    def backward(
+        self, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of ``logits`` (in its dtype) and of ``per_expert_scale`` (empty if that is ``None``).
+
+        :param grad_weights: float32 ``[T, K]``, contiguous, of the K selected experts.
+        :param ids: ``[T, K]``, contiguous logical ids; -1 in rows of padding.
+        """
+        ...
+
+
+@runtime_checkable
+class HasNotes(Protocol):
+    """A kernel that has something to say about itself in ``Router.report``.
+
+    :ivar notes: a line each; read whenever a report is asked for.
+    """
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing about the kernel now."""
+        ...

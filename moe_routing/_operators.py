@@ -1,0 +1,106 @@
+"""What the operators of ``_op`` do, and how the router calls them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_routing._autograd import apply_map, double_backward
+from moe_routing._dispatch import dispatcher_of, empty_output
+from moe_routing._kernel import Operands, RoutingOutput
+from moe_routing.formula import weights_backward
+
+if TYPE_CHECKING:
+    from moe_routing.testing.shadow import Shadow
+
+
+class CallConfig(NamedTuple):
+    """What of a call is no tensor.
+
+    :ivar spec: the spec's canonical JSON.
+    :ivar backend: the backend that the user named, if any.
+    :ivar shadow: the key of what watches the router's calls, if anything does (``moe_routing.testing.shadow``).
+    """
+
+    spec: str
+    backend: str | None
+    topk: int
+    ids_dtype: torch.dtype
+    shadow: str | None = None
+
+
+def call(config: CallConfig, operands: Operands, *, training: bool) -> RoutingOutput:
+    """Call an operator with checked arguments; the one with an autograd formula, which costs more, only for gradients."""
+    logits, *others, valid, expert_map, out = operands
+    if valid is not None and not isinstance(valid, Tensor):
+        valid = logits.new_full((1,), valid, dtype=torch.int64)
+    # The backward needs logical ids, so with gradients the map is applied after the operator.
+    inside_map = None if training else expert_map
+    operator = torch.ops.moe_routing.route_training if training else torch.ops.moe_routing.route
+    weights, ids = operator(*arguments(config, Operands(logits, *others, valid, inside_map)))
+    if training and expert_map is not None:
+        ids = apply_map(ids, expert_map)
+    if out is None:
+        return RoutingOutput(weights, ids)
+    out.weights.copy_(weights)
+    out.ids.copy_(ids)
+    return out
+
+
+def arguments(config: CallConfig, operands: Operands) -> tuple[Any, ...]:
+    """Return the arguments of ``route`` and ``route_training``, in the order of their schema."""
+    int64_ids = config.ids_dtype is torch.int64
+    return (*operands[:7], config.spec, config.topk, int64_ids, config.backend, config.shadow)
+
+
+def route(*given: Any, training: bool) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema
+    """Route real tensors: choose or find the kernel, and see that its outputs are what the fake kernel says."""
+    operands, config = _split(given)
+    dispatcher = dispatcher_of(config.spec, config.backend)
+    if not operands.logits.shape[0]:
+        return empty_output(dispatcher.spec, operands.logits, config.topk, config.ids_dtype)
+    resolved = dispatcher.resolve_for(operands, config.topk, config.ids_dtype, training=training)
+    weights, ids = resolved.route(operands, _shadow(config.shadow))
+    # A third party's kernel may return a view; compiled code has been told that it is contiguous.
+    return weights.contiguous(), ids.contiguous()
+
+
+def _split(given: tuple[Any, ...]) -> tuple[Operands, CallConfig]:
+    """Sort an operator's arguments into tensors and constants."""
+    spec, topk, int64_ids, backend, *shadow = given[7:]
+    ids_dtype = torch.int64 if int64_ids else torch.int32
+    return Operands(*given[:7]), CallConfig(spec, backend, topk, ids_dtype, *shadow)
+
+
+def _shadow(key: str | None) -> Shadow | None:
+    if key is None:
+        return None
+    from moe_routing.testing.shadow import shadow_of
+
+    return shadow_of(key)
+
+
+def route_fake(*given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema
+    operands, config = _split(given)
+    return empty_output(dispatcher_of(config.spec, None).spec, operands.logits, config.topk, config.ids_dtype)
+
+
+def route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
+    grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None, spec: str, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    dispatcher = dispatcher_of(spec, backend)
+    if logits.shape[0]:
+        resolved = dispatcher.resolve_for(Operands(logits), ids.shape[1], ids.dtype, training=True)
+        gradients = resolved.backward(grad_weights.contiguous(), logits, ids.contiguous(), per_expert_scale)
+    else:
+        gradients = weights_backward(dispatcher.spec, grad_weights, logits, ids, per_expert_scale)
+    return gradients[0].contiguous(), gradients[1].contiguous()
+
+
+def route_double_backward(
+    spec: str, saved: tuple[Tensor, Tensor, Tensor, Tensor | None], directions: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the tensors that ``route_backward`` took."""
+    return double_backward(dispatcher_of(spec, None).spec, saved, directions)
