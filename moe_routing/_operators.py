@@ -33,13 +33,14 @@ class CallConfig(NamedTuple):
 
 def call(config: CallConfig, operands: Operands, *, training: bool) -> RoutingOutput:
     """Call an operator with checked arguments; the one with an autograd formula, which costs more, only for gradients."""
-    logits, *others, valid, expert_map, out = operands
+    valid, expert_map, out = operands[5:]
     if valid is not None and not isinstance(valid, Tensor):
-        valid = logits.new_full((1,), valid, dtype=torch.int64)
+        valid = operands.logits.new_full((1,), valid, dtype=torch.int64)
     # The backward needs logical ids, so with gradients the map is applied after the operator.
     inside_map = None if training else expert_map
     operator = torch.ops.moe_routing.route_training if training else torch.ops.moe_routing.route
-    weights, ids = operator(*arguments(config, Operands(logits, *others, valid, inside_map)))
+    inside = operands._replace(num_valid_tokens=valid, expert_map=inside_map)
+    weights, ids = operator(*arguments(config, inside))
     if training and expert_map is not None:
         ids = apply_map(ids, expert_map)
     if out is None:

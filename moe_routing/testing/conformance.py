@@ -83,7 +83,7 @@ class RouterConformance:
         self._hold(item, subject)
 
     def test_06_weights_and_dtypes(self, item: Item, subject: tuple[str, str]) -> None:
-        """Weights are float32, within rtol 2e-6 of float64; ids are int32, or int64 on request; both are contiguous."""
+        """Weights are float32, within rtol 2e-6; ids are int32, or int64 on request; contiguous."""
         self._hold(item, subject)
 
     def test_07_bad_arguments(self, item: Item, subject: tuple[str, str]) -> None:

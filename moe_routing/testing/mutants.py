@@ -449,17 +449,6 @@ class WrongStream(Reference):
         return stale if stale is not None and stale.shape == logits.shape else logits
 
 
-@caught_by("outputs_are_contiguous", "topk_softmax")
-class IdsAreAView(Reference):
-    """Returns the first K of all E sorted ids, whose rows are E apart in memory."""
-
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's
-        """Route, and widen the memory of the ids."""
-        weights, ids = super().__call__(logits, out=out, **operands)
-        wide = ids.new_zeros(len(ids), logits.shape[1] + 1)[:, : ids.shape[1]]
-        return RoutingOutput(weights, ids if out is not None else wide.copy_(ids))
-
-
 @caught_by("each_call_uses_its_own_inputs_in_stream_order", "topk_softmax")
 class OneOutputForAllCalls(Reference):
     """Keeps its outputs, and hands the same memory out again."""

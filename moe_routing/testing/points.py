@@ -25,7 +25,7 @@ _POINTS = (
     Point(3, "non_finite", "NaN counts as -inf, logits are clamped to float32's range, weights are never NaN or inf."),
     Point(4, "exact_selection", "Selection is exact in float32, and made on the logits where that is the same."),
     Point(5, "gathered_weights", "Weights are gathered from the unbiased scores, never recovered by subtracting the bias."),
-    Point(6, "weights_and_dtypes", "Weights are float32, within rtol 2e-6 of float64; ids are int32, or int64 on request; both are contiguous."),
+    Point(6, "weights_and_dtypes", "Weights are float32, within rtol 2e-6; ids are int32, or int64 on request; contiguous."),
     Point(7, "bad_arguments", "A wrong argument is a ValueError or TypeError that names it, before any launch."),
     Point(8, "strides", "Any strides and offsets, past 2**31 elements too; row strides cost no copy."),
     Point(9, "no_tokens", "No tokens: empty outputs, and nothing is launched."),
