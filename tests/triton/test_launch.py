@@ -139,9 +139,7 @@ def test_the_direct_launch_hands_over_what_the_installed_tritons_own_launcher_do
     """`make triton-versions` runs the same for every other version from 3.6 to 3.9."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("launched.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], check=False, capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = subprocess.run([sys.executable, str(script)], check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
     assert len(json.loads(done.stdout)["kernels"]) == 8
 
