@@ -239,6 +239,7 @@ def test_a_way_that_makes_its_own_graphs_is_not_captured_in_another():
     assert refusal("call", way) == ""
 
 
+@pytest.mark.slow
 def test_torch_compile_is_a_comparison():
     inputs = make(Case("softmax_topk", "float32", 8, 2, 2), CPU, 1)
     way = comparison("compile-default", inputs)
@@ -358,6 +359,7 @@ def test_a_drawing_shows_every_way_and_both_floors(kept):
     assert svg(result, facet, LIGHT) == light
 
 
+@pytest.mark.slow
 def test_the_full_sort_routes_as_the_eager_backend_does():
     script = """
 import torch, moe_routing
@@ -385,6 +387,7 @@ def test_settings_come_back_from_json():
     assert moe_routing.list_routers()["mixtral"]
 
 
+@pytest.mark.slow
 def test_the_figures_are_drawn_from_the_kept_runs(tmp_path):
     done = subprocess.run([sys.executable, FIGURES, tmp_path], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -148,6 +148,7 @@ def test_a_triton_that_takes_neither_name_is_a_sentence():
         in_sub_groups(DeviceInfo(type="cpu", platform="cpu"), 1, 16)
 
 
+@pytest.mark.slow
 def test_every_launch_of_the_xpus_table_agrees_with_the_oracle_in_the_interpreter():
     done = subprocess.run(
         [sys.executable, str(HERE / "xpu" / "interpret_table.py")],

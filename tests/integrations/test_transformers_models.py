@@ -23,8 +23,13 @@ from moe_routing.integrations.transformers import disable, enable, patch, patche
 
 AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
-CASES = [(model, experts) for model in AGAINST.WHOLE for experts in EXPERTS if model != "llama4_text" or experts == "eager"]
 TWO = ("gemma4_text", "deepseek_v3")
+CASES = [
+    pytest.param(model, experts, marks=() if model in TWO and experts == "grouped_mm" else pytest.mark.slow)
+    for model in AGAINST.WHOLE
+    for experts in EXPERTS
+    if model != "llama4_text" or experts == "eager"
+]
 FEW = ("gemma4_text", "deepseek_v3", "qwen3_moe", "gpt_oss")
 
 
@@ -154,6 +159,7 @@ def test_patched_model_generates_the_same_tokens_with_a_static_cache(model_type)
         assert torch.equal(greedy(model, cache_implementation="static", disable_compile=True), theirs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_patched_model_compiles_as_one_graph_and_both_ways_are_noticed():
     model = built("gemma4_text", "batched_mm")
@@ -228,7 +234,7 @@ def test_gemmas_probabilities_are_there_for_whoever_looks():
 
 @pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
-@pytest.mark.parametrize("model_type", TWO)
+@pytest.mark.parametrize("model_type", ["gemma4_text", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_enabled_loading_routes_and_generates_the_same_tokens(model_type):
     disable()
@@ -242,6 +248,7 @@ def test_enabled_loading_routes_and_generates_the_same_tokens(model_type):
     assert torch.equal(greedy(model), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 def test_enabled_loading_keeps_checkpoints_and_their_names(tmp_path):
@@ -258,6 +265,7 @@ def test_enabled_loading_keeps_checkpoints_and_their_names(tmp_path):
     torch.testing.assert_close(model(input_ids=prompt()).logits, stock(input_ids=prompt()).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 @torch.no_grad()
@@ -271,6 +279,7 @@ def test_router_logits_are_recorded_with_and_without_our_routing_once_enabled():
     assert len(built("qwen3_moe")(input_ids=prompt(), output_router_logits=True).router_logits) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 @torch.no_grad()
@@ -292,6 +301,7 @@ def test_enable_says_which_router_it_leaves():
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 def test_enable_does_not_mistake_a_checkpoints_own_class_for_transformers(monkeypatch):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NAMES = (
     *("gemma4", "softmax", "softmax_bias", "zero_experts", "sigmoid", "sigmoid_renorm", "deepseek_v3", "deepseek_v2"),
     *("sqrtsoftplus", "token_table", "sparsemixer", "topk_per_group", "logit_bias", "soft_cap", "shared"),

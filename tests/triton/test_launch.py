@@ -135,6 +135,7 @@ def test_nothing_is_prepared_for_rows_that_begin_anywhere():
     assert bound.prepared(torch.randn(3, 17)[:, :16], None, None) is None
 
 
+@pytest.mark.slow
 def test_the_direct_launch_hands_over_what_the_installed_tritons_own_launcher_does():
     """`make triton-versions` runs the same for every other version from 3.6 to 3.9."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
