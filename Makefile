@@ -1,13 +1,15 @@
 # Two commands matter: `make demo` and `make test`. Each sets up .venv by itself and says what it does.
+# Times in this file are for 2 cores, after `make setup`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY := $(VENV)/.ready
 MODEL ?= gemma4
 TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
 
-.PHONY: help setup demo test lint types docs figures pytest triton-versions transformers-check vllm-check vllm-overlay xpu-check clean
+.PHONY: help setup demo test test-all test-gpu lint docs figures pytest triton-versions transformers-check vllm-check vllm-overlay xpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,7 +29,18 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## a random-weight MoE model of transformers, routed by us and by its own code (MODEL=deepseek_v3|qwen3_moe|gpt_oss)
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-test: lint docs pytest ## lint, types, layers, docs, doctests and tests
+test: about-test lint docs pytest ## lint, types, docs and the quick tests: under 2 minutes
+
+test-all: $(READY) ## the tests that `make test` leaves out (slow, network): about N minutes
+	@echo "==> the slow tests and those that install packages: about N minutes on 2 cores"
+	@$(PYTEST) -m "(slow or network) and not gpu"
+
+test-gpu: $(READY) ## the contract on an NVIDIA GPU, for the backends triton and eager: about M minutes
+	@echo "==> the tests that need an NVIDIA GPU: about M minutes"
+	@$(BIN)/python -m pytest -m gpu
+
+about-test:
+	@echo "==> lint, types, docs and the quick tests: under 2 minutes on 2 cores, plus some minutes for the first setup"
 
 lint: $(READY) ## ruff, mypy --strict, layers
 	@echo "==> ruff"
@@ -46,15 +59,15 @@ figures: $(READY) ## docs/figures and the tables of README and docs/performance.
 	@$(BIN)/python benchmarks/tables.py
 	@$(BIN)/python benchmarks/figures.py
 
-pytest: $(READY) ## tests and doctests
-	@echo "==> tests"
-	@$(BIN)/python -m pytest
+pytest: $(READY) ## the quick tests and the doctests: about a minute
+	@echo "==> the quick tests and the doctests: about a minute on 2 cores"
+	@$(PYTEST) -m "not (slow or network or gpu)"
 
 OLDEST := $(VENV)/transformers-5.17
 
 transformers-check: $(OLDEST)/.ready ## the integration with the oldest transformers that it is for
 	@echo "==> transformers 5.17"
-	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations/test_transformers_*.py -k 'not bfloat16 and not gradients and not preset'
+	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations/test_transformers_*.py -m 'not patch_mapping' -k 'not bfloat16 and not gradients and not preset'
 
 $(OLDEST)/.ready: $(READY)
 	@$(PIP) install --no-deps --no-compile --upgrade --target $(OLDEST) transformers==5.17.0 'huggingface_hub<2' httpx httpcore h11 anyio

@@ -117,10 +117,11 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
 
 
 def check_valid_tokens(value: object, logits: Tensor) -> None:
-    """Require a non-negative int, or an integer tensor with one element on the logits' device."""
+    """Require a non-negative int, or an integer tensor of shape [] or [1] on the logits' device."""
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype not in IDS_DTYPES:
-            _wrong(ValueError, "num_valid_tokens", "an int, or an int32 or int64 tensor with one element", _said(value))
+        if value.dim() > 1 or value.numel() != 1 or value.dtype not in IDS_DTYPES:
+            expected = "an int, or an int32 or int64 tensor of shape [] or [1]"
+            _wrong(ValueError, "num_valid_tokens", expected, _said(value))
         if value.device != logits.device:
             _wrong(ValueError, "num_valid_tokens", f"the logits' device {logits.device}", value.device)
     elif not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):

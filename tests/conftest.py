@@ -1,25 +1,74 @@
-"""Fixtures for every test: real plug-in distributions on disk, and a clean environment."""
+"""Fixtures for every test: real plug-in distributions on disk, a clean environment, and one seed for all random numbers."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import random
+import shlex
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
-# CI must answer the same to the same commit; everybody else's runs keep looking for new examples.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+SEED = "--hypothesis-seed"
+"""The option that repeats a run: hypothesis, torch and random start from it."""
+
+# The same on every machine. In CI hypothesis would load a profile of its own, which tries the same examples each time.
+# A deadline and the health check `too_slow` measure wall-clock time, so both are off.
+settings.register_profile(
+    "moe-routing",
+    settings.get_profile("default"),
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("moe-routing")
 
 VARIABLES = ("MOE_ROUTING_BACKEND", "MOE_ROUTING_BLOCK", "MOE_ROUTING_STRICT", "MOE_ROUTING_VERIFY", "MOE_ROUTING_VLLM")
 WIDTH = "COLUMNS"
 """Of the terminal, which lines are wrapped to."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Draw a seed unless the command line names one, before hypothesis reads the option. A worker of pytest-xdist gets it."""
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        config.option.hypothesis_seed = worker["seed"]
+        threads = max(1, (os.cpu_count() or 1) // worker["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+    elif config.getoption(SEED) in (None, "random"):
+        config.option.hypothesis_seed = str(random.SystemRandom().getrandbits(32))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tell a worker of pytest-xdist the seed."""
+    node.workerinput["seed"] = node.config.getoption(SEED)
+
+
+def repeat(config):
+    """Return the command that repeats this run."""
+    python, seed = os.path.relpath(sys.executable), f"{SEED}={config.getoption(SEED)}"
+    given = [argument for argument in map(str, config.invocation_params.args) if argument != seed]
+    return shlex.join([sys.executable if python.startswith("..") else python, "-m", "pytest", *given, seed])
+
+
+def pytest_report_header(config):
+    return f"random seed: {config.getoption(SEED)}; to repeat this run: {repeat(config)}"
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    if exitstatus == pytest.ExitCode.TESTS_FAILED:
+        terminalreporter.write_line(f"to repeat this run: {repeat(config)}")
 
 
 def pytest_ignore_collect(collection_path):
@@ -31,6 +80,14 @@ def pytest_ignore_collect(collection_path):
 def _no_settings_from_outside(monkeypatch):
     for variable in (*VARIABLES, WIDTH):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request):
+    """Start torch's and Python's random numbers of each test from the run's seed; hypothesis does so by itself."""
+    seed = zlib.crc32(str(request.config.getoption(SEED)).encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_routing import Router, RoutingSpec
+from moe_routing import Router, RoutingOutput, RoutingSpec
 from moe_routing._registry import registry
+from moe_routing.testing import oracle
 from moe_routing_registry import BackendSpec, Target
 
 E, K, T = 8, 2, 3
@@ -154,7 +155,13 @@ CASES = {
         {},
         {"num_valid_tokens": torch.zeros(2, dtype=torch.int32)},
         ValueError,
-        "num_valid_tokens: expected an int, or an int32 or int64 tensor with one element",
+        r"num_valid_tokens: expected an int, or an int32 or int64 tensor of shape \[\] or \[1\], got a tensor of shape \[2\]",
+    ),
+    "valid tokens of rank 2": (
+        {},
+        {"num_valid_tokens": torch.ones(1, 1, dtype=torch.int64)},
+        ValueError,
+        r"num_valid_tokens: expected an int, .* tensor of shape \[\] or \[1\], got a tensor of shape \[1, 1\]",
     ),
     "valid tokens elsewhere": (
         {},
@@ -233,33 +240,41 @@ def test_bad_input_is_refused_when_the_kernel_is_bound_already(case):
         route(**{"logits": LOGITS, "topk": K, **good, **arguments})
 
 
+TENSORS = st.builds(
+    torch.zeros,
+    st.lists(st.sampled_from([0, 1, 2, T, 4, E]), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.bool, torch.complex64]),
+)
 ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2),
-    st.builds(
-        torch.zeros,
-        st.lists(st.integers(0, 4), max_size=3),
-        dtype=st.sampled_from([torch.float32, torch.int32, torch.int64, torch.bool, torch.complex64]),
-    ),
+    TENSORS, st.builds(RoutingOutput, TENSORS, TENSORS), st.sampled_from([torch.int32, torch.int64, torch.float32]),
+)  # fmt: skip
+ARGUMENTS = (
+    "logits", "topk", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens", "expert_map", "ids_dtype",
+    "out",
 )  # fmt: skip
 
 
-@given(
-    argument=st.sampled_from(
-        ["logits", "topk", "per_expert_scale", "token_ids", "num_valid_tokens", "expert_map", "ids_dtype", "out"]
-    ),
-    value=ANYTHING,
-)
+@given(argument=st.sampled_from(ARGUMENTS), value=ANYTHING)
+@example(argument="num_valid_tokens", value=torch.tensor([[1]]))
+@settings(max_examples=300)
 def test_whatever_comes_the_answer_is_right_or_a_type_or_value_error_naming_an_argument(argument, value):
     route = Router(RoutingSpec(family="f", renormalize=True))
+    given_arguments = {"logits": LOGITS, "topk": K, argument: value}
     refusal = None
     try:
-        weights, ids = route(**{"logits": LOGITS, "topk": K, argument: value})
+        weights, ids = route(**given_arguments)
     except (TypeError, ValueError) as error:
         refusal = str(error)
     if refusal is None:
-        assert weights.shape == ids.shape
+        operands = {name: given_arguments.pop(name, None) for name in ("num_valid_tokens", "expert_map")}
+        expected = oracle.route(route.spec, given_arguments["logits"], given_arguments["topk"], **operands)
         assert weights.dtype is torch.float32
+        torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
+        assert torch.equal(ids.long(), expected.ids)
+        named = value.ids.dtype if isinstance(value, RoutingOutput) else value if isinstance(value, torch.dtype) else None
+        assert ids.dtype is (named or torch.int32)
     else:
-        named = re.match(r"(\w+): expected .+, got ", refusal, re.DOTALL)
-        assert named, refusal
-        assert named[1] in {argument, "topk"}
+        message = re.match(r"(\w+): expected .+, got ", refusal, re.DOTALL)
+        assert message, refusal
+        assert message[1] in {argument, "topk"}

@@ -42,7 +42,7 @@ def process(*command, **environment):
     inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     sources = os.pathsep.join(map(str, (ROOT, ROOT / "registry", ROOT / "backends")))
     environment = inherited | {"PYTHONPATH": sources, "PYTHONIOENCODING": "utf-8"} | environment
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, check=False, timeout=60)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, check=False)
 
 
 @pytest.fixture

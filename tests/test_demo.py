@@ -39,7 +39,9 @@ def demo(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("model", ["gemma4", "deepseek_v3", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "model", ["gemma4", *(pytest.param(model, marks=pytest.mark.slow) for model in ("deepseek_v3", "qwen3_moe", "gpt_oss"))]
+)
 def test_demo_agrees_with_the_model_in_every_layer_and_fits_80_columns(demo, model):
     code, shown = demo("--model", model)
     assert code == 0

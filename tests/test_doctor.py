@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -35,7 +36,7 @@ def doctor(*arguments, path=(), flags=(), **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in OURS}
     inherited |= {"PYTHONPATH": os.pathsep.join([*map(str, path), *SOURCES]), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, *flags, "-m", "moe_routing", "doctor", *arguments]
-    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
 
 
 def found(report, name):
@@ -74,10 +75,10 @@ def moe_routing_backends():
 
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory):
-    """A healthy torch beside IPEX that raises at import, a plug-in that raises at import, and one whose rule raises."""
+    """A healthy torch, an IPEX that fits no torch and raises at import, a plug-in that raises, and one whose rule raises."""
     site = tmp_path_factory.mktemp("troubled")
     write(site, "intel_extension_for_pytorch/__init__.py", "import os; os.exit(127)\n")
-    write_distribution(site, "intel-extension-for-pytorch", "2.8.0")
+    write_distribution(site, "intel-extension-for-pytorch", "2.7.0")
     write(site, "exploding.py", "def deep():\n    raise RuntimeError('no fuel')\ndeep()\n")
     write_distribution(site, "moe-exploding", "1.2.3", "[moe_routing.backends]\nexploding = exploding\n")
     write(site, "shaky.py", PLUGIN)
@@ -426,7 +427,8 @@ def test_verify_tells_a_backend_that_is_wrong_from_one_that_is_right(install_plu
     from moe_routing._registry import registry
     from moe_routing.testing import quick
 
-    monkeypatch.setattr(quick, "BUDGET_SECONDS", 1.0)  # the first check is enough here
+    monkeypatch.setattr(quick, "BUDGET_SECONDS", 20)
+    monkeypatch.setattr(quick, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # a tick for each case
     install_plugin("liar", LIAR)
     registry().register(BackendSpec(name="liar", factory="liar:build", targets=(Target("cpu"),), priority=1))
     try:

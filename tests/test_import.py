@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 
 import moe_routing
+
+MOST_MODULES = 80
+"""Upper limit of the modules that the first router loads in addition to torch. It loads 59; no time is measured."""
 
 
 def python(script):
@@ -13,20 +15,26 @@ def python(script):
     return json.loads(done.stdout)
 
 
-def test_importing_costs_at_most_torch_plus_50_ms_and_touches_no_device():
+def test_importing_loads_one_module_and_the_first_router_only_light_ones():
     script = """
-import json, sys, time
+import json, sys
 import torch
-start = time.perf_counter()
-import moe_routing
-seconds = time.perf_counter() - start
-moe_routing.get_router("gemma4")
-bad = [name for name in ("triton", "transformers", "rich", "typer", "intel_extension_for_pytorch") if name in sys.modules]
-print(json.dumps({"seconds": seconds, "bad": bad, "cuda": torch.cuda.is_initialized(), "xpu": torch.xpu.is_initialized()}))
+def loaded(step):
+    before = set(sys.modules)
+    step()
+    return sorted(name for name in set(sys.modules) - before if name.partition(".")[0] not in sys.stdlib_module_names)
+by_import = loaded(lambda: __import__("moe_routing"))
+by_router = loaded(lambda: sys.modules["moe_routing"].get_router("gemma4"))
+initialized = [device for device in ("cuda", "xpu") if getattr(torch, device).is_initialized()]
+print(json.dumps({"import": by_import, "router": by_router, "initialized": initialized}))
 """
-    runs = [python(script) for _ in range(3)]
-    assert all(run["bad"] == [] and not run["cuda"] and not run["xpu"] for run in runs)
-    assert statistics.median(run["seconds"] for run in runs) < 0.05
+    found = python(script)
+    assert found["import"] == ["moe_routing"]
+    assert "moe_routing._router" in found["router"]
+    packages = {name.partition(".")[0] for name in found["router"]}
+    assert packages <= {"moe_routing", "moe_routing_registry", "moe_routing_backends", "pluggy", "packaging"}
+    assert len(found["router"]) <= MOST_MODULES
+    assert found["initialized"] == []
 
 
 def test_importing_the_package_alone_does_not_import_torch():

@@ -31,9 +31,7 @@ def fresh_process(script, path=None):
     """Run Python in a process of its own; return its stdout. ``path`` goes before everything else on sys.path."""
     here = [entry for entry in sys.path if entry]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), *here] if path else here)}
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=60
-    )
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -207,7 +205,7 @@ def acme(tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     write_triton(site, "triton 3.7.1", ("amd", "nvidia"), "library")
     ipex = [("intel_extension_for_pytorch/__init__.py", "import os; os.exit(127)\n")]
-    write_distribution(site, "intel-extension-for-pytorch", "2.8.0", files=ipex)
+    write_distribution(site, "intel-extension-for-pytorch", "2.7.0", files=ipex)  # fits no torch: 2.8 fits torch 2.8
     return json.loads(fresh_process(ACME, site))
 
 
@@ -219,7 +217,7 @@ def test_probing_reads_about_triton_and_ipex_without_importing_them(acme):
     found = {t["name"]: t for t in acme["answer"]["toolchains"]}
     assert acme["modules"] == []
     assert found["triton"]["version"] == "3.7.1"
-    assert found["ipex"]["version"] == "2.8.0"
+    assert found["ipex"]["version"] == "2.7.0"
     assert not found["ipex"]["usable"]
 
 

@@ -71,6 +71,7 @@ def test_narrow_keys_select_as_a_stable_sort_does_among_all_16_bit_numbers(dtype
         assert torch.equal(torch.cat(by_narrow_rounds(GEMMA4, t, 5), -1), by_sort(t, 5))
 
 
+@pytest.mark.slow
 def test_seven_batch_sizes_take_at_most_three_graphs_and_route_right(caplog):
     route = Router(GROUPED, backend="torch-compile")
     torch.manual_seed(0)
@@ -91,6 +92,7 @@ def test_seven_batch_sizes_take_at_most_three_graphs_and_route_right(caplog):
     assert (padded.weights[2:] == 0).all()
 
 
+@pytest.mark.slow
 def test_the_second_call_of_a_kind_goes_past_dynamo_and_routes_what_it_is_given():
     spec = FAMILIES["sigmoid_bias_topk"].spec.replace(per_expert_scale=True)
     route = Router(spec, backend="torch-compile")
@@ -106,6 +108,7 @@ def test_the_second_call_of_a_kind_goes_past_dynamo_and_routes_what_it_is_given(
         assert ((5, 16, 16, 1) in {kind[:4] for kind in bound._direct}) is (seed > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_prepared_call_hands_its_tensors_to_what_inductor_made_and_routes_right(tokens):
     spec = FAMILIES["gemma4"].spec
@@ -127,12 +130,14 @@ def test_a_prepared_call_hands_its_tensors_to_what_inductor_made_and_routes_righ
     assert all(map(torch.equal, out, fresh))
 
 
-def test_the_formula_that_is_compiled_conforms():
-    """Every case of the contract, uncompiled, which takes seconds; compiled it would take hours."""
-    script = "from moe_routing.cli import main; main(['conformance', 'torch-compile'])"
+@pytest.mark.parametrize("points", ["--point=1 --point=4 --point=6", pytest.param("", marks=pytest.mark.slow)])
+def test_the_formula_that_is_compiled_conforms(points):
+    """The cases of the contract, uncompiled, which takes seconds; compiled it would take hours."""
+    script = f"from moe_routing.cli import main; main(['conformance', 'torch-compile', *{points.split()}])"
     assert "torch-compile conforms: " in run(script, TORCHDYNAMO_DISABLE="1")
 
 
+@pytest.mark.slow
 def test_16_bit_logits_are_routed_by_one_kernel():
     bound = Router(GEMMA4, backend="torch-compile").resolve("cpu", torch.bfloat16, 16, 4).kernel
     for tokens in (1, 5):
@@ -142,6 +147,7 @@ def test_16_bit_logits_are_routed_by_one_kernel():
     assert {source.count("async_compile.cpp") for source in sources} == {1}
 
 
+@pytest.mark.slow
 def test_a_token_id_that_the_table_lacks_is_an_error_and_no_memory_of_others():
     route = Router(FAMILIES["hash_sqrtsoftplus"].spec, backend="torch-compile")
     table = torch.arange(8)[None].expand(3, 8).contiguous()
@@ -150,6 +156,7 @@ def test_a_token_id_that_the_table_lacks_is_an_error_and_no_memory_of_others():
         route(torch.randn(2, 16), 8, token_ids=torch.tensor([0, 3]), expert_table=table)
 
 
+@pytest.mark.slow
 def test_operands_that_do_not_compile_later_are_a_sentence_that_names_them(monkeypatch):
     route = Router(FAMILIES["sigmoid_topk"].spec, backend="torch-compile")
     route(torch.randn(5, 16), 4)
@@ -164,6 +171,7 @@ def test_operands_that_do_not_compile_later_are_a_sentence_that_names_them(monke
     route(torch.randn(5, 16), 4)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_naming_it_is_a_clear_error():
     said = run(
         """
@@ -181,6 +189,7 @@ def test_without_a_compiler_naming_it_is_a_clear_error():
     assert said.startswith("factory_failed its factory raised InductorError: InvalidCxxCompiler")
 
 
+@pytest.mark.slow
 def test_a_device_that_inductor_does_not_know_falls_to_eager_said_once_with_the_reason():
     said = run(
         """

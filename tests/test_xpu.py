@@ -100,7 +100,9 @@ def test_on_an_xpu_its_own_table_speaks_and_says_that_it_was_not_measured():
 
 def launches():
     rules = table.parse((choose.SHIPPED / "xpu.json").read_text(), "xpu.json").rules
-    return [step.launch for steps in rules.values() for step in steps]
+    found = [step.launch for steps in rules.values() for step in steps]
+    assert found
+    return found
 
 
 def test_every_launch_of_the_xpus_table_fills_whole_sub_groups_that_its_gpus_have():
@@ -146,10 +148,11 @@ def test_a_triton_that_takes_neither_name_is_a_sentence():
         in_sub_groups(DeviceInfo(type="cpu", platform="cpu"), 1, 16)
 
 
+@pytest.mark.slow
 def test_every_launch_of_the_xpus_table_agrees_with_the_oracle_in_the_interpreter():
     done = subprocess.run(
         [sys.executable, str(HERE / "xpu" / "interpret_table.py")],
-        check=False, capture_output=True, text=True, timeout=600, env=dict(os.environ),
+        check=False, capture_output=True, text=True, env=dict(os.environ),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

@@ -52,18 +52,19 @@ def verify(backend: str, device: str = "cpu") -> list[Finding]:
 
     :raises UnknownNameError: there is no such backend.
 
-    >>> all(finding.ok for finding in verify("eager"))
-    True
+    >>> {finding.ok for finding in verify("eager")}
+    {True}
     """
     from moe_routing.testing.kit import subject_of
 
-    return _findings(subject_of(backend, device), time.monotonic() + BUDGET_SECONDS)
+    return _findings(subject_of(backend, device))
 
 
-def _findings(subject: Subject, until: float) -> list[Finding]:
+def _findings(subject: Subject) -> list[Finding]:
     from moe_routing.testing import checks
     from moe_routing.testing.kit import evaluate
 
+    until = time.monotonic() + BUDGET_SECONDS  # imports do not count: the first check always runs
     found = []
     for check in map(checks.named, CHECKS):
         results = []

@@ -33,6 +33,7 @@ def dense(weights, ids):
     return torch.zeros(T, E, dtype=weights.dtype).scatter(1, ids.long(), weights)
 
 
+@pytest.mark.slow
 def test_adapters_pass_mypy_against_the_engines_signatures():
     files = sorted(map(str, ADAPTERS.glob("*.py")))
     assert len(files) == 3

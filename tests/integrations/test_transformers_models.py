@@ -9,12 +9,13 @@ import sys
 import types
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, monkey_patching
 from transformers.monkey_patching import apply_patches, get_patch_mapping
 
 from moe_routing import MoeRoutingWarning
@@ -22,8 +23,13 @@ from moe_routing.integrations.transformers import disable, enable, patch, patche
 
 AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
-CASES = [(model, experts) for model in AGAINST.WHOLE for experts in EXPERTS if model != "llama4_text" or experts == "eager"]
 TWO = ("gemma4_text", "deepseek_v3")
+CASES = [
+    pytest.param(model, experts, marks=() if model in TWO and experts == "grouped_mm" else pytest.mark.slow)
+    for model in AGAINST.WHOLE
+    for experts in EXPERTS
+    if model != "llama4_text" or experts == "eager"
+]
 FEW = ("gemma4_text", "deepseek_v3", "qwen3_moe", "gpt_oss")
 
 
@@ -37,20 +43,20 @@ def _one_thread():
 
 
 MAPPING_WORKS = importlib.util.find_spec("torchvision") is not None or Version(transformers.__version__) >= Version("5.21")
-"""Up to 5.20 transformers' patch mapping cannot be used without torchvision, whoever registers what."""
+"""Up to 5.20 transformers' patch mapping cannot be used without torchvision; `make transformers-check` deselects its tests."""
 
 
 @pytest.fixture
 def _enabled():
-    if not MAPPING_WORKS:
-        pytest.skip("this transformers' patch mapping needs torchvision")
     enable()
     yield
     disable()
 
 
-@pytest.mark.skipif(MAPPING_WORKS, reason="it works here")
-def test_enable_says_where_transformers_mapping_cannot_be_used_and_leaves_nothing_behind():
+def test_enable_says_where_transformers_mapping_cannot_be_used_and_leaves_nothing_behind(monkeypatch):
+    if MAPPING_WORKS:  # elsewhere transformers itself raises this, in `make transformers-check`
+        error = ModuleNotFoundError("No module named 'torchvision'")
+        monkeypatch.setattr(monkey_patching, "apply_patches", Mock(side_effect=error))
     with pytest.raises(RuntimeError, match=r"No module named 'torchvision'.*patch\(model\)"):
         enable()
     assert get_patch_mapping() == {}
@@ -68,8 +74,11 @@ def built(model_type, experts="eager", **settings):
 
 
 def routers(model):
+    """Return the routers of a model, of which there is at least one."""
     name = AGAINST.BY_MODEL[model.config.model_type].router.rpartition(".")[2]
-    return [module for module in model.modules() if type(module).__name__ == name]
+    found = [module for module in model.modules() if type(module).__name__ == name]
+    assert found, f"{type(model).__name__} has no {name}"
+    return found
 
 
 def prompt(rows=2):
@@ -150,6 +159,7 @@ def test_patched_model_generates_the_same_tokens_with_a_static_cache(model_type)
         assert torch.equal(greedy(model, cache_implementation="static", disable_compile=True), theirs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_patched_model_compiles_as_one_graph_and_both_ways_are_noticed():
     model = built("gemma4_text", "batched_mm")
@@ -222,8 +232,9 @@ def test_gemmas_probabilities_are_there_for_whoever_looks():
     assert type(seen[0]) is torch.Tensor
 
 
+@pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
-@pytest.mark.parametrize("model_type", TWO)
+@pytest.mark.parametrize("model_type", ["gemma4_text", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_enabled_loading_routes_and_generates_the_same_tokens(model_type):
     disable()
@@ -237,6 +248,8 @@ def test_enabled_loading_routes_and_generates_the_same_tokens(model_type):
     assert torch.equal(greedy(model), theirs)
 
 
+@pytest.mark.slow
+@pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 def test_enabled_loading_keeps_checkpoints_and_their_names(tmp_path):
     disable()
@@ -252,6 +265,8 @@ def test_enabled_loading_keeps_checkpoints_and_their_names(tmp_path):
     torch.testing.assert_close(model(input_ids=prompt()).logits, stock(input_ids=prompt()).logits)
 
 
+@pytest.mark.slow
+@pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 @torch.no_grad()
 def test_router_logits_are_recorded_with_and_without_our_routing_once_enabled():
@@ -264,6 +279,8 @@ def test_router_logits_are_recorded_with_and_without_our_routing_once_enabled():
     assert len(built("qwen3_moe")(input_ids=prompt(), output_router_logits=True).router_logits) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 @torch.no_grad()
 def test_disabled_loading_is_transformers_own_and_enabling_twice_is_enabling_once():
@@ -273,15 +290,19 @@ def test_disabled_loading_is_transformers_own_and_enabling_twice_is_enabling_onc
     assert all("forward" not in vars(router) for router in routers(built("qwen3_moe")))
 
 
+@pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 def test_enable_says_which_router_it_leaves():
     axk2 = AGAINST.SMALL | AGAINST.LATENT | {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}
     config = AGAINST.CONFIG_MAPPING["axk2"](**axk2 | {"num_key_value_heads": 4, "first_k_dense_replace": 1})
     with pytest.warns(MoeRoutingWarning, match=r"AXK2TopkRouter keeps its own routing: .* outside the kept groups"):
         model = AutoModelForCausalLM.from_config(config)
-    assert all("forward" not in vars(module) for module in model.modules())
+    assert any(type(module).__name__ == "AXK2TopkRouter" for module in model.modules())
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == []
 
 
+@pytest.mark.slow
+@pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 def test_enable_does_not_mistake_a_checkpoints_own_class_for_transformers(monkeypatch):
     code = "class Qwen3MoeTopKRouter:\n    pass\ndef load():\n    return Qwen3MoeTopKRouter()\n"

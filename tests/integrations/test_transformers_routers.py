@@ -67,6 +67,7 @@ def test_replaced_router_returns_what_its_own_code_returns(case, said):
     assert_same(call(), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "said"), REPLACED)
 @torch.no_grad()
 def test_replaced_router_keeps_places_and_dtypes_in_bfloat16(case, said):

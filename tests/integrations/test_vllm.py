@@ -66,7 +66,7 @@ def python(script, *path, flags=(), **environment):
     inherited |= {"PYTHONPATH": os.pathsep.join(map(str, path))} | environment
     return subprocess.run(
         [sys.executable, "-W", "always::UserWarning", *flags, "-c", script],
-        env=inherited, capture_output=True, text=True, check=False, timeout=60,
+        env=inherited, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def assert_same(result, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [1, 2, 2048, 250_000])
+@pytest.mark.parametrize("num_tokens", [1, 2, 2048, pytest.param(250_000, marks=pytest.mark.slow)])
 def test_gemma4(num_tokens, dtype):
     logits = random(num_tokens, 128, dtype=dtype)
     scale = torch.rand(128, generator=torch.Generator().manual_seed(1))

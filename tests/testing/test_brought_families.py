@@ -77,6 +77,7 @@ def test_the_brought_family_is_checked_against_the_oracle_that_it_brings(results
     assert {r["message"] for r in theirs if r["point"] == 15} == {"has no gradients"}
 
 
+@pytest.mark.slow
 def test_a_backend_that_differs_from_the_brought_oracle_fails(install_plugin):
     body = textwrap.dedent(PLUGIN).replace(
         "with torch.no_grad():", "with torch.no_grad():\n            logits = logits.flip(1)"

@@ -43,7 +43,9 @@ def test_a_case_makes_the_same_tensors_every_time():
     case = Case(variant="gemma4", mapped=True, valid="tensor")
     first, second = case.make(), case.make()
     assert torch.equal(first.logits, second.logits)
-    assert all(torch.equal(first.operands[name], second.operands[name]) for name in first.operands)
+    assert set(first.operands) == set(second.operands) == {"per_expert_scale", "expert_map", "num_valid_tokens"}
+    for name in first.operands:
+        assert torch.equal(first.operands[name], second.operands[name])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,20 +1,29 @@
 """The eager backend conforms, whichever door one comes in by; reports, gaps, and the quick verification."""
 
 import dataclasses
+import itertools
 import json
+import math
 import subprocess
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from moe_routing import UnknownNameError
 from moe_routing._registry import registry
-from moe_routing.testing import mutants, reports, run, verify
+from moe_routing.testing import mutants, quick, reports, run, verify
 from moe_routing.testing.kit import Report, Result
 from moe_routing.testing.mutants import MUTANTS, Mutant, registered
 from moe_routing.testing.points import POINTS
 from moe_routing_registry import RejectCode, Verdict
+
+
+@pytest.fixture
+def _without_a_budget(monkeypatch):
+    """Run every check of the quick verification, however slow the machine is."""
+    monkeypatch.setattr(quick, "BUDGET_SECONDS", math.inf)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -42,6 +51,7 @@ def test_a_suite_without_a_backend_is_told_so(tmp_path):
     assert "name a backend" in ran.stdout
 
 
+@pytest.mark.slow
 def test_pytest_runs_the_kit_on_a_named_backend():
     ran = pytest_on("--pyargs", "moe_routing.testing", "--moe-backend", "eager", "-k", "test_09_no_tokens and topk_softmax")
     assert ran.returncode == 0, ran.stdout
@@ -53,13 +63,23 @@ def test_a_misspelt_backend_is_an_error_that_names_the_near_one():
         run("eagre")
 
 
+@pytest.mark.usefixtures("_without_a_budget")
 def test_the_quick_verification_finds_nothing_wrong_with_eager():
     findings = verify("eager")
     assert [finding for finding in findings if not finding.ok] == []
-    assert {finding.point for finding in findings} >= {0, 1, 3, 4}
+    assert [finding.name for finding in findings] == list(quick.CHECKS)
     json.dumps([dataclasses.asdict(finding) for finding in findings])
 
 
+def test_the_quick_verification_begins_no_case_after_its_budget(monkeypatch):
+    monkeypatch.setattr(quick, "BUDGET_SECONDS", 1)
+    monkeypatch.setattr(quick, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # a second for each case
+    (finding,) = verify("eager")
+    assert finding.name == quick.CHECKS[0]
+    assert "(1 of 1 cases)" in finding.sentence
+
+
+@pytest.mark.usefixtures("_without_a_budget")
 def test_the_quick_verification_says_what_is_wrong():
     with registered(next(m for m in MUTANTS if m.name == "mutant-tie-to-the-highest-id")) as name:
         wrong = [finding for finding in verify(name) if not finding.ok]

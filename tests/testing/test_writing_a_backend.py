@@ -88,22 +88,30 @@ def acme(shell, skeleton):
     return {command: shell.done(command) for command in commands(blocks("console")[1])}
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_the_skeleton_conforms_as_it_is_generated(skeleton):
     assert "acme conforms" in skeleton["moe-routing conformance acme"]
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_doctor_shows_the_installed_skeleton(skeleton):
     assert "acme" in skeleton["moe-routing doctor"]
     assert "explicit_only" in skeleton["moe-routing doctor"]
     assert "moe-routing-acme 0.1.0" in skeleton["moe-routing conformance acme"]
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_the_example_conforms(acme, shell):
     assert "acme conforms" in acme["moe-routing conformance acme --report acme.html"]
     assert "<td class='passed'" in (shell.directory / "acme.html").read_text()
     assert " passed" in next(output for command, output in acme.items() if command.startswith("pytest"))
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_the_page_s_python_routes_through_the_example(acme, shell):
     assert acme
     (script,) = blocks("python")
@@ -111,6 +119,8 @@ def test_the_page_s_python_routes_through_the_example(acme, shell):
     assert "acme: asked for by the argument backend='acme'" in shell.done("python use.py")
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_the_example_s_benchmark_prints_a_line_for_every_size(acme, shell):
     assert acme
     shutil.copy(EXAMPLE / "benchmark.py", shell.directory)
@@ -125,6 +135,8 @@ def test_the_example_is_the_distribution_that_the_page_builds():
     assert 'acme = "moe_routing_acme"' in ours
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_a_taken_directory_is_refused(shell, skeleton):
     assert skeleton
     ran = shell("moe-routing new-backend acme moe-routing-acme")
@@ -132,6 +144,8 @@ def test_a_taken_directory_is_refused(shell, skeleton):
     assert "expected a new or an empty one" in ran.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_it_runs_in_its_own_environment(shell):
     assert str(shell.directory) in shell.done("python -c 'import sys; print(sys.prefix)'")
     assert str(shell.directory) not in sys.prefix

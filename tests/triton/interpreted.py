@@ -1,7 +1,8 @@
 """Run the Triton kernels in Triton's interpreter, on the CPU, against the oracle; print what was found as JSON.
 
 A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported. ``2/10`` runs every tenth
-case, from the second on. ``--cuda`` runs them on the GPU at hand; in many processes at a time, for Triton compiles them all.
+case, from the second on; any other text runs the cases whose title begins with it. ``--cuda`` runs them on the GPU at hand;
+in many processes at a time, for Triton compiles them all.
 """
 
 import json
@@ -297,8 +298,13 @@ def cases():
 def main():
     """Run all cases, or a share of them."""
     torch.set_num_threads(1)
-    part, parts = map(int, sys.argv[-1].split("/"))
-    json.dump({title: case() for title, case in islice(cases(), part - 1, None, parts)}, sys.stdout)
+    wanted = sys.argv[-1]
+    if "/" in wanted:
+        part, parts = map(int, wanted.split("/"))
+        chosen = islice(cases(), part - 1, None, parts)
+    else:
+        chosen = ((title, case) for title, case in cases() if title.startswith(wanted))
+    json.dump({title: case() for title, case in chosen}, sys.stdout)
 
 
 if __name__ == "__main__":

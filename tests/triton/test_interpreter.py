@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,19 +31,30 @@ NAMES = [
 ]
 
 
+def interpreted(*shares):
+    """Interpret these cases, each share of them in a process of its own; return what is wrong with each case."""
+
+    def run(share):
+        command = [sys.executable, str(Path(__file__).with_name("interpreted.py")), share]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        return {case: problems for cases in pool.map(run, shares) for case, problems in cases.items()}
+
+
 @pytest.fixture(scope="module")
 def found():
-    script, parts = Path(__file__).with_name("interpreted.py"), os.cpu_count() or 1
-    commands = [[sys.executable, str(script), f"{part}/{parts}"] for part in range(1, parts + 1)]
-    run = partial(subprocess.run, check=False, capture_output=True, text=True, timeout=600)
-    cases = {}
-    with ThreadPoolExecutor(parts) as pool:
-        for done in pool.map(run, commands):
-            assert done.returncode == 0, done.stderr[-3000:]
-            cases |= json.loads(done.stdout)
-    return cases
+    parts = os.cpu_count() or 1
+    return interpreted(*(f"{part}/{parts}" for part in range(1, parts + 1)))
 
 
+def test_the_lanes_variant_agrees_with_the_oracle_for_gemma4():
+    assert interpreted("lanes gemma4 torch.float32 hostile") == {"lanes gemma4 torch.float32 hostile": []}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_lanes_variant_agrees_with_the_oracle_on_awkward_rows(found, name):
     cases = {case: problems for case, problems in found.items() if case.startswith(f"lanes {name} ")}
@@ -52,6 +62,7 @@ def test_the_lanes_variant_agrees_with_the_oracle_on_awkward_rows(found, name):
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared"])
 def test_the_rows_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
     cases = {case: problems for case, problems in found.items() if case.startswith(f"rows {name} ")}
@@ -59,6 +70,7 @@ def test_the_rows_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "soft_cap", "shared"])
 def test_the_sieve_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
     cases = {case: problems for case, problems in found.items() if case.startswith(f"sieve {name} ")}
@@ -66,6 +78,7 @@ def test_the_sieve_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -86,10 +99,12 @@ def test_the_tiles_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
+@pytest.mark.slow
 def test_the_sieve_s_guesses_are_off_by_no_more_than_its_bar_is_lowered_for(found):
     assert found["guesses of the sieve"] == []
 
 
+@pytest.mark.slow
 def test_random_cases_of_every_variant_agree_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found):
     cases = {case: problems for case, problems in found.items() if case.startswith("drawn ")}
     variants = {variant for case in cases for variant in ("lanes", "rows", "sieve", "tiles") if f"'{variant}'" in case}

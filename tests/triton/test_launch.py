@@ -139,13 +139,12 @@ def test_nothing_is_prepared_for_rows_that_begin_anywhere():
     assert bound.prepared(Operands(torch.randn(3, 17)[:, :16])) is None
 
 
+@pytest.mark.slow
 def test_the_direct_launch_hands_over_what_the_installed_tritons_own_launcher_does():
     """`make triton-versions` runs the same for every other version from 3.6 to 3.9."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("launched.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], check=False, capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = subprocess.run([sys.executable, str(script)], check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
     assert len(json.loads(done.stdout)["kernels"]) == 8
 

@@ -16,7 +16,7 @@ def doctor(site, device="intel_arc_pro_b60"):
     paths = [site, str(ROOT), str(ROOT / "registry"), str(ROOT / "backends")]
     command = [sys.executable, str(HERE / "b60.py"), str(ROOT / f"tests/recorded_devices/{device}.json"), "--json"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
     return json.loads(done.stdout)
 
@@ -63,8 +63,6 @@ except AttributeError as error:
     print(error)
 """
     environment = os.environ | {"PYTHONPATH": IPEX}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "exit" in done.stdout

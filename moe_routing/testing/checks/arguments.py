@@ -114,6 +114,7 @@ WRONG = (
         for value in (-1, 2.0, True, "3")
     ),
     Wrong("num_valid_tokens", "of two elements", "softmax_topk", lambda call: call.logits.new_zeros(2, dtype=torch.int64)),
+    Wrong("num_valid_tokens", "of rank 2", "softmax_topk", lambda call: call.logits.new_zeros(1, 1, dtype=torch.int64)),
     Wrong("num_valid_tokens", "of floats", "softmax_topk", lambda call: call.logits.new_zeros(1)),
     Wrong("ids_dtype", "int16", "softmax_topk", lambda _: torch.int16),
     Wrong("out", "of one row too few", "softmax_topk", lambda call: _outputs(call, tokens=T - 1)),
