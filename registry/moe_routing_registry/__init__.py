@@ -11,6 +11,7 @@ from moe_routing_registry._card import (
     Target,
     knows_score,
 )
+from moe_routing_registry._containment import PluginFailure, contained
 from moe_routing_registry._device import DeviceInfo, Toolchain
 from moe_routing_registry._errors import (
     BackendUnavailableError,
@@ -37,6 +38,7 @@ from moe_routing_registry._request import (
     verify_rate,
 )
 from moe_routing_registry._spec import SCORES, SELECTIONS, GroupScore, RoutingSpec, Selection
+from moe_routing_registry._text import printable
 from moe_routing_registry._verdict import RejectCode, Verdict
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "GroupScore",
     "Layout",
     "MoeRoutingWarning",
+    "PluginFailure",
     "PluginWarning",
     "Registry",
     "RejectCode",
@@ -77,10 +80,12 @@ __all__ = [
     "Toolchain",
     "UnknownNameError",
     "Verdict",
+    "contained",
     "flag",
     "hookimpl",
     "knows_score",
     "preference",
     "preferring",
+    "printable",
     "verify_rate",
 ]
