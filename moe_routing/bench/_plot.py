@@ -22,6 +22,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a device's name is text
     "svg.hashsalt": "moe-routing",  # the same result gives the same file
 }
 _FLOORS = ("a copy of the same bytes", "the smallest launch")

@@ -11,7 +11,7 @@ from moe_routing_registry._card import (
     Target,
     knows_score,
 )
-from moe_routing_registry._containment import PluginFailure, contained
+from moe_routing_registry._containment import PluginFailure, contained, sentence
 from moe_routing_registry._device import DeviceInfo, Toolchain
 from moe_routing_registry._errors import (
     BackendUnavailableError,
@@ -87,5 +87,6 @@ __all__ = [
     "preference",
     "preferring",
     "printable",
+    "sentence",
     "verify_rate",
 ]

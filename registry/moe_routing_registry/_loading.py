@@ -87,19 +87,25 @@ class Inventory:
             self.distributions["family", row.spec.family] = plugin.distribution
 
 
-def load(built_in: Mapping[str, str], reserved: Collection[str] = (), left_out: Mapping[str, str] | None = None) -> Inventory:
+def load(
+    built_in: Mapping[str, str],
+    reserved: Collection[str],
+    left_out: Mapping[str, str],
+    on_plugin: Callable[[Plugin], object],
+) -> Inventory:
     """Load the entry points of the group, and those of ``built_in`` (name -> module) that no metadata names.
 
     :param reserved: names of the built-in families and models, which no plug-in may bring.
     :param left_out: key of a plug-in -> why it is not loaded.
+    :param on_plugin: called with each plug-in before it is imported.
     """
     inventory = Inventory()
     # Built-in plug-ins come first: their names are theirs.
     for plugin in sorted(discover(built_in, inventory), key=lambda plugin: not plugin.built_in):
-        why = (left_out or {}).get(plugin.key)
-        if why is not None:
-            inventory.fail(plugin.name, plugin.distribution, RejectCode.IMPORT_FAILED, why)
+        if plugin.key in left_out:
+            inventory.fail(plugin.name, plugin.distribution, RejectCode.IMPORT_FAILED, left_out[plugin.key])
         else:
+            on_plugin(plugin)
             _load_one(plugin, inventory, reserved)
     return inventory
 

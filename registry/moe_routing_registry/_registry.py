@@ -43,25 +43,38 @@ class Registry:
         self._loading = False
         self._inventory: Inventory | None = None
 
-    def _load(self) -> Inventory:
+    def load(self, on_plugin: Callable[[Plugin], object] = lambda _plugin: None) -> Inventory:
+        """Load the plug-ins, unless they are loaded.
+
+        :param on_plugin: called with each plug-in before it is imported.
+        """
         if self._inventory is None:
             with self._lock:
                 if self._inventory is None:
-                    self._inventory = self._loaded()
+                    self._inventory = self._loaded(on_plugin)
                     # Only now: where warnings are errors, the first one must not undo the loading.
                     for failure in self._inventory.failures:
                         _warn_of(failure)
         return self._inventory
 
-    def _loaded(self) -> Inventory:
+    def _loaded(self, on_plugin: Callable[[Plugin], object]) -> Inventory:
         if self._loading:
             msg = "plug-ins are being loaded; a plug-in cannot use the registry at its own import"
             raise RuntimeError(msg)
         self._loading = True
         try:
-            return load(self._built_in, self._reserved, self._left_out)
+            return load(self._built_in, self._reserved, self._left_out, on_plugin)
         finally:
             self._loading = False
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the plug-ins are loaded."""
+        return self._inventory is not None
+
+    def plugin(self, backend: str) -> Plugin | None:
+        """Return the plug-in that brought a backend, or ``None`` if it was added by hand."""
+        return self.load().plugins.get(backend)
 
     def plugins(self) -> list[Plugin]:
         """Find the plug-ins, without importing them."""
@@ -81,26 +94,26 @@ class Registry:
     @property
     def backends(self) -> Mapping[str, BackendSpec]:
         """Cards of the backends by name."""
-        return self._load().backends
+        return self.load().backends
 
     @property
     def families(self) -> Mapping[str, FamilySpec]:
         """Cards of the families that plug-ins brought, by name."""
-        return self._load().families
+        return self.load().families
 
     @property
     def failures(self) -> tuple[Rejection, ...]:
         """Plug-ins that failed at import or registration, with their traceback."""
-        return tuple(self._load().failures)
+        return tuple(self.load().failures)
 
     @property
     def duplicates(self) -> tuple[DuplicateNameError, ...]:
         """Names that two distributions claim."""
-        return tuple(self._load().duplicates)
+        return tuple(self.load().duplicates)
 
     def distribution(self, name: str, kind: str = "backend") -> str:
         """Return the distribution that brought a backend (or, with ``kind="family"``, a family)."""
-        return self._load().distributions[kind, name]
+        return self.load().distributions[kind, name]
 
     def register(self, card: BackendSpec, distribution: str = "(this process)") -> None:
         """Add a backend by hand, for a notebook or a test; plug-ins use the hook.
@@ -110,7 +123,7 @@ class Registry:
         if type(card) is not BackendSpec:
             raise TypeError(refusal("card", "a BackendSpec", card))
         with self._lock:
-            inventory = self._load()
+            inventory = self.load()
             if card.name in inventory.backends:
                 kind, taken_by = "backend", inventory.distributions["backend", card.name]
                 raise DuplicateNameError(kind, card.name, taken_by, distribution)
@@ -119,7 +132,7 @@ class Registry:
     def unregister(self, name: str) -> None:
         """Take out a backend that was added by hand."""
         with self._lock:
-            inventory = self._load()
+            inventory = self.load()
             del inventory.backends[name]
             del inventory.distributions["backend", name]
             inventory.plugins.pop(name, None)
@@ -161,8 +174,10 @@ class Registry:
         )
 
     def check_names(self, request: Request) -> None:
-        """Raise for a misspelt backend in an argument, context or environment, and for an unresolved duplicate."""
+        """Raise for a wrong backend in an argument, context or environment, and for an unresolved duplicate."""
         known = {*self.backends, *(failure.name for failure in self.failures)}
+        if not isinstance(request.backend, (str, type(None))):
+            raise TypeError(refusal("backend", "a name, or None", request.backend))
         if request.backend is not None and request.backend not in known:
             kind = f"backend in {BACKEND_VARIABLE}" if request.asked_by == "environment" else "backend"
             raise UnknownNameError(kind, request.backend, known)
