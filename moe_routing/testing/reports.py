@@ -45,7 +45,7 @@ def write(report: Report, path: str | Path) -> None:
 
 def to_json(report: Report) -> str:
     """Return ``Report.to_dict()`` as text."""
-    return json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(report.to_dict(), indent=1) + "\n"
 
 
 def to_junit(report: Report) -> str:
@@ -68,11 +68,12 @@ def to_junit(report: Report) -> str:
                 suite, "testcase", classname=f"{report.backend}.{result.check}", name=result.id, time=f"{result.seconds:.6f}"
             )
             if result.status == "failed":
-                ET.SubElement(case, "failure", message=printable(result.message.partition("\n")[0])).text = printable(result.message)
+                ET.SubElement(case, "failure", message=result.message.partition("\n")[0]).text = result.message
             elif result.status != "passed":
-                ET.SubElement(case, "skipped", message=printable(f"{result.status}: {result.message}"))
+                ET.SubElement(case, "skipped", message=f"{result.status}: {result.message}")
     ET.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+    # What XML cannot hold is left out: a message may quote a device's bytes.
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + printable(ET.tostring(root, encoding="unicode")) + "\n"
 
 
 Key = TypeVar("Key")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from moe_routing_registry._text import refusal
+from moe_routing_registry._text import printable, refusal
 
 
 class RejectCode(str, Enum):
@@ -73,6 +73,8 @@ class Verdict:
     >>> bool(Verdict.yes())
     True
 
+    Reason and fix are kept as one line without control characters: they are shown on terminals.
+
     :ivar code: why not, or ``None`` for yes.
     :ivar reason: the same in a sentence, ``""`` for yes.
     :ivar fix: the command that mends it, or ``""`` where there is none.
@@ -83,10 +85,11 @@ class Verdict:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        """Hold code and reason together."""
+        """Check the fields, and hold code and reason together."""
         for name in ("reason", "fix"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(refusal(name, "a string", getattr(self, name)))
+            object.__setattr__(self, name, printable(getattr(self, name)).replace("\n", " "))
         code: object = self.code
         if not isinstance(code, RejectCode) and (code is not None or self.reason or self.fix):
             msg = f"code: a rejection needs a RejectCode, got {self.code!r} with reason {self.reason!r}"
