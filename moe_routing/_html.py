@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
+from moe_routing_registry import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -41,8 +43,8 @@ footer { margin-top: 3rem; color: var(--declined); font-size: .85rem; }
 
 
 def escape(text: object) -> str:
-    """Return a value's text, safe between tags and in attributes."""
-    return html.escape(str(text))
+    """Return a value's text, safe between tags and in attributes: the one way for text from outside into a page."""
+    return html.escape(printable(str(text)))
 
 
 def page(title: str, parts: Iterable[str]) -> str:

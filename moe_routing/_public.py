@@ -78,7 +78,14 @@ def _look_up(router: object) -> tuple[RoutingSpec, int | None, int | None]:
         return router, None, None
     if isinstance(router, str):
         return named(router), None, None
-    configured = from_config(router)
+    try:
+        configured = from_config(router)
+    except TypeError as error:
+        if not str(error).startswith("config: "):  # else it names a field of the configuration
+            raise
+        expected = "a name, a RoutingSpec, or a configuration with a model_type"
+        msg = f"router: expected {expected}, got {router!r:.100}"
+        raise TypeError(msg) from error
     return configured.spec, configured.topk, configured.num_experts
 
 
@@ -89,7 +96,7 @@ def named(router: str) -> RoutingSpec:
     :raises ValueError: the model's routing cannot be expressed.
     """
     known = list_routers()
-    if router in NOT_EXPRESSED:
+    if router not in known and router in NOT_EXPRESSED:
         msg = f"router: {router!r} cannot be expressed: {NOT_EXPRESSED[router]}"
         raise ValueError(msg)
     if router not in known:
@@ -137,7 +144,8 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
 
     :param num_experts: E; 128 where neither it nor a configuration says.
     :param topk: K; 8 (at most E) where neither it nor a configuration says.
-    :returns: a report; where the question itself is wrong its ``error`` says what is.
+    :returns: a report; where an argument is wrong (no such router, dtype or device; an E or K that cannot be) its ``error``
+        says what came and what was expected.
 
     >>> explain("gemma4", num_experts=128, topk=8).winner
     'eager'
@@ -146,9 +154,14 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
     """
     try:
         spec, configured_topk, configured_experts = _look_up(router)
-        num_experts = num_experts or configured_experts or 128
+        num_experts = num_experts if num_experts is not None else configured_experts or 128
+        _check_experts(num_experts)
         topk = topk if topk is not None else configured_topk or min(8, num_experts)
         _check.check_topk(spec, num_experts, topk)
+        known = {dtype_name(each) for each in _check.LOGITS_DTYPES}
+        if dtype_name(dtype) not in known:
+            msg = f"dtype: expected one of {', '.join(sorted(known))}, got {dtype!r:.100}"
+            raise ValueError(msg)  # noqa: TRY301 -- the report carries it, like what the calls above raise
         problem = RoutingProblem(spec=spec, num_experts=num_experts, topk=topk, dtype=dtype_name(dtype), training=training)
         request = Request.gather(backend)
     except Exception as error:  # noqa: BLE001 -- the promise is never to raise: the report carries what went wrong
@@ -163,8 +176,19 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
         return ResolutionReport(problem=problem, device=info, requested=backend, error=f"{type(error).__name__}: {error}")
 
 
+def _check_experts(num_experts: object) -> None:
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
+        msg = f"num_experts: expected an int, got {num_experts!r:.100}"
+        raise TypeError(msg)
+    if num_experts < 1:
+        msg = f"num_experts: expected an int >= 1, got {num_experts}"
+        raise ValueError(msg)
+
+
 def prefer(backend: str) -> AbstractContextManager[None]:
     """Use that backend for every call inside the block, in this thread or task, unless the router names its own.
+
+    What it returns may be used for several blocks, one after another, inside each other or in several threads.
 
     :raises UnknownNameError: no such backend.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moe_routing.families import FAMILIES
+from moe_routing.models import MODELS
 from moe_routing_registry import Registry
 
 BUILT_IN = {
@@ -11,7 +13,7 @@ BUILT_IN = {
 }
 """The same lines as ``[project.entry-points]`` in pyproject.toml (a test holds that), for a checkout without metadata."""
 
-_registry = Registry(BUILT_IN)
+_registry = Registry(BUILT_IN, reserved={*FAMILIES, *MODELS})
 
 
 def registry() -> Registry:

@@ -125,8 +125,9 @@ def test_the_table_has_a_line_for_every_way_and_says_what_was_not_measured(cli):
     code, out, err = cli(f"{SHORT} --tokens 1 --compare eager,baseline")
     assert (code, err) == (0, "")
     assert "gemma4, float32 logits, E = 32, K = 4, mode call" in out
-    assert "ours: eager" in out
-    assert "not measured: baseline: a Triton kernel, which needs a GPU" in out
+    assert "backend: eager" in out
+    assert "comparison: eager" in out
+    assert "not measured: comparison: baseline: a Triton kernel, which needs a GPU" in out
 
 
 WRONG = """
@@ -269,7 +270,7 @@ def test_against_a_faster_run_is_exit_code_1_and_says_which(cli, other_than):
     code, out, _ = cli(f"bench --against {fast}")
     assert code == 1
     assert out.count("slower: ") == 1
-    assert "slower: gemma4 float32 E=32 K=4 T=1 call ours: eager: " in out
+    assert "slower: gemma4 float32 E=32 K=4 T=1 call backend: eager: " in out
     assert out.endswith("2 configurations compared, 1 slower than the noise of both runs\n")
 
 
@@ -315,7 +316,6 @@ def test_against_another_device_or_configuration_is_exit_code_2(cli, other_than,
         ("--backend triton", 1, "backend 'triton' cannot be used here"),
         ("--device cuda:7", 1, "device: 'cuda:7' is not on this machine"),
         ("--plot here.gif", 2, "--plot: expected a name that ends in .png or .html, got 'here.gif'"),
-        ("--json --csv", 2, "--csv: expected one of --json and --csv, got both"),
         ("--against nowhere.json", 2, "No such file"),
     ],
 )
@@ -323,6 +323,13 @@ def test_what_cannot_be_measured_is_said_before_anything_is(cli, options, code, 
     found, out, err = cli(f"bench --device cpu {options}")
     assert (found, out) == (code, "")
     assert said in err
+
+
+def test_json_and_csv_at_once_are_refused_as_json(cli):
+    code, out, err = cli("bench --device cpu --json --csv")
+    assert code == 2
+    assert json.loads(out)["error"] == "--csv: expected one of --json and --csv, got both"
+    assert "--csv: expected one of" in err
 
 
 def test_a_plot_without_matplotlib_names_the_extra():
@@ -352,7 +359,7 @@ def test_a_drawing_shows_every_way_and_both_floors(kept):
     result = Result.read(kept)
     (facet,) = facets(result)
     light, dark = svg(result, facet, LIGHT), svg(result, facet, DARK)
-    for label in ("ours: eager", "eager", "a copy of the same bytes", "the smallest launch", "tokens T"):
+    for label in ("backend: eager", "comparison: eager", "a copy of the same bytes", "the smallest launch", "tokens T"):
         assert f">{label}</text>" in light
     assert LIGHT.ink in light
     assert LIGHT.ink not in dark

@@ -119,7 +119,7 @@ def test_json_holds_the_same_and_writes_no_page(capsys, in_an_empty_folder):
     ("options", "said"),
     [
         ("--out here.pdf", "--out: expected a name that ends in .html, got 'here.pdf'"),
-        ("--out nowhere/here.html", "--out: expected a directory that exists, got 'nowhere'"),
+        ("--out nowhere/here.html", "--out: expected a file that can be written, got 'nowhere/here.html': No such file"),
         ("--device warp:9", "device: expected a device that torch knows, got 'warp:9'"),
     ],
 )

@@ -13,12 +13,15 @@ from moe_routing import RoutingOutput
 
 if TYPE_CHECKING:
     from moe_routing.bench._settings import Case
-    from moe_routing_registry import RoutingSpec
+    from moe_routing_registry import DeviceInfo, RoutingSpec
 
 CPU_CACHE = 64 << 20
 """Bytes; torch does not say how large a CPU's last cache is."""
 FEWEST_SETS, MOST_SETS = 4, 256
 _VOCABULARY = 4096
+_FLOAT32_COPIES = 3
+"""Of the logits, which plain PyTorch holds at once while it routes."""
+_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,21 @@ class Inputs:
     outs: list[RoutingOutput]
     operands: dict[str, Any]
     bytes: int
+
+
+def check_memory(case: Case, device: DeviceInfo) -> None:
+    """Raise ``ValueError`` for a case that the device's memory cannot hold, before anything of it is allocated."""
+    spec = moe_routing.get_router(case.router).spec
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    logits, outputs = case.num_experts * dtype.itemsize, (case.topk + spec.shared_experts) * 8
+    routing = _FLOAT32_COPIES * case.num_experts * 4
+    needed = case.tokens * (FEWEST_SETS * (logits + outputs) + routing)
+    if spec.selection == "token_table":
+        needed += _VOCABULARY * case.num_experts * 12  # random numbers and their order
+    if device.total_memory and needed > device.total_memory:
+        has = f"{device.total_memory / _GIB:,.0f} GiB, which {device} has"
+        msg = f"tokens: expected a problem that fits {has}, got {case}, which needs {needed / _GIB:,.0f}"
+        raise ValueError(msg)
 
 
 def make(case: Case, device: torch.device, cache: int) -> Inputs:

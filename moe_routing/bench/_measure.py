@@ -13,7 +13,7 @@ import torch
 import moe_routing
 from moe_routing.bench import _clock
 from moe_routing.bench._check import problems
-from moe_routing.bench._inputs import cache_of, make
+from moe_routing.bench._inputs import cache_of, check_memory, make
 from moe_routing.bench._result import Result, Row
 from moe_routing.bench._ways import NotMeasuredError, backend, comparison, fitting
 
@@ -35,11 +35,13 @@ def measure(
 
     :param cases: only these of the settings' cases.
     :param on_case: called after each case with the result so far, how many cases are done, and how many there are.
-    :raises ValueError: the device is not here, or graphs are to be timed and triton, which times them, is not here.
+    :raises ValueError: the device is not here, its memory is too small, or triton, which times graphs, is not here.
     :raises UnknownNameError: no such router or backend.
     :raises BackendUnavailableError: no backend fits, or one that was named does not.
     """
-    moe_routing.probe(settings.device)
+    info = moe_routing.probe(settings.device)
+    for case in settings.cases if cases is None else cases:
+        check_memory(case, info)
     device = torch.empty(0, device=settings.device).device
     if "graph" in settings.modes and importlib.util.find_spec("triton") is None:
         msg = "modes: expected call or host without triton, which times graphs, got graph; pip install 'moe-routing[triton]'"

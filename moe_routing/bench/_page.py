@@ -6,8 +6,10 @@ import base64
 from typing import TYPE_CHECKING
 
 from moe_routing._html import escape, page, table
+from moe_routing_registry import PluginFailure, contained
 
 if TYPE_CHECKING:
+    from moe_routing.bench._plot import Facet
     from moe_routing.bench._result import Result, Row
 
 COLUMNS = ("T", "way", "us", "±", "GB/s", "of a copy", "times ours")
@@ -53,28 +55,39 @@ def remarks(rows: list[Row]) -> dict[str, list[str]]:
 def sections(result: Result, heading: str = "h2") -> list[str]:
     """Return HTML: what it was measured on, then a drawing and a table each, under headings of that level.
 
-    :raises ImportError: matplotlib is missing.
+    Where matplotlib is missing or cannot draw, the page says so in place of the drawing.
     """
-    from moe_routing.bench._plot import DARK, LIGHT, facets, svg
+    from moe_routing.bench._plot import facets
 
     parts = [f"<p>{escape(about(result))}</p>"]
     for facet, rows in facets(result).items():
-        dark, light = (_data(svg(result, facet, theme)) for theme in (DARK, LIGHT))
-        source = f"<source srcset='{dark}' media='(prefers-color-scheme: dark)'>"
-        picture = f"<picture>{source}<img src='{light}' alt='{escape(facet)}: time against T'></picture>"
         timed = table(COLUMNS, [cells(result, row) for row in rows if row.rounds])
         said = "".join(
             f"<p class='{'failed' if kind == 'wrong' else 'declined'}'>{kind}: {escape(sentence)}</p>"
             for kind, sentences in remarks(rows).items()
             for sentence in sentences
         )
-        parts.append(f"<{heading}>{escape(facet)}</{heading}><div class='plot'>{picture}<div>{timed}{said}</div></div>")
+        parts.append(
+            f"<{heading}>{escape(facet)}</{heading}><div class='plot'>{_picture(result, facet)}<div>{timed}{said}</div></div>"
+        )
     return parts
 
 
 def to_html(result: Result) -> str:
     """Return one page."""
     return page("moe-routing bench", ["<h1>moe-routing bench</h1>", *sections(result)])
+
+
+def _picture(result: Result, facet: Facet) -> str:
+    from moe_routing.bench._plot import DARK, LIGHT, svg
+
+    try:
+        with contained("drawing"):
+            dark, light = (_data(svg(result, facet, theme)) for theme in (DARK, LIGHT))
+    except PluginFailure as failure:
+        return f"<p class='declined'>no drawing: {escape(failure.sentence)}</p>"
+    source = f"<source srcset='{dark}' media='(prefers-color-scheme: dark)'>"
+    return f"<picture>{source}<img src='{light}' alt='{escape(facet)}: time against T'></picture>"
 
 
 def _data(drawing: str) -> str:

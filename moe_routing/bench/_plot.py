@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moe_routing_registry import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -22,6 +24,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a device's name is text
     "svg.hashsalt": "moe-routing",  # the same result gives the same file
 }
 _FLOORS = ("a copy of the same bytes", "the smallest launch")
@@ -102,7 +105,7 @@ def save_png(result: Result, path: Path) -> None:
         all_axes = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (facet, facet_rows) in zip(all_axes, shown.items(), strict=False):
             draw(axes, result, facet, facet_rows, LIGHT)
-            axes.set_title(f"{facet}\n{result.device['name']}", loc="left", color=LIGHT.ink, fontsize=9)
+            axes.set_title(printable(f"{facet}\n{result.device['name']}"), loc="left", color=LIGHT.ink, fontsize=9)
         for axes in list(all_axes)[len(shown) :]:
             axes.set_axis_off()
         figure.savefig(path, dpi=150)
@@ -123,7 +126,7 @@ def draw(axes: Axes, result: Result, facet: Facet, rows: Iterable[Row], theme: T
             colour, width = theme.others.get(of_way[0].way, theme.ink), 1.4
         tokens, times = [row.case.tokens for row in of_way], [row.microseconds or 0.0 for row in of_way]
         axes.errorbar(
-            tokens, times, yerr=[row.spread for row in of_way], label=label, color=colour, linewidth=width,
+            tokens, times, yerr=[row.spread for row in of_way], label=printable(label), color=colour, linewidth=width,
             marker=_MARKERS[number % len(_MARKERS)], markersize=4, capsize=2, elinewidth=1, zorder=3 if of_way[0].ours else 2,
         )  # fmt: skip
     moved = {row.case.tokens: row.bytes for row in timed}

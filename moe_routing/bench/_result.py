@@ -52,7 +52,7 @@ class Row:
     @property
     def label(self) -> str:
         """Name the way: a backend and a comparison may have the same name."""
-        return f"ours: {self.way}" if self.ours else self.way
+        return f"{'backend' if self.ours else 'comparison'}: {self.way}"
 
     @property
     def microseconds(self) -> float | None:

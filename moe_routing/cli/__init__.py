@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,10 +14,12 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 fine, 1 something that was asked for is unusable, 2 wrong usage.
+    """Run the command line and exit: 0 fine, 1 something that was asked for is unusable, 2 wrong usage, 130 interrupted.
 
     :param arguments: what follows the program's name; ``sys.argv[1:]`` where ``None``.
     """
     from moe_routing.cli._app import run
 
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))

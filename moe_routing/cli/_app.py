@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
+from contextlib import suppress
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,11 +19,11 @@ from moe_routing.cli._help import Group, taught
 from moe_routing.cli._list import list_routers
 from moe_routing.cli._new_backend import new_backend
 from moe_routing.cli._report import report
-from moe_routing.cli._show import Unusable, UsageError, shortened
+from moe_routing.cli._show import Unusable, UsageError, drop_stdout, print_json_of, shortened
 from moe_routing.cli._transformers import transformers
 from moe_routing.cli._tune import tune
 from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
-from moe_routing_registry import UnknownNameError
+from moe_routing_registry import BackendUnavailableError, DuplicateNameError, UnknownNameError, printable, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,37 +137,79 @@ app.command(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line; return its exit code. What the user got wrong is one line on stderr, never a traceback."""
+    """Run a command line; return its exit code. What goes wrong is one line on stderr, never a traceback."""
+    if sys.stdout is None:  # Python's way to say that file descriptor 1 is closed
+        return _fail("stdout is closed, so there is nowhere to print to", 1)
     with warnings.catch_warnings():
         warnings.showwarning = _say
-        return _run(list(arguments))
+        # torch's, in an environment without NumPy, which nothing here needs.
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+        try:
+            code = copy_context().run(_run, list(arguments))  # whether there was an answer is a matter of this command
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read has read enough
+            drop_stdout()
+            return 1
+        except OSError as error:
+            drop_stdout()
+            return _fail(str(error), 1)
+        return code
 
 
 def _run(arguments: list[str]) -> int:
     try:
         # Without standalone mode the exit code comes back as the value.
         return int(app(args=arguments, prog_name="moe-routing", standalone_mode=False) or 0)
-    except UnknownNameError as error:
-        return _fail(shortened(error), _USAGE)
-    except (UsageError, UnknownDeviceError) as error:
-        return _fail(str(error), _USAGE)
-    except (Unusable, AbsentDeviceError) as error:
-        return _fail(str(error), 1)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return _INTERRUPTED
-    except _ParserError as error:
-        return _fail(_message(error), _USAGE)
+    except OSError:
+        raise
+    except BaseException as error:  # noqa: BLE001 -- a kernel, or torch itself, may raise anything
+        if isinstance(error, SystemExit) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # typer's way to end at a broken pipe
+        text, code = _judged(error)
+    if "--json" in arguments:
+        print_json_of(text)
+    return _fail(text, code)
+
+
+def _judged(error: BaseException) -> tuple[str, int]:
+    """Return the sentence for what was raised, and the exit code."""
+    if isinstance(error, UnknownNameError):
+        return shortened(error), _USAGE
+    if isinstance(error, (UsageError, UnknownDeviceError)):
+        return str(error), _USAGE
+    if isinstance(error, _ParserError):
+        return _message(error), _USAGE
+    if isinstance(error, (Unusable, AbsentDeviceError, DuplicateNameError)):
+        return str(error), 1
+    if isinstance(error, BackendUnavailableError):
+        refused = error.report.rejection(error.report.requested or "")
+        why = f": it {refused.verdict.reason}" if refused else ""
+        return f"{str(error).partition(chr(10))[0]}{why}; `moe-routing explain` says more", 1
+    return _unforeseen(error), 1
 
 
 def _message(error: Exception) -> str:
     text: str = getattr(error, "format_message", error.__str__)()
-    return " ".join(text.replace("Value error, ", "").split())
+    return text.replace("Value error, ", "")
+
+
+def _unforeseen(error: BaseException) -> str:
+    """Say what was raised, and where."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{sentence('this command', error)} ({frame.filename}, line {frame.lineno})"
 
 
 def _say(message: Warning | str, *_details: object, **_more: object) -> None:
-    sys.stderr.write(f"moe-routing: warning: {message}\n")
+    _print_on_stderr(f"warning: {message}")
 
 
 def _fail(text: str, code: int) -> int:
-    sys.stderr.write(f"moe-routing: {text}\n")
+    _print_on_stderr(text)
     return code
+
+
+def _print_on_stderr(text: str) -> None:
+    with suppress(AttributeError, OSError, ValueError):  # stderr is closed, or cannot be written: nothing is left to say it on
+        sys.stderr.write(f"moe-routing: {printable(' '.join(text.split()))}\n")

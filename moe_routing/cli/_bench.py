@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path  # noqa: TC003 -- typer reads annotations while the program runs
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from moe_routing.cli._catalogue import look_up
-from moe_routing.cli._show import STATUS_STYLES, Unusable, UsageError, console, count, print_json, table, words
+from moe_routing.cli._show import (
+    STATUS_STYLES,
+    Unusable,
+    UsageError,
+    check_writable,
+    console,
+    count,
+    print_json,
+    progress,
+    stdout,
+    table,
+    words,
+)
 from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
-from moe_routing_registry import BackendUnavailableError, UnknownNameError
+from moe_routing_registry import UnknownNameError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
     from moe_routing.bench import Case, Result, Settings
     from moe_routing.bench._result import Loss
@@ -77,18 +88,18 @@ def bench(  # noqa: PLR0913 -- the options of the command
     before = None if against is None else _read(against)
     given = _Given(router, backend, tokens, experts, topk, dtype, device, mode, compare)
     settings = _settings(given, before.settings if before else None)
-    screen = console()
-    result, slower = _run(settings, before, screen if screen.is_terminal and not (as_json or as_csv) else Console(stderr=True))
-    for path in plot or ():
-        _draw(result, path)
+    result, slower = _run(settings, before)
     if as_json:
         print_json({**result.to_dict(), **({"losses": [str(loss) for loss in slower]} if before else {})})
     elif as_csv:
-        sys.stdout.write(result.to_csv())
+        stdout().write(printable(result.to_csv()))
     else:
+        screen = console()
         _show(result, screen)
         if before is not None:
             _show_losses(result, slower, screen)
+    for path in plot or ():
+        _draw(result, path)
     raise typer.Exit(1 if result.wrong or slower else 0)
 
 
@@ -112,14 +123,10 @@ def _check_plots(paths: Sequence[Path]) -> None:
         if path.suffix not in PLOTS:
             msg = f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {str(path)!r}"
             raise UsageError(msg)
-        if not have_matplotlib():
+        if importlib.util.find_spec("matplotlib") is None:
             msg = f"--plot: matplotlib is not installed: {INSTALL}"
             raise Unusable(msg)
-
-
-def have_matplotlib() -> bool:
-    """Whether plots can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
+        check_writable("--plot", path)
 
 
 def _read(path: Path) -> Result:
@@ -199,19 +206,18 @@ def _device_names() -> list[str]:
         raise Unusable(msg) from error
 
 
-def _run(settings: Settings, before: Result | None, screen: Console) -> tuple[Result, list[Loss]]:
+def _run(settings: Settings, before: Result | None) -> tuple[Result, list[Loss]]:
     """Measure with a progress bar; what seems to have got slower is measured once more before it is said."""
     from moe_routing.bench import losses, merged, refuse_another_run
     from moe_routing.bench._measure import described, measure
 
     def timed(cases: Sequence[Case]) -> Result:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
-            task = progress.add_task(f"bench {cases[0]}", total=len(cases))
+        with progress() as bar:
+            task = bar.add_task(f"bench {cases[0]}", total=len(cases))
 
             def advance(_result: Result, done: int, total: int) -> None:
                 description = f"bench {cases[done]}" if done < total else "bench"
-                progress.update(task, description=description, completed=done)
+                bar.update(task, description=description, completed=done)
 
             return measure(settings, cases=cases, on_case=advance)
 
@@ -227,8 +233,6 @@ def _run(settings: Settings, before: Result | None, screen: Console) -> tuple[Re
             slower = [loss for loss in losses(before, result) if loss.row.key in keys]
     except (AbsentDeviceError, UnknownDeviceError, UnknownNameError):
         raise
-    except BackendUnavailableError as error:
-        raise Unusable(str(error)) from error
     except ValueError as error:
         raise _usage(error) from error
     return result, slower
@@ -238,10 +242,14 @@ def _draw(result: Result, path: Path) -> None:
     from moe_routing.bench._page import to_html
     from moe_routing.bench._plot import save_png
 
-    if path.suffix == ".png":
-        save_png(result, path)
-    else:
-        path.write_text(to_html(result), encoding="utf-8")
+    try:
+        if path.suffix == ".png":
+            save_png(result, path)
+        else:
+            path.write_text(to_html(result), encoding="utf-8")
+    except OSError as error:
+        msg = f"--plot: {error}"
+        raise Unusable(msg) from error
 
 
 def _show(result: Result, screen: Console) -> None:

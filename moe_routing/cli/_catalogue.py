@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_routing.cli._show import UsageError
 from moe_routing_registry import UnknownNameError
 
 if TYPE_CHECKING:
-    from moe_routing_registry import Registry, RoutingSpec
+    from moe_routing_registry import RoutingSpec
 
 
 class Entry(NamedTuple):
@@ -39,26 +37,17 @@ class Entry(NamedTuple):
         }
 
 
-def loaded_registry() -> Registry:
-    """Return the registry with its plug-ins loaded; what they print goes to stderr, for stdout belongs to the answer."""
-    from moe_routing._registry import registry
-
-    known = registry()
-    with contextlib.redirect_stdout(sys.stderr):
-        _ = known.backends
-    return known
-
-
 def catalogue() -> dict[str, Entry]:
     """Return every name: families first, then models, each in alphabetical order.
 
     >>> catalogue()["mixtral"].spec.formula
     'ids = topk(l); w = softmax(l[ids])'
     """
+    from moe_routing._registry import registry
     from moe_routing.families import FAMILIES
     from moe_routing.models import MODELS
 
-    known = loaded_registry()
+    known = registry()
     entries: dict[str, Entry] = {}
     for family, card in known.families.items():
         entries[family] = Entry(family, "family", card.spec, card.source)

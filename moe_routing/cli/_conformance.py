@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from pathlib import Path  # noqa: TC003 -- typer reads annotations while the program runs
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from moe_routing.cli._show import STATUS_STYLES, UsageError, console, print_json, table
+from moe_routing.cli._show import (
+    STATUS_STYLES,
+    Unusable,
+    UsageError,
+    check_writable,
+    console,
+    print_json,
+    progress,
+    table,
+)
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from rich.console import Console
 
     from moe_routing.testing.cases import Profile
@@ -36,7 +42,7 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     full: Annotated[bool, typer.Option("--full", help="All sizes and dtypes, not a thinned list of them.")] = False,
     point: Annotated[list[int] | None, typer.Option(help="Only this point of the contract, 0 to 15; may be repeated.")] = None,
     report: Annotated[
-        list[str] | None, typer.Option(help="Write a report: NAME.html, NAME.json or NAME.xml (JUnit); may be repeated.")
+        list[Path] | None, typer.Option(help="Write a report: NAME.html, NAME.json or NAME.xml (JUnit); may be repeated.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON report, for programs.")] = False,
 ) -> None:
@@ -49,36 +55,40 @@ def conformance(  # noqa: PLR0913 -- the options of the command
             msg = f"--point: expected a number from 0 to {max(POINTS)}, got {number}"
             raise UsageError(msg)
     for path in report or ():
-        if not path.endswith(tuple(WRITERS)):
-            msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {path!r}"
+        if path.suffix not in WRITERS:
+            msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {str(path)!r}"
             raise UsageError(msg)
+        check_writable("--report", path)
+    outcome = _run(backend, device, "full" if full else "quick", point)
     screen = console()
-    outcome = _run(backend, device, "full" if full else "quick", point, None if as_json else screen)
-    for path in report or ():
-        write(outcome, path)
     if as_json:
         print_json(outcome.to_dict())
     else:
         _show(outcome, screen)
-        for path in report or ():
-            screen.print(f"Report: {path}", markup=False)
+    for path in report or ():
+        try:
+            write(outcome, path)
+        except OSError as error:
+            msg = f"--report: {error}"
+            raise Unusable(msg) from error
+        if not as_json:
+            screen.print(f"Report: {path}", soft_wrap=True)
     raise typer.Exit(0 if outcome.ok else 1)
 
 
-def _run(backend: str, device: str, profile: Profile, points: list[int] | None, screen: Console | None) -> Report:
+def _run(backend: str, device: str, profile: Profile, points: list[int] | None) -> Report:
+    import moe_routing
     from moe_routing.testing.kit import run
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=screen, transient=True, disable=screen is None or not screen.is_terminal)
-    task = progress.add_task("conformance", total=None)
+    moe_routing.probe(device)  # a device that is not here is an error of its own
+    with progress() as bar:
+        task = bar.add_task("conformance", total=None)
 
-    def advance(result: Result, done: int, total: int) -> None:
-        progress.update(task, description=f"{result.point:2d} {result.check:<48}", completed=done, total=total)
-        if result.status == "failed" and screen is not None and screen.is_terminal:
-            progress.console.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
+        def advance(result: Result, done: int, total: int) -> None:
+            bar.update(task, description=f"{result.point:2d} {result.check:<48}", completed=done, total=total)
+            if result.status == "failed" and not bar.disable:
+                bar.console.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
 
-    live: AbstractContextManager[object] = nullcontext() if screen is None else progress
-    with live:
         return run(backend, device, profile=profile, points=points, on_result=advance)
 
 
@@ -100,9 +110,9 @@ def _show(report: Report, screen: Console) -> None:
     screen.print(table(title, "point", "rule", *headings, rows=rows, whole=("point", *headings)))
     for result in report.failed[:_SHOWN]:
         screen.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
-        screen.print(Text(f"    {result.message.partition(chr(10))[0]}"), soft_wrap=True)
+        screen.print(f"    {result.message.partition(chr(10))[0]}", soft_wrap=True)
     if len(report.failed) > _SHOWN:
-        screen.print(f"and {len(report.failed) - _SHOWN} more; --report failures.html lists them all", markup=False)
+        screen.print(f"and {len(report.failed) - _SHOWN} more; --report failures.html lists them all")
     for capability, reason in report.gaps.items():
         screen.print(Text(f"gap: {capability}: {reason}", style=_STYLES["gap"]))
     verdict = "conforms" if report.ok else "does not conform"

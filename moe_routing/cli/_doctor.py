@@ -34,5 +34,5 @@ def doctor(  # noqa: PLR0913 -- the options of the command
     if as_json:
         print_json(report)
     else:
-        render(report, console(), verbose=verbose)
+        render(report, console(), verbose=verbose, tables=not check)
     raise typer.Exit(0 if report["ok"] else 1)

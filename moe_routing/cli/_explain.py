@@ -10,7 +10,7 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from moe_routing.cli._catalogue import loaded_registry, look_up
+from moe_routing.cli._catalogue import look_up
 from moe_routing.cli._show import STATE_STYLES, Unusable, UsageError, command, console, count, mark, print_json, table
 from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import Request
@@ -60,7 +60,9 @@ def explain(  # noqa: PLR0913 -- the options of the command
 
 
 def _require_backend(name: str) -> None:
-    loaded_registry().check_names(Request(backend=name, asked_by="argument"))
+    from moe_routing._registry import registry
+
+    registry().check_names(Request(backend=name, asked_by="argument"))
 
 
 def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from moe_routing.cli._show import command, console
+from moe_routing.cli._show import console, reserved_stdout
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_BOXED_FROM = 70
+"""Columns that typer's boxes around options need."""
 Examples = tuple[tuple[str, str], ...]
-
-
-def show_examples(examples: Examples) -> None:
-    """Print examples, each command whole on its own line, what it is for on the next."""
-    screen = console()
-    screen.print(Text("Examples", style="bold"))
-    for line, meaning in examples:
-        command(screen, line, indent=2)
-        screen.print(Text(f"      {meaning}"), soft_wrap=True)
-    screen.print()
 
 
 class Group(TyperGroup):
@@ -27,22 +22,51 @@ class Group(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- click's classes, or typer's copy of them
         """Print the help and the examples."""
-        super().format_help(ctx, formatter)
-        show_examples(
-            (
-                ("moe-routing doctor", "what is here, what is missing, and the command that mends it"),
-                ("moe-routing list deepseek", "the names that get_router takes, with their formulas"),
-                ("moe-routing explain gemma4 --device cuda:0", "which backend would route there, and why"),
-            )
+        examples = (
+            ("moe-routing doctor", "what is here, what is missing, and the command that fixes it"),
+            ("moe-routing list deepseek", "the names that get_router takes, with their formulas"),
+            ("moe-routing explain gemma4 --device cuda:0", "which backend would route there, and why"),
         )
+        _teach(self, super().format_help, ctx, formatter, examples)
 
 
 def taught(*examples: tuple[str, str]) -> type[TyperCommand]:
-    """Return a class of command whose help ends in these examples: pairs of a command line and what it is for."""
+    """Return a class of command whose help ends in these examples: pairs of a command line and what it is for.
+
+    While such a command runs, stdout is reserved for its answer.
+    """
 
     class Taught(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- likewise
-            super().format_help(ctx, formatter)
-            show_examples(examples)
+            _teach(self, super().format_help, ctx, formatter, examples)
+
+        def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 -- likewise
+            with reserved_stdout():
+                return super().invoke(ctx)
 
     return Taught
+
+
+def _teach(
+    command: TyperCommand | TyperGroup,
+    format_help: Callable[[Any, Any], None],
+    ctx: Any,  # noqa: ANN401 -- likewise
+    formatter: Any,  # noqa: ANN401 -- likewise
+    examples: Examples,
+) -> None:
+    """Print the help, then the examples, each command whole on its own line, what it is for on the next."""
+    lines = [
+        "Examples",
+        *(f"{indent}{text}" for pair in examples for indent, text in zip(("  ", "      "), pair, strict=True)),
+        "",
+    ]
+    screen = console()
+    if screen.width < _BOXED_FROM:  # typer's boxes would cut words off
+        command.rich_markup_mode = None
+        format_help(ctx, formatter)
+        formatter.write("\n" + "\n".join(lines))
+        return
+    format_help(ctx, formatter)
+    for number, line in enumerate(lines):
+        style = "bold" if number == 0 else "bold cyan" if number % 2 else ""
+        screen.print(Text(line, style=style), soft_wrap=True)

@@ -17,18 +17,22 @@ if TYPE_CHECKING:
 _GIB = 2**30
 
 
-def render(report: dict[str, Any], console: Console, *, verbose: bool = False) -> None:
+def render(report: dict[str, Any], console: Console, *, verbose: bool = False, tables: bool = True) -> None:
     """Print the report.
 
     :param report: what ``examine`` returned.
     :param verbose: also checks that do not apply, tracebacks, and what was compared one by one.
+    :param tables: also the tables of what is here, above the checks.
     """
-    versions = report["versions"]
-    console.print(f"[bold]moe-routing {versions['moe-routing']}[/], Python {versions['python']}, {versions['system']}")
-    _devices(report, console)
-    _toolchains(report, console)
-    _backends(report, console)
-    _environment(report, console)
+    if tables:
+        versions = report["versions"]
+        named = Text(f"moe-routing {versions['moe-routing']}", style="bold")
+        console.print(named + Text(f", Python {versions['python']}, {versions['system']}"))
+        _devices(report, console)
+        _toolchains(report, console)
+        _backends(report, console)
+        _environment(report, console)
+        console.print()
     _checks(report, console, verbose=verbose)
 
 
@@ -91,7 +95,7 @@ def _environment(report: dict[str, Any], console: Console) -> None:
 
 
 def _checks(report: dict[str, Any], console: Console, *, verbose: bool) -> None:
-    console.print(Text("\nChecks", style="bold"))
+    console.print(Text("Checks", style="bold"))
     for check in report["checks"]:
         status = check["status"]
         if status == "skipped" and not verbose:

@@ -6,11 +6,9 @@ from pathlib import Path  # typer reads annotations while the program runs
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_routing.cli._bench import INSTALL, have_matplotlib
-from moe_routing.cli._show import Unusable, UsageError, console, print_json
+from moe_routing.cli._render_doctor import render
+from moe_routing.cli._show import Unusable, UsageError, check_writable, console, print_json, progress
 
 
 def report(
@@ -28,23 +26,18 @@ def report(
         if out.suffix != ".html":
             msg = f"--out: expected a name that ends in .html, got {str(out)!r}"
             raise UsageError(msg)
-        if not out.resolve().parent.is_dir():
-            msg = f"--out: expected a directory that exists, got {str(out.parent)!r}"
-            raise UsageError(msg)
-        if not have_matplotlib():
-            msg = f"report: matplotlib, which draws the benchmark, is not installed: {INSTALL}"
-            raise Unusable(msg)
-    screen = console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    on = Console(stderr=True)
-    with Progress(*columns, console=on, transient=True, disable=not on.is_terminal) as progress:
-        task = progress.add_task("report", total=None)
-        gathered = gather(
-            device, lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
-        )
+        check_writable("--out", out)
+    with progress() as bar:
+        task = bar.add_task("report", total=None)
+        gathered = gather(device, lambda what, done, total: bar.update(task, description=what, completed=done, total=total))
     if as_json:
         print_json(gathered.to_dict())
     else:
-        out.write_text(to_html(gathered), encoding="utf-8")
-        screen.print(f"Report: {out}", markup=False, soft_wrap=True)
+        try:
+            out.write_text(to_html(gathered), encoding="utf-8")
+        except OSError as error:
+            render(gathered.doctor, console())
+            msg = f"--out: {error}"
+            raise Unusable(msg) from error
+        console().print(f"Report: {out}", soft_wrap=True)
     raise typer.Exit(0 if gathered.ok else 1)

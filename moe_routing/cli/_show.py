@@ -5,19 +5,42 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING
+import tempfile
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextvars import ContextVar
+from errno import EISDIR
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from moe_routing_registry import printable
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from rich.console import ConsoleOptions, RenderableType, RenderResult
+    from rich.segment import Segment
 
     from moe_routing_registry import UnknownNameError
 
+_STDOUT = 1
+_answer: ContextVar[TextIO | None] = ContextVar("moe_routing_answer", default=None)
+"""The stream of the answer while stdout is reserved for it."""
+_answered: ContextVar[bool] = ContextVar("moe_routing_answered", default=False)
+"""Whether JSON was printed."""
+_WORD = 20
+"""Characters of a word up to which a table is not drawn where it would break the word."""
+_DIGITS = 18
+"""Of a count: what 64 bits hold."""
 _UNLIMITED = 100_000
 _FEW = 12
 STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
@@ -34,23 +57,145 @@ class Unusable(Exception):  # noqa: N818 -- the tool works; what was asked for d
     """What was asked for cannot be used here; shown as one line on stderr, exit code 1."""
 
 
+class _Console(Console):
+    """A console on which text is text: no markup in it is read, and nothing in it steers the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render; what plug-ins, files and devices say reaches the terminal here, without its control characters."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller, who ends the command."""
+        raise BrokenPipeError
+
+
+@contextmanager
+def reserved_stdout() -> Iterator[None]:
+    """Keep stdout for the answer: what plug-ins, torch and compilers print meanwhile goes to stderr.
+
+    That includes what goes past ``sys.stdout`` to file descriptor 1, from C++ or from processes that are started.
+    """
+    answer, kept = sys.stdout, None
+    answer.flush()
+    with suppress(OSError, ValueError):  # a stream that is no file: a test's or a notebook's
+        if answer.fileno() == _STDOUT:
+            kept = os.dup(_STDOUT)
+            answer = os.fdopen(kept, "w", encoding=answer.encoding, errors=answer.errors)
+            _point_stdout_to(sys.stderr)
+    token = _answer.set(answer)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _answer.reset(token)
+        try:
+            answer.flush()
+        finally:
+            if kept is not None:
+                os.dup2(kept, _STDOUT)
+                with suppress(OSError):  # which the flush has raised
+                    answer.close()
+
+
+def _point_stdout_to(stream: TextIO | None) -> None:
+    with Path(os.devnull).open("w", encoding="utf-8") if stream is None else nullcontext(stream) as target:
+        os.dup2(target.fileno(), _STDOUT)
+
+
+def drop_stdout() -> None:
+    """Throw away what stdout still holds and cannot write, so that the end of the process does not try again."""
+    with suppress(OSError, ValueError):
+        if sys.stdout.fileno() == _STDOUT:
+            _point_stdout_to(None)
+
+
+def stdout() -> TextIO:
+    """Return the stream of the answer."""
+    return _answer.get() or sys.stdout
+
+
 def console() -> Console:
     """Return a console on stdout: as wide as the terminal, or without limit where the output goes to a program.
 
     ``COLUMNS`` sets the width of both.
     """
-    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=_UNLIMITED if piped else None, highlight=False)
+    piped = not stdout().isatty() and "COLUMNS" not in os.environ
+    return _Console(file=stdout(), width=_UNLIMITED if piped else None, highlight=False, markup=False, emoji=False)
 
 
-def table(title: str | None, *columns: str, rows: Iterable[tuple[str | Text, ...]], whole: tuple[str, ...] = ()) -> Table:
-    """Build a table that folds long words instead of cutting them; columns in ``whole`` are not broken at all."""
-    built = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        built.add_column(column, overflow="fold", no_wrap=column in whole)
-    for row in rows:
-        built.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return built
+def progress() -> Progress:
+    """Return a progress bar on stderr, shown where that is a terminal."""
+    on = _Console(stderr=True, highlight=False, markup=False, emoji=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=on, transient=True, disable=not on.is_terminal)
+
+
+class _Rows:
+    """A table; where the screen is too narrow for it, each row under its first cell, a line or more for each other cell."""
+
+    def __init__(
+        self, title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], whole: Sequence[str]
+    ) -> None:
+        self._title, self._columns, self._whole = title, columns, whole
+        self._rows = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+
+    def __rich_console__(self, screen: Console, options: ConsoleOptions) -> RenderResult:
+        needed = [["x" * width for width in map(self._least, range(len(self._columns)))]]
+        if (
+            Measurement.get(screen, options.update(max_width=_UNLIMITED), self._table(needed, self._columns)).minimum
+            <= options.max_width
+        ):
+            yield self._table(self._rows, self._whole)
+            return
+        if self._title:
+            yield Text(self._title, style="bold")
+        for first, *others in self._rows:
+            yield Text(f"{self._columns[0]}: ", style="dim") + Text(first.plain, style="bold")
+            for column, cell in zip(self._columns[1:], others, strict=True):
+                if cell.plain:
+                    line = Text(f"{column}: ", style="dim") + Text(cell.plain, style=cell.style)
+                    yield Padding(line, (0, 0, 0, 2), expand=False)
+
+    def _table(self, rows: Iterable[Sequence[str | Text]], whole: Sequence[str]) -> Table:
+        title = Text(self._title) if self._title else None
+        built = Table(
+            title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        for column in self._columns:
+            built.add_column(Text(column), overflow="fold", no_wrap=column in whole)
+        for row in rows:
+            built.add_row(*row)
+        return built
+
+    def _least(self, at: int) -> int:
+        """Return the width that a column needs: its longest cell, or its longest word where it may be wrapped."""
+        cells = [row[at].plain for row in self._rows]
+        if self._columns[at] in self._whole:
+            return max(map(cell_len, [self._columns[at], *cells]))
+        return max(min(cell_len(word), _WORD) for text in [self._columns[at], *cells] for word in text.split() or [""])
+
+
+def table(title: str | None, *columns: str, rows: Iterable[Sequence[str | Text]], whole: Sequence[str] = ()) -> RenderableType:
+    """Build a table in which no word is lost; columns in ``whole`` are not broken at all, in the others long words fold."""
+    return _Rows(title, columns, rows, whole)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Refuse, before the work, a file that could not be written after it.
+
+    :raises UsageError: names the option, the file and why.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        msg = f"{option}: expected a file that can be written, got {str(path)!r}: {getattr(error, 'strerror', None) or error}"
+        raise UsageError(msg) from error
 
 
 def words(given: list[str] | None) -> tuple[str, ...]:
@@ -64,9 +209,10 @@ def words(given: list[str] | None) -> tuple[str, ...]:
 
 def count(text: str) -> int:
     """Read an integer >= 1; typer's own words for it depend on its version and leave out what came."""
-    if text.isdecimal() and int(text) >= 1:
+    if text.isdecimal() and len(text) <= _DIGITS and int(text) >= 1:
         return int(text)
-    msg = f"expected an integer >= 1, got {text!r}"
+    expected = "an integer >= 1" if len(text) <= _DIGITS else f"an integer of at most {_DIGITS} digits"
+    msg = f"expected {expected}, got {text!r:.60}"
     raise typer.BadParameter(msg)
 
 
@@ -83,7 +229,14 @@ def mark(screen: Console, status: str) -> Text:
 
 def print_json(value: object) -> None:
     """Print a report for programs."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    _answered.set(True)
+    stdout().write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def print_json_of(error: str) -> None:
+    """Print a failure for programs, unless they have an answer already."""
+    if not _answered.get():
+        print_json({"schema_version": 1, "error": error})
 
 
 def shortened(error: UnknownNameError) -> str:

@@ -5,16 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from moe_routing.cli._bench import main_device
-from moe_routing.cli._catalogue import loaded_registry, look_up
-from moe_routing.cli._show import STATUS_STYLES, Unusable, UsageError, console, count, print_json, table, words
+from moe_routing.cli._catalogue import look_up
+from moe_routing.cli._show import (
+    STATUS_STYLES,
+    Unusable,
+    UsageError,
+    console,
+    count,
+    print_json,
+    progress,
+    table,
+    words,
+)
+from moe_routing_registry import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from rich.console import Console
 
     from moe_routing_registry import ResolutionReport
 
@@ -40,16 +51,24 @@ def tune(  # noqa: PLR0913 -- the options of the command
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Measure which launch serves how many tokens best on this device, and keep it; exit code 1 if one computed wrong."""
-    place = device or main_device()
-    names = words(router) or ("gemma4",)
-    dtypes = [_dtype(word) for word in words(dtype)] or ["bfloat16"]
-    sizes = [_tokens(word) for word in words(tokens)]
-    asked = [(name, _chosen(name, place, experts, topk, kind)) for name in names for kind in dtypes]
-    screen = console()
-    found = _measured(asked, sizes, screen if screen.is_terminal and not as_json else Console(stderr=True))
+    found: list[dict[str, Any]] = []
+    place = None
+    try:
+        place = device or main_device()
+        names = words(router) or ("gemma4",)
+        dtypes = [_dtype(word) for word in words(dtype)] or ["bfloat16"]
+        sizes = [_tokens(word) for word in words(tokens)]
+        asked = [(name, _chosen(name, place, experts, topk, kind)) for name in names for kind in dtypes]
+        place = str(asked[0][1].device)
+        _measure(asked, sizes, found)
+    except Exception as error:
+        if as_json:
+            print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": str(error)})
+        raise
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "device": str(asked[0][1].device), "problems": found})
+        print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": ""})
     else:
+        screen = console()
         for one in found:
             _show(one, screen)
     raise typer.Exit(1 if any(one["wrong"] for one in found) else 0)
@@ -75,6 +94,7 @@ def _tokens(word: str) -> int:
 def _chosen(name: str, device: str, experts: int | None, topk: int | None, dtype: str) -> ResolutionReport:
     """Ask which backend routes this; it must be one that can be tuned."""
     import moe_routing
+    from moe_routing._registry import registry
 
     entry = look_up(name)
     moe_routing.probe(device)  # a device that is not here is an error of its own
@@ -82,15 +102,16 @@ def _chosen(name: str, device: str, experts: int | None, topk: int | None, dtype
     report = moe_routing.explain(name, device=device, num_experts=experts, topk=topk or entry.topk, dtype=dtype)
     if report.problem is None:
         raise UsageError(report.error.partition(": ")[2] or report.error)
-    known = loaded_registry()
-    if report.winner is None or not known.backends[report.winner].tuner:
+    if report.winner is None or not registry().backends[report.winner].tuner:
         raise Unusable(_refusal(report))
     return report
 
 
 def _refusal(report: ResolutionReport) -> str:
-    """Say why nothing can be tuned here, and the command that mends it."""
-    tunable = [card.name for card in loaded_registry().backends.values() if card.tuner]
+    """Say why nothing can be tuned here, and the command to try."""
+    from moe_routing._registry import registry
+
+    tunable = [card.name for card in registry().backends.values() if card.tuner]
     routes = f"{report.winner} routes, which has nothing to tune" if report.winner else "no backend routes"
     missed = [rejection for name in tunable if (rejection := report.rejection(name)) is not None]
     reasons = "; ".join(f"{rejection.name} {rejection.verdict.reason}" for rejection in missed)
@@ -98,29 +119,31 @@ def _refusal(report: ResolutionReport) -> str:
     return f"nothing to tune on {report.device}: {routes}; {reasons or 'no backend can be tuned'}; try: {fixes[0]}"
 
 
-def _measured(asked: Sequence[tuple[str, ResolutionReport]], sizes: Sequence[int], screen: Console) -> list[dict[str, Any]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    found = []
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+def _measure(asked: Sequence[tuple[str, ResolutionReport]], sizes: Sequence[int], found: list[dict[str, Any]]) -> None:
+    """Tune one problem after another; what was measured before one fails stays in ``found``."""
+    from moe_routing._registry import registry
+
+    with progress() as bar:
         for router, report in asked:
             assert report.problem is not None  # noqa: S101 -- for mypy: `_chosen` saw to it
             assert report.winner is not None  # noqa: S101 -- likewise
             problem = report.problem
             name = f"{router} {problem.num_experts}/{problem.topk} {problem.dtype}"
-            task = progress.add_task(name, total=None)
+            task = bar.add_task(name, total=None)
 
             def advance(what: str, done: int, total: int, *, task: Any = task, name: str = name) -> None:  # noqa: ANN401 -- rich's id
-                progress.update(task, description=f"{name}, {what}", completed=done, total=total)
+                bar.update(task, description=f"{name}, {what}", completed=done, total=total)
 
-            measure: Callable[..., Any] = loaded_registry().tuner(report.winner)
             try:
-                tuned = measure(problem, report.device, **({"tokens": sizes} if sizes else {}), on_step=advance)
-            except RuntimeError as error:
-                msg = f"{name} on {report.device}: {str(error).partition(chr(10))[0]}"
-                raise Unusable(msg) from error
+                with contained("its tuner"):
+                    measure: Callable[..., Any] = registry().tuner(report.winner)
+                    tuned = measure(problem, report.device, **({"tokens": sizes} if sizes else {}), on_step=advance)
+                    measured = tuned.to_dict()
+            except PluginFailure as failure:
+                msg = f"{name} on {report.device}: {report.winner}: {failure.sentence}"
+                raise Unusable(msg) from failure
             shape = {"num_experts": problem.num_experts, "topk": problem.topk, "dtype": problem.dtype}
-            found.append({"router": router, **shape, "backend": report.winner, **tuned.to_dict()})
-    return found
+            found.append({"router": router, **shape, "backend": report.winner, **measured})
 
 
 def _show(one: dict[str, Any], screen: Console) -> None:

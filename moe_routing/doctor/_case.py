@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_routing.doctor._machine import FAILURES, Failure, look, quietly
+from moe_routing.doctor._machine import Failure, look, quietly
+from moe_routing.doctor._plugins import changed, leave_out_what_does_not_end, torch_state
+from moe_routing_registry import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +33,7 @@ class Case:
     :ivar duplicates: names that two distributions claim.
     :ivar reports: the choice on each device, by the device's name.
     :ivar choosing_failure: why there are no reports, where that is not torch's fault.
+    :ivar patched: what loading the plug-ins changed of torch, a sentence each.
     """
 
     machine: Machine
@@ -43,6 +46,7 @@ class Case:
     duplicates: tuple[DuplicateNameError, ...]
     reports: Mapping[str, ResolutionReport]
     choosing_failure: Failure | None
+    patched: tuple[str, ...] = ()
 
 
 def take(device: str | None, router: str | None, *, verify: bool) -> Case:
@@ -51,15 +55,19 @@ def take(device: str | None, router: str | None, *, verify: bool) -> Case:
 
     machine = look(device)
     router = router or DEFAULT_ROUTER
+    known = registry()
+    leave_out_what_does_not_end(machine.devices)
     with quietly():  # a plug-in's failure is reported below, not as a warning
-        known = registry()
+        torch_before = torch_state()
         backends = dict(sorted(known.backends.items(), key=lambda item: (-item[1].priority, item[0])))
+        patched = changed(torch_before, torch_state())
         reports: dict[str, ResolutionReport] = {}
         failure = None
         try:
-            reports = {place(info): _choose(router, info) for info in machine.devices}
-        except FAILURES as error:  # `explain` never raises; importing it may, beside a torch that is broken
-            failure = Failure.of(error)
+            with contained("choosing"):  # `explain` never raises; importing it may, with a torch that is broken
+                reports = {place(info): _choose(router, info) for info in machine.devices}
+        except PluginFailure as raised:
+            failure = Failure.of(raised.error)
     return Case(
         machine=machine,
         device=device,
@@ -71,6 +79,7 @@ def take(device: str | None, router: str | None, *, verify: bool) -> Case:
         duplicates=known.duplicates,
         reports=reports,
         choosing_failure=failure,
+        patched=patched,
     )
 
 

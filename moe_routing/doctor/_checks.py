@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from moe_routing.doctor._case import place
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._environment import HIDING, variables
-from moe_routing.doctor._machine import FAILURES, backend_autoloaders, gpus_without_torch, quietly
+from moe_routing.doctor._machine import backend_autoloaders, gpus_without_torch, quietly
 from moe_routing.probing._toolchains import toolchains
+from moe_routing_registry import PluginFailure, contained
 
 if TYPE_CHECKING:
     from moe_routing.doctor._case import Case
@@ -141,6 +142,7 @@ def plugins(case: Case) -> list[Check]:
         removable = [d.partition(" ")[0] for d in duplicate.distributions if not d.startswith(("moe-routing ", "("))]
         fix = f"pip uninstall {removable[-1]}" if removable else ""
         found.append(Check(name="plugins", status="problem", summary=str(duplicate), fix=fix))
+    found += [Check(name="plugins", status="warning", summary=sentence) for sentence in case.patched]
     names = ", ".join(case.backends) or "none"
     return found or [Check(name="plugins", status="ok", summary=f"every plug-in loaded; backends: {names}")]
 
@@ -214,10 +216,11 @@ def _verified(name: str, device: str) -> Check:
         from moe_routing.testing.quick import verify as quick
 
         try:
-            findings = quick(name, device)
-        except FAILURES as error:
-            summary = f"{name} on {device} could not be compared: {type(error).__name__}: {error}"
-            return Check(name="verify", status="problem", summary=summary)
+            with contained("comparing it"):
+                findings = quick(name, device)
+        except PluginFailure as failure:
+            summary = f"{name} on {device} could not be compared: {failure.sentence}"
+            return Check(name="verify", status="problem", summary=summary, details=failure.trace)
     if not findings:
         return Check(name="verify", status="problem", summary=f"{name} on {device}: nothing could be compared in time")
     wrong = [finding for finding in findings if not finding.ok]

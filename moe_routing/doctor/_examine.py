@@ -9,8 +9,8 @@ from moe_routing.doctor import _checks
 from moe_routing.doctor._case import take
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._environment import variables
-from moe_routing.doctor._machine import FAILURES, Failure
 from moe_routing.doctor._vllm import vllm
+from moe_routing_registry import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -94,11 +94,10 @@ def examine(
 def _run(name: str, case: Case) -> list[Check]:
     """Run a check; one that raises is a finding, not the end of the examination."""
     try:
-        return CHECKS[name](case)
-    except FAILURES as error:
-        failure = Failure.of(error)
-        summary = f"this check itself raised {failure.sentence}"
-        return [Check(name=name, status="problem", summary=summary, details=failure.traceback)]
+        with contained("this check itself"):
+            return CHECKS[name](case)
+    except PluginFailure as failure:
+        return [Check(name=name, status="problem", summary=failure.sentence, details=failure.trace)]
 
 
 def _backend(case: Case, card: BackendSpec) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from moe_routing.probing._installed import Installed
 from moe_routing.probing._intel import intel_arch
 from moe_routing.probing._observe import TorchBuild, UnknownDeviceError
 from moe_routing.probing._toolchains import toolchains
+from moe_routing_registry import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, Toolchain
 
 _PATIENCE = 120
-FAILURES = (Exception, SystemExit)
-"""What an import may raise and a doctor must survive: some packages call ``exit``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +82,10 @@ def look(only: str | None = None) -> Machine:
         failures: dict[str, Failure] = {}
         if build is not None:
             try:
-                _probe_into(found, failures, only)
-            except UnknownDeviceError:
-                raise
-            except FAILURES as error:  # a torch that imports, and is broken all the same
-                build, torch_failure = None, Failure.of(error)
+                with contained("probing", UnknownDeviceError):
+                    _probe_into(found, failures, only)
+            except PluginFailure as failure:  # a torch that imports, and is broken all the same
+                build, torch_failure = None, Failure.of(failure.error)
     return Machine(
         build=build,
         torch_failure=torch_failure,
@@ -115,9 +113,10 @@ def _import_torch() -> tuple[TorchBuild | None, Failure | None]:
         if failure is not None:
             return None, failure
     try:
-        return TorchBuild.read(), None
-    except FAILURES as error:
-        return None, Failure.of(error)
+        with contained("importing torch"):
+            return TorchBuild.read(), None
+    except PluginFailure as failure:
+        return None, Failure.of(failure.error)
 
 
 def _import_elsewhere(module: str) -> Failure | None:
@@ -151,11 +150,10 @@ def _probe_into(found: list[DeviceInfo], failures: dict[str, Failure], only: str
 
     for name in [only] if only else device_names():
         try:
-            found.append(probe(name))
-        except UnknownDeviceError:  # noqa: PERF203 -- each device may fail for itself; here the question is wrong, though
-            raise
-        except FAILURES as error:
-            failures[name] = Failure.of(error)
+            with contained("probing", UnknownDeviceError):
+                found.append(probe(name))
+        except PluginFailure as failure:  # noqa: PERF203 -- each device may fail for itself
+            failures[name] = Failure.of(failure.error)
 
 
 def backend_autoloaders() -> list[str]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_routing.doctor import examine
-from moe_routing.doctor._machine import FAILURES, Failure
+from moe_routing.doctor._machine import Failure
+from moe_routing_registry import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,9 +81,10 @@ def _choice(doctor: dict[str, Any]) -> tuple[str, str] | None:
 
 def _kept(part: Callable[[], Any]) -> Any:  # noqa: ANN401 -- what the part returns, or its failure
     try:
-        return part()
-    except FAILURES as error:  # the page is for machines on which something is broken
-        return Failure.of(error)
+        with contained("this part"):
+            return part()
+    except PluginFailure as failure:  # the page is for machines on which something is broken
+        return Failure.of(failure.error)
 
 
 def _conformance(backend: str, place: str, advance: Advance) -> Report:

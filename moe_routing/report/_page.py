@@ -70,7 +70,7 @@ def _backends(doctor: dict[str, Any]) -> Iterator[str]:
         states = [(backend["name"], backend["devices"][place]) for backend in doctor["backends"]]
         rows = [(name, " ".join(filter(None, (state["state"], state["code"]))), state["reason"]) for name, state in states]
         yield f"<h2>Backends on {escape(place)}</h2>" + table(("name", "state", "why"), rows)
-        yield from (f"<div>to use {name}: <pre>{escape(s['fix'])}</pre></div>" for name, s in states if s["fix"])
+        yield from (f"<div>to use {escape(name)}: <pre>{escape(s['fix'])}</pre></div>" for name, s in states if s["fix"])
     for failure in doctor["plugin_failures"]:
         yield f"<p class='failed'>plug-in {escape(failure['name'])}: {escape(failure['reason'])}</p>"
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 from moe_routing._html import escape, page
 from moe_routing.testing.points import POINTS
+from moe_routing_registry import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,7 +45,7 @@ def write(report: Report, path: str | Path) -> None:
 
 def to_json(report: Report) -> str:
     """Return ``Report.to_dict()`` as text."""
-    return json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(report.to_dict(), indent=1) + "\n"
 
 
 def to_junit(report: Report) -> str:
@@ -67,16 +68,12 @@ def to_junit(report: Report) -> str:
                 suite, "testcase", classname=f"{report.backend}.{result.check}", name=result.id, time=f"{result.seconds:.6f}"
             )
             if result.status == "failed":
-                ET.SubElement(case, "failure", message=_clean(result.message.partition("\n")[0])).text = _clean(result.message)
+                ET.SubElement(case, "failure", message=result.message.partition("\n")[0]).text = result.message
             elif result.status != "passed":
-                ET.SubElement(case, "skipped", message=_clean(f"{result.status}: {result.message}"))
+                ET.SubElement(case, "skipped", message=f"{result.status}: {result.message}")
     ET.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
-
-
-def _clean(text: str) -> str:
-    """Leave out what XML cannot hold: a message may quote a device's bytes."""
-    return "".join(c for c in text if c in "\t\n" or c >= " ")
+    # What XML cannot hold is left out: a message may quote a device's bytes.
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + printable(ET.tostring(root, encoding="unicode")) + "\n"
 
 
 Key = TypeVar("Key")
@@ -163,7 +160,7 @@ def listing(title: str, results: list[Result], style: str) -> str:
         f"<pre>{escape(r.message)}</pre></details>"
         for n, r in enumerate(results)
     )
-    return f"<h2>{title} ({len(results)})</h2>{items}"
+    return f"<h2>{escape(title)} ({len(results)})</h2>{items}"
 
 
 def _gaps(report: Report) -> str:
@@ -184,7 +181,7 @@ def _reasons(title: str, results: list[Result]) -> str:
         for r in reasons.values()
     )
     table = f"<table><thead><tr><th>point</th><th>check</th><th>reason</th><th>cases</th></tr></thead>{rows}</table>"
-    return f"<h2>{title} ({len(results)})</h2><details><summary>{len(reasons)} reasons</summary>{table}</details>"
+    return f"<h2>{escape(title)} ({len(results)})</h2><details><summary>{len(reasons)} reasons</summary>{table}</details>"
 
 
 def _checks(report: Report) -> str:

@@ -11,6 +11,7 @@ from moe_routing_registry._card import (
     Target,
     knows_score,
 )
+from moe_routing_registry._containment import PluginFailure, contained, sentence
 from moe_routing_registry._device import DeviceInfo, Toolchain
 from moe_routing_registry._errors import (
     BackendUnavailableError,
@@ -38,6 +39,7 @@ from moe_routing_registry._request import (
     verify_rate,
 )
 from moe_routing_registry._spec import SCORES, SELECTIONS, GroupScore, RoutingSpec, Selection
+from moe_routing_registry._text import printable
 from moe_routing_registry._verdict import RejectCode, Verdict
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "GroupScore",
     "Layout",
     "MoeRoutingWarning",
+    "PluginFailure",
     "PluginWarning",
     "Registry",
     "RejectCode",
@@ -79,10 +82,13 @@ __all__ = [
     "Toolchain",
     "UnknownNameError",
     "Verdict",
+    "contained",
     "flag",
     "hookimpl",
     "knows_score",
     "preference",
     "preferring",
+    "printable",
+    "sentence",
     "verify_rate",
 ]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from moe_routing_registry._device import DeviceInfo
 from moe_routing_registry._problem import RoutingProblem
 from moe_routing_registry._spec import SCORES, RoutingSpec
+from moe_routing_registry._text import refusal, require_name
 from moe_routing_registry._verdict import RejectCode, Verdict
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 
 API_VERSION = 1
 """Version of the plug-in interface; a card written for another version is rejected, not tried."""
@@ -23,6 +20,7 @@ CAPABILITIES = (
 )  # fmt: skip
 """What a backend may consciously leave out, and say so on its card."""
 
+_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 ANY = "*"
 ACCELERATOR = "accelerator"
 
@@ -69,7 +67,17 @@ class Target:
     explicit: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a version range where versions have no order."""
+        """Check every field, and refuse a version range where versions have no order."""
+        if self.platform != ANY:
+            require_name("platform", self.platform)
+        _require("archs", self.archs, frozenset, "a frozenset of strings", of=str)
+        for name in ("min_capability", "max_capability"):
+            version = getattr(self, name)
+            if version is not None:
+                _require(name, version, tuple, "a pair of integers or None", of=int)
+                if len(version) != 2:  # noqa: PLR2004 -- major and minor
+                    raise ValueError(refusal(name, "a pair of integers or None", version))
+        _require("explicit", self.explicit, bool, "True or False")
         if self.platform != "cuda" and (self.min_capability or self.max_capability):
             msg = f"min_capability, max_capability: only platform 'cuda' has an order, got platform {self.platform!r}"
             raise ValueError(msg)
@@ -126,7 +134,9 @@ def _dotted(version: tuple[int, int]) -> str:
 class BackendSpec:
     """A backend's card: everything that choosing needs, without importing the backend.
 
-    :ivar name: what users write in ``get_router(backend=...)``.
+    Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
+
+    :ivar name: what users write in ``get_router(backend=...)``: 1 to 100 of the characters a-z, 0-9, ``.``, ``_``, ``-``.
     :ivar factory: dotted path ``"package.module:attribute"`` of ``factory(problem, device) -> bound callable``,
         imported only when this backend is chosen.
     :ivar targets: the devices that it is for.
@@ -160,29 +170,38 @@ class BackendSpec:
     gaps: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse a card that could not be shown or used."""
-        if not self.name or self.name != self.name.strip().lower() or any(c in self.name for c in ", :"):
-            msg = f"name: expected lower case without spaces, commas and colons, got {self.name!r}"
-            raise ValueError(msg)
-        for argument, path in (("factory", self.factory), ("tuner", self.tuner)):
-            module, _, attribute = path.partition(":")
-            if (path or argument == "factory") and not (module and attribute):
-                msg = f"{argument}: expected 'package.module:attribute', got {path!r}"
-                raise ValueError(msg)
-        if not self.targets or not all(isinstance(t, Target) for t in self.targets):
-            msg = f"targets: expected at least one Target, got {self.targets!r}"
-            raise ValueError(msg)
+        """Check every field: a card that is accepted can be shown, compared and used."""
+        require_name("name", self.name)
+        _require_path("factory", self.factory)
+        _require("targets", self.targets, tuple, "a tuple of at least one Target", of=Target)
+        if not self.targets:
+            raise ValueError(refusal("targets", "a tuple of at least one Target", self.targets))
+        _require("api_version", self.api_version, int, "an integer")
+        if self.families is not None:
+            _require("families", self.families, frozenset, "a frozenset of names, or None", of=str)
+        _require("requirements", self.requirements, tuple, "a tuple of PEP 508 strings", of=str)
+        _require("priority", self.priority, int, "an integer")
+        for name in ("supports", "notes"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TypeError(refusal(name, "a function (problem, device), or None", getattr(self, name)))
+        _require("summary", self.summary, str, "a string")
+        _require("tuner", self.tuner, str, "a string")
+        if self.tuner:
+            _require_path("tuner", self.tuner)
+        _require("gaps", self.gaps, Mapping, "a mapping of capabilities to reasons")
         for capability, reason in self.gaps.items():
-            if capability not in CAPABILITIES or not reason:
-                msg = f"gaps: expected one of {', '.join(CAPABILITIES)} and a reason, got {capability!r}: {reason!r}"
-                raise ValueError(msg)
+            if capability not in CAPABILITIES or not isinstance(reason, str) or not reason:
+                expected = f"one of {', '.join(CAPABILITIES)} and a reason"
+                raise ValueError(refusal("gaps", expected, (capability, reason)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilySpec:
     """A routing family's card.
 
-    :ivar spec: the family's defaults; its ``family`` is the name that users write.
+    Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
+
+    :ivar spec: the family's defaults; its ``family`` is the name that users write, and no built-in name.
     :ivar source: paper, model or project that the formula comes from.
     :ivar models: model names (transformers' ``model_type``) that are this family with other values.
     :ivar oracle: ``"package.module:attribute"`` of a float64 oracle that is called like ``moe_routing.testing.oracle.route``,
@@ -193,3 +212,41 @@ class FamilySpec:
     source: str
     models: Mapping[str, RoutingSpec] = field(default_factory=dict)
     oracle: str = ""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        _require("spec", self.spec, RoutingSpec, "a RoutingSpec")
+        _require("source", self.source, str, "a string")
+        _require("models", self.models, Mapping, "a mapping of model names to RoutingSpecs")
+        for name, spec in self.models.items():
+            require_name("models", name)
+            _require("models", spec, RoutingSpec, f"a RoutingSpec for {name!r}")
+            if spec.family != self.spec.family:
+                raise ValueError(refusal("models", f"specs of the family {self.spec.family!r}", f"{name}: {spec.family}"))
+        _require("oracle", self.oracle, str, "a string")
+        if self.oracle:
+            _require_path("oracle", self.oracle)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names that users write for it: the family's and its models'."""
+        return frozenset({self.spec.family, *self.models})
+
+
+def _require(name: str, value: object, kind: type, expected: str, *, of: type = object) -> None:
+    """Raise ``TypeError`` naming the field unless the value is of that type, and its items of theirs."""
+    if not _is(value, kind) or (isinstance(value, Iterable) and not all(_is(item, of) for item in value)):
+        raise TypeError(refusal(name, expected, value))
+
+
+def _is(value: object, kind: type) -> bool:
+    """Tell whether a value is of the type; True is no integer here."""
+    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
+
+
+def _require_path(name: str, path: object) -> None:
+    expected = "'package.module:attribute'"
+    if not isinstance(path, str):
+        raise TypeError(refusal(name, expected, path))
+    if _PATH.fullmatch(path) is None:
+        raise ValueError(refusal(name, expected, path))

@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import textwrap
-import traceback
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pluggy
 
 from moe_routing_registry import _hooks
 from moe_routing_registry._card import BackendSpec, FamilySpec
-from moe_routing_registry._errors import DuplicateNameError, PluginWarning
+from moe_routing_registry._containment import PluginFailure, contained
+from moe_routing_registry._errors import DuplicateNameError
 from moe_routing_registry._report import Rejection
+from moe_routing_registry._text import refusal
 from moe_routing_registry._verdict import RejectCode, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
-PLUGIN_FAILURES = (Exception, SystemExit)
-"""What a plug-in may raise without taking the host with it: some packages call ``exit`` at import."""
+_UNKNOWN = "(unknown)"
+
+
+class Plugin(NamedTuple):
+    """A plug-in that was found and is not imported yet.
+
+    :ivar key: name and module of its entry point; what it is left out by.
+    :ivar name: name of its entry point.
+    :ivar distribution: the distribution that brings it, ``"moe-routing 0.1.0"`` for example.
+    :ivar importer: imports it.
+    :ivar built_in: whether it is one of this project's own.
+    """
+
+    key: str
+    name: str
+    distribution: str
+    importer: Callable[[], object]
+    built_in: bool
 
 
 @dataclass
@@ -32,100 +48,176 @@ class Inventory:
 
     :ivar backends: cards by name.
     :ivar families: cards by family name.
-    :ivar distributions: the distribution behind each card, by ``(kind, name)``.
+    :ivar distributions: the distribution that brought each card, by ``(kind, name)``.
+    :ivar plugins: the plug-in that brought each backend, by the backend's name.
     :ivar failures: plug-ins that failed, with their traceback.
-    :ivar duplicates: names that two distributions claim.
+    :ivar duplicates: backend names that two distributions claim.
     """
 
     backends: dict[str, BackendSpec] = field(default_factory=dict)
     families: dict[str, FamilySpec] = field(default_factory=dict)
     distributions: dict[tuple[str, str], str] = field(default_factory=dict)
+    plugins: dict[str, Plugin] = field(default_factory=dict)
     failures: list[Rejection] = field(default_factory=list)
     duplicates: list[DuplicateNameError] = field(default_factory=list)
 
-    def fail(self, name: str, distribution: str, code: RejectCode, doing: str, error: BaseException) -> None:
-        """Keep the failure for doctor and say once that there was one."""
-        reason = sentence(doing, error)
-        trace = "".join(traceback.format_exception(error))
-        fix = (
-            f"pip uninstall {distribution.partition(' ')[0]}"
-            if code is RejectCode.IMPORT_FAILED and distribution != "(unknown)"
-            else ""
-        )
-        self.failures.append(
-            Rejection(name=name, verdict=Verdict.no(code, reason, fix), distribution=distribution, traceback=trace)
-        )
-        warnings.warn(
-            f"plug-in {name!r} of {distribution} is not used: {reason}; `moe-routing doctor --verbose` shows the traceback",
-            PluginWarning,
-            stacklevel=2,
-        )
+    def fail(self, name: str, distribution: str, code: RejectCode, reason: str, trace: str = "") -> None:
+        """Keep a failure, for the warning and for doctor."""
+        uninstall = code is RejectCode.IMPORT_FAILED and distribution != _UNKNOWN
+        fix = f"pip uninstall {distribution.partition(' ')[0]}" if uninstall else ""
+        verdict = Verdict.no(code, reason, fix)
+        self.failures.append(Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace))
 
-    def add(self, kind: str, cards: dict[str, Any], name: str, card: object, distribution: str) -> None:
-        """File a card, or the fact that its name is taken."""
-        if name in cards:
-            self.duplicates.append(DuplicateNameError(kind, name, self.distributions[kind, name], distribution))
+    def add(self, card: BackendSpec, distribution: str) -> None:
+        """Add a backend, or the fact that its name is taken."""
+        if card.name in self.backends:
+            kind, taken_by = "backend", self.distributions["backend", card.name]
+            self.duplicates.append(DuplicateNameError(kind, card.name, taken_by, distribution))
             return
-        cards[name] = card
-        self.distributions[kind, name] = distribution
+        self.backends[card.name] = card
+        self.distributions["backend", card.name] = distribution
+
+    def add_all_of(self, plugin: Plugin, backends: Sequence[BackendSpec], families: Sequence[FamilySpec]) -> None:
+        """Add everything that a plug-in brings."""
+        for card in backends:
+            self.add(card, plugin.distribution)
+            self.plugins.setdefault(card.name, plugin)
+        for row in families:
+            self.families[row.spec.family] = row
+            self.distributions["family", row.spec.family] = plugin.distribution
 
 
-def load(built_in: Mapping[str, str]) -> Inventory:
-    """Load the entry points of the group, and those of ``built_in`` (name -> module) that no metadata names."""
+def load(
+    built_in: Mapping[str, str],
+    reserved: Collection[str],
+    left_out: Mapping[str, str],
+    on_plugin: Callable[[Plugin], object],
+) -> Inventory:
+    """Load the entry points of the group, and those of ``built_in`` (name -> module) that no metadata names.
+
+    :param reserved: names of the built-in families and models, which no plug-in may bring.
+    :param left_out: key of a plug-in -> why it is not loaded.
+    :param on_plugin: called with each plug-in before it is imported.
+    """
     inventory = Inventory()
-    manager = pluggy.PluginManager(_hooks.PROJECT)
-    manager.add_hookspecs(_hooks)
-    found: dict[str, tuple[str, Callable[[], object], str]] = {}
-    for point in importlib.metadata.entry_points(group=_hooks.ENTRY_POINT_GROUP):
-        # Two installations of one distribution on sys.path (a raw tree over a wheel) name the same plug-in twice.
-        found.setdefault(f"{point.name}={point.value}", (point.name, point.load, _distribution(point)))
-    for name, module in built_in.items():
-        found.setdefault(f"{name}={module}", (name, partial(importlib.import_module, module), "moe-routing (no metadata)"))
-    for key, (name, importer, distribution) in found.items():
-        _load_one(inventory, manager, key, name, importer, distribution)
+    # Built-in plug-ins come first: their names are theirs.
+    for plugin in sorted(discover(built_in, inventory), key=lambda plugin: not plugin.built_in):
+        if plugin.key in left_out:
+            inventory.fail(plugin.name, plugin.distribution, RejectCode.IMPORT_FAILED, left_out[plugin.key])
+        else:
+            on_plugin(plugin)
+            _load_one(plugin, inventory, reserved)
     return inventory
 
 
-def sentence(doing: str, error: BaseException) -> str:
-    """Say in one line what raised; compilers raise pages, of which the traceback keeps every word."""
-    return textwrap.shorten(f"{doing} raised {type(error).__name__}: {error}", width=300, placeholder=" ...")
+def discover(built_in: Mapping[str, str], inventory: Inventory) -> list[Plugin]:
+    """Find the plug-ins without importing them; metadata that cannot be read is a failure in the inventory."""
+    found: dict[str, Plugin] = {}
+    for point in _entry_points(inventory):
+        # Two installations of one distribution on sys.path (a raw tree over a wheel) name the same plug-in twice.
+        key = f"{point.name}={point.value}"
+        brought_by = _name_of(point.dist) if point.dist else _UNKNOWN
+        found.setdefault(key, Plugin(key, point.name, brought_by, point.load, built_in.get(point.name) == point.value))
+    for name, module in built_in.items():
+        key = f"{name}={module}"
+        importer = partial(importlib.import_module, module)
+        found.setdefault(key, Plugin(key, name, "moe-routing (no metadata)", importer, built_in=True))
+    return list(found.values())
 
 
-def _distribution(point: importlib.metadata.EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "(unknown)"
+def _entry_points(inventory: Inventory) -> list[importlib.metadata.EntryPoint]:
+    try:
+        with contained("reading metadata"):
+            return list(importlib.metadata.entry_points(group=_hooks.ENTRY_POINT_GROUP))
+    except PluginFailure:
+        pass  # one distribution's metadata cannot be read: read them one by one
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for distribution in importlib.metadata.distributions():
+        name = _name_of(distribution)
+        try:
+            with contained("reading its entry_points.txt"):
+                points = [point for point in distribution.entry_points if point.group == _hooks.ENTRY_POINT_GROUP]
+        except PluginFailure as failure:
+            inventory.fail(name.partition(" ")[0], name, RejectCode.IMPORT_FAILED, failure.sentence, failure.trace)
+        else:
+            # As in `entry_points`, of two installations of a distribution the first on sys.path counts.
+            found.setdefault(name.partition(" ")[0], points)
+    return [point for points in found.values() for point in points]
 
 
-def _load_one(  # noqa: PLR0913, PLR0917 -- private, and called once
+def _name_of(distribution: importlib.metadata.Distribution) -> str:
+    try:
+        with contained("reading its METADATA"):
+            return f"{distribution.metadata['Name']} {distribution.version}"
+    except PluginFailure:
+        return _UNKNOWN
+
+
+def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -> None:
+    try:
+        with contained("its import"):
+            module = plugin.importer()
+    except PluginFailure as failure:
+        inventory.fail(plugin.name, plugin.distribution, RejectCode.IMPORT_FAILED, failure.sentence, failure.trace)
+        return
+    try:
+        with contained("its registration"):
+            backends, families = _cards(module, plugin.key)
+            _check_names(plugin, backends, families, inventory, reserved)
+    except PluginFailure as failure:
+        inventory.fail(plugin.name, plugin.distribution, RejectCode.REGISTRATION_FAILED, failure.sentence, failure.trace)
+        return
+    inventory.add_all_of(plugin, backends, families)
+
+
+def _cards(module: object, key: str) -> tuple[list[BackendSpec], list[FamilySpec]]:
+    """Call a plug-in's hooks. It has a manager of its own, so that neither its failure nor its wrappers reach another."""
+    manager = pluggy.PluginManager(_hooks.PROJECT)
+    manager.add_hookspecs(_hooks)
+    manager.register(module, name=key)
+    manager.check_pending()
+    if not any(hook.get_hookimpls() for hook in (manager.hook.moe_routing_backends, manager.hook.moe_routing_families)):
+        msg = "it implements neither moe_routing_backends nor moe_routing_families"
+        raise ValueError(msg)
+    return _called(manager.hook.moe_routing_backends, BackendSpec), _called(manager.hook.moe_routing_families, FamilySpec)
+
+
+def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:
+    """Call a hook; raise ``TypeError`` unless each implementation returns a sequence of cards of that kind."""
+    expected = f"a sequence of {kind.__name__}"
+    results: list[object] = hook()
+    if hook.get_hookimpls() and not results:  # pluggy drops what is None
+        raise TypeError(refusal(hook.name, expected, None))
+    cards: list[Any] = []
+    for result in results:
+        # Exactly these classes: their fields have been checked, and nothing of theirs raises later.
+        if not isinstance(result, Sequence) or not all(type(card) is kind for card in result):
+            raise TypeError(refusal(hook.name, expected, result))
+        cards += result
+    return cards
+
+
+def _check_names(
+    plugin: Plugin,
+    backends: Sequence[BackendSpec],
+    families: Sequence[FamilySpec],
     inventory: Inventory,
-    manager: pluggy.PluginManager,
-    key: str,
-    name: str,
-    importer: Callable[[], object],
-    distribution: str,
+    reserved: Collection[str],
 ) -> None:
-    try:
-        plugin = importer()
-    except PLUGIN_FAILURES as error:
-        inventory.fail(name, distribution, RejectCode.IMPORT_FAILED, "its import", error)
-        return
-    try:
-        manager.register(plugin, name=key)
-        others = [p for p in manager.get_plugins() if p is not plugin]
-        backends = manager.subset_hook_caller("moe_routing_backends", others)()
-        families = manager.subset_hook_caller("moe_routing_families", others)()
-        cards = [_checked(card, BackendSpec) for some in backends for card in some]
-        rows = [_checked(row, FamilySpec) for some in families for row in some]
-    except PLUGIN_FAILURES as error:
-        inventory.fail(name, distribution, RejectCode.REGISTRATION_FAILED, "its registration", error)
-        return
-    for card in cards:
-        inventory.add("backend", inventory.backends, card.name, card, distribution)
-    for row in rows:
-        inventory.add("family", inventory.families, row.spec.family, row, distribution)
-
-
-def _checked(card: object, kind: type[Any]) -> Any:  # noqa: ANN401 -- the isinstance check is the type
-    if not isinstance(card, kind):
-        msg = f"expected a {kind.__name__}, got {card!r}"
-        raise TypeError(msg)
-    return card
+    """Raise ``ValueError`` for a name that is built in, or a router's name that another plug-in has."""
+    for card in backends:
+        owner = inventory.plugins.get(card.name)
+        if owner is not None and owner.built_in:
+            msg = f"{card.name!r} is the name of a built-in backend; a plug-in's needs another"
+            raise ValueError(msg)
+    taken = {name: other for other, row in inventory.families.items() for name in row.names}
+    for row in families:
+        for name in sorted(row.names):
+            if name in reserved:
+                msg = f"{name!r} is the name of a built-in family or model; a plug-in's needs another"
+                raise ValueError(msg)
+            if name in taken:
+                brought_by = inventory.distributions.get(("family", taken[name]), plugin.distribution)
+                msg = f"{name!r} is the name of a family or model of {brought_by} already"
+                raise ValueError(msg)
+        taken |= dict.fromkeys(row.names, row.spec.family)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import importlib
-import traceback
+import warnings
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from moe_routing_registry import _requirements
-from moe_routing_registry._card import API_VERSION
-from moe_routing_registry._errors import BackendUnavailableError, DuplicateNameError, UnknownNameError
-from moe_routing_registry._loading import PLUGIN_FAILURES, Inventory, load, sentence
+from moe_routing_registry._card import API_VERSION, BackendSpec
+from moe_routing_registry._containment import PluginFailure, contained
+from moe_routing_registry._errors import BackendUnavailableError, DuplicateNameError, PluginWarning, UnknownNameError
+from moe_routing_registry._loading import Inventory, discover, load
 from moe_routing_registry._locks import ForkSafeLock
 from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
 from moe_routing_registry._request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
+from moe_routing_registry._spec import SCORES
+from moe_routing_registry._text import printable, refusal, shown
 from moe_routing_registry._verdict import MENDABLE, RejectCode, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
-    from moe_routing_registry._card import BackendSpec, FamilySpec
+    from moe_routing_registry._card import FamilySpec
     from moe_routing_registry._device import DeviceInfo
+    from moe_routing_registry._loading import Plugin
     from moe_routing_registry._problem import RoutingProblem
 
 
@@ -28,66 +32,113 @@ class Registry:
     """Backends and families from plug-ins, loaded on first use, once, whichever thread comes first.
 
     :param built_in: name -> module of the plug-ins that are there even in a checkout without metadata.
+    :param reserved: names of the built-in families and models, which no plug-in may bring.
     :ivar generation: how often ``register`` and ``unregister`` changed what there is; whoever keeps a choice compares it.
     """
 
-    def __init__(self, built_in: Mapping[str, str] | None = None) -> None:
+    def __init__(self, built_in: Mapping[str, str] | None = None, reserved: Collection[str] = ()) -> None:
         self._built_in = dict(built_in or {})
+        self._reserved = frozenset(reserved)
+        self._left_out: dict[str, str] = {}
         self._lock = ForkSafeLock()
+        self._loading = False
         self._inventory: Inventory | None = None
         self.generation = 0
 
-    def _load(self) -> Inventory:
+    def load(self, on_plugin: Callable[[Plugin], object] = lambda _plugin: None) -> Inventory:
+        """Load the plug-ins, unless they are loaded.
+
+        :param on_plugin: called with each plug-in before it is imported.
+        """
         if self._inventory is None:
             with self._lock:
                 if self._inventory is None:
-                    self._inventory = load(self._built_in)
+                    self._inventory = self._loaded(on_plugin)
+                    # Only now: where warnings are errors, the first one must not undo the loading.
+                    for failure in self._inventory.failures:
+                        _warn_of(failure)
         return self._inventory
+
+    def _loaded(self, on_plugin: Callable[[Plugin], object]) -> Inventory:
+        if self._loading:
+            msg = "plug-ins are being loaded; a plug-in cannot use the registry at its own import"
+            raise RuntimeError(msg)
+        self._loading = True
+        try:
+            return load(self._built_in, self._reserved, self._left_out, on_plugin)
+        finally:
+            self._loading = False
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the plug-ins are loaded."""
+        return self._inventory is not None
+
+    def plugin(self, backend: str) -> Plugin | None:
+        """Return the plug-in that brought a backend, or ``None`` if it was added by hand."""
+        return self.load().plugins.get(backend)
+
+    def plugins(self) -> list[Plugin]:
+        """Find the plug-ins, without importing them."""
+        return discover(self._built_in, Inventory())
+
+    def leave_out(self, key: str, why: str) -> None:
+        """Do not load the plug-in of that key: doctor has seen that loading it does not end.
+
+        :raises RuntimeError: the plug-ins are loaded already.
+        """
+        with self._lock:
+            if self._inventory is not None:
+                msg = f"{key}: the plug-ins are loaded already"
+                raise RuntimeError(msg)
+            self._left_out[key] = why
 
     @property
     def backends(self) -> Mapping[str, BackendSpec]:
         """Cards of the backends by name."""
-        return self._load().backends
+        return self.load().backends
 
     @property
     def families(self) -> Mapping[str, FamilySpec]:
         """Cards of the families that plug-ins brought, by name."""
-        return self._load().families
+        return self.load().families
 
     @property
     def failures(self) -> tuple[Rejection, ...]:
         """Plug-ins that failed at import or registration, with their traceback."""
-        return tuple(self._load().failures)
+        return tuple(self.load().failures)
 
     @property
     def duplicates(self) -> tuple[DuplicateNameError, ...]:
         """Names that two distributions claim."""
-        return tuple(self._load().duplicates)
+        return tuple(self.load().duplicates)
 
     def distribution(self, name: str, kind: str = "backend") -> str:
         """Return the distribution that brought a backend (or, with ``kind="family"``, a family)."""
-        return self._load().distributions[kind, name]
+        return self.load().distributions[kind, name]
 
     def register(self, card: BackendSpec, distribution: str = "(this process)") -> None:
         """Add a backend by hand, for a notebook or a test; plug-ins use the hook.
 
-        Raises ``DuplicateNameError`` if the name is taken.
+        Raises ``TypeError`` for what is no ``BackendSpec``, and ``DuplicateNameError`` if the name is taken.
         """
+        if type(card) is not BackendSpec:
+            raise TypeError(refusal("card", "a BackendSpec", card))
         with self._lock:
-            inventory = self._load()
+            inventory = self.load()
             if card.name in inventory.backends:
-                taken_by = inventory.distributions["backend", card.name]
-                msg = "backend"
-                raise DuplicateNameError(msg, card.name, taken_by, distribution)
-            inventory.add("backend", inventory.backends, card.name, card, distribution)
+                kind, taken_by = "backend", inventory.distributions["backend", card.name]
+                raise DuplicateNameError(kind, card.name, taken_by, distribution)
+            inventory.add(card, distribution)
             self.generation += 1
 
     def unregister(self, name: str) -> None:
         """Take out a backend that was added by hand."""
         with self._lock:
-            inventory = self._load()
+            inventory = self.load()
             del inventory.backends[name]
             del inventory.distributions["backend", name]
+            inventory.plugins.pop(name, None)
             self.generation += 1
 
     def resolve(self, problem: RoutingProblem, device: DeviceInfo, request: Request) -> ResolutionReport:
@@ -127,8 +178,10 @@ class Registry:
         )
 
     def check_names(self, request: Request) -> None:
-        """Raise for a misspelt backend in an argument, context or environment, and for an unresolved duplicate."""
+        """Raise for a wrong backend in an argument, context or environment, and for an unresolved duplicate."""
         known = {*self.backends, *(failure.name for failure in self.failures)}
+        if not isinstance(request.backend, (str, type(None))):
+            raise TypeError(refusal("backend", "a name, or None", request.backend))
         if request.backend is not None and request.backend not in known:
             kind = f"backend in {BACKEND_VARIABLE}" if request.asked_by == "environment" else "backend"
             raise UnknownNameError(kind, request.backend, known)
@@ -166,30 +219,55 @@ class Registry:
         if card.supports is None:
             return Verdict.yes(), ""
         try:
-            verdict: object = card.supports(problem, device)
-        except PLUGIN_FAILURES as error:
-            return failed(RejectCode.SUPPORT_RULE_FAILED, "its support rule", error)
-        if not isinstance(verdict, Verdict):
-            return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, f"its support rule returned {verdict!r}, not a Verdict"), ""
+            with contained("its support rule"):
+                verdict: object = card.supports(problem, device)
+        except PluginFailure as failure:
+            return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, failure.sentence), failure.trace
+        if type(verdict) is not Verdict:
+            reason = f"its support rule returned {shown(verdict)}, not a Verdict"
+            return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, reason), ""
         return verdict, ""
 
     def build(self, name: str, problem: RoutingProblem, device: DeviceInfo) -> Any:  # noqa: ANN401 -- typed as BoundRouter one layer up, where torch is
-        """Import the backend's factory and build; whatever it raises is raised as ``FactoryError``."""
+        """Import the backend's factory and build.
+
+        :raises FactoryError: the factory cannot be imported, raises, or returns something that cannot be called; or
+            gradients are wanted of maths that only the kernel itself could differentiate, and it has no ``backward``.
+        """
         try:
-            factory: Callable[[RoutingProblem, DeviceInfo], object] = _imported(self.backends[name].factory)
-            bound = factory(problem, device)
-        except PLUGIN_FAILURES as error:
-            verdict, trace = failed(RejectCode.FACTORY_FAILED, "its factory", error)
-            raise FactoryError(self._rejection(name, verdict, trace)) from error
+            with contained("its factory"):
+                factory: Callable[[RoutingProblem, DeviceInfo], object] = _imported(self.backends[name].factory)
+                bound = factory(problem, device)
+                has_backward = getattr(bound, "backward", None) is not None
+        except PluginFailure as failure:
+            verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
+            raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
         if not callable(bound):
-            verdict = Verdict.no(RejectCode.FACTORY_FAILED, f"its factory returned {bound!r}, not a callable")
+            verdict = Verdict.no(RejectCode.FACTORY_FAILED, f"its factory returned {shown(bound)}, not a callable")
             raise FactoryError(self._rejection(name, verdict, ""))
+        if problem.training and not has_backward and (why := self._beyond_closed_form(problem)):
+            reason = f"its kernel has no `backward`, and the built-in gradient does not know {why}"
+            raise FactoryError(self._rejection(name, Verdict.no(RejectCode.TRAINING, reason), ""))
         return bound
 
+    def _beyond_closed_form(self, problem: RoutingProblem) -> str:
+        """Say what of the maths the closed form of the gradient does not know, or ``""``."""
+        spec = problem.spec
+        if spec.score not in SCORES:
+            return f"the score function {spec.score!r} of family {spec.family!r}"
+        card = self.families.get(spec.family)
+        return f"the family {spec.family!r}, which has an oracle of its own" if card is not None and card.oracle else ""
+
     def tuner(self, name: str) -> Any:  # noqa: ANN401 -- what it takes and returns, its caller knows
-        """Import what measures a backend's launches, or return ``None`` where it has nothing to tune."""
+        """Import what measures a backend's launches, or return ``None`` where it has nothing to tune.
+
+        :raises PluginFailure: its import raised.
+        """
         path = self.backends[name].tuner
-        return _imported(path) if path else None
+        if not path:
+            return None
+        with contained("importing its tuner"):
+            return _imported(path)
 
     def _rejection(self, name: str, verdict: Verdict, trace: str) -> Rejection:
         return Rejection(name=name, verdict=verdict, distribution=self.distribution(name), traceback=trace)
@@ -204,9 +282,19 @@ def _notes(card: BackendSpec, problem: RoutingProblem, device: DeviceInfo) -> tu
     if card.notes is None:
         return ()
     try:
-        return tuple(card.notes(problem, device))
-    except PLUGIN_FAILURES as error:
-        return (sentence("its notes", error),)
+        with contained("its notes"):
+            notes: object = card.notes(problem, device)
+    except PluginFailure as failure:
+        return (failure.sentence,)
+    if not isinstance(notes, (tuple, list)) or not all(isinstance(note, str) for note in notes):
+        return (f"its notes returned {shown(notes)}, not a tuple of strings",)
+    return tuple(notes)
+
+
+def _warn_of(failure: Rejection) -> None:
+    who = printable(f"plug-in {failure.name!r} of {failure.distribution}")
+    text = f"{who} is not used: {failure.verdict.reason}; `moe-routing doctor --verbose` shows the traceback"
+    warnings.warn(text, PluginWarning, stacklevel=2)
 
 
 Rank = tuple[int, int, str]
@@ -260,11 +348,6 @@ class FactoryError(RuntimeError):
     def __init__(self, rejection: Rejection) -> None:
         self.rejection = rejection
         super().__init__(f"backend {rejection.name!r}: {rejection.verdict.reason}")
-
-
-def failed(code: RejectCode, doing: str, error: BaseException) -> tuple[Verdict, str]:
-    """Turn what a plug-in raised into a verdict and its traceback."""
-    return Verdict.no(code, sentence(doing, error)), "".join(traceback.format_exception(error))
 
 
 __all__ = ["BackendUnavailableError", "FactoryError", "Registry"]

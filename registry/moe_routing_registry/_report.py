@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moe_routing_registry._text import printable
+
 if TYPE_CHECKING:
     from moe_routing_registry._device import DeviceInfo
     from moe_routing_registry._problem import RoutingProblem
@@ -130,7 +132,7 @@ class ResolutionReport:
         }
 
     def __str__(self) -> str:
-        """Tell the whole story, a line each."""
+        """Tell the whole story, a line each, without what would steer a terminal."""
         lines = [f"{self.winner or 'no backend'}: {self.why}"]
         if self.problem is not None:
             lines.append(f"  for {self.problem} on {self.device}")
@@ -141,4 +143,4 @@ class ResolutionReport:
             lines.append(
                 f"  not {r.name}: {r.verdict.reason} [{code}]" + (f"; mend: {r.verdict.fix}" if r.verdict.fix else "")
             )
-        return "\n".join(lines)
+        return "\n".join(printable(" ".join(line.split("\n"))) for line in lines)

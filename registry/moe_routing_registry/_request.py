@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Literal
 
 AskedBy = Literal["argument", "context", "environment", "probe"]
 
@@ -22,14 +19,29 @@ preference: ContextVar[str | None] = ContextVar("moe_routing_preference", defaul
 """The backend that the innermost ``prefer`` block names in this thread or task."""
 
 
-@contextmanager
-def preferring(name: str) -> Iterator[None]:
-    """Prefer the backend of that name inside the block, in this thread or task only."""
-    token = preference.set(name)
-    try:
-        yield
-    finally:
-        preference.reset(token)
+_outer: ContextVar[tuple[str | None, ...]] = ContextVar("moe_routing_outer_preferences", default=())
+"""What ``preference`` held outside each ``prefer`` block that this thread or task is in, outermost first."""
+
+
+class preferring(ContextDecorator):  # noqa: N801 -- used like the functions of contextlib
+    """Prefer the backend of that name inside the block, in this thread or task only.
+
+    The object may be used again, inside its own block and in several threads at once: it holds no state of a block.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        """Prefer the backend from here on."""
+        _outer.set((*_outer.get(), preference.get()))
+        preference.set(self._name)
+
+    def __exit__(self, *_raised: object) -> None:
+        """Prefer what was preferred outside the block."""
+        *rest, before = _outer.get()
+        _outer.set(tuple(rest))
+        preference.set(before)
 
 
 @dataclass(frozen=True, slots=True)

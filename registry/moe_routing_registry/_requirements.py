@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 
+from moe_routing_registry._containment import PluginFailure, contained
 from moe_routing_registry._verdict import RejectCode, Verdict
 
 
@@ -16,7 +17,11 @@ def check(requirements: tuple[str, ...]) -> Verdict:
     <RejectCode.REQUIREMENT_VERSION: 'requirement_version'>
     """
     for text in requirements:
-        verdict = _check_one(text)
+        try:
+            with contained(f"checking its requirement {text!r}"):
+                verdict = _check_one(text)
+        except PluginFailure as failure:  # a marker that cannot be evaluated, metadata that cannot be read
+            return Verdict.no(RejectCode.REQUIREMENT_MISSING, failure.sentence)
         if not verdict:
             return verdict
     return Verdict.yes()

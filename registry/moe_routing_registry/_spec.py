@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from moe_routing_registry._text import refusal, require_name, shown
 
 Selection = Literal["logits", "scores_plus_bias", "logits_plus_bias", "token_table", "sparsemixer"]
 GroupScore = Literal["max", "top2_sum"]
@@ -14,6 +17,25 @@ GroupScore = Literal["max", "top2_sum"]
 SELECTIONS: tuple[Selection, ...] = ("logits", "scores_plus_bias", "logits_plus_bias", "token_table", "sparsemixer")
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 """The score functions that every built-in backend knows; a third party's family may name another."""
+
+_TINY, _HUGE = 2.0**-126, (2 - 2**-23) * 2.0**127
+"""Least positive and largest number of float32 that no device flushes to 0 or rounds to inf: kernels compute in float32."""
+_MOST = 2**31 - 1
+"""Largest count: ids are int32."""
+_NAMES = ("family", "score", "selection", "group_score")
+_FLAGS = ("renormalize", "per_expert_scale", "topk_per_group")
+_COUNTS = {"num_groups": 1, "topk_groups": 1, "shared_experts": 0, "zero_experts": 0}
+"""Each count and the least that it may be."""
+_NUMBERS = {
+    "renorm_epsilon": (0.0, _HUGE),
+    "renorm_floor": (0.0, _HUGE),
+    "scale": (-_HUGE, _HUGE),
+    # Beyond these a quotient by the cap, or a product with the factor, leaves float32 for ordinary logits.
+    "logit_softcap": (1e-30, 1e30),
+    "logit_multiplier": (1e-30, 1e30),
+    "jitter": (0.0, _HUGE),
+}
+"""Each number and the range that it may be in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +74,11 @@ class RoutingSpec:
     :ivar zero_experts: how many of the last expert ids are experts that compute nothing (LongCat): weight 0.
     :ivar jitter: threshold of sparsemixer's mask.
 
-    Raises ``ValueError`` naming the field for a value that cannot be.
+    Names are made of the characters of plug-in names: a-z, 0-9, ``.``, ``_`` and ``-``. Counts are at most 2**31 - 1.
+    Numbers are 0 or of float32's normal range, 2**-126 to 3.4e38, in which kernels compute; caps and multipliers are from
+    1e-30 to 1e30. NumPy's scalars are taken, and kept as Python's.
+
+    Raises ``TypeError`` for a value of the wrong type and ``ValueError`` for one out of range; both name the field.
 
     >>> RoutingSpec(family="mixtral_like", renormalize=True).formula
     'ids = topk(l); w = softmax(l[ids])'
@@ -78,36 +104,26 @@ class RoutingSpec:
     _key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse values that no model can have, then freeze the canonical text."""
-        for name, ok, expected in self._rules():
-            if not ok:
-                msg = f"{name}: expected {expected}, got {getattr(self, name)!r}"
-                raise ValueError(msg)
-        values = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.init and (f.name == "family" or getattr(self, f.name) != f.default)
-        }
-        object.__setattr__(self, "_key", json.dumps(values, sort_keys=True))
+        """Check every field, and turn NumPy's scalars into Python's, so that equal specs have equal hashes and texts."""
+        for name in _NAMES:
+            self._set(name, require_name(name, getattr(self, name)))
+        for name in _FLAGS:
+            self._set(name, _flag(name, getattr(self, name)))
+        for name, fewest in _COUNTS.items():
+            self._set(name, _count(name, getattr(self, name), fewest))
+        for name, (least, most) in _NUMBERS.items():
+            if name != "logit_softcap" or self.logit_softcap is not None:
+                self._set(name, _number(name, getattr(self, name), least, most))
+        if self.selection not in SELECTIONS:
+            raise ValueError(refusal("selection", f"one of {', '.join(SELECTIONS)}", self.selection))
+        if self.group_score not in ("max", "top2_sum"):
+            raise ValueError(refusal("group_score", "'max' or 'top2_sum'", self.group_score))
+        if self.topk_groups > self.num_groups:
+            raise ValueError(refusal("topk_groups", f"1 <= topk_groups <= num_groups ({self.num_groups})", self.topk_groups))
+        self._set("_key", "")
 
-    def _rules(self) -> tuple[tuple[str, bool, str], ...]:
-        cap = self.logit_softcap
-        return (
-            ("family", bool(self.family), "a name"),
-            ("score", bool(self.score), f"a score function, one of {', '.join(SCORES)}"),
-            ("selection", self.selection in SELECTIONS, f"one of {', '.join(SELECTIONS)}"),
-            ("renorm_epsilon", self.renorm_epsilon >= 0, "a number >= 0"),
-            ("renorm_floor", self.renorm_floor >= 0, "a number >= 0"),
-            ("scale", math.isfinite(self.scale), "a finite number"),
-            ("num_groups", self.num_groups >= 1, "an integer >= 1"),
-            ("topk_groups", 1 <= self.topk_groups <= self.num_groups, f"1 <= topk_groups <= num_groups ({self.num_groups})"),
-            ("group_score", self.group_score in ("max", "top2_sum"), "'max' or 'top2_sum'"),
-            ("logit_softcap", cap is None or (cap > 0 and math.isfinite(cap)), "a finite number > 0, or None"),
-            ("logit_multiplier", self.logit_multiplier > 0 and math.isfinite(self.logit_multiplier), "a finite number > 0"),
-            ("shared_experts", self.shared_experts >= 0, "an integer >= 0"),
-            ("zero_experts", self.zero_experts >= 0, "an integer >= 0"),
-            ("jitter", self.jitter >= 0, "a number >= 0"),
-        )
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def needs_bias(self) -> bool:
@@ -151,6 +167,14 @@ class RoutingSpec:
 
     def to_json(self) -> str:
         """Return the canonical text: equal specs give equal texts, and only fields unlike the defaults are in it."""
+        if not self._key:
+            # Not on construction, which torch.compile traces: it stops at json.
+            values = {
+                f.name: getattr(self, f.name)
+                for f in dataclasses.fields(self)
+                if f.init and (f.name == "family" or getattr(self, f.name) != f.default)
+            }
+            self._set("_key", json.dumps(values, sort_keys=True))
         return self._key
 
     @classmethod
@@ -160,8 +184,26 @@ class RoutingSpec:
         >>> spec = RoutingSpec(family="f", scale=2.5)
         >>> RoutingSpec.from_json(spec.to_json()) == spec
         True
+
+        :raises ValueError: the text is not JSON, not an object, or has a field that is unknown, missing or out of range.
+        :raises TypeError: a field has the wrong type.
         """
-        return cls(**json.loads(text))
+        try:
+            values = json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            msg = f"spec: expected the JSON text of a RoutingSpec, got {type(error).__name__}: {error}"
+            raise ValueError(msg) from error
+        if not isinstance(values, dict):
+            raise ValueError(refusal("spec", "a JSON object", values))  # noqa: TRY004 -- a text's content, not an argument
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        for name in values:
+            if name not in known:
+                msg = f"{shown(name)}: no field of a RoutingSpec, which has {', '.join(known)}"
+                raise ValueError(msg)
+        if "family" not in values:
+            msg = "spec: expected the field family, got none"
+            raise ValueError(msg)
+        return cls(**values)
 
     @property
     def formula(self) -> str:
@@ -207,3 +249,36 @@ class RoutingSpec:
         if self.per_expert_scale:
             weight += " * per_expert_scale[ids]"
         return weight
+
+
+def _flag(name: str, value: object) -> bool:
+    if type(value) is bool:
+        return value
+    # NumPy is not imported for this; its `bool` was called `bool_` before version 2.
+    if (type(value).__module__, type(value).__name__.rstrip("_")) != ("numpy", "bool"):
+        raise TypeError(refusal(name, "True or False", value))
+    return bool(value)
+
+
+def _count(name: str, value: object, least: int) -> int:
+    if type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(refusal(name, "an integer", value))
+        value = int(value)
+    if not least <= value <= _MOST:
+        raise ValueError(refusal(name, f"an integer from {least} to {_MOST}", value))
+    return value
+
+
+def _number(name: str, value: object, least: float, most: float) -> float:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(refusal(name, "a number", value))
+    try:
+        number = float(value) + 0.0  # -0.0 equals 0.0, and must print like it
+    except OverflowError:  # an integer beyond float64
+        number = math.inf
+    if not (least <= number <= most and (number == 0 or abs(number) >= _TINY)):
+        size = f"magnitude {_TINY:g}" if least < 0 else f"{max(least, _TINY):g}"
+        expected = f"a number from {size} to {most:g}" + ("" if least > 0 else ", or 0")
+        raise ValueError(refusal(name, expected, value))
+    return number

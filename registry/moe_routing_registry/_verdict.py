@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from moe_routing_registry._text import printable, refusal
+
 
 class RejectCode(str, Enum):
     """Why a backend is not used. Tests and scripts rely on these, never on the sentences."""
 
     IMPORT_FAILED = "import_failed"
-    """The plug-in's module raised at import."""
+    """The plug-in's module raised at import, or (for doctor) its import did not end; or metadata could not be read."""
     REGISTRATION_FAILED = "registration_failed"
-    """The plug-in's hook raised, or returned something that is not a card."""
+    """The plug-in's hook raised, is misspelt, returned something other than a card, or a card with a name that is built in."""
     API_VERSION = "api_version"
     """The card is written for another version of the plug-in interface."""
     BLOCKED = "blocked"
@@ -36,7 +38,7 @@ class RejectCode(str, Enum):
     LAYOUT = "layout"
     """It does not take these strides."""
     TRAINING = "training"
-    """It has no gradients."""
+    """It has no gradients, or no backward of its own for maths that the closed form does not know."""
     EXPLICIT_ONLY = "explicit_only"
     """It could run, but only when it is named."""
     SUPPORT_RULE_FAILED = "support_rule_failed"
@@ -71,6 +73,8 @@ class Verdict:
     >>> bool(Verdict.yes())
     True
 
+    Reason and fix are kept as one line without control characters: they are shown on terminals.
+
     :ivar code: why not, or ``None`` for yes.
     :ivar reason: the same in a sentence, ``""`` for yes.
     :ivar fix: the command that mends it, or ``""`` where there is none.
@@ -81,13 +85,17 @@ class Verdict:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        """Hold code and reason together."""
+        """Check the fields, and hold code and reason together."""
+        for name in ("reason", "fix"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(refusal(name, "a string", getattr(self, name)))
+            object.__setattr__(self, name, printable(getattr(self, name)).replace("\n", " "))
         code: object = self.code
         if not isinstance(code, RejectCode) and (code is not None or self.reason or self.fix):
             msg = f"code: a rejection needs a RejectCode, got {self.code!r} with reason {self.reason!r}"
             raise TypeError(msg)
         if self.code is not None and not self.reason:
-            msg = f"reason: a rejection needs a sentence beside its code, got {self.reason!r}"
+            msg = f"reason: a rejection needs a sentence with its code, got {self.reason!r}"
             raise ValueError(msg)
 
     @classmethod

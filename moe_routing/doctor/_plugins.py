@@ -1,0 +1,136 @@
+"""Plug-ins are loaded in another process first: one that hangs or crashes must not take doctor with it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from moe_routing._registry import registry
+from moe_routing.families import FAMILIES
+from moe_routing_registry import PluginFailure, Request, RoutingProblem, contained
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moe_routing_registry import DeviceInfo
+
+SECONDS = 60
+"""How long doctor waits for one plug-in: for its import and its hooks, and for each of its support rules."""
+_DONE = "done"
+
+
+def leave_out_what_does_not_end(devices: Sequence[DeviceInfo]) -> None:
+    """Leave out of this process the plug-ins that hang, or that end the process, when they are loaded or asked."""
+    known = registry()
+    if known.loaded or all(plugin.built_in for plugin in known.plugins()):
+        return
+    left_out: dict[str, str] = {}
+    while (found := _first_that_does_not_end(left_out, devices)) is not None:
+        key, why = found
+        left_out[key] = why
+    for key, why in left_out.items():
+        known.leave_out(key, why)
+
+
+def _first_that_does_not_end(left_out: dict[str, str], devices: Sequence[DeviceInfo]) -> tuple[str, str] | None:
+    """Load and ask all plug-ins but those left out, in a process that says which one comes next."""
+    script = f"import sys; sys.path[:] = {sys.path!r}; from moe_routing.doctor._plugins import load_and_ask; load_and_ask()"
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)  # noqa: S603 -- this Python
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+    try:
+        assert process.stdin is not None  # noqa: S101 -- for mypy: it is a pipe
+        process.stdin.write(pickle.dumps((left_out, tuple(devices))))
+        process.stdin.close()
+        at = ""
+        while (line := lines.get(timeout=SECONDS)) and line != _DONE:
+            at = line
+    except queue.Empty:
+        return (at, f"loading or asking it does not end within {SECONDS} seconds") if at else None
+    except BrokenPipeError:
+        return None  # the process ended before any plug-in: what is wrong is not theirs
+    else:
+        return (at, f"loading or asking it {_ending(process.wait())}") if at and line != _DONE else None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _read(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[str]) -> None:
+    assert process.stdout is not None  # noqa: S101 -- for mypy: it is a pipe
+    for line in process.stdout:
+        lines.put(line.decode().rstrip("\n"))
+    lines.put("")
+
+
+def _ending(code: int) -> str:
+    return f"kills the process with {signal.Signals(-code).name}" if code < 0 else f"ends the process with exit code {code}"
+
+
+def load_and_ask() -> None:
+    """Load the plug-ins and ask their backends, in a process of its own; print the key of each before its turn."""
+    left_out, devices = pickle.load(sys.stdin.buffer)  # noqa: S301 -- doctor wrote it
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what plug-ins print is not for doctor
+    known = registry()
+    for key, why in left_out.items():
+        known.leave_out(key, why)
+    known.load(lambda plugin: print(plugin.key, file=channel, flush=True))
+    problem = RoutingProblem(spec=FAMILIES["gemma4"].spec, num_experts=128, topk=8, dtype="bfloat16")
+    for name in known.backends:
+        plugin = known.plugin(name)
+        if plugin is not None and not plugin.built_in:
+            others = frozenset(known.backends) - {name}
+            for device in devices:
+                print(plugin.key, file=channel, flush=True)
+                known.resolve(problem, device, Request(name, "argument", others))
+    print(_DONE, file=channel, flush=True)
+
+
+def torch_state() -> dict[str, Any]:
+    """Return what plug-ins might change of torch: its functions and its global settings. Empty where torch is not usable."""
+    try:
+        with contained("looking at torch"):
+            return _torch_state(sys.modules["torch"])
+    except PluginFailure:  # not imported, or a stub of it
+        return {}
+
+
+def _torch_state(torch: Any) -> dict[str, Any]:  # noqa: ANN401 -- the module
+    owners = {
+        "torch": torch,
+        "torch.Tensor": torch.Tensor,
+        "torch.nn.Module": torch.nn.Module,
+        "torch.nn.functional": torch.nn.functional,
+    }
+    functions = {
+        f"{at}.{name}": value for at, owner in owners.items() for name, value in vars(owner).items() if callable(value)
+    }
+    return functions | {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": torch.get_default_device(),
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's number of threads": torch.get_num_threads(),
+        "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
+    """Say what is no longer as it was, a sentence each."""
+    return tuple(
+        f"loading the plug-ins changed {name}, which is now {_named(after.get(name))}"
+        for name, value in before.items()
+        if after.get(name) is not value and (callable(value) or after.get(name) != value)
+    )
+
+
+def _named(value: object) -> str:
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    return f"{module}.{name}" if module and name else repr(value)

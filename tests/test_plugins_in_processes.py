@@ -1,0 +1,118 @@
+"""Plug-ins that hang, crash, print or patch, on disk and in real processes: doctor names each, and everything else goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAD = """
+import os, sys, time
+from moe_routing_registry import BackendSpec, Target, Verdict, hookimpl
+def rule(problem, device): return Verdict.yes()
+"""
+TAIL = """
+@hookimpl
+def moe_routing_backends():
+    return [BackendSpec(name="odd-backend", factory="odd:build", targets=(Target("cpu"),), supports=rule)]
+"""
+SECONDS = 8
+"""Instead of the minute that doctor waits, so that the tests need not."""
+DOCTOR = f"""
+import moe_routing.doctor._plugins as plugins
+plugins.SECONDS = {SECONDS}
+from moe_routing.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def command(install_plugin):
+    """Return what installs a plug-in with that body and runs a command line beside it."""
+
+    def run(body, *arguments, entry_point="odd"):
+        site = install_plugin("odd", HEAD + body + TAIL, entry_point=entry_point)
+        sources = os.pathsep.join(map(str, (site, ROOT, ROOT / "registry", ROOT / "backends")))
+        environment = os.environ | {"PYTHONPATH": sources, "PYTHONIOENCODING": "utf-8"}
+        return subprocess.run(
+            [sys.executable, "-c", DOCTOR, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+WAITS = {
+    "its import hangs": ("time.sleep(3600)", f"does not end within {SECONDS} seconds"),
+    "its rule hangs": ("def rule(problem, device): time.sleep(3600)", f"does not end within {SECONDS} seconds"),
+    "its import exits at once": ("os._exit(0)", "ends the process with exit code 0"),
+    "its import crashes": ("os.abort()", "kills the process with SIGABRT"),
+    "its rule crashes": ("def rule(problem, device): os.kill(os.getpid(), 11)", "kills the process with SIGSEGV"),
+}
+
+
+@pytest.mark.parametrize(("body", "said"), WAITS.values(), ids=WAITS)
+def test_doctor_leaves_out_a_plug_in_that_does_not_come_back(command, body, said):
+    done = command(body, "doctor", "--device", "cpu", "--json")
+    report = json.loads(done.stdout)
+    (failure,) = report["plugin_failures"]
+    assert (failure["name"], failure["distribution"], failure["code"]) == ("odd", "odd-dist 1.0", "import_failed")
+    assert said in failure["reason"]
+    assert failure["fix"] == "pip uninstall odd-dist"
+    assert report["reports"]["cpu"]["winner"] == "eager"
+    (check,) = [check for check in report["checks"] if check["name"] == "plugins"]
+    assert check["status"] == "warning"
+    assert done.returncode == 0
+
+
+def test_doctor_says_what_a_plug_in_changed_of_torch(command):
+    body = (
+        "import torch\ndef topk(*arguments, **named): return None\ntorch.topk = topk\ntorch.set_default_dtype(torch.float64)"
+    )
+    done = command(body, "doctor", "--device", "cpu", "--check", "plugins", "--json")
+    said = [check["summary"] for check in json.loads(done.stdout)["checks"]]
+    assert "loading the plug-ins changed torch.topk, which is now odd.topk" in said
+    assert "loading the plug-ins changed torch's default dtype, which is now torch.float64" in said
+
+
+PRINTS = """
+print("print")
+os.write(1, b"file descriptor\\n")
+os.system("echo a process")
+def rule(problem, device):
+    print("rule"); os.write(1, b"rule\\n")
+    return Verdict.yes()
+def build(problem, device):
+    print("factory"); os.write(1, b"factory\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("doctor", "--device", "cpu", "--json"),
+        ("list", "--json"),
+        ("explain", "mixtral", "--backend", "odd-backend", "--json"),
+        ("bench", "--tokens", "1", "--backend", "odd-backend", "--json"),
+        ("conformance", "odd-backend", "--point", "9", "--json"),
+        ("tune", "--device", "cpu", "--json"),
+        ("report", "--device", "warp", "--json"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_plug_in_that_prints_leaves_json_alone(command, arguments):
+    done = command(PRINTS, *arguments)
+    assert isinstance(json.loads(done.stdout), dict)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plug_in_that_prints_leaves_tables_alone(command):
+    done = command(PRINTS, "explain", "mixtral")
+    assert "eager" in done.stdout
+    for printed in ("print\n", "file descriptor", "a process", "rule\n"):
+        assert printed not in done.stdout
+        assert printed in done.stderr
