@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import io
 import itertools
 import pickle
@@ -16,7 +17,9 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, MixtralTopKRouter
@@ -28,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks transformers for it
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
 ]
+MAPPING_WORKS = importlib.util.find_spec("torchvision") is not None or Version(transformers.__version__) >= Version("5.21")
 IDS = torch.arange(14).view(2, 7)
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -156,6 +160,8 @@ def test_from_pretrained_with_a_device_map_of_cpu_and_disk(first, tmp_path):
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     places |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
     if first == "enable":
+        if not MAPPING_WORKS:
+            pytest.skip("this transformers' patch mapping needs torchvision")
         enable()
     try:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
@@ -331,6 +337,47 @@ FSDP = """
 """
 
 
+EXPERT_PARALLEL = """
+    import os, socket, sys, torch, torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+    from moe_routing.integrations.transformers import disable, enable, patch, unpatch
+
+    rank = int(sys.argv[2])
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
+    if hasattr(DistributedConfig(), "ep_size"):
+        parallel = DistributedConfig(tp_size=2, ep_size=2)
+    else:
+        parallel = DistributedConfig(tp_size=2, enable_expert_parallel=True)
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=torch.arange(14).view(2, 7), use_cache=False).logits
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained({folder}, distributed_config=parallel).eval()
+
+    theirs = logits(load())
+    for enabled in {enabled}:
+        if enabled:
+            enable()
+        model = load()
+        disable()
+        report = patch(model)
+        assert len(report.replaced) == len(report.layers) == 2, report
+        torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-5)
+        gates = [layer.mlp.gate for layer in model.model.layers]
+        assert all("_moe_routing" in vars(gate) for gate in gates)
+        unpatch(model)
+        assert torch.equal(logits(model), theirs)
+        assert all(type(gate).__module__.startswith("transformers.models.") for gate in gates)
+        assert not any("_moe_routing" in vars(gate) for gate in gates)
+    dist.destroy_process_group()
+    print("held")
+"""
+
+
 def run_processes(code, tmp_path, *, number=1, **values):
     """Run a script in new processes, each with a file for all and its rank; return what each printed."""
     text = textwrap.dedent(code)
@@ -352,6 +399,46 @@ def run_processes(code, tmp_path, *, number=1, **values):
 @pytest.mark.slow
 def test_fsdp2_on_the_router_and_above_it(tmp_path):
     assert run_processes(FSDP, tmp_path, number=2, sizes=SIZES) == ["held", "held"]
+
+
+@pytest.mark.slow
+def test_transformers_expert_parallelism_before_and_after(tmp_path):
+    mixtral().save_pretrained(tmp_path / "model")
+    said = {"folder": str(tmp_path / "model"), "enabled": (False, True) if MAPPING_WORKS else (False,)}
+    assert run_processes(EXPERT_PARALLEL, tmp_path, number=2, **said) == ["held", "held"]
+
+
+def test_the_wrapper_of_older_expert_parallelism_is_followed_both_ways():
+    """Up to transformers 5.20 expert parallelism wraps the router's forward in a closure, as this code of its module does."""
+    from transformers.distributed import tensor_parallel
+
+    code = """
+def install(module):
+    original_forward = module.forward
+
+    def tp_forward(*args, **kwargs):
+        return original_forward(*args, **kwargs)
+
+    module.forward = tp_forward
+"""
+    names = {"__name__": tensor_parallel.__name__}
+    exec(code, names)  # noqa: S102 -- the globals say whose code it is
+    for order in ("patch first", "wrap first"):
+        model = mixtral()
+        theirs = logits(model)
+        if order == "patch first":
+            patch(model)
+        for gate in gates(model):
+            names["install"](gate)
+        assert_replaced(patch(model))
+        assert_own(logits(model), theirs)
+        assert routed(model) == 2
+        unpatch(model)
+        assert_no_mark(model)
+        for gate in gates(model):
+            (cell,) = vars(gate)["forward"].__closure__
+            assert cell.cell_contents.__func__ is MixtralTopKRouter.forward
+        assert torch.equal(logits(model), theirs)
 
 
 # copies and pickles

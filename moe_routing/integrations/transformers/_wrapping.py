@@ -8,7 +8,7 @@ override that was there before is left as it is, and so is its router.
 from __future__ import annotations
 
 from functools import partial
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from moe_routing.integrations.transformers._fingerprint import RefusedError, described, home_of, undecorated
@@ -31,21 +31,21 @@ _DEPTH = 8
 def require_plain(module: nn.Module, name: str, own: Method) -> None:
     """Raise ``RefusedError`` unless ``rebind`` can change what the module's method calls.
 
-    :param own: the function that the class defines. Nothing was set on the module, or the method itself, or accelerate's hook.
+    :param own: the function that the class defines. What may be set on the module is the method itself, accelerate's hook, or
+        the wrapper of transformers' parallel layers.
     """
     override = vars(module).get(name)
     if override is None or _is_bound(override, module, own):
         return
     inner = vars(module).get(_KEPT)
     hooked = any(_is_accelerates(value) for value in _called_by(module, override))
-    if hooked and _is_bound(inner, module, own):
+    if _is_bound(inner, module, own) if hooked else any(_cells(module, override, own)):
         return
     if hooked:
         msg = f"accelerate's hook calls {described(inner)} in place of its {name}; "
         raise RefusedError(msg + "call accelerate.hooks.remove_hook_from_module, then patch, then add the hook again")
-    inner_name = described(override)
-    msg = f"its {name} was replaced before, by {inner_name}; take that off, call patch, then put it back"
-    raise RefusedError(msg + (", or call enable() before loading" if inner_name.startswith("transformers.") else ""))
+    msg = f"its {name} was replaced before, by {described(override)}; take that off, call patch, then put it back"
+    raise RefusedError(msg)
 
 
 def reaches(module: nn.Module, name: str, own: Method) -> bool:
@@ -89,11 +89,13 @@ def _home(value: object) -> str:
 
 
 def rebind(module: nn.Module, name: str, old: Method, new: Method) -> None:
-    """Bind anew what was bound to the class's ``old`` method: the instance's own, accelerate's, and what they wrap."""
+    """Bind anew what was bound to the class's ``old`` method, as far as ``require_plain`` lets pass."""
     attributes = vars(module)
     for key in (name, _KEPT):
         if _is_bound(attributes.get(key), module, old):
             attributes[key] = MethodType(new, module)
+    for cell in _cells(module, attributes.get(name), old):
+        cell.cell_contents = MethodType(new, module)
     wrapper = attributes.get(name)
     for _ in range(_DEPTH):
         wrapped = getattr(wrapper, "__dict__", {}).get("__wrapped__")
@@ -120,6 +122,19 @@ def _called_by(module: nn.Module, value: object) -> list[object]:
     return found
 
 
+def _cells(module: nn.Module, value: object, own: Method) -> list[CellType]:
+    """Return the closure cells of transformers' own wrappers that hold the module's method."""
+    functions = [f for f in _called_by(module, value) if isinstance(f, FunctionType) and _home(f).startswith("transformers.")]
+    return [cell for f in functions for cell in f.__closure__ or () if _is_bound(_contents(cell), module, own)]
+
+
+def _contents(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
 def _inside(module: nn.Module, value: object) -> Iterator[object]:
     """Yield what a wrapper calls, as far as its attributes tell."""
     if _is_accelerates(value):
@@ -131,8 +146,4 @@ def _inside(module: nn.Module, value: object) -> Iterator[object]:
         yield value.__func__
     elif isinstance(value, FunctionType):
         yield getattr(value, "__wrapped__", None)
-        for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
+        yield from map(_contents, value.__closure__ or ())
