@@ -227,6 +227,9 @@ RECIPES: Mapping[str, Recipe] = {
     "jetmoe": Recipe(settings=_specs.fixed("topk_softmax"), logits=_logits.jetmoe, weights=_of_hidden, output=_sorted_by_expert),
     "kolibri": Recipe(settings=_specs.renormalized("logit_bias_sigmoid"), logits=_logits.kolibri, operands=_own_bias),
     "laguna": Recipe(settings=_specs.fixed("sigmoid_bias_topk"), logits=_logits.laguna, operands=_own_bias, weights=_of_hidden),
+    "lara_mini": Recipe(
+        settings=_specs.renormalized("softmax_topk"), logits=_logits.linear_float32, weights=_of_hidden
+    ),
     "lfm2": Recipe(settings=_specs.lfm2, operands=_lfm2_bias),
     "llama4": Recipe(settings=_specs.fixed("topk_sigmoid"), output=_dense_scores),
     "longcat": Recipe(
