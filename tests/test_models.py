@@ -18,7 +18,10 @@ from moe_routing.testing import oracle
 from moe_routing_registry import UnknownNameError
 
 FOLDERS = Path(transformers.__file__).parent / "models"
-NOT_IN_TRANSFORMERS = {"deepseek_v4_hash", "interns1_pro", "interns1_pro_text", "kimi_k2"}
+BAILING = {name for name in MODELS if name.startswith("bailing_moe")}
+NOT_IN_TRANSFORMERS = {"deepseek_v4_hash", "interns1_pro", "interns1_pro_text", "kimi_k2"} | BAILING
+NEWER = {"hy_v4_vl", "hy_v4_vl_text", "inkling2_loop", "inkling2_loop_text", "lara_mini", "sarvam_mla", "sarvam_moe"}
+"""Presets of transformers 5.24, which an older one may lack."""
 OTHER_DEFAULTS = {"kimi_k25"}
 """Presets of a released configuration, because transformers' class has a text model of its choice."""
 REQUIRED = {
@@ -36,7 +39,8 @@ TEXT_OF = {name: f"{name}_text" for name in MODELS if f"{name}_text" in MODELS} 
     "step3p7": "step3p5",
 }
 """Models of several parts, and the part that has the router."""
-PARTS = sorted(set(MODELS) - NOT_IN_TRANSFORMERS - OTHER_DEFAULTS - set(TEXT_OF))
+MISSING = {name for name in NEWER if name not in CONFIG_MAPPING}
+PARTS = sorted(set(MODELS) - NOT_IN_TRANSFORMERS - OTHER_DEFAULTS - set(TEXT_OF) - MISSING)
 
 
 def default(name):
@@ -49,6 +53,8 @@ def said(name):
         return default(name).to_dict()
     if name == "deepseek_v4_hash":
         return {**default("deepseek_v4").to_dict(), "model_type": name}
+    if name in BAILING:
+        return LING | {"model_type": name} if name == "bailing_moe" else LING_2 | {"model_type": name}
     if name.startswith("kimi"):
         kimi = {"model_type": name, "n_routed_experts": 384, "num_experts_per_tok": 8, "routed_scaling_factor": 2.827}
         return (
@@ -93,7 +99,7 @@ def test_a_model_of_several_parts_has_the_preset_of_its_text_model(name):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(TEXT_OF) - NOT_IN_TRANSFORMERS - {name for name in TEXT_OF if TEXT_OF[name] in REQUIRED})
+    "name", sorted(set(TEXT_OF) - NOT_IN_TRANSFORMERS - MISSING - {name for name in TEXT_OF if TEXT_OF[name] in REQUIRED})
 )
 def test_the_configuration_of_a_model_of_several_parts_is_read_in_its_text_model(name):
     assert from_config(CONFIG_MAPPING[name]()) == from_config(CONFIG_MAPPING[TEXT_OF[name]]())
@@ -104,7 +110,10 @@ def test_every_attribute_that_a_preset_reads_must_be_there(name):
     config = said(name)
     preset = MODELS[name]
     fixed = {field for options in preset.choices.values() for changes in options.values() for field in changes}
-    required = [*preset.choices, *(names for field, names in preset.reads.items() if field not in fixed)]
+    required = [
+        *(n for n in preset.choices if n not in preset.defaults),
+        *(names for field, names in preset.reads.items() if field not in fixed),
+    ]
     for names in required:
         paths = [names] if isinstance(names, str) else names
         left = config
@@ -255,6 +264,104 @@ def test_a_list_that_differs_by_layer_is_refused():
 def test_an_impossible_value_is_refused_and_its_attribute_named(name, changes, message):
     with pytest.raises(ValueError, match=message):
         from_config(said(name) | changes)
+
+
+CONTRADICTIONS = [
+    ("deepseek_v3", "scoring_func", "softmax", "'sigmoid'"),
+    ("deepseek_v3", "topk_method", "greedy", "'noaux_tc'"),
+    ("glm4_moe", "scoring_func", "softmax", "'sigmoid'"),
+    ("minimax_m2", "scoring_func", "softmax", "'sigmoid'"),
+    ("minimax_m2", "use_routing_bias", False, "True"),
+    ("minimax_m2", "norm_topk_prob", False, "True"),
+    ("minimax_m2", "routed_scaling_factor", 2.5, "1.0"),
+    ("minimax_m2", "n_group", 8, "1"),
+    ("deepseek_v2", "scoring_func", "sigmoid", "'softmax'"),
+    ("deepseek_ocr2_text", "norm_topk_prob", True, "False"),
+    ("afmoe", "route_norm", False, "True"),
+    ("afmoe", "score_func", "softmax", "'sigmoid'"),
+    ("afmoe", "num_expert_groups", 4, "1"),
+    ("step3p5", "norm_expert_weight", False, "True"),
+    ("step3p5", "moe_router_activation", "softmax", "'sigmoid'"),
+    ("step3p5", "use_moe_router_bias", False, "True"),
+    ("kimi_linear", "moe_router_activation_func", "softmax", "'sigmoid'"),
+    ("qwen3_5_moe_text", "norm_topk_prob", False, "True"),
+    ("qwen3_moe", "routed_scaling_factor", 2.5, "1.0"),
+    ("qwen3_moe", "scoring_func", "sigmoid", "'softmax'"),
+    ("mixtral", "norm_topk_prob", False, "True"),
+    ("jamba", "norm_topk_prob", True, "False"),
+    ("gpt_oss", "scoring_func", "sigmoid", "'softmax'"),
+    ("deepseek_v4", "topk_method", "greedy", "'noaux_tc'"),
+    ("longcat_flash", "zero_expert_type", "drop", "'identity'"),
+    ("ernie4_5_moe", "moe_gate_act", "sigmoid", "'softmax'"),
+]
+
+
+@pytest.mark.parametrize(("name", "attribute", "value", "expected"), CONTRADICTIONS)
+def test_a_setting_that_a_preset_would_not_follow_is_refused_by_name(name, attribute, value, expected):
+    preset = re.escape(MODELS[name].spec.formula.partition(";")[0][:8])
+    message = (
+        rf"^{attribute}: expected {expected} in a configuration of '{name}', whose preset computes {preset}.*got {value!r}$"
+    )
+    with pytest.raises(ValueError, match=message):
+        from_config(said(name) | {attribute: value})
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - MISSING))
+def test_every_preset_refuses_another_score_another_renormalisation_and_another_scale(name):
+    config = said(name) | REQUIRED.get(name, {}) if name in NOT_IN_TRANSFORMERS | OTHER_DEFAULTS else said(name)
+    if name in TEXT_OF and name not in NOT_IN_TRANSFORMERS | OTHER_DEFAULTS:
+        config = said(TEXT_OF[name]) | {"model_type": name}
+    spec = from_config(config).spec
+    read = {
+        *MODELS[name].choices,
+        *(n for names in MODELS[name].reads.values() for n in ([names] if isinstance(names, str) else names)),
+    }
+    other = {
+        "score_function": "sigmoid" if spec.score == "softmax" else "softmax",
+        "route_norm": not spec.renormalize,
+        "moe_router_scaling_factor": spec.scale + 1.0,
+        "use_routing_bias": not spec.needs_bias,
+    }
+    agreeing = {
+        "score_function": spec.score,
+        "route_norm": spec.renormalize,
+        "moe_router_scaling_factor": spec.scale,
+        "use_routing_bias": spec.needs_bias,
+    }
+    assert from_config(config | {n: v for n, v in agreeing.items() if n not in read}).spec == spec
+    for attribute in other.keys() - read:
+        with pytest.raises(ValueError, match=f"^{attribute}: expected "):
+            from_config(config | {attribute: other[attribute]})
+
+
+@pytest.mark.parametrize("part", ["text_config", "llm_config", "language_config", "thinker_config"])
+def test_the_text_model_is_found_in_every_usual_part(part):
+    mixtral = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    assert from_config({"model_type": "somebodys_vision_model", part: mixtral}) == from_config(mixtral)
+    assert from_config({"model_type": "outer", "text_config": None, part: mixtral}) == from_config(mixtral)
+
+
+LING = {"model_type": "bailing_moe", "num_experts": 256, "num_experts_per_tok": 8, "norm_topk_prob": True}
+LING_2 = LING | {
+    "score_function": "sigmoid", "moe_router_enable_expert_bias": True, "n_group": 8, "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+}  # fmt: skip
+
+
+def test_ling_1_takes_a_softmax_and_ling_2_a_sigmoid_under_the_same_name():
+    first, second = from_config(LING), from_config(LING_2)
+    assert first.spec == MODELS["mixtral"].spec
+    assert second.spec == MODELS["deepseek_v3"].spec
+    assert (second.num_experts, second.topk) == (256, 8)
+    assert from_config(LING_2 | {"n_group": 1, "topk_group": 1}).spec == MODELS["kimi_k2"].spec.replace(scale=2.5)
+    for refused in ({"score_function": "gelu"}, {"moe_router_enable_expert_bias": False}):
+        with pytest.raises(ValueError, match=f"^{next(iter(refused))}: expected "):
+            from_config(LING_2 | refused)
+
+
+@pytest.mark.parametrize("name", sorted(BAILING - {"bailing_moe"}))
+def test_every_ling_2_and_ring_2_is_read(name):
+    assert from_config(LING_2 | {"model_type": name}).spec == MODELS["deepseek_v3"].spec
 
 
 def test_an_unknown_model_type_is_refused_with_near_matches():

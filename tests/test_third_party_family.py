@@ -61,3 +61,33 @@ def test_a_third_partys_family_is_routed_by_its_backend_and_held_to_its_oracle(i
     script = f"import sys; sys.path.insert(0, {str(site)!r})\n{SCRIPT}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "routed\n", done.stderr
+
+
+CONFIGURATION = """
+import moe_routing
+from moe_routing.models import from_config
+route = moe_routing.get_router({"model_type": "acme_moe", "num_experts": 8, "num_experts_per_tok": 2})
+assert (route.spec, route.num_experts, route.topk) == (moe_routing.get_router("acme_moe").spec, 8, 2), route
+nested = {"model_type": "acme_vision", "llm_config": {"model_type": "acme_moe", "n_routed_experts": 8, "moe_top_k": 2}}
+assert from_config(nested).model == "acme_moe"
+for said, name in (({}, "num_experts"), ({"num_experts": 8}, "num_experts_per_tok"),
+                   ({"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}, "norm_topk_prob")):
+    try:
+        from_config({"model_type": "acme_moe", **said})
+    except ValueError as error:
+        assert str(error).startswith(name), error
+    else:
+        raise AssertionError(said)
+try:
+    from_config({"model_type": "acme_mo"})
+except ValueError as error:
+    assert "did you mean 'acme_moe'" in str(error), error
+print("read")
+"""
+
+
+def test_the_configuration_of_a_plugins_model_is_read(install_plugin):
+    site = install_plugin("acme_square", PLUGIN)
+    script = f"import sys; sys.path.insert(0, {str(site)!r})\n{CONFIGURATION}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "read\n", done.stderr

@@ -40,6 +40,7 @@ class ModelPreset:
     :ivar reads: field (``num_experts``, ``topk``, or one of ``RoutingSpec``) -> the attribute that holds it; of several
         names for one thing the first that is there. ``num_experts`` is read without the zero experts.
     :ivar choices: attribute -> value -> fields that this value fixes; a value that is not listed is refused.
+    :ivar defaults: attribute -> the value that it has where a configuration lacks it; all others must be there.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelPreset:
     source: str
     reads: Reads = field(hash=False)
     choices: Choices = field(hash=False)
+    defaults: Changes = field(hash=False)
 
     @property
     def family(self) -> str:
@@ -56,13 +58,14 @@ class ModelPreset:
         return self.spec.family
 
 
-def row(
+def row(  # noqa: PLR0913 -- the columns of the table
     *names: str,
     family: str,
     size: tuple[int | None, int | None],
     reads: Reads,
     source: str,
     choices: Choices | None = None,
+    defaults: Changes | None = None,
     **changes: Any,  # noqa: ANN401 -- fields of RoutingSpec, checked by it
 ) -> list[ModelPreset]:
     """Write a row of the table: models that share their configuration attributes, and the fields unlike the family's."""
@@ -76,6 +79,7 @@ def row(
             source=source,
             reads=MappingProxyType(dict(reads)),
             choices=MappingProxyType(dict(choices or {})),
+            defaults=MappingProxyType(dict(defaults or {})),
         )
         for name in names
     ]

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from moe_routing.models._preset import ANYTHING_ELSE
+from moe_routing._registry import registry
+from moe_routing.models._contradictions import contradictions
+from moe_routing.models._preset import ANYTHING_ELSE, row
 from moe_routing.models._table import MODELS, NOT_EXPRESSED
 from moe_routing_registry import RoutingSpec, UnknownNameError
 
 if TYPE_CHECKING:
-    from moe_routing.models._preset import Changes, ModelPreset
+    from moe_routing.models._preset import Changes, ModelPreset, Reads
 
 _MISSING: Final = object()
+_NESTED = ("text_config", "thinker_config", "llm_config", "language_config")
+"""Parts of a configuration that may have the router, in the order in which they are looked for."""
 _BY_LAYER: Final = "expected one value for all layers, got layers that differ; give one layer's, config.per_layer_config[i]"
 _INTEGERS = {"num_experts": 1, "topk": 1, "num_groups": 1, "topk_groups": 1, "zero_experts": 0}
 """Fields that are integers, with the smallest that makes sense."""
+_SIZES: Reads = {
+    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "topk": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
+}
+"""The usual names of E and K, for presets of plug-ins."""
 
 
 class ConfiguredRouting(NamedTuple):
@@ -38,13 +48,15 @@ def from_config(config: object) -> ConfiguredRouting:
     """Read E, K, groups, scaling, renormalisation and the like from a configuration.
 
     :param config: an object or dict with a ``model_type``: what ``transformers.AutoConfig`` returns, or its ``to_dict()``.
-        Of a model with several parts the text model is read (``text_config``, or ``thinker_config``'s); pass another part,
-        Qwen3-Omni's ``config.talker_config.text_config`` for example, to read that. DeepSeek-V4's configuration gives the
+        Of a model with several parts the text model is read (``text_config``, ``llm_config``, ``language_config``, or
+        ``thinker_config``'s); pass another part, Qwen3-Omni's ``config.talker_config.text_config`` for example, to read that.
+        The ``model_type`` of a plug-in's preset is read too (``FamilySpec.models``): its spec as it is, E and K by their usual
+        names. DeepSeek-V4's configuration gives the
         router of its scored layers; ``{**config.to_dict(), "model_type": "deepseek_v4_hash"}`` that of its hashed ones.
         Layers that differ (``per_layer_config``) are read one by one, from ``config.per_layer_config[i]``.
-    :raises UnknownNameError: the ``model_type`` is none of ``MODELS``; near matches are named.
-    :raises ValueError: an attribute that changes the maths is missing or impossible, or the routing of this model is one
-        that ``RoutingSpec`` cannot express.
+    :raises UnknownNameError: the ``model_type`` is none of ``MODELS`` and of no plug-in; near matches are named.
+    :raises ValueError: an attribute that changes the maths is missing or impossible, or says something else than the preset
+        computes; or the routing of this model is one that ``RoutingSpec`` cannot express.
     :raises TypeError: there is no ``model_type``.
 
     >>> mixtral = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -63,17 +75,26 @@ def from_config(config: object) -> ConfiguredRouting:
     if model in NOT_EXPRESSED:
         msg = f"model_type: the routing of {model!r} cannot be expressed: {NOT_EXPRESSED[model]}"
         raise ValueError(msg)
-    if model not in MODELS:
-        kind = "model_type"
-        raise UnknownNameError(kind, model, MODELS)
-    return _read(MODELS[model], part)
+    if model in MODELS:
+        return _read(MODELS[model], part)
+    brought = {name: spec for family in registry().families.values() for name, spec in family.models.items()}
+    if model in brought:
+        return _read(_preset_of_plugin(model, brought[model]), part)
+    kind = "model_type"
+    raise UnknownNameError(kind, model, {**MODELS, **brought})
+
+
+def _preset_of_plugin(name: str, spec: RoutingSpec) -> ModelPreset:
+    """Return a preset that reads E and K only: what else a plug-in's configuration says must be what its spec computes."""
+    [preset] = row(name, family="softmax_topk", size=(None, None), reads=_SIZES, source="a plug-in")
+    return replace(preset, spec=spec)
 
 
 def _with_router(config: object, model: str | None) -> tuple[str | None, object]:
     """Return the part of the configuration that has the router, with its model type (its parent's where it has none)."""
     named = _get(config, "model_type")
     model = named if isinstance(named, str) and named else model
-    for name in ("text_config", "thinker_config"):
+    for name in _NESTED:
         part = _get(config, name)
         if part is not _MISSING and part is not None:
             return _with_router(part, model)
@@ -97,7 +118,20 @@ def _read(preset: ModelPreset, config: object) -> ConfiguredRouting:
     except ValueError as error:
         msg = f"{error}; {_origin(names)}"
         raise ValueError(msg) from error
+    _refuse_contradictions(preset, config, spec)
     return ConfiguredRouting(preset.name, spec, num_experts, topk)
+
+
+def _refuse_contradictions(preset: ModelPreset, config: object, spec: RoutingSpec) -> None:
+    read = {*preset.choices}.union(*((names,) if isinstance(names, str) else names for names in preset.reads.values()))
+
+    def get(name: str) -> object:
+        value = _get(config, name)
+        return None if value is _MISSING else value
+
+    for name, value, expected in contradictions(spec, read, get):
+        msg = f"{name}: expected {expected!r} in a configuration of {preset.name!r}, whose preset computes {spec.formula}, "
+        raise ValueError(msg + f"got {value!r}")
 
 
 def _find(preset: ModelPreset, config: object, names: str | tuple[str, ...]) -> tuple[str, object]:
@@ -111,6 +145,9 @@ def _find(preset: ModelPreset, config: object, names: str | tuple[str, ...]) -> 
         value = _get(config, name)
         if value is not _MISSING:
             return name, value
+    for name in names:
+        if name in preset.defaults:
+            return name, preset.defaults[name]
     msg = f"{' or '.join(names)}: expected in the configuration of {preset.name!r}, got none; "
     raise ValueError(msg + "transformers.AutoConfig fills in defaults")
 

@@ -31,8 +31,39 @@ KIMI_LINEAR: Reads = {
 }
 UNGROUPED: Changes = {"family": "sigmoid_bias_topk", "num_groups": 1, "topk_groups": 1, "group_score": "max"}
 GROUPED: Changes = {"family": "grouped_sigmoid_bias", "group_score": "top2_sum"}
-GROUPS: Choices = {"n_group": {1: UNGROUPED, ANYTHING_ELSE: GROUPED}}
-KIMI_GROUPS: Choices = {"num_expert_group": {1: UNGROUPED, ANYTHING_ELSE: GROUPED}}
+GROUPS: Choices = {"n_group": {None: UNGROUPED, 1: UNGROUPED, ANYTHING_ELSE: GROUPED}}
+KIMI_GROUPS: Choices = {"num_expert_group": {None: UNGROUPED, 1: UNGROUPED, ANYTHING_ELSE: GROUPED}}
+
+INKLING_SCORE: Choices = {
+    "scoring_func": {
+        "sigmoid": {"family": "sigmoid_bias_topk", "score": "sigmoid"},
+        "sqrtsoftplus": {"family": "sqrtsoftplus_bias", "score": "sqrtsoftplus"},
+    }
+}
+BAILING: Reads = {
+    "num_experts": "num_experts",
+    "topk": "num_experts_per_tok",
+    "num_groups": "n_group",
+    "topk_groups": "topk_group",
+    "scale": "routed_scaling_factor",
+    "renormalize": "norm_topk_prob",
+}
+BAILING_SCORE: Choices = {
+    **GROUPS,
+    "score_function": {
+        "sigmoid": {"score": "sigmoid", "selection": "scores_plus_bias", "renorm_epsilon": 1e-20},
+        "softmax": {
+            "family": "softmax_topk",
+            "score": "softmax",
+            "selection": "logits",
+            "num_groups": 1,
+            "topk_groups": 1,
+            "group_score": "max",
+            "renorm_epsilon": 0.0,
+        },
+    },
+}
+BAILING_DEFAULTS: Changes = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 
 
 def grouped(
@@ -89,11 +120,36 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
         choices=KIMI_GROUPS,
         source="BailingHybridTopkRouter.",
     ),
+    *row(
+        "bailing_moe",
+        family="softmax_topk",
+        size=(64, 6),
+        reads=BAILING,
+        choices=BAILING_SCORE,
+        defaults={**BAILING_DEFAULTS, "score_function": "softmax"},
+        renormalize=True,
+        source="the released configurations of Ling and Ring, and vLLM's BailingMoE (transformers has no model of that name). "
+        "Ling 1 takes a softmax and has no score_function; Ling 2 has the same model_type, takes a sigmoid and adds expert_bias.",
+    ),
+    *row(
+        "bailing_moe_v2",
+        "bailing_moe_v2_5",
+        "bailing_moe_v3",
+        "bailing_moe_linear",
+        "bailing_moe_linear_v2",
+        family="grouped_sigmoid_bias",
+        size=(256, 8),
+        reads=BAILING,
+        choices=BAILING_SCORE,
+        defaults={**BAILING_DEFAULTS, "score_function": "sigmoid"},
+        scale=2.5,
+        source="the released configurations of Ling 2, Ring 2 and later, and vLLM's BailingMoE (transformers has no model of "
+        "that name); the operand bias is the gate's expert_bias.",
+    ),
     *ungrouped(
         "axk2",
         size=(128, 8),
         scale=2.5,
-        choices={"n_group": {None: UNGROUPED, 1: UNGROUPED, ANYTHING_ELSE: GROUPED}},
         source="AXK2TopkRouter. It gives experts outside the kept groups the score 0, to which a biased score below 0 loses; "
         "here, as in vLLM, they are out of the running.",
     ),
@@ -106,6 +162,7 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
     *ungrouped("glm5_next", "glm5_next_text", size=(288, 8), scale=2.5, source="Glm5NextTextTopkRouter."),
     *ungrouped("glm_moe_dsa", size=(256, 8), scale=2.5, source="GlmMoeDsaTopkRouter."),
     *ungrouped("hy_v4", size=(256, 8), scale=2.827, source="HYV4TopkRouter."),
+    *ungrouped("hy_v4_vl", "hy_v4_vl_text", size=(256, 8), scale=2.827, source="HYV4VLTopkRouter."),
     *ungrouped(
         "kimi_linear",
         size=(256, 8),
@@ -125,6 +182,8 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
     ),
     *ungrouped("mimo_v2_flash", size=(256, 8), source="MiMoV2FlashTopkRouter."),
     *ungrouped("nemotron_h", "nemotron_h_omni", size=(8, 2), source="NemotronHTopkRouter."),
+    *ungrouped("sarvam_mla", size=(128, 8), scale=2.5, source="DeepseekV3TopkRouter, which transformers builds for it."),
+    *ungrouped("sarvam_moe", size=(128, 6), scale=2.5, source="Glm4MoeTopkRouter, which transformers builds for it."),
     *ungrouped("solar_open", size=(128, 8), source="SolarOpenTopkRouter."),
 ]
 
@@ -215,15 +274,21 @@ BIASED: list[ModelPreset] = [
         family="sigmoid_bias_topk",
         size=(384, 8),
         reads={**ROUTED, "scale": ("route_scale", "routed_scaling_factor")},
-        choices={
-            "scoring_func": {
-                "sigmoid": {"family": "sigmoid_bias_topk", "score": "sigmoid"},
-                "sqrtsoftplus": {"family": "sqrtsoftplus_bias", "score": "sqrtsoftplus"},
-            }
-        },
+        choices=INKLING_SCORE,
         scale=8.0,
         renorm_epsilon=1e-20,
         source="Inkling2TopKRouter.",
+    ),
+    *row(
+        "inkling2_loop",
+        "inkling2_loop_text",
+        family="sigmoid_bias_topk",
+        size=(128, 8),
+        reads={**ROUTED, "scale": ("route_scale", "routed_scaling_factor")},
+        choices=INKLING_SCORE,
+        scale=8.0,
+        renorm_epsilon=1e-20,
+        source="Inkling2LoopTopKRouter.",
     ),
     *row(
         "deepseek_v4",

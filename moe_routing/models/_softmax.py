@@ -99,6 +99,7 @@ PLAIN: list[ModelPreset] = [
     *row("olmoe", family="softmax_topk", size=(64, 8), reads=NORM, source="OlmoeTopKRouter."),
     *row("flex_olmo", family="softmax_topk", size=(7, 5), reads=NORM, source="FlexOlmoTopKRouter."),
     *row("mellum", family="softmax_topk", size=(64, 8), reads=NORM, renormalize=True, source="MellumTopKRouter."),
+    *row("lara_mini", family="softmax_topk", size=(128, 4), reads=NORM, renormalize=True, source="LaraMiniTopKRouter."),
     *row("jamba", family="softmax_topk", size=(16, 2), reads=EXPERTS, source="JambaTopKRouter, which never renormalises."),
     *row(
         "hunyuan_v1_moe",

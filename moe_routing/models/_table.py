@@ -40,4 +40,4 @@ NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
         "vitpose_backbone": "there is no router: the caller names the expert of each image (dataset_index)",
     }
 )
-"""Models of transformers 5.23 with experts whose routing ``RoutingSpec`` cannot express: name -> why."""
+"""Models of transformers 5.24 with experts whose routing ``RoutingSpec`` cannot express: name -> why."""

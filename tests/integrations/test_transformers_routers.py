@@ -125,7 +125,7 @@ def test_router_that_selects_otherwise_than_its_preset_is_left_with_the_reason(c
     with pytest.warns(MoeRoutingWarning, match="experts outside the kept groups"):
         report = patch(router)
     assert [layer.router for layer in report.left] == ["axk2.AXK2TopkRouter"]
-    assert "forward" not in vars(router)
+    assert type(router).__module__.startswith("transformers.")
 
 
 def test_training_of_phimoe_keeps_its_own_code():

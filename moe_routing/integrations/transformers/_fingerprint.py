@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import textwrap
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +27,49 @@ class RefusedError(Exception):
 def fingerprint(cls: type) -> str:
     """Hash what a class computes: its bases' names, its methods but ``__init__``, and the module's functions they call.
 
-    :raises RefusedError: the source cannot be read, or a method is not a plain function.
+    :raises RefusedError: the source cannot be read.
     """
-    methods = {name: _undecorated(value) for name, value in vars(cls).items() if isinstance(value, FunctionType)}
+    methods = {name: undecorated(value) for name, value in vars(cls).items() if isinstance(value, FunctionType)}
     methods.pop("__init__", None)
     trees = {name: _tree(function) for name, function in methods.items()}
-    for function, tree in list(zip(methods.values(), trees.values(), strict=True)):
-        for node in ast.walk(tree):
-            called = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
-            if isinstance(called, FunctionType) and called.__module__ == cls.__module__:
-                trees[called.__name__] = _tree(called)
+    called = list(methods.values())
+    for function in called:
+        for node in ast.walk(_tree(function)):
+            found = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+            if isinstance(found, FunctionType) and found.__module__ == cls.__module__ and found.__name__ not in trees:
+                trees[found.__name__] = _tree(found)
+                called.append(found)
     return digest([base.__name__ for base in cls.__bases__], trees)
+
+
+def require_own_methods(cls: type) -> None:
+    """Raise ``RefusedError`` if a method of a class was written in another module than the class, or is no function."""
+    for name, value in vars(cls).items():
+        is_function = isinstance(value, FunctionType)
+        if home_of(undecorated(value)) not in {cls.__module__, ""} if is_function else name == "forward":
+            msg = f"the {name} of {cls.__qualname__} was replaced, by {described(value)}; "
+            raise RefusedError(msg + "put the class's own back to route it here")
+
+
+def home_of(function: FunctionType) -> str:
+    """Return the module that a function was written in; ``functools.wraps`` cannot change this answer."""
+    return str(function.__globals__.get("__name__", ""))
+
+
+def described(value: object) -> str:
+    """Name a callable by where its code is, for a message.
+
+    >>> described(described)
+    'moe_routing.integrations.transformers._fingerprint.described'
+    """
+    while isinstance(value, partial):
+        value = value.func
+    function = getattr(value, "__func__", value)
+    if not isinstance(function, FunctionType):
+        return f"{type(value).__module__}.{type(value).__qualname__}" if not isinstance(value, type) else repr(value)
+    code = function.__code__
+    name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the plain name only
+    return f"{home_of(function) or code.co_filename}.{name}"
 
 
 def digest(bases: list[str], trees: Mapping[str, ast.AST]) -> str:
@@ -46,7 +78,7 @@ def digest(bases: list[str], trees: Mapping[str, ast.AST]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
 
 
-def _undecorated(function: Any) -> FunctionType:  # noqa: ANN401 -- a function, or what a decorator made of one
+def undecorated(function: Any) -> FunctionType:  # noqa: ANN401 -- a function, or what a decorator made of one
     """Take off torch's own decorators, such as ``no_grad``; anybody else's are part of what is hashed."""
     while function.__code__.co_filename == torch.utils._contextlib.__file__:  # noqa: SLF001 -- where no_grad's wrapper is
         function = function.__wrapped__

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
-from types import MethodType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from moe_routing import MoeRoutingWarning, RoutingSpec, explain, get_router
-from moe_routing.integrations.transformers._fingerprint import RefusedError
-from moe_routing.integrations.transformers._proof import known, recipe_of
-from moe_routing.integrations.transformers._recipes import RECIPES, Recipe
+from moe_routing import MoeRoutingWarning, RoutingSpec, explain
+from moe_routing.integrations.transformers._fingerprint import RefusedError, described
+from moe_routing.integrations.transformers._proof import known, short
 from moe_routing.integrations.transformers._report import Layer, PatchReport
+from moe_routing.integrations.transformers._wrapping import defining, reaches, rebind, require_own_forward, require_plain
+from moe_routing.integrations.transformers.routers import STATE, made_of, routed, stock_of, swap
 from moe_routing.models import NOT_EXPRESSED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-_OURS = "moe_routing_spec"
-"""Attribute of the methods that we put into routers."""
-_METHODS = {recipe.method for recipe in RECIPES.values()}
+    from moe_routing.integrations.transformers._recipes import Recipe
+
+_BLOCKS_WITHOUT_EXPERTS = {"DogeCDMoE"}
+"""Blocks of transformers that hold no submodule ``experts``, and no router that is known."""
 
 
 def patch(model: nn.Module) -> PatchReport:
     """Replace the routing of a model's mixture-of-experts layers in place; parameters and state dict stay as they are.
 
-    Each router gets a method of its own in place of its class's: the model's own logits, routed through
-    ``moe_routing``, returned in the form that the layer expects (dtype of the weights, int64 ids, what stands first).
-    A router is replaced only where its class and the source of its code are proven to be those that we know; the others
-    keep their own, with a warning. Patching twice changes nothing.
+    Each router's class becomes a subclass of ``moe_routing.integrations.transformers.routers``, which computes the model's own
+    logits, routes them through ``moe_routing``, and returns what the layer expects (dtype of the weights, int64 ids, order of
+    the items). A router is replaced only if its class and the source of its code are known; the others keep their own code,
+    with a warning. Patching twice changes nothing.
 
     :param model: a model of transformers 5.17 or later, or any module that holds such layers; compiled or not.
     :returns: what was replaced by what, and what was left and why.
@@ -54,49 +56,71 @@ def patch(model: nn.Module) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every router of a model its own code back, without a trace.
+    """Give every router of a model its own class back; hooks and wrappers that others set stay.
 
-    :param model: what ``patch`` was given, or a model that was loaded while ``enable`` was in force.
+    :param model: what ``patch`` was given, or a model that was loaded after ``enable``.
     """
     _require_module(model)
     for module in model.modules():
-        for method in _METHODS:
-            if hasattr(vars(module).get(method), _OURS):
-                delattr(module, method)
+        _remove(module)
 
 
 @contextmanager
 def patched(model: nn.Module) -> Iterator[PatchReport]:
-    """Patch a model inside the block; what was patched before stays so behind it.
+    """Patch a model inside the block; routers that were patched before stay so after it.
 
     >>> with patched(nn.Linear(1, 1)) as report:
     ...     report.layers
     ()
     """
     _require_module(model)
-    before = {id(module) for module in model.modules() if _routing_of(module)}
+    before = {id(module) for module in model.modules() if made_of(type(module))}
     try:
         yield patch(model)
     finally:
         for module in model.modules():
-            if _routing_of(module) and id(module) not in before:
-                unpatch(module)
+            if id(module) not in before:
+                _remove(module)
 
 
 def install(router: nn.Module) -> tuple[RoutingSpec, Recipe]:
     """Replace the routing of one router, or raise ``RefusedError`` with the reason why not."""
-    cls = type(router)
-    recipe = recipe_of(cls)
-    mine = vars(router).get(recipe.method)
-    if mine is not None and not hasattr(mine, _OURS):
-        msg = f"its {recipe.method} was replaced before, by {getattr(mine, '__qualname__', mine)}"
+    before = made_of(type(router))
+    stock = stock_of(type(router))
+    made = routed(stock)
+    current = vars(made.cls)[made.method]
+    if current is not made.ours:
+        msg = f"the {made.method} of moe_routing's class was replaced, by {described(current)}; put the class's own back"
         raise RefusedError(msg)
-    spec = recipe.spec(router)
-    if mine is None:
-        method = recipe.replacement(getattr(cls, recipe.method), get_router(spec))
-        setattr(method, _OURS, spec)
-        setattr(router, recipe.method, MethodType(method, router))
-    return spec, recipe
+    if before is None:
+        require_plain(router, made.method, made.own)
+    elif not reaches(router, made.method, before.ours):
+        msg = f"its {made.method} was replaced after patch, by {described(vars(router)[made.method])}, which does not call it"
+        raise RefusedError(msg)
+    if made.method != "forward":  # the router is its own block
+        require_own_forward(router)
+    made.recipe.prove(router)
+    spec = made.recipe.spec_of(router)
+    if before is not made:
+        _remove(router)
+        swap(router, stock, made.cls)
+        rebind(router, made.method, made.own, made.ours)
+    made.prepare(router)
+    return spec, made.recipe
+
+
+def _remove(module: nn.Module) -> None:
+    """Give a module its own class back if it is a router that was replaced."""
+    made = made_of(type(module))
+    if made is None:
+        return
+    wrapper = vars(made.cls)[made.method]
+    if wrapper is not made.ours:
+        text = f"{described(wrapper)} replaced the {made.method} of moe_routing's class, which {short(stock_of(type(module)))} no longer has"
+        warnings.warn(text, MoeRoutingWarning, stacklevel=3)
+    swap(module, made.cls, made.stock)
+    rebind(module, made.method, made.ours, made.own)
+    vars(module).pop(STATE, None)
 
 
 def _require_module(model: object) -> None:
@@ -105,54 +129,64 @@ def _require_module(model: object) -> None:
         raise TypeError(msg)
 
 
-def _routing_of(module: nn.Module) -> RoutingSpec | None:
-    """Return the routing that stands in a module, ``None`` where it has its own."""
-    found = (getattr(vars(module).get(method), _OURS, None) for method in _METHODS)
-    return next((spec for spec in found if spec), None)
-
-
 def _layers(model: nn.Module) -> Iterator[Layer]:
     names = {path.rpartition(".")[2] for path in known()}
     modules = dict(model.named_modules())
+    routers = {name for name, module in modules.items() if any(cls.__name__ in names for cls in type(module).__mro__)}
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
     for name, module in modules.items():
-        if type(module).__name__ in names:
-            yield _layer(name, module, modules.get(name.rpartition(".")[0]))
-        elif "experts" in module._modules and not any(type(child).__name__ in names for child in module.children()):  # noqa: SLF001
-            model_type = getattr(getattr(model, "config", None), "model_type", "")
-            yield Layer(name, _short(module), reason=NOT_EXPRESSED.get(model_type, "no router in it is known here"))
+        if name in routers:
+            yield _layer(name, module, _block_of(name, modules))
+        elif _has_experts(module) and not any(_is_inside(router, name) for router in routers):
+            yield Layer(
+                name, short(stock_of(type(module))), reason=NOT_EXPRESSED.get(model_type, "no router in it is known here")
+            )
 
 
-def _layer(name: str, router: nn.Module, parent: nn.Module | None) -> Layer:
+def _has_experts(module: nn.Module) -> bool:
+    return "experts" in module._modules or type(module).__name__ in _BLOCKS_WITHOUT_EXPERTS  # noqa: SLF001 -- cheaper than named_children
+
+
+def _is_inside(name: str, ancestor: str) -> bool:
+    return not ancestor or name.startswith(f"{ancestor}.")
+
+
+def _block_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """Return the module of transformers that calls a router; wrappers of other libraries may lie between."""
+    while name:
+        name = name.rpartition(".")[0]
+        block = modules[name]
+        if defining(type(block), "forward").__module__.startswith("transformers."):
+            return block
+    return None
+
+
+def _layer(name: str, router: nn.Module, block: nn.Module | None) -> Layer:
     try:
-        if parent is not None:
-            _require_own_forward(parent)
+        if block is not None:
+            require_own_forward(block)
         spec, recipe = install(router)
     except RefusedError as reason:
-        return Layer(name, _short(router), reason=str(reason))
+        _remove(router)
+        return Layer(name, short(stock_of(type(router))), reason=str(reason))
     remark = "" if recipe.in_training else "training keeps its own code"
-    return Layer(name, _short(router), spec.formula, _backend(router, recipe, spec), remark)
-
-
-def _require_own_forward(parent: nn.Module) -> None:
-    """Refuse a block whose forward somebody replaced, a fused kernel that routes by itself; accelerate's calls the old one."""
-    forward = vars(parent).get("forward")
-    if forward is not None and not hasattr(forward, _OURS) and not hasattr(parent, "_old_forward"):
-        msg = f"the forward of {_short(parent)} around it was replaced, by {getattr(forward, '__qualname__', forward)}"
-        raise RefusedError(msg)
+    return Layer(name, short(stock_of(type(router))), spec.formula, _backend(router, recipe, spec), remark)
 
 
 def _backend(router: nn.Module, recipe: Recipe, spec: RoutingSpec) -> str:
-    """Ask who would route where the layer's weights are now."""
+    """Return the backend that would route where the layer computes; ``""`` if it has no device yet."""
     weight = next(router.parameters())
-    if weight.is_meta:
+    device = _hook_device(router) if weight.is_meta else weight.device
+    if device is None:
         return ""
     num_experts: int | None = getattr(router, "num_experts", None)
-    report = explain(spec, device=weight.device, num_experts=num_experts, topk=recipe.topk(router), dtype=weight.dtype)
+    report = explain(spec, device=device, num_experts=num_experts, topk=recipe.topk(router), dtype=weight.dtype)
     return report.winner or ""
 
 
-def _short(module: nn.Module) -> str:
-    """Name a class of transformers by its model, ``gemma4.Gemma4TextRouter``; others whole."""
-    cls = type(module)
-    name = cls.__module__.rpartition(".modeling_")[2]
-    return f"{name if cls.__module__.startswith('transformers.') else cls.__module__}.{cls.__qualname__}"
+def _hook_device(router: nn.Module) -> torch.device | None:
+    """Return where accelerate's hooks bring offloaded weights, ``None`` if there are no hooks."""
+    hook = getattr(router, "_hf_hook", None)
+    devices = [getattr(part, "execution_device", None) for part in (hook, *getattr(hook, "hooks", ()))]
+    found = next((device for device in devices if device is not None), None)
+    return None if found is None else torch.device(found)

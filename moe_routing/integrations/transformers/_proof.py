@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing.integrations.transformers._fingerprint import RefusedError, fingerprint
+from moe_routing.integrations.transformers._fingerprint import RefusedError, fingerprint, require_own_methods
 from moe_routing.integrations.transformers._recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -33,10 +33,11 @@ def known() -> Mapping[str, Mapping[str, str]]:
 
 def recipe_of(cls: type) -> Recipe:
     """Return the recipe of a class, or raise ``RefusedError`` with what is not as it is known."""
-    path = _path(cls)
+    path = path_of(cls)
     if path not in known():
         msg = f"{cls.__module__}.{cls.__qualname__} is no router that is known here"
         raise RefusedError(msg)
+    require_own_methods(cls)
     found = fingerprint(cls)
     if found not in known()[path]:
         msg = f"the code of {path} is none that is known (fingerprint {found}): it was changed, or this transformers is newer"
@@ -44,7 +45,14 @@ def recipe_of(cls: type) -> Recipe:
     return RECIPES[known()[path][found]]
 
 
-def _path(cls: type) -> str:
+def path_of(cls: type) -> str:
+    """Return ``"gemma4.Gemma4TextRouter"`` for a class of transformers, ``""`` for any other."""
     folder = cls.__module__.removeprefix(_PACKAGE).partition(".")[0]
     expected = f"{_PACKAGE}{folder}.modeling_{folder}"
     return f"{folder}.{cls.__qualname__}" if cls.__module__ == expected else ""
+
+
+def short(cls: type) -> str:
+    """Name a class of transformers by its model, ``gemma4.Gemma4TextRouter``; others whole."""
+    name = cls.__module__.rpartition(".modeling_")[2]
+    return f"{name if cls.__module__.startswith('transformers.') else cls.__module__}.{cls.__qualname__}"

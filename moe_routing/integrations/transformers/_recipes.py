@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe_routing import RoutingSpec
     from moe_routing._router import Router as Route
     from moe_routing.integrations.transformers._logits import Router
+    from moe_routing.integrations.transformers._specs import Settings
 
 Outputs = tuple[Any, ...]
 
@@ -64,6 +65,10 @@ def _gemma_scale(router: Router) -> dict[str, Tensor]:
 
 def _hash_table(router: Router, input_ids: Tensor) -> dict[str, Tensor]:
     return {"token_ids": input_ids.reshape(-1), "expert_table": router.tid2eid}
+
+
+def _nothing_to_prove(_router: Router) -> None:
+    pass
 
 
 # K, which may change after loading.
@@ -141,18 +146,19 @@ def _zaya(router: Router, route: Route, hidden_states: Tensor, router_states: Te
 class Recipe:
     """How one kind of router is routed.
 
-    :ivar spec: the maths by the router's own attributes; raises ``RefusedError`` for what cannot be said.
+    :ivar settings: the attributes that the routing spec depends on, read at each call.
     :ivar logits: computes the logits ``[T, E]`` from the router's input.
-    :ivar operands: the further operands of the maths; takes what the block passes behind the input.
+    :ivar operands: the further operands of the maths; takes what the block passes after the input.
     :ivar weights: dtype of the weights that the router returns.
     :ivar output: arranges what is returned.
     :ivar method: the method that is replaced.
     :ivar topk: reads K at each call.
     :ivar in_training: whether training routes as inference does; where not, the router's own code trains.
     :ivar whole: replaces all of these steps, for a router that does more.
+    :ivar prove: raises ``RefusedError`` unless the submodules that the recipe replaces compute what is known.
     """
 
-    spec: Callable[[Router], RoutingSpec]
+    settings: Settings
     logits: Callable[[Router, Tensor], Tensor] = _logits.linear
     operands: Callable[..., Mapping[str, Any]] = _nothing
     weights: Callable[[Tensor, Tensor], torch.dtype] = _of_logits
@@ -161,89 +167,109 @@ class Recipe:
     topk: Callable[[Router], int] = _topk
     in_training: bool = True
     whole: Callable[..., Outputs] | None = None
+    prove: Callable[[Router], None] = _nothing_to_prove
 
-    def replacement(self, stock: Callable[..., Outputs], route: Route) -> Callable[..., Outputs]:
-        """Return the method that takes the place of ``stock``, the class's own."""
+    def spec_of(self, router: Router) -> RoutingSpec:
+        """Return the routing spec of a router with its current settings.
+
+        :raises RefusedError: the settings cannot be expressed, or do not fit the number of experts.
+        """
+        weight = getattr(router, "weight", None)
+        num_experts = weight.shape[0] if isinstance(weight, Tensor) else None
+        return self.settings.spec_of(router, num_experts, self.topk(router))
+
+    def forward(self, router: Router, route: Route, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Outputs:  # noqa: ANN401 -- the block's
+        """Compute what the router's own code returns, routed by ``route``."""
         if self.whole is not None:
-            whole = self.whole
-            return lambda router, *args, **kwargs: whole(router, route, *args, **kwargs)
-
-        def forward(router: Router, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Outputs:  # noqa: ANN401 -- the block's
-            if router.training and not self.in_training:
-                return stock(router, hidden_states, *args, **kwargs)
-            logits = self.logits(router, hidden_states)
-            weights, ids = route(logits, self.topk(router), ids_dtype=torch.int64, **self.operands(router, *args, **kwargs))
-            return self.output(router, logits, weights.to(self.weights(hidden_states, logits)), ids)
-
-        return forward
+            return self.whole(router, route, hidden_states, *args, **kwargs)
+        logits = self.logits(router, hidden_states)
+        weights, ids = route(logits, self.topk(router), ids_dtype=torch.int64, **self.operands(router, *args, **kwargs))
+        return self.output(router, logits, weights.to(self.weights(hidden_states, logits)), ids)
 
 
 RECIPES: Mapping[str, Recipe] = {
     "afmoe": Recipe(
-        spec=_specs.scaled_by("route_scale", "sigmoid_bias_topk", renorm_epsilon=1e-20),
+        settings=_specs.scaled_by("route_scale", "sigmoid_bias_topk", renorm_epsilon=1e-20),
         logits=_logits.afmoe,
         operands=_afmoe_bias,
     ),
-    "axk2": Recipe(spec=_specs.axk2, logits=_logits.linear_float32, operands=_own_bias),
-    "beam": Recipe(spec=_specs.beam, logits=_logits.linear_float32, operands=_own_bias),
-    "cohere2": Recipe(spec=_specs.cohere2, weights=_of_hidden),
-    "dbrx": Recipe(spec=_specs.dbrx, logits=_logits.as_given, output=_no_logits, method="route_tokens_to_experts"),
-    "deepseek": Recipe(spec=_specs.deepseek, logits=_logits.linear_float32, operands=_own_bias),
-    "deepseek_v2": Recipe(spec=_specs.deepseek_v2, logits=_logits.linear_float32, weights=_float32),
-    "deepseek_v4": Recipe(spec=_specs.deepseek_v4, operands=_own_bias),
-    "deepseek_v4_hash": Recipe(spec=_specs.deepseek_v4_hash, operands=_hash_table),
-    "ernie": Recipe(spec=_specs.ernie, logits=_logits.linear_without_autocast, operands=_ernie_bias, weights=_of_hidden),
-    "flint": Recipe(spec=_specs.renormalized("sigmoid_topk"), logits=_logits.linear_without_autocast),
+    "axk2": Recipe(settings=_specs.axk2, logits=_logits.linear_float32, operands=_own_bias),
+    "beam": Recipe(settings=_specs.beam, logits=_logits.linear_float32, operands=_own_bias),
+    "cohere2": Recipe(settings=_specs.cohere2, weights=_of_hidden),
+    "dbrx": Recipe(settings=_specs.dbrx, logits=_logits.as_given, output=_no_logits, method="route_tokens_to_experts"),
+    "deepseek": Recipe(settings=_specs.deepseek, logits=_logits.linear_float32, operands=_own_bias),
+    "deepseek_v2": Recipe(settings=_specs.deepseek_v2, logits=_logits.linear_float32, weights=_float32),
+    "deepseek_v4": Recipe(settings=_specs.deepseek_v4, operands=_own_bias),
+    "deepseek_v4_hash": Recipe(settings=_specs.deepseek_v4_hash, operands=_hash_table),
+    "ernie": Recipe(
+        settings=_specs.ernie,
+        prove=_specs.prove_ernie_statics,
+        logits=_logits.linear_without_autocast,
+        operands=_ernie_bias,
+        weights=_of_hidden,
+    ),
+    "flint": Recipe(settings=_specs.renormalized("sigmoid_topk"), logits=_logits.linear_without_autocast),
     "gemma": Recipe(
-        spec=_specs.fixed("gemma4"),
+        settings=_specs.fixed("gemma4"),
         logits=_logits.gemma,
         operands=_gemma_scale,
         weights=_float32,
         output=_probabilities_first,
         topk=_gemma_topk,
     ),
-    "gpt_oss": Recipe(spec=_specs.fixed("topk_softmax"), logits=_logits.linear_with_bias),
-    "granite": Recipe(spec=_specs.fixed("topk_softmax"), logits=_logits.linear_then_float32, weights=_of_hidden),
+    "gpt_oss": Recipe(settings=_specs.fixed("topk_softmax"), logits=_logits.linear_with_bias),
+    "granite": Recipe(settings=_specs.fixed("topk_softmax"), logits=_logits.linear_then_float32, weights=_of_hidden),
     "granite_ids_first": Recipe(
-        spec=_specs.fixed("topk_softmax"), logits=_logits.linear_then_float32, weights=_of_hidden, output=_ids_first
+        settings=_specs.fixed("topk_softmax"), logits=_logits.linear_then_float32, weights=_of_hidden, output=_ids_first
     ),
-    "hunyuan": Recipe(spec=_specs.fixed("softmax_topk", renormalize=True), logits=_logits.hunyuan),
+    "hunyuan": Recipe(settings=_specs.fixed("softmax_topk", renormalize=True), logits=_logits.hunyuan),
     "hy_v3": Recipe(
-        spec=_specs.scaled_by("router_scaling_factor", "sigmoid_bias_topk", renorm_epsilon=1e-20),
+        settings=_specs.scaled_by("router_scaling_factor", "sigmoid_bias_topk", renorm_epsilon=1e-20),
         logits=_logits.linear_float32,
         operands=_given_bias,
     ),
-    "inkling2": Recipe(spec=_specs.deepseek_v4, logits=_logits.linear_float32_input, operands=_own_bias),
-    "jamba": Recipe(spec=_specs.fixed("softmax_topk"), weights=_of_hidden),
-    "jetmoe": Recipe(spec=_specs.fixed("topk_softmax"), logits=_logits.jetmoe, weights=_of_hidden, output=_sorted_by_expert),
-    "kolibri": Recipe(spec=_specs.renormalized("logit_bias_sigmoid"), logits=_logits.kolibri, operands=_own_bias),
-    "laguna": Recipe(spec=_specs.fixed("sigmoid_bias_topk"), logits=_logits.laguna, operands=_own_bias, weights=_of_hidden),
-    "lfm2": Recipe(spec=_specs.lfm2, operands=_lfm2_bias),
-    "llama4": Recipe(spec=_specs.fixed("topk_sigmoid"), output=_dense_scores),
+    "inkling2": Recipe(settings=_specs.deepseek_v4, logits=_logits.linear_float32_input, operands=_own_bias),
+    "jamba": Recipe(settings=_specs.fixed("softmax_topk"), weights=_of_hidden),
+    "jetmoe": Recipe(
+        settings=_specs.fixed("topk_softmax"), logits=_logits.jetmoe, weights=_of_hidden, output=_sorted_by_expert
+    ),
+    "kolibri": Recipe(settings=_specs.renormalized("logit_bias_sigmoid"), logits=_logits.kolibri, operands=_own_bias),
+    "laguna": Recipe(
+        settings=_specs.fixed("sigmoid_bias_topk"), logits=_logits.laguna, operands=_own_bias, weights=_of_hidden
+    ),
+    "lara_mini": Recipe(settings=_specs.renormalized("softmax_topk"), logits=_logits.linear_float32, weights=_of_hidden),
+    "lfm2": Recipe(settings=_specs.lfm2, operands=_lfm2_bias),
+    "llama4": Recipe(settings=_specs.fixed("topk_sigmoid"), output=_dense_scores),
     "longcat": Recipe(
-        spec=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"), logits=_logits.longcat, operands=_own_bias
+        settings=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"), logits=_logits.longcat, operands=_own_bias
     ),
     "longcat_no_logits": Recipe(
-        spec=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"),
+        settings=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"),
         logits=_logits.longcat,
         operands=_own_bias,
         output=_no_logits,
     ),
     "minimax_m2": Recipe(
-        spec=_specs.fixed("sigmoid_bias_topk"), logits=_logits.linear_in_weights_dtype, operands=_given_bias, weights=_float32
+        settings=_specs.fixed("sigmoid_bias_topk"),
+        logits=_logits.linear_in_weights_dtype,
+        operands=_given_bias,
+        weights=_float32,
     ),
     "minimax_m3": Recipe(
-        spec=_specs.fixed("sigmoid_bias_topk"), logits=_logits.linear_in_weights_dtype, operands=_own_bias, weights=_float32
+        settings=_specs.fixed("sigmoid_bias_topk"),
+        logits=_logits.linear_in_weights_dtype,
+        operands=_own_bias,
+        weights=_float32,
     ),
-    "mistral": Recipe(spec=_specs.mistral, operands=_zero_bias),
-    "mistral_float32": Recipe(spec=_specs.mistral, logits=_logits.linear_float32, operands=_zero_bias),
-    "mixtral": Recipe(spec=_specs.fixed("softmax_topk", renormalize=True), weights=_float32),
-    "muse_spark": Recipe(spec=_specs.muse_spark, logits=_logits.muse_spark, operands=_own_bias),
-    "phimoe": Recipe(spec=_specs.phimoe, in_training=False),
-    "privacy_filter": Recipe(spec=_specs.privacy_filter, logits=_logits.linear_float32_with_bias),
-    "qwen": Recipe(spec=_specs.renormalized("softmax_topk")),
-    "qwen_always": Recipe(spec=_specs.fixed("softmax_topk", renormalize=True)),
-    "selected": Recipe(spec=_specs.fixed("topk_softmax")),
-    "selected_ids_first": Recipe(spec=_specs.fixed("topk_softmax"), output=_ids_first),
-    "zaya": Recipe(spec=_specs.zaya, whole=_zaya),
+    "mistral": Recipe(settings=_specs.mistral, operands=_zero_bias),
+    "mistral_float32": Recipe(settings=_specs.mistral_always, logits=_logits.linear_float32, operands=_zero_bias),
+    "mixtral": Recipe(settings=_specs.fixed("softmax_topk", renormalize=True), weights=_float32),
+    "muse_spark": Recipe(settings=_specs.muse_spark, logits=_logits.muse_spark, operands=_own_bias),
+    "phimoe": Recipe(settings=_specs.phimoe, in_training=False),
+    "privacy_filter": Recipe(settings=_specs.privacy_filter, logits=_logits.linear_float32_with_bias),
+    "qwen": Recipe(settings=_specs.renormalized("softmax_topk")),
+    "qwen_always": Recipe(settings=_specs.fixed("softmax_topk", renormalize=True)),
+    "selected": Recipe(settings=_specs.fixed("topk_softmax")),
+    "selected_ids_first": Recipe(settings=_specs.fixed("topk_softmax"), output=_ids_first),
+    "zaya": Recipe(settings=_specs.zaya, whole=_zaya),
 }
