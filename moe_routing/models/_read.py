@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from moe_routing._registry import registry
 from moe_routing.models._contradictions import contradictions
 from moe_routing.models._preset import ANYTHING_ELSE, row
 from moe_routing.models._table import MODELS, NOT_EXPRESSED
@@ -77,6 +76,8 @@ def from_config(config: object) -> ConfiguredRouting:
         raise ValueError(msg)
     if model in MODELS:
         return _read(MODELS[model], part)
+    from moe_routing._registry import registry  # which imports the names of this package's models, to reserve them
+
     brought = {name: spec for family in registry().families.values() for name, spec in family.models.items()}
     if model in brought:
         return _read(_preset_of_plugin(model, brought[model]), part)
