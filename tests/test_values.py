@@ -77,8 +77,7 @@ def test_specs_and_outputs_are_values_too():
 
 
 def run(script):
-    code = "import faulthandler; faulthandler.dump_traceback_later(300, exit=True)\n" + textwrap.dedent(script)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -110,7 +109,7 @@ def test_a_process_that_is_forked_during_another_threads_first_call_routes(durin
     # The other thread stops inside, holding whatever it holds there, until the parent has seen the child end.
     said = run(
         f"""
-        import os, sys, threading, warnings
+        import faulthandler, os, sys, threading, warnings
         warnings.simplefilter("ignore")  # torch and Python warn of forks beside threads
         import torch, moe_routing
         import moe_routing._dispatch as dispatch
@@ -148,8 +147,7 @@ def test_a_process_that_is_forked_during_another_threads_first_call_routes(durin
         inside.wait()
         child = os.fork()
         if child == 0:
-            import faulthandler
-            faulthandler.dump_traceback_later(120, exit=True)
+            faulthandler.dump_traceback_later(600, exit=True)  # a child that hangs shows where
             os._exit(0 if route(logits, 2).ids.tolist() == [[1, 3]] else 1)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         go_on.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from contextvars import ContextVar
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from moe_routing_registry._problem import RoutingProblem
 
 
+_loading: ContextVar[bool] = ContextVar("moe_routing_loading", default=False)
+"""Whether this thread is loading plug-ins."""
+
+
 class Registry:
     """Backends and families from plug-ins, loaded on first use, once, whichever thread comes first.
 
@@ -41,7 +46,6 @@ class Registry:
         self._reserved = frozenset(reserved)
         self._left_out: dict[str, str] = {}
         self._lock = ForkSafeLock()
-        self._loading = False
         self._inventory: Inventory | None = None
         self.generation = 0
 
@@ -60,14 +64,14 @@ class Registry:
         return self._inventory
 
     def _loaded(self, on_plugin: Callable[[Plugin], object]) -> Inventory:
-        if self._loading:
+        if _loading.get():
             msg = "plug-ins are being loaded; a plug-in cannot use the registry at its own import"
             raise RuntimeError(msg)
-        self._loading = True
+        token = _loading.set(True)
         try:
             return load(self._built_in, self._reserved, self._left_out, on_plugin)
         finally:
-            self._loading = False
+            _loading.reset(token)
 
     @property
     def loaded(self) -> bool:

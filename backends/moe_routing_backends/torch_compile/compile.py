@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +25,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from moe_routing import Operands, RoutingOutput
 from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route, whole
+from moe_routing_registry import ForkSafeLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +67,7 @@ class CompiledRouter:
         self._compiled: dict[tuple[object, ...], Callable[..., RoutingOutput]] = {}
         self._direct: dict[tuple[object, ...], _Direct] = {}
         self._seen: list[_Run] = []
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's operands, handed on
         """Route; see ``Kernel``."""
