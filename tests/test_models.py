@@ -105,6 +105,7 @@ def test_every_attribute_that_a_preset_reads_must_be_there(name):
     preset = MODELS[name]
     fixed = {field for options in preset.choices.values() for changes in options.values() for field in changes}
     required = [*preset.choices, *(names for field, names in preset.reads.items() if field not in fixed)]
+    assert required
     for names in required:
         paths = [names] if isinstance(names, str) else names
         left = config
