@@ -29,7 +29,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## a random-weight MoE model of transformers, routed by us and by its own code (MODEL=deepseek_v3|qwen3_moe|gpt_oss)
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-test: about-test lint docs pytest ## lint, types, docs and the quick tests: under 2 minutes
+test: about-test $(READY) ## lint, types, docs and the quick tests: under 2 minutes
+	@$(MAKE) --no-print-directory --jobs=2 lint docs
+	@$(MAKE) --no-print-directory pytest
 
 test-all: $(READY) ## the tests that `make test` leaves out, slow or with pip: about 8 minutes
 	@echo "==> the slow tests, and those that install packages with pip: about 8 minutes on 2 cores"

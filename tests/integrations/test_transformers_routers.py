@@ -84,6 +84,7 @@ def test_replaced_router_keeps_places_and_dtypes_in_bfloat16(case, said):
         assert_same(parts(ours)[2], parts(theirs)[2])  # logits or probabilities, to the bit of their linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "said"), TRAINED)
 def test_gradients_are_those_of_its_own_code(case, said):
     router, hidden, call = made(case, said)

@@ -150,6 +150,7 @@ def test_a_watched_kernel_keeps_its_other_attributes():
     assert getattr(shadow.Shadow(1.0).watch(Kernel(), SPEC, 2), "backward", None) is None
 
 
+@pytest.mark.slow
 def test_without_shadow_mode_the_kit_is_not_imported():
     code = (
         "import sys, torch, moe_routing; moe_routing.get_router('mixtral')(torch.zeros(1, 4), 2);"
