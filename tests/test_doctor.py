@@ -230,6 +230,7 @@ def test_it_survives_a_torch_of_which_only_an_empty_folder_is_left(without_torch
     assert (run.returncode, check["status"]) == (1, "problem")
 
 
+@pytest.mark.slow
 def test_a_backend_extension_that_breaks_torch_is_named_as_the_culprit(tmp_path):
     write(tmp_path, "intel_extension_for_pytorch/__init__.py", "import os; os.exit(127)\n")
     points = "[torch.backends]\nipex = intel_extension_for_pytorch:_autoload\n"
