@@ -71,7 +71,7 @@ def tune(  # noqa: PLR0913 -- the options of the command
         screen = console()
         for one in found:
             _show(one, screen)
-    raise typer.Exit(1 if any(one["wrong"] for one in found) else 0)
+    raise typer.Exit(1 if any(one["wrong"] or one.get("not_kept") for one in found) else 0)
 
 
 def _dtype(word: str) -> str:
@@ -164,7 +164,8 @@ def _show(one: dict[str, Any], screen: Console) -> None:
         for sentence in one[kind]:
             screen.print(Text.assemble((f"{kind}: ", STATUS_STYLES[status]), sentence))
     screen.print(Text(f"before: {one['before']}"), soft_wrap=True)
-    screen.print(Text(f"kept in {one['table']}"), soft_wrap=True)
+    not_kept = one.get("not_kept")
+    screen.print(f"not kept: {not_kept}" if not_kept else f"kept in {one['table']}", soft_wrap=True)
 
 
 def _launch(launch: dict[str, Any]) -> str:
