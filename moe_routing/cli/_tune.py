@@ -17,10 +17,11 @@ from moe_routing.cli._show import (
     count,
     print_json,
     progress,
+    shortened,
     table,
     words,
 )
-from moe_routing_registry import PluginFailure, contained
+from moe_routing_registry import PluginFailure, UnknownNameError, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,7 +64,8 @@ def tune(  # noqa: PLR0913 -- the options of the command
         _measure(asked, sizes, found)
     except Exception as error:
         if as_json:
-            print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": str(error)})
+            said = shortened(error) if isinstance(error, UnknownNameError) else str(error)
+            print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": said})
         raise
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": ""})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moe_routing.probing._installed import Installed
 from moe_routing.probing._intel import intel_arch
-from moe_routing.probing._observe import TorchBuild, UnknownDeviceError
+from moe_routing.probing._observe import NUMPY_WARNING, TorchBuild, UnknownDeviceError
 from moe_routing.probing._toolchains import toolchains
 from moe_routing_registry import PluginFailure, contained
 
@@ -102,6 +102,7 @@ def quietly() -> Iterator[list[str]]:
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message=NUMPY_WARNING)
         yield said
         said += dict.fromkeys(str(warning.message).strip().partition("\n")[0] for warning in caught)
 
