@@ -14,7 +14,7 @@ from moe_routing.cli._app import run
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (ROOT, ROOT / "registry", ROOT / "backends")
-COMMANDS = ["--help", "--version", "list", "list --json", "explain gemma4 --json", "doctor --check python"]
+COMMANDS = ["--help", "--version", "list", "list --json"]
 
 
 def shell(line, *path, **environment):

@@ -79,6 +79,26 @@ def test_doctor_says_what_a_plug_in_changed_of_torch(command):
     assert "loading the plug-ins changed torch's default dtype, which is now torch.float64" in said
 
 
+def test_where_metadata_that_cannot_be_decoded_takes_torch_down_doctor_names_its_distribution(tmp_path):
+    info = tmp_path / "mangled-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mangled\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_bytes(b"\xff\xfe")
+    sources = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "registry", ROOT / "backends")))
+    command = [sys.executable, "-m", "moe_routing", "doctor", "--device", "cpu", "--json"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": sources}, capture_output=True, text=True, check=False)
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert "UnicodeDecodeError" in checks["torch"]["summary"]
+    assert checks["torch"]["fix"] == checks["plugins"]["fix"] == "pip uninstall mangled"
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": sources, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["reports"]["cpu"]["winner"] == "eager"
+
+
 PRINTS = """
 print("print")
 os.write(1, b"file descriptor\\n")

@@ -43,6 +43,9 @@ def torch(case: Case) -> list[Check]:
         culprits = backend_autoloaders()
         if culprits and "TORCH_DEVICE_BACKEND_AUTOLOAD" in failure.traceback:
             fix = f"pip uninstall --yes {' '.join(culprits)}"  # torch imports them, and they raised
+        unreadable = [f.verdict.fix for f in case.failures if f.verdict.reason.startswith("reading its entry_points.txt")]
+        if unreadable and "entry_points" in failure.traceback:
+            fix = unreadable[0]  # torch reads all of them at its import
         missing = failure.sentence.startswith("ModuleNotFoundError: No module named 'torch'")
         summary = "torch is not installed" if missing else f"torch cannot be imported: {failure.sentence}"
         return [Check(name="torch", status="problem", summary=summary, fix=fix, details=failure.traceback)]

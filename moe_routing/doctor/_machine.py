@@ -159,7 +159,11 @@ def _probe_into(found: list[DeviceInfo], failures: dict[str, Failure], only: str
 
 def backend_autoloaders() -> list[str]:
     """Name the distributions that ask torch to import them whenever torch is imported (``torch.backends``)."""
-    points = importlib.metadata.entry_points(group="torch.backends")
+    try:
+        with contained("reading metadata"):
+            points = importlib.metadata.entry_points(group="torch.backends")
+    except PluginFailure:  # the check "plugins" names the distribution that cannot be read
+        return []
     return sorted({point.dist.name for point in points if point.dist})
 
 
