@@ -33,7 +33,7 @@ main()
 
 @pytest.fixture
 def command(install_plugin):
-    """Return what installs a plug-in with that body and runs a command line beside it."""
+    """Return what installs a plug-in with that body and runs a command line with it."""
 
     def run(body, *arguments, entry_point="odd"):
         site = install_plugin("odd", HEAD + body + TAIL, entry_point=entry_point)

@@ -251,8 +251,8 @@ class Registry:
         spec = problem.spec
         if spec.score not in SCORES:
             return f"the score function {spec.score!r} of family {spec.family!r}"
-        card = self.families.get(spec.family)
-        return f"the family {spec.family!r}, which has an oracle of its own" if card is not None and card.oracle else ""
+        family = self.families.get(spec.family)
+        return f"the family {spec.family!r}, which has an oracle of its own" if family is not None and family.oracle else ""
 
     def tuner(self, name: str) -> Any:  # noqa: ANN401 -- what it takes and returns, its caller knows
         """Import what measures a backend's launches, or return ``None`` where it has nothing to tune.
