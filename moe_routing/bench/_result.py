@@ -149,11 +149,12 @@ class Result:
     def read(cls, path: Path) -> Result:
         """Read a run that ``to_dict``'s JSON was written of.
 
+        :raises OSError: the file cannot be read.
         :raises ValueError: the file holds something else; says what.
         """
         if not path.is_file():
-            reason = "there is none" if not path.exists() else "this is something else"
-            msg = f"{path}: expected a file that `moe-routing bench --json` has written; {reason}"
+            path.stat()  # "No such file" is the system's to say
+            msg = f"{path}: expected a file that `moe-routing bench --json` has written"
             raise ValueError(msg)
         with path.open("rb") as file:
             text = file.read(_MOST_BYTES + 1)
