@@ -240,6 +240,14 @@ def test_help_loses_no_word_where_it_is_narrow(cli, monkeypatch, command, width)
         assert option.partition(",")[0].rstrip(".") in texts[width]
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "-3", "wide", "9" * 30])
+def test_a_width_that_cannot_be_loses_nothing(cli, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = cli("explain", "gemma4")
+    assert code == 0
+    assert "explicit_only" in out
+
+
 @pytest.mark.parametrize("line", ["explain gemma4", "list", "doctor --device cpu", "bench --tokens 1 --compare none"])
 def test_at_40_columns_no_name_code_or_reason_is_lost(cli, monkeypatch, line):
     monkeypatch.setenv("COLUMNS", "40")

@@ -100,6 +100,9 @@ def test_where_metadata_that_cannot_be_decoded_takes_torch_down_doctor_names_its
 
 
 PRINTS = """
+import atexit
+atexit.register(print, "at exit")
+atexit.register(os.system, "echo at exit")
 print("print")
 os.write(1, b"file descriptor\\n")
 os.system("echo a process")
@@ -133,6 +136,6 @@ def test_a_plug_in_that_prints_leaves_json_alone(command, arguments):
 def test_a_plug_in_that_prints_leaves_tables_alone(command):
     done = command(PRINTS, "explain", "mixtral")
     assert "eager" in done.stdout
-    for printed in ("print\n", "file descriptor", "a process", "rule\n"):
+    for printed in ("at exit", "print\n", "file descriptor", "a process", "rule\n"):
         assert printed not in done.stdout
         assert printed in done.stderr

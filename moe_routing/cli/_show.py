@@ -41,7 +41,7 @@ _WORD = 20
 """Characters of a word up to which a table is not drawn where it would break the word."""
 _DIGITS = 18
 """Of a count: what 64 bits hold."""
-_UNLIMITED = 100_000
+_NARROWEST, _UNLIMITED = 20, 100_000
 _FEW = 12
 STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
 _MARKS = {"ok": "✓", "warning": "!", "problem": "✗", "skipped": "-"}
@@ -110,6 +110,14 @@ def drop_stdout() -> None:
             _point_stdout_to(None)
 
 
+def leave_stdout() -> None:
+    """Point stdout to stderr for the rest of the process: what plug-ins print at its end is no part of the answer."""
+    with suppress(OSError, ValueError):
+        if sys.stdout.fileno() == _STDOUT:
+            _point_stdout_to(sys.stderr)
+        sys.stdout = sys.stderr
+
+
 def stdout() -> TextIO:
     """Return the stream of the answer."""
     return _answer.get() or sys.stdout
@@ -118,10 +126,13 @@ def stdout() -> TextIO:
 def console() -> Console:
     """Return a console on stdout: as wide as the terminal, or without limit where the output goes to a program.
 
-    ``COLUMNS`` sets the width of both.
+    ``COLUMNS`` sets the width of both, from 20 on.
     """
-    piped = not stdout().isatty() and "COLUMNS" not in os.environ
-    return _Console(file=stdout(), width=_UNLIMITED if piped else None, highlight=False, markup=False, emoji=False)
+    columns = os.environ.get("COLUMNS", "")
+    width = None if stdout().isatty() else _UNLIMITED
+    if columns.isdecimal():
+        width = min(max(int(columns[:_DIGITS]), _NARROWEST), _UNLIMITED)
+    return _Console(file=stdout(), width=width, highlight=False, markup=False, emoji=False)
 
 
 def progress() -> Progress:
