@@ -172,6 +172,23 @@ def test_where_warnings_are_errors_only_the_first_call_raises(install_plugin):
     assert resolve(known).winner == "eager"
 
 
+def test_a_plug_in_that_turns_warnings_into_errors_does_so_for_itself(install_plugin):
+    install_plugin("aa_strict", "import warnings\nwarnings.simplefilter('error')\n1 / 0")
+    done = run(
+        "import moe_routing; print(moe_routing.explain('mixtral').winner); print(moe_routing.explain('mixtral').winner)"
+    )
+    assert done == "eager\neager\n"
+
+
+def test_the_command_that_uninstalls_is_safe_to_copy(install_plugin):
+    site = install_plugin("named", "1 / 0")
+    metadata = site / "named_dist-1.0.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: x;$(reboot)\nVersion: 1.0\n")
+    known = registry()
+    with pytest.warns(PluginWarning):
+        assert resolve(known).rejection("named").verdict.fix == "pip uninstall 'x;$(reboot)'"
+
+
 def test_two_plug_ins_with_one_family_leave_the_first(install_plugin):
     hook = "@hookimpl\ndef moe_routing_families(): return [FamilySpec(spec=RoutingSpec(family='acme_route'), source=__name__)]"
     install_plugin("one", HEAD + hook)

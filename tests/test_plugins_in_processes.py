@@ -133,6 +133,12 @@ def test_a_plug_in_that_prints_leaves_json_alone(command, arguments):
     assert "Traceback" not in done.stderr
 
 
+def test_a_plug_in_that_asks_for_input_gets_none(command):
+    done = command("input('your name? ')", "list", "mixtral", "--json")
+    assert json.loads(done.stdout)["routers"][0]["name"] == "mixtral"
+    assert "its import raised EOFError" in done.stderr
+
+
 def test_a_plug_in_that_prints_leaves_tables_alone(command):
     done = command(PRINTS, "explain", "mixtral")
     assert "eager" in done.stdout

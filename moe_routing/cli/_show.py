@@ -9,6 +9,7 @@ import tempfile
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from contextvars import ContextVar
 from errno import EISDIR
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -74,9 +75,10 @@ class _Console(Console):
 def reserved_stdout() -> Iterator[None]:
     """Keep stdout for the answer: what plug-ins, torch and compilers print meanwhile goes to stderr.
 
-    That includes what goes past ``sys.stdout`` to file descriptor 1, from C++ or from processes that are started.
+    That includes what goes past ``sys.stdout`` to file descriptor 1, from C++ or from processes that are started. Who asks
+    for input meanwhile reads the end of a file.
     """
-    answer, kept = sys.stdout, None
+    answer, kept, stdin = sys.stdout, None, sys.stdin
     answer.flush()
     with suppress(OSError, ValueError):  # a stream that is no file: a test's or a notebook's
         if answer.fileno() == _STDOUT:
@@ -86,8 +88,10 @@ def reserved_stdout() -> Iterator[None]:
     token = _answer.set(answer)
     try:
         with redirect_stdout(sys.stderr):
+            sys.stdin = StringIO()
             yield
     finally:
+        sys.stdin = stdin
         _answer.reset(token)
         try:
             answer.flush()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,7 +66,7 @@ class Inventory:
     def fail(self, name: str, distribution: str, code: RejectCode, reason: str, trace: str = "") -> None:
         """Keep a failure, for the warning and for doctor."""
         uninstall = code is RejectCode.IMPORT_FAILED and distribution != _UNKNOWN
-        fix = f"pip uninstall {distribution.partition(' ')[0]}" if uninstall else ""
+        fix = f"pip uninstall {shlex.quote(distribution.partition(' ')[0])}" if uninstall else ""
         verdict = Verdict.no(code, reason, fix)
         self.failures.append(Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace))
 
@@ -155,7 +157,8 @@ def _name_of(distribution: importlib.metadata.Distribution) -> str:
 
 def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -> None:
     try:
-        with contained("its import"):
+        # A plug-in that turns warnings into errors, or off, does so for itself.
+        with contained("its import"), warnings.catch_warnings():
             module = plugin.importer()
     except PluginFailure as failure:
         inventory.fail(plugin.name, plugin.distribution, RejectCode.IMPORT_FAILED, failure.sentence, failure.trace)

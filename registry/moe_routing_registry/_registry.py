@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import threading
 import warnings
 from operator import itemgetter
@@ -206,7 +207,7 @@ class Registry:
             return Verdict.no(RejectCode.BLOCKED, f"{BLOCK_VARIABLE} names it", f"unset {BLOCK_VARIABLE}")
         if card.api_version != API_VERSION:
             reason = f"is written for plug-in interface {card.api_version}, this is {API_VERSION}"
-            fix = f"pip install --upgrade moe-routing {self.distribution(card.name).partition(' ')[0]}"
+            fix = f"pip install --upgrade moe-routing {shlex.quote(self.distribution(card.name).partition(' ')[0])}"
             return Verdict.no(RejectCode.API_VERSION, reason, fix)
         return Verdict.yes()
 

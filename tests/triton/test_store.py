@@ -278,3 +278,12 @@ def test_a_name_of_any_length_and_alphabet_is_a_file_name():
     path = store.keep(odd, {table.key_of(PROBLEM): RULE})
     assert path.parent == store.user_path(H200).parent
     assert path.is_file()
+
+
+def test_a_table_with_a_variant_that_the_device_has_not_is_ignored():
+    older = dataclasses.replace(H200, arch="sm_80")
+    path = store.user_path(older)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(table_of([None, "sieve", 16, 2, 1]))
+    with pytest.warns(RuntimeWarning, match="expected no sieve on sm_80"):
+        assert store.own_table(older) is None

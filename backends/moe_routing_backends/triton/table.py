@@ -33,6 +33,8 @@ MOST_THREADS = 1024
 """Threads a program, on every device that Triton compiles for."""
 MOST_ROWS = 256
 """Rows a program of the lanes variant: with the 2,048 experts that are taken at most, half of Triton's largest block."""
+SIEVES_FROM = (9, 0)
+"""Least compute capability on which the sieve variant was measured; nothing is derived for older devices."""
 WARPS = (8, 16, 32, 64)
 """Threads a warp, on the devices that Triton compiles for."""
 
@@ -174,8 +176,15 @@ def _beyond(launch: Launch) -> str:
     return "" if launch.warp_size in (0, *WARPS) else f"a warp_size among {', '.join(map(str, WARPS))}"
 
 
+def sieves(device: DeviceInfo) -> bool:
+    """Tell whether the sieve variant is for the device."""
+    return device.capability is not None and device.capability >= SIEVES_FROM
+
+
 def beyond(launch: Launch, device: DeviceInfo) -> str:
     """Say what of a launch this device cannot do, ``""`` where it can do it."""
+    if launch.variant == "sieve" and not sieves(device):
+        return f"no sieve on {device.arch or 'this device'}"
     widest = launch.warp_size or max(device.warp_sizes, default=WARPS[0])
     if launch.warp_size and launch.warp_size not in device.warp_sizes:
         return f"a warp_size among {', '.join(map(str, device.warp_sizes)) or 'none'}"

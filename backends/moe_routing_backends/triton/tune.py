@@ -11,11 +11,11 @@ import torch
 
 from moe_routing import RoutingOutput
 from moe_routing.testing.admissible import compare
-from moe_routing_backends.triton.choose import WARP, said_of, sieves, speaking
+from moe_routing_backends.triton.choose import WARP, said_of, speaking
 from moe_routing_backends.triton.launch import TritonRouter
 from moe_routing_backends.triton.plan import Launch, can
 from moe_routing_backends.triton.store import check_keeping, keep, user_path
-from moe_routing_backends.triton.table import VARIANTS, Step, key_of
+from moe_routing_backends.triton.table import VARIANTS, Step, key_of, sieves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
