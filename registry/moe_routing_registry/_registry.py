@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import warnings
 from contextvars import ContextVar
 from operator import itemgetter
@@ -214,7 +215,7 @@ class Registry:
             return Verdict.no(RejectCode.BLOCKED, f"{BLOCK_VARIABLE} names it", f"unset {BLOCK_VARIABLE}")
         if card.api_version != API_VERSION:
             reason = f"is written for plug-in interface {card.api_version}, this is {API_VERSION}"
-            fix = f"pip install --upgrade moe-routing {self.distribution(card.name).partition(' ')[0]}"
+            fix = f"pip install --upgrade moe-routing {shlex.quote(self.distribution(card.name).partition(' ')[0])}"
             return Verdict.no(RejectCode.API_VERSION, reason, fix)
         return Verdict.yes()
 
@@ -259,8 +260,8 @@ class Registry:
         spec = problem.spec
         if spec.score not in SCORES:
             return f"the score function {spec.score!r} of family {spec.family!r}"
-        card = self.families.get(spec.family)
-        return f"the family {spec.family!r}, which has an oracle of its own" if card is not None and card.oracle else ""
+        family = self.families.get(spec.family)
+        return f"the family {spec.family!r}, which has an oracle of its own" if family is not None and family.oracle else ""
 
     def tuner(self, name: str) -> Any:  # noqa: ANN401 -- what it takes and returns, its caller knows
         """Import what measures a backend's launches, or return ``None`` where it has nothing to tune.
