@@ -56,7 +56,9 @@ def passed(model, ids, *, training):
     if not training:
         return [logits]
     logits.float().square().mean().backward()
-    named = [(name, p.grad) for name, p in model.named_parameters() if "gate.weight" in name or "router" in name or "embed" in name]
+    named = [
+        (name, p.grad) for name, p in model.named_parameters() if "gate.weight" in name or "router" in name or "embed" in name
+    ]
     return [logits.detach(), *(gradient for _, gradient in named if gradient is not None)]
 
 

@@ -116,7 +116,9 @@ def _remove(module: nn.Module) -> None:
         return
     wrapper = vars(made.cls)[made.method]
     if wrapper is not made.ours:
-        text = f"{described(wrapper)} replaced the {made.method} of moe_routing's class, which {short(stock_of(type(module)))} no longer has"
+        text = (
+            f"{described(wrapper)} replaced the {made.method} of moe_routing's class, that {short(made.stock)} no longer has"
+        )
         warnings.warn(text, MoeRoutingWarning, stacklevel=3)
     swap(module, made.cls, made.stock)
     rebind(module, made.method, made.ours, made.own)

@@ -61,7 +61,8 @@ class Made:
         self.own: Callable[..., Any] = vars(stock)[recipe.method]
         self.ours = self._function()
         names = {"__module__": __name__, "__doc__": stock.__doc__, recipe.method: self.ours, STATE: None}
-        self.cls: type[nn.Module] = type(stock)(stock.__name__, (stock,), names)
+        metaclass: Any = type(stock)
+        self.cls: type[nn.Module] = metaclass(stock.__name__, (stock,), names)
 
     def _function(self) -> Callable[..., Any]:
         made, stock, recipe, method, own = self, self.stock, self.recipe, self.method, self.own
@@ -100,10 +101,8 @@ class Made:
         """Run what the stock class has as its method now; warn if that is none of its own."""
         current = getattr(self.stock, self.method)
         if current is not self.own and not torch.compiler.is_compiling():
-            _warn_once(
-                f"the {self.method} of {self.stock.__name__} was replaced after patch, by {described(current)}: its routers run "
-                f"that, not moe_routing; put the class's own {self.method} back to route them"
-            )
+            text = f"the {self.method} of {self.stock.__name__} was replaced after patch, by {described(current)}"
+            _warn_once(f"{text}: its routers run that, not moe_routing; put the class's own {self.method} back to route them")
         return current(router, *args, **kwargs)
 
 
@@ -123,7 +122,7 @@ def routed(stock: type[nn.Module]) -> Made:
 
 
 @cache
-def _made(stock: type[nn.Module], _own: Callable[..., Any], recipe: Recipe) -> Made:
+def _made(stock: Any, _own: Callable[..., Any], recipe: Recipe) -> Made:  # noqa: ANN401 -- mypy takes no Module class for hashable
     made = Made(stock, recipe)
     _MADE[made.cls] = made
     return made
@@ -160,7 +159,8 @@ def _swapped(cls: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -
         return before
     bases = tuple(_swapped(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
     names = {name: value for name, value in vars(cls).items() if name not in {"__dict__", "__weakref__"}}
-    made: type[nn.Module] = type(cls)(cls.__name__, bases, names)
+    metaclass: Any = type(cls)
+    made: type[nn.Module] = metaclass(cls.__name__, bases, names)
     _PLAIN[made] = cls
     return made
 
