@@ -118,11 +118,12 @@ def routed(stock: type[nn.Module]) -> Made:
     :raises RefusedError: the class or its code is not known.
     """
     recipe = recipe_of(stock)
-    return _made(stock, vars(stock)[recipe.method], recipe)
+    hashable: Any = stock  # mypy does not take a class of modules for hashable
+    return _made(hashable, vars(stock)[recipe.method], recipe)
 
 
 @cache
-def _made(stock: Any, _own: Callable[..., Any], recipe: Recipe) -> Made:  # noqa: ANN401 -- mypy takes no Module class for hashable
+def _made(stock: type[nn.Module], _own: Callable[..., Any], recipe: Recipe) -> Made:
     made = Made(stock, recipe)
     _MADE[made.cls] = made
     return made
