@@ -799,6 +799,36 @@ def logits_of(model):
         return model(input_ids=IDS % 32, use_cache=False).logits
 
 
+def test_a_router_that_two_blocks_share_has_one_line():
+    model = mixtral()
+    model.model.layers[1].mlp.gate = model.model.layers[0].mlp.gate
+    theirs = logits(model)
+    assert_replaced(patch(model), 1)
+    assert_own(logits(model), theirs)
+
+
+@pytest.mark.parametrize("value", [0, 99, "missing"])
+def test_a_router_without_a_possible_k_is_left(value):
+    model = mixtral()
+    gate = model.model.layers[1].mlp.gate
+    if value == "missing":
+        del gate.top_k
+    else:
+        gate.top_k = value
+    with pytest.warns(MoeRoutingWarning, match=r"its settings cannot be routed: .*top_?k"):
+        assert [layer.replaced for layer in patch(model).layers] == [True, False]
+
+
+def test_a_setting_that_is_missing_leaves_its_layer_and_is_named_at_the_next_call():
+    model = qwen()
+    patch(model)
+    del model.model.layers[1].mlp.gate.norm_topk_prob
+    with pytest.raises(ValueError, match="norm_topk_prob='missing'"):
+        logits(model)
+    with pytest.warns(MoeRoutingWarning, match="norm_topk_prob='missing'"):
+        assert [layer.replaced for layer in patch(model).layers] == [True, False]
+
+
 def test_a_subclass_of_somebody_has_one_line():
     class MyRouter(MixtralTopKRouter):
         pass

@@ -73,8 +73,7 @@ class Made:
                 return made.stock_instead(router, *args, **kwargs)
             if router.training and not recipe.in_training:
                 return own(router, *args, **kwargs)
-            settings = recipe.settings.read(router)
-            state = getattr(router, STATE)
+            state, settings = getattr(router, STATE), recipe.settings.read(router)
             if state is None or state.settings != settings:
                 state = made.prepare(router)
             return recipe.forward(router, state.route, *args, **kwargs)
