@@ -1,8 +1,8 @@
 """Settings of configurations that contradict a preset: each is refused by name, never ignored.
 
 A preset reads the attributes that its model's router reads. A configuration may say more: ``scoring_func: softmax`` in a
-configuration of ``deepseek_v3``, whose router takes the sigmoid whatever is written there. The attributes here mean the same in
-every model that has them.
+configuration of ``deepseek_v3``, whose router takes the sigmoid whatever is written there. The attributes here mean the
+same in every model that has them.
 """
 
 from __future__ import annotations

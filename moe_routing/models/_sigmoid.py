@@ -129,7 +129,7 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
         defaults={**BAILING_DEFAULTS, "score_function": "softmax"},
         renormalize=True,
         source="the released configurations of Ling and Ring, and vLLM's BailingMoE (transformers has no model of that name). "
-        "Ling 1 takes a softmax and has no score_function; Ling 2 has the same model_type, takes a sigmoid and adds expert_bias.",
+        "Ling 1 takes a softmax and has no score_function; Ling 2, of the same name, takes a sigmoid and adds expert_bias.",
     ),
     *row(
         "bailing_moe_v2",

@@ -117,7 +117,7 @@ def test_patch_before_and_after_accelerates_hooks_and_unpatch_in_any_order(place
     steps = {
         "patch": lambda model: assert_replaced(patch(model)),
         "place": lambda model: PLACED[place](model, tmp_path / str(next(folders))),
-        "remove": lambda model: remove_hook_from_submodules(model),
+        "remove": remove_hook_from_submodules,
         "unpatch": unpatch,
     }
     folders = itertools.count()
@@ -136,7 +136,7 @@ def test_patch_before_and_after_accelerates_hooks_and_unpatch_in_any_order(place
         for index, step in enumerate(order):
             steps[step](model)
             is_patched = {"patch": True, "unpatch": False}.get(step, is_patched)
-            if "remove" not in order[: index + 1] or "offload" not in place and place != "cpu and disk":
+            if "remove" not in order[: index + 1] or ("offload" not in place and place != "cpu and disk"):
                 assert_own(logits(model), theirs)
                 assert routed(model) == 2 * is_patched, (order, step)
         assert_no_mark(model)
@@ -386,10 +386,7 @@ def run_processes(code, tmp_path, *, number=1, **values):
     script = tmp_path / "script.py"
     script.write_text(text)
     commands = [[sys.executable, "-W", "ignore", str(script), str(tmp_path / "store"), str(rank)] for rank in range(number)]
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603 -- written here
-        for command in commands
-    ]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
     outputs = [process.communicate() for process in running]
     for process, (_, errors) in zip(running, outputs, strict=True):
         assert process.returncode == 0, errors
@@ -800,6 +797,36 @@ def test_jetmoe_has_one_line_for_each_router():
 def logits_of(model):
     with torch.no_grad():
         return model(input_ids=IDS % 32, use_cache=False).logits
+
+
+def test_a_router_that_two_blocks_share_has_one_line():
+    model = mixtral()
+    model.model.layers[1].mlp.gate = model.model.layers[0].mlp.gate
+    theirs = logits(model)
+    assert_replaced(patch(model), 1)
+    assert_own(logits(model), theirs)
+
+
+@pytest.mark.parametrize("value", [0, 99, "missing"])
+def test_a_router_without_a_possible_k_is_left(value):
+    model = mixtral()
+    gate = model.model.layers[1].mlp.gate
+    if value == "missing":
+        del gate.top_k
+    else:
+        gate.top_k = value
+    with pytest.warns(MoeRoutingWarning, match=r"its settings cannot be routed: .*top_?k"):
+        assert [layer.replaced for layer in patch(model).layers] == [True, False]
+
+
+def test_a_setting_that_is_missing_leaves_its_layer_and_is_named_at_the_next_call():
+    model = qwen()
+    patch(model)
+    del model.model.layers[1].mlp.gate.norm_topk_prob
+    with pytest.raises(ValueError, match="norm_topk_prob='missing'"):
+        logits(model)
+    with pytest.warns(MoeRoutingWarning, match="norm_topk_prob='missing'"):
+        assert [layer.replaced for layer in patch(model).layers] == [True, False]
 
 
 def test_a_subclass_of_somebody_has_one_line():

@@ -325,6 +325,22 @@ def test_enable_does_not_mistake_a_checkpoints_own_class_for_transformers(monkey
     assert type(remote.load()).__module__ == remote.__name__
 
 
+@pytest.mark.usefixtures("_enabled")
+def test_disable_puts_back_what_transformers_leaves_behind_when_loading_fails(monkeypatch):
+    cls = type(routers(built("qwen3_moe"))[0]).__mro__[1]
+
+    def fail(*_args):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patches:
+        patches.setattr(cls, "__init__", fail)
+        with pytest.raises(ZeroDivisionError):
+            built("qwen3_moe")
+    disable()
+    assert getattr(sys.modules[cls.__module__], cls.__name__) is cls
+    assert not is_patched(built("qwen3_moe"))
+
+
 @torch.no_grad()
 def test_a_copy_of_a_patched_model_routes_by_its_own_parameters():
     model = built("qwen3_moe")

@@ -25,7 +25,7 @@ HERE = [
 ]
 LEFT = [parameters for parameters in HERE if parameters.id in {"axk2-0", "axk2-1"}]
 REPLACED = [parameters for parameters in HERE if parameters not in LEFT]
-KEPT_IN_FLOAT32 = {"inkling2_text"}
+KEPT_IN_FLOAT32 = {"inkling2_text", "inkling2_loop_text"}
 """Models that keep their router's weights in float32, whatever the model's dtype."""
 TRAINED = [parameters for parameters in REPLACED if parameters.id.endswith("-0") or parameters.id == "axk2-3"]
 

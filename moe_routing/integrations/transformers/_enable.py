@@ -74,6 +74,7 @@ def disable() -> None:
     from transformers.monkey_patching import get_patch_mapping, unregister_patch_mapping
 
     unregister_patch_mapping([key for key in get_patch_mapping() if key in _mapping()])
+    _remove_left_behind()
 
 
 def _mapping() -> dict[str, type[nn.Module]]:
@@ -87,6 +88,16 @@ def _stand_in(module: str, name: str) -> type[nn.Module]:
 
 
 def _class_named(module: str, name: str) -> type[nn.Module]:
-    """Find a class that its module does not show at the moment; the latest where a module was loaded again."""
-    bases: tuple[type[nn.Module], ...] = (nn.Module, nn.Linear)
-    return [cls for base in bases for cls in base.__subclasses__() if (cls.__module__, cls.__qualname__) == (module, name)][-1]
+    """Find a class while a stand-in is in its module: the one whose methods are that module's."""
+    names = vars(sys.modules[module])
+    found = [cls for base in (nn.Module, nn.Linear) for cls in base.__subclasses__() if cls.__qualname__ == name]
+    own = [cls for cls in found if any(getattr(value, "__globals__", None) is names for value in vars(cls).values())]
+    return own[-1]
+
+
+def _remove_left_behind() -> None:
+    """Put classes back whose stand-ins are still in a module: transformers leaves them there if loading a model fails."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, _StandIn):
+                setattr(module, name, _class_named(*value.stock))

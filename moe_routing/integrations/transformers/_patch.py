@@ -116,7 +116,9 @@ def _remove(module: nn.Module) -> None:
         return
     wrapper = vars(made.cls)[made.method]
     if wrapper is not made.ours:
-        text = f"{described(wrapper)} replaced the {made.method} of moe_routing's class, which {short(stock_of(type(module)))} no longer has"
+        text = (
+            f"{described(wrapper)} replaced the {made.method} of moe_routing's class, that {short(made.stock)} no longer has"
+        )
         warnings.warn(text, MoeRoutingWarning, stacklevel=3)
     swap(module, made.cls, made.stock)
     rebind(module, made.method, made.ours, made.own)
@@ -132,12 +134,12 @@ def _require_module(model: object) -> None:
 def _layers(model: nn.Module) -> Iterator[Layer]:
     names = {path.rpartition(".")[2] for path in known()}
     modules = dict(model.named_modules())
-    routers = {name for name, module in modules.items() if any(cls.__name__ in names for cls in type(module).__mro__)}
+    routers = {id(module) for module in modules.values() if any(cls.__name__ in names for cls in type(module).__mro__)}
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     for name, module in modules.items():
-        if name in routers:
+        if id(module) in routers:
             yield _layer(name, module, _block_of(name, modules))
-        elif _has_experts(module) and not any(_is_inside(router, name) for router in routers):
+        elif _has_experts(module) and not any(id(inner) in routers for inner in module.modules()):
             yield Layer(
                 name, short(stock_of(type(module))), reason=NOT_EXPRESSED.get(model_type, "no router in it is known here")
             )
@@ -145,10 +147,6 @@ def _layers(model: nn.Module) -> Iterator[Layer]:
 
 def _has_experts(module: nn.Module) -> bool:
     return "experts" in module._modules or type(module).__name__ in _BLOCKS_WITHOUT_EXPERTS  # noqa: SLF001 -- cheaper than named_children
-
-
-def _is_inside(name: str, ancestor: str) -> bool:
-    return not ancestor or name.startswith(f"{ancestor}.")
 
 
 def _block_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:

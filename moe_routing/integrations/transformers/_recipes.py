@@ -176,7 +176,7 @@ class Recipe:
         """
         weight = getattr(router, "weight", None)
         num_experts = weight.shape[0] if isinstance(weight, Tensor) else None
-        return self.settings.spec_of(router, num_experts, self.topk(router))
+        return self.settings.spec_of(router, num_experts, self.topk)
 
     def forward(self, router: Router, route: Route, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Outputs:  # noqa: ANN401 -- the block's
         """Compute what the router's own code returns, routed by ``route``."""

@@ -43,23 +43,22 @@ class Settings:
 
     def read(self, router: Router) -> tuple[Any, ...]:
         """Return the values; of a submodule, such as a score function, its class."""
-        return tuple([_constant(getattr(router, name)) for name in self.names])
+        return tuple([_constant(getattr(router, name, None)) for name in self.names])
 
-    def spec_of(self, router: Router, num_experts: int | None, topk: int) -> RoutingSpec:
+    def spec_of(self, router: Router, num_experts: int | None, topk: Callable[[Router], int]) -> RoutingSpec:
         """Return the spec for the router's current settings.
 
         :param num_experts: E, ``None`` if it is not known.
-        :param topk: K.
-        :raises RefusedError: they cannot be expressed, or do not fit E and K; names them.
+        :param topk: reads K.
+        :raises RefusedError: they are missing, cannot be expressed, or do not fit E and K; names them.
         """
-        values = [getattr(router, name) for name in self.names]
         try:
-            spec = self.spec(*values)
-            if spec.grouped and num_experts is not None:
-                spec.check_size(num_experts, topk)
-        except (TypeError, ValueError) as error:
-            said = ", ".join(f"{name}={value!r}" for name, value in zip(self.names, values, strict=True))
-            msg = f"its settings cannot be routed: {error}; read from {said}"
+            spec = self.spec(*[getattr(router, name) for name in self.names])
+            if num_experts is not None:
+                spec.check_size(num_experts, topk(router))
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+            said = ", ".join(f"{name}={getattr(router, name, 'missing')!r}" for name in self.names)
+            msg = f"its settings cannot be routed: {error}" + (f"; read from {said}" if said else "")
             raise RefusedError(msg) from error
         return spec
 

@@ -1,8 +1,8 @@
 """Methods that were set on a module itself, by accelerate's hooks and by anybody else.
 
-``patch`` changes a router's class, so whatever calls the class's method by the instance routes through ``moe_routing``. A bound
-method that was taken before does not follow: accelerate keeps one as ``_old_forward``. These are bound anew. Any other
-override that was there before is left as it is, and so is its router.
+``patch`` changes a router's class, so whatever calls the method through the instance routes through ``moe_routing``. A bound
+method that was taken before does not follow: accelerate keeps one as ``_old_forward``, transformers' parallel layers keep
+one in a closure. These are bound anew. Any other override that was there before is left as it is, and so is its router.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class Made:
         self.own: Callable[..., Any] = vars(stock)[recipe.method]
         self.ours = self._function()
         names = {"__module__": __name__, "__doc__": stock.__doc__, recipe.method: self.ours, STATE: None}
-        self.cls: type[nn.Module] = type(stock)(stock.__name__, (stock,), names)
+        metaclass: Any = type(stock)
+        self.cls: type[nn.Module] = metaclass(stock.__name__, (stock,), names)
 
     def _function(self) -> Callable[..., Any]:
         made, stock, recipe, method, own = self, self.stock, self.recipe, self.method, self.own
@@ -72,8 +73,7 @@ class Made:
                 return made.stock_instead(router, *args, **kwargs)
             if router.training and not recipe.in_training:
                 return own(router, *args, **kwargs)
-            settings = recipe.settings.read(router)
-            state = getattr(router, STATE)
+            state, settings = getattr(router, STATE), recipe.settings.read(router)
             if state is None or state.settings != settings:
                 state = made.prepare(router)
             return recipe.forward(router, state.route, *args, **kwargs)
@@ -100,10 +100,8 @@ class Made:
         """Run what the stock class has as its method now; warn if that is none of its own."""
         current = getattr(self.stock, self.method)
         if current is not self.own and not torch.compiler.is_compiling():
-            _warn_once(
-                f"the {self.method} of {self.stock.__name__} was replaced after patch, by {described(current)}: its routers run "
-                f"that, not moe_routing; put the class's own {self.method} back to route them"
-            )
+            text = f"the {self.method} of {self.stock.__name__} was replaced after patch, by {described(current)}"
+            _warn_once(f"{text}: its routers run that, not moe_routing; put the class's own {self.method} back to route them")
         return current(router, *args, **kwargs)
 
 
@@ -119,7 +117,8 @@ def routed(stock: type[nn.Module]) -> Made:
     :raises RefusedError: the class or its code is not known.
     """
     recipe = recipe_of(stock)
-    return _made(stock, vars(stock)[recipe.method], recipe)
+    hashable: Any = stock  # mypy does not take a class of modules for hashable
+    return _made(hashable, vars(stock)[recipe.method], recipe)
 
 
 @cache
@@ -160,7 +159,8 @@ def _swapped(cls: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -
         return before
     bases = tuple(_swapped(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
     names = {name: value for name, value in vars(cls).items() if name not in {"__dict__", "__weakref__"}}
-    made: type[nn.Module] = type(cls)(cls.__name__, bases, names)
+    metaclass: Any = type(cls)
+    made: type[nn.Module] = metaclass(cls.__name__, bases, names)
     _PLAIN[made] = cls
     return made
 

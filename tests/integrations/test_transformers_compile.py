@@ -1,0 +1,95 @@
+"""``torch.compile(fullgraph=True)`` of patched models: few tokens and many, every implementation of the experts, both ways."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_routing.integrations.transformers import patch, routers
+
+AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
+MODELS = ("mixtral", "qwen3_moe", "deepseek_v3", "gemma4_text")
+NEEDS_A_GPU = {"deepgemm", "sonicmoe", "deepgemm_megamoe"}
+EXPERTS = sorted({"eager", *ALL_EXPERTS_FUNCTIONS} - NEEDS_A_GPU)
+TRACED_IN_PARTS = {"eager"}
+"""Experts that loop over those that got tokens, which Dynamo cannot trace as one graph: traced, but not compiled, here."""
+TOKENS = (1, 2, 3, 7, 130)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),  # of Inductor, about this machine
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_fresh_compiler():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    torch.set_num_threads(threads)
+
+
+def built(model_type, experts):
+    torch.manual_seed(sum(map(ord, model_type)))
+    sizes = AGAINST.SMALL | AGAINST.WHOLE[model_type] | {"max_position_embeddings": 256, "num_hidden_layers": 1}
+    config = AGAINST.CONFIG_MAPPING[model_type](**sizes)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation=experts, attn_implementation="eager")
+    for module in model.modules():
+        if type(module).__name__ == AGAINST.BY_MODEL[model_type].router.rpartition(".")[2]:
+            AGAINST.randomize(module, AGAINST.BY_MODEL[model_type].bias)
+    return model
+
+
+def passed(model, ids, *, training):
+    """Return logits, and in training the gradients of the routers and of the embedding."""
+    model.zero_grad()
+    with torch.set_grad_enabled(training):
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not training:
+        return [logits]
+    logits.float().square().mean().backward()
+    named = [
+        (name, p.grad) for name, p in model.named_parameters() if "gate.weight" in name or "router" in name or "embed" in name
+    ]
+    return [logits.detach(), *(gradient for _, gradient in named if gradient is not None)]
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_compiled_patched_model_computes_what_the_model_alone_does(model_type, experts):
+    model, stock = built(model_type, experts), built(model_type, experts)
+    assert len(patch(model).replaced) == 1
+    in_parts = experts in TRACED_IN_PARTS
+    compiled = torch.compile(model, fullgraph=not in_parts, backend="eager" if in_parts else "inductor")
+    for training in (False, True):
+        model.train(training)
+        stock.train(training)
+        for tokens in TOKENS:
+            ids = torch.randint(3, AGAINST.VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+            ours, theirs = passed(compiled, ids, training=training), passed(stock, ids, training=training)
+            assert len(ours) == len(theirs) >= (2 if training else 1)
+            for mine, its in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, its, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("model_type", MODELS)
+@torch.no_grad()
+def test_a_compiled_router_alone_is_one_graph_at_any_number_of_tokens(model_type, tokens):
+    model = built(model_type, "eager").eval()
+    name = AGAINST.BY_MODEL[model_type].router.rpartition(".")[2]
+    router = next(module for module in model.modules() if type(module).__name__ == name)
+    hidden = torch.randn(tokens, AGAINST.H)
+    theirs = router(hidden)
+    patch(router)
+    assert type(router).__module__ == routers.__name__
+    ours = torch.compile(router, fullgraph=True)(hidden)
+    AGAINST.assert_same_items(AGAINST.in_order_of_ids(ours), AGAINST.in_order_of_ids(theirs))
