@@ -233,27 +233,31 @@ class Registry:
             return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, reason), ""
         return verdict, ""
 
-    def build(self, name: str, problem: RoutingProblem, device: DeviceInfo) -> Any:  # noqa: ANN401 -- typed as BoundRouter one layer up, where torch is
+    def build(self, name: str, problem: RoutingProblem, device: DeviceInfo) -> Any:  # noqa: ANN401 -- typed as Kernel one layer up, where torch is
         """Import the backend's factory and build.
 
-        :raises FactoryError: the factory cannot be imported, raises, or returns something that cannot be called; or
-            gradients are wanted of maths that only the kernel itself could differentiate, and it has no ``backward``.
+        :raises FactoryError: the factory cannot be imported, raises, or returns something that cannot be called.
         """
         try:
             with contained("its factory"):
                 factory: Callable[[RoutingProblem, DeviceInfo], object] = _imported(self.backends[name].factory)
                 bound = factory(problem, device)
-                has_backward = getattr(bound, "backward", None) is not None
         except PluginFailure as failure:
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
             raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
         if not callable(bound):
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, f"its factory returned {shown(bound)}, not a callable")
             raise FactoryError(self._rejection(name, verdict, ""))
-        if problem.training and not has_backward and (why := self._beyond_closed_form(problem)):
+        return bound
+
+    def require_closed_form(self, name: str, problem: RoutingProblem) -> None:
+        """Refuse a backend whose kernel has no ``backward`` for training, unless the built-in gradient knows the maths.
+
+        :raises FactoryError: it does not.
+        """
+        if why := self._beyond_closed_form(problem):
             reason = f"its kernel has no `backward`, and the built-in gradient does not know {why}"
             raise FactoryError(self._rejection(name, Verdict.no(RejectCode.TRAINING, reason), ""))
-        return bound
 
     def _beyond_closed_form(self, problem: RoutingProblem) -> str:
         """Say what of the maths the closed form of the gradient does not know, or ``""``."""
