@@ -107,9 +107,15 @@ class Dispatcher:
         self._requested = requested
         self._resolved: dict[Key, Resolved] = {}
 
-    def resolve_for(self, logits: Tensor, topk: int, ids_dtype: torch.dtype, *, training: bool) -> Resolved:
+    def resolve_for(  # noqa: PLR0913, PLR0917 -- positional: the operator's calls come here
+        self,
+        logits: Tensor,
+        num_experts: int,
+        topk: int,
+        ids_dtype: torch.dtype,
+        training: bool,  # noqa: FBT001 -- likewise
+    ) -> Resolved:
         """Return the kernel for logits that have been checked; T is not 0."""
-        num_experts = logits.shape[1]
         rows = logits.stride(1) == 1 or num_experts == 1
         key = (logits.device, logits.dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
         return self._resolved.get(key) or self._resolve(key)
@@ -177,6 +183,7 @@ class Dispatcher:
 _dispatchers: dict[tuple[str, str | None], Dispatcher] = {}
 _kernels: dict[tuple[str, RoutingProblem, DeviceInfo], Kernel] = {}
 _locks: dict[Hashable, ForkSafeLock] = {}
+_registry = registry()
 _generation = 0
 """``Registry.generation`` for which the three above were filled."""
 _filling = ForkSafeLock()
@@ -187,7 +194,7 @@ def dispatcher_of(spec: str, requested: str | None) -> Dispatcher:
 
     A backend that is registered or unregistered by hand starts them anew.
     """
-    if registry().generation != _generation:
+    if _registry.generation != _generation:
         _start_anew()
     found = _dispatchers.get((spec, requested))
     if found is None:

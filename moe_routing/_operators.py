@@ -77,9 +77,10 @@ def route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     """Route real tensors: choose or find the kernel, and see that its outputs are what the fake kernel says."""
     dispatcher = dispatcher_of(spec, backend)
     ids_dtype = torch.int64 if int64_ids else torch.int32
-    if not logits.shape[0]:
+    num_tokens, num_experts = logits.shape
+    if not num_tokens:
         return empty_output(dispatcher.spec, logits, topk, ids_dtype)
-    resolved = dispatcher.resolve_for(logits, topk, ids_dtype, training=training)
+    resolved = dispatcher.resolve_for(logits, num_experts, topk, ids_dtype, training)
     operands = (logits, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, None)
     watch = None if shadow is None else _shadow(shadow)
     weights, ids = resolved.route(_tuple(Operands, operands), watch)
@@ -104,7 +105,7 @@ def route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
 ) -> tuple[Tensor, Tensor]:
     dispatcher = dispatcher_of(spec, backend)
     if logits.shape[0]:
-        resolved = dispatcher.resolve_for(logits, ids.shape[1], ids.dtype, training=True)
+        resolved = dispatcher.resolve_for(logits, logits.shape[1], ids.shape[1], ids.dtype, True)  # noqa: FBT003 -- training
         gradients = resolved.backward(grad_weights.contiguous(), logits, ids.contiguous(), per_expert_scale)
     else:
         gradients = weights_backward(dispatcher.spec, grad_weights, logits, ids, per_expert_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from moe_routing.families import FAMILIES
 from moe_routing.formula import by_narrow_rounds, by_sort
 from moe_routing.formula.select import finite
 from moe_routing.testing import oracle
+from moe_routing_backends.torch_compile import compile as compile_
 from moe_routing_registry import DeviceInfo, RejectCode, Request, RoutingProblem, Toolchain
 
 GEMMA4 = FAMILIES["gemma4"].spec
@@ -178,6 +180,52 @@ def test_operands_that_do_not_compile_later_are_a_sentence_that_names_them(monke
     with pytest.raises(RuntimeError, match=r"cannot compile sigmoid_topk E=16 .* with expert_map: OSError: .*No space left"):
         route(torch.randn(5, 16), 4, expert_map=torch.arange(16))
     route(torch.randn(5, 16), 4)
+
+
+@pytest.mark.slow
+def test_a_warning_while_it_compiles_late_is_no_error(monkeypatch):
+    route = Router(FAMILIES["sigmoid_topk"].spec, backend="torch-compile")
+    bound = route.resolve("cpu", torch.float32, 16, 4).kernel
+    compile_graph = bound._inductor
+
+    def with_a_remark(*args):
+        warnings.warn("Online softmax is disabled on the fly", UserWarning, stacklevel=1)
+        return compile_graph(*args)
+
+    monkeypatch.setattr(bound, "_inductor", with_a_remark)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch's own
+        route(torch.randn(5, 16), 4, expert_map=torch.arange(16))
+    assert [str(w.message) for w in shown] == ["Online softmax is disabled on the fly"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_have_the_same_bits_in_every_order(dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(50, 1024, dtype=dtype) * 3
+    order = torch.randperm(1024)
+    weights = compile_._softmax(logits, -1, half_to_float=False)
+    assert weights.dtype == dtype
+    assert torch.equal(weights[:, order], compile_._softmax(logits[:, order], -1, half_to_float=False))
+    torch.testing.assert_close(weights.double(), logits.double().softmax(-1), rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_rows_that_lie_apart_and_experts_that_do_too_route_right_in_a_few_graphs():
+    spec = FAMILIES["softmax_topk"].spec
+    route = Router(spec, backend="torch-compile")
+    torch.manual_seed(0)
+    plain = torch.randn(16, 16)
+    route(plain, 2)
+    counters.clear()
+    wider = [torch.randn(tokens, 16 + more)[:, :16] for more, tokens in enumerate((5, 17, 18, 19, 6, 7, 8, 9, 4, 3), start=1)]
+    for logits in (*wider, torch.randn(1, 16).expand(9, 16), torch.randn(16, 9).t(), torch.randn(9, 1).expand(9, 16)):
+        weights, ids = route(logits, 2)
+        expected = oracle.route(spec, logits, 2)
+        assert torch.equal(ids.long(), expected.ids)
+        torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] <= 5  # apart: one stride, then any; repeated; and those of the strided problem
 
 
 @pytest.mark.slow
