@@ -50,7 +50,8 @@ def test_sglangs_plain_layers_route_through_us(load, renormalize):
     plain = topk.TopK(topk.TopKConfig(K, renormalize=renormalize))
     others = [
         topk.TopK(topk.TopKConfig(K, use_grouped_topk=True)),
-        topk.TopK(topk.TopKConfig(K, num_fused_shared_experts=1)),
+        topk.TopK(topk.TopKConfig(K, shared_experts=topk.SharedExpertsConfig(num_fused_shared_experts=1))),
+        topk.TopK(topk.TopKConfig(K, fused_gate_packed_ids=True)),
         topk.TopK(topk.TopKConfig(K, correction_bias=torch.zeros(E))),
         topk.TopK(topk.TopKConfig(K, scoring_func="sigmoid")),
     ]
