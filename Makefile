@@ -9,12 +9,12 @@ READY := $(VENV)/.ready
 MODEL ?= gemma4
 TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
 
-.PHONY: help setup demo test test-all test-gpu lint docs figures pytest triton-versions transformers-check vllm-check vllm-overlay xpu-check clean
+.PHONY: help setup demo test about-test test-all test-gpu lint docs figures pytest triton-versions transformers-check vllm-check vllm-overlay xpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(READY) ## virtual environment in .venv, torch by constraints.txt, the project editable
+setup: $(READY) ## virtual environment in .venv, torch by constraints.txt, the project editable: some minutes
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
@@ -29,20 +29,22 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## a random-weight MoE model of transformers, routed by us and by its own code (MODEL=deepseek_v3|qwen3_moe|gpt_oss)
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-test: about-test lint docs pytest ## lint, types, docs and the quick tests: under 2 minutes
+test: about-test $(READY) ## lint, types, docs and the quick tests: under 2 minutes
+	@$(MAKE) --no-print-directory --jobs=2 lint docs
+	@$(MAKE) --no-print-directory pytest
 
-test-all: $(READY) ## the tests that `make test` leaves out (slow, network): about N minutes
-	@echo "==> the slow tests and those that install packages: about N minutes on 2 cores"
+test-all: $(READY) ## the tests that `make test` leaves out, slow or with pip: about 8 minutes
+	@echo "==> the slow tests, and those that install packages with pip: about 8 minutes on 2 cores"
 	@$(PYTEST) -m "(slow or network) and not gpu"
 
-test-gpu: $(READY) ## the contract on an NVIDIA GPU, for the backends triton and eager: about M minutes
-	@echo "==> the tests that need an NVIDIA GPU: about M minutes"
+test-gpu: $(READY) ## the contract on an NVIDIA GPU, for the backends eager and triton: some minutes
+	@echo "==> the tests that need an NVIDIA GPU: some minutes"
 	@$(BIN)/python -m pytest -m gpu
 
 about-test:
 	@echo "==> lint, types, docs and the quick tests: under 2 minutes on 2 cores, plus some minutes for the first setup"
 
-lint: $(READY) ## ruff, mypy --strict, layers
+lint: $(READY) ## part of `make test`, ruff, mypy --strict and layers: 30 seconds, the next time 3
 	@echo "==> ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -51,7 +53,7 @@ lint: $(READY) ## ruff, mypy --strict, layers
 	@echo "==> layers (import-linter)"
 	@$(BIN)/lint-imports --no-cache
 
-docs: $(READY) ## the documentation in docs/_build/html, warnings are errors
+docs: $(READY) ## part of `make test`, docs/_build/html, warnings are errors: 10 seconds
 	@echo "==> docs"
 	@$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
@@ -59,15 +61,15 @@ figures: $(READY) ## docs/figures and the tables of README and docs/performance.
 	@$(BIN)/python benchmarks/tables.py
 	@$(BIN)/python benchmarks/figures.py
 
-pytest: $(READY) ## the quick tests and the doctests: about a minute
-	@echo "==> the quick tests and the doctests: about a minute on 2 cores"
+pytest: $(READY) ## part of `make test`, the quick tests and the doctests: about 90 seconds
+	@echo "==> the quick tests and the doctests: about 90 seconds on 2 cores"
 	@$(PYTEST) -m "not (slow or network or gpu)"
 
 OLDEST := $(VENV)/transformers-5.17
 
 transformers-check: $(OLDEST)/.ready ## the integration with the oldest transformers that it is for
 	@echo "==> transformers 5.17"
-	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations/test_transformers_*.py -m 'not patch_mapping' -k 'not bfloat16 and not gradients and not preset'
+	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/integrations/test_transformers_*.py -m 'not patch_mapping' -k 'not bfloat16 and not gradients and not preset'
 
 $(OLDEST)/.ready: $(READY)
 	@$(PIP) install --no-deps --no-compile --upgrade --target $(OLDEST) transformers==5.17.0 'huggingface_hub<2' httpx httpcore h11 anyio

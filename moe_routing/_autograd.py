@@ -85,7 +85,9 @@ class Routing(torch.autograd.Function):
         """Go back through the weights."""
         logits, scale, ids = ctx.saved_tensors
         topk = ctx.rule.topk
-        grad_logits, grad_scale = RoutingBackward.apply(ctx.rule, grad_weights[:, :topk], logits, ids[:, :topk], scale)
+        if ids.shape[1] > topk:  # a slice of everything is an alias, for which `is_grads_batched` has no rule
+            grad_weights, ids = grad_weights[:, :topk], ids[:, :topk]
+        grad_logits, grad_scale = RoutingBackward.apply(ctx.rule, grad_weights, logits, ids, scale)
         return None, None, grad_logits, None if scale is None else grad_scale, None, None, None, None
 
     @staticmethod

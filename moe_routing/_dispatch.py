@@ -24,7 +24,6 @@ from moe_routing._warnings import not_raised
 from moe_routing.formula import weights_backward
 from moe_routing.probing import probe
 from moe_routing_registry import (
-    SCORES,
     STRICT_VARIABLE,
     BackendUnavailableError,
     DowngradeWarning,
@@ -161,13 +160,14 @@ class Dispatcher:
         while report.winner is not None:
             try:
                 kernel = _kernel(report.winner, problem, info)
+                if training and not isinstance(kernel, Differentiates):
+                    registry().require_closed_form(report.winner, problem)
             except FactoryError as error:
                 report = report.without(error.rejection)
                 if report.winner is None:
                     raise BackendUnavailableError(report.why, report) from error
                 continue
             backward = kernel.backward if isinstance(kernel, Differentiates) else partial(weights_backward, self.spec)
-            _require_gradient(kernel, problem, report)
             _warn_of_downgrade(report, request)
             return Resolved(kernel, report, problem, backward)
         raise BackendUnavailableError(report.why, report)
@@ -232,17 +232,6 @@ def _kernel(name: str, problem: RoutingProblem, device: DeviceInfo) -> Kernel:
             _building.reset(token)
         _kernels[key] = kernel
         return kernel
-
-
-def _require_gradient(kernel: Kernel, problem: RoutingProblem, report: ResolutionReport) -> None:
-    """Refuse training with a score function for which neither the kernel nor this package has a gradient."""
-    if problem.training and problem.spec.score not in SCORES and not isinstance(kernel, Differentiates):
-        msg = (
-            f"training: backend {report.winner!r} has no backward, and the closed form knows the score functions "
-            f"{', '.join(SCORES)}, not {problem.spec.score!r} of family {problem.spec.family!r}; use torch.no_grad(), or a "
-            "backend whose kernel has a method backward"
-        )
-        raise BackendUnavailableError(msg, report)
 
 
 def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:

@@ -267,9 +267,9 @@ class Router:
             self.resolve(device, dtype, num_experts, topk, ids_dtype=ids_dtype, training=wanted)
             for wanted in ((False, True) if training else (False,))
         ]
-        for resolved in dict.fromkeys(choices) if training else choices:
-            if isinstance(resolved.kernel, WarmsUp):
-                resolved.kernel.warmup()
+        for kernel in {id(resolved.kernel): resolved.kernel for resolved in choices}.values():  # mostly it is one
+            if isinstance(kernel, WarmsUp):
+                kernel.warmup()
         if training:
             choices[-1].warm_up_backward()
         self._latest = CachedCall(never, _never_routes, choices[-1])

@@ -25,8 +25,18 @@ def _text(*values: Any) -> str:  # noqa: ANN401 -- the fields of a spec
 
 def spec_named(router: str) -> RoutingSpec:
     """Return the spec of a model or family, inside a compiled function."""
-    # One field at a time: Dynamo takes strings and numbers as constants, and no objects.
-    return RoutingSpec(**{name: _field_of(router, name) for name in FIELDS})
+    # One field at a time: Dynamo takes strings and numbers as constants, and no objects. It cannot guard their types, so each
+    # becomes the result of an operation that does not change it.
+    values: dict[str, Any] = {}
+    for name in FIELDS:
+        value = _field_of(router, name)
+        if value is not None:
+            values[name] = not (not value) if name in _FLAGS else value + "" if name in _TEXTS else value + 0
+    return RoutingSpec(**values)
+
+
+_FLAGS = tuple(f.name for f in dataclasses.fields(RoutingSpec) if f.type == "bool")
+_TEXTS = tuple(f.name for f in dataclasses.fields(RoutingSpec) if f.type in ("str", "Selection", "GroupScore"))
 
 
 @assume_constant_result

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 from typing import TYPE_CHECKING
+
+from moe_routing_registry import ForkSafeLock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +19,7 @@ class _Count:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = ForkSafeLock()
         self.entered = 0
         self.undo = contextlib.ExitStack()
 

@@ -90,8 +90,10 @@ def test_help_teaches_with_examples_that_fit_80_columns(cli, command):
 @pytest.mark.parametrize("command", ["doctor", "list", "explain"])
 def test_every_example_of_the_help_is_a_command_line_that_parses(cli, command):
     _, out, _ = cli(f"{command} --help")
-    for line in out.partition("Examples\n")[2].splitlines():
-        if line.startswith("  moe-routing ") and "--verify" not in line:
+    lines = [line for line in out.partition("Examples\n")[2].splitlines() if line.startswith("  moe-routing ")]
+    assert lines
+    for line in lines:
+        if "--verify" not in line:
             code, _, err = cli(line.partition("|")[0].removeprefix("  moe-routing "))
             assert code in {0, 1}, err
 

@@ -1,4 +1,4 @@
-"""A plug-in costs only itself: every way in which a distribution on disk can be broken, and what a card may hold."""
+"""A plug-in costs only itself: every way in which a distribution on disk can be broken, and what a backend spec may hold."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ HOOKS = {
         "def moe_routing_backends(): pass",
         "moe_routing_backends: expected a sequence of BackendSpec, got None",
     ),
-    "returns a card alone": ("def moe_routing_backends(): return CARD", "expected a sequence of BackendSpec, got BackendSpec"),
+    "returns a spec alone": ("def moe_routing_backends(): return SPEC", "expected a sequence of BackendSpec, got BackendSpec"),
     "returns text": ("def moe_routing_backends(): return 'acme'", "expected a sequence of BackendSpec, got 'acme'"),
     "returns a number": (
         "def moe_routing_families(): return 3",
         "moe_routing_families: expected a sequence of FamilySpec, got 3",
     ),
-    "returns the other kind": ("def moe_routing_families(): return [CARD]", "expected a sequence of FamilySpec"),
+    "returns the other kind": ("def moe_routing_families(): return [SPEC]", "expected a sequence of FamilySpec"),
     "returns a subclass": (
         "def moe_routing_backends(own=type('Own', (BackendSpec,), {})): return [own(name='a', factory='a:b', targets=T)]",
         "expected a sequence of BackendSpec",
@@ -121,6 +121,7 @@ HOOKS = {
         "def moe_routing_families(s=RoutingSpec(family='a')): return [FamilySpec(spec=s, source='', models={'mixtral': s})]",
         "'mixtral' is the name of a built-in family or model",
     ),
+    "one backend twice": ("def moe_routing_backends(): return [SPEC, SPEC]", "'acme' is the name of two of its backends"),
     "one name twice": (
         "def moe_routing_families(): return [FamilySpec(spec=RoutingSpec(family='acme_route'), source='x')] * 2",
         "'acme_route' is the name of a family or model of broken-dist 1.0 already",
@@ -129,9 +130,9 @@ HOOKS = {
 
 
 @pytest.mark.parametrize(("hook", "said"), HOOKS.values(), ids=HOOKS)
-def test_a_wrong_hook_or_card_is_named_and_costs_only_the_plug_in(install_plugin, install_backend, hook, said):
-    card = "T = (Target('cpu'),)\nCARD = BackendSpec(name='acme', factory='a:b', targets=T, priority=99)\n"
-    install_plugin("broken", f"{HEAD}{card}@hookimpl\n{hook}\n")
+def test_a_wrong_hook_or_spec_is_named_and_costs_only_the_plug_in(install_plugin, install_backend, hook, said):
+    own = "T = (Target('cpu'),)\nSPEC = BackendSpec(name='acme', factory='a:b', targets=T, priority=99)\n"
+    install_plugin("broken", f"{HEAD}{own}@hookimpl\n{hook}\n")
     install_backend("fine")
     known = registry()
     with pytest.warns(PluginWarning, match="'broken' of broken-dist 1.0 is not used"):
@@ -171,6 +172,23 @@ def test_where_warnings_are_errors_only_the_first_call_raises(install_plugin):
     assert resolve(known).winner == "eager"
 
 
+def test_a_plug_in_that_turns_warnings_into_errors_does_so_for_itself(install_plugin):
+    install_plugin("aa_strict", "import warnings\nwarnings.simplefilter('error')\n1 / 0")
+    done = run(
+        "import moe_routing; print(moe_routing.explain('mixtral').winner); print(moe_routing.explain('mixtral').winner)"
+    )
+    assert done == "eager\neager\n"
+
+
+def test_the_command_that_uninstalls_is_safe_to_copy(install_plugin):
+    site = install_plugin("named", "1 / 0")
+    metadata = site / "named_dist-1.0.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: x;$(reboot)\nVersion: 1.0\n")
+    known = registry()
+    with pytest.warns(PluginWarning):
+        assert resolve(known).rejection("named").verdict.fix == "pip uninstall 'x;$(reboot)'"
+
+
 def test_two_plug_ins_with_one_family_leave_the_first(install_plugin):
     hook = "@hookimpl\ndef moe_routing_families(): return [FamilySpec(spec=RoutingSpec(family='acme_route'), source=__name__)]"
     install_plugin("one", HEAD + hook)
@@ -207,10 +225,10 @@ def test_metadata_that_cannot_be_decoded_costs_only_its_distribution(tmp_path, m
 
 
 def with_backend(install_plugin, body, **extra):
-    """Install a backend ``acme`` whose card is ordinary but for ``extra``, with ``body`` in its module."""
+    """Install a backend ``acme`` whose spec is ordinary but for ``extra``, with ``body`` in its module."""
     fields = "".join(f", {name}={value}" for name, value in extra.items())
-    card = f"BackendSpec(name='acme', factory='acme_plugin:build', targets=(Target('cpu'),), priority=99{fields})"
-    install_plugin("acme_plugin", f"{HEAD}{body}\n@hookimpl\ndef moe_routing_backends(): return [{card}]\n")
+    spec = f"BackendSpec(name='acme', factory='acme_plugin:build', targets=(Target('cpu'),), priority=99{fields})"
+    install_plugin("acme_plugin", f"{HEAD}{body}\n@hookimpl\ndef moe_routing_backends(): return [{spec}]\n")
 
 
 PANIC = "class Panic(BaseException): pass\ndef rule(problem, device): raise Panic('rust')"
@@ -270,7 +288,7 @@ def test_no_requirement_takes_routing_down(install_plugin, requirement):
     assert resolve(registry()).winner in {"eager", "acme"}
 
 
-# Fields of cards
+# Fields of specs
 
 HERE = (Target("cpu"),)
 BACKEND = {"name": "acme", "factory": "acme:build", "targets": HERE}
@@ -314,12 +332,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("kind", "fields", "field"), WRONG, ids=[f"{k.__name__}-{f}-{v[f]!r}" for k, v, f in WRONG])
-def test_a_card_refuses_a_wrong_field_by_name(kind, fields, field):
+def test_a_backend_or_family_spec_refuses_a_wrong_field_by_name(kind, fields, field):
     with pytest.raises((TypeError, ValueError), match=rf"^{field}: expected .*, got "):
         kind(**fields)
 
 
-def test_a_registry_takes_nothing_but_cards():
+def test_a_registry_takes_nothing_but_backend_specs():
     with pytest.raises(TypeError, match="card: expected a BackendSpec, got 3"):
         registry().register(3)
 

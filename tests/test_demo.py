@@ -66,6 +66,7 @@ def test_demo_names_the_backends_where_the_one_asked_for_is_unknown(demo):
     assert "did you mean 'eager'" in shown
 
 
+@pytest.mark.slow
 def test_demo_without_transformers_says_what_mends_it():
     code = f"import sys, runpy; sys.modules['transformers'] = None; runpy.run_path({str(DEMO)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -47,6 +47,7 @@ print(json.dumps(sorted({"torch", "triton", "pytest"} & set(sys.modules))))
 
 
 def test_every_public_name_is_there():
+    assert "get_router" in moe_routing.__all__
     for name in moe_routing.__all__:
         assert getattr(moe_routing, name) is not None
         assert name in dir(moe_routing)

@@ -114,6 +114,7 @@ def test_every_attribute_that_a_preset_reads_must_be_there(name):
         *(n for n in preset.choices if n not in preset.defaults),
         *(names for field, names in preset.reads.items() if field not in fixed),
     ]
+    assert required
     for names in required:
         paths = [names] if isinstance(names, str) else names
         left = config

@@ -461,7 +461,9 @@ def test_every_attribute_that_a_preset_reads_is_tried_with_another_value_than_th
     default = CONFIG_MAPPING[case.config or case.model]().to_dict()
     tried = [configured(case, said).to_dict() for said in case.settings]
     one_value = {name for name, options in preset.choices.items() if len(options) == 1} | ONE_VALUE.get(case.model, set())
-    for names in {*preset.reads.values(), *preset.choices} - one_value:
+    read = {*preset.reads.values(), *preset.choices} - one_value
+    assert read
+    for names in read:
         assert any(value_at(said, names) != value_at(default, names) for said in tried), names
 
 

@@ -33,7 +33,7 @@ main()
 
 @pytest.fixture
 def command(install_plugin):
-    """Return what installs a plug-in with that body and runs a command line beside it."""
+    """Return what installs a plug-in with that body and runs a command line with it."""
 
     def run(body, *arguments, entry_point="odd"):
         site = install_plugin("odd", HEAD + body + TAIL, entry_point=entry_point)
@@ -79,7 +79,30 @@ def test_doctor_says_what_a_plug_in_changed_of_torch(command):
     assert "loading the plug-ins changed torch's default dtype, which is now torch.float64" in said
 
 
+def test_where_metadata_that_cannot_be_decoded_takes_torch_down_doctor_names_its_distribution(tmp_path):
+    info = tmp_path / "mangled-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mangled\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_bytes(b"\xff\xfe")
+    sources = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "registry", ROOT / "backends")))
+    command = [sys.executable, "-m", "moe_routing", "doctor", "--device", "cpu", "--json"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": sources}, capture_output=True, text=True, check=False)
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert "UnicodeDecodeError" in checks["torch"]["summary"]
+    assert checks["torch"]["fix"] == checks["plugins"]["fix"] == "pip uninstall mangled"
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": sources, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["reports"]["cpu"]["winner"] == "eager"
+
+
 PRINTS = """
+import atexit
+atexit.register(print, "at exit")
+atexit.register(os.system, "echo at exit")
 print("print")
 os.write(1, b"file descriptor\\n")
 os.system("echo a process")
@@ -110,9 +133,15 @@ def test_a_plug_in_that_prints_leaves_json_alone(command, arguments):
     assert "Traceback" not in done.stderr
 
 
+def test_a_plug_in_that_asks_for_input_gets_none(command):
+    done = command("input('your name? ')", "list", "mixtral", "--json")
+    assert json.loads(done.stdout)["routers"][0]["name"] == "mixtral"
+    assert "its import raised EOFError" in done.stderr
+
+
 def test_a_plug_in_that_prints_leaves_tables_alone(command):
     done = command(PRINTS, "explain", "mixtral")
     assert "eager" in done.stdout
-    for printed in ("print\n", "file descriptor", "a process", "rule\n"):
+    for printed in ("at exit", "print\n", "file descriptor", "a process", "rule\n"):
         assert printed not in done.stdout
         assert printed in done.stderr

@@ -100,6 +100,7 @@ def test_what_raises_is_kept_on_the_page_and_the_rest_goes_on(monkeypatch):
     assert to_html(dataclasses.replace(gathered, conformance=Failure("X: y", "Traceback"))).count("Traceback") >= 1
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_and_says_where(capsys, tmp_path):
     code = run(["report", "--device", "cpu", "--out", str(tmp_path / "mine.html")])
     out, err = capsys.readouterr()

@@ -32,13 +32,20 @@ class Wrong(Tuned):
     wrong = ("lanes at T = 1: other bits",)
 
 
+class Unkept(Tuned):
+    def to_dict(self):
+        return {**super().to_dict(), "not_kept": "[Errno 28] No space left on device"}
+
+
 def tuner(problem, device, *, tokens="the tuner's own", on_step):
     ASKED.append((problem, device, tokens))
     on_step("T = 1: lanes", 0, 2)
-    if problem.topk == 3:
+    if problem.topk == 5:
+        raise SystemExit(3)
+    if problem.topk == 3 or problem.dtype == "float16":
         msg = "the launch in use computes something else"
         raise RuntimeError(msg)
-    return Wrong() if problem.topk == 4 else Tuned()
+    return {4: Wrong, 6: Unkept}.get(problem.topk, Tuned)()
 
 
 def factory(_problem, _device):
@@ -116,6 +123,29 @@ def test_what_the_tuner_raises_is_a_sentence_and_exit_code_1(cli):
     assert (code, out) == (1, "")
     assert "topk_softmax 64/3 bfloat16 on cpu" in err
     assert "computes something else" in err
+
+
+@pytest.mark.usefixtures("tunable")
+def test_a_tuner_that_exits_is_a_sentence_and_exit_code_1(cli):
+    code, out, err = cli("tune --device cpu --router topk_softmax --experts 64 --topk 5")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "tunable: its tuner raised SystemExit: 3" in err
+
+
+@pytest.mark.usefixtures("tunable")
+def test_what_was_measured_before_a_failure_is_in_the_json_with_the_error(cli):
+    code, out, _ = cli("tune --device cpu --model mixtral --dtype bf16,fp16 --json")
+    assert code == 1
+    assert [one["dtype"] for one in json.loads(out)["problems"]] == ["bfloat16"]
+    assert "computes something else" in json.loads(out)["error"]
+
+
+@pytest.mark.usefixtures("tunable")
+def test_a_table_that_could_not_be_kept_is_exit_code_1_and_the_times_are_shown(cli):
+    code, out, _ = cli("tune --device cpu --router topk_softmax --experts 64 --topk 6")
+    assert code == 1
+    assert "2.50" in out
+    assert "not kept: [Errno 28] No space left on device" in out
 
 
 def test_a_machine_without_such_a_device_is_refused_with_what_to_do(cli):

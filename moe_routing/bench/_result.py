@@ -20,6 +20,8 @@ Key = tuple[Case, str, str, bool]
 """Case, mode, way and whether it is a backend: what makes two rows of two runs the same configuration."""
 SCHEMA_VERSION = 1
 """Grows whenever a key is renamed, removed or changes its meaning; new keys may come at any time."""
+_MOST_BYTES = 1 << 26
+"""Of a kept run's file; a run of a thousand rows has 300 KiB."""
 _DEVICE = ("name", "platform", "arch", "threads")
 
 
@@ -91,7 +93,7 @@ class Row:
         """Rebuild from ``to_dict``'s values."""
         return cls(
             case=Case(**{name: values[name] for name in Case._fields}),
-            rounds=tuple(values["rounds"]),
+            rounds=tuple(float(time) for time in values["rounds"]),
             wrong=tuple(values["wrong"]),
             **{name: values[name] for name in ("mode", "way", "ours", "bytes", "skipped")},
         )
@@ -147,13 +149,23 @@ class Result:
     def read(cls, path: Path) -> Result:
         """Read a run that ``to_dict``'s JSON was written of.
 
+        :raises OSError: the file cannot be read.
         :raises ValueError: the file holds something else; says what.
         """
+        if not path.is_file():
+            path.stat()  # "No such file" is the system's to say
+            msg = f"{path}: expected a file that `moe-routing bench --json` has written"
+            raise ValueError(msg)
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            msg = f"{path}: expected what `moe-routing bench --json` prints, got more than {_MOST_BYTES} bytes"
+            raise ValueError(msg)
         try:
-            held = json.loads(path.read_text())
+            held = json.loads(text)
             if held["schema_version"] != SCHEMA_VERSION:
-                msg = f"{path}: expected schema_version {SCHEMA_VERSION}, got {held['schema_version']!r}"
-                raise ValueError(msg)
+                msg = f"expected schema_version {SCHEMA_VERSION}, got {held['schema_version']!r:.100}"
+                raise ValueError(msg)  # noqa: TRY301 -- what is wrong with the file, said like everything else below
             return cls(
                 settings=Settings.from_dict(held["settings"]),
                 device=held["device"],
@@ -163,7 +175,7 @@ class Result:
                 launch_floor=held["launch_floor_us"],
                 rows=[Row.from_dict(row) for row in held["rows"]],
             )
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             msg = f"{path}: expected what `moe-routing bench --json` prints, got {type(error).__name__}: {error}"
             raise ValueError(msg) from error
 

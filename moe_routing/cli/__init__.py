@@ -19,7 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     :param arguments: what follows the program's name; ``sys.argv[1:]`` where ``None``.
     """
     from moe_routing.cli._app import run
+    from moe_routing.cli._show import leave_stdout
 
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is not None:
+        leave_stdout()
+    sys.exit(code)

@@ -22,7 +22,7 @@ from moe_routing.cli._report import report
 from moe_routing.cli._show import Unusable, UsageError, drop_stdout, print_json_of, shortened
 from moe_routing.cli._transformers import transformers
 from moe_routing.cli._tune import tune
-from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
+from moe_routing.probing._observe import NUMPY_WARNING, AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import BackendUnavailableError, DuplicateNameError, UnknownNameError, printable, sentence
 
 if TYPE_CHECKING:
@@ -142,8 +142,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail("stdout is closed, so there is nowhere to print to", 1)
     with warnings.catch_warnings():
         warnings.showwarning = _say
-        # torch's, in an environment without NumPy, which nothing here needs.
-        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+        warnings.filterwarnings("ignore", message=NUMPY_WARNING)
         try:
             code = copy_context().run(_run, list(arguments))  # whether there was an answer is a matter of this command
             sys.stdout.flush()

@@ -186,9 +186,10 @@ def _size(name: str, given: _Given) -> tuple[int, int]:
 
 
 def _usage(error: ValueError) -> UsageError:
-    """Name the option instead of the field."""
+    """Name the option instead of the field; what is no field, an environment variable for example, keeps its name."""
     field, colon, rest = str(error).partition(": ")
-    return UsageError(f"{_OPTIONS.get(field, '--' + field)}{colon}{rest}")
+    option = _OPTIONS.get(field, f"--{field}") if field.islower() and field.isidentifier() else field
+    return UsageError(f"{option}{colon}{rest}")
 
 
 def main_device() -> str:

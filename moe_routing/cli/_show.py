@@ -9,6 +9,7 @@ import tempfile
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from contextvars import ContextVar
 from errno import EISDIR
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -41,7 +42,7 @@ _WORD = 20
 """Characters of a word up to which a table is not drawn where it would break the word."""
 _DIGITS = 18
 """Of a count: what 64 bits hold."""
-_UNLIMITED = 100_000
+_NARROWEST, _UNLIMITED = 20, 100_000
 _FEW = 12
 STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
 _MARKS = {"ok": "✓", "warning": "!", "problem": "✗", "skipped": "-"}
@@ -74,9 +75,10 @@ class _Console(Console):
 def reserved_stdout() -> Iterator[None]:
     """Keep stdout for the answer: what plug-ins, torch and compilers print meanwhile goes to stderr.
 
-    That includes what goes past ``sys.stdout`` to file descriptor 1, from C++ or from processes that are started.
+    That includes what goes past ``sys.stdout`` to file descriptor 1, from C++ or from processes that are started. Who asks
+    for input meanwhile reads the end of a file.
     """
-    answer, kept = sys.stdout, None
+    answer, kept, stdin = sys.stdout, None, sys.stdin
     answer.flush()
     with suppress(OSError, ValueError):  # a stream that is no file: a test's or a notebook's
         if answer.fileno() == _STDOUT:
@@ -86,8 +88,10 @@ def reserved_stdout() -> Iterator[None]:
     token = _answer.set(answer)
     try:
         with redirect_stdout(sys.stderr):
+            sys.stdin = StringIO()
             yield
     finally:
+        sys.stdin = stdin
         _answer.reset(token)
         try:
             answer.flush()
@@ -110,6 +114,14 @@ def drop_stdout() -> None:
             _point_stdout_to(None)
 
 
+def leave_stdout() -> None:
+    """Point stdout to stderr for the rest of the process: what plug-ins print at its end is no part of the answer."""
+    with suppress(OSError, ValueError):
+        if sys.stdout.fileno() == _STDOUT:
+            _point_stdout_to(sys.stderr)
+        sys.stdout = sys.stderr
+
+
 def stdout() -> TextIO:
     """Return the stream of the answer."""
     return _answer.get() or sys.stdout
@@ -118,10 +130,13 @@ def stdout() -> TextIO:
 def console() -> Console:
     """Return a console on stdout: as wide as the terminal, or without limit where the output goes to a program.
 
-    ``COLUMNS`` sets the width of both.
+    ``COLUMNS`` sets the width of both, from 20 on.
     """
-    piped = not stdout().isatty() and "COLUMNS" not in os.environ
-    return _Console(file=stdout(), width=_UNLIMITED if piped else None, highlight=False, markup=False, emoji=False)
+    columns = os.environ.get("COLUMNS", "")
+    width = None if stdout().isatty() else _UNLIMITED
+    if columns.isdecimal():
+        width = min(max(int(columns[:_DIGITS]), _NARROWEST), _UNLIMITED)
+    return _Console(file=stdout(), width=width, highlight=False, markup=False, emoji=False)
 
 
 def progress() -> Progress:

@@ -17,10 +17,11 @@ from moe_routing.cli._show import (
     count,
     print_json,
     progress,
+    shortened,
     table,
     words,
 )
-from moe_routing_registry import PluginFailure, contained
+from moe_routing_registry import PluginFailure, UnknownNameError, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,7 +64,8 @@ def tune(  # noqa: PLR0913 -- the options of the command
         _measure(asked, sizes, found)
     except Exception as error:
         if as_json:
-            print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": str(error)})
+            said = shortened(error) if isinstance(error, UnknownNameError) else str(error)
+            print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": said})
         raise
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": ""})
@@ -71,7 +73,7 @@ def tune(  # noqa: PLR0913 -- the options of the command
         screen = console()
         for one in found:
             _show(one, screen)
-    raise typer.Exit(1 if any(one["wrong"] for one in found) else 0)
+    raise typer.Exit(1 if any(one["wrong"] or one.get("not_kept") for one in found) else 0)
 
 
 def _dtype(word: str) -> str:
@@ -164,7 +166,8 @@ def _show(one: dict[str, Any], screen: Console) -> None:
         for sentence in one[kind]:
             screen.print(Text.assemble((f"{kind}: ", STATUS_STYLES[status]), sentence))
     screen.print(Text(f"before: {one['before']}"), soft_wrap=True)
-    screen.print(Text(f"kept in {one['table']}"), soft_wrap=True)
+    not_kept = one.get("not_kept")
+    screen.print(f"not kept: {not_kept}" if not_kept else f"kept in {one['table']}", soft_wrap=True)
 
 
 def _launch(launch: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,10 @@ def torch(case: Case) -> list[Check]:
         fix = found.fix
         culprits = backend_autoloaders()
         if culprits and "TORCH_DEVICE_BACKEND_AUTOLOAD" in failure.traceback:
-            fix = f"pip uninstall --yes {' '.join(culprits)}"  # torch imports them, and they raised
+            fix = f"pip uninstall --yes {shlex.join(culprits)}"  # torch imports them, and they raised
+        unreadable = [f.verdict.fix for f in case.failures if f.verdict.reason.startswith("reading its entry_points.txt")]
+        if unreadable and "entry_points" in failure.traceback:
+            fix = unreadable[0]  # torch reads all of them at its import
         missing = failure.sentence.startswith("ModuleNotFoundError: No module named 'torch'")
         summary = "torch is not installed" if missing else f"torch cannot be imported: {failure.sentence}"
         return [Check(name="torch", status="problem", summary=summary, fix=fix, details=failure.traceback)]
@@ -140,7 +144,7 @@ def plugins(case: Case) -> list[Check]:
     for duplicate in case.duplicates:
         # Never advise to remove this package itself, or "(this process)".
         removable = [d.partition(" ")[0] for d in duplicate.distributions if not d.startswith(("moe-routing ", "("))]
-        fix = f"pip uninstall {removable[-1]}" if removable else ""
+        fix = f"pip uninstall {shlex.quote(removable[-1])}" if removable else ""
         found.append(Check(name="plugins", status="problem", summary=str(duplicate), fix=fix))
     found += [Check(name="plugins", status="warning", summary=sentence) for sentence in case.patched]
     names = ", ".join(case.backends) or "none"

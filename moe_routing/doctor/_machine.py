@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moe_routing.probing._installed import Installed
 from moe_routing.probing._intel import intel_arch
-from moe_routing.probing._observe import TorchBuild, UnknownDeviceError
+from moe_routing.probing._observe import NUMPY_WARNING, TorchBuild, UnknownDeviceError
 from moe_routing.probing._toolchains import toolchains
 from moe_routing_registry import PluginFailure, contained
 
@@ -102,6 +102,7 @@ def quietly() -> Iterator[list[str]]:
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message=NUMPY_WARNING)
         yield said
         said += dict.fromkeys(str(warning.message).strip().partition("\n")[0] for warning in caught)
 
@@ -158,7 +159,11 @@ def _probe_into(found: list[DeviceInfo], failures: dict[str, Failure], only: str
 
 def backend_autoloaders() -> list[str]:
     """Name the distributions that ask torch to import them whenever torch is imported (``torch.backends``)."""
-    points = importlib.metadata.entry_points(group="torch.backends")
+    try:
+        with contained("reading metadata"):
+            points = importlib.metadata.entry_points(group="torch.backends")
+    except PluginFailure:  # the check "plugins" names the distribution that cannot be read
+        return []
     return sorted({point.dist.name for point in points if point.dist})
 
 

@@ -43,7 +43,7 @@ def weights_backward(
     if per_expert_scale is None:
         return grad_logits, logits.new_empty(0)
     total = torch.zeros(per_expert_scale.shape, dtype=torch.float32, device=logits.device)
-    total = total.index_add(0, chosen.flatten(), (grad * u).flatten())
+    total = total.index_add(0, chosen.reshape(-1), (grad * u).reshape(-1))
     return grad_logits, total.to(per_expert_scale.dtype)
 
 

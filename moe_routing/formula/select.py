@@ -96,7 +96,10 @@ def by_narrow_rounds(spec: RoutingSpec, t: Tensor, topk: int) -> list[Tensor]:
     places = (1 << (t.shape[-1] - 1).bit_length()) - 1
     bits = t.add(0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = (ordered & ~places) | torch.arange(t.shape[-1] - 1, -1, -1, device=t.device, dtype=torch.int32)
+    # Inductor gives an index the width of its kernel's indices, int64 for large tensors, and drops a cast right after it. Only
+    # a cast of what was computed from an index (the mask changes no value) keeps the keys int32.
+    complement = (torch.arange(t.shape[-1] - 1, -1, -1, device=t.device) & places).to(torch.int32)
+    keys = (ordered & ~places) | complement
     ids = []
     for _ in range(topk):
         winner = keys.amax(-1, keepdim=True)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _WITHOUT_INDEX = ("cpu", "mps", "meta")
 _INDEXED = ("cuda", "xpu")
+NUMPY_WARNING = "Failed to initialize NumPy"
+"""How torch's warning begins at its import in an environment without NumPy, which nothing here needs."""
 
 
 class UnknownDeviceError(ValueError):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from moe_routing.probing._describe import describe
 from moe_routing.probing._observe import locate, observe, present
+from moe_routing_registry import ForkSafeLock
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo
 
 _known: dict[tuple[str, int | None], DeviceInfo] = {}
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 
 
 def probe(device: torch.device | str) -> DeviceInfo:

@@ -170,7 +170,7 @@ class BackendSpec:
     gaps: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        """Check every field: a card that is accepted can be shown, compared and used."""
+        """Check every field: a spec that is accepted can be shown, compared and used."""
         require_name("name", self.name)
         _require_path("factory", self.factory)
         _require("targets", self.targets, tuple, "a tuple of at least one Target", of=Target)

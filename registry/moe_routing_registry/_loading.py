@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,9 +48,9 @@ class Plugin(NamedTuple):
 class Inventory:
     """What loading found.
 
-    :ivar backends: cards by name.
-    :ivar families: cards by family name.
-    :ivar distributions: the distribution that brought each card, by ``(kind, name)``.
+    :ivar backends: backend specs by name.
+    :ivar families: family specs by family name.
+    :ivar distributions: the distribution that brought each spec, by ``(kind, name)``.
     :ivar plugins: the plug-in that brought each backend, by the backend's name.
     :ivar failures: plug-ins that failed, with their traceback.
     :ivar duplicates: backend names that two distributions claim.
@@ -64,24 +66,24 @@ class Inventory:
     def fail(self, name: str, distribution: str, code: RejectCode, reason: str, trace: str = "") -> None:
         """Keep a failure, for the warning and for doctor."""
         uninstall = code is RejectCode.IMPORT_FAILED and distribution != _UNKNOWN
-        fix = f"pip uninstall {distribution.partition(' ')[0]}" if uninstall else ""
+        fix = f"pip uninstall {shlex.quote(distribution.partition(' ')[0])}" if uninstall else ""
         verdict = Verdict.no(code, reason, fix)
         self.failures.append(Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace))
 
-    def add(self, card: BackendSpec, distribution: str) -> None:
+    def add(self, spec: BackendSpec, distribution: str) -> None:
         """Add a backend, or the fact that its name is taken."""
-        if card.name in self.backends:
-            kind, taken_by = "backend", self.distributions["backend", card.name]
-            self.duplicates.append(DuplicateNameError(kind, card.name, taken_by, distribution))
+        if spec.name in self.backends:
+            kind, taken_by = "backend", self.distributions["backend", spec.name]
+            self.duplicates.append(DuplicateNameError(kind, spec.name, taken_by, distribution))
             return
-        self.backends[card.name] = card
-        self.distributions["backend", card.name] = distribution
+        self.backends[spec.name] = spec
+        self.distributions["backend", spec.name] = distribution
 
     def add_all_of(self, plugin: Plugin, backends: Sequence[BackendSpec], families: Sequence[FamilySpec]) -> None:
         """Add everything that a plug-in brings."""
-        for card in backends:
-            self.add(card, plugin.distribution)
-            self.plugins.setdefault(card.name, plugin)
+        for spec in backends:
+            self.add(spec, plugin.distribution)
+            self.plugins.setdefault(spec.name, plugin)
         for row in families:
             self.families[row.spec.family] = row
             self.distributions["family", row.spec.family] = plugin.distribution
@@ -155,14 +157,15 @@ def _name_of(distribution: importlib.metadata.Distribution) -> str:
 
 def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -> None:
     try:
-        with contained("its import"):
+        # A plug-in that turns warnings into errors, or off, does so for itself.
+        with contained("its import"), warnings.catch_warnings():
             module = plugin.importer()
     except PluginFailure as failure:
         inventory.fail(plugin.name, plugin.distribution, RejectCode.IMPORT_FAILED, failure.sentence, failure.trace)
         return
     try:
         with contained("its registration"):
-            backends, families = _cards(module, plugin.key)
+            backends, families = _specs(module, plugin.key)
             _check_names(plugin, backends, families, inventory, reserved)
     except PluginFailure as failure:
         inventory.fail(plugin.name, plugin.distribution, RejectCode.REGISTRATION_FAILED, failure.sentence, failure.trace)
@@ -170,7 +173,7 @@ def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -
     inventory.add_all_of(plugin, backends, families)
 
 
-def _cards(module: object, key: str) -> tuple[list[BackendSpec], list[FamilySpec]]:
+def _specs(module: object, key: str) -> tuple[list[BackendSpec], list[FamilySpec]]:
     """Call a plug-in's hooks. It has a manager of its own, so that neither its failure nor its wrappers reach another."""
     manager = pluggy.PluginManager(_hooks.PROJECT)
     manager.add_hookspecs(_hooks)
@@ -183,18 +186,18 @@ def _cards(module: object, key: str) -> tuple[list[BackendSpec], list[FamilySpec
 
 
 def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:
-    """Call a hook; raise ``TypeError`` unless each implementation returns a sequence of cards of that kind."""
+    """Call a hook; raise ``TypeError`` unless each implementation returns a sequence of specs of that kind."""
     expected = f"a sequence of {kind.__name__}"
     results: list[object] = hook()
     if hook.get_hookimpls() and not results:  # pluggy drops what is None
         raise TypeError(refusal(hook.name, expected, None))
-    cards: list[Any] = []
+    specs: list[Any] = []
     for result in results:
         # Exactly these classes: their fields have been checked, and nothing of theirs raises later.
-        if not isinstance(result, Sequence) or not all(type(card) is kind for card in result):
+        if not isinstance(result, Sequence) or not all(type(spec) is kind for spec in result):
             raise TypeError(refusal(hook.name, expected, result))
-        cards += result
-    return cards
+        specs += result
+    return specs
 
 
 def _check_names(
@@ -204,11 +207,15 @@ def _check_names(
     inventory: Inventory,
     reserved: Collection[str],
 ) -> None:
-    """Raise ``ValueError`` for a name that is built in, or a router's name that another plug-in has."""
-    for card in backends:
-        owner = inventory.plugins.get(card.name)
+    """Raise ``ValueError`` for a name that is built in, one that the distribution uses twice, or another's router's name."""
+    own = [spec.name for spec in backends]
+    for name in own:
+        owner = inventory.plugins.get(name)
         if owner is not None and owner.built_in:
-            msg = f"{card.name!r} is the name of a built-in backend; a plug-in's needs another"
+            msg = f"{name!r} is the name of a built-in backend; a plug-in's needs another"
+            raise ValueError(msg)
+        if own.count(name) > 1 or (owner is not None and owner.distribution == plugin.distribution != _UNKNOWN):
+            msg = f"{name!r} is the name of two of its backends"
             raise ValueError(msg)
     taken = {name: other for other, row in inventory.families.items() for name in row.names}
     for row in families:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import warnings
+from contextvars import ContextVar
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from moe_routing_registry._problem import RoutingProblem
 
 
+_loading: ContextVar[bool] = ContextVar("moe_routing_loading", default=False)
+"""Whether this thread is loading plug-ins."""
+
+
 class Registry:
     """Backends and families from plug-ins, loaded on first use, once, whichever thread comes first.
 
@@ -41,7 +47,6 @@ class Registry:
         self._reserved = frozenset(reserved)
         self._left_out: dict[str, str] = {}
         self._lock = ForkSafeLock()
-        self._loading = False
         self._inventory: Inventory | None = None
         self.generation = 0
 
@@ -60,14 +65,14 @@ class Registry:
         return self._inventory
 
     def _loaded(self, on_plugin: Callable[[Plugin], object]) -> Inventory:
-        if self._loading:
+        if _loading.get():
             msg = "plug-ins are being loaded; a plug-in cannot use the registry at its own import"
             raise RuntimeError(msg)
-        self._loading = True
+        token = _loading.set(True)
         try:
             return load(self._built_in, self._reserved, self._left_out, on_plugin)
         finally:
-            self._loading = False
+            _loading.reset(token)
 
     @property
     def loaded(self) -> bool:
@@ -210,7 +215,7 @@ class Registry:
             return Verdict.no(RejectCode.BLOCKED, f"{BLOCK_VARIABLE} names it", f"unset {BLOCK_VARIABLE}")
         if card.api_version != API_VERSION:
             reason = f"is written for plug-in interface {card.api_version}, this is {API_VERSION}"
-            fix = f"pip install --upgrade moe-routing {self.distribution(card.name).partition(' ')[0]}"
+            fix = f"pip install --upgrade moe-routing {shlex.quote(self.distribution(card.name).partition(' ')[0])}"
             return Verdict.no(RejectCode.API_VERSION, reason, fix)
         return Verdict.yes()
 
@@ -228,35 +233,39 @@ class Registry:
             return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, reason), ""
         return verdict, ""
 
-    def build(self, name: str, problem: RoutingProblem, device: DeviceInfo) -> Any:  # noqa: ANN401 -- typed as BoundRouter one layer up, where torch is
+    def build(self, name: str, problem: RoutingProblem, device: DeviceInfo) -> Any:  # noqa: ANN401 -- typed as Kernel one layer up, where torch is
         """Import the backend's factory and build.
 
-        :raises FactoryError: the factory cannot be imported, raises, or returns something that cannot be called; or
-            gradients are wanted of maths that only the kernel itself could differentiate, and it has no ``backward``.
+        :raises FactoryError: the factory cannot be imported, raises, or returns something that cannot be called.
         """
         try:
             with contained("its factory"):
                 factory: Callable[[RoutingProblem, DeviceInfo], object] = _imported(self.backends[name].factory)
                 bound = factory(problem, device)
-                has_backward = getattr(bound, "backward", None) is not None
         except PluginFailure as failure:
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
             raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
         if not callable(bound):
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, f"its factory returned {shown(bound)}, not a callable")
             raise FactoryError(self._rejection(name, verdict, ""))
-        if problem.training and not has_backward and (why := self._beyond_closed_form(problem)):
+        return bound
+
+    def require_closed_form(self, name: str, problem: RoutingProblem) -> None:
+        """Refuse a backend whose kernel has no ``backward`` for training, unless the built-in gradient knows the maths.
+
+        :raises FactoryError: it does not.
+        """
+        if why := self._beyond_closed_form(problem):
             reason = f"its kernel has no `backward`, and the built-in gradient does not know {why}"
             raise FactoryError(self._rejection(name, Verdict.no(RejectCode.TRAINING, reason), ""))
-        return bound
 
     def _beyond_closed_form(self, problem: RoutingProblem) -> str:
         """Say what of the maths the closed form of the gradient does not know, or ``""``."""
         spec = problem.spec
         if spec.score not in SCORES:
             return f"the score function {spec.score!r} of family {spec.family!r}"
-        card = self.families.get(spec.family)
-        return f"the family {spec.family!r}, which has an oracle of its own" if card is not None and card.oracle else ""
+        family = self.families.get(spec.family)
+        return f"the family {spec.family!r}, which has an oracle of its own" if family is not None and family.oracle else ""
 
     def tuner(self, name: str) -> Any:  # noqa: ANN401 -- what it takes and returns, its caller knows
         """Import what measures a backend's launches, or return ``None`` where it has nothing to tune.

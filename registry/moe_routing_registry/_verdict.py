@@ -14,7 +14,7 @@ class RejectCode(str, Enum):
     IMPORT_FAILED = "import_failed"
     """The plug-in's module raised at import, or (for doctor) its import did not end; or metadata could not be read."""
     REGISTRATION_FAILED = "registration_failed"
-    """The plug-in's hook raised, is misspelt, returned something other than a card, or a card with a name that is built in."""
+    """The plug-in's hook raised, is misspelt, returned something other than specs, or a spec whose name is built in."""
     API_VERSION = "api_version"
     """The card is written for another version of the plug-in interface."""
     BLOCKED = "blocked"

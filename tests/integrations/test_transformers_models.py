@@ -239,9 +239,10 @@ def test_gemmas_probabilities_are_there_for_whoever_looks():
     assert type(seen[0]) is torch.Tensor
 
 
+@pytest.mark.slow
 @pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
-@pytest.mark.parametrize("model_type", ["gemma4_text", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model_type", TWO)
 @torch.no_grad()
 def test_enabled_loading_routes_and_generates_the_same_tokens(model_type):
     disable()
@@ -297,6 +298,7 @@ def test_disabled_loading_is_transformers_own_and_enabling_twice_is_enabling_onc
     assert not is_patched(built("qwen3_moe"))
 
 
+@pytest.mark.slow
 @pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 def test_enable_says_which_router_it_leaves():

@@ -113,7 +113,7 @@ def test_an_unclear_value_is_an_error_that_names_the_variable(tmp_path, doctor):
     assert doctor(write_vllm(tmp_path), MOE_ROUTING_VLLM="maybe")["environment"]["status"] == "problem"
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.33.1rc2.dev3+gabc"])
+@pytest.mark.parametrize("version", ["0.32.0", pytest.param("0.33.1rc2.dev3+gabc", marks=pytest.mark.slow)])
 def test_a_known_vllm_is_routed_by_us(tmp_path, version):
     said, warnings = result(START + ROUTE + SAY, write_vllm(tmp_path, version), MOE_ROUTING_VLLM="1")
     assert warnings == 0
@@ -197,6 +197,7 @@ def test_doctor_warns_of_an_unknown_vllm_only_where_it_is_asked_to_route_for_it(
     assert (asked["fix"], "0.34.0" in asked["summary"]) == ("unset MOE_ROUTING_VLLM", True)
 
 
+@pytest.mark.slow
 def test_doctor_says_what_the_plug_in_did_in_this_process(tmp_path):
     script = (
         START + ROUTE + "from moe_routing.doctor import examine\n"

@@ -70,6 +70,7 @@ def results(install_plugin):
     return conformance(install_plugin("softsign_plugin", PLUGIN))
 
 
+@pytest.mark.slow
 def test_the_brought_family_is_checked_against_the_oracle_that_it_brings(results):
     theirs = [result for result in results if result["family"] == "softsign_topk"]
     assert [(r["case"], r["message"]) for r in theirs if r["status"] == "failed"] == []

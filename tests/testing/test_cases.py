@@ -13,6 +13,7 @@ from moe_routing.testing.pairwise import EXPERTS, TOPK, everything, pairwise
 from moe_routing.testing.variants import VARIANTS, fits
 
 
+@pytest.mark.slow
 def test_the_thinned_list_is_what_allpairspy_gives():
     assert module._DATA.read_text(encoding="utf-8") == module.text(module.generate())
 

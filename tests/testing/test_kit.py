@@ -26,9 +26,10 @@ def _without_a_budget(monkeypatch):
     monkeypatch.setattr(quick, "BUDGET_SECONDS", math.inf)
 
 
+@pytest.mark.parametrize("profile", ["smoke", pytest.param("quick", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("point", POINTS)
-def test_eager_conforms(point):
-    report = run("eager", points=[point])
+def test_eager_conforms(point, profile):
+    report = run("eager", profile=profile, points=[point])
     assert [(result.id, result.message) for result in report.failed] == []
     assert report.ok
     assert report.count("declined") == 0
@@ -43,6 +44,7 @@ def pytest_on(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_suite_without_a_backend_is_told_so(tmp_path):
     suite = "from moe_routing.testing import RouterConformance\nclass TestAcme(RouterConformance):\n    pass\n"
     (tmp_path / "test_acme.py").write_text(suite)

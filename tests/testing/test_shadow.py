@@ -138,6 +138,7 @@ def test_the_callers_random_numbers_stay_as_they_are():
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 def test_without_shadow_mode_the_kit_is_not_imported():
     code = (
         "import sys, torch, moe_routing; moe_routing.get_router('mixtral')(torch.zeros(1, 4), 2);"

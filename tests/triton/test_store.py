@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
-from moe_routing_backends.triton import choose, store, table
+from moe_routing_backends.triton import choose, store, table, tune
 from moe_routing_backends.triton.plan import Launch
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec, Toolchain
 
@@ -127,3 +129,161 @@ def test_two_processes_that_tune_at_once_lose_nothing():
         assert process.returncode == 0
     rules = store.own_table(H200).rules
     assert {key[2] for key in rules} == {*range(1000, 1100), *range(2000, 2100)}
+
+
+# Files that are broken, and processes that are killed
+
+
+def put(content):
+    """Put bytes where the user's own table is looked for."""
+    path = store.user_path(H200)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def table_of(line):
+    rule = {"kind": "logits", "bits": 16, "experts": 128, "width": 8, "steps": [line]}
+    held = {"schema": 1, "arch": "sm_90", "provenance": "x", "device": store.identity(H200), "rules": [rule]}
+    return json.dumps(held).encode()
+
+
+BROKEN = {
+    "deep": b"[" * 100_000,
+    "deep in a field": b'{"schema": 1, "rules": ' + b"[" * 100_000,
+    "long": b" " * (1 << 20) + b"{}",
+    "not UTF-8": b"\xff\xfe{}",
+    "empty": b"",
+    "long number": b'{"schema": ' + b"9" * 5000 + b"}",
+    "rows beyond a program": table_of([None, "rows", 2**21, 1, 1]),
+    "threads beyond a program": table_of([None, "rows", 512, 4, 1]),
+    "warps beyond a program": table_of([None, "rows", 32, 1, 64]),
+    "warps beyond this device": table_of([None, "lanes", 1, 1, 64]),
+    "lanes beyond a warp": table_of([None, "rows", 1, 128, 1]),
+    "a block beyond Triton": table_of([None, "lanes", 512, 1, 1]),
+    "a warp that is none": table_of([None, "rows", 32, 1, 1, 4]),
+    "a warp that this device has not": table_of([None, "rows", 32, 1, 1, 16]),
+    "not a power of two": table_of([None, "rows", 3, 1, 1]),
+    "zero": table_of([None, "rows", 0, 1, 1]),
+    "negative": table_of([None, "rows", -2, 1, 1]),
+    "a fraction": table_of([None, "rows", 2.0, 1, 1]),
+    "true": table_of([None, "rows", True, 1, 1]),
+    "tokens that are no number": table_of([float("nan"), "rows", 32, 1, 1]),
+    "infinite tokens": table_of([float("inf"), "rows", 32, 1, 1]),
+    "tokens that are true": table_of([True, "rows", 32, 1, 1]),
+    "a variant that is a list": table_of([None, ["rows"], 32, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_table_is_ignored_by_routing_and_repaired_by_tuning(content):
+    path = put(content)
+    with pytest.warns(RuntimeWarning, match=re.escape(str(path))):
+        assert "tuned" not in choose.said_of(H200, PROBLEM)
+    with pytest.warns(RuntimeWarning, match=re.escape(str(path))):
+        store.keep(H200, {table.key_of(PROBLEM): RULE})
+    assert choose.speaking(H200, PROBLEM).steps(PROBLEM) == RULE
+
+
+def test_of_a_file_without_an_end_only_the_first_mebibyte_is_read():
+    path = put(b"")
+    os.truncate(path, 1 << 42)
+    with pytest.warns(RuntimeWarning, match="expected at most 1048576 bytes"):
+        assert store.own_table(H200) is None
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "."])
+def test_what_is_no_file_is_no_table(target):
+    path = store.user_path(H200)
+    path.parent.mkdir(parents=True)
+    path.symlink_to(target)
+    assert store.own_table(H200) is None
+
+
+def test_a_pipe_is_no_table_and_no_lock():
+    path = put(b"")
+    path.unlink()
+    os.mkfifo(path)
+    os.mkfifo(path.with_suffix(".lock"))
+    assert store.own_table(H200) is None
+    store.check_keeping(H200)
+
+
+def test_every_table_that_is_shipped_or_tuned_is_within_the_limits():
+    for file in choose.SHIPPED.glob("*.json"):
+        assert table.usable(file) is not None
+    for launch in tune.candidates(PROBLEM, H200):
+        rules = {table.key_of(PROBLEM): (table.Step(math.inf, launch),)}
+        store.keep(H200, rules)
+        assert store.own_table(H200).rules == rules
+
+
+def test_a_lock_is_not_followed_through_a_link_and_not_truncated(home):
+    precious = home / "precious"
+    precious.write_text("mine")
+    path = store.user_path(H200)
+    path.parent.mkdir(parents=True)
+    path.with_suffix(".lock").symlink_to(precious)
+    for work in (lambda: store.check_keeping(H200), lambda: store.keep(H200, {table.key_of(PROBLEM): RULE})):
+        with pytest.raises(OSError, match=re.escape(path.with_suffix(".lock").name)):
+            work()
+    assert precious.read_text() == "mine"
+    path.with_suffix(".lock").unlink()
+    path.with_suffix(".lock").write_text("mine")
+    store.keep(H200, {table.key_of(PROBLEM): RULE})
+    assert path.with_suffix(".lock").read_text() == "mine"
+
+
+def test_a_link_in_place_of_a_table_is_replaced_and_its_target_left_alone(home):
+    precious = home / "precious"
+    precious.write_text("mine")
+    path = store.user_path(H200)
+    path.parent.mkdir(parents=True)
+    path.symlink_to(precious)
+    with pytest.warns(RuntimeWarning, match="ignores the launch table"):
+        store.keep(H200, {table.key_of(PROBLEM): RULE})
+    assert precious.read_text() == "mine"
+    assert not path.is_symlink()
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from moe_routing_backends.triton import store, table
+    from moe_routing_backends.triton.plan import Launch
+    from moe_routing_registry import DeviceInfo, Toolchain
+
+    device = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200", driver="580.1", warp_sizes=(32,),
+                        toolchains=(Toolchain(name="triton", version="3.6.0", usable=True),))
+    Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after the temporary file, before the table
+    store.keep(device, {("logits", 16, 64, 8): (table.Step(float("inf"), Launch("lanes", 1, 1, 1)),)})
+"""
+
+
+def test_what_a_killed_writer_leaves_is_cleared_by_the_next_and_its_lock_does_not_stay():
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED)], check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = store.user_path(H200).parent
+    assert len([file for file in folder.iterdir() if file.suffix == ".tmp"]) == 1
+    assert store.own_table(H200) is None
+    (folder / "of another device.json.x.tmp").write_text("")
+    path = store.keep(H200, {table.key_of(PROBLEM): RULE})
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        [path.name, path.with_suffix(".lock").name, "of another device.json.x.tmp"]
+    )
+
+
+def test_a_name_of_any_length_and_alphabet_is_a_file_name():
+    odd = dataclasses.replace(H200, name="../\x00" + "é" * 500)
+    path = store.keep(odd, {table.key_of(PROBLEM): RULE})
+    assert path.parent == store.user_path(H200).parent
+    assert path.is_file()
+
+
+def test_a_table_with_a_variant_that_the_device_has_not_is_ignored():
+    older = dataclasses.replace(H200, arch="sm_80")
+    path = store.user_path(older)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(table_of([None, "sieve", 16, 2, 1]))
+    with pytest.warns(RuntimeWarning, match="expected no sieve on sm_80"):
+        assert store.own_table(older) is None

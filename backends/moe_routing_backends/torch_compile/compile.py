@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,9 +22,12 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
 
 from moe_routing import Operands, RoutingOutput
+from moe_routing._warnings import not_raised
 from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route, whole
+from moe_routing_registry import ForkSafeLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +47,8 @@ MOST_KINDS = 1 << 14
 """Kinds of calls that are remembered, one a number of tokens; when there are more, remembering begins anew."""
 OTHERS = Operands._fields[1:-1]
 """Names of the operands but for the logits and ``out``."""
+_POINT = 2.0**44
+"""Scale of sums in fixed point: int64 holds the sum of 2**18 numbers up to 1, each to 2**-44: finer than float32."""
 _counter = itertools.count()
 
 
@@ -58,7 +62,10 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> CompiledRouter:
 
 
 class CompiledRouter:
-    """The compiled formula of one problem; one graph for T = 1, one for every larger T, for each set of operands."""
+    """The compiled formula of one problem; one graph for T = 1, one for every larger T, for each set of operands.
+
+    Rows may lie apart in memory; what lies side by side in no row is copied first.
+    """
 
     def __init__(self, problem: RoutingProblem, device: torch.device) -> None:
         """Bind; ``warmup`` compiles."""
@@ -67,10 +74,12 @@ class CompiledRouter:
         self._compiled: dict[tuple[object, ...], Callable[..., RoutingOutput]] = {}
         self._direct: dict[tuple[object, ...], _Direct] = {}
         self._seen: list[_Run] = []
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's operands, handed on
         """Route; see ``Kernel``."""
+        if logits.stride(1) != 1:  # a kernel whose lanes read far apart would read the row again for each of the K rounds
+            logits = logits.contiguous()
         valid = operands.get("num_valid_tokens")
         if isinstance(valid, int):
             operands["num_valid_tokens"] = self._counted(valid, logits)
@@ -121,12 +130,11 @@ class CompiledRouter:
     def warmup(self) -> None:
         """Compile the graphs of an ordinary call: many tokens, and one."""
         start = time.perf_counter()
-        step = 1 if self._problem.layout == "rows" else 2
         dtype: torch.dtype = getattr(torch, self._problem.dtype)
         for num_tokens in (SAMPLE_TOKENS, 1):
-            logits = torch.zeros(num_tokens, self._problem.num_experts * step, dtype=dtype, device=self._device)
+            logits = torch.zeros(num_tokens, self._problem.num_experts, dtype=dtype, device=self._device)
             operands = self._sample_operands(num_tokens)
-            self._through_dynamo(_kind(logits[:, ::step], operands), logits[:, ::step], operands)
+            self._through_dynamo(_kind(logits, operands), logits, operands)
         LOGGER.info("compiled %s for %s in %.1f s", self._problem, self._device, time.perf_counter() - start)
 
     def _sample_operands(self, num_tokens: int) -> dict[str, Tensor]:
@@ -143,11 +151,15 @@ class CompiledRouter:
 
     def _through_dynamo(self, kind: tuple[object, ...], logits: Tensor, operands: dict[str, Tensor]) -> RoutingOutput:
         """Let Dynamo check its guards and compile where needed, and remember what it called for this kind of arguments."""
-        graph = (logits.stride(1) == 1, *((name, value.dtype) for name, value in operands.items()))
-        with self._lock, torch.no_grad():
+        num_tokens, num_experts = logits.shape
+        apart = logits.stride(0)
+        # Dynamo compiles anew for some of these, and gives up after some times; so each has a function of its own.
+        rows = (num_tokens > 1, "repeated" if apart == 0 else "together" if apart == num_experts else "apart")
+        graph = (*rows, *((name, value.dtype) for name, value in operands.items()))
+        with self._lock, torch.no_grad(), not_raised():
             if graph not in self._compiled:
                 self._compiled[graph] = self._compile()
-            if logits.shape[0] > 1:
+            if num_tokens > 1:
                 torch._dynamo.mark_dynamic(logits, 0)  # noqa: SLF001 -- torch documents it under this name
             result = self._compiled[graph](logits, **operands)
             direct = self._seen.pop().as_direct(logits, operands, result) if self._seen else None
@@ -178,6 +190,10 @@ class CompiledRouter:
         AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own caches stay. Shapes and strides
         are those of a kind of call that is known, and ids come out of keys that hold no others: neither is looked at again;
         token ids are the user's.
+
+        One kernel takes a row whole: split, a reduction is two kernels, each of the K rounds needs its own, and their keys
+        depend on T, which makes them int64. A softmax in one pass over the row saves nothing where K rounds pass over it, and
+        Inductor warns where it cannot have it.
         """
 
         def inner(module: GraphModule, inputs: Any, **options: Any) -> Any:  # noqa: ANN401 -- Inductor's own
@@ -191,10 +207,33 @@ class CompiledRouter:
             return seen
 
         by_table = self._problem.spec.selection == "token_table"
-        asserting = inductor.patch(size_asserts=False, assert_indirect_indexing=by_table)
-        with functorch.patch(enable_autograd_cache=False), asserting:
-            compiled: Any = compile_fx(graph, samples, inner_compile=inner)
+        options = inductor.patch(
+            size_asserts=False, assert_indirect_indexing=by_table, split_reductions=False, online_softmax=False
+        )
+        with functorch.patch(enable_autograd_cache=False), options:
+            compiled: Any = compile_fx(graph, samples, inner_compile=inner, decompositions=_decompositions())
         return compiled  # type: ignore[no-any-return] # what Dynamo calls; Inductor's declaration also allows other things
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return how operations are taken apart: as Inductor does, but for sums, which have the same bits in every order.
+
+    The order of a reduction is that of the lanes, which Inductor chooses for each kernel, some by timing them: for one token
+    and for many, and for plain and for padded calls, weights would differ in their last bits, and so would ids.
+    """
+    return {**select_decomp_table(), torch.ops.aten.sum.dim_IntList: _sum, torch.ops.aten._softmax.default: _softmax}  # noqa: SLF001 -- softmax, under its name there
+
+
+def _sum(x: Tensor, dim: list[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:  # noqa: FBT001, FBT002 -- torch.sum's signature
+    """Add up numbers between 0 and 1, the powers of a softmax, in fixed point; integers are left alone."""
+    if not x.is_floating_point() or dtype is not None:
+        return NotImplemented  # type: ignore[no-any-return] # what leaves an operation as it is
+    return (x * _POINT).to(torch.int64).sum(dim, keepdim).to(x.dtype) / _POINT
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:  # noqa: ARG001, FBT001 -- the operation's signature; ours are float32 or float64
+    powers = (x - x.amax(dim, keepdim=True)).exp()
+    return powers / _sum(powers, [dim], keepdim=True)
 
 
 def _into(out: RoutingOutput | None, result: RoutingOutput) -> RoutingOutput:

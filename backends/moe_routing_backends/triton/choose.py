@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 
 from moe_routing_backends.triton.plan import GUESSED, Launch
 from moe_routing_backends.triton.store import own_table
-from moe_routing_backends.triton.table import Step, Table, parse, usable
+from moe_routing_backends.triton.table import Step, Table, parse, sieves, usable
 
 if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-SIEVES_FROM = (9, 0)
-"""Least compute capability on which the sieve variant was measured; nothing is derived for older devices."""
 STARTS_EARLY_FROM = (9, 0)
 """Least compute capability that can start a kernel while the one in front still runs."""
 SHIPPED = Path(__file__).parent / "tables"
@@ -65,11 +63,6 @@ def derived(device: DeviceInfo) -> Table:
 def starts_early(device: DeviceInfo) -> bool:
     """Tell whether the device can start a kernel while the one in front still runs (``early.py``)."""
     return device.platform == "cuda" and device.capability is not None and device.capability >= STARTS_EARLY_FROM
-
-
-def sieves(device: DeviceInfo) -> bool:
-    """Tell whether the sieve variant is for the device."""
-    return device.capability is not None and device.capability >= SIEVES_FROM
 
 
 def _fitted(launch: Launch, device: DeviceInfo) -> Launch:

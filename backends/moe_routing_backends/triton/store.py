@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing_backends.triton.table import parse, to_json, usable
+from moe_routing_backends.triton.table import beyond, parse, to_json, usable, warn_ignored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from moe_routing_backends.triton.table import Key, Step, Table
     from moe_routing_registry import DeviceInfo
+
+
+_TEMPORARY = ".tmp"
+_LONGEST = 200
+"""Characters of a table's name; file systems take 255 with the ending."""
 
 
 def identity(device: DeviceInfo) -> dict[str, str]:
@@ -32,7 +36,7 @@ def user_path(device: DeviceInfo) -> Path:
 
     known = identity(device)
     name = f"{known['name']}-{device.arch}-driver{known['driver']}-triton{known['triton']}"
-    safe = "".join(c if c.isalnum() or c in "-._" else "_" for c in name)
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in name)[:_LONGEST]
     return Path(platformdirs.user_cache_dir("moe-routing")) / "triton" / f"{safe}.json"
 
 
@@ -41,23 +45,43 @@ def own_table(device: DeviceInfo) -> Table | None:
     """Return the user's own table; one that is corrupt, stale or of another device is named in a warning and ignored."""
     path = user_path(device)
     table = usable(path)
-    if table is None or table.device == identity(device):
+    if table is None:
+        return None
+    why = _unfit(table, device)
+    if not why:
         return table
-    measured_on = ", ".join(f"{key} {value}" for key, value in (table.device or {}).items() if value) or "an unknown device"
-    here = ", ".join(f"{key} {value}" for key, value in identity(device).items() if value)
-    text = f"moe-routing ignores the launch table {path}: it is of {measured_on}, this is {here}"
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
+    warn_ignored(path, why)
     return None
+
+
+def _unfit(table: Table, device: DeviceInfo) -> str:
+    """Say why a table is not for the device, ``""`` where it is."""
+    if table.device != identity(device):
+        known = table.device or {}
+        measured_on = ", ".join(f"{key} {value}" for key, value in known.items() if value) or "an unknown device"
+        here = ", ".join(f"{key} {value}" for key, value in identity(device).items() if value)
+        return f"it is of {measured_on}, this is {here}"
+    launches = (step.launch for steps in table.rules.values() for step in steps)
+    return next((f"expected {limit}, got {launch}" for launch in launches if (limit := beyond(launch, device))), "")
+
+
+def check_keeping(device: DeviceInfo) -> None:
+    """Raise ``OSError`` if a table could not be kept: asked before hours are spent on measuring one."""
+    path = user_path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def keep(device: DeviceInfo, rules: Mapping[Key, tuple[Step, ...]]) -> Path:
     """Add rules to the user's own table; two processes that do so at once lose nothing, and readers see a whole file.
 
-    What was there and cannot be used is replaced.
+    What was there and cannot be used is replaced. Raises ``OSError`` for what cannot be written.
     """
     path = user_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
+    with _locked(path):
+        _clear_temporaries(path)
         own_table.cache_clear()
         kept = own_table(device)
         known = identity(device)
@@ -72,7 +96,7 @@ def keep(device: DeviceInfo, rules: Mapping[Key, tuple[Step, ...]]) -> Path:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all: readers and other writers never see a part of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=_TEMPORARY)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -82,11 +106,26 @@ def write(path: Path, text: str) -> None:
         raise
 
 
+def _clear_temporaries(path: Path) -> None:
+    """Remove what writers left that were killed; the lock is held, so none is at work."""
+    for left in path.parent.iterdir():
+        if left.name.startswith(f"{path.name}.") and left.name.endswith(_TEMPORARY):
+            left.unlink()
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Wait for the lock; it goes with the process that holds it, however that ends."""
+    """Wait for the lock of a table; it goes with the process that holds it, however that ends.
+
+    The lock's file is never written, and never another one: a link in its place is an ``OSError``.
+    """
     import fcntl  # where Triton is, Linux is
 
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # O_NONBLOCK: a pipe in its place must not wait for a reader.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    handle = os.open(path.with_suffix(".lock"), flags, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_routing_backends.triton.plan import CHUNK, GUESSED, Launch, can, kind
+from moe_routing_registry import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from moe_routing_registry import RoutingProblem
+    from moe_routing_registry import DeviceInfo, RoutingProblem
 
 SCHEMA = 1
 VARIANTS: tuple[Literal["lanes", "rows", "sieve", "tiles"], ...] = ("lanes", "rows", "sieve", "tiles")
@@ -25,6 +26,17 @@ FEWEST_LANES = 2
 LANES_UP_TO = 1024
 """Tokens up to which one row a program fills no device twice over; above it, two rows share a program."""
 
+MOST_BYTES = 1 << 20
+"""Of a table's file; what is larger is not read. The largest table that is shipped has 13 KiB."""
+LONGEST_PROVENANCE = 2000
+MOST_THREADS = 1024
+"""Threads a program, on every device that Triton compiles for."""
+MOST_ROWS = 256
+"""Rows a program of the lanes variant: with the 2,048 experts that are taken at most, half of Triton's largest block."""
+SIEVES_FROM = (9, 0)
+"""Least compute capability on which the sieve variant was measured; nothing is derived for older devices."""
+WARPS = (8, 16, 32, 64)
+"""Threads a warp, on the devices that Triton compiles for."""
 
 Key = tuple[str, int, int, int]
 """What a rule is for: the kind of a spec, the bits of a logit, E, and the width of the list of the selected, 8 or 16."""
@@ -101,7 +113,11 @@ def parse(text: str, source: str) -> Table:
     >>> parse('{"schema": 1, "arch": "sm_90", "provenance": "by hand", "rules": []}', "x.json").provenance
     'by hand'
     """
-    data = json.loads(text)
+    try:
+        data = json.loads(text)
+    except (RecursionError, MemoryError) as error:
+        msg = f"expected JSON of a launch table, got {type(error).__name__}: {error}"
+        raise ValueError(msg) from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         msg = f"schema: expected {SCHEMA}, got {data.get('schema') if isinstance(data, dict) else type(data).__name__}"
         raise ValueError(msg)
@@ -110,13 +126,17 @@ def parse(text: str, source: str) -> Table:
         key = (_typed(rule, "kind", str), *(_typed(rule, name, int) for name in ("bits", "experts", "width")))
         rules[key] = tuple(_steps(_typed(rule, "steps", list)))
     device = _typed(data, "device", dict) if "device" in data else None
-    return Table(source, _typed(data, "provenance", str), rules, device)
+    provenance = _typed(data, "provenance", str)
+    if len(provenance) > LONGEST_PROVENANCE:
+        msg = f"provenance: expected at most {LONGEST_PROVENANCE} characters, got {len(provenance)}"
+        raise ValueError(msg)
+    return Table(source, provenance, rules, device)
 
 
 def _typed(data: Any, name: str, kind_: type) -> Any:  # noqa: ANN401 -- JSON
     value = data.get(name) if isinstance(data, dict) else None
     if not isinstance(value, kind_) or isinstance(value, bool):
-        msg = f"{name}: expected {kind_.__name__}, got {value!r}"
+        msg = f"{name}: expected {kind_.__name__}, got {value!r:.100}"
         raise ValueError(msg)  # noqa: TRY004 -- a file's content, not an argument
     return value
 
@@ -126,16 +146,49 @@ def _steps(lines: list[Any]) -> Iterable[Step]:
     for line in lines:
         if not isinstance(line, list) or len(line) not in (5, 6) or line[1] not in VARIANTS:
             variants = " or ".join(map(repr, VARIANTS))
-            msg = f"steps: expected [tokens or null, {variants}, block_t, lanes, num_warps(, warp_size)], got {line!r}"
+            msg = f"steps: expected [tokens or null, {variants}, block_t, lanes, num_warps(, warp_size)], got {line!r:.100}"
             raise ValueError(msg)
         tokens = math.inf if line[0] is None else line[0]
         numbers = line[2:]
-        powers = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in numbers)
-        if not isinstance(tokens, (int, float)) or tokens <= before or not powers:
-            msg = f"steps: expected rising tokens and powers of two, got {line!r}"
+        powers = all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in numbers)
+        rising = type(tokens) in (int, float) and before < tokens and (line[0] is None or tokens < math.inf)
+        if not rising or not powers:
+            msg = f"steps: expected rising tokens and powers of two, got {line!r:.100}"
+            raise ValueError(msg)
+        launch = Launch(line[1], *numbers)
+        if too_much := _beyond(launch):
+            msg = f"steps: expected {too_much}, got {line!r:.100}"
             raise ValueError(msg)
         before = tokens
-        yield Step(tokens, Launch(line[1], *numbers))
+        yield Step(tokens, launch)
+
+
+def _beyond(launch: Launch) -> str:
+    """Say which limit of every device a launch is beyond, ``""`` where it is beyond none."""
+    if launch.block_t * launch.lanes > MOST_THREADS:
+        return f"block_t * lanes of at most {MOST_THREADS}"
+    if launch.variant == "lanes" and launch.block_t > MOST_ROWS:
+        return f"block_t of at most {MOST_ROWS} for 'lanes'"
+    if launch.num_warps * (launch.warp_size or WARPS[0]) > MOST_THREADS:
+        return f"num_warps of at most {MOST_THREADS} threads"
+    if launch.lanes > WARPS[-1]:
+        return f"lanes of at most {WARPS[-1]}"
+    return "" if launch.warp_size in (0, *WARPS) else f"a warp_size among {', '.join(map(str, WARPS))}"
+
+
+def sieves(device: DeviceInfo) -> bool:
+    """Tell whether the sieve variant is for the device."""
+    return device.capability is not None and device.capability >= SIEVES_FROM
+
+
+def beyond(launch: Launch, device: DeviceInfo) -> str:
+    """Say what of a launch this device cannot do, ``""`` where it can do it."""
+    if launch.variant == "sieve" and not sieves(device):
+        return f"no sieve on {device.arch or 'this device'}"
+    widest = launch.warp_size or max(device.warp_sizes, default=WARPS[0])
+    if launch.warp_size and launch.warp_size not in device.warp_sizes:
+        return f"a warp_size among {', '.join(map(str, device.warp_sizes)) or 'none'}"
+    return f"num_warps of at most {MOST_THREADS // widest}" if launch.num_warps * widest > MOST_THREADS else ""
 
 
 def to_json(arch: str, provenance: str, rules: Mapping[Key, tuple[Step, ...]], device: Mapping[str, str] | None = None) -> str:
@@ -168,10 +221,20 @@ def to_json(arch: str, provenance: str, rules: Mapping[Key, tuple[Step, ...]], d
 
 def usable(path: Path) -> Table | None:
     """Read a table; one that is not there is ``None``, and so, with a warning, is one that cannot be used."""
-    if not path.is_file():
-        return None
     try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
+        if not path.is_file():  # also a device or a pipe, which may have no end
+            return None
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            msg = f"expected at most {MOST_BYTES} bytes, got more"
+            raise ValueError(msg)  # noqa: TRY301 -- what is wrong with a table is a ValueError, here as in `parse`
+        return parse(data.decode("utf-8"), str(path))
     except (OSError, ValueError) as error:
-        warnings.warn(f"moe-routing ignores the launch table {path}: {error}", RuntimeWarning, stacklevel=2)
+        warn_ignored(path, str(error))
         return None
+
+
+def warn_ignored(path: Path, why: str) -> None:
+    """Warn that a table is not used."""
+    warnings.warn(printable(f"moe-routing ignores the launch table {path}: {why}"), RuntimeWarning, stacklevel=3)

@@ -11,11 +11,11 @@ import torch
 
 from moe_routing import RoutingOutput
 from moe_routing.testing.admissible import compare
-from moe_routing_backends.triton.choose import WARP, said_of, sieves, speaking
+from moe_routing_backends.triton.choose import WARP, said_of, speaking
 from moe_routing_backends.triton.launch import TritonRouter
 from moe_routing_backends.triton.plan import Launch, can
-from moe_routing_backends.triton.store import keep
-from moe_routing_backends.triton.table import VARIANTS, Step, key_of
+from moe_routing_backends.triton.store import check_keeping, keep, user_path
+from moe_routing_backends.triton.table import VARIANTS, Step, key_of, sieves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,6 +59,7 @@ class Tuned:
     :ivar steps: what is kept of it.
     :ivar wrong: candidates that computed something else than the contract says, a sentence each; they are not used.
     :ivar unusable: candidates that did not compile or run here, likewise.
+    :ivar not_kept: why the steps could not be written into the table, ``""`` where they were.
     """
 
     table: str
@@ -67,6 +68,7 @@ class Tuned:
     steps: tuple[Step, ...]
     wrong: tuple[str, ...]
     unusable: tuple[str, ...]
+    not_kept: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a step without an end has ``tokens`` ``None``."""
@@ -88,7 +90,10 @@ def tune(
 
     :param on_step: called before each candidate with what is measured, how many are done, and how many there are.
     :param clock: returns the microseconds of a call; CUDA-graph replays where ``None``.
+    :raises OSError: the table could not be written; nothing is measured then.
+    :raises RuntimeError: the launch in use computes something else than the oracle.
     """
+    check_keeping(device)
     clock = clock or replayed
     sizes = sorted(set(tokens))
     said, before = said_of(device, problem), speaking(device, problem).steps(problem)
@@ -119,8 +124,13 @@ def tune(
     right = [{launch: us for launch, us in found.items() if launch not in wrong and launch not in unusable} for found in times]
     timed = [_timed(T, found, launch) for T, found, launch in zip(sizes, right, now, strict=True)]
     steps = steps_of(sizes, right)
-    path = keep(device, {key_of(problem): steps})
-    return Tuned(str(path), said, tuple(timed), steps, tuple(wrong.values()), tuple(unusable.values()))
+    not_kept = ""
+    try:
+        keep(device, {key_of(problem): steps})
+    except OSError as error:  # a full disk: what was measured is shown all the same
+        not_kept = str(error)
+    table = str(user_path(device))
+    return Tuned(table, said, tuple(timed), steps, tuple(wrong.values()), tuple(unusable.values()), not_kept)
 
 
 def candidates(problem: RoutingProblem, device: DeviceInfo) -> list[Launch]:
