@@ -153,7 +153,10 @@ def test_a_score_that_nobody_can_differentiate_is_refused_for_training_only(add_
     try:
         route = Router(RoutingSpec(family="cubic", score="cube"), backend="plain")
         route(torch.randn(3, E), K)
-        with pytest.raises(BackendUnavailableError, match=r"has no `backward`, and the built-in gradient does not know the score function 'cube'"):
+        with pytest.raises(
+            BackendUnavailableError,
+            match=r"has no `backward`, and the built-in gradient does not know the score function 'cube'",
+        ):
             route(torch.randn(3, E, requires_grad=True), K)
     finally:
         registry().unregister("plain")
