@@ -55,7 +55,7 @@ def calls() -> dict[str, float]:
     bias = torch.randn(E, device="cuda")
     with torch.no_grad():
         out = route(logits, K, scale)
-        bound = route.binding_for("cuda", logits.dtype, E, K).bound
+        bound = route.resolve("cuda", logits.dtype, E, K).kernel
         return {
             "route(logits, 8, scale)": host(lambda: route(logits, K, scale)),
             "route(logits, 8, scale, out=out)": host(lambda: route(logits, K, scale, out=out)),
@@ -71,7 +71,7 @@ def parts() -> dict[str, float]:
     logits, scale = torch.randn(1, E, device="cuda", dtype=torch.bfloat16), torch.rand(E, device="cuda")
     route = moe_routing.get_router("gemma4", backend="triton")
     out = route(logits, K, scale)
-    bound: Any = route.binding_for("cuda", logits.dtype, E, K).bound
+    bound: Any = route.resolve("cuda", logits.dtype, E, K).kernel
     ready = next(iter(bound._compiled.launchers.values()))  # noqa: SLF001 -- the launch alone is what is timed
     pointers = (logits.data_ptr(), out.weights.data_ptr(), out.ids.data_ptr(), scale.data_ptr())
     arguments = (*pointers, None, None, None, None, None, 1, 1, E, 1)
@@ -103,7 +103,7 @@ def gradient(model: str, experts: int, tokens: int) -> dict[str, Any]:
     with torch.no_grad():
         ids = route(logits, K, scale, bias=bias).ids
     grad = torch.randn(tokens, K, device="cuda")
-    bound: Any = route.binding_for("cuda", logits.dtype, experts, K, training=True).bound
+    bound: Any = route.resolve("cuda", logits.dtype, experts, K, training=True).kernel
     ways = {
         "fused": lambda: bound.backward(grad, logits, ids, scale),
         "closed form": lambda: weights_backward(spec, grad, logits, ids, scale),

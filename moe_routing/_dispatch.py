@@ -65,18 +65,21 @@ class Resolved(NamedTuple):
 
     def route(self, operands: Operands, shadow: Shadow | None = None) -> RoutingOutput:
         """Call the kernel with checked operands, and let shadow mode compare the result."""
-        vectors = [None if t is None else t.contiguous() for t in (*operands[1:5], operands.expert_map)]
-        scale, bias, token_ids, expert_table, expert_map = vectors
+        logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
         output = self.kernel(
-            operands.logits, per_expert_scale=scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
-            num_valid_tokens=operands.num_valid_tokens, expert_map=expert_map, out=operands.out,
-        )  # fmt: skip
+            logits,
+            per_expert_scale=None if scale is None else scale.contiguous(),
+            bias=None if bias is None else bias.contiguous(),
+            token_ids=None if token_ids is None else token_ids.contiguous(),
+            expert_table=None if expert_table is None else expert_table.contiguous(),
+            num_valid_tokens=valid,
+            expert_map=None if expert_map is None else expert_map.contiguous(),
+            out=out,
+        )
         if shadow is not None:
-            given = {
-                "per_expert_scale": scale, "bias": bias, "token_ids": token_ids, "expert_table": expert_table,
-                "num_valid_tokens": operands.num_valid_tokens, "expert_map": expert_map,
-            }  # fmt: skip
-            shadow.look(self.problem.spec, operands.logits, self.problem.topk, output, given)
+            given = operands._asdict()
+            del given["logits"], given["out"]
+            shadow.look(self.problem.spec, logits, self.problem.topk, output, given)
         return output
 
     def warm_up_backward(self) -> None:
@@ -104,13 +107,11 @@ class Dispatcher:
         self._requested = requested
         self._resolved: dict[Key, Resolved] = {}
 
-    def resolve_for(self, operands: Operands, topk: int, ids_dtype: torch.dtype, *, training: bool) -> Resolved:
-        """Return the kernel for checked operands; T is not 0."""
-        logits = operands.logits
+    def resolve_for(self, logits: Tensor, topk: int, ids_dtype: torch.dtype, *, training: bool) -> Resolved:
+        """Return the kernel for logits that have been checked; T is not 0."""
         num_experts = logits.shape[1]
-        key = (
-            logits.device, logits.dtype, num_experts, topk, ids_dtype, has_rows(logits), training, preference.get()
-        )  # fmt: skip
+        rows = logits.stride(1) == 1 or num_experts == 1
+        key = (logits.device, logits.dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
         return self._resolved.get(key) or self._resolve(key)
 
     def resolve(  # noqa: PLR0913 -- the fields of a RoutingProblem
@@ -250,11 +251,6 @@ def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:
 @cache
 def _warn_once(text: str) -> None:
     warnings.warn(text, DowngradeWarning, stacklevel=2)
-
-
-def has_rows(logits: Tensor) -> bool:
-    """Tell whether the experts of a row are adjacent in memory."""
-    return logits.stride(1) == 1 or logits.shape[1] == 1
 
 
 def dtype_name(dtype: object) -> str:

@@ -49,7 +49,7 @@ def _operators() -> ModuleType:
 
 
 def _route(*arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema
-    return _operators().route(*arguments, training=False)  # type: ignore[no-any-return] # typed there
+    return _operators().route(*arguments)  # type: ignore[no-any-return] # typed there
 
 
 def _route_training(*arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema

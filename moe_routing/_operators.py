@@ -15,6 +15,8 @@ from moe_routing.formula import weights_backward
 if TYPE_CHECKING:
     from moe_routing.testing.shadow import Shadow
 
+_tuple = tuple.__new__
+
 
 class CallConfig(NamedTuple):
     """What of a call is no tensor.
@@ -56,36 +58,45 @@ def arguments(config: CallConfig, operands: Operands) -> tuple[Any, ...]:
     return (*operands[:7], config.spec, config.topk, int64_ids, config.backend, config.shadow)
 
 
-def route(*given: Any, training: bool) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema
+def route(  # noqa: PLR0913, PLR0917 -- the operator's schema
+    logits: Tensor,
+    per_expert_scale: Tensor | None,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    expert_table: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    expert_map: Tensor | None,
+    spec: str,
+    topk: int,
+    int64_ids: bool,  # noqa: FBT001 -- likewise
+    backend: str | None,
+    shadow: str | None = None,
+    *,
+    training: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Route real tensors: choose or find the kernel, and see that its outputs are what the fake kernel says."""
-    operands, config = _split(given)
-    dispatcher = dispatcher_of(config.spec, config.backend)
-    if not operands.logits.shape[0]:
-        return empty_output(dispatcher.spec, operands.logits, config.topk, config.ids_dtype)
-    resolved = dispatcher.resolve_for(operands, config.topk, config.ids_dtype, training=training)
-    weights, ids = resolved.route(operands, _shadow(config.shadow))
+    dispatcher = dispatcher_of(spec, backend)
+    ids_dtype = torch.int64 if int64_ids else torch.int32
+    if not logits.shape[0]:
+        return empty_output(dispatcher.spec, logits, topk, ids_dtype)
+    resolved = dispatcher.resolve_for(logits, topk, ids_dtype, training=training)
+    operands = (logits, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, None)
+    watch = None if shadow is None else _shadow(shadow)
+    weights, ids = resolved.route(_tuple(Operands, operands), watch)
     # A third party's kernel may return a view; compiled code has been told that it is contiguous.
     return weights.contiguous(), ids.contiguous()
 
 
-def _split(given: tuple[Any, ...]) -> tuple[Operands, CallConfig]:
-    """Sort an operator's arguments into tensors and constants."""
-    spec, topk, int64_ids, backend, *shadow = given[7:]
-    ids_dtype = torch.int64 if int64_ids else torch.int32
-    return Operands(*given[:7]), CallConfig(spec, backend, topk, ids_dtype, *shadow)
-
-
-def _shadow(key: str | None) -> Shadow | None:
-    if key is None:
-        return None
+def _shadow(key: str) -> Shadow | None:
     from moe_routing.testing.shadow import shadow_of
 
     return shadow_of(key)
 
 
-def route_fake(*given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema
-    operands, config = _split(given)
-    return empty_output(dispatcher_of(config.spec, None).spec, operands.logits, config.topk, config.ids_dtype)
+def route_fake(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema
+    """Return outputs of the right shapes for fake tensors."""
+    spec, topk, int64_ids = others[6:9]
+    return empty_output(dispatcher_of(spec, None).spec, logits, topk, torch.int64 if int64_ids else torch.int32)
 
 
 def route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
@@ -93,7 +104,7 @@ def route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
 ) -> tuple[Tensor, Tensor]:
     dispatcher = dispatcher_of(spec, backend)
     if logits.shape[0]:
-        resolved = dispatcher.resolve_for(Operands(logits), ids.shape[1], ids.dtype, training=True)
+        resolved = dispatcher.resolve_for(logits, ids.shape[1], ids.dtype, training=True)
         gradients = resolved.backward(grad_weights.contiguous(), logits, ids.contiguous(), per_expert_scale)
     else:
         gradients = weights_backward(dispatcher.spec, grad_weights, logits, ids, per_expert_scale)

@@ -160,7 +160,7 @@ class Router:
                 return _operators.call(config, operands, training=True)
             return operands.out or empty_output(self.spec, operands.logits, topk, ids_dtype)
         dispatcher = dispatcher_of(self._text, self._requested)
-        resolved = dispatcher.resolve_for(operands, topk, ids_dtype, training=differentiable)
+        resolved = dispatcher.resolve_for(operands.logits, topk, ids_dtype, training=differentiable)
         route = self._general_route(resolved)
         rule = Rule(self.spec, topk, resolved.backward)
         call = recorded(rule, route) if differentiable else route

@@ -31,7 +31,7 @@ def spec_named(router: str) -> RoutingSpec:
     for name in FIELDS:
         value = _field_of(router, name)
         if value is not None:
-            values[name] = not (not value) if name in _FLAGS else value + "" if name in _TEXTS else value + 0
+            values[name] = value is True if name in _FLAGS else value + "" if name in _TEXTS else value + 0
     return RoutingSpec(**values)
 
 

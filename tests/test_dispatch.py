@@ -1,4 +1,4 @@
-"""One dispatcher for plain, traced and training calls: what is built, how often, and how many Python calls a warm call takes."""
+"""One dispatcher for plain, traced and training calls: what is built, how often, and what a warm call costs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_problem_is_built_once_for_plain_traced_and_training_calls(add_backend
     route.warmup(E, K, dtype=torch.float32, training=True)
     given = operands()
     route(**given)
-    torch.compile(lambda **given: route(**given), fullgraph=True, backend="aot_eager")(**given)
+    torch.compile(route.__call__, fullgraph=True, backend="aot_eager")(**given)
     scale = given["per_expert_scale"].clone().requires_grad_()
     for call in (route, torch.compile(route.__call__, fullgraph=True, backend="aot_eager"), Router(SPEC, backend="noted")):
         call(**{**given, "per_expert_scale": scale}).weights.sum().backward()
@@ -132,7 +132,7 @@ def test_a_warning_of_a_factory_is_shown_and_never_its_error(add_backend):
         warnings.simplefilter("error")
         Router(SPEC, backend="warning")(**operands())
         assert warnings.filters[0][0] == "error"
-    assert ["a compiler's remark"] == [str(w.message) for w in caught]
+    assert [str(w.message) for w in caught] == ["a compiler's remark"]
 
 
 def test_a_factory_may_route(add_backend):

@@ -212,9 +212,9 @@ def test_a_call_inside_a_fake_mode_leaves_no_fakes_behind(first):
     if first == "real":
         route(logits, 3)
         route(logits, 3)
-    for inside in (lambda mode: logits, lambda mode: mode.from_tensor(logits)):
+    for faked in (False, True):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            output = route(inside(mode), 3)
+            output = route(mode.from_tensor(logits) if faked else logits, 3)
             assert (output.weights.shape, output.ids.dtype) == ((40, 3), torch.int32)
     with FakeTensorMode():
         Router(RoutingSpec(family="warm-fake", renormalize=True)).warmup(56, 3, dtype=torch.float32)

@@ -39,7 +39,7 @@ def saved(module):
 COPIES = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),  # noqa: S301 -- of our own making
     "torch.save": saved,
     "AveragedModel": lambda module: torch.optim.swa_utils.AveragedModel(module).module,
 }

@@ -139,7 +139,7 @@ def test_the_example_is_the_distribution_that_the_page_builds():
 @pytest.mark.network
 def test_a_taken_directory_is_refused(shell, skeleton):
     assert skeleton
-    ran = shell("moe-routing new-backend acme moe-routing-acme")
+    ran = shell("moe-routing new-backend acme-two moe-routing-acme")
     assert ran.returncode == 2
     assert "expected a new or an empty one" in ran.stderr
 
