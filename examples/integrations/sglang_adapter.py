@@ -1,4 +1,4 @@
-"""SGLang: ``TopK`` layers with plain top-k route through moe_routing, by the hook that ``select_experts`` calls."""
+"""SGLang 0.5.23: ``TopK`` layers with plain top-k route through moe_routing, by the hook that ``select_experts`` calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def adapt(model: nn.Module, router: str) -> int:
         for layer in model.modules()
         if isinstance(layer, TopK)
         if layer.topk_config.custom_routing_function is None and layer.topk_config.correction_bias is None
-        if not layer.topk_config.use_grouped_topk and not layer.topk_config.num_fused_shared_experts
+        if not layer.topk_config.use_grouped_topk and not layer.topk_config.shared_experts.num_fused_shared_experts
+        if not layer.topk_config.fused_gate_packed_ids
         if layer.topk_config.scoring_func == spec.score
     ]
     for config in plain:

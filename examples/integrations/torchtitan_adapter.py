@@ -1,11 +1,11 @@
-"""torchtitan: a token-choice router, for training, whose routing and gradients are moe_routing's."""
+"""torchtitan 0.3: token-choice routers, for training, whose routing and gradients are moe_routing's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torchtitan.models.common.moe.moe import TokenChoiceTopKRouter
+from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 import moe_routing
 
@@ -14,27 +14,19 @@ if TYPE_CHECKING:
 
 
 class Router(TokenChoiceTopKRouter):
-    """The same parameters and settings; only ``forward`` is ours."""
+    """The same parameters and settings; only ``forward`` differs."""
 
-    def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return weights ``[T, K]`` in float32, ids in int64, and the number of tokens of each expert."""
-        logits: Tensor = self.gate(x)
-        biased = self.num_expert_groups is not None or expert_bias is not None
-        spec = moe_routing.RoutingSpec(
-            family=f"torchtitan_{self.score_func}",
-            score=self.score_func,
-            selection="scores_plus_bias" if biased else "logits",
-            renormalize=self.route_norm,
-            renorm_epsilon=1e-20 if self.route_norm else 0.0,
-            scale=self.route_scale,
-            num_groups=self.num_expert_groups or 1,
-            topk_groups=self.num_limited_groups or 1,
-            group_score="top2_sum" if self.num_expert_groups else "max",
-        )
-        bias = torch.zeros(self.num_experts, device=x.device) if biased and expert_bias is None else expert_bias
-        weights, ids = moe_routing.get_router(spec)(logits, self.top_k, bias=bias, ids_dtype=torch.int64)
-        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
-        return weights, ids, counts.scatter_add(0, ids.flatten(), torch.ones_like(ids).flatten())
+    route: moe_routing.Router
+
+    def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return weights ``[B, L, K]`` in float32, ids ``[B, L, K]`` in int64, and the scores ``[B, L, E]``."""
+        with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
+            logits: Tensor = self.gate(x_BLD)
+        bias = torch.zeros(self.num_experts, device=logits.device) if expert_bias_E is None else expert_bias_E
+        weights, ids = self.route(logits.flatten(0, -2), self.top_k, bias=bias, ids_dtype=torch.int64)
+        scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(dim=-1)
+        shape = (*logits.shape[:-1], self.top_k)
+        return weights.view(shape), ids.view(shape), scores
 
 
 def adapt(model: nn.Module) -> int:
@@ -43,4 +35,21 @@ def adapt(model: nn.Module) -> int:
     routers = [router for router in stock if not router._debug_force_load_balance]  # noqa: SLF001 -- a benchmark's switch
     for router in routers:
         router.__class__ = Router
+        cast("Router", router).route = moe_routing.get_router(_spec(router))
     return len(routers)
+
+
+def _spec(router: TokenChoiceTopKRouter) -> moe_routing.RoutingSpec:
+    """Return the spec of a router, which selects on the scores whether its block has a bias or not."""
+    grouped = router.num_expert_groups is not None
+    return moe_routing.RoutingSpec(
+        family=f"torchtitan_{router.score_func}",
+        score=router.score_func,
+        selection="scores_plus_bias",
+        renormalize=router.route_norm,
+        renorm_epsilon=1e-20 if router.route_norm else 0.0,
+        scale=router.route_scale,
+        num_groups=router.num_expert_groups or 1,
+        topk_groups=router.num_limited_groups or 1,
+        group_score="top2_sum" if grouped else "max",
+    )

@@ -406,7 +406,7 @@ def test_transformers_expert_parallelism_before_and_after(tmp_path):
 
 
 def test_the_wrapper_of_older_expert_parallelism_is_followed_both_ways():
-    """Up to transformers 5.20 expert parallelism wraps the router's forward in a closure, as this code of its module does."""
+    """In transformers 5.17 expert parallelism wraps the router's forward in a closure, as this code of its module does."""
     from transformers.distributed import tensor_parallel
 
     code = """

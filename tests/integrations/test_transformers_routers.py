@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import runpy
+import textwrap
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,3 +151,63 @@ def test_every_preset_has_a_router_that_is_known():
     assert classes == set(known())
     covered = {MODELS[case.model].spec.family for case in AGAINST.CASES}
     assert {MODELS[name].spec.family for name in set(MODELS) - AGAINST.FROM_ELSEWHERE} <= covered
+
+
+SHAPES = {"hidden_dim", "hidden_size", "num_experts", "n_routed_experts", "router_dim", "training"}
+READ_AT_EACH_CALL = {"top_k", "router_logit_softcapping", "output_multiplier", "scalar_root_size", "use_eda"}
+READ_AT_EACH_CALL |= {"num_router_classes", "router_states_scale"}
+"""Settings that the recipes read for themselves: K, and what the logits are computed with."""
+TRAINING_ONLY = {"input_jitter_noise"}
+"""Settings of Phi-3.5-MoE's own code, which trains."""
+
+
+def plain_attributes_read(router):
+    """Name the numbers, switches and words that a router's own code reads."""
+    methods = [value for value in vars(type(router)).values() if isinstance(value, types.FunctionType)]
+    trees = [ast.parse(textwrap.dedent(inspect.getsource(m.__code__))) for m in methods if m.__name__ != "__init__"]
+    names = {
+        node.attr
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
+    return {name for name in names if isinstance(getattr(router, name, None), (int, float, str, bool, type(None)))}
+
+
+@pytest.mark.parametrize(("case", "said"), [parameters for parameters in REPLACED if parameters.id.endswith("-0")])
+def test_every_setting_that_a_routers_own_code_reads_is_read_at_each_call(case, said):
+    router, _, _ = made(case, said)
+    _, recipe = install(made(case, said)[0])
+    assert plain_attributes_read(router) - SHAPES - READ_AT_EACH_CALL - TRAINING_ONLY <= set(recipe.settings.names)
+
+
+OTHER = {
+    "norm_topk_prob": lambda value: not value,
+    "use_expert_bias": lambda value: not value,
+    "routed_scaling_factor": lambda value: value * 2 + 1,
+    "route_scale": lambda value: value * 2 + 1,
+    "router_scaling_factor": lambda value: value * 2 + 1,
+    "norm_min": lambda _: 0.5,
+    "norm_topk_prob_eps": lambda _: 0.5,
+    "topk_group": lambda value: max(1, (value or 1) - 1),
+    "num_group": lambda value: value,
+    "topk_method": lambda value: value,
+    "score_fn": lambda value: torch.nn.Sigmoid() if type(value).__name__ != "Sigmoid" else value,
+    "expert_selection_fn": lambda value: "sigmoid" if value == "softmax" else "softmax",
+    "moe_normalize_expert_weights": lambda value: None if value else 1.0,
+    "router_jitter_noise": lambda value: value * 2,
+    "top_k": lambda value: value + 1,
+}
+
+
+@pytest.mark.parametrize(("case", "said"), REPLACED)
+@torch.no_grad()
+def test_every_setting_that_changes_after_patch_is_followed(case, said):
+    for name in install(made(case, said)[0])[1].settings.names:
+        router, _, call = made(case, said)
+        patch(router)
+        call()
+        setattr(router, name, OTHER[name](getattr(router, name)))
+        ours = call()
+        unpatch(router)
+        assert_same(in_order_of_ids(ours), in_order_of_ids(call()))

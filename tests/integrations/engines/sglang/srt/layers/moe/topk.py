@@ -1,13 +1,18 @@
-"""The seam of SGLang (sgl-project/sglang 000328a8, python/sglang/srt/layers/moe/topk.py): its names, types and one caller."""
+"""The patch point of SGLang 0.5.23, sglang/srt/layers/moe/topk.py: its names, types and one caller."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SharedExpertsConfig:
+    num_fused_shared_experts: int = 0
 
 
 @dataclass
@@ -15,10 +20,11 @@ class TopKConfig:
     top_k: int
     use_grouped_topk: bool = False
     renormalize: bool = True
-    num_fused_shared_experts: int = 0
+    shared_experts: SharedExpertsConfig = field(default_factory=SharedExpertsConfig)
     custom_routing_function: Callable[..., tuple[Tensor, Tensor]] | None = None
     correction_bias: Tensor | None = None
     scoring_func: str = "softmax"
+    fused_gate_packed_ids: bool = False
 
 
 class StandardTopKOutput(NamedTuple):
