@@ -107,7 +107,7 @@ class Dispatcher:
         self._requested = requested
         self._resolved: dict[Key, Resolved] = {}
 
-    def resolve_for(  # noqa: PLR0913, PLR0917 -- positional: the operator's calls come here
+    def resolve_for(
         self,
         logits: Tensor,
         num_experts: int,
