@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from moe_routing import _check, _traced
+from moe_routing import _check
 from moe_routing._dispatch import dtype_name
 from moe_routing._registry import registry
 from moe_routing._router import Router
@@ -63,12 +63,14 @@ def get_router(
 
 def _traced_router(router: object, backend: str | None, verify: float | bool | None) -> Router:  # noqa: FBT001 -- as above
     """Make a router inside a compiled function, of parts that Dynamo can trace."""
+    from moe_routing._traced import check_backend, spec_named
+
     if backend is not None:
-        _traced.check_backend(backend)
+        check_backend(backend)
     if isinstance(router, RoutingSpec):
         return Router(router, backend=backend, verify=verify)
     if isinstance(router, str):
-        return Router(_traced.spec_named(router), backend=backend, verify=verify)
+        return Router(spec_named(router), backend=backend, verify=verify)
     configured = from_config(router)
     return Router(configured.spec, topk=configured.topk, num_experts=configured.num_experts, backend=backend, verify=verify)
 

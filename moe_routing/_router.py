@@ -16,7 +16,6 @@ from moe_routing._call_cache import ORDINARY, UNREADABLE, CachedCall, described,
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._kernel import Operands, Prepares, RoutingOutput, WarmsUp
 from moe_routing._operators import CallConfig
-from moe_routing._traced import shared_shadow_key, text_of
 from moe_routing_registry import RoutingSpec, verify_rate
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ class Router:
         self._requested = backend
         self._verify = verify
         if is_dynamo_compiling():
+            from moe_routing._traced import shared_shadow_key, text_of
+
             self._text, self._shadow, self._shadow_key = text_of(spec), None, shared_shadow_key(verify)
         else:
             self._text, self._shadow = spec.to_json(), _shadow(verify)

@@ -1,4 +1,7 @@
-"""What Dynamo cannot trace: JSON, locks, the registry. What these functions return is a constant of the graph."""
+"""What Dynamo cannot trace: JSON, locks, the registry. What these functions return is a constant of the graph.
+
+Imported while Dynamo traces, never before: the decorator imports all of Dynamo.
+"""
 
 from __future__ import annotations
 

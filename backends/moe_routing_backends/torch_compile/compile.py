@@ -43,6 +43,9 @@ LOGGER = logging.getLogger("moe_routing.torch_compile")
 ROUNDS_UP_TO = 32
 """K up to which the rounds are unrolled; a longer graph compiles for minutes, so a stable sort takes over."""
 SAMPLE_TOKENS = 64
+SAMPLE_SCORES = 1 << 22
+"""Scores that an accelerator is warmed up with: Inductor times its choices of a block on the first call, and with few rows all
+choices take the same time, so that the choice for many rows would be a matter of chance."""
 MOST_KINDS = 1 << 14
 """Kinds of calls that are remembered, one a number of tokens; when there are more, remembering begins anew."""
 OTHERS = Operands._fields[1:-1]
@@ -131,8 +134,10 @@ class CompiledRouter:
         """Compile the graphs of an ordinary call: many tokens, and one."""
         start = time.perf_counter()
         dtype: torch.dtype = getattr(torch, self._problem.dtype)
-        for num_tokens in (SAMPLE_TOKENS, 1):
-            logits = torch.zeros(num_tokens, self._problem.num_experts, dtype=dtype, device=self._device)
+        num_experts = self._problem.num_experts
+        many = SAMPLE_TOKENS if self._device.type == "cpu" else max(SAMPLE_TOKENS, SAMPLE_SCORES // num_experts)
+        for num_tokens in (many, 1):
+            logits = torch.zeros(num_tokens, num_experts, dtype=dtype, device=self._device)
             operands = self._sample_operands(num_tokens)
             self._through_dynamo(_kind(logits, operands), logits, operands)
         LOGGER.info("compiled %s for %s in %.1f s", self._problem, self._device, time.perf_counter() - start)
