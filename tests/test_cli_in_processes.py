@@ -12,6 +12,8 @@ import pytest
 
 from moe_routing.cli._app import run
 
+pytestmark = pytest.mark.slow  # a process for each test
+
 ROOT = Path(__file__).parents[1]
 SOURCES = (ROOT, ROOT / "registry", ROOT / "backends")
 COMMANDS = ["--help", "--version", "list", "list --json"]

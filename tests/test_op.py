@@ -207,7 +207,7 @@ def test_opcheck_of_the_backward_passes():
     opcheck(BACKWARD, (torch.randn(T, K), torch.randn(T, E), ids, torch.rand(E), GEMMA.to_json(), None))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_few_tokens_compile_with_ids_that_are_flattened(backend, ids_dtype):
     route = Router(GEMMA)

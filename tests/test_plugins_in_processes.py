@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # a process for each test
+
 ROOT = Path(__file__).parents[1]
 HEAD = """
 import os, sys, time

@@ -82,6 +82,7 @@ def run(script):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_spawned_process_gets_a_router_that_routes(tmp_path):
     script = tmp_path / "spawned.py"
     script.write_text(
@@ -103,6 +104,7 @@ def test_a_spawned_process_gets_a_router_that_routes(tmp_path):
     assert done.stdout == "([[1, 3]], 'eager')\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("during", ["the factory", "probing", "loading the plug-ins", "shadow mode", "nothing"])
 def test_a_process_that_is_forked_during_another_threads_first_call_routes(during):
