@@ -172,9 +172,9 @@ def spoilt(tmp_path, monkeypatch):
     ("line", "said"),
     [
         ("weights[-1, 0] *= 1.00001", "weight of id"),
-        ("ids[0, :2] = ids[0, :2].flip(0)", "stands before id"),
-        ("ids[0, 0] = ids[0, 1]", "are not unique"),
-        ("weights[0, 0] = float('nan')", "not written, or not finite"),
+        pytest.param("ids[0, :2] = ids[0, :2].flip(0)", "stands before id", marks=pytest.mark.slow),
+        pytest.param("ids[0, 0] = ids[0, 1]", "are not unique", marks=pytest.mark.slow),
+        pytest.param("weights[0, 0] = float('nan')", "not written, or not finite", marks=pytest.mark.slow),
         ("weights = weights if out is not None else 2 * weights", "with outputs that it allocates itself"),
     ],
 )
@@ -339,6 +339,7 @@ def test_a_plot_without_matplotlib_names_the_extra():
     assert done.stderr == "moe-routing: --plot: matplotlib is not installed: pip install 'moe-routing[bench]'\n"
 
 
+@pytest.mark.slow
 def test_csv_has_a_line_for_every_row_and_plots_are_a_picture_and_a_page_of_its_own(cli, tmp_path):
     threads = torch.get_num_threads()
     code, out, err = cli(f"{SHORT} --tokens 1,16 --csv --plot {tmp_path}/a.png --plot {tmp_path}/a.html --compare none")

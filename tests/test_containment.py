@@ -156,6 +156,7 @@ def test_a_plug_ins_wrapper_sees_only_its_own_hooks(install_plugin, install_back
     assert {"fine", "eager"} <= set(registry().backends)
 
 
+@pytest.mark.slow
 def test_a_plug_in_that_routes_at_its_import_is_refused_and_does_not_recurse(install_plugin):
     install_plugin("eager_beaver", "import moe_routing\nmoe_routing.list_backends()")
     script = "import warnings, moe_routing; warnings.simplefilter('ignore'); print(moe_routing.explain('mixtral'))"
@@ -172,6 +173,7 @@ def test_where_warnings_are_errors_only_the_first_call_raises(install_plugin):
     assert resolve(known).winner == "eager"
 
 
+@pytest.mark.slow
 def test_a_plug_in_that_turns_warnings_into_errors_does_so_for_itself(install_plugin):
     install_plugin("aa_strict", "import warnings\nwarnings.simplefilter('error')\n1 / 0")
     done = run(
@@ -489,6 +491,7 @@ def build(problem, device):
 BACKWARD = "    def backward(self, grad_weights, logits, ids, scale): return torch.ones_like(logits), logits.new_empty(0)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "oracle", "known"),
     [
@@ -505,6 +508,7 @@ def test_training_is_refused_by_name_where_only_the_kernel_could_have_gradients(
     assert "[training]" in said
 
 
+@pytest.mark.slow
 def test_training_works_where_the_kernel_brings_its_gradients(install_plugin):
     body = FAMILY_PLUGIN.format(spec=', score="square"', oracle="", backward=BACKWARD)
     assert run(TRAIN, install_plugin("acme_family", body)) == "[[1.0, 1.0, 1.0, 1.0]]\n"

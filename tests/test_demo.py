@@ -51,6 +51,7 @@ def test_demo_agrees_with_the_model_in_every_layer_and_fits_80_columns(demo, mod
     assert max(map(len, shown.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_demo_fails_where_the_routers_disagree(demo, monkeypatch):
     right = moe_routing.get_router("gpt_oss").spec
     monkeypatch.setattr(moe_routing, "get_router", lambda _model, **_: moe_routing.Router(right.replace(scale=1.01)))

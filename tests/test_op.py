@@ -190,7 +190,7 @@ def test_fake_and_meta_tensors_give_shapes():
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("int64_ids", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 300])
+@pytest.mark.parametrize("tokens", [2, 300, *(pytest.param(t, marks=pytest.mark.slow) for t in (1, 5))])
 @pytest.mark.parametrize("name", ["gemma4", "grouped_sigmoid_bias", "hash_sqrtsoftplus", "zero and shared"])
 def test_opcheck_passes(name, tokens, int64_ids, training):
     spec = SPECS[name]
@@ -231,7 +231,10 @@ print(type(output).__name__, output.ids.tolist())
 """
 
 
-@pytest.mark.parametrize("imports", ["import torch\nimport moe_routing", "import moe_routing\nimport torch"])
+@pytest.mark.parametrize(
+    "imports",
+    ["import moe_routing\nimport torch", pytest.param("import torch\nimport moe_routing", marks=pytest.mark.slow)],
+)
 def test_an_exported_program_that_returns_routing_output_loads_where_only_the_package_was_imported(tmp_path, imports):
     class Module(torch.nn.Module):
         def __init__(self):

@@ -108,6 +108,7 @@ def test_the_command_writes_the_page_and_says_where(capsys, tmp_path):
     assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_json_holds_the_same_and_writes_no_page(capsys, in_an_empty_folder):
     assert run(["report", "--device", "cpu", "--json"]) == 0
     held = json.loads(capsys.readouterr().out)

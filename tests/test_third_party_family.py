@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PLUGIN = """
 from moe_routing_registry import BackendSpec, FamilySpec, RoutingSpec, Target, hookimpl
 
@@ -86,6 +88,7 @@ print("read")
 """
 
 
+@pytest.mark.slow
 def test_the_configuration_of_a_plugins_model_is_read(install_plugin):
     site = install_plugin("acme_square", PLUGIN)
     script = f"import sys; sys.path.insert(0, {str(site)!r})\n{CONFIGURATION}"

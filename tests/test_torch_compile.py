@@ -132,6 +132,7 @@ def test_a_prepared_call_hands_its_tensors_to_what_inductor_made_and_routes_righ
     assert all(map(torch.equal, out, fresh))
 
 
+@pytest.mark.slow
 def test_the_formula_that_is_compiled_selects_in_exact_order():
     script = """
         from moe_routing.testing import run

@@ -152,6 +152,7 @@ def test_the_report_says_which_backend_routes_where_weights_are_offloaded(tmp_pa
     assert [layer.backend for layer in patch(model).layers] == ["eager", "eager"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:accelerate")
 @pytest.mark.parametrize("first", ["enable", "load"])
 def test_from_pretrained_with_a_device_map_of_cpu_and_disk(first, tmp_path):
@@ -490,6 +491,7 @@ LOADED = """
 """
 
 
+@pytest.mark.slow
 def test_a_patched_model_is_loaded_in_a_new_process(tmp_path):
     model = mixtral()
     patch(model)

@@ -325,6 +325,7 @@ def test_enable_does_not_mistake_a_checkpoints_own_class_for_transformers(monkey
     assert type(remote.load()).__module__ == remote.__name__
 
 
+@pytest.mark.slow
 @pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 def test_disable_puts_back_what_transformers_leaves_behind_when_loading_fails(monkeypatch):

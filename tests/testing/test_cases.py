@@ -34,6 +34,7 @@ def test_every_family_is_a_variant():
     assert set(FAMILIES) == {variant.partition("/")[0] for variant in VARIANTS}
 
 
+@pytest.mark.slow
 def test_the_full_list_has_every_size():
     cases = list(everything())
     assert len(cases) > 50_000

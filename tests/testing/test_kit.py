@@ -114,12 +114,14 @@ def declining():
         manager.__exit__(None, None, None)
 
 
+@pytest.mark.slow
 def test_declining_what_could_be_had_fails(declining):
     report = run(declining(only_float32), points=[0])
     assert {result.check for result in report.failed} == {"what_it_declines_cannot_be_had"}
     assert "gaps['dtype']" in report.failed[0].message
 
 
+@pytest.mark.slow
 def test_declining_it_with_a_reason_on_the_card_is_a_gap_in_the_report(declining):
     report = run(declining(only_float32, dtype="half precision is not needed here"), points=[0, 4])
     assert report.ok
@@ -128,6 +130,7 @@ def test_declining_it_with_a_reason_on_the_card_is_a_gap_in_the_report(declining
     assert "half precision is not needed here" in reports.to_html(report)
 
 
+@pytest.mark.slow
 def test_a_gap_that_is_none_fails(declining):
     report = run(declining(compile="cannot be traced", dtype="whatever"), profile="smoke", points=[0])
     failed = {result.case: result.message for result in report.failed}

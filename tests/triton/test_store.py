@@ -113,6 +113,7 @@ KEEPING = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_tune_at_once_lose_nothing():
     command = [sys.executable, "-c", textwrap.dedent(KEEPING)]
     both = [
