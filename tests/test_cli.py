@@ -207,6 +207,7 @@ def test_wrong_usage_is_one_line_on_stderr_and_exit_code_2(cli, line, said):
     assert said in err
 
 
+@pytest.mark.slow
 def test_explain_beside_a_broken_torch_is_one_line_and_exit_code_1(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch_cpu.so is missing')\n")
@@ -249,6 +250,7 @@ def test_a_backend_in_the_environment_that_cannot_be_used_is_exit_code_1(cli, mo
     assert "backend 'picky' cannot be used here: it is for cpu, the device is meta [platform]" in flat(out)
 
 
+@pytest.mark.slow
 def test_piped_output_is_not_wrapped_at_all():
     done = process("-m", "moe_routing", "list", "--verbose")
     longest = max(done.stdout.decode().splitlines(), key=len)

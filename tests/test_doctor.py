@@ -196,6 +196,7 @@ def test_it_survives_a_missing_torch(without_torch):
     assert check["fix"] == "pip install --force-reinstall 'torch>=2.8'"
 
 
+@pytest.mark.slow
 def test_without_torch_it_still_lists_backends(without_torch):
     run = doctor(path=[without_torch], flags=["-S"])
     assert run.returncode == 1
@@ -223,6 +224,7 @@ def test_it_survives_a_broken_torch(tmp_path, module, said):
     assert said in check["summary"]
 
 
+@pytest.mark.slow
 def test_it_survives_a_torch_of_which_only_an_empty_folder_is_left(without_torch, tmp_path):
     (tmp_path / "torch" / "lib").mkdir(parents=True)
     run = doctor("--json", path=[tmp_path, without_torch], flags=["-S"])

@@ -123,6 +123,7 @@ def test_the_conformance_page(conformance):
     check_page(reports.to_html(conformance))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # the title is longer than the picture
 def test_the_bench_page_and_its_picture(bench, tmp_path):
     check_page(bench_page(bench))

@@ -209,6 +209,7 @@ def acme(tmp_path_factory):
     return json.loads(fresh_process(ACME, site))
 
 
+@pytest.mark.slow
 def test_importing_probing_imports_neither_torch_nor_triton(acme):
     assert acme["untouched"] == []
 

@@ -134,6 +134,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys, in_an_empty_folder, opt
     assert not list(in_an_empty_folder.iterdir())
 
 
+@pytest.mark.slow
 def test_beside_a_broken_torch_the_page_says_so_and_exit_code_is_1(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch_cpu.so is missing')\n")

@@ -202,6 +202,7 @@ LORA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["patch", "peft"])
 @pytest.mark.parametrize("lora", LORA)
 def test_peft_on_the_router_trains_and_merges_as_without_us(lora, first):

@@ -200,6 +200,7 @@ OTHER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "said"), REPLACED)
 @torch.no_grad()
 def test_every_setting_that_changes_after_patch_is_followed(case, said):

@@ -113,6 +113,7 @@ def test_an_unclear_value_is_an_error_that_names_the_variable(tmp_path, doctor):
     assert doctor(write_vllm(tmp_path), MOE_ROUTING_VLLM="maybe")["environment"]["status"] == "problem"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["0.32.0", pytest.param("0.33.1rc2.dev3+gabc", marks=pytest.mark.slow)])
 def test_a_known_vllm_is_routed_by_us(tmp_path, version):
     said, warnings = result(START + ROUTE + SAY, write_vllm(tmp_path, version), MOE_ROUTING_VLLM="1")

@@ -81,6 +81,7 @@ def test_the_quick_verification_begins_no_case_after_its_budget(monkeypatch):
     assert "(1 of 1 cases)" in finding.sentence
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_without_a_budget")
 def test_the_quick_verification_says_what_is_wrong():
     with registered(next(m for m in MUTANTS if m.name == "mutant-tie-to-the-highest-id")) as name:

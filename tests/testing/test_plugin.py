@@ -5,6 +5,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 from moe_routing.testing import plugin
 
 
@@ -36,6 +38,7 @@ def test_the_plugin_and_the_class_import_no_torch():
     assert loaded == "[]"
 
 
+@pytest.mark.slow
 def test_a_pytest_run_of_somebody_else_imports_no_torch(tmp_path):
     (tmp_path / "test_theirs.py").write_text("import sys\ndef test_it():\n    assert 'torch' not in sys.modules\n")
     ran = subprocess.run(
