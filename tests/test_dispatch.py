@@ -200,6 +200,35 @@ def test_a_warm_eager_call_enters_ten_functions_or_fewer(tokens, scaled):
     assert len(our_frames(lambda: route(logits, 8, scale))) <= 10 + len(rounds)
 
 
+class Ready:
+    """A kernel that prepares one function for calls like an earlier one, as Triton's does."""
+
+    def __init__(self, problem, device):
+        from moe_routing_backends.eager.route import build
+
+        self.eager = build(problem, device)
+
+    def __call__(self, logits, **operands):
+        return self.eager(logits, **operands)
+
+    def prepared(self, operands):
+        result = self.eager.route(operands)
+        return lambda _operands: result
+
+
+def build_ready(problem, device):
+    return Ready(problem, device)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_warm_call_of_a_prepared_kernel_enters_two_functions_of_the_router(add_backend, gradients):
+    add_backend("ready", "build_ready")
+    route, given = Router(SPEC, backend="ready"), operands()
+    given["logits"].requires_grad_(gradients)
+    with torch.no_grad():
+        assert our_frames(lambda: route(**given)) == ["__call__", "matches"]  # and the kernel's own: 3
+
+
 def test_a_warm_training_step_enters_twenty_functions_or_fewer():
     route = Router(SOFTMAX.replace(per_expert_scale=True), backend="eager")
     logits, scale = torch.randn(64, 128, requires_grad=True), torch.rand(128)

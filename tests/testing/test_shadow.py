@@ -1,5 +1,6 @@
 """Shadow mode sees what is wrong on live calls, and is never in the way."""
 
+import gc
 import logging
 import random
 import subprocess
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_routing import Router, RoutingOutput
+from moe_routing import Router, RoutingOutput, get_router
 from moe_routing.testing import shadow
 from moe_routing.testing.cases import Case
 from moe_routing.testing.mutants import MUTANTS, registered
@@ -94,6 +95,47 @@ def test_calls_that_want_gradients_are_watched():
     route(logits, 2).weights[:, 0].sum().backward()
     assert logits.grad.abs().sum() > 0
     assert (route.health().compared, route.health().ok) == (1, True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_calls_inside_a_compiled_function_are_watched(wrong_backend, training):
+    for backend, wrong in (("eager", 0), (wrong_backend, 2)):
+        route = Router(SPEC, backend=backend, verify=True)
+        compiled = torch.compile(lambda logits, route=route: route(logits, 2), fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            compiled(LOGITS.clone().requires_grad_(training))
+        health = route.health()
+        assert (health.calls, health.compared, health.wrong, health.failures) == (2, 2, wrong, 0)
+
+
+def test_a_router_that_a_compiled_function_makes_is_watched_and_the_logger_tells(wrong_backend, caplog):
+    def inside(logits):
+        return get_router(SPEC, backend=wrong_backend, verify=True)(logits, 2)
+
+    with caplog.at_level(logging.WARNING, "moe_routing.verify"):
+        torch.compile(inside, fullgraph=True, backend="eager")(LOGITS)
+    assert "weight of id" in caplog.text
+
+
+def test_a_program_that_outlives_its_router_says_once_that_nothing_watches_it(caplog):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.route = Router(SPEC, backend="eager", verify=True)
+
+        def forward(self, logits):
+            return tuple(self.route(logits, 2))
+
+    module = Module()
+    program = torch.export.export(module, (LOGITS,)).module()
+    with caplog.at_level(logging.WARNING, "moe_routing.verify"):
+        program(LOGITS)
+        assert module.route.health().compared == 1
+        del module
+        gc.collect()
+        for _ in range(2):
+            program(LOGITS)
+    assert caplog.text.count("its calls are not compared") == 1
 
 
 def test_a_comparison_that_fails_does_not_reach_the_caller(monkeypatch, caplog):
