@@ -354,6 +354,7 @@ def test_csv_has_a_line_for_every_row_and_plots_are_a_picture_and_a_page_of_its_
     assert torch.get_num_threads() == threads  # one timed it
 
 
+@pytest.mark.slow
 def test_a_drawing_shows_every_way_and_both_floors(kept):
     from moe_routing.bench._plot import DARK, LIGHT, facets, svg
 

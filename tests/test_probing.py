@@ -214,6 +214,7 @@ def test_importing_probing_imports_neither_torch_nor_triton(acme):
     assert acme["untouched"] == []
 
 
+@pytest.mark.slow
 def test_probing_reads_about_triton_and_ipex_without_importing_them(acme):
     found = {t["name"]: t for t in acme["answer"]["toolchains"]}
     assert acme["modules"] == []

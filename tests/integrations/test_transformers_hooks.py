@@ -110,6 +110,7 @@ PLACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:accelerate", "ignore::FutureWarning:accelerate")
 @pytest.mark.parametrize("place", PLACED)
 def test_patch_before_and_after_accelerates_hooks_and_unpatch_in_any_order(place, tmp_path):

@@ -252,6 +252,7 @@ def test_command_shows_what_would_be_replaced_by_a_model_type_or_a_folder(cli, m
     assert [layer["replaced"] for layer in json.loads(said)["layers"]] == [True] * 32
 
 
+@pytest.mark.slow
 def test_command_is_exit_code_1_where_a_router_is_left_or_there_is_none(cli):
     code, said, _ = cli("transformers", "switch_transformers")
     assert code == 1

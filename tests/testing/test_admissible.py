@@ -25,6 +25,7 @@ def at(spec, logits, ids, **operands):
     return RoutingOutput(oracle.weights_at(spec, logits, ids, **operands).float(), ids.int())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", BIASED)
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), place=st.integers(0, 3), factor=st.floats(0.05, 20))

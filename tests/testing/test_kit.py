@@ -65,6 +65,7 @@ def test_a_misspelt_backend_is_an_error_that_names_the_near_one():
         run("eagre")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_without_a_budget")
 def test_the_quick_verification_finds_nothing_wrong_with_eager():
     findings = verify("eager")
