@@ -20,7 +20,7 @@ EXPERTS = sorted({"eager", *ALL_EXPERTS_FUNCTIONS} - NEEDS_A_GPU)
 TRACED_IN_PARTS = {"eager"}
 """Experts that loop over those that got tokens, which Dynamo cannot trace as one graph: traced, but not compiled, here."""
 BY_INDUCTOR = {"grouped_mm"}
-"""Experts whose models are compiled to machine code; the others' stop at AOTAutograd's graph, which takes a tenth of the time."""
+"""Experts whose models are compiled to machine code; the others stop at AOTAutograd's graph, which takes less time."""
 TOKENS = (1, 2, 3, 7, 130)
 
 pytestmark = [
