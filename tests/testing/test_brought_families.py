@@ -48,7 +48,7 @@ PLUGIN = """
             with torch.no_grad():
                 weights, ids = oracle(problem.spec, logits, problem.topk, **operands)
             if out is None:
-                return RoutingOutput(weights.float(), ids.to(getattr(torch, problem.ids_dtype)))
+                return RoutingOutput(weights.float().contiguous(), ids.to(getattr(torch, problem.ids_dtype)).contiguous())
             out.weights.copy_(weights)
             out.ids.copy_(ids)
             return out
