@@ -33,8 +33,8 @@ test: about-test $(READY) ## lint, types, docs and the quick tests: under 2 minu
 	@$(MAKE) --no-print-directory --jobs=2 lint docs
 	@$(MAKE) --no-print-directory pytest
 
-test-all: $(READY) ## the tests that `make test` leaves out, slow or with pip: about 12 minutes
-	@echo "==> the slow tests, and those that install packages with pip: about 12 minutes on 2 cores"
+test-all: $(READY) ## the tests that `make test` leaves out, slow or with pip: 12 to 18 minutes, estimated
+	@echo "==> the slow tests, and those that install packages with pip: 12 to 18 minutes, estimated on 2 cores"
 	@$(PYTEST) -m "(slow or network) and not gpu"
 
 test-gpu: $(READY) ## the contract on an NVIDIA GPU, for the backends eager and triton: some minutes

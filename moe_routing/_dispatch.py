@@ -207,7 +207,7 @@ def _start_anew() -> None:
     with _filling:
         for store in (_dispatchers, _kernels, _locks):
             store.clear()
-        _generation = registry().generation
+        _generation = _registry.generation
 
 
 def _lock_for(key: Hashable) -> ForkSafeLock:

@@ -191,9 +191,7 @@ class Router:
             or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
             or any(_functorch.is_functorch_wrapped_tensor(t) for t in _tensors(operands))
         )
-        if differentiable and operands.out is not None:
-            msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
-            raise ValueError(msg)
+        _refuse_out(operands, differentiable=differentiable)
         return differentiable
 
     def _unordinary(self, config: CallConfig, operands: Operands, *, differentiable: bool) -> RoutingOutput:
@@ -214,9 +212,7 @@ class Router:
         """Put the operator into the graph that Dynamo is making."""
         operands, topk, ids_dtype = self._checked(operands, topk, ids_dtype)
         training = is_grad_enabled() and _requires_grad(operands)
-        if training and operands.out is not None:
-            msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
-            raise ValueError(msg)
+        _refuse_out(operands, differentiable=training)
         config = CallConfig(self._text, self._requested, topk, ids_dtype, self._shadow_key)
         if _is_dtensor(operands.logits):
             return self._sharded(config, operands, training=training)
@@ -384,6 +380,13 @@ def _is_dtensor(tensor: Tensor) -> bool:
     """Tell DTensors, without importing their package for those who have none."""
     kind = type(tensor)
     return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
+
+
+def _refuse_out(operands: Operands, *, differentiable: bool) -> None:
+    """Refuse outputs to write into where the weights need derivatives."""
+    if differentiable and operands.out is not None:
+        msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
+        raise ValueError(msg)
 
 
 def _requires_grad(operands: Operands) -> bool:

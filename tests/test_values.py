@@ -112,7 +112,7 @@ def test_a_process_that_is_forked_during_another_threads_first_call_routes(durin
     said = run(
         f"""
         import faulthandler, os, sys, threading, warnings
-        warnings.simplefilter("ignore")  # torch and Python warn of forks beside threads
+        warnings.simplefilter("ignore")  # torch and Python warn of a fork while other threads run
         import torch, moe_routing
         import moe_routing._dispatch as dispatch
         import moe_routing_backends.eager.route as eager
