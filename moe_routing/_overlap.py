@@ -34,12 +34,12 @@ def overlap(operands: Operands) -> str:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    a, b, of_one, of_other = _address(one), _address(other), span(one), span(other)
-    return a != 0 and b != 0 and of_one != 0 and of_other != 0 and -of_one < a - b < of_other
+    a, b = _address(one), _address(other)
+    return a != 0 and b != 0 and -span(one) < a - b < span(other)
 
 
 def _address(tensor: Tensor) -> int:
-    """Return where a tensor begins; 0 for one that has no memory of its own, a fake or a meta tensor for example."""
+    """Return where a tensor begins; 0 for one without elements or memory, a fake or a meta tensor for example."""
     try:
         return tensor.data_ptr()
     except RuntimeError:
@@ -47,9 +47,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def span(tensor: Tensor) -> int:
-    """Return the bytes from a tensor's first element to the end of its last, wherever it lies."""
-    if not tensor.numel():
-        return 0
+    """Return the bytes from a tensor's first element to the end of its last; it has elements."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
