@@ -67,9 +67,9 @@ def lies_apart(operands: Operands) -> Callable[[Operands], bool]:
         to_weights, to_ids = weights.data_ptr(), ids.data_ptr()
         if -of_weights < to_weights - to_ids < of_ids:
             return False
-        for n, span in spans:
+        for n, size in spans:
             address = operands[n].data_ptr()  # type: ignore[union-attr] # a tensor, as in the call that this was made for
-            if -of_weights < to_weights - address < span or -of_ids < to_ids - address < span:
+            if -of_weights < to_weights - address < size or -of_ids < to_ids - address < size:
                 return False
         return True
 
