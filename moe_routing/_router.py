@@ -103,7 +103,8 @@ class Router:
         :param per_expert_scale: ``[E]``, any float dtype; for specs with ``per_expert_scale`` (Gemma4), and only those.
         :param bias: ``[E]``, any float dtype; for specs whose selection adds a bias, and only those.
         :param token_ids: ``[T]``, int32 or int64; for token-table selection, and only that.
-        :param expert_table: ``[vocabulary, K]``, int32 or int64; likewise.
+        :param expert_table: ``[vocabulary, K]``, int32 or int64; likewise. A token whose id is not in the table, or whose
+            entries are not all in [0, E), counts as padding.
         :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0; an int, or an integer
             tensor with one element on the logits' device, which is never read on the host.
         :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.

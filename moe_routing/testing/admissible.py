@@ -82,16 +82,14 @@ def compare(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput,
     found.problems += _shape_problems(spec, logits, topk, output)
     if not found.ok:
         return found
-    rows = max(1, CHUNK // logits.shape[1])
-    valid = _valid_rows(operands.get("num_valid_tokens"), len(logits))
-    found.problems += _padding_problems(output, valid)
+    padding = _padding(spec, logits, operands)
+    found.problems += _padding_problems(output, padding)
     if oracle.brought(spec.family) is not None:
         found.problems += _problems_with_theirs(spec, logits, topk, output, operands)
         return found
-    for start in range(0, valid, rows):
-        _compare_rows(spec, logits, topk, output, operands, range(start, min(start + rows, valid)), found)
-        if len(found.problems) >= MANY:
-            break
+    for rows in (~padding).nonzero().flatten().split(max(1, CHUNK // logits.shape[1])):
+        if len(rows) and len(found.problems) < MANY:
+            _compare_rows(spec, logits, topk, output, operands, rows, found)
     return found
 
 
@@ -121,15 +119,22 @@ def _shape_problems(spec: RoutingSpec, logits: Tensor, topk: int, output: Routin
             yield f"{name}: expected device {logits.device}, got {tensor.device}"
 
 
-def _valid_rows(num_valid_tokens: int | Tensor | None, num_tokens: int) -> int:
-    return num_tokens if num_valid_tokens is None else min(max(int(num_valid_tokens), 0), num_tokens)
+def _padding(spec: RoutingSpec, logits: Tensor, operands: Operands) -> Tensor:
+    """Tell which rows ``[T]`` are padding: those past ``num_valid_tokens``, and those to which the table gives no experts."""
+    num_tokens, valid = len(logits), operands.get("num_valid_tokens")
+    padding = torch.arange(num_tokens, device=logits.device) >= (num_tokens if valid is None else min(int(valid), num_tokens))
+    if spec.selection == "token_table":
+        table = {name: operands.get(name) for name in ("token_ids", "expert_table")}
+        padding |= (oracle.select(spec, logits, 0, **table) < 0).any(-1)  # type: ignore[arg-type] # two tensors
+    return padding
 
 
-def _padding_problems(output: RoutingOutput, valid: int) -> Iterator[str]:
-    if (output.ids[valid:] != -1).any():
-        yield f"padding: rows from {valid} on need ids -1, got {output.ids[valid:].flatten()[:8].tolist()}"
-    if (output.weights[valid:] != 0).any():
-        yield f"padding: rows from {valid} on need weights 0, got {output.weights[valid:].flatten()[:8].tolist()}"
+def _padding_problems(output: RoutingOutput, padding: Tensor) -> Iterator[str]:
+    for name, tensor, blank in (("ids", output.ids, -1), ("weights", output.weights, 0)):
+        wrong = padding & (tensor != blank).any(-1)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            yield f"padding: row {row} needs {name} {blank}, got {tensor[row].tolist()}"
 
 
 def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own arguments
@@ -138,17 +143,19 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
     topk: int,
     output: RoutingOutput,
     operands: Operands,
-    rows: range,
+    rows: Tensor,
     found: Comparison,
 ) -> None:
-    part = slice(rows.start, rows.stop)
+    # Most often nothing is padding, and a slice copies nothing.
+    first, last = int(rows[0]), int(rows[-1])
+    part = slice(first, last + 1) if last - first == len(rows) - 1 else rows
     num_experts = logits.shape[1]
     home = exact_device(logits)
     l = logits.detach()[part].to(home)
     ids = logical_ids(output.ids[part].to(home).long(), operands.get("expert_map"), num_experts + spec.shared_experts)
     weights = output.weights.detach()[part].to(home).double()
-    found.problems += _id_problems(spec, ids, topk, num_experts, rows.start)
-    found.problems += _shared_problems(spec, weights, topk, rows.start)
+    found.problems += _id_problems(spec, ids, topk, num_experts, rows)
+    found.problems += _shared_problems(spec, weights, topk, rows)
     if not found.ok:
         return
     ids, weights = ids[:, :topk], weights[:, :topk]
@@ -161,12 +168,12 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
             spec, l[row : row + 1].cpu(), _at(bias, torch.device("cpu")), ids[row].tolist(), exact[row].tolist()
         )
         if problem:
-            found.problems.append(f"row {rows.start + row}: {problem}")
+            found.problems.append(f"row {int(rows[row])}: {problem}")
             if len(found.problems) >= MANY:
                 return
         else:
             found.near_ties += 1
-    found.problems += _weight_problems(spec, l, ids, weights, scale, rows.start)
+    found.problems += _weight_problems(spec, l, ids, weights, scale, rows)
 
 
 def exact_device(tensor: Tensor) -> torch.device:
@@ -189,29 +196,29 @@ def logical_ids(ids: Tensor, expert_map: Tensor | None, slots: int) -> Tensor:
     return torch.where(known, back[ids.clamp(0, len(back) - 1)], -1)
 
 
-def _id_problems(spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, first: int) -> Iterator[str]:
+def _id_problems(spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, rows: Tensor) -> Iterator[str]:
     routed = ids[:, :topk]
     outside = ((routed < 0) | (routed >= num_experts)).any(-1)
     if outside.any():
         row = int(outside.nonzero()[0])
-        yield f"row {first + row}: ids {routed[row].tolist()} are not all in [0, {num_experts})"
+        yield f"row {int(rows[row])}: ids {routed[row].tolist()} are not all in [0, {num_experts})"
     ordered = routed.sort(dim=-1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
     if twice.any() and spec.selection != "token_table":
         row = int(twice.nonzero()[0])
-        yield f"row {first + row}: ids {routed[row].tolist()} are not unique"
+        yield f"row {int(rows[row])}: ids {routed[row].tolist()} are not unique"
     expected = torch.arange(num_experts, num_experts + spec.shared_experts, device=ids.device)
     if (ids[:, topk:] != expected).any():
         yield f"shared slots: expected ids {expected.tolist()}, got {ids[:, topk:][0].tolist()}"
 
 
-def _shared_problems(spec: RoutingSpec, weights: Tensor, topk: int, first: int) -> Iterator[str]:
+def _shared_problems(spec: RoutingSpec, weights: Tensor, topk: int, rows: Tensor) -> Iterator[str]:
     if spec.shared_experts and (weights[:, topk:] != 1).any():
-        yield f"shared slots: expected weight 1 in rows from {first} on, got {weights[:, topk:].flatten()[:8].tolist()}"
+        yield f"shared slots: expected weight 1 in rows from {int(rows[0])} on, got {weights[:, topk:].flatten()[:8].tolist()}"
 
 
 def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arguments
-    spec: RoutingSpec, l: Tensor, ids: Tensor, weights: Tensor, scale: Tensor | None, first: int
+    spec: RoutingSpec, l: Tensor, ids: Tensor, weights: Tensor, scale: Tensor | None, rows: Tensor
 ) -> Iterator[str]:
     exact = oracle.weights_at(spec, l, ids, per_expert_scale=scale)
     tolerance = ATOL + (RTOL + bounds.weight_error(spec, l, ids)) * exact.abs()
@@ -228,7 +235,7 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     for row, k in wrong.nonzero()[:MANY].tolist():
         got, expected = float(weights[row, k]), float(exact[row, k])
         yield (
-            f"row {first + row}: weight of id {int(ids[row, k])} is {got:.9g}, exactly {expected:.9g}: "
+            f"row {int(rows[row])}: weight of id {int(ids[row, k])} is {got:.9g}, exactly {expected:.9g}: "
             f"off by {abs(got - expected):.3g}, allowed {float(tolerance[row, k]):.3g}"
         )
 

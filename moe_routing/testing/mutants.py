@@ -487,6 +487,39 @@ class PaddingKeepsItsWeights(Reference):
         super().write(out, weights.masked_fill(ids < 0, 0.5), ids)
 
 
+@caught_by("tokens_without_experts_are_padding", "hash_sqrtsoftplus")
+class TokenIdsWrapAround(Reference):
+    """Looks up token id -1 from the end of the table, and the nearest token of the table for others that it lacks."""
+
+    def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
+        table, tokens = operands["expert_table"], operands["token_ids"]
+        assert table is not None  # noqa: S101 -- for mypy
+        assert tokens is not None  # noqa: S101 -- likewise
+        tokens = torch.where((tokens < 0) & (tokens >= -len(table)), tokens + len(table), tokens).clamp(0, len(table) - 1)
+        return oracle.select(self.spec, logits, self.topk, **operands | {"token_ids": tokens})
+
+
+@caught_by("tokens_without_experts_are_padding", "hash_sqrtsoftplus")
+class EntriesCutTo32Bits(Reference):
+    """Compares an entry of the table with E after it was narrowed to int32."""
+
+    def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
+        table = operands["expert_table"]
+        assert table is not None  # noqa: S101 -- for mypy
+        return oracle.select(self.spec, logits, self.topk, **operands | {"expert_table": table.to(torch.int32)})
+
+
+@caught_by("tokens_without_experts_are_padding", "hash_sqrtsoftplus")
+class StrayEntriesOnlyLoseTheirWeight(Reference):
+    """Gives a stray entry of the table the weight 0, and routes the row to the others."""
+
+    def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
+        table = operands["expert_table"]
+        assert table is not None  # noqa: S101 -- for mypy
+        inside = table.clamp(0, logits.shape[1] - 1)
+        return oracle.select(self.spec, logits, self.topk, **operands | {"expert_table": inside})
+
+
 # Point 15
 
 

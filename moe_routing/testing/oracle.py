@@ -82,13 +82,23 @@ def select(  # noqa: PLR0913 -- the operands of selection
     if spec.selection == "token_table":
         assert token_ids is not None  # noqa: S101 -- for mypy: Router has checked
         assert expert_table is not None  # noqa: S101 -- likewise
-        return expert_table[token_ids.long()].long()
+        return _from_table(token_ids, expert_table, logits.shape[1])
     keys = selection_keys(spec, logits, bias=bias)
     if spec.topk_per_group:
         keys = _keep_topk_of_each_group(keys, spec.num_groups, topk // spec.num_groups)
     elif spec.grouped:
         keys = _keep_best_groups(spec, keys)
     return descending(keys)[:, :topk]
+
+
+def _from_table(token_ids: Tensor, expert_table: Tensor, num_experts: int) -> Tensor:
+    """Return the row of the table for each token; -1 for a token that is not in it, or whose row names no expert of ours."""
+    experts = torch.full((len(token_ids), expert_table.shape[1]), -1, dtype=torch.long, device=token_ids.device)
+    known = (token_ids >= 0) & (token_ids < len(expert_table))
+    experts[known] = expert_table[token_ids[known].long()].long()
+    outside = ((experts < 0) | (experts >= num_experts)).any(-1)
+    experts[outside] = -1
+    return experts
 
 
 def selection_keys(spec: RoutingSpec, logits: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -141,11 +151,12 @@ def _log_softplus(x: Tensor) -> Tensor:
 
 
 def weights_at(spec: RoutingSpec, logits: Tensor, ids: Tensor, *, per_expert_scale: Tensor | None = None) -> Tensor:
-    """Return the float64 weights ``[T, K]`` of the logical ``ids``, whoever selected them.
+    """Return the float64 weights ``[T, K]`` of the logical ``ids``, whoever selected them; 0 in rows of -1.
 
     A renormalisation without epsilon and floor is a ratio of exact scores, hence a softmax over their logarithms.
     """
     x = transformed(spec, clean(logits))
+    padding, ids = (ids < 0).any(-1, keepdim=True), ids.clamp(min=0)
     if spec.selection == "sparsemixer":
         weights = _sparsemixer_weights(spec, clean(logits), ids)
     elif spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor):
@@ -158,7 +169,7 @@ def weights_at(spec: RoutingSpec, logits: Tensor, ids: Tensor, *, per_expert_sca
     weights = weights * spec.scale
     if per_expert_scale is not None:
         weights = weights * per_expert_scale.double()[ids]
-    return weights.where(ids < logits.shape[1] - spec.zero_experts, 0.0)
+    return weights.where(ids < logits.shape[1] - spec.zero_experts, 0.0).masked_fill(padding, 0.0)
 
 
 def _sparsemixer_weights(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Tensor:
@@ -187,12 +198,12 @@ def finish(  # noqa: PLR0913 -- the operands of the last steps
         shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=ids.device)
         ids = torch.cat([ids, shared.expand(len(ids), -1)], dim=1)
         weights = torch.cat([weights, weights.new_ones(len(ids), spec.shared_experts)], dim=1)
-    if expert_map is not None:
-        ids = expert_map.long()[ids]
+    padding = (ids < 0).any(-1, keepdim=True)
     if num_valid_tokens is not None:
-        padding = (torch.arange(len(ids), device=ids.device) >= num_valid_tokens).unsqueeze(1)
-        weights, ids = weights.masked_fill(padding, 0.0), ids.masked_fill(padding, -1)
-    return RoutingOutput(weights, ids)
+        padding = padding | (torch.arange(len(ids), device=ids.device) >= num_valid_tokens).unsqueeze(1)
+    if expert_map is not None:
+        ids = expert_map.long()[ids.clamp(min=0)]
+    return RoutingOutput(weights.masked_fill(padding, 0.0), ids.masked_fill(padding, -1))
 
 
 def descending(keys: Tensor) -> Tensor:

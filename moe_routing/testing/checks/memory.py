@@ -11,11 +11,13 @@ from moe_routing.testing.cases import Case
 from moe_routing.testing.checks import _sets
 from moe_routing.testing.checks._check import check, require
 from moe_routing.testing.subject import NotApplicableError, must_match, outputs, same_bits
+from moe_routing.testing.variants import VARIANTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from moe_routing.testing.cases import Profile
+    from moe_routing import RoutingOutput
+    from moe_routing.testing.cases import Call, Profile
     from moe_routing.testing.subject import Subject
 
 FAR = 1 << 31
@@ -146,6 +148,54 @@ def no_tokens_give_empty_outputs(subject: Subject, case: Case) -> None:
     allowed = ("empty", "fill", "detach", "view", "slice")  # the kit's own outputs and poison
     launched = [name for name in watched.operators if not any(word in name for word in allowed)]
     require(not launched, f"launched {launched}")
+
+
+BY_TABLE = [variant for variant, spec in VARIANTS.items() if spec.selection == "token_table"]
+
+
+@check(13, _sets.where(_sets.of_every_variant, variants=BY_TABLE))
+def tokens_without_experts_are_padding(subject: Subject, case: Case) -> None:
+    """A token id outside the table, or an entry of it outside [0, E), makes padding of its row; the others are as ever."""
+    for integer in (torch.int32, torch.int64):
+        for vocabulary in (1, 97):
+            call = _with_a_table(case, integer, vocabulary, subject.device)
+            ids, table = call.operands["token_ids"], call.operands["expert_table"]
+            assert ids is not None  # noqa: S101 -- for mypy
+            assert table is not None  # noqa: S101 -- likewise
+            every_third = torch.arange(0, len(call.logits), 3)
+            rows = torch.arange(0, vocabulary, 3)
+            strays = _with_strays(ids, every_third, vocabulary)
+            entries = _with_strays(table, rows * case.topk + rows % case.topk, case.num_experts)
+            plain = subject.check(call)
+            for changed in ({"token_ids": strays}, {"expert_table": entries}, {"token_ids": strays, "expert_table": entries}):
+                _must_blank_only_strays(subject, call.but(**changed), plain)
+
+
+def _with_a_table(case: Case, integer: torch.dtype, vocabulary: int, device: torch.device) -> Call:
+    """Return the case's call with a table of that many tokens, which lists the experts in turn."""
+    call = case.make(device)
+    listed = torch.arange(vocabulary * case.topk, device=device).view(vocabulary, case.topk) % case.num_experts
+    tokens = torch.arange(len(call.logits), device=device) % vocabulary
+    return call.but(token_ids=tokens.to(integer), expert_table=listed.to(integer))
+
+
+def _with_strays(values: torch.Tensor, places: torch.Tensor, end: int) -> torch.Tensor:
+    """Return the values with numbers outside [0, end) at those places; some are inside again if they are cut to 32 bits."""
+    limits = torch.iinfo(values.dtype)
+    strays = [-1, end, end + 1, -end, limits.max, limits.min]
+    if values.dtype == torch.int64:
+        strays += [2**32, 2**40 + 1, -(2**32)]
+    changed = values.flatten().clone()
+    enough = torch.tensor(strays, dtype=values.dtype, device=values.device).repeat(len(places))
+    changed[places.to(values.device)] = enough[: len(places)]
+    return changed.view(values.shape)
+
+
+def _must_blank_only_strays(subject: Subject, call: Call, plain: RoutingOutput) -> None:
+    output = subject.check(call)
+    kept = output.ids[:, 0] >= 0
+    same = same_bits(output.ids[kept], plain.ids[kept]) and same_bits(output.weights[kept], plain.weights[kept])
+    require(same, "tokens without experts change other rows")
 
 
 @check(13, _sets.of_every_variant)
