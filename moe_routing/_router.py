@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moe_routing._call_cache import Matches
     from moe_routing._dispatch import Resolved
     from moe_routing._kernel import Prepared
-    from moe_routing.testing.shadow import Health, Shadow
+    from moe_routing.reference.shadow import Health, Shadow
     from moe_routing_registry import ResolutionReport
 
 _CALLS_KEPT = 1024
@@ -296,7 +296,7 @@ class Router:
         >>> route.health().compared, route.health().ok
         (1, True)
         """
-        from moe_routing.testing.shadow import Health
+        from moe_routing.reference.shadow import Health
 
         return Health() if self._shadow is None else self._shadow.health()
 
@@ -400,6 +400,6 @@ def _shadow(verify: float | bool | None) -> Shadow | None:  # noqa: FBT001 -- Tr
     rate = verify_rate(verify)
     if not rate:
         return None
-    from moe_routing.testing.shadow import Shadow
+    from moe_routing.reference.shadow import Shadow
 
     return Shadow(rate)

@@ -18,7 +18,7 @@ from moe_routing._registry import registry
 from moe_routing.families import FAMILIES
 from moe_routing.formula import by_narrow_rounds, by_sort
 from moe_routing.formula.select import finite
-from moe_routing.testing import oracle
+from moe_routing.reference import oracle
 from moe_routing_backends.torch_compile import compile as compile_
 from moe_routing_registry import DeviceInfo, RejectCode, Request, RoutingProblem, Toolchain
 
@@ -135,8 +135,8 @@ def test_a_prepared_call_hands_its_tensors_to_what_inductor_made_and_routes_righ
 @pytest.mark.slow
 def test_the_formula_that_is_compiled_selects_in_exact_order():
     script = """
-        from moe_routing.testing import run
-        report = run("torch-compile", profile="smoke", points=[1])
+        from moe_routing.conformance import run
+        report = run("torch-compile", profile="smoke", clauses=[1])
         print(report.ok, len(report.failed))
     """
     assert run(script, TORCHDYNAMO_DISABLE="1") == "True 0\n"

@@ -82,7 +82,7 @@ def _conformance(gathered: Gathered) -> Iterator[str]:
     if isinstance(found, Failure):
         yield "<h2>Conformance</h2>" + _failed(found)
         return
-    from moe_routing.testing.reports import legend, listing, matrix
+    from moe_routing.conformance.report import legend, listing, matrix
 
     verdict, style = ("conforms", "passed") if found.ok else ("does not conform", "failed")
     yield f"<h2>Conformance of {escape(found.backend)} on {escape(gathered.device)}</h2>"

@@ -204,8 +204,9 @@ class FamilySpec:
     :ivar spec: the family's defaults; its ``family`` is the name that users write, and no built-in name.
     :ivar source: paper, model or project that the formula comes from.
     :ivar models: model names (transformers' ``model_type``) that are this family with other values.
-    :ivar oracle: ``"package.module:attribute"`` of a float64 oracle that is called like ``moe_routing.testing.oracle.route``,
-        for maths that the fields of ``RoutingSpec`` cannot say; ``""`` to use the kit's own.
+    :ivar oracle: ``"package.module:attribute"`` of a float64 oracle that is called like
+        ``moe_routing.reference.oracle.route``, for maths that the fields of ``RoutingSpec`` cannot say; ``""`` to use the
+        kit's own.
     """
 
     spec: RoutingSpec

@@ -24,7 +24,7 @@ import triton.language as tl  # noqa: E402 -- likewise
 
 from moe_routing import RoutingOutput  # noqa: E402 -- likewise
 from moe_routing.probing import probe  # noqa: E402 -- likewise
-from moe_routing.testing.admissible import compare  # noqa: E402 -- likewise
+from moe_routing.reference.compare import compare  # noqa: E402 -- likewise
 from moe_routing_backends.triton.keys import value_of_rough  # noqa: E402 -- likewise
 from moe_routing_backends.triton.launch import build  # noqa: E402 -- likewise
 from moe_routing_backends.triton.pairs import low_half  # noqa: E402 -- likewise
