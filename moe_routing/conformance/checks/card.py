@@ -94,7 +94,12 @@ def what_it_accepts_it_routes(under_test: BackendUnderTest, case: Problems) -> N
         call = words.make(under_test.device)
         if training:
             call.logits.requires_grad_()
-        must_match(call, under_test.route(call))
+        try:
+            output = under_test.route(call)
+        except Exception as error:
+            msg = f"accepts {problem}, but raises {type(error).__name__}: {error}"
+            raise AssertionError(msg) from error
+        must_match(call, output)
     if not accepted:
         msg = "the card declines every problem of this family"
         raise NotApplicableError(msg)
