@@ -24,7 +24,7 @@ from full_sort import full_sort
 
 from moe_routing import Router, RoutingOutput
 from moe_routing.bench._formulas import one_hot
-from moe_routing.testing.admissible import compare
+from moe_routing.reference.compare import compare
 from moe_routing_registry import RoutingSpec
 
 if TYPE_CHECKING:

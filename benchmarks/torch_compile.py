@@ -21,9 +21,9 @@ import triton
 
 from moe_routing import Router, RoutingOutput
 from moe_routing.bench._formulas import one_hot
+from moe_routing.conformance import quick
 from moe_routing.families import FAMILIES
-from moe_routing.testing import quick
-from moe_routing.testing.admissible import compare
+from moe_routing.reference.compare import compare
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -133,6 +133,8 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
         _wrong(TypeError, "expert_table", "dtype int32 or int64", value.dtype)
     if value.dim() != _MATRIX or value.shape[1] != topk:
         _wrong(ValueError, "expert_table", f"shape [vocabulary, {topk}]", list(value.shape))
+    if value.shape[0] == 0:
+        _wrong(ValueError, "expert_table", "a vocabulary of at least 1 token", list(value.shape))
     if value.device != logits.device:
         _wrong(ValueError, "expert_table", f"the logits' device {logits.device}", value.device)
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from moe_routing._autograd import Backward
     from moe_routing._kernel import Kernel
-    from moe_routing.testing.shadow import Shadow
+    from moe_routing.reference.shadow import Shadow
     from moe_routing_registry import DeviceInfo, ResolutionReport
 
 Key = tuple[torch.device, torch.dtype, int, int, torch.dtype, bool, bool, "str | None"]

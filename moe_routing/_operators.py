@@ -13,7 +13,7 @@ from moe_routing._kernel import Operands, RoutingOutput
 from moe_routing.formula import weights_backward
 
 if TYPE_CHECKING:
-    from moe_routing.testing.shadow import Shadow
+    from moe_routing.reference.shadow import Shadow
 
 _tuple = tuple.__new__
 
@@ -23,7 +23,7 @@ class CallConfig(NamedTuple):
 
     :ivar spec: the spec's canonical JSON.
     :ivar backend: the backend that the user named, if any.
-    :ivar shadow: the key of what watches the router's calls, if anything does (``moe_routing.testing.shadow``).
+    :ivar shadow: the key of what watches the router's calls, if anything does (``moe_routing.reference.shadow``).
     """
 
     spec: str
@@ -89,7 +89,7 @@ def route(  # noqa: PLR0913, PLR0917 -- the operator's schema
 
 
 def _shadow(key: str) -> Shadow | None:
-    from moe_routing.testing.shadow import shadow_of
+    from moe_routing.reference.shadow import shadow_of
 
     return shadow_of(key)
 

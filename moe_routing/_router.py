@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moe_routing._call_cache import Matches
     from moe_routing._dispatch import Resolved
     from moe_routing._kernel import Prepared
-    from moe_routing.testing.shadow import Health, Shadow
+    from moe_routing.reference.shadow import Health, Shadow
     from moe_routing_registry import ResolutionReport
 
 _CALLS_KEPT = 1024
@@ -105,7 +105,8 @@ class Router:
         :param per_expert_scale: ``[E]``, any float dtype; for specs with ``per_expert_scale`` (Gemma4), and only those.
         :param bias: ``[E]``, any float dtype; for specs whose selection adds a bias, and only those.
         :param token_ids: ``[T]``, int32 or int64; for token-table selection, and only that.
-        :param expert_table: ``[vocabulary, K]``, int32 or int64; likewise.
+        :param expert_table: ``[vocabulary, K]``, int32 or int64; likewise. A token whose id is not in the table, or whose
+            entries are not all in [0, E), counts as padding.
         :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0, more than T are all; an integer,
             or an int32 or int64 tensor of shape [] or [1] on the logits' device, which is never read on the host.
         :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.
@@ -304,7 +305,7 @@ class Router:
         >>> route.health().compared, route.health().ok
         (1, True)
         """
-        from moe_routing.testing.shadow import Health
+        from moe_routing.reference.shadow import Health
 
         return Health() if self._shadow is None else self._shadow.health()
 
@@ -415,6 +416,6 @@ def _shadow(verify: float | bool | None) -> Shadow | None:  # noqa: FBT001 -- Tr
     rate = verify_rate(verify)
     if not rate:
         return None
-    from moe_routing.testing.shadow import Shadow
+    from moe_routing.reference.shadow import Shadow
 
     return Shadow(rate)

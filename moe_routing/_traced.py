@@ -67,6 +67,6 @@ def shared_shadow_key(verify: float | bool | None) -> str | None:  # noqa: FBT00
     rate = verify_rate(verify)
     if not rate:
         return None
-    from moe_routing.testing.shadow import shared
+    from moe_routing.reference.shadow import shared
 
     return shared(rate).key

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_routing import Router, RoutingOutput, RoutingSpec
 from moe_routing._registry import registry
-from moe_routing.testing import oracle
+from moe_routing.reference import oracle
 from moe_routing_registry import BackendSpec, Target
 
 E, K, T = 8, 2, 3

@@ -175,7 +175,7 @@ def test_a_variable_that_cannot_be_is_named(cli, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
-        ("conformance eager --point 9 --report full.html", "eager conforms"),
+        ("conformance eager --clause 9 --report full.html", "eager conforms"),
         ("bench --tokens 1 --compare none --plot full.html", "backend: eager"),
         ("bench --tokens 1 --compare none --json --plot full.png", '"rows"'),
     ],
@@ -197,8 +197,8 @@ sys.modules["matplotlib"] = None
 import functools
 from moe_routing.bench import Settings
 from moe_routing.report import _gather
-from moe_routing.testing import kit
-kit.run = functools.partial(kit.run, points=[9])
+from moe_routing.conformance import runner
+runner.run = functools.partial(runner.run, clauses=[9])
 _gather._settings = lambda place: Settings(tokens=(1,), device=place)
 from moe_routing.cli import main
 main()

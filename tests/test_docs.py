@@ -31,6 +31,13 @@ def test_the_python_on_a_page_runs(page, capsys):
     capsys.readouterr()
 
 
+def test_the_clauses_of_the_contract_are_those_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import tables
+
+    assert tables.contract() == tables.CONTRACT.read_text(), "write it again: python docs/tables.py"
+
+
 LINKS = {page: re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()) for page in WRITTEN}
 
 

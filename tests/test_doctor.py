@@ -433,7 +433,7 @@ def build(problem, device):
 
 def test_verify_tells_a_backend_that_is_wrong_from_one_that_is_right(install_plugin, monkeypatch):
     from moe_routing._registry import registry
-    from moe_routing.testing import quick
+    from moe_routing.conformance import quick
 
     monkeypatch.setattr(quick, "BUDGET_SECONDS", 20)
     monkeypatch.setattr(quick, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # a tick for each case

@@ -10,7 +10,7 @@ import torch
 
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS
-from moe_routing.testing import oracle
+from moe_routing.reference import oracle
 from moe_routing_registry import RoutingSpec
 
 FORMULAS = {

@@ -18,10 +18,11 @@ from moe_routing.bench._page import to_html as bench_page
 from moe_routing.cli import _bench, _catalogue, _conformance, _explain, _list, _show, _transformers, _tune
 from moe_routing.cli._app import run
 from moe_routing.cli._render_doctor import render
+from moe_routing.conformance import report as reports
+from moe_routing.conformance import runner
 from moe_routing.doctor import examine
 from moe_routing.doctor._machine import Failure
 from moe_routing.report import Gathered, to_html
-from moe_routing.testing import kit, reports
 from moe_routing_registry import Candidate, DeviceInfo, RejectCode, Rejection, ResolutionReport, Verdict, printable
 
 STEERING = "\x1b[31m\x1b]0;title\x07\x1b]8;;http://evil\x07\x9b2J\u202egnihtyna\u2066\u200f\x00\x7f\r\x08\ud800"
@@ -75,11 +76,11 @@ def doctor():
 
 @pytest.fixture
 def conformance():
-    result = kit.Result(
-        point=1, check=HOSTILE, case=HOSTILE, family=HOSTILE, status="failed", message=f"{HOSTILE}\nsecond {HOSTILE}"
+    result = runner.Result(
+        clause=1, check=HOSTILE, case=HOSTILE, family=HOSTILE, status="failed", message=f"{HOSTILE}\nsecond {HOSTILE}"
     )
     others = [dataclasses.replace(result, status=status) for status in ("passed", "gap", "declined", "not_applicable")]
-    return kit.Report(
+    return runner.Report(
         backend=HOSTILE, distribution=HOSTILE, device=HOSTILE, profile=HOSTILE, versions={HOSTILE: HOSTILE},
         gaps={"dtype": HOSTILE, HOSTILE: HOSTILE}, started=HOSTILE, results=[result, *others],
     )  # fmt: skip

@@ -41,7 +41,7 @@ print(json.dumps({"import": by_import, "router": by_router, "initialized": initi
 def test_importing_the_package_alone_does_not_import_torch():
     script = """
 import json, sys
-import moe_routing, moe_routing.testing, moe_routing_registry
+import moe_routing, moe_routing.conformance, moe_routing_registry
 print(json.dumps(sorted({"torch", "triton", "pytest"} & set(sys.modules))))
 """
     assert python(script) == []

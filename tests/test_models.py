@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 import moe_routing
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED, from_config
-from moe_routing.testing import oracle
+from moe_routing.reference import oracle
 from moe_routing_registry import UnknownNameError
 
 FOLDERS = Path(transformers.__file__).parent / "models"

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import moe_routing
 from moe_routing.models import MODELS, from_config
-from moe_routing.testing import oracle
+from moe_routing.reference import oracle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

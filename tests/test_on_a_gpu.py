@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_routing.testing import run
+from moe_routing.conformance import run
 
 
 @pytest.mark.gpu

@@ -123,7 +123,7 @@ def build(problem, device):
         ("list", "--json"),
         ("explain", "mixtral", "--backend", "odd-backend", "--json"),
         ("bench", "--tokens", "1", "--backend", "odd-backend", "--json"),
-        ("conformance", "odd-backend", "--point", "9", "--json"),
+        ("conformance", "odd-backend", "--clause", "9", "--json"),
         ("tune", "--device", "cpu", "--json"),
         ("report", "--device", "warp", "--json"),
     ],

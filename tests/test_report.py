@@ -15,9 +15,9 @@ import pytest
 
 from moe_routing.bench import Settings, _measure
 from moe_routing.cli._app import run
+from moe_routing.conformance import runner
 from moe_routing.doctor._machine import Failure
 from moe_routing.report import _gather, gather, to_html
-from moe_routing.testing import kit
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "img", "source"}
@@ -26,14 +26,14 @@ VOID = {"meta", "img", "source"}
 @pytest.fixture(autouse=True)
 def _a_short_one(monkeypatch):
     """Run the real kit and the real benchmark, on less."""
-    monkeypatch.setattr(kit, "run", functools.partial(kit.run, points=[9]))
+    monkeypatch.setattr(runner, "run", functools.partial(runner.run, clauses=[9]))
     monkeypatch.setattr(_gather, "_settings", lambda place: Settings(tokens=(1,), device=place))
 
 
 @pytest.fixture(scope="module")
 def everything():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kit, "run", functools.partial(kit.run, points=[9]))
+        patch.setattr(runner, "run", functools.partial(runner.run, clauses=[9]))
         patch.setattr(_gather, "_settings", lambda place: Settings(tokens=(1,), device=place))
         steps = []
         return gather("cpu", lambda *step: steps.append(step)), steps

@@ -406,3 +406,23 @@ def test_a_watched_router_sees_every_call_whatever_the_kernel_prepares(add_backe
     for _ in range(3):
         route(LOGITS, 2)
     assert route.health().compared == 3
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_tokens_without_experts_have_no_gradient(mapped):
+    spec = RoutingSpec(
+        family="f", score="sigmoid", selection="token_table", renormalize=True, per_expert_scale=True, shared_experts=1
+    )
+    table = torch.tensor([[0, 1], [2, 3], [3, 4], [1, 2**32 + 1]])
+    logits, scale = torch.randn(5, 4, requires_grad=True), torch.ones(4, requires_grad=True)
+    expert_map = torch.tensor([7, 5, 6, 8, 9]) if mapped else None
+    tokens = torch.tensor([1, 4, -1, 2, 3])
+    weights, ids = Router(spec)(logits, 2, per_expert_scale=scale, token_ids=tokens, expert_table=table, expert_map=expert_map)
+    (weights[:, :2] * torch.tensor([1.0, 2.0])).sum().backward()
+    assert ids.tolist() == [[6, 8, 9] if mapped else [2, 3, 4]] + [[-1, -1, -1]] * 4
+    assert weights[1:].eq(0).all()
+    assert logits.grad[1:].eq(0).all()
+    assert logits.grad[0, 2:].ne(0).all()
+    assert scale.grad[:2].eq(0).all()
+    with pytest.raises(ValueError, match=r"expert_table: expected a vocabulary of at least 1 token, got \[0, 2\]"):
+        Router(spec)(logits, 2, per_expert_scale=scale, token_ids=tokens, expert_table=table[:0])

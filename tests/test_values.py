@@ -117,7 +117,7 @@ def test_a_process_that_is_forked_during_another_threads_first_call_routes(durin
         import moe_routing._dispatch as dispatch
         import moe_routing_backends.eager.route as eager
         import moe_routing_registry._registry as registry
-        from moe_routing.testing import shadow
+        from moe_routing.reference import shadow
 
         torch.set_num_threads(1)
         inside, go_on = threading.Event(), threading.Event()

@@ -8,8 +8,8 @@ import torch
 
 import moe_routing
 from moe_routing import RoutingOutput
-from moe_routing.testing import oracle
-from moe_routing.testing.admissible import compare
+from moe_routing.reference import oracle
+from moe_routing.reference.compare import compare
 
 if TYPE_CHECKING:
     from moe_routing.bench._inputs import Inputs

@@ -89,7 +89,7 @@ app.command(
     cls=taught(
         ("moe-routing conformance acme --report acme.html", "the whole contract, and a page to publish"),
         ("moe-routing conformance acme --device cuda:0 --full", "every size and dtype, before a release"),
-        ("moe-routing conformance acme --point 10 --point 11", "only batch invariance and determinism"),
+        ("moe-routing conformance acme --clause 10 --clause 11", "only batch invariance and determinism"),
     ),
 )(conformance)
 app.command(

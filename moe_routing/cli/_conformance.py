@@ -22,15 +22,19 @@ from moe_routing.cli._show import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moe_routing.testing.cases import Profile
-    from moe_routing.testing.kit import Report, Result
+    from moe_routing.conformance.cases import Profile
+    from moe_routing.conformance.runner import Report, Result
 
 _SHOWN = 10
+NOTHING_CHECKED = 2
+"""Exit code where the backend cannot be used on the device, or nothing that was asked for could be checked."""
+_NOTHING = {"checked": 0, "declined": 0, "not_run": 0}
 _STYLES = {
     "passed": STATUS_STYLES["ok"],
     "failed": STATUS_STYLES["problem"],
     "gap": STATUS_STYLES["warning"],
     "declined": STATUS_STYLES["skipped"],
+    "not_run": STATUS_STYLES["skipped"],
     "not_applicable": STATUS_STYLES["skipped"],
 }
 
@@ -39,27 +43,27 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     backend: Annotated[str, typer.Argument(help="Name of the backend, as `moe-routing doctor` lists it.")],
     *,
     device: Annotated[str, typer.Option(help="The device to check it on: cpu, cuda:0, xpu, ...")] = "cpu",
-    full: Annotated[bool, typer.Option("--full", help="All sizes and dtypes, not a thinned list of them.")] = False,
-    point: Annotated[list[int] | None, typer.Option(help="Only this point of the contract, 0 to 15; may be repeated.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="All sizes and dtypes, not a pairwise sample of them.")] = False,
+    clause: Annotated[list[int] | None, typer.Option(help="Only this clause of the contract, 0 to 15; repeatable.")] = None,
     report: Annotated[
         list[Path] | None, typer.Option(help="Write a report: NAME.html, NAME.json or NAME.xml (JUnit); may be repeated.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON report, for programs.")] = False,
 ) -> None:
-    """Check a backend against the whole contract; exit code 0 if it conforms, 1 if not."""
-    from moe_routing.testing.points import POINTS
-    from moe_routing.testing.reports import WRITERS, write
+    """Check a backend against the whole contract; exit code 0 if it conforms, 1 if not, 2 if nothing was checked."""
+    from moe_routing.conformance.clauses import CLAUSES
+    from moe_routing.conformance.report import WRITERS, write
 
-    for number in point or ():
-        if number not in POINTS:
-            msg = f"--point: expected a number from 0 to {max(POINTS)}, got {number}"
+    for number in clause or ():
+        if number not in CLAUSES:
+            msg = f"--clause: expected a number from 0 to {max(CLAUSES)}, got {number}"
             raise UsageError(msg)
     for path in report or ():
         if path.suffix not in WRITERS:
             msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {str(path)!r}"
             raise UsageError(msg)
         check_writable("--report", path)
-    outcome = _run(backend, device, "full" if full else "quick", point)
+    outcome = _run(backend, device, "full" if full else "quick", clause, as_json=as_json)
     screen = console()
     if as_json:
         print_json(outcome.to_dict())
@@ -73,41 +77,54 @@ def conformance(  # noqa: PLR0913 -- the options of the command
             raise Unusable(msg) from error
         if not as_json:
             screen.print(f"Report: {path}", soft_wrap=True)
-    raise typer.Exit(0 if outcome.ok else 1)
+    raise typer.Exit(0 if outcome.ok else 1 if outcome.failed else NOTHING_CHECKED)
 
 
-def _run(backend: str, device: str, profile: Profile, points: list[int] | None) -> Report:
+def _run(backend: str, device: str, profile: Profile, clauses: list[int] | None, *, as_json: bool) -> Report:
     import moe_routing
-    from moe_routing.testing.kit import run
+    from moe_routing.conformance.runner import NotUsableError
 
     moe_routing.probe(device)  # a device that is not here is an error of its own
+    try:
+        return _with_progress(backend, device, profile, clauses)
+    except NotUsableError as error:
+        if as_json:
+            print_json({"ok": False, "backend": backend, "device": device, "verdict": str(error), "counts": _NOTHING})
+        else:
+            console().print(str(error), soft_wrap=True)
+        raise typer.Exit(NOTHING_CHECKED) from error
+
+
+def _with_progress(backend: str, device: str, profile: Profile, clauses: list[int] | None) -> Report:
+    from moe_routing.conformance.runner import run
+
     with progress() as bar:
         task = bar.add_task("conformance", total=None)
 
         def advance(result: Result, done: int, total: int) -> None:
-            bar.update(task, description=f"{result.point:2d} {result.check:<48}", completed=done, total=total)
+            bar.update(task, description=f"{result.clause:2d} {result.check:<48}", completed=done, total=total)
             if result.status == "failed" and not bar.disable:
                 bar.console.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
 
-        return run(backend, device, profile=profile, points=points, on_result=advance)
+        return run(backend, device, profile=profile, clauses=clauses, on_result=advance)
 
 
 def _show(report: Report, screen: Console) -> None:
-    from moe_routing.testing.points import POINTS
-    from moe_routing.testing.reports import STATUSES
+    from moe_routing.conformance.clauses import CLAUSES
+    from moe_routing.conformance.report import STATUSES
 
     shown = [status for status in STATUSES if report.count(status)]
     rows: list[tuple[str | Text, ...]] = [
         (
             str(number),
-            POINTS[number].rule,
-            *(Text(str(report.count(s, point=number) or ""), style=_STYLES[s], justify="right") for s in shown),
+            CLAUSES[number].rule,
+            *(Text(str(report.count(s, clause=number) or ""), style=_STYLES[s], justify="right") for s in shown),
         )
-        for number in sorted({result.point for result in report.results})
+        for number in sorted({result.clause for result in report.results})
     ]
     headings = [status.replace("_", " ") for status in shown]
     title = f"{report.backend} ({report.distribution}) on {report.device}"
-    screen.print(table(title, "point", "rule", *headings, rows=rows, whole=("point", *headings)))
+    screen.print(table(title, "clause", "rule", *headings, rows=rows, whole=("clause", *headings)))
     for result in report.failed[:_SHOWN]:
         screen.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
         screen.print(f"    {result.message.partition(chr(10))[0]}", soft_wrap=True)
@@ -115,5 +132,5 @@ def _show(report: Report, screen: Console) -> None:
         screen.print(f"and {len(report.failed) - _SHOWN} more; --report failures.html lists them all")
     for capability, reason in report.gaps.items():
         screen.print(Text(f"gap: {capability}: {reason}", style=_STYLES["gap"]))
-    verdict = "conforms" if report.ok else "does not conform"
-    screen.print(Text(f"{report.backend} {verdict}: {len(report.results)} checks in {report.seconds:.1f} s", style="bold"))
+    screen.print(Text(f"{report.backend} {report.verdict}", style="bold"), soft_wrap=True)
+    screen.print(f"{len(report.results)} cases in {report.seconds:.1f} s")

@@ -18,7 +18,7 @@ def new_backend(
 ) -> None:
     """Write a distribution with a backend that works and conforms, to start from."""
     from moe_routing._registry import registry
-    from moe_routing.testing.new_backend import write
+    from moe_routing.conformance.new_backend import write
 
     known = registry()
     if name in {*known.backends, *(failure.name for failure in known.failures), *_RESERVED}:

@@ -217,7 +217,7 @@ def verify(case: Case) -> list[Check]:
 
 def _verified(name: str, device: str) -> Check:
     with quietly() as said:
-        from moe_routing.testing.quick import verify as quick
+        from moe_routing.conformance.quick import verify as quick
 
         try:
             with contained("comparing it"):
@@ -228,7 +228,7 @@ def _verified(name: str, device: str) -> Check:
     if not findings:
         return Check(name="verify", status="problem", summary=f"{name} on {device}: nothing could be compared in time")
     wrong = [finding for finding in findings if not finding.ok]
-    details = "\n".join(f"{'right' if f.ok else 'WRONG'}: point {f.point}, {f.name}: {f.sentence}" for f in findings)
+    details = "\n".join(f"{'right' if f.ok else 'WRONG'}: clause {f.clause}, {f.name}: {f.sentence}" for f in findings)
     if wrong:
         summary = f"{name} on {device}: {len(wrong)} of {len(findings)} checks failed; first: {wrong[0].sentence}"
         return Check(name="verify", status="problem", summary=summary, details=details)

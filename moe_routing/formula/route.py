@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_routing._kernel import RoutingOutput
-from moe_routing.formula.select import finite
+from moe_routing.formula.select import finite, from_table
 from moe_routing.formula.weights import activated, score, selected_weights, sparsemixer
 
 if TYPE_CHECKING:
@@ -33,11 +33,14 @@ def route(  # noqa: PLR0913 -- Kernel's operands
     Loops rather than comprehensions, and conditions rather than calls that do nothing: eager routes a few tokens in the time
     of a few dozen Python calls, and each function here is one of them.
 
+    The ids are -1 in rows to which a table gives no experts; ``finish`` makes padding of them.
+
     :param select: how to find the best of a row; each way gives the same ids.
     """
     l = finite(logits)
+    has_no_experts = None
     if token_ids is not None and expert_table is not None:
-        ids = [expert_table[token_ids].long()]
+        ids, has_no_experts = from_table(token_ids, expert_table, logits.shape[1])
         weights = selected_weights(spec, activated(spec, l), ids)
     elif spec.selection == "sparsemixer":
         weights, ids = ([part] for part in sparsemixer(spec, l, topk))
@@ -53,6 +56,8 @@ def route(  # noqa: PLR0913 -- Kernel's operands
     if spec.zero_experts:
         last = logits.shape[1] - spec.zero_experts
         weights = [w.masked_fill(i >= last, 0.0) for w, i in zip(weights, ids, strict=True)]
+    if has_no_experts is not None:
+        ids = [ids[0].masked_fill(has_no_experts, -1)]
     return weights, ids
 
 
@@ -71,14 +76,17 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
     Both outputs are contiguous: ids that a sort selected are a view of all E of them.
     """
     num_tokens, device = ids[0].shape[0], ids[0].device
+    padding = ids[0][:, :1] < 0 if spec.selection == "token_table" else None
     if spec.shared_experts:
         shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=device)
         ids = [*ids, shared.expand(num_tokens, -1)]
         weights = [*weights, weights[0].new_ones(num_tokens, spec.shared_experts)]
     if expert_map is not None:
-        ids = [expert_map[i] for i in ids]
+        ids = [expert_map[i] for i in ids]  # -1 is the last entry, and padding: it is -1 again below
     if num_valid_tokens is not None:
-        padding = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
+        past_the_end = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
+        padding = past_the_end if padding is None else padding | past_the_end
+    if padding is not None:
         weights = [w.masked_fill(padding, 0.0) for w in weights]
         ids = [i.masked_fill(padding, -1) for i in ids]
     if len(ids) == 1:

@@ -35,6 +35,18 @@ def finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x.float(), nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX)
 
 
+def from_table(token_ids: Tensor, expert_table: Tensor, num_experts: int) -> tuple[list[Tensor], Tensor]:
+    """Look up each token's experts ``[T, K]``, and tell which tokens ``[T, 1]`` have none; the ids of those are valid too.
+
+    A token has no experts where its id is outside the table, or one of its entries is outside [0, E). Whether any is, the host
+    never learns.
+    """
+    in_table = (token_ids >= 0) & (token_ids < expert_table.shape[0])
+    ids = expert_table[token_ids.masked_fill(~in_table, 0)].long()
+    exist = (ids >= 0) & (ids < num_experts)
+    return [ids.masked_fill(~exist, 0)], ~(in_table & exist.all(-1))[:, None]
+
+
 def whole(top: Top) -> Select:
     """Select all K at once, in that way."""
     return lambda spec, t, topk: [top(t, topk) if spec.num_groups == 1 else _select(spec, t, topk, top)]

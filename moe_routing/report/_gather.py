@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moe_routing.bench import Result, Settings
-    from moe_routing.testing.kit import Report
+    from moe_routing.conformance.runner import Report
 
     Advance = Callable[[str, int, int], None]
     """What is being done, how many steps are done, how many there are."""
@@ -88,7 +88,7 @@ def _kept(part: Callable[[], Any]) -> Any:  # noqa: ANN401 -- what the part retu
 
 
 def _conformance(backend: str, place: str, advance: Advance) -> Report:
-    from moe_routing.testing.kit import run
+    from moe_routing.conformance.runner import run
 
     return run(backend, place, on_result=lambda _result, done, total: advance(f"conformance of {backend}", done, total))
 

@@ -137,8 +137,9 @@ class BackendSpec:
     Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
 
     :ivar name: what users write in ``get_router(backend=...)``: 1 to 100 of the characters a-z, 0-9, ``.``, ``_``, ``-``.
-    :ivar factory: dotted path ``"package.module:attribute"`` of ``factory(problem, device) -> bound callable``,
-        imported only when this backend is chosen.
+    :ivar factory: dotted path ``"package.module:attribute"`` of ``factory(problem, device) -> kernel``, imported only when
+        this backend is chosen. A factory that asks ``supports`` itself takes the keyword ``unsupported``: if it is True, the
+        factory builds the problem all the same. Only the conformance kit passes it, to try what is declined.
     :ivar targets: the devices that it is for.
     :ivar api_version: the version of the plug-in interface that it was written for.
     :ivar families: names of the families that it serves, or ``None`` for every one that ``supports`` accepts.
@@ -204,8 +205,9 @@ class FamilySpec:
     :ivar spec: the family's defaults; its ``family`` is the name that users write, and no built-in name.
     :ivar source: paper, model or project that the formula comes from.
     :ivar models: model names (transformers' ``model_type``) that are this family with other values.
-    :ivar oracle: ``"package.module:attribute"`` of a float64 oracle that is called like ``moe_routing.testing.oracle.route``,
-        for maths that the fields of ``RoutingSpec`` cannot say; ``""`` to use the kit's own.
+    :ivar oracle: ``"package.module:attribute"`` of a float64 oracle that is called like
+        ``moe_routing.reference.oracle.route``, for maths that the fields of ``RoutingSpec`` cannot say; ``""`` to use the
+        kit's own.
     """
 
     spec: RoutingSpec

@@ -72,7 +72,7 @@ def compiled(problem, launch, target):
     }
     types = dict.fromkeys(("weights", "per_expert_scale", "bias"), "*fp32") | {
         "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype],
-        "ids": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64", "expert_stride": "i64",
+        "ids": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64", "expert_stride": "i64", "vocabulary": "i32",
     }  # fmt: skip
     signature = {name: "constexpr" if name in known else types[name] for name in kernel.arg_names}
     assert list(signature).index("E") == RUNTIME_ARGUMENTS

@@ -24,7 +24,7 @@ import triton.language as tl  # noqa: E402 -- likewise
 
 from moe_routing import RoutingOutput  # noqa: E402 -- likewise
 from moe_routing.probing import probe  # noqa: E402 -- likewise
-from moe_routing.testing.admissible import compare  # noqa: E402 -- likewise
+from moe_routing.reference.compare import compare  # noqa: E402 -- likewise
 from moe_routing_backends.triton.keys import value_of_rough  # noqa: E402 -- likewise
 from moe_routing_backends.triton.launch import build  # noqa: E402 -- likewise
 from moe_routing_backends.triton.pairs import low_half  # noqa: E402 -- likewise
@@ -193,6 +193,9 @@ def run(  # noqa: PLR0913, PLR0917 -- what a case is
     if spec.selection == "token_table":
         operands["token_ids"] = torch.randint(0, 9, (tokens,), generator=generator)
         operands["expert_table"] = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(9)])
+        # No token of the table, and entries that name no expert, not even where an int32 holds what is left of them.
+        operands["token_ids"][:2] = torch.tensor([9, -1] if kind == "hostile" else [-(2**40), 2**32])
+        operands["expert_table"][::4, -1] = torch.tensor([experts, -1, 2**32 + 1])
     if extras:
         operands["expert_map"] = torch.randperm(slots, generator=generator)
         operands["num_valid_tokens"] = torch.tensor([4])

@@ -75,7 +75,7 @@ def source_of(problem, launch):
     """Return the kernel with its constants, specialised as the launcher has it."""
     spec, values = problem.spec, TYPES[problem.dtype]
     strides = {"ROW_STRIDE": problem.num_experts, "EXPERT_STRIDE": 1}
-    types = dict.fromkeys(("T", "valid"), "i32") | dict.fromkeys(("row_stride", "expert_stride"), "i64")
+    types = dict.fromkeys(("T", "valid", "vocabulary"), "i32") | dict.fromkeys(("row_stride", "expert_stride"), "i64")
     if launch.variant in KERNELS:
         kernel, known = KERNELS[launch.variant], constants(problem, launch)
         known |= {"VALID_ON_DEVICE": False, "EARLY": False}

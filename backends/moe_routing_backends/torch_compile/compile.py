@@ -193,8 +193,8 @@ class CompiledRouter:
         """Compile as Dynamo's backend "inductor" does, and see how what Inductor made is called under AOTAutograd.
 
         AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own caches stay. Shapes and strides
-        are those of a kind of call that is known, and ids come out of keys that hold no others: neither is looked at again;
-        token ids are the user's.
+        are those of a kind of call that is known, and ids come out of keys that hold no others, or are compared with the
+        table's size: neither is looked at again.
 
         One kernel takes a row whole: split, a reduction is two kernels, each of the K rounds needs its own, and their keys
         depend on T, which makes them int64. A softmax in one pass over the row saves nothing where K rounds pass over it, and
@@ -211,9 +211,8 @@ class CompiledRouter:
 
             return seen
 
-        by_table = self._problem.spec.selection == "token_table"
         options = inductor.patch(
-            size_asserts=False, assert_indirect_indexing=by_table, split_reductions=False, online_softmax=False
+            size_asserts=False, assert_indirect_indexing=False, split_reductions=False, online_softmax=False
         )
         with functorch.patch(enable_autograd_cache=False), options:
             compiled: Any = compile_fx(graph, samples, inner_compile=inner, decompositions=_decompositions())

@@ -16,9 +16,12 @@ def is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE: tl.constexpr):
 def store_outputs(
     weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ZERO_EXPERTS: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    N: tl.constexpr,
+    N: tl.constexpr, has_experts=None,
 ):  # fmt: skip
-    """Store ``w`` and logical ids ``picked``, both ``[ROWS, N]`` of which K columns count, behind the last steps."""
+    """Store ``w`` and logical ids ``picked``, both ``[ROWS, N]`` of which K columns count, behind the last steps.
+
+    ``has_experts [ROWS]``: rows that a table gives experts to; the others are padding.
+    """
     column = tl.arange(0, N)[None, :]
     routed = column < K
     written = (row < T)[:, None] & (column < K + SHARED)
@@ -32,6 +35,8 @@ def store_outputs(
     if expert_map is not None:
         picked = tl.load(expert_map + picked, mask=written, other=0)
     is_valid = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
+    if has_experts is not None:
+        is_valid = is_valid & has_experts[:, None]
     out = row.to(tl.int64)[:, None] * (K + SHARED) + column
     tl.store(weights + out, tl.where(is_valid, w, 0.0), mask=written)
     tl.store(ids + out, tl.where(is_valid, picked, -1).to(ids.dtype.element_ty), mask=written)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from moe_routing_backends.triton.early import let_the_next_start, wait_for_kernels_in_front
-from moe_routing_backends.triton.finish import is_no_padding, store_outputs
+from moe_routing_backends.triton.finish import store_outputs
 from moe_routing_backends.triton.keys import (
     FLOAT32_MAX,
     clean,
@@ -104,7 +104,7 @@ def best_of_each_group(key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.c
 @triton.jit
 def route_by_rounds(
     row, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T, valid, row_stride, expert_stride,
+    T, valid, row_stride, expert_stride, vocabulary,
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
     SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
     SCALE: tl.constexpr, NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr,
@@ -145,11 +145,15 @@ def route_by_rounds(
             total = tree_sum(p, BLOCK_T, GROUPS * SIZE)
 
     if SELECTION == "token_table":
-        # Padding has no token: whatever stands there may lie outside the table.
-        real = in_batch & is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)
-        token = tl.load(token_ids + row, mask=real, other=0).to(tl.int64)
-        known = in_batch[:, None] & is_selected
-        picked = tl.load(expert_table + token[:, None] * K + column[None, :], mask=known, other=0).to(tl.int32)
+        # Nothing outside the table is read, and no entry outside [0, E) becomes an address: such rows are padding.
+        token = tl.load(token_ids + row, mask=in_batch, other=-1).to(tl.int64)
+        has_experts = (token >= 0) & (token < vocabulary)
+        known = has_experts[:, None] & is_selected
+        entry = tl.load(expert_table + token[:, None] * K + column[None, :], mask=known, other=0).to(tl.int64)
+        # Compared before it is narrowed: an int64 entry of 2**32 + 3 names no expert.
+        exist = (entry >= 0) & (entry < E)
+        has_experts = has_experts & (tl.min(exist.to(tl.int32), axis=1) != 0)
+        picked = tl.where(exist, entry, 0).to(tl.int32)
     elif NARROW:
         key = tl.where(exists[None, :], narrow_key(raw, place[None, :], MASK), 0)
         found = tl.zeros([BLOCK_T, N], tl.uint32)
@@ -209,7 +213,7 @@ def route_by_rounds(
         w *= tl.gather(scales[None, :], picked, 1)
     store_outputs(
         weights, ids, w, picked, row, T, valid, num_valid_tokens, None if GATHER else per_expert_scale, expert_map,
-        E, K, SHARED, ZERO_EXPERTS, VALID_ON_DEVICE, N,
+        E, K, SHARED, ZERO_EXPERTS, VALID_ON_DEVICE, N, has_experts if SELECTION == "token_table" else None,
     )  # fmt: skip
 
 
@@ -225,11 +229,12 @@ def route_by_rounds(
         "expert_table",
         "num_valid_tokens",
         "expert_map",
+        "vocabulary",
     ]
 )
 def lanes_kernel(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
     SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
     SCALE: tl.constexpr, NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr,
@@ -242,7 +247,7 @@ def lanes_kernel(
     wait_for_kernels_in_front(EARLY)
     route_by_rounds(
         tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), logits, weights, ids, per_expert_scale, bias, token_ids,
-        expert_table, num_valid_tokens, expert_map, T, valid, row_stride, expert_stride, E, K, SHARED, ROW_STRIDE,
-        EXPERT_STRIDE, SCORE, SELECTION, RENORMALIZE, EPSILON, FLOOR, SCALE, NUM_GROUPS, TOPK_GROUPS, TOP2, PER_GROUP,
-        MULTIPLIER, CAP, ZERO_EXPERTS, JITTER, VALID_ON_DEVICE, GROUPS, SIZE, N, UNROLL, BLOCK_T,
+        expert_table, num_valid_tokens, expert_map, T, valid, row_stride, expert_stride, vocabulary, E, K, SHARED,
+        ROW_STRIDE, EXPERT_STRIDE, SCORE, SELECTION, RENORMALIZE, EPSILON, FLOOR, SCALE, NUM_GROUPS, TOPK_GROUPS, TOP2,
+        PER_GROUP, MULTIPLIER, CAP, ZERO_EXPERTS, JITTER, VALID_ON_DEVICE, GROUPS, SIZE, N, UNROLL, BLOCK_T,
     )  # fmt: skip

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 KERNELS = {"lanes": lanes_kernel, "rows": rows_kernel, "sieve": sieve_kernel, "tiles": tiles_kernel}
-RUNTIME_ARGUMENTS = 13
+RUNTIME_ARGUMENTS = 14
 """How many arguments of a kernel, all variants alike, stand before its constants."""
 NO_OPERANDS: tuple[Any, ...] = (None, None, None, None)
 _tuple = tuple.__new__
@@ -107,7 +107,7 @@ class TritonRouter:
         key: tuple[Any, ...] = (step, aligned, row_stride == self._experts, expert_stride == 1, scale_dtype, bias_dtype)
         if not aligned:  # a kernel is compiled for the alignment of each of the three
             key = (*key, source % ALIGNMENT, to_weights % ALIGNMENT, to_ids % ALIGNMENT)
-        valid = T
+        valid, vocabulary = T, 0
         rest = NO_OPERANDS
         if token_ids is not None or num_valid_tokens is not None or expert_map is not None:
             valid_tensor = None
@@ -115,11 +115,13 @@ class TritonRouter:
                 valid_tensor = num_valid_tokens
             elif num_valid_tokens is not None:
                 valid = min(num_valid_tokens, T)
+            if expert_table is not None:
+                vocabulary = expert_table.shape[0]
             rest = (token_ids, expert_table, valid_tensor, expert_map)
             key = (*key, *[None if o is None else o.dtype for o in rest])
         ready = self._ready.get(key)
         if ready is None or not here:
-            self._launch_slowly(key, launch, logits, out, (per_expert_scale, bias, *rest), valid)
+            self._launch_slowly(key, launch, logits, out, (per_expert_scale, bias, *rest), valid, vocabulary)
             return out
         if rest is not NO_OPERANDS:
             rest = tuple(None if o is None else o.data_ptr() for o in rest)
@@ -127,7 +129,7 @@ class TritonRouter:
         ready(
             (T + block - 1) // block,
             current_stream(self._index),
-            (source, to_weights, to_ids, scale_at, bias_at, *rest, T, valid, row_stride, expert_stride),
+            (source, to_weights, to_ids, scale_at, bias_at, *rest, T, valid, row_stride, expert_stride, vocabulary),
         )
         return out
 
@@ -160,7 +162,8 @@ class TritonRouter:
         index, ids_dtype = self._index, self._ids_dtype
         size, strides = (T, self._columns), (self._columns, 1)
         blocks = (T + launch.block_t - 1) // launch.block_t
-        tail: tuple[Any, ...] = (*NO_OPERANDS, T, T, row_stride, expert_stride)
+        vocabulary = 0 if expert_table is None else expert_table.shape[0]
+        tail: tuple[Any, ...] = (*NO_OPERANDS, T, T, row_stride, expert_stride, vocabulary)
 
         def route(operands: Operands) -> RoutingOutput:
             logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
@@ -183,7 +186,7 @@ class TritonRouter:
                     None if expert_table is None else expert_table.data_ptr(),
                     None if valid is None or counted else valid.data_ptr(),  # type: ignore[union-attr] # a tensor
                     None if expert_map is None else expert_map.data_ptr(),
-                    T, min(valid, T) if counted else T, row_stride, expert_stride,  # type: ignore[type-var] # an int
+                    T, min(valid, T) if counted else T, row_stride, expert_stride, vocabulary,  # type: ignore[type-var] # an int
                 )  # fmt: skip
             ready(blocks, current_stream(index), (source, to_weights, to_ids, scale_at, bias_at, *rest))
             return out
@@ -206,6 +209,7 @@ class TritonRouter:
         out: RoutingOutput,
         operands: tuple[Tensor | None, ...],
         valid: int,
+        vocabulary: int,
     ) -> None:
         """Gather what a launch through Triton's front door takes."""
         row_stride, expert_stride = logits.stride()
@@ -219,7 +223,7 @@ class TritonRouter:
         }
         kernel = KERNELS[launch.variant]
         fixed = tuple(named[name] for name in kernel.arg_names[RUNTIME_ARGUMENTS:])
-        arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride)
+        arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride, vocabulary)
         blocks = (T + launch.block_t - 1) // launch.block_t
         self._compiled.launch_and_keep(
             key, kernel, blocks, arguments, fixed, launch.num_warps, launch.warp_size, early=self._early

@@ -117,8 +117,8 @@ def selection_score(
 ):
     """Return the float32 that selection looks at, never -0 where a score is added to a bias.
 
-    This is done for every expert, so a score is only as exact as the contract asks (``moe_routing/testing/bounds.py``):
-    weights are computed from the selected logits by other, longer ways.
+    This is done for every expert, so a score is only as exact as the contract asks
+    (``moe_routing/reference/error_bounds.py``): weights are computed from the selected logits by other, longer ways.
 
     :param b: ``selection_bias``.
     :param highest, share: the row's highest logit and 1 / sum(e**(x - highest)), for softmax scores.

@@ -251,10 +251,10 @@ def bias_of(bias, expert, exists, WHOLE: tl.constexpr, SELECTION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "valid", "row_stride", "expert_stride", "per_expert_scale", "bias", "token_ids",
-                               "expert_table", "num_valid_tokens", "expert_map"])  # fmt: skip
+                               "expert_table", "num_valid_tokens", "expert_map", "vocabulary"])  # fmt: skip
 def tiles_kernel(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
     SCORE: tl.constexpr, SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr,
     SCALE: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr, MULTIPLIER: tl.constexpr,
@@ -342,7 +342,7 @@ def tiles_kernel(
             if tl.max(tl.where(tl.arange(0, BLOCK_T) == i, unsure, 0), axis=0) != 0:
                 route_by_rounds(
                     tl.program_id(0) * BLOCK_T + i + tl.arange(0, 1), logits, weights, ids, per_expert_scale, bias,
-                    token_ids, expert_table, num_valid_tokens, expert_map, T, valid, row_stride, expert_stride, E, K,
+                    token_ids, expert_table, num_valid_tokens, expert_map, T, valid, row_stride, expert_stride, 0, E, K,
                     SHARED, ROW_STRIDE, EXPERT_STRIDE, SCORE, SELECTION, RENORMALIZE, EPSILON, FLOOR, SCALE, GROUPS,
                     TOPK_GROUPS, TOP2, False, MULTIPLIER, CAP, ZERO_EXPERTS, 0.0, VALID_ON_DEVICE, GROUPS, SIZE, WIDTH, 1, 1,
                 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing import RoutingOutput
-from moe_routing.testing.admissible import compare
+from moe_routing.reference.compare import compare
 from moe_routing_backends.triton.choose import WARP, said_of, speaking
 from moe_routing_backends.triton.launch import TritonRouter
 from moe_routing_backends.triton.plan import Launch, can

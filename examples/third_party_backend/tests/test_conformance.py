@@ -1,9 +1,9 @@
 """The contract, run by `pytest`."""
 
-from moe_routing.testing import RouterConformance
+from moe_routing.conformance import RouterConformance
 
 
 class TestAcme(RouterConformance):
-    """All fifteen points, each a test method of the class above."""
+    """All sixteen clauses, each a test method of the class above."""
 
     backend = "acme"

@@ -1,0 +1,73 @@
+"""Sets of cases that several checks share."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from moe_routing.conformance.cases import LAYOUTS, Case
+from moe_routing.conformance.pairwise import MANY_TOKENS, everything, pairwise
+from moe_routing.conformance.rows import KINDS
+from moe_routing.conformance.variants import BUILT_IN, VARIANTS, fits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from moe_routing.conformance.cases import Profile
+
+SIZES = ((64, 8, "float32"), (72, 16, "bfloat16"), (512, 8, "float16"))
+"""E, K and dtype that every variant has: two group counts divide each E, and the groups of 72 have odd sizes."""
+FEW = ("topk_softmax", "gemma4", "grouped_sigmoid_bias", "sqrtsoftplus_bias")
+"""Where a property of the machinery is checked, not of the maths: with operands and without, with groups and without."""
+
+
+def of_every_variant(
+    profile: Profile, *, kind: str = "ordinary", variants: Iterable[str] = VARIANTS, tokens: int = 33
+) -> Iterator[Case]:
+    """Yield cases of every variant: of one size for smoke, two for quick, more for full."""
+    for variant in variants:
+        for num_experts, topk, dtype in SIZES[: {"smoke": 1, "quick": 2, "full": 3}[profile]]:
+            k = topk if fits(VARIANTS[variant], num_experts, topk) else 2  # sparsemixer: as models have it
+            yield Case(variant=variant, num_experts=num_experts, topk=k, num_tokens=tokens, dtype=dtype, kind=kind)
+
+
+def rows_of(*kinds: str) -> Callable[[Profile], Iterator[Case]]:
+    """Return the cases of every variant on rows of those kinds."""
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        msg = f"kinds: expected some of {sorted(KINDS)}, got {sorted(unknown)}"
+        raise ValueError(msg)
+    return lambda profile: (case for kind in kinds for case in of_every_variant(profile, kind=kind))
+
+
+def sizes_and_dtypes(profile: Profile) -> Iterable[Case]:
+    """Return the pairwise sample (all of them for full), or one case a variant for smoke."""
+    if profile == "smoke":
+        return of_every_variant(profile)
+    if profile == "full":
+        return everything()
+    brought = [variant for variant in VARIANTS if variant not in BUILT_IN]
+    return [*pairwise(), *of_every_variant("full", variants=brought)]
+
+
+def few(profile: Profile, *, tokens: int = 33, dtype: str = "float32") -> list[Case]:
+    """Return cases of a few variants (of every variant for full)."""
+    names = {"smoke": FEW[:2], "quick": FEW, "full": tuple(VARIANTS)}[profile]
+    return [case.but(dtype=dtype) for case in of_every_variant("smoke", variants=names, tokens=tokens)]
+
+
+def many_tokens(profile: Profile) -> list[Case]:
+    """Return cases with enough tokens to fill any device, for accelerators; none for smoke."""
+    cases = {"smoke": (), "quick": FEW, "full": tuple(VARIANTS)}[profile]
+    return [case.but(dtype="bfloat16") for case in of_every_variant("smoke", variants=cases, tokens=MANY_TOKENS)]
+
+
+def in_every_layout(profile: Profile) -> Iterator[Case]:
+    """Yield a few variants in every layout, with one token and with some."""
+    for case in few(profile):
+        for layout in LAYOUTS:
+            for tokens in (1, 33):
+                yield case.but(layout=layout, num_tokens=tokens)
+
+
+where = partial  # `where(of_every_variant, variants=...)` reads as it is meant

@@ -1,0 +1,211 @@
+"""Clause 7: wrong arguments, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from moe_routing.conformance.cases import Case
+from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moe_routing import RoutingSpec
+    from moe_routing.conformance.cases import Call
+    from moe_routing.conformance.under_test import BackendUnderTest
+
+T, E, K = 5, 64, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Wrong:
+    """One wrong argument.
+
+    :ivar argument: its name, which the error must name.
+    :ivar what: what is wrong with it.
+    :ivar variant: the spec that is called.
+    :ivar value: makes the wrong value from the right call.
+    """
+
+    argument: str
+    what: str
+    variant: str
+    value: Callable[[Call], Any]
+
+    @property
+    def id(self) -> str:
+        """Name for test ids."""
+        return f"{self.argument}-{self.what.replace(' ', '_')}"
+
+    @property
+    def family(self) -> str:
+        """The family that is called."""
+        return self.variant.partition("/")[0]
+
+
+def _vector(argument: str, variant: str, length: int, *, integer: bool = False) -> list[Wrong]:
+    """Return what can be wrong with a one-dimensional operand."""
+    dtype, other = (torch.int64, torch.float32) if integer else (torch.float32, torch.int64)
+    return [
+        Wrong(argument, "too short", variant, lambda call: torch.zeros(length - 1, dtype=dtype, device=call.logits.device)),
+        Wrong(argument, "too long", variant, lambda call: torch.zeros(length + 1, dtype=dtype, device=call.logits.device)),
+        Wrong(argument, "of rank 2", variant, lambda call: torch.zeros(1, length, dtype=dtype, device=call.logits.device)),
+        Wrong(argument, "of another dtype", variant, lambda call: torch.zeros(length, dtype=other, device=call.logits.device)),
+        Wrong(argument, "on another device", variant, lambda _: torch.zeros(length, dtype=dtype, device="meta")),
+        Wrong(argument, "a list", variant, lambda _: [0] * length),
+    ]
+
+
+def _missing_or_uncalled_for(argument: str, variant: str, length: int, dtype: torch.dtype) -> list[Wrong]:
+    return [
+        Wrong(argument, "missing", variant, lambda _: None),
+        Wrong(
+            argument, "uncalled for", "softmax_topk", lambda call: torch.zeros(length, dtype=dtype, device=call.logits.device)
+        ),
+    ]
+
+
+def _outputs(call: Call, tokens: int = T, columns: int = K, weights: torch.dtype = torch.float32) -> Any:  # noqa: ANN401 -- a wrong value
+    device = call.logits.device
+    return (
+        torch.empty(tokens, columns, dtype=weights, device=device),
+        torch.empty(tokens, columns, dtype=torch.int32, device=device),
+    )
+
+
+def _in_one_memory(weights: torch.Tensor) -> Any:  # noqa: ANN401 -- likewise
+    return weights, weights.view(torch.int32)
+
+
+def _within(operand: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return an output in the memory of a contiguous operand."""
+    assert operand is not None  # noqa: S101 -- for mypy: the variant has one
+    return operand.flatten().view(dtype)[: T * K].view(T, K)
+
+
+def _table(call: Call) -> torch.Tensor:
+    return cast("torch.Tensor", call.operands["expert_table"])
+
+
+def _always(value: object) -> Callable[[Call], object]:
+    return lambda _: value
+
+
+WRONG = (
+    *(
+        Wrong("topk", f"{value!r}", "gemma4", _always(value))
+        for value in (0, -1, E + 1, 2.5, "8", True, None)
+    ),
+    Wrong("topk", "more than the kept groups hold", "grouped_sigmoid_bias", lambda _: E // 2 + 1),
+    Wrong("topk", "no multiple of the groups", "partitioned_softmax", lambda _: K + 1),
+    Wrong("logits", "of rank 1", "softmax_topk", lambda call: call.logits[0]),
+    Wrong("logits", "of rank 3", "softmax_topk", lambda call: call.logits[None]),
+    Wrong("logits", "of integers", "softmax_topk", lambda call: call.logits.long()),
+    Wrong("logits", "complex", "softmax_topk", lambda call: call.logits.to(torch.complex64)),
+    Wrong("logits", "a list", "softmax_topk", lambda call: call.logits.tolist()),
+    Wrong("num_groups", "no divisor of E", "grouped_sigmoid_bias", lambda call: call.logits[:, :60]),
+    *_vector("per_expert_scale", "gemma4", E),
+    *_missing_or_uncalled_for("per_expert_scale", "gemma4", E, torch.float32),
+    *_vector("bias", "sigmoid_bias_topk", E),
+    *_missing_or_uncalled_for("bias", "sigmoid_bias_topk", E, torch.float32),
+    *_vector("token_ids", "hash_sqrtsoftplus", T, integer=True),
+    *_missing_or_uncalled_for("token_ids", "hash_sqrtsoftplus", T, torch.int64),
+    Wrong("expert_table", "missing", "hash_sqrtsoftplus", lambda _: None),
+    Wrong("expert_table", "of K columns too few", "hash_sqrtsoftplus", lambda call: _table(call)[:, 1:]),
+    Wrong("expert_table", "of rank 1", "hash_sqrtsoftplus", lambda call: _table(call)[0]),
+    Wrong("expert_table", "of floats", "hash_sqrtsoftplus", lambda call: _table(call).float()),
+    *_vector("expert_map", "gemma4/shared", E + 2, integer=True),
+    *(
+        Wrong("num_valid_tokens", f"{value!r}", "softmax_topk", _always(value))
+        for value in (-1, 2.0, True, "3")
+    ),
+    Wrong("num_valid_tokens", "of two elements", "softmax_topk", lambda call: call.logits.new_zeros(2, dtype=torch.int64)),
+    Wrong("num_valid_tokens", "of rank 2", "softmax_topk", lambda call: call.logits.new_zeros(1, 1, dtype=torch.int64)),
+    Wrong("num_valid_tokens", "of floats", "softmax_topk", lambda call: call.logits.new_zeros(1)),
+    Wrong("num_valid_tokens", "of uint8", "softmax_topk", lambda call: call.logits.new_zeros(1, dtype=torch.uint8)),
+    Wrong("ids_dtype", "int16", "softmax_topk", lambda _: torch.int16),
+    Wrong("out", "of one row too few", "softmax_topk", lambda call: _outputs(call, tokens=T - 1)),
+    Wrong("out", "of one column too many", "softmax_topk", lambda call: _outputs(call, columns=K + 1)),
+    Wrong("out", "of float64 weights", "softmax_topk", lambda call: _outputs(call, weights=torch.float64)),
+    Wrong("out", "one memory for both", "softmax_topk", lambda call: _in_one_memory(_outputs(call)[0])),
+    Wrong(
+        "out", "weights in the logits", "softmax_topk",
+        lambda call: (_within(call.logits, torch.float32), _outputs(call)[1]),
+    ),
+    Wrong(
+        "out", "ids in the scale", "gemma4",
+        lambda call: (_outputs(call)[0], _within(call.operands["per_expert_scale"], torch.int32)),
+    ),
+    Wrong("out", "not contiguous", "softmax_topk", lambda call: tuple(t[:, ::2] for t in _outputs(call, columns=2 * K))),
+)  # fmt: skip
+
+
+@check(7, lambda _: WRONG)
+def wrong_arguments_raise_and_are_named(under_test: BackendUnderTest, case: Wrong) -> None:
+    """A wrong argument is a TypeError or ValueError that names it and says what came and what was expected."""
+    call = Case(variant=case.variant, num_experts=E, topk=K, num_tokens=T).make(under_test.device)
+    arguments: dict[str, Any] = {"logits": call.logits, "topk": K, "ids_dtype": None, "out": None, **call.operands}
+    value = case.value(call)
+    if case.argument == "num_groups":
+        arguments["logits"], arguments["bias"] = value, call.operands["bias"][:60]  # type: ignore[index]  # the variant has one
+    else:
+        arguments[case.argument] = value
+    if arguments["ids_dtype"] is None:
+        del arguments["ids_dtype"]
+    try:
+        under_test.router(call.spec)(**arguments)
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        require(message.startswith(f"{case.argument}:"), f"the error does not begin with the argument's name: {message!r}")
+        require(
+            "expected" in message and "got" in message, f"the error does not say what came and what was expected: {message!r}"
+        )
+        if isinstance(value, (int, float, str)):
+            require(repr(value) in message, f"the error does not hold the value {value!r}: {message!r}")
+        return
+    msg = f"{case.argument} {case.what}: no error"
+    raise AssertionError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class WrongSpec:
+    """A field of a spec with a value that no model can have."""
+
+    argument: str
+    value: Any
+    family: str = "grouped_sigmoid_bias"
+
+    @property
+    def id(self) -> str:
+        """Name for test ids."""
+        return f"{self.argument}-{self.value}"
+
+
+WRONG_SPECS = (
+    WrongSpec("num_groups", -1),
+    WrongSpec("num_groups", 0),
+    WrongSpec("topk_groups", 0),
+    WrongSpec("topk_groups", 9),
+    WrongSpec("group_score", "median"),
+    WrongSpec("selection", "score"),
+    WrongSpec("scale", float("nan")),
+    WrongSpec("logit_softcap", 0.0),
+)
+
+
+@check(7, lambda _: WRONG_SPECS)
+def wrong_specs_raise_and_name_the_field(_subject: BackendUnderTest, case: WrongSpec) -> None:
+    """A spec that no model can have cannot be constructed."""
+    try:
+        wrong: RoutingSpec = VARIANTS[case.family].replace(**{case.argument: case.value})
+    except ValueError as error:
+        # Too many topk_groups and too few num_groups are the same mistake.
+        named = str(error).partition(":")[0]
+        require(named in (case.argument, "topk_groups"), f"the error does not begin with the field's name: {error}")
+        return
+    msg = f"{case.argument} = {case.value!r}: no error, but {wrong}"
+    raise AssertionError(msg)

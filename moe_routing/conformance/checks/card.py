@@ -1,0 +1,212 @@
+"""Clause 0: the card says what is true, so that declining is no way to pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_routing._registry import registry
+from moe_routing.conformance.cases import Case
+from moe_routing.conformance.checks._check import CHECKS, check, require
+from moe_routing.conformance.under_test import GAP_OF, BackendUnderTest, DeclinedError, NotApplicableError, must_match
+from moe_routing.conformance.variants import VARIANTS, fits
+from moe_routing.families import FAMILIES
+from moe_routing.probing import probe
+from moe_routing_registry import CAPABILITIES, FactoryError, RoutingProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing import Kernel
+    from moe_routing.conformance.cases import Profile
+    from moe_routing_registry import Verdict
+
+SIZES = ((1, 1), (2, 1), (8, 2), (60, 6), (64, 8), (72, 16), (128, 8), (512, 22), (1024, 32))
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """A variant, to be asked about in every size, dtype, layout, and with gradients."""
+
+    variant: str
+    profile: Profile
+
+    @property
+    def id(self) -> str:
+        """Name for test ids."""
+        return self.variant.replace("/", ".")
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.variant.partition("/")[0]
+
+    def __iter__(self) -> Iterator[tuple[Case, bool]]:
+        """Yield cases of three tokens, and whether gradients are wanted."""
+        plain = Case(variant=self.variant, topk=2 if VARIANTS[self.variant].selection == "sparsemixer" else 8, num_tokens=3)
+        yield plain, False
+        yield plain, True
+        if self.profile == "smoke":
+            return
+        yield plain.but(layout="transposed"), False
+        yield plain.but(ids_dtype="int64"), False
+        for num_experts, topk in SIZES:
+            for dtype in DTYPES:
+                if fits(VARIANTS[self.variant], num_experts, topk):
+                    yield plain.but(num_experts=num_experts, topk=topk, dtype=dtype), False
+
+
+def _verdict(under_test: BackendUnderTest, problem: RoutingProblem) -> Verdict | None:
+    """Return the backend's rejection of a problem, or ``None`` where it accepts; what is no capability is a failure."""
+    rejection = under_test.rejection(problem)
+    if rejection is None:
+        return None
+    require(rejection.verdict.code in GAP_OF, f"{problem}: {rejection.verdict.reason}")
+    return rejection.verdict
+
+
+def _variants(profile: Profile) -> list[Problems]:
+    return [Problems(variant, profile) for variant in VARIANTS]
+
+
+@check(0, _variants)
+def what_it_accepts_it_routes(under_test: BackendUnderTest, case: Problems) -> None:
+    """Every problem that the card accepts can be built and routed."""
+    accepted = 0
+    for words, training in case:
+        problem = words.problem(training=training)
+        if _verdict(under_test, problem) is not None:
+            continue
+        accepted += 1
+        call = words.make(under_test.device)
+        if training:
+            call.logits.requires_grad_()
+        try:
+            output = under_test.route(call)
+        except Exception as error:
+            msg = f"accepts {problem}, but raises {type(error).__name__}: {error}"
+            raise AssertionError(msg) from error
+        must_match(call, output)
+    if not accepted:
+        msg = "the card declines every problem of this family"
+        raise NotApplicableError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class TheCard:
+    """The card as a whole."""
+
+    id: str = "card"
+    family: str = ""
+
+
+@check(0, lambda _: [TheCard()])
+def it_serves_the_families_on_its_card(under_test: BackendUnderTest, _case: TheCard) -> None:
+    """Every family that the card names is served in some size; a card that names none serves at least one."""
+    named = under_test.card.families
+    served = {
+        case.family
+        for variant in VARIANTS
+        for case, training in Problems(variant, "quick")
+        if not training and _verdict(under_test, case.problem()) is None
+    }
+    require(served, "the card declines every problem of every built-in family")
+    missing = sorted(named.intersection(FAMILIES) - served) if named else []
+    require(not missing, f"the card names {', '.join(missing)}, but declines every problem of them")
+
+
+@check(0, _variants)
+def what_it_declines_cannot_be_had(under_test: BackendUnderTest, case: Problems) -> None:
+    """What the card declines, built all the same, fails or is wrong; else the card must give its gap a reason."""
+    declined: dict[Verdict, list[tuple[Case, RoutingProblem]]] = {}
+    for words, training in case:
+        problem = words.problem(training=training)
+        if (verdict := _verdict(under_test, problem)) is not None:
+            declined.setdefault(verdict, []).append((words, problem))
+    if not declined:
+        msg = "the card declines nothing of this"
+        raise NotApplicableError(msg)
+    for verdict, problems in declined.items():
+        gap = GAP_OF.get(verdict.code) if verdict.code else None
+        if gap not in under_test.card.gaps:
+            _must_be_impossible(under_test, problems, verdict.reason, f"accept it, or give a reason under gaps[{gap!r}]")
+
+
+def _must_be_impossible(
+    under_test: BackendUnderTest, problems: list[tuple[Case, RoutingProblem]], reason: str, otherwise: str
+) -> None:
+    """Require that some of the problems, which are declined for one reason, cannot be had.
+
+    Not all of them: a sigmoid backend that declines softmax gives the right answer where E is 1.
+    """
+    said = f"declines {problems[0][1]} ({reason})"
+    for words, problem in problems:
+        kernel = _built_all_the_same(under_test, problem)
+        if kernel is None:
+            can_be_told = registry().builds_unsupported(under_test.backend)
+            untried = "and its factory takes no keyword `unsupported`, so that this cannot be tried"
+            require(can_be_told, f"{said}, {untried}; {otherwise}")
+            return
+        if not _routes_right(under_test, words, kernel):
+            return
+    require(condition=False, problem=f"{said}, but routes it right; {otherwise}")
+
+
+def _built_all_the_same(under_test: BackendUnderTest, problem: RoutingProblem) -> Kernel | None:
+    """Return what the factory builds for a problem that is declined, or ``None`` where it raises."""
+    try:
+        kernel: Kernel = registry().build(under_test.backend, problem, probe(under_test.device), unsupported=True)
+    except FactoryError:
+        return None
+    return kernel
+
+
+def _routes_right(under_test: BackendUnderTest, case: Case, kernel: Kernel) -> bool:
+    call = case.but(num_tokens=33).make(under_test.device)  # three rows can be right by chance
+    try:
+        must_match(call, kernel(call.logits, **call.operands))
+    except Exception:  # noqa: BLE001 -- whatever a kernel raises on what it declined: it cannot do it
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A capability that a card may declare a gap in."""
+
+    id: str
+    family: str = ""
+
+
+@check(0, lambda _: [Gap(capability) for capability in CAPABILITIES])
+def a_declared_gap_is_real(under_test: BackendUnderTest, case: Gap) -> None:
+    """What the card declares a gap in is declined, or tried and found to fail."""
+    if case.id not in under_test.card.gaps:
+        msg = "the card declares no such gap"
+        raise NotApplicableError(msg)
+    if case.id in GAP_OF.values():
+        codes = {code for code, gap in GAP_OF.items() if gap == case.id}
+        asked = [words.problem(training=training) for v in VARIANTS for words, training in Problems(v, "quick")]
+        verdicts = [verdict for problem in asked if (verdict := _verdict(under_test, problem)) is not None]
+        require(any(v.code in codes for v in verdicts), f"declares a gap in {case.id}, but declines nothing for it")
+        return
+    fails = [_fails(under_test, item) for c in CHECKS if c.capability == case.id for item in c.items("smoke")]
+    known = [failed for failed in fails if failed is not None]
+    if not known:
+        msg = f"{case.id} cannot be tried here"
+        raise NotApplicableError(msg)
+    require(any(known), f"declares a gap in {case.id}, but passes every check of it")
+
+
+def _fails(under_test: BackendUnderTest, item: object) -> bool | None:
+    from moe_routing.conformance.checks._check import Item
+
+    assert isinstance(item, Item)  # noqa: S101 -- for mypy
+    try:
+        item.check.run(under_test, item.case)
+    except NotApplicableError:
+        return None
+    except (DeclinedError, Exception):  # noqa: BLE001 -- any failure is one
+        return True
+    return False

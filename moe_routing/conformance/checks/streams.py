@@ -1,0 +1,123 @@
+"""Clause 12: streams, graphs, devices and synchronisation."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_routing.conformance.checks import _sets
+from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.under_test import BackendUnderTest, NotRunError, must_match, same_bits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing.conformance.cases import Call, Case, Profile
+
+SLEEP_CYCLES = 20_000_000
+"""About 10 ms on a GPU: long against a launch, so that work on a wrong stream overtakes what it should wait for."""
+
+
+def _modes(profile: Profile) -> Iterator[Case]:
+    for case in _sets.few(profile):
+        for tokens in (1, 33, 513):
+            yield case.but(num_tokens=tokens)
+
+
+@check(12, _modes)
+def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, case: Case) -> None:
+    """A call on a side stream waits for what that stream writes into the logits, and later calls leave its outputs alone."""
+    first, second = case.make(under_test.device), case.make(under_test.device)
+    second.logits = first.logits.flip(1).clone()
+    under_test.route(first)  # whatever is built, is built now
+    live = first.logits.clone()
+    with _side_stream(under_test.device) as sleep:
+        outputs = []
+        for call in (first, second):
+            sleep()
+            live.copy_(call.logits)
+            outputs.append((call, under_test.route(_on(call, live))))
+    for call, output in outputs:
+        must_match(call, output)
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[Any]:
+    """Enter another stream of the device, where it has streams; what it yields keeps the stream busy for a while."""
+    if device.type == "cpu":
+        yield lambda: None
+        return
+    module = torch.get_device_module(device)
+    torch.accelerator.synchronize(device)
+    stream = module.Stream(device)
+    keep_busy = getattr(module, "_sleep", None)
+    with module.stream(stream):
+        yield (lambda: keep_busy(SLEEP_CYCLES)) if keep_busy else (lambda: None)
+    torch.accelerator.synchronize(device)
+
+
+def _on(call: Call, logits: torch.Tensor) -> Call:
+    return type(call)(call.spec, logits, call.topk, call.operands, call.ids_dtype)
+
+
+def _need_cuda(under_test: BackendUnderTest) -> None:
+    if under_test.device.type != "cuda":
+        msg = "needs a CUDA device"
+        raise NotRunError(msg)
+
+
+@check(12, _modes)
+def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> None:
+    """A call does not synchronise with the device, with num_valid_tokens on the device either."""
+    _need_cuda(under_test)
+    call = case.but(valid="tensor").make(under_test.device)
+    under_test.route(call)
+    torch.cuda.synchronize(under_test.device)
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = under_test.router(call.spec)(call.logits, call.topk, **call.operands)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    must_match(call, output)
+
+
+@check(12, _modes, capability="cuda_graphs")
+def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Case) -> None:
+    """Captured after one warm-up call, a graph replays on other logits and another number of valid tokens."""
+    _need_cuda(under_test)
+    call = case.but(valid="tensor").make(under_test.device)
+    route = under_test.router(call.spec)
+    under_test.route(call)
+    torch.cuda.synchronize(under_test.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = route(call.logits, call.topk, **call.operands)
+    for valid in (case.num_tokens, case.num_tokens // 2):
+        call.logits.copy_(call.logits.roll(1, 0).flip(1))
+        valid_tokens = call.operands["num_valid_tokens"]
+        assert isinstance(valid_tokens, torch.Tensor)  # noqa: S101 -- for mypy: the case says so
+        valid_tokens.fill_(valid)
+        graph.replay()
+        torch.cuda.synchronize(under_test.device)
+        must_match(call, output)
+
+
+@check(12, _sets.few, capability="several_devices")
+def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None:
+    """Tensors on another device than the current one are routed there."""
+    if under_test.device.type == "cpu" or torch.accelerator.device_count() < 2:  # noqa: PLR2004 -- another one
+        msg = "needs a second device"
+        raise NotRunError(msg)
+    here = torch.device(under_test.device.type, 0)
+    there = torch.device(under_test.device.type, 1)
+    torch.accelerator.set_device_index(0)
+    outputs = [BackendUnderTest(under_test.backend, device).check(case.make(device)) for device in (here, there)]
+    require(outputs[1].ids.device == there, f"expected outputs on {there}, got {outputs[1].ids.device}")
+    require(same_bits(outputs[0].ids.cpu(), outputs[1].ids.cpu()), "the two devices give different ids")
+    require(torch.accelerator.current_device_index() == 0, "the current device was changed")

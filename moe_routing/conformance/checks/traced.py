@@ -1,0 +1,184 @@
+"""Clauses 14 and 15: compile, export, fake tensors, and gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_routing._kernel import Operands as KernelOperands
+from moe_routing._operators import CallConfig, arguments
+from moe_routing.conformance.cases import on_device
+from moe_routing.conformance.checks import _sets
+from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.under_test import must_match, same_bits
+from moe_routing.reference import oracle
+from moe_routing.reference.compare import exact_device, logical_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing import Router
+    from moe_routing.conformance.cases import Call, Case, Profile
+    from moe_routing.conformance.under_test import BackendUnderTest
+    from moe_routing.reference.compare import Operands
+
+GRADIENT_RTOL = 1e-5
+GRADIENT_ATOL = 2e-6
+"""Of the largest gradient in the row: a float32 gradient is a difference of terms as large as that."""
+
+
+class _Module(torch.nn.Module):
+    """A module that routes, as a model has it."""
+
+    def __init__(self, route: Router, call: Call) -> None:
+        super().__init__()
+        self.route, self.call = route, call
+
+    def forward(self, logits: torch.Tensor, token_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        operands: Operands = {**self.call.operands, "token_ids": token_ids}
+        weights, ids = self.route(logits, self.call.topk, **operands)
+        return weights * 1.0, ids
+
+
+def _traced(profile: Profile) -> list[Case]:
+    return _sets.few("smoke" if profile == "quick" else profile)
+
+
+@check(14, _traced, capability="compile")
+def compiles_as_one_graph(under_test: BackendUnderTest, case: Case) -> None:
+    """torch.compile(fullgraph=True) of a module that routes gives the bits of the plain call, for any T."""
+    call = case.make(under_test.device)
+    under_test.route(call)
+    module = _Module(under_test.router(call.spec), call)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for some in (call, call.rows(slice(7))):
+        inputs = (some.logits, some.operands.get("token_ids"))
+        _must_equal(compiled(*inputs), module(*inputs))
+
+
+@check(14, _traced, capability="compile")
+def exports(under_test: BackendUnderTest, case: Case) -> None:
+    """torch.export of a module that routes gives the bits of the plain call, on other logits."""
+    call = case.make(under_test.device)
+    under_test.route(call)
+    module = _Module(under_test.router(call.spec), call)
+    token_ids = call.operands.get("token_ids")
+    exported = torch.export.export(module, (call.logits, token_ids)).module()
+    other = call.logits.flip(1).contiguous()
+    _must_equal(exported(other, token_ids), module(other, token_ids))
+
+
+def _must_equal(got: Any, expected: Any) -> None:  # noqa: ANN401 -- pairs of tensors
+    require(same_bits(got[1], expected[1]), "ids differ from the plain call's")
+    require(same_bits(got[0], expected[0]), "weights differ from the plain call's")
+
+
+@check(14, _sets.few, capability="compile")
+def fake_tensors_give_fake_outputs(under_test: BackendUnderTest, case: Case) -> None:
+    """Fake tensors give outputs of the right shape, dtype and device, and nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    call = case.make(under_test.device)
+    under_test.route(call)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        operands = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in call.operands.items()}
+        weights, ids = under_test.router(call.spec)(mode.from_tensor(call.logits), call.topk, **operands)  # type: ignore[arg-type]  # as in make
+    shape = (case.num_tokens, case.topk + case.spec.shared_experts)
+    for name, tensor, dtype in (("weights", weights, torch.float32), ("ids", ids, torch.int32)):
+        got = (tuple(tensor.shape), tensor.dtype, tensor.device)
+        require(
+            got == (shape, dtype, call.logits.device), f"{name}: expected {shape} {dtype} on {call.logits.device}, got {got}"
+        )
+
+
+@check(14, _traced, capability="compile")
+def the_operator_passes_opcheck(under_test: BackendUnderTest, case: Case) -> None:
+    """torch.library.opcheck finds nothing wrong with the operators that traced calls go through, with ids of either dtype."""
+    call = case.make(under_test.device)
+    under_test.route(call)
+    operators = torch.ops.moe_routing
+    for rows, dtype, operator in (
+        (slice(2), torch.int64, operators.route),
+        (slice(None), torch.int32, operators.route),
+        (slice(2), torch.int32, operators.route_training),
+        (slice(None), torch.int64, operators.route_training),
+    ):
+        part = call.rows(rows)
+        training = operator is operators.route_training
+        operands = KernelOperands(part.logits.detach().requires_grad_(training), **part.operands)
+        config = CallConfig(part.spec.to_json(), under_test.backend, part.topk, dtype)
+        torch.library.opcheck(operator.default, arguments(config, operands))
+
+
+def _differentiable(profile: Profile) -> Iterator[Case]:
+    yield from _sets.of_every_variant("smoke")
+    if profile != "smoke":
+        yield from _sets.few("quick", dtype="bfloat16")
+        yield from (case.but(valid="tensor", mapped=True) for case in _sets.few("quick"))
+
+
+@check(15, _differentiable, capability="gradients")
+def gradients_match_autograd_through_the_oracle(under_test: BackendUnderTest, case: Case) -> None:
+    """Gradients of logits and scale are those of the float64 oracle at the same ids."""
+    call = case.make(under_test.device)
+    _compare_gradients(under_test, case, call)
+
+
+@check(15, _sets.where(_sets.of_every_variant, tokens=9), capability="gradients")
+def gradients_of_nan_and_inf_are_zero(under_test: BackendUnderTest, case: Case) -> None:
+    """NaN and infinite logits get gradient 0, and spoil no other."""
+    call = case.make(under_test.device)
+    call.logits[0] = torch.nan
+    call.logits[1, ::3] = torch.nan
+    call.logits[2, 0] = torch.inf
+    call.logits[3, 1::2] = -torch.inf
+    _compare_gradients(under_test, case, call)
+
+
+def _compare_gradients(under_test: BackendUnderTest, case: Case, call: Call) -> None:
+    scale = call.operands.get("per_expert_scale")
+    inputs = {"logits": call.logits} | ({} if scale is None else {"per_expert_scale": scale})
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    output = under_test.route(call)
+    require(not output.ids.requires_grad, "ids: require a gradient")
+    direction = torch.randn(output.weights.shape, generator=case.generator()).to(under_test.device)
+    got = torch.autograd.grad(output.weights, list(inputs.values()), direction)
+    must_match(call, output)
+    expected = _exact_gradients(call, output.ids, direction)
+    for (name, tensor), ours, exact in zip(inputs.items(), got, expected, strict=True):
+        require(
+            ours.dtype == tensor.dtype and ours.shape == tensor.shape, f"gradient of {name}: {ours.dtype} {tuple(ours.shape)}"
+        )
+        info = torch.finfo(tensor.dtype)  # gradients are rounded to it: by half a unit, or half a subnormal's step
+        largest = exact.abs().amax(-1, keepdim=True)
+        tolerance = (GRADIENT_RTOL + info.eps) * exact.abs() + GRADIENT_ATOL * largest + info.tiny * info.eps + 1e-30
+        off = (ours.to(exact.device).double() - exact).abs()
+        wrong = ~(off <= tolerance)
+        if wrong.any():
+            where = tuple(wrong.nonzero()[0].tolist())
+            msg = f"gradient of {name} at {where}: {float(ours[where]):.9g}, exactly {float(exact[where]):.9g}"
+            raise AssertionError(msg)
+
+
+def _exact_gradients(call: Call, ids: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Differentiate the oracle's weights at the backend's ids, in float64."""
+    home = exact_device(call.logits)
+    expert_map = call.operands.get("expert_map")
+    slots = call.logits.shape[1] + call.spec.shared_experts
+    routed = ids.to(home).long()
+    padding = (routed < 0).any(-1, keepdim=True)
+    logical = logical_ids(routed, expert_map, slots)[:, : call.topk].clamp(min=0)
+    logits = call.logits.detach().to(home).double().requires_grad_()
+    scale = call.operands.get("per_expert_scale")
+    exact_scale = None if scale is None else scale.detach().to(home).double().requires_grad_()
+    if oracle.brought(call.spec.family) is None:
+        weights = oracle.weights_at(call.spec, logits, logical, per_expert_scale=exact_scale)
+    else:
+        operands = on_device({**call.operands, "per_expert_scale": exact_scale}, home)
+        weights = oracle.route(call.spec, logits, call.topk, **operands).weights[:, : call.topk]
+    weights = weights.masked_fill(padding, 0.0)
+    inputs = [logits] if exact_scale is None else [logits, exact_scale]
+    return torch.autograd.grad(weights, inputs, direction.to(home).double()[:, : call.topk])

@@ -1,0 +1,85 @@
+"""``RouterConformance``: the contract as a test class, a method a clause. Importing this imports neither torch nor pytest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from moe_routing.conformance.clauses import CLAUSES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
+
+    from moe_routing.conformance.cases import Profile
+    from moe_routing.conformance.checks import Item
+    from moe_routing.conformance.clauses import Clause
+
+_FAILED = "{id}\n{sentence}\n{message}"
+
+
+class RouterConformance:
+    """Subclass this in a test file, name a backend, and pytest runs the contract against it.
+
+    :cvar backend: the backend's name; without one, the option ``--moe-backend`` says.
+    :cvar device: the device, ``"cpu"`` unless this or ``--moe-device`` says otherwise.
+    :cvar profile: ``"quick"``, ``"smoke"`` or ``"full"``; the option ``--moe-full`` overrides it.
+
+    A check that the backend's card declines, that its ``gaps`` excuse, or that makes no sense on the device, is a skip
+    with the reason; ``moe-routing conformance`` writes the same into a report.
+    """
+
+    backend: ClassVar[str] = ""
+    device: ClassVar[str] = ""
+    profile: ClassVar[Profile] = "quick"
+
+    @classmethod
+    def pytest_generate_tests(cls, metafunc: pytest.Metafunc) -> None:
+        """Give each method the checks of its clause on all their cases."""
+        option = metafunc.config.getoption
+        backend = cls.backend or option("--moe-backend", default=None)
+        if not backend:
+            message = f"{cls.__name__}: name a backend, as the class attribute `backend` or with --moe-backend"
+            raise ValueError(message)
+        from moe_routing.conformance import checks
+        from moe_routing.conformance.runner import NotUsableError, backend_under_test
+
+        device = cls.device or option("--moe-device", default=None) or "cpu"
+        under_test = backend_under_test(backend, device)
+        rejection = under_test.why_not()
+        if rejection is not None:
+            raise NotUsableError(under_test, rejection)
+        profile: Profile = "full" if option("--moe-full", default=False) else cls.profile
+        clause = int(metafunc.function.__name__.split("_")[1])
+        items = [item for check in checks.CHECKS if check.clause == clause for item in check.items(profile)]
+        names = [f"{item.id}-{backend}-{device}" for item in items]
+        metafunc.parametrize(("item", "under_test"), [(item, (backend, device)) for item in items], ids=names)
+
+    @staticmethod
+    def _hold(item: Item, under_test: tuple[str, str]) -> None:
+        import pytest
+
+        from moe_routing.conformance.runner import backend_under_test, evaluate
+
+        __tracebackhide__ = True
+        result = evaluate(item, backend_under_test(*under_test))
+        if result.status == "failed":
+            pytest.fail(_FAILED.format(id=result.id, sentence=item.check.sentence, message=result.message), pytrace=False)
+        if result.status != "passed":
+            pytest.skip(f"{result.status}: {result.message}")
+
+
+def _method(clause: Clause) -> Callable[[RouterConformance, Item, tuple[str, str]], None]:
+    """Return the test method of a clause: pytest names a test by the function, so each clause has its own."""
+
+    def test(self: RouterConformance, item: Item, under_test: tuple[str, str]) -> None:
+        self._hold(item, under_test)
+
+    test.__name__ = f"test_{clause.number:02d}_{clause.name}"
+    test.__qualname__ = f"RouterConformance.{test.__name__}"
+    test.__doc__ = clause.rule
+    return test
+
+
+for _clause in CLAUSES.values():
+    setattr(RouterConformance, f"test_{_clause.number:02d}_{_clause.name}", _method(_clause))

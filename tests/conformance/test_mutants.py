@@ -1,0 +1,61 @@
+"""Every deliberately wrong backend is caught, by the check that is named for it, and a right one by none."""
+
+import re
+from itertools import chain
+
+import pytest
+from mutants import MUTANTS, Mutant, Reference, registered
+
+from moe_routing.conformance import checks
+from moe_routing.conformance.clauses import CLAUSES
+from moe_routing.conformance.runner import backend_under_test, evaluate, run
+
+HERE = [mutant for mutant in MUTANTS if not mutant.only_on]
+
+
+def results(mutant, check):
+    """Run one check on the mutant's variants, in the smallest profile that has cases which can catch it."""
+    with registered(mutant) as name:
+        under_test = backend_under_test(name, "cpu")
+        items = chain(checks.named(check).items("smoke"), checks.named(check).items("quick"))
+        for item in items:
+            if not mutant.variants or getattr(item.case, "variant", None) in mutant.variants:
+                yield evaluate(item, under_test)
+
+
+def test_there_are_at_least_twenty_mutants():
+    assert len({mutant.name for mutant in HERE}) >= 20
+
+
+@pytest.mark.parametrize("mutant", HERE, ids=lambda mutant: f"{mutant.name}-by-{mutant.caught_by}")
+def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
+    said = [result.message for result in results(mutant, mutant.caught_by) if result.status == "failed"]
+    assert any(re.search(mutant.saying, message) and "Traceback" not in message for message in said), said
+
+
+@pytest.mark.parametrize("check", sorted({mutant.caught_by for mutant in HERE}))
+def test_what_catches_a_mutant_lets_the_right_backend_pass(check):
+    variants = tuple({variant for mutant in HERE if mutant.caught_by == check for variant in mutant.variants})
+    found = list(results(Mutant(Reference, check, "", variants), check))
+    assert [result.message for result in found if result.status == "failed"] == []
+    if check != "what_it_declines_cannot_be_had":  # the reference declines nothing
+        assert any(result.status == "passed" for result in found)
+
+
+def test_every_clause_has_a_check_and_every_check_a_name_of_its_own():
+    assert {check.clause for check in checks.CHECKS} == set(CLAUSES)
+    assert len({check.name for check in checks.CHECKS}) == len(checks.CHECKS)
+
+
+def test_ids_of_checks_are_unique_and_begin_with_the_clause():
+    ids = [item.id for item in checks.items("quick")]
+    assert len(set(ids)) == len(ids)
+    assert all(re.match(r"\d\d-[a-z]", name) for name in ids)
+
+
+def test_a_wrong_backend_does_not_conform():
+    with registered(next(m for m in MUTANTS if m.name == "mutant-nan-first")) as name:
+        report = run(name, profile="smoke", clauses=[3])
+    assert not report.ok
+    failed = [result for result in report.failed if result.check == "nan_and_inf_follow_the_rule"]
+    assert "(one NaN)" in failed[0].message

@@ -1,0 +1,68 @@
+"""What the pytest plug-in costs people who only have us installed: next to nothing."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from moe_routing.conformance import pytest_plugin as plugin
+
+
+def python(code):
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def test_loading_the_plugin_loads_four_modules_of_ours_and_nothing_else():
+    loaded = python("""
+        import json, sys
+        import pytest
+        before = set(sys.modules)
+        import moe_routing.conformance.pytest_plugin
+        print(json.dumps(sorted(set(sys.modules) - before)))
+    """)
+    ours = ["moe_routing", "moe_routing._with_torch", "moe_routing.conformance", "moe_routing.conformance.pytest_plugin"]
+    assert [name for name in json.loads(loaded) if name.partition(".")[0] not in sys.stdlib_module_names] == ours
+
+
+def test_the_plugin_and_the_class_import_no_torch():
+    loaded = python("""
+        import sys
+        import moe_routing.conformance.pytest_plugin
+        from moe_routing.conformance import RouterConformance
+        print([name for name in ("torch", "numpy", "pytest", "moe_routing_registry") if name in sys.modules])
+    """)
+    assert loaded == "[]"
+
+
+@pytest.mark.slow
+def test_a_pytest_run_of_somebody_else_imports_no_torch(tmp_path):
+    (tmp_path / "test_theirs.py").write_text("import sys\ndef test_it():\n    assert 'torch' not in sys.modules\n")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_the_kits_own_file_is_left_alone_without_a_backend(tmp_path):
+    class Config:
+        backend = None
+
+        def getoption(self, name):
+            assert name == "--moe-backend"
+            return self.backend
+
+    config = Config()
+    ours = tmp_path / "moe_routing" / "conformance" / "test_named_backend.py"
+    assert plugin.pytest_ignore_collect(ours, config) is True
+    assert plugin.pytest_ignore_collect(tmp_path / "test_named_backend.py", config) is None
+    assert plugin.pytest_ignore_collect(ours.with_name("test_other.py"), config) is None
+    config.backend = "eager"
+    assert plugin.pytest_ignore_collect(ours, config) is None
