@@ -202,6 +202,8 @@ def finish(  # noqa: PLR0913 -- the operands of the last steps
         weights = torch.cat([weights, weights.new_ones(len(ids), spec.shared_experts)], dim=1)
     padding = (ids < 0).any(-1, keepdim=True)
     if num_valid_tokens is not None:
+        if not isinstance(num_valid_tokens, torch.Tensor):
+            num_valid_tokens = min(num_valid_tokens, len(ids))  # which may be beyond int64
         padding = padding | (torch.arange(len(ids), device=ids.device) >= num_valid_tokens).unsqueeze(1)
     if expert_map is not None:
         ids = expert_map.long()[ids.clamp(min=0)]

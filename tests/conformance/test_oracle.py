@@ -154,3 +154,9 @@ def test_an_unknown_score_function_is_named():
     spec = VARIANTS["softmax_topk"].replace(score="entmax")
     with pytest.raises(ValueError, match="entmax"):
         oracle.route(spec, torch.zeros(1, 4), 2)
+
+
+def test_more_valid_tokens_than_an_integer_of_torch_can_say_are_all():
+    logits = torch.randn(3, 4)
+    for valid in (3, 2**63 - 1, 2**63, 2**70):
+        assert (oracle.route(RoutingSpec(family="f"), logits, 2, num_valid_tokens=valid).ids >= 0).all()
