@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moe_routing
-from moe_routing import Router, RoutingSpec
+from moe_routing import Router, RoutingSpec, _dispatch
 from moe_routing._registry import registry
 from moe_routing_registry import (
     BackendSpec,
