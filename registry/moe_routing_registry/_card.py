@@ -123,6 +123,8 @@ class Target:
             parts.append(f">= {_dotted(self.min_capability)}")
         if self.max_capability:
             parts.append(f"<= {_dotted(self.max_capability)}")
+        if self.explicit:
+            parts.append("(when named)")
         return " ".join(parts)
 
 
