@@ -41,6 +41,9 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     device: Annotated[str, typer.Option(help="The device to check it on: cpu, cuda:0, xpu, ...")] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="All sizes and dtypes, not a pairwise sample of them.")] = False,
     clause: Annotated[list[int] | None, typer.Option(help="Only this clause of the contract, 0 to 15; repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Draw the cases that are in no list from this seed, not from a new one.")
+    ] = None,
     report: Annotated[
         list[Path] | None, typer.Option(help="Write a report: NAME.html, NAME.json or NAME.xml (JUnit); may be repeated.")
     ] = None,
@@ -59,7 +62,7 @@ def conformance(  # noqa: PLR0913 -- the options of the command
             msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {str(path)!r}"
             raise UsageError(msg)
         check_writable("--report", path)
-    outcome = _run(backend, device, "full" if full else "quick", clause)
+    outcome = _run(backend, device, "full" if full else "quick", clause, seed)
     screen = console()
     if as_json:
         print_json(outcome.to_dict())
@@ -76,7 +79,7 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     raise typer.Exit(0 if outcome.ok else 1)
 
 
-def _run(backend: str, device: str, profile: Profile, clauses: list[int] | None) -> Report:
+def _run(backend: str, device: str, profile: Profile, clauses: list[int] | None, seed: int | None) -> Report:
     import moe_routing
     from moe_routing.conformance.runner import run
 
@@ -89,7 +92,7 @@ def _run(backend: str, device: str, profile: Profile, clauses: list[int] | None)
             if result.status == "failed" and not bar.disable:
                 bar.console.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
 
-        return run(backend, device, profile=profile, clauses=clauses, on_result=advance)
+        return run(backend, device, profile=profile, clauses=clauses, seed=seed, on_result=advance)
 
 
 def _show(report: Report, screen: Console) -> None:
@@ -117,3 +120,4 @@ def _show(report: Report, screen: Console) -> None:
         screen.print(Text(f"gap: {capability}: {reason}", style=_STYLES["gap"]))
     verdict = "conforms" if report.ok else "does not conform"
     screen.print(Text(f"{report.backend} {verdict}: {len(report.results)} checks in {report.seconds:.1f} s", style="bold"))
+    screen.print(f"seed: {report.seed}")
