@@ -24,9 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Draw the seed once for all processes: pytest-xdist hands the options on to its workers."""
+    """Draw the seed unless it is given; all processes of pytest-xdist draw the same, from the name that it gives the run."""
     if config.option.moe_seed is None:
-        config.option.moe_seed = random.SystemRandom().getrandbits(32)
+        run = getattr(config, "workerinput", {}).get("testrunuid")
+        numbers = random.SystemRandom() if run is None else random.Random(run)  # noqa: S311 -- not a secret
+        config.option.moe_seed = numbers.getrandbits(32)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
