@@ -39,7 +39,7 @@ from moe_routing_registry._request import (
     verify_rate,
 )
 from moe_routing_registry._spec import SCORES, SELECTIONS, GroupScore, RoutingSpec, Selection
-from moe_routing_registry._text import printable
+from moe_routing_registry._text import printable, refusal, shown
 from moe_routing_registry._verdict import RejectCode, Verdict
 
 __all__ = [
@@ -89,6 +89,8 @@ __all__ = [
     "preference",
     "preferring",
     "printable",
+    "refusal",
     "sentence",
+    "shown",
     "verify_rate",
 ]

@@ -211,3 +211,6 @@ def padding_is_blank(under_test: BackendUnderTest, case: Case) -> None:
             output = under_test.check(padded)
             require(same_bits(output.ids[:valid], plain.ids[:valid]), "padding changes the ids of other rows")
         call = case.make(under_test.device)
+    on_device = [torch.tensor(n, device=under_test.device) for n in (2**31, 2**63 - 1, -1, -(2**63))]
+    for given in (2**31, 2**63 - 1, 2**63, 2**70, *on_device):  # more than T are all, fewer than 0 are none
+        under_test.check(call.but(num_valid_tokens=given))
