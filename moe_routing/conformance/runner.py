@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from moe_routing.conformance import checks
 from moe_routing.conformance.clauses import CLAUSES
 from moe_routing.conformance.under_test import BackendUnderTest, DeclinedError, NotApplicableError, NotRunError
 from moe_routing.probing import probe
-from moe_routing_registry import MoeRoutingWarning, Request
+from moe_routing_registry import MoeRoutingWarning, PluginFailure, Request, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -242,8 +241,9 @@ def _threads_for(item: Item, under_test: BackendUnderTest) -> Iterator[None]:
 
 
 def _outcome(item: Item, under_test: BackendUnderTest) -> tuple[Status, str]:
+    verdicts = (NotApplicableError, NotRunError, DeclinedError, AssertionError)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contained("a call in it", *verdicts):
             warnings.simplefilter("error", MoeRoutingWarning)
             item.check.run(under_test, item.case)
     except NotApplicableError as error:
@@ -254,8 +254,8 @@ def _outcome(item: Item, under_test: BackendUnderTest) -> tuple[Status, str]:
         return "declined", str(error)
     except AssertionError as error:
         return _failure(item, under_test, str(error))
-    except Exception as error:  # noqa: BLE001 -- a backend may raise anything; it is kept in the report
-        return _failure(item, under_test, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    except PluginFailure as failure:
+        return _failure(item, under_test, f"{failure.sentence}\n{failure.trace}")
     return "passed", ""
 
 

@@ -12,7 +12,7 @@ from moe_routing_registry._card import (
     knows_score,
 )
 from moe_routing_registry._containment import PluginFailure, contained, sentence
-from moe_routing_registry._device import DeviceInfo, Toolchain
+from moe_routing_registry._device import INTERPRETER, DeviceInfo, Toolchain, triton_interprets
 from moe_routing_registry._errors import (
     BackendUnavailableError,
     DowngradeWarning,
@@ -50,6 +50,7 @@ __all__ = [
     "BLOCK_VARIABLE",
     "CAPABILITIES",
     "ENTRY_POINT_GROUP",
+    "INTERPRETER",
     "SCORES",
     "SELECTIONS",
     "STRICT_VARIABLE",
@@ -92,5 +93,6 @@ __all__ = [
     "refusal",
     "sentence",
     "shown",
+    "triton_interprets",
     "verify_rate",
 ]

@@ -200,7 +200,7 @@ class Registry:
 
     def _judge(self, card: BackendSpec, problem: RoutingProblem, device: DeviceInfo, request: Request) -> tuple[Verdict, str]:
         """Go from the cheapest reason to the dearest; the second item is a traceback, mostly empty."""
-        cheap = (self._permitted, _matches, _serves, _requires)
+        cheap = (self._permitted, _matches, self._serves, _requires)
         for rule in cheap:
             verdict = rule(card, problem, device, request)
             if not verdict:
@@ -219,6 +219,19 @@ class Registry:
             fix = f"pip install --upgrade moe-routing {shlex.quote(self.distribution(card.name).partition(' ')[0])}"
             return Verdict.no(RejectCode.API_VERSION, reason, fix)
         return Verdict.yes()
+
+    def _serves(self, card: BackendSpec, problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:
+        name = problem.spec.family
+        if card.families is not None:
+            if name in card.families:
+                return Verdict.yes()
+            reason = f"does not serve family {name!r}; serves {', '.join(sorted(card.families))}"
+            return Verdict.no(RejectCode.FAMILY, reason)
+        family = self.families.get(name)
+        if family is None or not family.oracle or self.distribution(card.name) == self.distribution(name, "family"):
+            return Verdict.yes()
+        reason = f"computes what the fields of a spec say, and family {name!r} has an oracle of its own, which may say more"
+        return Verdict.no(RejectCode.FAMILY, reason)
 
     @staticmethod
     def _ask(card: BackendSpec, problem: RoutingProblem, device: DeviceInfo) -> tuple[Verdict, str]:
@@ -357,13 +370,6 @@ def _matches(card: BackendSpec, _problem: RoutingProblem, device: DeviceInfo, _r
 
 def _chosen_by_itself(card: BackendSpec, device: DeviceInfo) -> bool:
     return card.priority >= 0 and any(t.match(device) and not t.explicit for t in card.targets)
-
-
-def _serves(card: BackendSpec, problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:
-    if card.families is None or problem.spec.family in card.families:
-        return Verdict.yes()
-    reason = f"does not serve family {problem.spec.family!r}; serves {', '.join(sorted(card.families))}"
-    return Verdict.no(RejectCode.FAMILY, reason)
 
 
 def _requires(card: BackendSpec, _problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:

@@ -55,7 +55,7 @@ class DeclinesUntilItIsTold(AsksItsOwnSupportsAgain):
             super().__init__(problem, device)
 
 
-@caught_by("what_it_accepts_it_routes", "topk_softmax", saying="accepts .*, but raises BackendUnavailableError")
+@caught_by("what_it_accepts_it_routes", "topk_softmax", saying="accepts .*, but its kernel raised BackendUnavailableError")
 class AcceptsEverythingAndRaises(Reference):
     """Says yes to every problem, and then cannot."""
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from moe_routing._registry import registry
 from moe_routing.conformance.cases import Case
 from moe_routing.conformance.checks._check import CHECKS, check, require
-from moe_routing.conformance.under_test import GAP_OF, BackendUnderTest, DeclinedError, NotApplicableError, must_match
+from moe_routing.conformance.under_test import GAP_OF, BackendUnderTest, NotApplicableError, must_match
 from moe_routing.conformance.variants import VARIANTS, fits
 from moe_routing.families import FAMILIES
 from moe_routing.probing import probe
-from moe_routing_registry import CAPABILITIES, FactoryError, RoutingProblem
+from moe_routing_registry import CAPABILITIES, FactoryError, PluginFailure, RoutingProblem, contained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,10 +83,11 @@ def what_it_accepts_it_routes(under_test: BackendUnderTest, case: Problems) -> N
         if training:
             call.logits.requires_grad_()
         try:
-            output = under_test.route(call)
-        except Exception as error:
-            msg = f"accepts {problem}, but raises {type(error).__name__}: {error}"
-            raise AssertionError(msg) from error
+            with contained("its kernel"):
+                output = under_test.route(call)
+        except PluginFailure as failure:
+            msg = f"accepts {problem}, but {failure.sentence}"
+            raise AssertionError(msg) from failure.error
         must_match(call, output)
     if not accepted:
         msg = "the card declines every problem of this family"
@@ -165,8 +166,9 @@ def _built_all_the_same(under_test: BackendUnderTest, problem: RoutingProblem) -
 def _routes_right(under_test: BackendUnderTest, case: Case, kernel: Kernel) -> bool:
     call = case.but(num_tokens=33).make(under_test.device)  # three rows can be right by chance
     try:
-        must_match(call, kernel(call.logits, **call.operands))
-    except Exception:  # noqa: BLE001 -- whatever a kernel raises on what it declined: it cannot do it
+        with contained("its kernel"):
+            must_match(call, kernel(call.logits, **call.operands))
+    except PluginFailure:  # whatever a kernel raises on what it declined: it cannot do it
         return False
     return True
 
@@ -204,9 +206,10 @@ def _fails(under_test: BackendUnderTest, item: object) -> bool | None:
 
     assert isinstance(item, Item)  # noqa: S101 -- for mypy
     try:
-        item.check.run(under_test, item.case)
+        with contained("the check", NotApplicableError):
+            item.check.run(under_test, item.case)
     except NotApplicableError:
         return None
-    except (DeclinedError, Exception):  # noqa: BLE001 -- any failure is one
+    except PluginFailure:  # any failure is one
         return True
     return False
