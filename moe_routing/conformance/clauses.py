@@ -143,9 +143,12 @@ _CLAUSES = (
         11,
         "determinism",
         "Determinism",
-        "The same input gives the same bits in every run.",
-        "The same input gives the same bits in every run, a hundred times.",
-        "ties resolved by whichever thread is first are found in production.",
+        "The same input gives the same bits in every run, whatever was routed before or is routed by other threads.",
+        "The same input gives the same bits in every run, a hundred times, whatever the kernel has routed or warmed up "
+        "before. A call reads all its operands, also those that changed in place since the last one, and one router "
+        "serves any number of threads.",
+        "ties resolved by whichever thread is first are found in production; a copy of the bias that was kept at the "
+        "first call ignored every update of it, and one scratch buffer for all threads mixed their rows.",
     ),
     Clause(
         12,

@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-
 INTERPRETER = "TRITON_INTERPRET"
 """The variable by which Triton interprets kernels, with NumPy on the CPU, and compiles none. It reads it at its import."""
 
