@@ -3,9 +3,10 @@
     python benchmarks/cpu_host.py [--json FILE]
 
 The kernel is replaced by one that returns the same two tensors, so that what is left is the way to it: `router`, a plain call;
-`router, padded`, one with num_valid_tokens; `operator`, `torch.ops.moe_routing.route` as compiled code calls it. `smallest
-operator` takes one tensor and returns two, defined like ours: what torch.library itself asks. `eager` is a whole plain call,
-and `eager, training step` one with gradients, forward and backward. Microseconds of process time a call, best of 15.
+`router, padded`, one with num_valid_tokens; `router, out=`, one with outputs, whose addresses are looked at; `operator`,
+`torch.ops.moe_routing.route` as compiled code calls it. `smallest operator` takes one tensor and returns two, defined like
+ours: what torch.library itself asks. `eager` is a whole plain call, and `eager, training step` one with gradients, forward
+and backward. Microseconds of process time a call, best of 15.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def main() -> None:
         "the kernel itself": lambda: do_nothing(LOGITS, per_expert_scale=SCALE),
         "router": lambda: route(LOGITS, 8, SCALE),
         "router, padded": lambda: route(LOGITS, 8, SCALE, num_valid_tokens=valid),
+        "router, out=": lambda: route(LOGITS, 8, SCALE, out=SAME),
         "eager": lambda: eager(LOGITS, 8, SCALE),
         "operator": lambda: operator(LOGITS, SCALE, None, None, None, None, None, spec, 8, SMALL_IDS, None),
         "smallest operator": lambda: smallest(LOGITS),

@@ -14,6 +14,7 @@ from torch import Tensor, is_grad_enabled
 from torch._C import _dispatch_keys
 from torch.autograd import forward_ad
 
+from moe_routing._overlap import lies_apart, overlap, span
 from moe_routing_registry import preference
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def never(_operands: Operands, _topk: int | None, _ids_dtype: torch.dtype | None
 
 
 def matcher(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
-    """Return what tells whether a call is like this one: in its tensors' types, dtypes, devices, shapes and strides, and
-    in whether gradients are wanted.
+    """Return what tells whether a call is like this one: in its tensors' types, dtypes, devices, shapes and strides,
+    in whether gradients are wanted, and in that ``out``, if it is given, overlaps nothing.
 
     :param topk: as the caller wrote it, like ``ids_dtype``.
     """  # noqa: D205 -- one sentence
@@ -68,6 +69,8 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
     if alike is None:
         return never
     form, preferred, grads = type(out), preference.get(), _grad_mode(operands)
+    weights_span, ids_span = (0, 0) if out is None else map(span, out)
+    logits_span, scale_span, bias_span = (0 if t is None else span(t) for t in (logits, scale, bias))
 
     def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
         logits, scale, bias, token_ids, table, valid, expert_map, out = operands
@@ -85,18 +88,34 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
         ):
             return False
         weights, places = nowhere if out is None else out
-        return alike(logits, no_scale if scale is None else scale, no_bias if bias is None else bias, weights, places)
+        if not alike(logits, no_scale if scale is None else scale, no_bias if bias is None else bias, weights, places):
+            return False
+        if out is None:
+            return True
+        # As `_overlap.lies_apart`, written out: calls with outputs are made by those who count microseconds.
+        a, b, x = weights.data_ptr(), places.data_ptr(), logits.data_ptr()
+        return not (
+            -weights_span < a - b < ids_span
+            or -weights_span < a - x < logits_span
+            or -ids_span < b - x < logits_span
+            or (
+                scale is not None
+                and (-weights_span < a - (x := scale.data_ptr()) < scale_span or -ids_span < b - x < scale_span)
+            )
+            or (bias is not None and (-weights_span < a - (x := bias.data_ptr()) < bias_span or -ids_span < b - x < bias_span))
+        )
 
     return matches
 
 
 def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
-    """Match calls with any operands. The number of valid tokens, if it is an int, may have any value >= 0."""
+    """Match calls with any operands. The number of valid tokens, if it is an int, may have any value from 0 to T."""
     alike = guard(_tensors(operands))
     if alike is None:
         return never
     form, preferred, grads = type(operands.out), preference.get(), _grad_mode(operands)
-    counted = type(operands.num_valid_tokens) is int
+    apart = None if operands.out is None else lies_apart(operands)
+    counted, tokens = type(operands.num_valid_tokens) is int, operands.logits.shape[0]
 
     def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
         valid = operands.num_valid_tokens
@@ -105,13 +124,13 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
             or ids is not ids_dtype
             or type(operands.out) is not form
             or (type(valid) is int) is not counted
-            or (counted and valid < 0)  # type: ignore[operator] # an int, as the line above says
+            or (counted and not 0 <= valid <= tokens)  # type: ignore[operator] # an int, as the line above says
             or preference.get() != preferred
             or (grads is not None and is_grad_enabled() is not grads)
             or forward_ad._current_level >= 0  # noqa: SLF001 -- likewise
         ):
             return False
-        return alike(*_tensors(operands))
+        return alike(*_tensors(operands)) and (apart is None or apart(operands))
 
     return matches
 
@@ -132,9 +151,10 @@ def _tensors(operands: Operands) -> tuple[Tensor, ...]:
 
 
 def _grad_mode(operands: Operands) -> bool | None:
-    """Return the grad mode if the call depends on it."""
-    scale = operands.per_expert_scale
-    return is_grad_enabled() if operands.logits.requires_grad or (scale is not None and scale.requires_grad) else None
+    """Return the grad mode if the call depends on it: gradients are wanted, or an output could not be written."""
+    logits, scale, *_, out = operands
+    needed = logits.requires_grad or (scale is not None and scale.requires_grad) or (out is not None and out[0].requires_grad)
+    return is_grad_enabled() if needed else None
 
 
 def guard(examples: Sequence[Tensor]) -> Callable[..., bool] | None:
@@ -164,8 +184,8 @@ def described(operands: Operands, topk: int | None, ids_dtype: torch.dtype | Non
     logits, scale, *others, valid, expert_map, out = operands
     return (
         *map(_described, (logits, scale, *others, valid if isinstance(valid, Tensor) else None, expert_map)),
-        None if out is None else (type(out), *map(_described, out)),
-        type(topk), topk, ids_dtype, type(valid), type(valid) is int and valid < 0, preference.get(), _grad_mode(operands),
+        None if out is None else (type(out), *map(_described, out), overlap(operands)),
+        type(topk), topk, ids_dtype, type(valid), preference.get(), is_grad_enabled(),
         forward_ad._current_level >= 0, torch.is_inference_mode_enabled(),  # noqa: SLF001 -- as above
     )  # fmt: skip
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
 from moe_routing._kernel import RoutingOutput
+from moe_routing._overlap import overlap
+from moe_routing_registry import refusal, shown
 
 if TYPE_CHECKING:
     from moe_routing._kernel import Operands
@@ -25,11 +28,24 @@ def _wrong(error: type[Exception], argument: str, expected: str, got: object) ->
     raise error(msg)
 
 
-def _said(value: object) -> str:
-    """Describe a value for a message, without printing (or synchronising on) a tensor's elements."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}, dtype {value.dtype}, device {value.device}"
-    return repr(value)
+def integer(argument: str, value: object, expected: str = "an int") -> int:
+    """Return an integer of any type (NumPy's for example) as Python's; no bool, and no tensor, whose value may be elsewhere.
+
+    >>> integer("topk", True)
+    Traceback (most recent call last):
+    ...
+    TypeError: topk: expected an int, got True
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, (bool, Tensor)):
+        raise TypeError(refusal(argument, expected, value))
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value] # inside a compiled function a SymInt stands for an int
+    try:
+        return operator.index(value)  # type: ignore[arg-type] # that is what is asked
+    except TypeError:
+        raise TypeError(refusal(argument, expected, value)) from None
 
 
 def check_operands(
@@ -44,7 +60,7 @@ def check_operands(
     num_tokens, columns = logits.shape
     if num_experts is not None and columns != num_experts:
         _wrong(ValueError, "logits", f"num_experts = {num_experts} columns, as the configuration says", columns)
-    check_topk(spec, columns, topk)
+    spec.check_size(columns, topk)
     by_table = spec.selection == "token_table"
     if scale is not None or spec.per_expert_scale:
         check_vector("per_expert_scale", scale, columns, logits, wanted=spec.per_expert_scale)
@@ -53,7 +69,7 @@ def check_operands(
     if token_ids is not None or expert_table is not None or by_table:
         check_vector("token_ids", token_ids, num_tokens, logits, integer=True, wanted=by_table)
         check_table(spec, expert_table, topk, logits)
-    if valid is not None:
+    if isinstance(valid, Tensor):
         check_valid_tokens(valid, logits)
     if expert_map is not None:
         check_vector("expert_map", expert_map, columns + spec.shared_experts, logits, integer=True)
@@ -62,22 +78,27 @@ def check_operands(
         check_out(out, topk + spec.shared_experts, logits)
 
 
+def check_writable(out: RoutingOutput) -> None:
+    """Require outputs that may be written in this mode: outside inference mode nothing writes what was made inside."""
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in out):
+        _wrong(ValueError, "out", "tensors that can be written here", "inference tensors, outside torch.inference_mode()")
+
+
+def check_addresses(operands: Operands) -> None:
+    """Require that ``out`` shares no memory, neither within itself nor with an operand."""
+    if both := overlap(operands):
+        _wrong(ValueError, "out", "tensors that share no memory with each other or an operand", both)
+
+
 def check_logits(logits: object) -> None:
     """Require a float tensor of rank 2."""
     if not isinstance(logits, Tensor):
-        _wrong(TypeError, "logits", "a tensor [T, E]", _said(logits))
+        _wrong(TypeError, "logits", "a tensor [T, E]", shown(logits))
     if logits.dtype not in LOGITS_DTYPES:
         names = ", ".join(sorted(str(dtype) for dtype in LOGITS_DTYPES))
         _wrong(TypeError, "logits", f"a dtype among {names}", logits.dtype)
     if logits.dim() != _MATRIX or logits.layout is not torch.strided:
-        _wrong(ValueError, "logits", "a dense tensor [T, E] of rank 2", f"{_said(logits)}, layout {logits.layout}")
-
-
-def check_topk(spec: RoutingSpec, num_experts: int, topk: object) -> None:
-    """Require 1 <= K <= E, and a number of experts and groups that goes with it."""
-    if not isinstance(topk, int) or isinstance(topk, bool):
-        _wrong(TypeError, "topk", "an int", _said(topk))
-    spec.check_size(num_experts, topk)
+        _wrong(ValueError, "logits", "a dense tensor [T, E] of rank 2", f"{shown(logits)}, layout {logits.layout}")
 
 
 def check_vector(  # noqa: PLR0913 -- said once for every vector operand
@@ -88,9 +109,9 @@ def check_vector(  # noqa: PLR0913 -- said once for every vector operand
         return
     kind = "an int32 or int64" if integer else "a float"
     if not wanted:
-        _wrong(ValueError, argument, "None, because this router's spec does not take it", _said(value))
+        _wrong(ValueError, argument, "None, because this router's spec does not take it", shown(value))
     if not isinstance(value, Tensor):
-        _wrong(TypeError, argument, f"{kind} tensor [{length}]", _said(value))
+        _wrong(TypeError, argument, f"{kind} tensor [{length}]", shown(value))
     if (value.dtype not in IDS_DTYPES) if integer else not value.dtype.is_floating_point:
         _wrong(TypeError, argument, f"{kind} dtype", value.dtype)
     if value.dim() != 1 or value.shape[0] != length:
@@ -105,9 +126,9 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
     if value is None and not wanted:
         return
     if not wanted:
-        _wrong(ValueError, "expert_table", "None, because this router's spec does not take it", _said(value))
+        _wrong(ValueError, "expert_table", "None, because this router's spec does not take it", shown(value))
     if not isinstance(value, Tensor):
-        _wrong(TypeError, "expert_table", f"an int32 or int64 tensor [vocabulary, {topk}]", _said(value))
+        _wrong(TypeError, "expert_table", f"an int32 or int64 tensor [vocabulary, {topk}]", shown(value))
     if value.dtype not in IDS_DTYPES:
         _wrong(TypeError, "expert_table", "dtype int32 or int64", value.dtype)
     if value.dim() != _MATRIX or value.shape[1] != topk:
@@ -118,24 +139,27 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
         _wrong(ValueError, "expert_table", f"the logits' device {logits.device}", value.device)
 
 
-def check_valid_tokens(value: object, logits: Tensor) -> None:
-    """Require a non-negative int, or an integer tensor of shape [] or [1] on the logits' device."""
-    if isinstance(value, Tensor):
-        if value.dim() > 1 or value.numel() != 1 or value.dtype not in IDS_DTYPES:
-            expected = "an int, or an int32 or int64 tensor of shape [] or [1]"
-            _wrong(ValueError, "num_valid_tokens", expected, _said(value))
-        if value.device != logits.device:
-            _wrong(ValueError, "num_valid_tokens", f"the logits' device {logits.device}", value.device)
-    elif not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        _wrong(TypeError, "num_valid_tokens", "an int or an integer tensor", _said(value))
-    elif value < 0:
-        _wrong(ValueError, "num_valid_tokens", "a number >= 0", value)
+def valid_rows(value: object, logits: object) -> int:
+    """Return a number of valid tokens that is no tensor as kernels take it: from 0 to T, since more than all is all."""
+    number = integer("num_valid_tokens", value, "an int or an integer tensor")
+    if number < 0:
+        _wrong(ValueError, "num_valid_tokens", "a number >= 0", number)
+    return min(number, logits.shape[0]) if isinstance(logits, Tensor) and logits.dim() else number
+
+
+def check_valid_tokens(value: Tensor, logits: Tensor) -> None:
+    """Require an integer tensor of shape [] or [1] on the logits' device."""
+    if value.dim() > 1 or value.numel() != 1 or value.dtype not in IDS_DTYPES:
+        expected = "an int, or an int32 or int64 tensor of shape [] or [1]"
+        _wrong(ValueError, "num_valid_tokens", expected, shown(value))
+    if value.device != logits.device:
+        _wrong(ValueError, "num_valid_tokens", f"the logits' device {logits.device}", value.device)
 
 
 def check_ids_dtype(ids_dtype: object, out: RoutingOutput | None) -> None:
     """Require int32 or int64, and the dtype of ``out`` where that is given."""
     if not isinstance(ids_dtype, torch.dtype) or ids_dtype not in IDS_DTYPES:
-        _wrong(TypeError, "ids_dtype", "torch.int32 or torch.int64", _said(ids_dtype))
+        _wrong(TypeError, "ids_dtype", "torch.int32 or torch.int64", shown(ids_dtype))
     if out is not None and out.ids.dtype != ids_dtype:
         _wrong(ValueError, "out", f"ids of dtype {ids_dtype}, as ids_dtype says", out.ids.dtype)
 
@@ -143,7 +167,7 @@ def check_ids_dtype(ids_dtype: object, out: RoutingOutput | None) -> None:
 def as_output(out: object) -> RoutingOutput:
     """Require a pair of tensors with the dtypes of an output."""
     if not isinstance(out, tuple) or len(out) != 2 or not all(isinstance(t, Tensor) for t in out):  # noqa: PLR2004 -- a pair
-        _wrong(TypeError, "out", "a pair of tensors (weights, ids)", _said(out))
+        _wrong(TypeError, "out", "a pair of tensors (weights, ids)", shown(out))
     weights, ids = out
     if weights.dtype is not torch.float32 or ids.dtype not in IDS_DTYPES:
         _wrong(TypeError, "out", "float32 weights and int32 or int64 ids", f"{weights.dtype} and {ids.dtype}")
@@ -154,6 +178,6 @@ def check_out(out: RoutingOutput, columns: int, logits: Tensor) -> None:
     """Require contiguous outputs of the right shape on the logits' device."""
     for tensor in out:
         if tuple(tensor.shape) != (logits.shape[0], columns) or not tensor.is_contiguous():
-            _wrong(ValueError, "out", f"contiguous tensors of shape [{logits.shape[0]}, {columns}]", _said(tensor))
+            _wrong(ValueError, "out", f"contiguous tensors of shape [{logits.shape[0]}, {columns}]", shown(tensor))
         if tensor.device != logits.device:
             _wrong(ValueError, "out", f"the logits' device {logits.device}", tensor.device)

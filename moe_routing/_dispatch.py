@@ -33,6 +33,7 @@ from moe_routing_registry import (
     RoutingProblem,
     RoutingSpec,
     preference,
+    printable,
 )
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ class Dispatcher:
         index: int | None = device.index  # torch types it as an int, but "cuda" has none
         if index is None and device.type not in ("cpu", "meta"):
             device = torch.empty(0, device=device).device
-        _check.check_topk(self.spec, num_experts, topk)
+        num_experts, topk = _check.integer("num_experts", num_experts), _check.integer("topk", topk)
+        self.spec.check_size(num_experts, topk)
         key = (device, dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
         return self._resolved.get(key) or self._resolve(key)
 
@@ -248,7 +250,8 @@ def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:
     if missed is None:
         return
     fix = f"; mend: {missed.verdict.fix}" if missed.verdict.fix else ""
-    text = f"{report.device} routes with {report.winner!r}, not with {missed.name!r}, which {missed.verdict.reason}{fix}"
+    where = printable(str(report.device))
+    text = f"{where} routes with {report.winner!r}, not with {missed.name!r}, which {missed.verdict.reason}{fix}"
     if request.strict:
         msg = f"{STRICT_VARIABLE} is set and {text}"
         raise BackendUnavailableError(msg, report)

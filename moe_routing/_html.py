@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --line: #d0d7de; --soft: #f6f8fa;
-  --passed: #1a7f37; --failed: #cf222e; --gap: #9a6700; --declined: #57606a; --not_applicable: #8c959f;
+  --passed: #1a7f37; --failed: #cf222e; --gap: #9a6700; --declined: #57606a; --not_run: #6e7781;
+  --not_applicable: #8c959f;
 }
 @media (prefers-color-scheme: dark) { :root {
   --ink: #e6edf3; --paper: #0d1117; --line: #30363d; --soft: #161b22;
-  --passed: #3fb950; --failed: #f85149; --gap: #d29922; --declined: #8b949e; --not_applicable: #6e7681; } }
+  --passed: #3fb950; --failed: #f85149; --gap: #d29922; --declined: #8b949e; --not_run: #7d8590;
+  --not_applicable: #6e7681; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
@@ -31,7 +33,7 @@ th, td { border: 1px solid var(--line); padding: .25rem .5rem; text-align: left;
 thead th { background: var(--soft); } .matrix td { text-align: center; min-width: 2.2rem; white-space: nowrap; }
 .matrix th abbr { text-decoration: none; cursor: help; }
 .passed { color: var(--passed); } .failed { color: var(--failed); font-weight: 700; } .gap { color: var(--gap); }
-.declined { color: var(--declined); } .not_applicable { color: var(--not_applicable); }
+.declined { color: var(--declined); } .not_run { color: var(--not_run); } .not_applicable { color: var(--not_applicable); }
 td.failed { background: color-mix(in srgb, var(--failed) 15%, transparent); } td small { opacity: .75; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; margin: .3rem 0; }
 code { font-family: ui-monospace, monospace; font-size: .88em; overflow-wrap: anywhere; }

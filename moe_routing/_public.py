@@ -14,7 +14,16 @@ from moe_routing._router import Router
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED, from_config
 from moe_routing.probing import probe
-from moe_routing_registry import Request, ResolutionReport, RoutingProblem, RoutingSpec, UnknownNameError, preferring
+from moe_routing_registry import (
+    Request,
+    ResolutionReport,
+    RoutingProblem,
+    RoutingSpec,
+    UnknownNameError,
+    preferring,
+    refusal,
+    verify_rate,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +60,8 @@ def get_router(
         return _traced_router(router, backend, verify)
     if backend is not None:
         registry().check_names(Request(backend=backend, asked_by="argument"))
+    if verify is not None:
+        verify_rate(verify)
     spec, topk, num_experts = _look_up(router)
     key = (spec, topk, num_experts, backend, verify)
     found = _routers.get(key)
@@ -86,8 +97,7 @@ def _look_up(router: object) -> tuple[RoutingSpec, int | None, int | None]:
         if not str(error).startswith("config: "):  # else it names a field of the configuration
             raise
         expected = "a name, a RoutingSpec, or a configuration with a model_type"
-        msg = f"router: expected {expected}, got {router!r:.100}"
-        raise TypeError(msg) from error
+        raise TypeError(refusal("router", expected, router)) from error
     return configured.spec, configured.topk, configured.num_experts
 
 
@@ -157,13 +167,13 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
     try:
         spec, configured_topk, configured_experts = _look_up(router)
         num_experts = num_experts if num_experts is not None else configured_experts or 128
-        _check_experts(num_experts)
-        topk = topk if topk is not None else configured_topk or min(8, num_experts)
-        _check.check_topk(spec, num_experts, topk)
+        num_experts = _experts(num_experts)
+        topk = _check.integer("topk", topk if topk is not None else configured_topk or min(8, num_experts))
+        spec.check_size(num_experts, topk)
         known = {dtype_name(each) for each in _check.LOGITS_DTYPES}
-        if dtype_name(dtype) not in known:
-            msg = f"dtype: expected one of {', '.join(sorted(known))}, got {dtype!r:.100}"
-            raise ValueError(msg)  # noqa: TRY301 -- the report carries it, like what the calls above raise
+        if not isinstance(dtype, (str, torch.dtype)) or dtype_name(dtype) not in known:
+            expected = f"one of {', '.join(sorted(known))}"
+            raise ValueError(refusal("dtype", expected, dtype))  # noqa: TRY301 -- the report carries it, like what the calls above raise
         problem = RoutingProblem(spec=spec, num_experts=num_experts, topk=topk, dtype=dtype_name(dtype), training=training)
         request = Request.gather(backend)
     except Exception as error:  # noqa: BLE001 -- the promise is never to raise: the report carries what went wrong
@@ -178,13 +188,11 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
         return ResolutionReport(problem=problem, device=info, requested=backend, error=f"{type(error).__name__}: {error}")
 
 
-def _check_experts(num_experts: object) -> None:
-    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
-        msg = f"num_experts: expected an int, got {num_experts!r:.100}"
-        raise TypeError(msg)
-    if num_experts < 1:
-        msg = f"num_experts: expected an int >= 1, got {num_experts}"
-        raise ValueError(msg)
+def _experts(num_experts: object) -> int:
+    number = _check.integer("num_experts", num_experts)
+    if number < 1:
+        raise ValueError(refusal("num_experts", "an int >= 1", number))
+    return number
 
 
 def prefer(backend: str) -> AbstractContextManager[None]:

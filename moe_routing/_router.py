@@ -16,7 +16,7 @@ from moe_routing._call_cache import ORDINARY, UNREADABLE, CachedCall, described,
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._kernel import Operands, Prepares, RoutingOutput, WarmsUp
 from moe_routing._operators import CallConfig
-from moe_routing_registry import RoutingSpec, verify_rate
+from moe_routing_registry import RoutingSpec, refusal, verify_rate
 
 if TYPE_CHECKING:
     from moe_routing._autograd import Backward, Gradients
@@ -62,9 +62,11 @@ class Router:
         backend: str | None = None,
         verify: float | bool | None = None,
     ) -> None:
+        if not isinstance(spec, RoutingSpec):
+            raise TypeError(refusal("spec", "a RoutingSpec", spec))
         self.spec = spec
-        self.topk = topk
-        self.num_experts = num_experts
+        self.topk = None if topk is None else _check.integer("topk", topk)
+        self.num_experts = None if num_experts is None else _check.integer("num_experts", num_experts)
         self._requested = backend
         self._verify = verify
         if is_dynamo_compiling():
@@ -105,11 +107,12 @@ class Router:
         :param token_ids: ``[T]``, int32 or int64; for token-table selection, and only that.
         :param expert_table: ``[vocabulary, K]``, int32 or int64; likewise. A token whose id is not in the table, or whose
             entries are not all in [0, E), counts as padding.
-        :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0; an int, or an integer
-            tensor with one element on the logits' device, which is never read on the host.
+        :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0, more than T are all; an integer,
+            or an int32 or int64 tensor of shape [] or [1] on the logits' device, which is never read on the host.
         :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.
         :param ids_dtype: ``torch.int32`` (default) or ``torch.int64``.
-        :param out: ``(weights, ids)`` to write into: contiguous, ``[T, K + shared_experts]``, not with gradients.
+        :param out: ``(weights, ids)`` to write into: contiguous, ``[T, K + shared_experts]``, not with gradients, and of
+            memory that they share neither with each other nor with an operand.
         :returns: ``RoutingOutput(weights, ids)``: float32 and ``ids_dtype``, both ``[T, K + shared_experts]`` and contiguous,
             ordered by descending selection score, equal scores by ascending id.
         :raises TypeError: an argument has the wrong type or dtype.
@@ -137,6 +140,9 @@ class Router:
         """Route a call unlike the one before: look it up, or check it."""
         key: tuple[object, ...] | None = None
         found = None
+        valid = operands.num_valid_tokens
+        if valid is not None and not isinstance(valid, Tensor):
+            operands = operands._replace(num_valid_tokens=_check.valid_rows(valid, operands.logits))
         try:
             key = described(operands, topk, ids_dtype)
             found = self._calls.get(key)
@@ -152,6 +158,7 @@ class Router:
     ) -> RoutingOutput:
         """Check a call, choose what serves it, and cache that for later calls like it."""
         operands, topk, ids_dtype = self._checked(asked, asked_topk, asked_ids)
+        _check.check_addresses(operands)
         config = CallConfig(self._text, self._requested, topk, ids_dtype, self._shadow_key)
         differentiable = self._differentiable(operands)
         if not all(_ordinary(t) for t in _tensors(operands)):
@@ -186,13 +193,15 @@ class Router:
         return resolved.route if shadow is None else lambda operands: resolved.route(operands, shadow)
 
     def _differentiable(self, operands: Operands) -> bool:
-        """Tell whether the weights need derivatives, and refuse ``out`` if they do."""
+        """Tell whether the weights need derivatives; refuse ``out`` if they do, or if it cannot be written."""
         differentiable = (
             (is_grad_enabled() and _requires_grad(operands))
             or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
             or any(_functorch.is_functorch_wrapped_tensor(t) for t in _tensors(operands))
         )
         _refuse_out(operands, differentiable=differentiable)
+        if operands.out is not None:
+            _check.check_writable(operands.out)
         return differentiable
 
     def _unordinary(self, config: CallConfig, operands: Operands, *, differentiable: bool) -> RoutingOutput:
@@ -260,7 +269,7 @@ class Router:
         if num_experts is None:
             msg = "num_experts: expected an int (this router was not made from a configuration), got None"
             raise TypeError(msg)
-        topk = topk if topk is not None else self._default_topk()
+        topk = self._default_topk() if topk is None else topk
         choices = [
             self.resolve(device, dtype, num_experts, topk, ids_dtype=ids_dtype, training=wanted)
             for wanted in ((False, True) if training else (False,))
@@ -319,9 +328,10 @@ class Router:
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
     ) -> tuple[Operands, int, torch.dtype]:
         """Check every argument, and fill in K, the ids' dtype and the type of ``out``."""
-        if topk is None:
-            topk = self._default_topk()
-        out = operands.out
+        topk = self._default_topk() if topk is None else _check.integer("topk", topk)
+        valid, out = operands.num_valid_tokens, operands.out
+        if valid is not None and not isinstance(valid, Tensor):
+            operands = operands._replace(num_valid_tokens=_check.valid_rows(valid, operands.logits))
         if out is not None:
             out = _check.as_output(out)
             operands = operands._replace(out=out)
@@ -384,9 +394,15 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 
 def _refuse_out(operands: Operands, *, differentiable: bool) -> None:
-    """Refuse outputs to write into where the weights need derivatives."""
-    if differentiable and operands.out is not None:
+    """Refuse outputs to write into where the weights need derivatives, or the outputs themselves do."""
+    out = operands.out
+    if out is None:
+        return
+    if differentiable:
         msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
+        raise ValueError(msg)
+    if is_grad_enabled() and out.weights.requires_grad:
+        msg = "out: expected tensors that require no gradient, got weights that do; use torch.no_grad()"
         raise ValueError(msg)
 
 

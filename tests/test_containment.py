@@ -201,6 +201,18 @@ def test_two_plug_ins_with_one_family_leave_the_first(install_plugin):
     assert len(known.failures) == 1
 
 
+@pytest.mark.parametrize(("oracle", "named"), [("", False), ("lowest:oracle", False), ("lowest:oracle", True)])
+def test_a_family_with_an_oracle_of_its_own_is_for_backends_that_name_it(install_plugin, install_backend, oracle, named):
+    family = f"FamilySpec(spec=RoutingSpec(family='acme_lowest'), source='', oracle={oracle!r})"
+    install_plugin("lowest", f"{HEAD}@hookimpl\ndef moe_routing_families(): return [{family}]")
+    install_backend("another", "families=frozenset({'acme_lowest'}), priority=10" if named else "priority=10")
+    problem = RoutingProblem(spec=RoutingSpec(family="acme_lowest"), num_experts=8, topk=2, dtype="float32")
+    report = resolve(registry(), problem=problem)
+    assert report.winner == ("another" if named or not oracle else None)
+    declined = {r.name for r in report.rejected if r.verdict.code is RejectCode.FAMILY}
+    assert declined == (({"eager"} if named else {"eager", "another"}) | {"torch-compile"} if oracle else set())
+
+
 @pytest.mark.parametrize("file", ["entry_points.txt", "METADATA"])
 def test_metadata_that_cannot_be_decoded_costs_only_its_distribution(tmp_path, monkeypatch, install_backend, file):
     info = tmp_path / "mangled" / "mangled-1.0.dist-info"
@@ -378,7 +390,9 @@ def test_a_spec_refuses_a_wrong_type_or_a_number_that_float32_cannot_hold_by_nam
 
 
 def test_an_error_shows_the_shape_of_a_tensor_and_never_its_elements():
-    with pytest.raises(TypeError, match=r"scale: expected a number, got a Tensor of shape \[3\]$"):
+    with pytest.raises(
+        TypeError, match=r"scale: expected a number, got a Tensor of shape \[3\], dtype torch.float32, device "
+    ):
         RoutingSpec(family="f", scale=torch.full((3,), 7.25))
 
 

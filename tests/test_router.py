@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
 import torch
 
 import moe_routing
-from moe_routing import Router, RoutingSpec
+from moe_routing import Router, RoutingSpec, _dispatch
 from moe_routing._registry import registry
 from moe_routing_registry import (
     BackendSpec,
@@ -152,6 +153,15 @@ def test_a_better_backend_out_of_reach_warns_with_the_command_that_mends_it(add_
     add_backend("wanting", "build_seven", priority=999, requirements=("no-such-distribution",))
     with pytest.warns(DowngradeWarning, match="mend: pip install 'no-such-distribution'"):
         assert fresh_router()(LOGITS, 2).ids[0, 0] == 1
+
+
+def test_a_downgrade_is_told_without_what_steers_a_terminal(add_backend, monkeypatch):
+    add_backend("wanting3", "build_seven", priority=999, requirements=("no-such-distribution",))
+    named = dataclasses.replace(moe_routing.probe("cpu"), name="\x1b[31m\u202eCPU")
+    monkeypatch.setattr(_dispatch, "probe", lambda _device: named)
+    with pytest.warns(DowngradeWarning, match=r"^cpu \(\[31mCPU, ") as told:
+        fresh_router()(LOGITS, 2)
+    assert str(told[0].message).isprintable()
 
 
 def test_strict_turns_a_downgrade_into_an_error(add_backend, monkeypatch):

@@ -94,3 +94,70 @@ def test_the_configuration_of_a_plugins_model_is_read(install_plugin):
     script = f"import sys; sys.path.insert(0, {str(site)!r})\n{CONFIGURATION}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "read\n", done.stderr
+
+
+KNOWN_SCORE = """
+from moe_routing_registry import BackendSpec, FamilySpec, RoutingSpec, Target, hookimpl
+
+@hookimpl
+def moe_routing_families():
+    spec = RoutingSpec(family="acme_lowest")
+    return [FamilySpec(spec=spec, source="ACME, 2026", oracle="acme_lowest:oracle")]
+
+def oracle(spec, logits, topk, **operands):
+    from moe_routing.reference import oracle
+    return oracle.route(RoutingSpec(family="softmax_topk"), -logits, topk, **operands)
+"""
+OWN_BACKEND = """
+@hookimpl
+def moe_routing_backends():
+    return [BackendSpec(name="lowest", factory="acme_lowest:build", targets=(Target("cpu"),), priority=1)]
+
+def build(problem, device):
+    import torch
+    from moe_routing import RoutingOutput
+    def kernel(logits, **operands):
+        weights, ids = oracle(problem.spec, logits, problem.topk)
+        return RoutingOutput(weights.float(), ids.to(getattr(torch, problem.ids_dtype)))
+    return kernel
+"""
+NO_BACKEND = """
+import moe_routing, torch
+report = moe_routing.explain("acme_lowest")
+assert report.winner is None, report
+assert {r.verdict.code.value for r in report.rejected if r.name in ("eager", "torch-compile")} == {"family"}, report
+assert "'acme_lowest' has an oracle of its own" in report.rejection("eager").verdict.reason
+for backend in (None, "eager"):
+    try:
+        moe_routing.get_router("acme_lowest", backend=backend)(torch.randn(2, 8), 2)
+    except moe_routing.BackendUnavailableError as error:
+        assert "oracle of its own" in str(error)
+    else:
+        raise AssertionError(backend)
+print("refused")
+"""
+WITH_BACKENDS = """
+import moe_routing, torch
+from moe_routing._registry import registry
+from moe_routing_registry import BackendSpec, Target
+route = moe_routing.get_router("acme_lowest", verify=True)
+assert route(torch.tensor([[3.0, 1.0, 2.0]]), 2).ids.tolist() == [[1, 2]]
+assert (route.backend, route.health().wrong) == ("lowest", 0), route.report
+named = frozenset({"acme_lowest"})
+for name, families in (("names_it", named), ("names_nothing", None)):
+    spec = BackendSpec(name=name, factory="acme_lowest:build", targets=(Target("cpu"),), families=families)
+    registry().register(spec)
+report = moe_routing.explain("acme_lowest")
+assert report.rejection("names_it").verdict.code.value == "explicit_only"
+assert report.rejection("names_nothing").verdict.code.value == "family"
+print("routed")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("own", "script", "said"), [("", NO_BACKEND, "refused"), (OWN_BACKEND, WITH_BACKENDS, "routed")])
+def test_a_family_with_an_oracle_of_its_own_is_routed_by_backends_that_know_of_it_alone(install_plugin, own, script, said):
+    site = install_plugin("acme_lowest", KNOWN_SCORE + own)
+    script = f"import sys; sys.path.insert(0, {str(site)!r})\n{script}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{said}\n", done.stderr

@@ -16,6 +16,7 @@ from moe_routing.bench._check import problems
 from moe_routing.bench._inputs import cache_of, check_memory, make
 from moe_routing.bench._result import Result, Row
 from moe_routing.bench._ways import NotMeasuredError, backend, comparison, fitting
+from moe_routing_registry import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -112,12 +113,13 @@ def _rows(case: Case, names: list[str], settings: Settings, device: torch.device
     for name, ours in asked:
         wrong, skipped = [], ""
         try:
-            way = backend(name, inputs) if ours else comparison(name, inputs)
-            wrong = problems(way, inputs)
+            with contained("it", NotMeasuredError):
+                way = backend(name, inputs) if ours else comparison(name, inputs)
+                wrong = problems(way, inputs)
         except NotMeasuredError as error:
             skipped = str(error)
-        except Exception as error:  # noqa: BLE001 -- compilers raise anything; the row says it
-            skipped = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        except PluginFailure as failure:  # compilers raise anything; the row says it
+            skipped = failure.sentence.removeprefix("it raised ")
             wrong = [f"raised {skipped}"] if ours else []
         if wrong or skipped:
             rows += [

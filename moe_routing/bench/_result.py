@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_routing.bench._settings import Case, Settings
+from moe_routing_registry import shown
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -231,7 +232,8 @@ def refuse_another_run(before: Result, device: dict[str, Any], settings: Setting
     """Raise ``ValueError`` unless the run was of this kind of device, used in this way, and measured all of these cases."""
     for name in _DEVICE:
         if before.device.get(name) != device.get(name):
-            msg = f"against: expected a run on the same device, {name} {device.get(name)!r}, got {before.device.get(name)!r}"
+            here, there = shown(device.get(name)), shown(before.device.get(name))
+            msg = f"against: expected a run on the same device, {name} {here}, got {there}"
             raise ValueError(msg)
     known = {(row.case, row.mode) for row in before.rows}
     for case in settings.cases:

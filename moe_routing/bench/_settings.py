@@ -7,6 +7,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from moe_routing_registry import refusal
+
 MODES = {
     "graph": "replays of a CUDA graph, outputs allocated before: what the kernels take",
     "call": "whole calls, outputs allocated in them",
@@ -72,11 +74,9 @@ class Settings:
         for name, known in (("modes", MODES), ("compare", COMPARISONS), ("dtypes", DTYPES.values())):
             for value in getattr(self, name):
                 if value not in known:
-                    msg = f"{name}: expected one of {', '.join(known)}, got {value!r}"
-                    raise ValueError(msg)
-        if not self.tokens or min(self.tokens) < 1:
-            msg = f"tokens: expected integers >= 1, got {self.tokens!r}"
-            raise ValueError(msg)
+                    raise ValueError(refusal(name, f"one of {', '.join(known)}", value))
+        if not self.tokens or not all(isinstance(count, int) and count >= 1 for count in self.tokens):
+            raise ValueError(refusal("tokens", "integers >= 1", self.tokens))
         unlike = set(self.modes) - {"call"}
         if self.device.partition(":")[0] == "cpu" and unlike:
             msg = f"modes: expected call on the CPU, which has no graphs and is its own host, got {', '.join(sorted(unlike))}"

@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from moe_routing.conformance.runner import Report, Result
 
 _SHOWN = 10
+NOTHING_CHECKED = 2
+"""Exit code where the backend cannot be used on the device, or nothing that was asked for could be checked."""
+_NOTHING = {"checked": 0, "declined": 0, "not_run": 0}
 _STYLES = {
     "passed": STATUS_STYLES["ok"],
     "failed": STATUS_STYLES["problem"],
     "gap": STATUS_STYLES["warning"],
     "declined": STATUS_STYLES["skipped"],
+    "not_run": STATUS_STYLES["skipped"],
     "not_applicable": STATUS_STYLES["skipped"],
 }
 
@@ -49,7 +53,7 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON report, for programs.")] = False,
 ) -> None:
-    """Check a backend against the whole contract; exit code 0 if it conforms, 1 if not."""
+    """Check a backend against the whole contract; exit code 0 if it conforms, 1 if not, 2 if nothing was checked."""
     from moe_routing.conformance.clauses import CLAUSES
     from moe_routing.conformance.report import WRITERS, write
 
@@ -62,7 +66,7 @@ def conformance(  # noqa: PLR0913 -- the options of the command
             msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {str(path)!r}"
             raise UsageError(msg)
         check_writable("--report", path)
-    outcome = _run(backend, device, "full" if full else "quick", clause, seed)
+    outcome = _run(backend, device, "full" if full else "quick", clause, seed, as_json=as_json)
     screen = console()
     if as_json:
         print_json(outcome.to_dict())
@@ -76,14 +80,29 @@ def conformance(  # noqa: PLR0913 -- the options of the command
             raise Unusable(msg) from error
         if not as_json:
             screen.print(f"Report: {path}", soft_wrap=True)
-    raise typer.Exit(0 if outcome.ok else 1)
+    raise typer.Exit(0 if outcome.ok else 1 if outcome.failed else NOTHING_CHECKED)
 
 
-def _run(backend: str, device: str, profile: Profile, clauses: list[int] | None, seed: int | None) -> Report:
+def _run(  # noqa: PLR0913 -- the options of the command
+    backend: str, device: str, profile: Profile, clauses: list[int] | None, seed: int | None, *, as_json: bool
+) -> Report:
     import moe_routing
-    from moe_routing.conformance.runner import run
+    from moe_routing.conformance.runner import NotUsableError
 
     moe_routing.probe(device)  # a device that is not here is an error of its own
+    try:
+        return _with_progress(backend, device, profile, clauses, seed)
+    except NotUsableError as error:
+        if as_json:
+            print_json({"ok": False, "backend": backend, "device": device, "verdict": str(error), "counts": _NOTHING})
+        else:
+            console().print(str(error), soft_wrap=True)
+        raise typer.Exit(NOTHING_CHECKED) from error
+
+
+def _with_progress(backend: str, device: str, profile: Profile, clauses: list[int] | None, seed: int | None) -> Report:
+    from moe_routing.conformance.runner import run
+
     with progress() as bar:
         task = bar.add_task("conformance", total=None)
 
@@ -118,6 +137,5 @@ def _show(report: Report, screen: Console) -> None:
         screen.print(f"and {len(report.failed) - _SHOWN} more; --report failures.html lists them all")
     for capability, reason in report.gaps.items():
         screen.print(Text(f"gap: {capability}: {reason}", style=_STYLES["gap"]))
-    verdict = "conforms" if report.ok else "does not conform"
-    screen.print(Text(f"{report.backend} {verdict}: {len(report.results)} checks in {report.seconds:.1f} s", style="bold"))
-    screen.print(f"seed: {report.seed}")
+    screen.print(Text(f"{report.backend} {report.verdict}", style="bold"), soft_wrap=True)
+    screen.print(f"{len(report.results)} cases in {report.seconds:.1f} s, seed {report.seed}")

@@ -46,7 +46,7 @@ def tune(  # noqa: PLR0913 -- the options of the command
         list[str] | None, typer.Option(metavar="DTYPE,...", help="Of the logits: bf16, fp16, fp32; bf16.")
     ] = None,
     tokens: Annotated[
-        list[str] | None, typer.Option(metavar="T,...", help="Numbers of tokens; nine from 1 to 262144.")
+        list[str] | None, typer.Option(metavar="T,...", help="Numbers of tokens; a quarter apart, 1 to 250000.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda:0, ...; the first accelerator.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,

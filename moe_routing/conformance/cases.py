@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
+from moe_routing._dispatch import dtype_name
 from moe_routing.conformance import rows
 from moe_routing.conformance.variants import VARIANTS
 from moe_routing.reference import oracle
 from moe_routing.reference.compare import exact_device
+from moe_routing_registry import RoutingProblem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +81,18 @@ class Case:
     def but(self, **changes: object) -> Case:
         """Return the case with some words changed."""
         return replace(self, **changes)  # type: ignore[arg-type]  # the fields' own types
+
+    def problem(self, *, training: bool = False) -> RoutingProblem:
+        """Return the problem that the call is an instance of."""
+        return RoutingProblem(
+            spec=self.spec,
+            num_experts=self.num_experts,
+            topk=self.topk,
+            dtype=dtype_name(self.dtype),
+            ids_dtype=self.ids_dtype,
+            training=training,
+            layout="strided" if self.layout == "transposed" else "rows",
+        )
 
     def generator(self) -> torch.Generator:
         """Return a generator seeded by the case's words, hence the same on every machine and in every order."""

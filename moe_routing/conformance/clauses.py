@@ -60,11 +60,12 @@ _CLAUSES = (
         3,
         "non_finite",
         "Non-finite logits",
-        "NaN counts as -inf, logits are clamped to float32's range, weights are never NaN or inf.",
+        "NaN counts as -inf, logits are clamped to float32's range, no logit makes a weight NaN or inf.",
         "NaN counts as -inf and infinities as the largest finite numbers; everything else follows from the formula. "
         "So NaN and -inf are chosen only when fewer than K others exist, several +inf share the weight, and a row "
         "with nothing finite gives ids `0..K-1`. Where a bias is added to scores, the score of a NaN logit is that of "
-        "-inf, and the bias still counts. Weights are never NaN or infinite.",
+        "-inf, and the bias still counts. A NaN bias counts as -inf. Weights are never NaN or infinite, unless "
+        "`per_expert_scale` is, or a product leaves float32's range.",
         "one overflow in one layer otherwise spreads over the batch, or sorts first here and last there.",
     ),
     Clause(
@@ -104,7 +105,11 @@ _CLAUSES = (
         "Bad arguments",
         "A wrong argument is a ValueError or TypeError that names it, before any launch.",
         "A wrong argument is a `TypeError` or `ValueError` that begins with its name and says what came and what was "
-        "expected, before anything is launched.",
+        "expected, before anything is launched. Outputs that share memory with each other or with an operand (from "
+        "its first byte to its last) are wrong, and so are outputs that cannot be written: weights that require a "
+        "gradient while gradients are recorded, inference tensors outside inference mode. Operands may share memory "
+        "with each other. (Inside a compiled function there are no addresses to look at; there outputs are written "
+        "after everything is read.)",
         "a scale that was too short was read out of bounds; a router fell back to softmax for a sigmoid model without "
         "a word. (The `Router` does this for every backend.)",
     ),
@@ -160,8 +165,10 @@ _CLAUSES = (
         "padding",
         "Padding",
         "Rows at or past num_valid_tokens get ids -1 and weights 0, without a synchronisation.",
-        "With `num_valid_tokens`, an int or a tensor on the device, rows at or past it get ids -1 and weights 0 in "
-        "every column, shared slots too, whatever the rows hold. With a token table, a row also counts as padding if "
+        "With `num_valid_tokens`, an integer or a tensor on the device, rows at or past it get ids -1 and weights 0 in "
+        "every column, shared slots too, whatever the rows hold. Any number from T on means all rows. A negative "
+        "integer is a wrong argument; a negative number on the device, which nobody reads on the host, means that no "
+        "row is valid. With a token table, a row also counts as padding if "
         "its token id is outside the table, or if an entry of that token is outside [0, E). Nothing is read past the "
         "table, and the host learns of none: an error would need a synchronisation.",
         "graphs are captured at fixed sizes, and the padding's garbage was routed to experts; token ids past the "
@@ -184,7 +191,9 @@ _CLAUSES = (
         "Gradients",
         "Gradients flow from the weights to logits and scale; selection has none.",
         "Gradients flow from the weights to the logits and to `per_expert_scale`, equal to autograd through the "
-        "oracle at the chosen ids; selection has none; NaN and infinite logits get 0. (The product has them in closed "
+        "oracle at the chosen ids; selection has none; NaN and infinite logits get 0. Where a NaN or infinite scale "
+        "weighs an expert of a row, the gradient of that row's logits has no stated value; every other gradient is as "
+        "with finite scales. (The product has them in closed "
         "form for every backend; a kernel with a method `backward` brings its own.)",
         "a router that returns a weight without its gradient trains, and learns nothing.",
     ),

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
     from moe_routing.conformance.runner import Report, Result, Status
 
-STATUSES: tuple[Status, ...] = ("passed", "failed", "gap", "declined", "not_applicable")
-_WORST_FIRST: tuple[Status, ...] = ("failed", "gap", "passed", "declined", "not_applicable")
-_MARKS = {"passed": "✓", "failed": "✗", "gap": "△", "declined": "-", "not_applicable": "·"}
+STATUSES: tuple[Status, ...] = ("passed", "failed", "gap", "declined", "not_run", "not_applicable")
+_WORST_FIRST: tuple[Status, ...] = ("failed", "gap", "passed", "declined", "not_run", "not_applicable")
+_MARKS = {"passed": "✓", "failed": "✗", "gap": "△", "declined": "-", "not_run": "○", "not_applicable": "·"}
 _WORDS = {
     "passed": "passed",
     "failed": "failed",
     "gap": "fails, and the card says why",
     "declined": "the card declines it",
+    "not_run": "cannot be run here",
     "not_applicable": "nothing to check here",
 }
 _UNFOLDED = 20
@@ -88,7 +89,7 @@ def _by(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, li
 
 def to_html(report: Report) -> str:
     """Return one page without scripts, pictures or links to elsewhere: summary, matrix, and everything that did not pass."""
-    verdict, style = ("conforms", "passed") if report.ok else ("does not conform", "failed")
+    verdict, style = report.verdict.partition(":")[0], "passed" if report.ok else "failed"
     title = f"{report.backend}: moe-routing conformance"
     parts = [
         f"<h1>{escape(report.backend)} <span class='verdict' style='background:var(--{style})'>{verdict}</span></h1>",
@@ -99,6 +100,7 @@ def to_html(report: Report) -> str:
         listing("Failures", report.failed, "failed"),
         _gaps(report),
         _reasons("Declined by the card", [r for r in report.results if r.status == "declined"]),
+        _reasons("Cannot be run here", [r for r in report.results if r.status == "not_run"]),
         _reasons("Nothing to check here", [r for r in report.results if r.status == "not_applicable"]),
         _checks(report),
         f"<footer>Written by moe-routing {escape(report.versions.get('moe-routing', ''))}, {escape(report.started)}.</footer>",
@@ -109,6 +111,7 @@ def to_html(report: Report) -> str:
 def _summary(report: Report) -> str:
     counts = ", ".join(f"{n} {s.replace('_', ' ')}" for s in STATUSES if (n := report.count(s)))
     rows = {
+        "verdict": report.verdict,
         "checks": counts,
         "device": report.device,
         "distribution": report.distribution,

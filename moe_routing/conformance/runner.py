@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-import traceback
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,19 +16,22 @@ import torch
 from moe_routing._registry import registry
 from moe_routing.conformance import checks, drawn
 from moe_routing.conformance.clauses import CLAUSES
-from moe_routing.conformance.under_test import BackendUnderTest, DeclinedError, NotApplicableError
+from moe_routing.conformance.under_test import BackendUnderTest, DeclinedError, NotApplicableError, NotRunError
 from moe_routing.probing import probe
-from moe_routing_registry import MoeRoutingWarning, Request
+from moe_routing_registry import MoeRoutingWarning, PluginFailure, Request, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from moe_routing.conformance.cases import Profile
     from moe_routing.conformance.checks import Item
+    from moe_routing_registry import Rejection
 
-Status = Literal["passed", "failed", "gap", "declined", "not_applicable"]
+Status = Literal["passed", "failed", "gap", "declined", "not_run", "not_applicable"]
 SCHEMA_VERSION = 1
 MANY_ROWS = 2048
+REASONS = 3
+"""How many reasons a verdict gives; the report has all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ class Result:
     :ivar case: the case's name.
     :ivar family: the family, or ``""`` where it is about none.
     :ivar status: ``"passed"``; ``"failed"``; ``"gap"``: it fails, and the card gives a reason; ``"declined"``: the card
-        declines the problem; ``"not_applicable"``: there is nothing to check here.
+        declines the problem; ``"not_run"``: it needs what is not here; ``"not_applicable"``: there is nothing to check.
     :ivar message: why, unless it passed.
     :ivar seconds: how long it took.
     """
@@ -83,6 +86,36 @@ class Report:
         return not self.failed and any(r.status == "passed" for r in self.results)
 
     @property
+    def verdict(self) -> str:
+        """The verdict in a sentence, with what stands behind it: how much was checked, declined and not run, and why.
+
+        >>> run("eager", profile="smoke", clauses=[9]).verdict
+        'conforms: 2 checked'
+        """
+        counts = self.counts
+        word = "does not conform" if self.failed else "conforms" if counts["checked"] else "nothing was checked"
+        parts = [f"{counts['checked']} checked"]
+        parts += [f"{len(self.failed)} failed"] if self.failed else []
+        parts += [f"{counts['declined']} declined ({self._reasons('declined', 'gap')})"] if counts["declined"] else []
+        parts += [f"{counts['not_run']} not run here ({self._reasons('not_run')})"] if counts["not_run"] else []
+        return f"{word}: {', '.join(parts)}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many were checked, declined by the backend (or excused by a gap of its spec), and cannot be run here."""
+        return {
+            "checked": self.count("passed") + len(self.failed),
+            "declined": self.count("declined") + self.count("gap"),
+            "not_run": self.count("not_run"),
+        }
+
+    def _reasons(self, *statuses: Status) -> str:
+        """Return the most frequent reasons, each with how often it was given."""
+        given = Counter(r.message.partition("\n")[0] for r in self.results if r.status in statuses).most_common()
+        more = [f"and {len(given) - REASONS} more reasons"] if len(given) > REASONS else []
+        return "; ".join([*(f"{reason}: {count}" for reason, count in given[:REASONS]), *more])
+
+    @property
     def failed(self) -> list[Result]:
         """What failed."""
         return [r for r in self.results if r.status == "failed"]
@@ -97,6 +130,8 @@ class Report:
         return {
             "schema_version": SCHEMA_VERSION,
             "ok": self.ok,
+            "verdict": self.verdict,
+            "counts": self.counts,
             "backend": self.backend,
             "distribution": self.distribution,
             "device": self.device,
@@ -109,6 +144,17 @@ class Report:
             "clauses": {str(n): {"name": p.name, "rule": p.rule} for n, p in CLAUSES.items()},
             "results": [{name: getattr(result, name) for name in slots} for result in self.results],
         }
+
+
+class NotUsableError(Exception):
+    """The backend cannot be used on the device at all, so that there is nothing to check; ``rejection`` says why."""
+
+    def __init__(self, under_test: BackendUnderTest, rejection: Rejection) -> None:
+        """Say why, and what would change it."""
+        self.rejection = rejection
+        verdict = rejection.verdict
+        fix = f"; {verdict.fix}" if verdict.fix else ""
+        super().__init__(f"{under_test.backend} was not checked on {under_test.device}: it {verdict.reason}{fix}")
 
 
 def run(  # noqa: PLR0913 -- the options of the command
@@ -126,8 +172,12 @@ def run(  # noqa: PLR0913 -- the options of the command
     :param seed: draws the cases that are in no list; a new one where ``None``. The report has it.
     :param on_result: called after each check with its result, how many are done, and how many there are.
     :raises UnknownNameError: there is no such backend.
+    :raises NotUsableError: the backend is not for the device, or cannot be used on it.
     """
     under_test = backend_under_test(backend, device)
+    rejection = under_test.why_not()
+    if rejection is not None:
+        raise NotUsableError(under_test, rejection)
     wanted = set(CLAUSES if clauses is None else clauses)
     seed = drawn.new_seed() if seed is None else seed
     with drawn.seeded(seed):
@@ -201,18 +251,21 @@ def _threads_for(item: Item, under_test: BackendUnderTest) -> Iterator[None]:
 
 
 def _outcome(item: Item, under_test: BackendUnderTest) -> tuple[Status, str]:
+    verdicts = (NotApplicableError, NotRunError, DeclinedError, AssertionError)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contained("a call in it", *verdicts):
             warnings.simplefilter("error", MoeRoutingWarning)
             item.check.run(under_test, item.case)
     except NotApplicableError as error:
         return "not_applicable", str(error)
+    except NotRunError as error:
+        return "not_run", str(error)
     except DeclinedError as error:
         return "declined", str(error)
     except AssertionError as error:
         return _failure(item, under_test, str(error))
-    except Exception as error:  # noqa: BLE001 -- a backend may raise anything; it is kept in the report
-        return _failure(item, under_test, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    except PluginFailure as failure:
+        return _failure(item, under_test, f"{failure.sentence}\n{failure.trace}")
     return "passed", ""
 
 

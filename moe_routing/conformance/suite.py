@@ -42,8 +42,13 @@ class RouterConformance:
             message = f"{cls.__name__}: name a backend, as the class attribute `backend` or with --moe-backend"
             raise ValueError(message)
         from moe_routing.conformance import checks, drawn
+        from moe_routing.conformance.runner import NotUsableError, backend_under_test
 
         device = cls.device or option("--moe-device", default=None) or "cpu"
+        under_test = backend_under_test(backend, device)
+        rejection = under_test.why_not()
+        if rejection is not None:
+            raise NotUsableError(under_test, rejection)
         profile: Profile = "full" if option("--moe-full", default=False) else cls.profile
         clause = int(metafunc.function.__name__.split("_")[1])
         with drawn.seeded(option("--moe-seed", default=None)):

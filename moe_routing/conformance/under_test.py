@@ -10,14 +10,17 @@ import torch
 import moe_routing
 from moe_routing import RoutingOutput
 from moe_routing._registry import registry
+from moe_routing.conformance.cases import Case
+from moe_routing.conformance.variants import VARIANTS
+from moe_routing.probing import probe
 from moe_routing.reference.compare import compare
-from moe_routing_registry import BackendUnavailableError, RejectCode
+from moe_routing_registry import BackendUnavailableError, RejectCode, Request
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing.conformance.cases import Call
-    from moe_routing_registry import BackendSpec, Rejection, RoutingSpec
+    from moe_routing_registry import BackendSpec, Rejection, RoutingProblem, RoutingSpec
 
 GAP_OF = {
     RejectCode.FAMILY: "family",
@@ -39,7 +42,11 @@ class DeclinedError(Exception):
 
 
 class NotApplicableError(Exception):
-    """The check makes no sense here: no second device, for example."""
+    """There is nothing to check: no gap is declared, say."""
+
+
+class NotRunError(Exception):
+    """The check cannot be run here: it needs another device, a second one, or more memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,21 @@ class BackendUnderTest:
     def card(self) -> BackendSpec:
         """The backend's card."""
         return registry().backends[self.backend]
+
+    def why_not(self) -> Rejection | None:
+        """Return why the backend cannot be used on the device whatever is asked of it, or ``None`` where it can."""
+        first = None
+        for variant in VARIANTS:
+            rejection = self.rejection(Case(variant=variant, topk=8).problem())
+            if rejection is None or rejection.verdict.code in GAP_OF:
+                return None
+            first = first or rejection
+        return first
+
+    def rejection(self, problem: RoutingProblem) -> Rejection | None:
+        """Return the backend's rejection of a problem, or ``None`` where it accepts."""
+        request = Request(backend=self.backend, asked_by="argument")
+        return registry().resolve(problem, probe(self.device), request).rejection(self.backend)
 
     def router(self, spec: RoutingSpec) -> moe_routing.Router:
         """Return the router that a user of this backend gets."""

@@ -12,7 +12,7 @@ from moe_routing.doctor._check import Check
 from moe_routing.doctor._environment import HIDING, variables
 from moe_routing.doctor._machine import backend_autoloaders, gpus_without_torch, quietly
 from moe_routing.probing._toolchains import toolchains
-from moe_routing_registry import PluginFailure, contained
+from moe_routing_registry import INTERPRETER, PluginFailure, contained, triton_interprets
 
 if TYPE_CHECKING:
     from moe_routing.doctor._case import Case
@@ -95,7 +95,14 @@ def devices(case: Case) -> list[Check]:
 
 def triton(case: Case) -> list[Check]:
     """Judge whether triton carries what the accelerators here need."""
-    return _toolchain(case, "triton", platforms=("cuda", "rocm", "xpu"))
+    found = _toolchain(case, "triton", platforms=("cuda", "rocm", "xpu"))
+    if not triton_interprets():
+        return found
+    summary = f"{INTERPRETER} is set: Triton interprets kernels on the CPU, for those who name one of its backends"
+    if not any(info.is_accelerator for info in case.machine.devices):
+        return [*found, Check(name="triton", status="ok", summary=summary)]
+    summary += ", and compiles none"
+    return [*found, Check(name="triton", status="warning", summary=summary, fix=f"unset {INTERPRETER}")]
 
 
 def rocm(case: Case) -> list[Check]:

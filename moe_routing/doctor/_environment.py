@@ -9,6 +9,7 @@ from moe_routing.integrations.vllm._seams import VARIABLE as VLLM_VARIABLE
 from moe_routing_registry import (
     BACKEND_VARIABLE,
     BLOCK_VARIABLE,
+    INTERPRETER,
     STRICT_VARIABLE,
     VERIFY_VARIABLE,
     UnknownNameError,
@@ -37,7 +38,7 @@ HIDING = {
 """Variables of others that decide which devices torch sees."""
 OTHERS = HIDING | {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0: torch imports no third-party device backends",
-    "TRITON_INTERPRET": "1: triton runs on the CPU, in Python",
+    INTERPRETER: "1: triton interprets kernels on the CPU, for those who name its backends, and compiles none",
 }
 """Variables of others that change what is found here."""
 

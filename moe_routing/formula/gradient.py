@@ -28,16 +28,18 @@ def weights_backward(
     :param grad_weights: ``[T, K]``, of the K selected experts.
     :param ids: ``[T, K]``, logical ids; -1 in rows of padding.
     """
-    chosen = ids.long().clamp(min=0)
-    grad = grad_weights.float().masked_fill(ids < 0, 0.0) * spec.scale
+    chosen, constant = ids.long().clamp(min=0), ids < 0
     if spec.zero_experts:
-        grad = grad.masked_fill(ids >= logits.shape[1] - spec.zero_experts, 0.0)
+        constant = constant | (ids >= logits.shape[1] - spec.zero_experts)
+    grad = grad_u = grad_weights.float().masked_fill(constant, 0.0) * spec.scale
+    if per_expert_scale is not None:
+        # What is constant has gradient 0 though its scale is infinite, and 0 times infinity is not 0.
+        grad_u = grad * per_expert_scale.float()[chosen].masked_fill(constant, 0.0)
     l = torch.nan_to_num(logits.float(), nan=-_MAX, posinf=_MAX, neginf=-_MAX)
     if spec.selection == "sparsemixer":
-        grad_x, u, slope = _sparsemixer(spec, grad, l, chosen, per_expert_scale)
+        grad_x, u, slope = _sparsemixer(spec, grad_u, l, chosen)
     else:
         x, slope = _activated(spec, l)
-        grad_u = grad if per_expert_scale is None else grad * per_expert_scale.float()[chosen]
         grad_x, u = _scored(spec, grad_u, x, chosen)
     grad_logits = (grad_x * slope).masked_fill(~logits.isfinite(), 0.0).to(logits.dtype)
     if per_expert_scale is None:
@@ -106,9 +108,7 @@ def _renormalized(spec: RoutingSpec, grad_u: Tensor, v: Tensor) -> tuple[Tensor,
     return (grad_u - through_sum) / denominator, u
 
 
-def _sparsemixer(
-    spec: RoutingSpec, grad: Tensor, l: Tensor, chosen: Tensor, per_expert_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sparsemixer(spec: RoutingSpec, grad_u: Tensor, l: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Go back through the K masked softmaxes; the masks are constants."""
     left, grad_x, weights = l, torch.zeros_like(l), []
     for k in range(chosen.shape[1]):
@@ -117,7 +117,7 @@ def _sparsemixer(
         far = (top - l) / l.abs().maximum(top) > 2 * spec.jitter
         p = left.masked_fill(far, -torch.inf).softmax(-1)
         v = p.gather(-1, best)
-        grad_v = grad[:, k : k + 1] if per_expert_scale is None else grad[:, k : k + 1] * per_expert_scale.to(l.dtype)[best]
+        grad_v = grad_u[:, k : k + 1]
         grad_x = grad_x - p * (grad_v * v)
         grad_x = grad_x.scatter_add(-1, best, grad_v * v)
         weights.append(v)

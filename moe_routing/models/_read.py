@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from moe_routing.models._contradictions import contradictions
 from moe_routing.models._preset import ANYTHING_ELSE, row
 from moe_routing.models._table import MODELS, NOT_EXPRESSED
-from moe_routing_registry import RoutingSpec, UnknownNameError
+from moe_routing_registry import RoutingSpec, UnknownNameError, refusal, shown
 
 if TYPE_CHECKING:
     from moe_routing.models._preset import Changes, ModelPreset, Reads
@@ -21,6 +21,8 @@ _NESTED = ("text_config", "thinker_config", "llm_config", "language_config")
 _BY_LAYER: Final = "expected one value for all layers, got layers that differ; give one layer's, config.per_layer_config[i]"
 _INTEGERS = {"num_experts": 1, "topk": 1, "num_groups": 1, "topk_groups": 1, "zero_experts": 0}
 """Fields that are integers, with the smallest that makes sense."""
+_ENTRIES = (bool, int, float)
+"""Types of what a list may have for each layer."""
 _SIZES: Reads = {
     "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     "topk": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
@@ -132,7 +134,7 @@ def _refuse_contradictions(preset: ModelPreset, config: object, spec: RoutingSpe
 
     for name, value, expected in contradictions(spec, read, get):
         msg = f"{name}: expected {expected!r} in a configuration of {preset.name!r}, whose preset computes {spec.formula}, "
-        raise ValueError(msg + f"got {value!r}")
+        raise ValueError(msg + f"got {shown(value)}")
 
 
 def _find(preset: ModelPreset, config: object, names: str | tuple[str, ...]) -> tuple[str, object]:
@@ -177,13 +179,12 @@ def _chosen(preset: ModelPreset, attribute: str, options: Mapping[object, Change
         if option is ANYTHING_ELSE or option == value:
             return changes
     expected = " or ".join(repr(option) for option in options)
-    msg = f"{attribute}: expected {expected} in a configuration of {preset.name!r}, got {value!r}"
-    raise ValueError(msg)
+    raise ValueError(refusal(attribute, f"{expected} in a configuration of {preset.name!r}", value))
 
 
 def _valued(field: str, attribute: str, value: object) -> bool | int | float:
     """Check a value's type; a list with an entry for each layer counts as its entry where all are equal."""
-    if isinstance(value, (list, tuple)) and value and all(entry == value[0] for entry in value):
+    if isinstance(value, (list, tuple)) and value and all(type(entry) in _ENTRIES and entry == value[0] for entry in value):
         value = value[0]
     if field == "renormalize":
         if isinstance(value, bool):
@@ -197,8 +198,7 @@ def _valued(field: str, attribute: str, value: object) -> bool | int | float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
         expected = "a finite number"
-    msg = f"{attribute}: expected {expected}, got {value!r}"
-    raise ValueError(msg)
+    raise ValueError(refusal(attribute, expected, value))
 
 
 def _origin(names: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_routing.probing._installed import Installed
+from moe_routing_registry import refusal, shown
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -140,13 +141,12 @@ def locate(device: object) -> tuple[str, int | None]:
     import torch
 
     if not isinstance(device, (torch.device, str)):
-        msg = f"device: expected a torch.device or a str such as 'cuda:0', got {device!r} of type {type(device).__name__}"
-        raise TypeError(msg)
+        raise TypeError(refusal("device", "a torch.device or a str such as 'cuda:0'", device))
     try:
         parsed = torch.device(device)
     except RuntimeError as error:
         known = ", ".join(repr(name) for name in present())
-        msg = f"device: expected a device that torch knows, got {device!r}; here are {known}"
+        msg = f"device: expected a device that torch knows, got {shown(device)}; here are {known}"
         raise UnknownDeviceError(msg) from error
     if parsed.type in _WITHOUT_INDEX:
         index = None

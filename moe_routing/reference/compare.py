@@ -100,7 +100,8 @@ def _problems_with_theirs(
     exact = oracle.route(spec, logits, topk, **operands)
     for row in (output.ids.long() != exact.ids.to(output.ids.device)).any(-1).nonzero().flatten()[:MANY].tolist():
         yield f"row {row}: ids {output.ids[row].tolist()}, its oracle says {exact.ids[row].tolist()}"
-    far = ~torch.isclose(output.weights.double(), exact.weights.to(output.weights.device), rtol=RTOL, atol=ATOL)
+    theirs = exact.weights.to(output.weights.device)
+    far = ~torch.isclose(output.weights.double(), theirs, rtol=RTOL, atol=ATOL, equal_nan=True)
     for row in far.any(-1).nonzero().flatten()[:MANY].tolist():
         yield f"row {row}: weights {output.weights[row].tolist()}, its oracle says {exact.weights[row].tolist()}"
 
@@ -229,13 +230,24 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
             for factor in (1 - slack, 1 + slack)
         ]
         low, high = torch.minimum(*others), torch.maximum(*others)
-    wrong = ~((weights >= low - tolerance) & (weights <= high + tolerance))  # NaN is wrong
+    # What is beyond float32's range is infinite there.
+    low, high = (_in_float32(end) for end in (low - tolerance, high + tolerance))
+    wrong = ~((weights >= low) & (weights <= high))  # NaN is wrong
+    if scale is not None and not scale.isfinite().all():
+        tiny = oracle.weights_at(spec, l, ids).abs() <= ATOL  # which float32 may take for 0, and 0 times infinity is NaN
+        right = (weights == exact) | (weights.isnan() & (exact.isnan() | tiny))
+        wrong = torch.where(exact.isfinite(), wrong, ~right)
     for row, k in wrong.nonzero()[:MANY].tolist():
         got, expected = float(weights[row, k]), float(exact[row, k])
         yield (
             f"row {int(rows[row])}: weight of id {int(ids[row, k])} is {got:.9g}, exactly {expected:.9g}: "
             f"off by {abs(got - expected):.3g}, allowed {float(tolerance[row, k]):.3g}"
         )
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    limit = oracle.FLOAT32_MAX
+    return x.masked_fill(x > limit, torch.inf).masked_fill(x < -limit, -torch.inf)
 
 
 def _row_problem(spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: list[int], exact: list[int]) -> str:
@@ -326,13 +338,18 @@ class _Row:
         if len(touched) > keep:
             return
         low, high = [b[0] for b in bounds_of], [b[1] for b in bounds_of]
+        content: list[object] = [sorted(self.same[e] for e in self.experts((g,))) for g in range(count)]
+        if self.spec.group_score == "top2_sum":
+            # Sums that are known exactly, those that are clamped among them, are equal whatever they are sums of.
+            content = [bound[0] if bound[0] == bound[1] else same for bound, same in zip(bounds_of, content, strict=True)]
         sure = {g for g in range(count) if sum(high[o] >= low[g] for o in range(count) if o != g) < keep} | touched
         maybe = [g for g in range(count) if g not in sure and sum(low[o] > high[g] for o in range(count)) < keep]
         for chosen in itertools.combinations(maybe, max(keep - len(sure), 0)):
             kept = tuple(sorted(sure | set(chosen)))
             left = [g for g in range(count) if g not in kept]
             feasible = not left or min(high[g] for g in kept) >= max(low[g] for g in left)
-            if feasible and len(kept) == keep and not self._skips_an_equal_group(kept, left):
+            skips_an_equal = any(lower < g and content[lower] == content[g] for g in kept for lower in left)
+            if feasible and len(kept) == keep and not skips_an_equal:
                 yield kept
 
     def _group_interval(self, group: int) -> tuple[float, float]:
@@ -341,10 +358,5 @@ class _Row:
         low = sum(sorted((self.keys[e] - self.error[e] for e in inside), reverse=True)[:best])
         high = sum(sorted((self._high(e) for e in inside), reverse=True)[:best])
         rounding = error_bounds.U * max(abs(low), abs(high)) if best > 1 else 0.0
-        # Sums beyond float32's range may be infinite or clamped: they cannot be told apart.
         limit = oracle.FLOAT32_MAX
-        return min(low - rounding, limit), (max(high + rounding, -limit) if high < limit else float("inf"))
-
-    def _skips_an_equal_group(self, kept: tuple[int, ...], left: list[int]) -> bool:
-        content = [sorted(self.same[e] for e in self.experts((g,))) for g in range(self.spec.num_groups)]
-        return any(lower < g and content[lower] == content[g] for g in kept for lower in left)
+        return min(max(low - rounding, -limit), limit), min(max(high + rounding, -limit), limit)

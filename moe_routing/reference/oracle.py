@@ -154,6 +154,8 @@ def weights_at(spec: RoutingSpec, logits: Tensor, ids: Tensor, *, per_expert_sca
     """Return the float64 weights ``[T, K]`` of the logical ``ids``, whoever selected them; 0 in rows of -1.
 
     A renormalisation without epsilon and floor is a ratio of exact scores, hence a softmax over their logarithms.
+    ``per_expert_scale`` is rounded to float32, and multiplies as IEEE 754 says: NaN and infinities come out as they are, and 0
+    times an infinity is NaN. A zero expert's weight is 0 whatever its scale.
     """
     x = transformed(spec, clean(logits))
     padding, ids = (ids < 0).any(-1, keepdim=True), ids.clamp(min=0)
@@ -168,7 +170,7 @@ def weights_at(spec: RoutingSpec, logits: Tensor, ids: Tensor, *, per_expert_sca
             weights = weights / (weights.sum(-1, keepdim=True) + spec.renorm_epsilon).clamp(min=spec.renorm_floor)
     weights = weights * spec.scale
     if per_expert_scale is not None:
-        weights = weights * per_expert_scale.double()[ids]
+        weights = weights * per_expert_scale.float().double()[ids]
     return weights.where(ids < logits.shape[1] - spec.zero_experts, 0.0).masked_fill(padding, 0.0)
 
 
@@ -200,6 +202,8 @@ def finish(  # noqa: PLR0913 -- the operands of the last steps
         weights = torch.cat([weights, weights.new_ones(len(ids), spec.shared_experts)], dim=1)
     padding = (ids < 0).any(-1, keepdim=True)
     if num_valid_tokens is not None:
+        if not isinstance(num_valid_tokens, torch.Tensor):
+            num_valid_tokens = min(num_valid_tokens, len(ids))  # which may be beyond int64
         padding = padding | (torch.arange(len(ids), device=ids.device) >= num_valid_tokens).unsqueeze(1)
     if expert_map is not None:
         ids = expert_map.long()[ids.clamp(min=0)]
@@ -212,10 +216,13 @@ def descending(keys: Tensor) -> Tensor:
 
 
 def group_scores(spec: RoutingSpec, keys: Tensor) -> Tensor:
-    """Return the score ``[T, G]`` of each group: its maximum, or the sum of its best two (of its one, if it has one)."""
+    """Return the score ``[T, G]`` of each group: its maximum, or the sum of its best two (of its one, if it has one).
+
+    A sum is clamped to float32's finite range, as all that is selected on: groups whose sums are beyond it are equal.
+    """
     grouped = keys.reshape(len(keys), spec.num_groups, keys.shape[1] // spec.num_groups)
     best = 1 if spec.group_score == "max" else min(2, grouped.shape[-1])
-    return grouped.sort(dim=-1, descending=True).values[..., :best].sum(-1)
+    return grouped.sort(dim=-1, descending=True).values[..., :best].sum(-1).clamp(-FLOAT32_MAX, FLOAT32_MAX)
 
 
 def _keep_best_groups(spec: RoutingSpec, keys: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.reference.compare import compare
-from moe_routing_registry import ForkSafeLock
+from moe_routing_registry import ForkSafeLock, PluginFailure, contained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,10 +94,11 @@ class Shadow:
         if not chosen:
             return
         try:
-            first = self._dice.randrange(max(1, len(logits) - ROWS + 1))
-            found = _compare(spec, logits, topk, output, operands, slice(first, first + ROWS))
-        except Exception as error:  # noqa: BLE001 -- the caller's call has succeeded: nothing may come in its way
-            self._count(failures=1, latest=f"{type(error).__name__}: {error}")
+            with contained("comparing it"):
+                first = self._dice.randrange(max(1, len(logits) - ROWS + 1))
+                found = _compare(spec, logits, topk, output, operands, slice(first, first + ROWS))
+        except PluginFailure as failure:  # the caller's call has succeeded: nothing may come in its way
+            self._count(failures=1, latest=failure.sentence)
             _log.exception("a routing call of family %s could not be compared with the oracle", spec.family)
             return
         self._count(rows=found.rows, near_ties=found.near_ties)

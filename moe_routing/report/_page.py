@@ -84,10 +84,10 @@ def _conformance(gathered: Gathered) -> Iterator[str]:
         return
     from moe_routing.conformance.report import legend, listing, matrix
 
-    verdict, style = ("conforms", "passed") if found.ok else ("does not conform", "failed")
+    style = "passed" if found.ok else "failed"
     yield f"<h2>Conformance of {escape(found.backend)} on {escape(gathered.device)}</h2>"
-    done = f"{len(found.results)} checks of the {found.profile} profile in {found.seconds:.0f} s"
-    yield f"<p><b class='{style}'>{verdict}</b>: {escape(done)}</p>"
+    done = f"{found.verdict}; the {found.profile} profile, in {found.seconds:.0f} s"
+    yield f"<p class='{style}'>{escape(done)}</p>"
     yield matrix(found) + legend()
     yield listing("Failures", found.failed, "failed")
 

@@ -12,7 +12,7 @@ from moe_routing_registry._card import (
     knows_score,
 )
 from moe_routing_registry._containment import PluginFailure, contained, sentence
-from moe_routing_registry._device import DeviceInfo, Toolchain
+from moe_routing_registry._device import INTERPRETER, DeviceInfo, Toolchain, triton_interprets
 from moe_routing_registry._errors import (
     BackendUnavailableError,
     DowngradeWarning,
@@ -39,7 +39,7 @@ from moe_routing_registry._request import (
     verify_rate,
 )
 from moe_routing_registry._spec import SCORES, SELECTIONS, GroupScore, RoutingSpec, Selection
-from moe_routing_registry._text import printable
+from moe_routing_registry._text import printable, refusal, shown
 from moe_routing_registry._verdict import RejectCode, Verdict
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "BLOCK_VARIABLE",
     "CAPABILITIES",
     "ENTRY_POINT_GROUP",
+    "INTERPRETER",
     "SCORES",
     "SELECTIONS",
     "STRICT_VARIABLE",
@@ -89,6 +90,9 @@ __all__ = [
     "preference",
     "preferring",
     "printable",
+    "refusal",
     "sentence",
+    "shown",
+    "triton_interprets",
     "verify_rate",
 ]

@@ -137,11 +137,13 @@ class BackendSpec:
     Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
 
     :ivar name: what users write in ``get_router(backend=...)``: 1 to 100 of the characters a-z, 0-9, ``.``, ``_``, ``-``.
-    :ivar factory: dotted path ``"package.module:attribute"`` of ``factory(problem, device) -> bound callable``,
-        imported only when this backend is chosen.
+    :ivar factory: dotted path ``"package.module:attribute"`` of ``factory(problem, device) -> kernel``, imported only when
+        this backend is chosen. A factory that asks ``supports`` itself takes the keyword ``unsupported``: if it is True, the
+        factory builds the problem all the same. Only the conformance kit passes it, to try what is declined.
     :ivar targets: the devices that it is for.
     :ivar api_version: the version of the plug-in interface that it was written for.
-    :ivar families: names of the families that it serves, or ``None`` for every one that ``supports`` accepts.
+    :ivar families: names of the families that it serves, or ``None`` for every one that ``supports`` accepts, except another
+        distribution's with an oracle of its own: only a backend that names such a family is known to compute what that says.
     :ivar requirements: PEP 508 strings, checked against installed metadata, never by importing.
     :ivar priority: higher is tried first. Below 0, which is the default, it is never chosen unless it is named: an
         installed backend changes nothing until somebody chooses it. Built in: eager 0, torch-compile 50, Triton 100.
@@ -206,7 +208,8 @@ class FamilySpec:
     :ivar models: model names (transformers' ``model_type``) that are this family with other values.
     :ivar oracle: ``"package.module:attribute"`` of a float64 oracle that is called like
         ``moe_routing.reference.oracle.route``, for maths that the fields of ``RoutingSpec`` cannot say; ``""`` to use the
-        kit's own.
+        kit's own. With one, the family is routed by backends of the same distribution and by those that name it in
+        ``BackendSpec.families``, and by no others.
     """
 
     spec: RoutingSpec

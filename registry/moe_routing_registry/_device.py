@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
+
+INTERPRETER = "TRITON_INTERPRET"
+"""The variable by which Triton interprets kernels, with NumPy on the CPU, and compiles none. It reads it at its import."""
+
+
+def triton_interprets() -> bool:
+    """Tell whether Triton interprets kernels; the variable is read as Triton reads it."""
+    return os.environ.get(INTERPRETER, "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from moe_routing_registry._text import shown
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -36,7 +38,7 @@ class UnknownNameError(ValueError):
         self.known = tuple(sorted(known))
         near = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        super().__init__(f"unknown {kind} {name!r}: {hint}Known: {', '.join(self.known) or '(none)'}")
+        super().__init__(f"unknown {kind} {shown(name)}: {hint}Known: {', '.join(self.known) or '(none)'}")
 
 
 class DuplicateNameError(RuntimeError):

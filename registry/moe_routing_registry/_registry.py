@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import shlex
 import warnings
 from contextvars import ContextVar
@@ -199,7 +200,7 @@ class Registry:
 
     def _judge(self, card: BackendSpec, problem: RoutingProblem, device: DeviceInfo, request: Request) -> tuple[Verdict, str]:
         """Go from the cheapest reason to the dearest; the second item is a traceback, mostly empty."""
-        cheap = (self._permitted, _matches, _serves, _requires)
+        cheap = (self._permitted, _matches, self._serves, _requires)
         for rule in cheap:
             verdict = rule(card, problem, device, request)
             if not verdict:
@@ -219,6 +220,19 @@ class Registry:
             return Verdict.no(RejectCode.API_VERSION, reason, fix)
         return Verdict.yes()
 
+    def _serves(self, card: BackendSpec, problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:
+        name = problem.spec.family
+        if card.families is not None:
+            if name in card.families:
+                return Verdict.yes()
+            reason = f"does not serve family {name!r}; serves {', '.join(sorted(card.families))}"
+            return Verdict.no(RejectCode.FAMILY, reason)
+        family = self.families.get(name)
+        if family is None or not family.oracle or self.distribution(card.name) == self.distribution(name, "family"):
+            return Verdict.yes()
+        reason = f"computes what the fields of a spec say, and family {name!r} has an oracle of its own, which may say more"
+        return Verdict.no(RejectCode.FAMILY, reason)
+
     @staticmethod
     def _ask(card: BackendSpec, problem: RoutingProblem, device: DeviceInfo) -> tuple[Verdict, str]:
         if card.supports is None:
@@ -233,15 +247,17 @@ class Registry:
             return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, reason), ""
         return verdict, ""
 
-    def build(self, name: str, problem: RoutingProblem, device: DeviceInfo) -> Any:  # noqa: ANN401 -- typed as Kernel one layer up, where torch is
+    def build(self, name: str, problem: RoutingProblem, device: DeviceInfo, *, unsupported: bool = False) -> Any:  # noqa: ANN401 -- typed as Kernel one layer up, where torch is
         """Import the backend's factory and build.
 
+        :param unsupported: tell a factory that takes this keyword to build what ``supports`` declines all the same.
         :raises FactoryError: the factory cannot be imported, raises, or returns something that cannot be called.
         """
         try:
             with contained("its factory"):
-                factory: Callable[[RoutingProblem, DeviceInfo], object] = _imported(self.backends[name].factory)
-                bound = factory(problem, device)
+                factory: Callable[..., object] = _imported(self.backends[name].factory)
+                told = {"unsupported": True} if unsupported and _takes_unsupported(factory) else {}
+                bound = factory(problem, device, **told)
         except PluginFailure as failure:
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
             raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
@@ -249,6 +265,18 @@ class Registry:
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, f"its factory returned {shown(bound)}, not a callable")
             raise FactoryError(self._rejection(name, verdict, ""))
         return bound
+
+    def builds_unsupported(self, name: str) -> bool:
+        """Whether the backend's factory can be told to build what its support rule declines.
+
+        :raises FactoryError: the factory cannot be imported.
+        """
+        try:
+            with contained("importing its factory"):
+                return _takes_unsupported(_imported(self.backends[name].factory))
+        except PluginFailure as failure:
+            verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
+            raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
 
     def require_closed_form(self, name: str, problem: RoutingProblem) -> None:
         """Refuse a backend whose kernel has no ``backward`` for training, unless the built-in gradient knows the maths.
@@ -285,6 +313,10 @@ class Registry:
 def _imported(path: str) -> Any:  # noqa: ANN401 -- whatever stands there
     module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _takes_unsupported(factory: Callable[..., object]) -> bool:
+    return "unsupported" in inspect.signature(factory).parameters
 
 
 def _notes(card: BackendSpec, problem: RoutingProblem, device: DeviceInfo) -> tuple[str, ...]:
@@ -338,13 +370,6 @@ def _matches(card: BackendSpec, _problem: RoutingProblem, device: DeviceInfo, _r
 
 def _chosen_by_itself(card: BackendSpec, device: DeviceInfo) -> bool:
     return card.priority >= 0 and any(t.match(device) and not t.explicit for t in card.targets)
-
-
-def _serves(card: BackendSpec, problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:
-    if card.families is None or problem.spec.family in card.families:
-        return Verdict.yes()
-    reason = f"does not serve family {problem.spec.family!r}; serves {', '.join(sorted(card.families))}"
-    return Verdict.no(RejectCode.FAMILY, reason)
 
 
 def _requires(card: BackendSpec, _problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
+
+from moe_routing_registry._text import refusal
 
 AskedBy = Literal["argument", "context", "environment", "probe"]
 
@@ -84,13 +87,19 @@ def flag(variable: str) -> bool:
         return False
     if value in ("1", "true", "yes", "on"):
         return True
-    msg = f"{variable}: expected 1 or 0, got {value!r}"
-    raise ValueError(msg)
+    raise ValueError(refusal(variable, "1 or 0", value))
+
+
+def _said(value: object, name: str, expected: str) -> str:
+    if not isinstance(value, numbers.Real):  # of NumPy too
+        raise TypeError(refusal(name, expected, value))
+    return str(value)
 
 
 def verify_rate(verify: float | bool | None) -> float:  # noqa: FBT001 -- True is what users write
     """Return the share of calls to compare: the argument's, or the environment's where it is ``None``.
 
+    :raises TypeError: the argument is no number.
     :raises ValueError: neither a share from 0 to 1, nor ``MOE_ROUTING_VERIFY`` as ``sample:SHARE``, ``1`` or ``0``.
 
     >>> verify_rate(True), verify_rate(0.25), verify_rate(False)
@@ -103,12 +112,12 @@ def verify_rate(verify: float | bool | None) -> float:  # noqa: FBT001 -- True i
             "sample:SHARE from 0 to 1, 1 or 0",
         )
     else:
-        name, said, expected = "verify", str(verify), "True, False or a share from 0 to 1"
+        name, expected = "verify", "True, False or a share from 0 to 1"
+        said = _said(verify, name, expected)
     try:
         rate = float({"True": "1", "False": "0"}.get(said, said.removeprefix("sample:")))
     except ValueError:
         rate = -1.0
     if not 0 <= rate <= 1:
-        msg = f"{name}: expected {expected}, got {said!r}"
-        raise ValueError(msg)
+        raise ValueError(refusal(name, expected, said))
     return rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 import unicodedata
 
@@ -10,6 +11,9 @@ _NAME = re.compile(r"[a-z0-9._-]{1,100}")
 _NAME_RULE = "1 to 100 of the characters a-z, 0-9, '.', '_' and '-'"
 _MOST = 200
 """Characters of a value that an error shows."""
+_FEW = 8
+"""Items of a list or tuple up to which an error shows them."""
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def require_name(field: str, value: object) -> str:
@@ -51,16 +55,35 @@ def _printable(c: str) -> str:
 def shown(value: object) -> str:
     """Return a value as an error names it: short, in one line, and never the elements of a tensor or an array.
 
-    >>> shown("a" * 300)[-5:], shown(2.5)
-    ('a ...', '2.5')
+    >>> shown("a" * 300)[-5:], shown(2.5), shown([1, 2])
+    ('a ...', '2.5', '[1, 2]')
+    >>> shown([object(), 2])
+    'a list of 2 items'
     """
     try:
-        shape = getattr(value, "shape", None)
-        text = f"a {type(value).__name__} of shape {list(shape)}" if shape else repr(value)
-    except Exception:  # noqa: BLE001 -- a plug-in's object may raise anything; the error is about something else
+        text = _described(value)
+    except BaseException as error:
+        # A value's own text, shape or length may raise anything; the error that shows it is about something else.
+        if isinstance(error, KeyboardInterrupt):
+            raise
         text = f"a {type(value).__name__}"
-    text = " ".join(printable(text).split())
+    text = " ".join(printable(text[: 2 * _MOST]).split())
     return text if len(text) <= _MOST else f"{text[: _MOST - 4]} ..."
+
+
+def _described(value: object) -> str:
+    name = type(value).__name__
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and not isinstance(value, numbers.Number):  # a tensor or an array; NumPy's scalars are numbers
+        known = {"dtype": getattr(value, "dtype", None), "device": getattr(value, "device", None)}
+        more = "".join(f", {word} {said}" for word, said in known.items() if said is not None)
+        return f"a {name} of shape {list(shape)}{more}"
+    if isinstance(value, str):
+        return repr(value[: 2 * _MOST])
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        plain = len(value) <= _FEW and all(type(item) in _PLAIN for item in value) and type(value) in (list, tuple)
+        return repr(value) if plain else f"a {name} of {len(value)} items"
+    return repr(value)
 
 
 def refusal(name: str, expected: str, value: object) -> str:

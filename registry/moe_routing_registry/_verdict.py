@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from moe_routing_registry._text import printable, refusal
+from moe_routing_registry._text import printable, refusal, shown
 
 
 class RejectCode(str, Enum):
@@ -92,10 +92,10 @@ class Verdict:
             object.__setattr__(self, name, printable(getattr(self, name)).replace("\n", " "))
         code: object = self.code
         if not isinstance(code, RejectCode) and (code is not None or self.reason or self.fix):
-            msg = f"code: a rejection needs a RejectCode, got {self.code!r} with reason {self.reason!r}"
+            msg = f"code: a rejection needs a RejectCode, got {shown(self.code)} with reason {shown(self.reason)}"
             raise TypeError(msg)
         if self.code is not None and not self.reason:
-            msg = f"reason: a rejection needs a sentence with its code, got {self.reason!r}"
+            msg = f"reason: a rejection needs a sentence with its code, got {shown(self.reason)}"
             raise ValueError(msg)
 
     @classmethod

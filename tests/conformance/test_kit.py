@@ -19,8 +19,8 @@ from moe_routing._registry import registry
 from moe_routing.conformance import quick, run, verify
 from moe_routing.conformance import report as reports
 from moe_routing.conformance.clauses import CLAUSES
-from moe_routing.conformance.runner import Report, Result
-from moe_routing_registry import RejectCode, Verdict
+from moe_routing.conformance.runner import NotUsableError, Report, Result
+from moe_routing_registry import BackendSpec, RejectCode, Target, Verdict
 
 
 @pytest.fixture
@@ -215,3 +215,47 @@ def test_a_report_of_another_kind_is_refused(report):
 def test_nothing_passed_is_not_conforming(report):
     report.results = report.results[2:3]
     assert not report.ok
+    assert report.verdict == "nothing was checked: 0 checked, 1 declined (no: 1)"
+
+
+def test_a_verdict_says_what_was_checked_what_was_declined_and_what_was_not_run(report):
+    assert report.verdict == "does not conform: 2 checked, 1 failed, 2 declined (no: 1; 32-bit (wrong): 1)"
+    report.results[1:2] = [dataclasses.replace(report.results[4], status="not_run", message="needs a GPU")] * 3
+    assert report.verdict == "conforms: 1 checked, 2 declined (no: 1; 32-bit (wrong): 1), 3 not run here (needs a GPU: 3)"
+    assert report.to_dict()["verdict"] == report.verdict
+    assert report.to_dict()["counts"] == {"checked": 1, "declined": 2, "not_run": 3}
+    assert report.verdict in reports.to_html(report)
+    others = [dataclasses.replace(report.results[1], status="declined", message=f"reason {n}") for n in range(9)]
+    report.results += others
+    assert "and 8 more reasons)" in report.verdict
+
+
+def test_a_backend_that_is_not_for_the_device_is_not_checked():
+    with pytest.raises(NotUsableError, match="triton-xpu was not checked on cpu: it is for xpu, the device is cpu"):
+        run("triton-xpu")
+
+
+class Panic(BaseException):
+    """As an extension in Rust raises it: no ``Exception``."""
+
+
+def build_panicking(_problem, _device):
+    def kernel(logits, **_operands):
+        raise (KeyboardInterrupt if len(logits) == 67 else Panic)
+
+    return kernel
+
+
+def test_a_kernel_that_panics_fails_its_checks_and_only_an_interrupt_ends_the_run():
+    target = Target("cpu")
+    registry().register(BackendSpec(name="panicking", factory=f"{__name__}:build_panicking", targets=(target,)))
+    try:
+        report = run("panicking", profile="smoke", clauses=[0, 3])
+        assert len(report.failed) > 20
+        assert {result.status for result in report.results} <= {"failed", "not_applicable", "passed"}
+        said = {result.message.partition("\n")[0] for result in report.failed if result.clause == 3}
+        assert said == {"a call in it raised Panic"}
+        with pytest.raises(KeyboardInterrupt):
+            run("panicking", profile="smoke", clauses=[10])
+    finally:
+        registry().unregister("panicking")

@@ -12,6 +12,7 @@ from mpmath import mp, mpf
 
 from moe_routing.conformance.variants import VARIANTS
 from moe_routing.reference import oracle
+from moe_routing_registry import RoutingSpec
 
 mp.dps = 50
 LARGEST = float(torch.finfo(torch.float32).max)
@@ -59,7 +60,7 @@ def best_ordered(keys, among, count):
 def group_score(spec, keys, group):
     pairs = itertools.combinations([keys[e] for e in group], 2 if spec.group_score == "top2_sum" else 1)
     # Rounded once, like the keys: a sum with -3.4e38 in it swallows the other score, in float64 as in float32.
-    return max(mpf(float(sum(pair))) for pair in pairs)
+    return max(mpf(clean(float(sum(pair)))) for pair in pairs)
 
 
 def selected(spec, keys, topk):
@@ -154,3 +155,9 @@ def test_an_unknown_score_function_is_named():
     spec = VARIANTS["softmax_topk"].replace(score="entmax")
     with pytest.raises(ValueError, match="entmax"):
         oracle.route(spec, torch.zeros(1, 4), 2)
+
+
+def test_more_valid_tokens_than_an_integer_of_torch_can_say_are_all():
+    logits = torch.randn(3, 4)
+    for valid in (3, 2**63 - 1, 2**63, 2**70):
+        assert (oracle.route(RoutingSpec(family="f"), logits, 2, num_valid_tokens=valid).ids >= 0).all()

@@ -31,7 +31,31 @@ class DeclinesWhatItCan(Reference):
     """Declines strided logits, which it routes as well as any."""
 
 
-@caught_by("what_it_accepts_it_routes", "topk_softmax", saying="accepts .*, but raises BackendUnavailableError")
+@caught_by(
+    "what_it_declines_cannot_be_had", "topk_softmax", supports=_decline_strides, saying="takes no keyword `unsupported`"
+)
+class AsksItsOwnSupportsAgain(Reference):
+    """Declines strided logits, and its factory refuses them too, so that nobody can see that it routes them right."""
+
+    def __init__(self, problem: RoutingProblem, device: DeviceInfo) -> None:
+        super().__init__(problem, device)
+        verdict = _decline_strides(problem, device)
+        if not verdict:
+            raise NotImplementedError(verdict.reason)
+
+
+@caught_by("what_it_declines_cannot_be_had", "topk_softmax", supports=_decline_strides, saying="but routes it right")
+class DeclinesUntilItIsTold(AsksItsOwnSupportsAgain):
+    """Asks its support rule again unless it is told to build all the same, and then routes right."""
+
+    def __init__(self, problem: RoutingProblem, device: DeviceInfo, *, unsupported: bool = False) -> None:
+        if unsupported:
+            Reference.__init__(self, problem, device)
+        else:
+            super().__init__(problem, device)
+
+
+@caught_by("what_it_accepts_it_routes", "topk_softmax", saying="accepts .*, but its kernel raised BackendUnavailableError")
 class AcceptsEverythingAndRaises(Reference):
     """Says yes to every problem, and then cannot."""
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_routing.formula import weights_backward
 from mutants._mutant import Reference, caught_by
 
 if TYPE_CHECKING:
@@ -21,3 +22,17 @@ class GradientWithoutTheSum(Reference):
         weights = self.weigh(logits.detach(), ids.long(), None, scale).float()
         grad = torch.zeros_like(logits).scatter_add(1, ids.long(), (grad_weights * weights).to(logits.dtype))
         return grad, logits.new_empty(0) if scale is None else torch.zeros_like(scale)
+
+
+@caught_by(
+    "scales_that_are_not_finite_spoil_no_other_gradient", "gemma4", saying=r"gradient of logits in row \d+, which no scale"
+)
+class PaddingHasAScale(Reference):
+    """Brings a backward that takes the scale of expert 0 for padding, times a gradient of 0."""
+
+    def backward(self, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the closed form's gradients, with what 0 times the scale adds to each row."""
+        by_logits, by_scale = weights_backward(self.spec, grad_weights, logits, ids, scale)
+        if scale is not None:
+            by_logits = by_logits + (0 * scale[ids.long().clamp(min=0)]).sum(-1, keepdim=True).to(logits.dtype)
+        return by_logits, by_scale

@@ -64,6 +64,20 @@ class BiasIgnored(Reference):
         return super().select(logits, **operands | {"bias": torch.zeros_like(logits[0])})
 
 
+@caught_by("group_sums_beyond_float32_are_equal", "grouped_sigmoid_bias", saying=r"are not among the best 4")
+class GroupSumsInFloat64(Reference):
+    """Adds the best two of a group in double precision, and does not clamp the sum."""
+
+    def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
+        keys = oracle.selection_keys(self.spec, logits, bias=operands["bias"])
+        if not self.spec.grouped or self.spec.group_score == "max":
+            return super().select(logits, **operands)
+        groups = keys.unflatten(1, (self.spec.num_groups, -1))
+        kept = oracle.descending(groups.topk(2).values.sum(-1))[:, : self.spec.topk_groups]
+        lost = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, kept, value=False)
+        return oracle.descending(groups.masked_fill(lost[..., None], -torch.inf).flatten(1))[:, : self.topk]
+
+
 @caught_by("scores_below_minus_one_are_ranked_too", "sigmoid_bias_topk", saying="are not unique")
 class RunningMaximumFromMinusOne(Reference):
     """Starts its running maximum at -1 and expert 0, so that nothing below is ever found."""
@@ -109,6 +123,16 @@ class NanLosesItsBias(Reference):
         scores = oracle.log_scores(self.spec, oracle.clean(logits)).exp()
         biased = scores if operands["bias"] is None else scores + operands["bias"]
         return oracle.descending(biased.masked_fill(logits.isnan(), -torch.inf))[:, : self.topk]
+
+
+@caught_by("biases_that_are_not_finite_follow_the_rule", "sigmoid_bias_topk", saying=r"id \d+ at position 0 \(score -3.4")
+class NanBiasFirst(Reference):
+    """Ranks experts with a NaN bias as torch sorts them, above all others."""
+
+    def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
+        bias = operands["bias"]
+        best = None if bias is None else bias.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        return super().select(logits, **operands | {"bias": best})
 
 
 @caught_by("large_logits_do_not_overflow", "softmax_topk", saying=r"weight of id \d+ is nan, exactly 1")

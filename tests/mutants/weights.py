@@ -78,6 +78,39 @@ class ZeroExpertsWeigh(Reference):
         return super().weigh(logits, ids, bias, scale)
 
 
+@caught_by("scales_that_are_not_finite_scale_their_expert_alone", "gemma4", saying=r"weight of id \d+ is nan, exactly -?\d")
+class ScaleByOneHot(Reference):
+    """Looks the scales up by multiplying with ones and zeros, so that a NaN reaches every row."""
+
+    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+        weights = super().weigh(logits, ids, bias, None)
+        if scale is None:
+            return weights
+        one_hot = torch.nn.functional.one_hot(ids, len(scale)).double()
+        return weights * (one_hot @ scale.float().double())
+
+
+@caught_by(
+    "scales_that_are_not_finite_scale_their_expert_alone", "gemma4", saying=r"padding: row \d+ needs weights 0, got .*nan"
+)
+class PaddingTimesZero(Reference):
+    """Blanks padding by a multiplication, which NaN and infinities survive."""
+
+    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+        blanked = super().finish(weights, ids, num_experts, **operands)
+        kept = (blanked.ids >= 0).double()
+        every = super().finish(weights, ids, num_experts, **operands | {"num_valid_tokens": None})
+        return RoutingOutput(every.weights * kept, blanked.ids)
+
+
+@caught_by("scales_that_are_not_finite_scale_their_expert_alone", "gemma4", saying=r"weight of id \d+ is 0, exactly nan")
+class NanScaleIsZero(Reference):
+    """Cleans the scales, so that a broken checkpoint routes in silence."""
+
+    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+        return super().weigh(logits, ids, bias, None if scale is None else scale.nan_to_num(nan=0.0))
+
+
 @caught_by("weights_match_the_oracle", "softmax_topk", saying=r"weight of id \d+ is 0\.015625, exactly")
 class WeightsRoundedToBfloat16(Reference):
     """Computes weights in the logits' precision."""

@@ -21,7 +21,9 @@ CPU = DeviceInfo(type="cpu", platform="cpu")
 
 
 def router(spec=SIGMOID, **fields):
-    return launch.build(RoutingProblem(**{"spec": spec, "num_experts": 8, "topk": 2, "dtype": "float32", **fields}), CPU)
+    """Return a kernel on a CPU that stands for a GPU: no driver is needed as long as nothing is launched."""
+    problem = RoutingProblem(**{"spec": spec, "num_experts": 8, "topk": 2, "dtype": "float32", **fields})
+    return launch.TritonRouter(problem, CPU)
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def test_warmup_for_training_compiles_the_backward_kernel_too(keys):
 def launched(monkeypatch):
     """A device of this test's: launches are noted, memory is the CPU's."""
     seen = []
-    monkeypatch.setattr(launch, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "current_device", lambda: direct.NEVER_CURRENT)
     monkeypatch.setattr(launch, "current_stream", lambda index: 77 + index)
     monkeypatch.setattr(launch, "empty", lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype))
 

@@ -1,8 +1,15 @@
-"""Triton kernels for CUDA and ROCm, and for Intel's XPU: one code base, two cards. Free of torch and triton."""
+"""Triton kernels for CUDA and ROCm, and for Intel's XPU: one code base, two cards. Free of torch and triton.
+
+Where Triton interprets kernels (``TRITON_INTERPRET=1``), which it does on the CPU, the CPU is a target of both, for those who
+name them.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+
 from moe_routing_registry import (
+    INTERPRETER,
     BackendSpec,
     DeviceInfo,
     RejectCode,
@@ -11,6 +18,7 @@ from moe_routing_registry import (
     Verdict,
     hookimpl,
     knows_score,
+    triton_interprets,
 )
 
 MAX_EXPERTS = 2048
@@ -19,8 +27,16 @@ DTYPES = ("bfloat16", "float16", "float32")
 GFX = frozenset({"gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1200", "gfx1201"})
 
 
+HOPPER = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", warp_sizes=(32,))
+BATTLEMAGE = DeviceInfo(type="xpu", platform="xpu", arch="bmg-g21", warp_sizes=(16, 32))
+"""In the interpreter the kernels are launched as on these."""
+
+
 def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
-    """Accept what the kernels take, where a Triton for this platform is installed."""
+    """Accept what the kernels take, where a Triton for this platform is installed, or interprets on this CPU."""
+    if triton_interprets() and device.platform != "cpu":
+        reason = f"{INTERPRETER} is set: Triton interprets kernels on the CPU, and compiles none for {device.platform}"
+        return Verdict.no(RejectCode.TOOLCHAIN, reason, f"unset {INTERPRETER}")
     toolchain = device.toolchain("triton")
     if toolchain is None or not toolchain.usable:
         detail = toolchain.detail if toolchain else "triton is not installed"
@@ -39,27 +55,31 @@ def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
 
 def supports_xpu(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
     """Accept the same, on an Intel GPU whose sub-groups are those of the launch table."""
-    if not {16, 32} <= set(device.warp_sizes):
+    if device.platform == "xpu" and not {16, 32} <= set(device.warp_sizes):
         has = ", ".join(map(str, device.warp_sizes)) or "none that torch knows of"
         return Verdict.no(RejectCode.ARCH, f"needs sub-groups of 16 and 32 lanes, the device has {has}")
     return supports(problem, device)
 
 
-def notes(problem: RoutingProblem, device: DeviceInfo) -> tuple[str, ...]:
-    """Say which launch table speaks for the problem, and how its numbers came about."""
+def notes(problem: RoutingProblem, device: DeviceInfo, *, interpreted_as: DeviceInfo = HOPPER) -> tuple[str, ...]:
+    """Say which launch table speaks for the problem, and how its numbers came about; and that kernels are interpreted."""
     from moe_routing_backends.triton.choose import said_of
 
-    return (said_of(device, problem),)
+    if device.platform != "cpu":
+        return (said_of(device, problem),)
+    what = "Triton's interpreter runs the kernels on the CPU, a program after another: to look into them, not for speed"
+    return (what, said_of(interpreted_as, problem))
 
 
 @hookimpl
 def moe_routing_backends() -> list[BackendSpec]:
     """Hand in the cards."""
+    interpreter = (Target("cpu", explicit=True),) if triton_interprets() else ()
     return [
         BackendSpec(
             name="triton",
             factory="moe_routing_backends.triton.launch:build",
-            targets=(Target("cuda", min_capability=(8, 0)), Target("rocm", archs=GFX)),
+            targets=(Target("cuda", min_capability=(8, 0)), Target("rocm", archs=GFX), *interpreter),
             priority=100,
             supports=supports,
             summary="one fused Triton kernel, on NVIDIA and AMD GPUs",
@@ -68,11 +88,11 @@ def moe_routing_backends() -> list[BackendSpec]:
         ),
         BackendSpec(
             name="triton-xpu",
-            factory="moe_routing_backends.triton.launch:build",
-            targets=(Target("xpu"),),
+            factory="moe_routing_backends.triton.launch:build_for_xpu",
+            targets=(Target("xpu"), *interpreter),
             priority=100,
             supports=supports_xpu,
             summary="the same kernels on Intel GPUs, through Triton-XPU",
-            notes=notes,
+            notes=partial(notes, interpreted_as=BATTLEMAGE),
         ),
     ]

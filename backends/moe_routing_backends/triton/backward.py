@@ -81,12 +81,15 @@ def backward_kernel(
         chosen = tl.load(ids + row * K + column[None, :], mask=known, other=-1).to(tl.int32)
         known = known & (chosen >= 0)
         grad = tl.load(grad_weights + row * K + column[None, :], mask=known, other=0.0) * SCALE
+        varies = known
         if ZERO_EXPERTS:
-            grad = tl.where(chosen >= E - ZERO_EXPERTS, 0.0, grad)
+            varies = known & (chosen < E - ZERO_EXPERTS)
+            grad = tl.where(varies, grad, 0.0)
         at_chosen = tl.where(known, chosen, 0)
         grad_u = grad
         if per_expert_scale is not None:
-            grad_u = grad * tl.load(per_expert_scale + at_chosen, mask=known, other=0.0).to(tl.float32)
+            # A zero expert's gradient is 0 though its scale is infinite, and 0 times infinity is not 0.
+            grad_u = grad * tl.load(per_expert_scale + at_chosen, mask=varies, other=0.0).to(tl.float32)
         raw = tl.load(logits + row * stride + at_chosen * step, mask=known, other=0.0)
         x = activate(clean(raw), MULTIPLIER, CAP)
         if WHOLE_ROW or MIXER:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing_backends.triton.xpu import launch_options
+from moe_routing_registry import ForkSafeLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,13 +31,17 @@ NEEDED = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_siz
 
 ALIGNMENT = 16
 """Bytes of the widest load."""
+NEVER_CURRENT = -2
+"""The CPU's index, which no current device has, and no lack of one either (-1)."""
+_interpreting = ForkSafeLock()
+"""Triton's interpreter patches its language for the time of a launch, so one kernel is interpreted at a time."""
 
 if torch.cuda.is_available():
     # What torch.cuda.current_device and Inductor's generated code call; the public ways take ten times as long.
     current_device = torch._C._cuda_getDevice  # noqa: SLF001 -- likewise
     current_stream = torch._C._cuda_getCurrentRawStream  # noqa: SLF001 -- likewise
     empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]  # noqa: SLF001 -- likewise; no stub has it
-else:  # the interpreter: no device is current, so nothing asks for its stream or its memory
+else:  # without CUDA: no device is current, so nothing asks for its stream or its memory
 
     def current_device() -> int:
         """Return no device's index."""
@@ -96,8 +101,8 @@ class Compiled:
                 f"dtype=torch.{problem.dtype}, device='{device}'{training}), or route inputs of the same kind once"
             )
             raise RuntimeError(msg)
-        if self._device.type == "cpu":  # the interpreter
-            kernel[blocks,](*arguments, *constants, num_warps=num_warps)
+        if self._device.type == "cpu":
+            self._interpret(kernel, blocks, (*arguments, *constants), num_warps)
             return
         if self._device.type == "xpu":  # always by the front door: nothing else of Triton-XPU could be tried
             with torch.xpu.device(self._device):
@@ -110,6 +115,15 @@ class Compiled:
             self.launchers[key], self.indirect = launcher_of(compiled, constants)
         if self.indirect and torch.version.hip is None:  # on ROCm there is no other way
             _say_once(self.indirect)
+
+    @staticmethod
+    def _interpret(kernel: Any, blocks: int, arguments: tuple[Any, ...], num_warps: int) -> None:  # noqa: ANN401 -- likewise
+        """Run a kernel in Triton's interpreter, which computes with NumPy."""
+        import numpy as np
+
+        # NumPy warns where a GPU's arithmetic is silent: of infinities that the kernels mean.
+        with _interpreting, np.errstate(all="ignore"):
+            kernel[blocks,](*arguments, num_warps=num_warps)
 
 
 @cache

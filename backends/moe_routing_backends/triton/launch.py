@@ -6,10 +6,12 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 import torch
+from triton import JITFunction
 
 from moe_routing import RoutingOutput
+from moe_routing_backends.triton import BATTLEMAGE, HOPPER
 from moe_routing_backends.triton.choose import speaking, starts_early
-from moe_routing_backends.triton.direct import ALIGNMENT, Compiled, current_device, current_stream, empty
+from moe_routing_backends.triton.direct import ALIGNMENT, NEVER_CURRENT, Compiled, current_device, current_stream, empty
 from moe_routing_backends.triton.gradient import Gradient
 from moe_routing_backends.triton.lanes import lanes_kernel
 from moe_routing_backends.triton.plan import constants
@@ -17,6 +19,7 @@ from moe_routing_backends.triton.rows import rows_kernel
 from moe_routing_backends.triton.sieve import sieve_kernel
 from moe_routing_backends.triton.table import LAST_LANES
 from moe_routing_backends.triton.tiles import tiles_kernel
+from moe_routing_registry import INTERPRETER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +40,20 @@ _tuple = tuple.__new__
 
 def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
     """Bind the problem to the device; nothing is compiled before the first call or ``warmup``."""
-    return TritonRouter(problem, device)
+    return _built(problem, device, HOPPER)
+
+
+def build_for_xpu(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
+    """Do the same; in the interpreter the kernels are launched as on Intel's GPUs."""
+    return _built(problem, device, BATTLEMAGE)
+
+
+def _built(problem: RoutingProblem, device: DeviceInfo, interpreted_as: DeviceInfo) -> TritonRouter:
+    on_cpu = device.type == "cpu"
+    if on_cpu == isinstance(lanes_kernel, JITFunction):
+        msg = f"{INTERPRETER} was changed after Triton's kernels were imported: set or unset it before Python starts"
+        raise RuntimeError(msg)
+    return TritonRouter(problem, device, speaking(interpreted_as, problem).steps(problem) if on_cpu else None)
 
 
 class TritonRouter:
@@ -49,7 +65,7 @@ class TritonRouter:
     def __init__(self, problem: RoutingProblem, device: DeviceInfo, steps: tuple[Step, ...] | None = None) -> None:
         """Look up the launches for the problem, or take the given; a table that cannot be used is warned of here."""
         self._problem = problem
-        self._index = device.index or 0
+        self._index = NEVER_CURRENT if device.type == "cpu" else device.index or 0
         self._device = torch.device("cpu" if device.type == "cpu" else f"{device.type}:{self._index}")
         self._experts = problem.num_experts
         self._columns = problem.topk + problem.spec.shared_experts

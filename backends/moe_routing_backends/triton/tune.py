@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from moe_routing_backends.triton.store import check_keeping, keep, user_path
 from moe_routing_backends.triton.table import VARIANTS, Step, key_of, sieves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -26,14 +26,21 @@ if TYPE_CHECKING:
 
     Clock = Callable[[Callable[[], object], torch.device], float]
 
-TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+TOKENS = tuple(sorted({round(250_000 ** (n / 59)) for n in range(60)} | {1 << n for n in range(18)}))
+"""Sizes a quarter apart, and the powers of two, which batches mostly are: a table of fewer keeps slow launches."""
+EVERY = 4
+"""One of so many sizes is measured with every candidate."""
+NEAR = 1.25
+"""How much slower than the fastest a candidate may be at a size on either side, to be measured between."""
+CONTENDERS = 4
+"""About how many are."""
 LANES_SHAPES = ((1, 1), (2, 1), (4, 1), (4, 4), (8, 4), (16, 4))
 """Rows a program, and warps, of the lanes variant."""
 SETS = 4
 """Inputs that a measurement takes in turns."""
 SAMPLE = 512
 """Rows that are compared with the oracle, at each end."""
-NOISE = 0.02
+NOISE = 0.03
 """A launch is changed between two numbers of tokens only for a gain above this."""
 MILLISECONDS = 10
 
@@ -82,55 +89,111 @@ def tune(
     problem: RoutingProblem,
     device: DeviceInfo,
     *,
-    tokens: Sequence[int] = TOKENS,
+    tokens: Sequence[int] | None = None,
     on_step: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
     clock: Clock | None = None,
 ) -> Tuned:
-    """Check and time every candidate for every number of tokens, and keep the best.
+    """Check and time candidates for each number of tokens, and keep the best.
 
-    :param on_step: called before each candidate with what is measured, how many are done, and how many there are.
+    :param tokens: every candidate is timed at each of these; by default at a few of ``TOKENS``, and at the sizes between those
+        only the candidates that are near the fastest on either side: a step of the table is then off by one size at most.
+    :param on_step: called before each candidate with what is measured, how many are done, and about how many there are.
     :param clock: returns the microseconds of a call; CUDA-graph replays where ``None``.
     :raises OSError: the table could not be written; nothing is measured then.
     :raises RuntimeError: the launch in use computes something else than the oracle.
     """
     check_keeping(device)
-    clock = clock or replayed
-    sizes = sorted(set(tokens))
-    said, before = said_of(device, problem), speaking(device, problem).steps(problem)
-    now = [next(step.launch for step in before if step.tokens >= T) for T in sizes]
-    routers = {
-        launch: TritonRouter(problem, device, (Step(math.inf, launch),))
-        for launch in dict.fromkeys([*now, *candidates(problem, device)])
-    }
-    every = len(sizes) * len(routers)
-    times: list[dict[Launch, float]] = [{} for _ in sizes]
-    wrong: dict[Launch, str] = {}
-    unusable: dict[Launch, str] = {}
-    for place, T in enumerate(sizes):
-        inputs = _Inputs(problem, device, T)
-        inputs.expect(routers[now[place]])
-        for number, (launch, router) in enumerate(routers.items()):
-            on_step(f"T = {T}: {shown(launch)}", place * len(routers) + number, every)
-            if launch in wrong or launch in unusable:
-                continue
-            try:
-                if inputs.same(router):
-                    times[place][launch] = clock(inputs.turns(router), inputs.device)
-                else:
-                    wrong[launch] = f"{shown(launch)} at T = {T}: other bits than {shown(now[place])}"
-            except Exception as error:  # noqa: BLE001 -- a launch that is too big for this device is an answer, not the end
-                unusable[launch] = f"{shown(launch)}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    on_step("done", every, every)
-    right = [{launch: us for launch, us in found.items() if launch not in wrong and launch not in unusable} for found in times]
-    timed = [_timed(T, found, launch) for T, found, launch in zip(sizes, right, now, strict=True)]
-    steps = steps_of(sizes, right)
+    measured = measure(problem, device, tokens=tokens, on_step=on_step, clock=clock)
     not_kept = ""
     try:
-        keep(device, {key_of(problem): steps})
+        keep(device, {key_of(problem): measured.steps})
     except OSError as error:  # a full disk: what was measured is shown all the same
         not_kept = str(error)
-    table = str(user_path(device))
-    return Tuned(table, said, tuple(timed), steps, tuple(wrong.values()), tuple(unusable.values()), not_kept)
+    return replace(measured, table=str(user_path(device)), not_kept=not_kept)
+
+
+def measure(
+    problem: RoutingProblem,
+    device: DeviceInfo,
+    *,
+    tokens: Sequence[int] | None = None,
+    on_step: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
+    clock: Clock | None = None,
+) -> Tuned:
+    """Do what ``tune`` does, and keep nothing."""
+    sizes = sorted(set(tokens or TOKENS))
+    first = sizes if tokens else sorted({*sizes[::EVERY], sizes[-1]})
+    said, before = said_of(device, problem), speaking(device, problem).steps(problem)
+    now = {T: next(step.launch for step in before if step.tokens >= T) for T in sizes}
+    launches = list(dict.fromkeys([*now.values(), *candidates(problem, device)]))
+    every = len(first) * len(launches) + (len(sizes) - len(first)) * CONTENDERS
+    bench = _Bench(problem, device, launches, clock or replayed, lambda what, done: on_step(what, min(done, every), every))
+    times = {T: bench.times(T, now[T], launches) for T in first}
+    for T in sizes:
+        if T not in times:
+            times[T] = bench.times(T, now[T], _contenders(times, T, now[T]))
+    on_step("done", every, every)
+    right = [{launch: us for launch, us in times[T].items() if launch not in bench.out} for T in sizes]
+    timed = [_timed(T, found, now[T]) for T, found in zip(sizes, right, strict=True)]
+    steps = steps_of(sizes, right)
+    return Tuned("", said, tuple(timed), steps, tuple(bench.wrong.values()), tuple(bench.unusable.values()))
+
+
+def _contenders(times: Mapping[int, Mapping[Launch, float]], tokens: int, now: Launch) -> list[Launch]:
+    """Return the launches that are near the fastest at a measured size on either side, and the one in use."""
+    below, above = max(T for T in times if tokens > T), min(T for T in times if tokens < T)
+    near = [
+        launch for found in (times[below], times[above]) for launch, us in found.items() if us <= NEAR * min(found.values())
+    ]
+    return list(dict.fromkeys([now, *near]))
+
+
+class _Bench:
+    """Candidates of one problem, checked and timed for one number of tokens after another.
+
+    :ivar wrong: what computed something else, and at which size.
+    :ivar unusable: what did not compile or run.
+    """
+
+    def __init__(
+        self,
+        problem: RoutingProblem,
+        device: DeviceInfo,
+        launches: Sequence[Launch],
+        clock: Clock,
+        on_step: Callable[[str, int], None],
+    ) -> None:
+        self.wrong: dict[Launch, str] = {}
+        self.unusable: dict[Launch, str] = {}
+        self._problem, self._device, self._clock, self._on_step = problem, device, clock, on_step
+        self._routers = {launch: TritonRouter(problem, device, (Step(math.inf, launch),)) for launch in launches}
+        self._done = 0
+
+    @property
+    def out(self) -> set[Launch]:
+        """What must not be used."""
+        return {*self.wrong, *self.unusable}
+
+    def times(self, tokens: int, now: Launch, launches: Sequence[Launch]) -> dict[Launch, float]:
+        """Check each launch against the one in use, and that against the oracle; return the microseconds of the right ones."""
+        inputs = _Inputs(self._problem, self._device, tokens)
+        inputs.expect(self._routers[now])
+        found: dict[Launch, float] = {}
+        for launch in launches:
+            self._on_step(f"T = {tokens}: {shown(launch)}", self._done)
+            self._done += 1
+            if launch in self.out:
+                continue
+            router = self._routers[launch]
+            try:
+                if inputs.same(router):
+                    found[launch] = self._clock(inputs.turns(router), inputs.device)
+                else:
+                    self.wrong[launch] = f"{shown(launch)} at T = {tokens}: other bits than {shown(now)}"
+            except Exception as error:  # noqa: BLE001 -- a launch that is too big for this device is an answer, not the end
+                said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                self.unusable[launch] = f"{shown(launch)}: {said}"
+        return found
 
 
 def candidates(problem: RoutingProblem, device: DeviceInfo) -> list[Launch]:

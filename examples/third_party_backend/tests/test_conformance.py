@@ -4,6 +4,6 @@ from moe_routing.conformance import RouterConformance
 
 
 class TestAcme(RouterConformance):
-    """All fifteen clauses, each a test method of the class above."""
+    """All sixteen clauses, each a test method of the class above."""
 
     backend = "acme"

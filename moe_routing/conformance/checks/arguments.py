@@ -77,6 +77,16 @@ def _outputs(call: Call, tokens: int = T, columns: int = K, weights: torch.dtype
     )
 
 
+def _in_one_memory(weights: torch.Tensor) -> Any:  # noqa: ANN401 -- likewise
+    return weights, weights.view(torch.int32)
+
+
+def _within(operand: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return an output in the memory of a contiguous operand."""
+    assert operand is not None  # noqa: S101 -- for mypy: the variant has one
+    return operand.flatten().view(dtype)[: T * K].view(T, K)
+
+
 def _table(call: Call) -> torch.Tensor:
     return cast("torch.Tensor", call.operands["expert_table"])
 
@@ -116,10 +126,20 @@ WRONG = (
     Wrong("num_valid_tokens", "of two elements", "softmax_topk", lambda call: call.logits.new_zeros(2, dtype=torch.int64)),
     Wrong("num_valid_tokens", "of rank 2", "softmax_topk", lambda call: call.logits.new_zeros(1, 1, dtype=torch.int64)),
     Wrong("num_valid_tokens", "of floats", "softmax_topk", lambda call: call.logits.new_zeros(1)),
+    Wrong("num_valid_tokens", "of uint8", "softmax_topk", lambda call: call.logits.new_zeros(1, dtype=torch.uint8)),
     Wrong("ids_dtype", "int16", "softmax_topk", lambda _: torch.int16),
     Wrong("out", "of one row too few", "softmax_topk", lambda call: _outputs(call, tokens=T - 1)),
     Wrong("out", "of one column too many", "softmax_topk", lambda call: _outputs(call, columns=K + 1)),
     Wrong("out", "of float64 weights", "softmax_topk", lambda call: _outputs(call, weights=torch.float64)),
+    Wrong("out", "one memory for both", "softmax_topk", lambda call: _in_one_memory(_outputs(call)[0])),
+    Wrong(
+        "out", "weights in the logits", "softmax_topk",
+        lambda call: (_within(call.logits, torch.float32), _outputs(call)[1]),
+    ),
+    Wrong(
+        "out", "ids in the scale", "gemma4",
+        lambda call: (_outputs(call)[0], _within(call.operands["per_expert_scale"], torch.int32)),
+    ),
     Wrong("out", "not contiguous", "softmax_topk", lambda call: tuple(t[:, ::2] for t in _outputs(call, columns=2 * K))),
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_routing.conformance.cases import Case
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
-from moe_routing.conformance.under_test import NotApplicableError, must_match, outputs, same_bits
+from moe_routing.conformance.under_test import NotRunError, must_match, outputs, same_bits
 from moe_routing.conformance.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def more_than_2_31_logits_are_routed(under_test: BackendUnderTest, case: Case) -
     """T*E past 2**31: the last rows are right."""
     if under_test.device.type == "cpu":
         msg = "2**31 logits are for accelerators"
-        raise NotApplicableError(msg)
+        raise NotRunError(msg)
     last = case.but(num_tokens=4096).make(under_test.device)
     logits = _huge(under_test.device, case.num_tokens * case.num_experts, torch.bfloat16).view(case.num_tokens, -1)
     logits.zero_()
@@ -129,7 +129,7 @@ def _huge(device: torch.device, elements: int, dtype: torch.dtype) -> torch.Tens
         return torch.empty(elements, dtype=dtype, device=device)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         msg = f"{elements * dtype.itemsize / 2**30:.1f} GiB cannot be allocated: {error}"
-        raise NotApplicableError(msg) from error
+        raise NotRunError(msg) from error
 
 
 @check(9, _sets.of_every_variant)
@@ -211,3 +211,6 @@ def padding_is_blank(under_test: BackendUnderTest, case: Case) -> None:
             output = under_test.check(padded)
             require(same_bits(output.ids[:valid], plain.ids[:valid]), "padding changes the ids of other rows")
         call = case.make(under_test.device)
+    on_device = [torch.tensor(n, device=under_test.device) for n in (2**31, 2**63 - 1, -1, -(2**63))]
+    for given in (2**31, 2**63 - 1, 2**63, 2**70, *on_device):  # more than T are all, fewer than 0 are none
+        under_test.check(call.but(num_valid_tokens=given))

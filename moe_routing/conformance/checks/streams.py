@@ -10,7 +10,7 @@ import torch
 
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
-from moe_routing.conformance.under_test import BackendUnderTest, NotApplicableError, must_match, outputs, same_bits
+from moe_routing.conformance.under_test import BackendUnderTest, NotRunError, must_match, outputs, same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,8 +65,8 @@ def _on(call: Call, logits: torch.Tensor) -> Call:
 
 def _need_cuda(under_test: BackendUnderTest) -> None:
     if under_test.device.type != "cuda":
-        msg = f"{under_test.device.type} has no such thing"
-        raise NotApplicableError(msg)
+        msg = "needs a CUDA device"
+        raise NotRunError(msg)
 
 
 @check(12, _modes)
@@ -141,6 +141,6 @@ def _two_devices(under_test: BackendUnderTest) -> tuple[torch.device, torch.devi
     """Return the first two devices, and make the first the current one."""
     if under_test.device.type == "cpu" or torch.accelerator.device_count() < 2:  # noqa: PLR2004 -- another one
         msg = "needs a second device"
-        raise NotApplicableError(msg)
+        raise NotRunError(msg)
     torch.accelerator.set_device_index(0)
     return torch.device(under_test.device.type, 0), torch.device(under_test.device.type, 1)

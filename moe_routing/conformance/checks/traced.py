@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from moe_routing.conformance.cases import on_device
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
 from moe_routing.conformance.under_test import must_match, same_bits
+from moe_routing.conformance.variants import VARIANTS
 from moe_routing.reference import oracle
 from moe_routing.reference.compare import exact_device, logical_ids
 
@@ -135,6 +137,46 @@ def gradients_of_nan_and_inf_are_zero(under_test: BackendUnderTest, case: Case) 
     call.logits[2, 0] = torch.inf
     call.logits[3, 1::2] = -torch.inf
     compare_gradients(under_test, case, call)
+
+
+def _scaled(profile: Profile) -> Iterator[Case]:
+    for name in [name for name, spec in VARIANTS.items() if spec.per_expert_scale]:
+        for case in _sets.of_every_variant(profile, variants=[name]):
+            yield case.but(valid="int")
+
+
+@check(15, _scaled, capability="gradients")
+def scales_that_are_not_finite_spoil_no_other_gradient(under_test: BackendUnderTest, case: Case) -> None:
+    """Gradients of rows that no NaN or infinite scale weighs, of padding and of the scale are as with finite scales."""
+    call = case.make(under_test.device)
+    call.operands["num_valid_tokens"] = case.num_tokens - 2
+    for zero_experts in (0, case.num_experts // 2):
+        call.spec = call.spec.replace(zero_experts=zero_experts)
+        finite = torch.linspace(0.5, 2, case.num_experts, device=under_test.device)
+        by_logits, by_scale, ids = _gradients(under_test, case, call.but(per_expert_scale=finite))
+        for value in (torch.nan, torch.inf):
+            spoilt = finite.clone()
+            spoilt[0] = spoilt[-3] = spoilt[ids[0, 0]] = value
+            again, by_spoilt, _ = _gradients(under_test, case, call.but(per_expert_scale=spoilt))
+            weighs = (ids >= 0) & (ids < case.num_experts - zero_experts)
+            rows = ~(weighs & ~spoilt.detach()[ids.clamp(min=0)].isfinite()).any(-1)
+            require(rows[-2:].all(), "the check itself: padding is weighed by no scale")
+            if not same_bits(again[rows], by_logits[rows]):
+                row = int((again != by_logits).any(-1).logical_and(rows).nonzero()[0])
+                msg = f"gradient of logits in row {row}, which no scale of {value} weighs: not as with finite scales"
+                raise AssertionError(msg)
+            alike = torch.allclose(by_spoilt, by_scale, rtol=GRADIENT_RTOL, atol=GRADIENT_ATOL)  # a sum, in any order
+            require(alike, f"gradient of per_expert_scale: not as with finite scales, where some are {value}")
+
+
+def _gradients(under_test: BackendUnderTest, case: Case, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of logits and scale, and the ids of the selected."""
+    logits, scale = call.logits.detach().requires_grad_(), call.operands["per_expert_scale"]
+    assert scale is not None  # noqa: S101 -- for mypy: the variant has one
+    output = under_test.route(replace(call, logits=logits).but(per_expert_scale=scale.requires_grad_()))
+    direction = torch.randn(output.weights.shape, generator=case.generator()).to(under_test.device)
+    by_logits, by_scale = torch.autograd.grad(output.weights, (logits, scale), direction)
+    return by_logits, by_scale, output.ids[:, : call.topk].long()
 
 
 def compare_gradients(under_test: BackendUnderTest, case: Case, call: Call) -> None:

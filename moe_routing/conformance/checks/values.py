@@ -9,7 +9,7 @@ import torch
 from moe_routing._kernel import RoutingOutput
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
-from moe_routing.conformance.under_test import NotApplicableError, must_match, same_bits
+from moe_routing.conformance.under_test import NotRunError, must_match, same_bits
 from moe_routing.conformance.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def ids_come_in_exact_order_for_many_tokens(under_test: BackendUnderTest, case: 
     """The same for a quarter of a million tokens, on an accelerator."""
     if under_test.device.type == "cpu":
         msg = f"T={case.num_tokens} is for accelerators"
-        raise NotApplicableError(msg)
+        raise NotRunError(msg)
     under_test.check(case.make(under_test.device))
 
 
@@ -75,6 +75,26 @@ def groups_are_scored_as_the_spec_says(under_test: BackendUnderTest, case: Case)
     under_test.check(call)
 
 
+def _summed(profile: Profile) -> Iterator[Case]:
+    names = [name for name, spec in VARIANTS.items() if spec.num_groups > 1 and spec.group_score == "top2_sum"]
+    return _sets.of_every_variant(profile, variants=names)
+
+
+@check(1, _summed)
+def group_sums_beyond_float32_are_equal(under_test: BackendUnderTest, case: Case) -> None:
+    """Groups whose sums of two are beyond float32's range, at either end, are equal: the lower ones are kept."""
+    call = case.make(under_test.device)
+    groups = call.spec.num_groups
+    for lowest, highest in ((0.6, 1.0), (-1.0, -0.6)):  # the exact sum of the last group is the highest
+        share = torch.linspace(lowest, highest, groups, dtype=torch.float64, device=under_test.device)
+        share = share.repeat_interleave(case.num_experts // groups)
+        if call.spec.needs_bias:
+            under_test.check(call.but(bias=(share * torch.finfo(torch.float32).max).float()))
+        else:
+            call.logits = (share * torch.finfo(call.logits.dtype).max).to(call.logits.dtype).repeat(case.num_tokens, 1)
+            under_test.check(call)
+
+
 @check(2, _sets.rows_of("ties", "non_finite"))
 def ids_are_unique_and_in_range(under_test: BackendUnderTest, case: Case) -> None:
     """Ids are unique and in [0, E) for awkward rows, and for biases that push every score far down or to NaN."""
@@ -97,7 +117,11 @@ def _must_be_valid(case: Case, output: RoutingOutput) -> None:
     require(not twice.any() or case.spec.selection == "token_table", f"ids chosen twice: {ids[twice][:1].tolist()}")
 
 
-@check(2, _sets.where(_sets.of_every_variant, variants=[name for name, spec in VARIANTS.items() if spec.needs_bias]))
+def _biased(profile: Profile) -> Iterator[Case]:
+    return _sets.of_every_variant(profile, variants=[name for name, spec in VARIANTS.items() if spec.needs_bias])
+
+
+@check(2, _biased)
 def scores_below_minus_one_are_ranked_too(under_test: BackendUnderTest, case: Case) -> None:
     """Biases around -1e4 put every biased score far below -1, and the best are still found."""
     call = case.make(under_test.device)
@@ -126,6 +150,21 @@ def nan_keeps_its_bias(under_test: BackendUnderTest, case: Case) -> None:
         bias = torch.linspace(0, 0.5, case.num_experts, device=under_test.device)
         bias[3], bias[-2] = 14, 500
         under_test.check(call.but(bias=bias))
+
+
+@check(3, _biased)
+def biases_that_are_not_finite_follow_the_rule(under_test: BackendUnderTest, case: Case) -> None:
+    """An expert with a NaN bias is ranked as one with -inf, one with +inf above all others."""
+    call = case.make(under_test.device)
+    bias = torch.linspace(-0.5, 0.5, case.num_experts, device=under_test.device)
+    for value, first in ((torch.nan, 0), (-torch.inf, 1), (torch.inf, 2)):
+        under_test.check(call.but(bias=bias.clone().index_fill(0, _every_seventh(bias, first), value)))
+        bias[_every_seventh(bias, first)] = value
+    under_test.check(call.but(bias=bias))
+
+
+def _every_seventh(vector: torch.Tensor, first: int) -> torch.Tensor:
+    return torch.arange(first, len(vector), 7, device=vector.device)
 
 
 @check(3, _sets.rows_of("extreme"))
@@ -173,6 +212,26 @@ def weights_match_the_oracle(under_test: BackendUnderTest, case: Case) -> None:
     under_test.check(call)
     call.logits = call.logits - 12  # scores of 1e-5 and less, under a sigmoid
     under_test.check(call)
+
+
+def _scaled(profile: Profile) -> Iterator[Case]:
+    names = [name for name, spec in VARIANTS.items() if spec.per_expert_scale]
+    return _sets.of_every_variant(profile, variants=names)
+
+
+@check(6, _scaled)
+def scales_that_are_not_finite_scale_their_expert_alone(under_test: BackendUnderTest, case: Case) -> None:
+    """NaN and infinite scales multiply the weights of their experts, and nothing of padding, zero experts or others."""
+    call = case.but(valid="int").make(under_test.device)
+    call.logits[0] *= 40  # weights that are 0 in float32
+    scale = torch.linspace(-2, 2, case.num_experts, dtype=torch.float64, device=under_test.device)
+    for first, value in enumerate((torch.nan, torch.inf, -torch.inf, 0.0, 1e300)):
+        scale[_every_seventh(scale, first)] = value
+    for operand in (scale, scale.float()):
+        under_test.check(call.but(per_expert_scale=operand))
+        under_test.check(call.but(per_expert_scale=operand, num_valid_tokens=3))
+    call.spec = call.spec.replace(zero_experts=case.num_experts // 2)
+    under_test.check(call.but(per_expert_scale=scale))
 
 
 @check(6, _sets.of_every_variant)

@@ -16,6 +16,7 @@ from moe_routing.integrations.transformers._report import Layer, PatchReport
 from moe_routing.integrations.transformers._wrapping import defining, reaches, rebind, require_own_forward, require_plain
 from moe_routing.integrations.transformers.routers import STATE, made_of, routed, stock_of, swap
 from moe_routing.models import NOT_EXPRESSED
+from moe_routing_registry import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -127,8 +128,7 @@ def _remove(module: nn.Module) -> None:
 
 def _require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
-        msg = f"model: expected a torch.nn.Module, got {model!r}"
-        raise TypeError(msg)
+        raise TypeError(refusal("model", "a torch.nn.Module", model))
 
 
 def _layers(model: nn.Module) -> Iterator[Layer]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 -- its usual name
 
 from moe_routing.families import FAMILIES
 from moe_routing.integrations.transformers._fingerprint import RefusedError, fingerprint
+from moe_routing_registry import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +58,7 @@ class Settings:
             if num_experts is not None:
                 spec.check_size(num_experts, topk(router))
         except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-            said = ", ".join(f"{name}={getattr(router, name, 'missing')!r}" for name in self.names)
+            said = ", ".join(f"{name}={shown(getattr(router, name, 'missing'))}" for name in self.names)
             msg = f"its settings cannot be routed: {error}" + (f"; read from {said}" if said else "")
             raise RefusedError(msg) from error
         return spec
@@ -87,7 +88,7 @@ def score_name(function: Score) -> str:
     for name, score in (("sigmoid", x.sigmoid()), ("sqrtsoftplus", F.softplus(x).sqrt())):
         if torch.allclose(function(x), score):
             return name
-    msg = f"its score function {function} is neither sigmoid nor sqrt(softplus)"
+    msg = f"its score function {shown(function)} is neither sigmoid nor sqrt(softplus)"
     raise RefusedError(msg)
 
 
@@ -96,13 +97,13 @@ def _cohere2(selection: str, norm: object) -> RoutingSpec:
         return FAMILIES["topk_softmax"].spec
     if selection == "sigmoid":
         return FAMILIES["sigmoid_topk"].spec.replace(renormalize=bool(norm))
-    msg = f"expert_selection_fn: expected 'softmax' or 'sigmoid', got {selection!r}"
+    msg = f"expert_selection_fn: expected 'softmax' or 'sigmoid', got {shown(selection)}"
     raise RefusedError(msg)
 
 
 def _dbrx(p: float | None) -> RoutingSpec:
     if p not in {1, None}:
-        msg = f"its weights are divided by their p-norm with p = {p}; known are 1 and None"
+        msg = f"its weights are divided by their p-norm with p = {shown(p)}; known are 1 and None"
         raise RefusedError(msg)
     return FAMILIES["softmax_topk"].spec.replace(renormalize=p is not None)
 
@@ -126,7 +127,7 @@ def _deepseek_v2(method: str, num_group: int, topk_group: int, scale: float) -> 
         return FAMILIES["softmax_topk"].spec.replace(scale=scale)
     if method == "group_limited_greedy":
         return FAMILIES["grouped_softmax"].spec.replace(num_groups=num_group, topk_groups=topk_group, scale=scale)
-    msg = f"topk_method: expected 'greedy' or 'group_limited_greedy', got {method!r}"
+    msg = f"topk_method: expected 'greedy' or 'group_limited_greedy', got {shown(method)}"
     raise RefusedError(msg)
 
 

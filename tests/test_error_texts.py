@@ -1,0 +1,134 @@
+"""What an error shows of a value: its type and shape, never the elements of a tensor, in one line, whatever its text does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moe_routing
+from moe_routing import Router, RoutingSpec, get_router
+from moe_routing.bench import Settings
+from moe_routing.models import from_config
+from moe_routing_registry import Verdict, shown
+
+np = pytest.importorskip("numpy")
+
+ELEMENT = 7.25
+TENSOR = torch.full((3,), ELEMENT)
+
+
+class Panics:
+    def __repr__(self):
+        raise BaseException  # noqa: TRY002 -- as an extension in Rust does
+
+
+class Talks:
+    def __repr__(self):
+        return "\x1b[31m" + "y\n" * 1_000_000
+
+
+class Shapeless:
+    @property
+    def shape(self):
+        raise RuntimeError
+
+
+class Lengthless(list):
+    def __len__(self):
+        raise RuntimeError
+
+
+VALUES = {
+    "a tensor": (TENSOR, "a Tensor of shape [3], dtype torch.float32, device cpu"),
+    "a tensor of no dimensions": (TENSOR[0], "a Tensor of shape [], dtype torch.float32, device cpu"),
+    "a parameter": (torch.nn.Parameter(TENSOR), "a Parameter of shape [3], dtype torch.float32, device cpu"),
+    "a list of tensors": ([TENSOR, TENSOR], "a list of 2 items"),
+    "a tuple of tensors": ((TENSOR,), "a tuple of 1 items"),
+    "a dict of tensors": ({"a": TENSOR}, "a dict of 1 items"),
+    "an output": (moe_routing.RoutingOutput(TENSOR, TENSOR), "a RoutingOutput of 2 items"),
+    "an array": (np.full(3, ELEMENT), "a ndarray of shape [3], dtype float64"),
+    "a list of arrays": ([np.full(3, ELEMENT)], "a list of 1 items"),
+    "a list of many": (list("abcdefghi"), "a list of 9 items"),
+    "a text that raises": (Panics(), "a Panics"),
+    "a text without end": (Talks(), "[31m" + "y " * 95),
+    "a long string": ("z" * 1_000_000, "'zzzz"),
+    "a number without end": (10**5000, "a int"),
+    "a shape that raises": (Shapeless(), "a Shapeless"),
+    "a length that raises": (Lengthless(), "a Lengthless"),
+    "a class": (Panics, "<class "),
+}
+"""A value, and how its text begins."""
+ARGUMENTS = [value for name, (value, _) in VALUES.items() if name not in ("a number without end", "a length that raises")]
+"""Those that are no number and no list of one; nobody has to measure a list that cannot be measured."""
+
+
+@pytest.mark.parametrize(("value", "text"), VALUES.values(), ids=VALUES)
+def test_a_value_is_shown_in_one_line_without_elements(value, text):
+    said = shown(value)
+    assert said.startswith(text)
+    assert len(said) <= 200
+    assert str(ELEMENT) not in said
+    assert said.isprintable()
+
+
+def test_what_is_short_and_plain_is_shown_as_it_is():
+    for value in (None, True, 3, 2.5, "a", (), [1, 2], ("a", None), torch.float32, np.int64(3)):
+        assert shown(value) == repr(value)
+
+
+def test_an_interrupt_passes_through():
+    class Interrupts:
+        def __repr__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shown(Interrupts())
+
+
+LOGITS = torch.randn(2, 4)
+ROUTE = Router(RoutingSpec(family="f"))
+EVERY_OPERAND = Router(RoutingSpec(family="f", selection="scores_plus_bias", per_expert_scale=True))
+CALLS = {
+    "logits": lambda value: ROUTE(value, 2),
+    "topk": lambda value: ROUTE(LOGITS, value),
+    "per_expert_scale": lambda value: EVERY_OPERAND(LOGITS, 2, value, bias=torch.zeros(4)),
+    "bias": lambda value: EVERY_OPERAND(LOGITS, 2, torch.ones(4), bias=value),
+    "token_ids": lambda value: ROUTE(LOGITS, 2, token_ids=value),
+    "num_valid_tokens": lambda value: ROUTE(LOGITS, 2, num_valid_tokens=value),
+    "expert_map": lambda value: ROUTE(LOGITS, 2, expert_map=value),
+    "ids_dtype": lambda value: ROUTE(LOGITS, 2, ids_dtype=value),
+    "out": lambda value: ROUTE(LOGITS, 2, out=value),
+    "spec": Router,
+    "router": lambda value: get_router([value]),
+    "backend": lambda value: get_router("mixtral", backend=value),
+    "verify": lambda value: get_router("mixtral", verify=value),
+    "device": moe_routing.probe,
+    "scale": lambda value: RoutingSpec(family="f", scale=value),
+    "family": lambda value: RoutingSpec(family=value),
+    "reason": lambda value: Verdict(None, value),
+    "tokens": lambda value: Settings(tokens=(value,)),
+    "num_local_experts": lambda value: from_config(
+        {"model_type": "mixtral", "num_local_experts": value, "num_experts_per_tok": 2}
+    ),
+}
+
+
+@pytest.mark.parametrize("value", ARGUMENTS)
+@pytest.mark.parametrize("argument", CALLS)
+def test_every_refusal_names_the_argument_and_shows_no_elements(argument, value):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        CALLS[argument](value)
+    said = str(raised.value)
+    assert str(ELEMENT) not in said
+    assert "\x1b" not in said
+    assert len(said) < 700
+    assert argument in said
+
+
+@pytest.mark.parametrize("argument", ["router", "device", "num_experts", "topk", "dtype", "backend"])
+def test_explain_reports_whatever_comes(argument):
+    for value in ARGUMENTS:
+        report = moe_routing.explain(**{"router": "mixtral", argument: value})
+        assert report.winner is None
+        assert str(ELEMENT) not in report.error
+        assert report.error
