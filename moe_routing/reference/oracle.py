@@ -212,10 +212,10 @@ def descending(keys: Tensor) -> Tensor:
 
 
 def group_scores(spec: RoutingSpec, keys: Tensor) -> Tensor:
-    """Return the score ``[T, G]`` of each group: its maximum, or the sum of its best two (of its one, if it has one)."""
+    """Return the score ``[T, G]`` of each group: its maximum, or the clamped sum of its best two (of its one)."""
     grouped = keys.reshape(len(keys), spec.num_groups, keys.shape[1] // spec.num_groups)
     best = 1 if spec.group_score == "max" else min(2, grouped.shape[-1])
-    return grouped.sort(dim=-1, descending=True).values[..., :best].sum(-1)
+    return grouped.sort(dim=-1, descending=True).values[..., :best].sum(-1).clamp(-FLOAT32_MAX, FLOAT32_MAX)
 
 
 def _keep_best_groups(spec: RoutingSpec, keys: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ NEEDED = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_siz
 
 ALIGNMENT = 16
 """Bytes of the widest load."""
+READABLE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+"""Dtypes of vectors that Triton reads on every device; some of the 8-bit formats it knows on some, and one on none."""
 
 if torch.cuda.is_available():
     # What torch.cuda.current_device and Inductor's generated code call; the public ways take ten times as long.
@@ -49,6 +51,11 @@ else:  # the interpreter: no device is current, so nothing asks for its stream o
     def empty(size: tuple[int, int], strides: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Say that there is none."""
         raise AssertionError(size, strides, dtype)
+
+
+def as_readable(vector: Tensor | None) -> Tensor | None:
+    """Return a vector in a dtype that kernels can read: itself, or its numbers in float32."""
+    return vector if vector is None or vector.dtype in READABLE else vector.float()
 
 
 def capturing() -> bool:
