@@ -1,9 +1,10 @@
 """Route through SGLang's own ``TopK`` layers on a CPU, by SGLang and by us, and print what differs as JSON.
 
-``python route_sglang.py`` with sglang 0.5.23, the packages that it imports, and ``sglang_adapter`` on the path. SGLang is installed
-without torchvision, whose builds on PyPI do not load beside a torch for CPUs ("operator torchvision::nms does not exist"): its
-image processors, which are imported on the way, get an empty module in its place. SGLang's CPU engine needs kernels that are
-not on PyPI (``sgl_kernel``), so the layers route by ``forward_native``: plain torch, through the same ``select_experts``.
+``python route_sglang.py`` with sglang 0.5.23, the packages that it imports, and ``sglang_adapter`` on the path. SGLang is
+installed without torchvision, whose published builds do not load with a torch for CPUs ("operator torchvision::nms does not
+exist"): SGLang's image processors, which are imported on the way, get an empty module instead. SGLang's CPU engine needs
+kernels that are not in its wheel (``sgl_kernel``), so the layers route by ``forward_native``: plain torch, through the same
+``select_experts``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def routed(layer, logits, **arguments):
 
 
 def main():
-    TopK, SharedExpertsConfig, get_context, get_model = import_sglang()  # noqa: N806 -- SGLang's names
+    TopK, SharedExpertsConfig, get_context, get_model = import_sglang()
     import sglang_adapter
 
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0))

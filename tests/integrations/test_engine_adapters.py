@@ -166,9 +166,9 @@ def answer(script, packages, site):
 def test_torchtitans_own_deepseek_v3_trains_to_the_same_losses_through_us(tmp_path):
     """A tiny DeepSeek-V3 of the installed torchtitan, ten steps, eager and compiled.
 
-    The biases, which follow from how many tokens each expert got in each step, are equal. The losses are equal at the first step, and
-    later within 0.1 %: torchtitan leaves the experts of a token unsorted, so their sum is rounded elsewhere, and its experts compute
-    in bfloat16, where a last bit of the hidden states changes a result by up to 0.4 %.
+    The biases, which follow from how many tokens each expert got in each step, are equal. The losses are equal at the first
+    step, and later within 0.1 %: torchtitan leaves the experts of a token unsorted, so their sum is rounded elsewhere, and its
+    experts compute in bfloat16, where a last bit of the hidden states changes a result by up to 0.4 %.
     """
     runs = answer("train_torchtitan.py", TORCHTITAN, tmp_path)
     assert set(runs) == {"eager", "compiled"}

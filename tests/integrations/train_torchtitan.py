@@ -1,11 +1,11 @@
 """Train torchtitan's own tiny DeepSeek-V3 for ten steps, routed by itself and by us, and print both as JSON.
 
 ``python train_torchtitan.py`` with torchtitan 0.3.0 and ``torchtitan_adapter`` on the path. The model is torchtitan's
-``debugmodel``, three of its six layers: one dense, one that selects by softmax, as it comes, and one that selects by sigmoid in
-groups, as its 671B configuration does. Its balancing hook moves the biases, and its ``apply_compile`` compiles each layer.
+``debugmodel``, three of its six layers: one dense, one that selects by softmax, as it comes, and one that selects by sigmoid
+in groups, as its 671B configuration does. Its balancing hook moves the biases, and its ``apply_compile`` compiles each layer.
 
-Its attention is built on ``flex_attention``, which refuses gradients on a CPU ("FlexAttention does not support backward on CPU"). So
-each layer gets the other attention of the same package, ``ScaledDotProductAttention``, as its Flux model does; it is causal
+Its attention is ``flex_attention``, which refuses gradients on a CPU ("FlexAttention does not support backward on CPU"). So
+each layer gets the other attention of the same package, ``ScaledDotProductAttention``, which its Flux model has; it is causal
 over the whole row.
 """
 
