@@ -1,13 +1,14 @@
 """Measure the rules of a shipped launch table on a dense grid of sizes, or find where the table in use has cliffs.
 
-    python benchmarks/launch_tables.py measure OUT.json TABLE.json   # every rule of the device's table, measured again
-    python benchmarks/launch_tables.py cliffs OUT.json               # the table in use; exit code 1 where a time falls
+    python benchmarks/launch_tables.py measure KINDS OUT.json TABLE.json   # rules of the device's table, measured again
+    python benchmarks/launch_tables.py cliffs KINDS OUT.json               # the table in use; exit code 1 where a time falls
 
-``measure`` does for every rule what ``moe-routing tune`` does for one problem, and writes a table with these rules in TABLE.json;
-rules that it does not measure stay. ``cliffs`` times the launch that the table gives for each of the sizes of ``TOKENS``, a
-quarter apart, three times, and prints the worst places: a call that gets more than 10 % faster when the number of tokens grows
-by a quarter is served by a wrong launch. Microseconds a call: the median of CUDA-graph replays over rotating inputs. Kernels are
-compiled first, in as many processes as there are cores.
+KINDS are those of rules, with commas (``logits,row_sum``), or ``all``. ``measure`` does for every rule what
+``moe-routing tune`` does for one problem, and writes a table with these rules in TABLE.json; rules that it does not
+measure stay. ``cliffs`` times the launch that the table gives for each of ``TOKENS``, three times, and prints the
+worst places: a call that gets more than 10 % faster when the number of tokens grows by a quarter is served by a wrong
+launch. Microseconds a call: the median of CUDA-graph replays over rotating inputs. Kernels are compiled first, in as
+many processes as there are cores.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ CLIFF = 0.9
 WORST = 20
 
 
-def problems() -> list[RoutingProblem]:
-    """Return a problem for each rule: the sizes that models have, and those of the table in use."""
+def problems(kinds: str) -> list[RoutingProblem]:
+    """Return a problem for each rule of these kinds: the sizes that models have, and those of the table in use."""
     asked = {(kind, bits, *size) for kind, bits, size in product(SPECS, (16, 32), SIZES) if kind != "bias"}
     asked |= {(kind, bits, experts, 8 if width == 8 else 10) for kind, bits, experts, width in _table().rules}  # noqa: PLR2004 -- the short list
     found = {}
@@ -67,7 +68,7 @@ def problems() -> list[RoutingProblem]:
         dtype = "float32" if bits == 32 else "bfloat16"  # noqa: PLR2004 -- bits of float32
         problem = RoutingProblem(spec=SPECS[kind], num_experts=experts, topk=topk, dtype=dtype)
         found.setdefault(key_of(problem), problem)
-    return list(found.values())
+    return [problem for key, problem in found.items() if kinds == "all" or key[0] in kinds.split(",")]
 
 
 def _table() -> Any:  # noqa: ANN401 -- a launch table
@@ -97,11 +98,11 @@ def graphed(work: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times)
 
 
-def compile_share(mode: str, part: int, parts: int) -> None:
+def compile_share(mode: str, kinds: str, part: int, parts: int) -> None:
     """Compile a share of the kernels by a call each; the other processes of ``compile_all`` do the rest."""
     device = probe("cuda:0")
     every = []
-    for problem in problems():
+    for problem in problems(kinds):
         used = [step.launch for step in speaking(device, problem).steps(problem)]
         every += [
             (problem, launch) for launch in dict.fromkeys([*used, *(candidates(problem, device) if mode == "measure" else ())])
@@ -109,14 +110,14 @@ def compile_share(mode: str, part: int, parts: int) -> None:
     for problem, launch in every[part::parts]:
         try:
             _Inputs(problem, device, 2)._routed(TritonRouter(problem, device, (Step(math.inf, launch),)))  # noqa: SLF001 -- as tune does
-        except Exception as error:  # noqa: BLE001 -- what does not compile is named when it is measured
+        except Exception as error:  # noqa: BLE001, PERF203 -- what does not compile is named when it is measured
             print(f"{problem}: {shown(launch)}: {type(error).__name__}", file=sys.stderr)
 
 
-def compile_all(mode: str) -> None:
+def compile_all(mode: str, kinds: str) -> None:
     """Fill Triton's cache."""
     parts = max(1, (os.cpu_count() or 1) - 1)
-    share = [sys.executable, __file__, "--compile", mode]
+    share = [sys.executable, __file__, "--compile", mode, kinds]
     for process in [subprocess.Popen([*share, str(part), str(parts)]) for part in range(parts)]:  # noqa: S603 -- this file itself
         process.wait()
 
@@ -126,10 +127,10 @@ def named(problem: RoutingProblem) -> str:
     return f"{'/'.join(map(str, key_of(problem)))} K={problem.topk}"
 
 
-def measure_all(out: Path, table: Path) -> None:
+def measure_all(kinds: str, out: Path, table: Path) -> None:
     """Measure every rule; write what was measured, and the table, after each."""
     device, rules, results = probe("cuda:0"), dict(_table().rules), []
-    for problem in problems():
+    for problem in problems(kinds):
         found = measure(problem, device, clock=graphed)
         rules[key_of(problem)] = found.steps
         results.append({"rule": named(problem), **found.to_dict()})
@@ -147,10 +148,10 @@ def measure_all(out: Path, table: Path) -> None:
         table.write_text(to_json(device.arch or "", provenance, rules), encoding="utf-8")
 
 
-def cliffs(out: Path) -> bool:
+def cliffs(kinds: str, out: Path) -> bool:
     """Time the table in use, print the worst places, and tell whether there is no cliff."""
     device, results, steps = probe("cuda:0"), [], []
-    for problem in problems():
+    for problem in problems(kinds):
         router = TritonRouter(problem, device)
         runs = [
             {T: graphed(_Inputs(problem, device, T).turns(router), torch.device("cuda:0")) for T in TOKENS} for _ in range(3)
@@ -158,7 +159,7 @@ def cliffs(out: Path) -> bool:
         times = {T: statistics.median(run[T] for run in runs) for T in TOKENS}
         results.append({"rule": named(problem), "us": {T: round(us, 3) for T, us in times.items()}})
         # Below 16 tokens the next size is more than a quarter away; a larger T that is faster is a wrong step there too.
-        steps += [(times[b] / times[a], named(problem), a, b, times[a], times[b]) for a, b in zip(TOKENS, TOKENS[1:])]  # noqa: B905 -- neighbours
+        steps += [(times[b] / times[a], named(problem), a, b, times[a], times[b]) for a, b in zip(TOKENS, TOKENS[1:])]  # noqa: B905, RUF007 -- neighbours
     steps.sort()
     for share, name, a, b, before, after in steps[:WORST]:
         print(f"{share:.3f}  {name}: T = {a} takes {before:.2f} us, T = {b} {after:.2f} us")
@@ -184,11 +185,12 @@ def write(path: Path, what: str, **measured: object) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--compile":
-        compile_share(sys.argv[2], *map(int, sys.argv[3:]))
+    mode, kinds, *rest = sys.argv[1:]
+    if mode == "--compile":
+        compile_share(kinds, rest[0], *map(int, rest[1:]))
     else:
-        compile_all(sys.argv[1])
-        if sys.argv[1] == "measure":
-            measure_all(Path(sys.argv[2]), Path(sys.argv[3]))
+        compile_all(mode, kinds)
+        if mode == "measure":
+            measure_all(kinds, *map(Path, rest))
         else:
-            sys.exit(0 if cliffs(Path(sys.argv[2])) else 1)
+            sys.exit(0 if cliffs(kinds, Path(rest[0])) else 1)

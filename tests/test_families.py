@@ -122,3 +122,22 @@ def test_hash_routing_with_the_selected_ids_in_its_table_weighs_as_scored_routin
 def test_partitioned_softmax_takes_as_many_experts_from_each_group(logits):
     ids = route(FAMILIES["partitioned_softmax"].spec, logits, 16).ids
     assert torch.equal((ids // 4).sort().values, torch.arange(8).repeat_interleave(2).expand(64, 16))
+
+
+@pytest.mark.parametrize(
+    ("selection", "field", "value"),
+    [
+        ("sparsemixer", "score", "sigmoid"),
+        ("sparsemixer", "renormalize", True),
+        ("sparsemixer", "num_groups", 2),
+        ("sparsemixer", "topk_per_group", True),
+        ("sparsemixer", "logit_softcap", 30.0),
+        ("sparsemixer", "logit_multiplier", 0.5),
+        ("token_table", "num_groups", 2),
+        ("token_table", "topk_per_group", True),
+    ],
+)
+def test_a_field_that_a_selection_has_no_use_for_is_refused(selection, field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected .*, because selection '{selection}' has no use for it, got "):
+        RoutingSpec(family="f", selection=selection, **{field: value})
+    RoutingSpec(family="f", **{field: value})

@@ -45,6 +45,9 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     device: Annotated[str, typer.Option(help="The device to check it on: cpu, cuda:0, xpu, ...")] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="All sizes and dtypes, not a pairwise sample of them.")] = False,
     clause: Annotated[list[int] | None, typer.Option(help="Only this clause of the contract, 0 to 15; repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Draw the cases that are in no list from this seed, not from a new one.")
+    ] = None,
     report: Annotated[
         list[Path] | None, typer.Option(help="Write a report: NAME.html, NAME.json or NAME.xml (JUnit); may be repeated.")
     ] = None,
@@ -63,7 +66,7 @@ def conformance(  # noqa: PLR0913 -- the options of the command
             msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {str(path)!r}"
             raise UsageError(msg)
         check_writable("--report", path)
-    outcome = _run(backend, device, "full" if full else "quick", clause, as_json=as_json)
+    outcome = _run(backend, device, "full" if full else "quick", clause, seed, as_json=as_json)
     screen = console()
     if as_json:
         print_json(outcome.to_dict())
@@ -80,13 +83,15 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     raise typer.Exit(0 if outcome.ok else 1 if outcome.failed else NOTHING_CHECKED)
 
 
-def _run(backend: str, device: str, profile: Profile, clauses: list[int] | None, *, as_json: bool) -> Report:
+def _run(  # noqa: PLR0913 -- the options of the command
+    backend: str, device: str, profile: Profile, clauses: list[int] | None, seed: int | None, *, as_json: bool
+) -> Report:
     import moe_routing
     from moe_routing.conformance.runner import NotUsableError
 
     moe_routing.probe(device)  # a device that is not here is an error of its own
     try:
-        return _with_progress(backend, device, profile, clauses)
+        return _with_progress(backend, device, profile, clauses, seed)
     except NotUsableError as error:
         if as_json:
             print_json({"ok": False, "backend": backend, "device": device, "verdict": str(error), "counts": _NOTHING})
@@ -95,7 +100,7 @@ def _run(backend: str, device: str, profile: Profile, clauses: list[int] | None,
         raise typer.Exit(NOTHING_CHECKED) from error
 
 
-def _with_progress(backend: str, device: str, profile: Profile, clauses: list[int] | None) -> Report:
+def _with_progress(backend: str, device: str, profile: Profile, clauses: list[int] | None, seed: int | None) -> Report:
     from moe_routing.conformance.runner import run
 
     with progress() as bar:
@@ -106,7 +111,7 @@ def _with_progress(backend: str, device: str, profile: Profile, clauses: list[in
             if result.status == "failed" and not bar.disable:
                 bar.console.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
 
-        return run(backend, device, profile=profile, clauses=clauses, on_result=advance)
+        return run(backend, device, profile=profile, clauses=clauses, seed=seed, on_result=advance)
 
 
 def _show(report: Report, screen: Console) -> None:
@@ -133,4 +138,4 @@ def _show(report: Report, screen: Console) -> None:
     for capability, reason in report.gaps.items():
         screen.print(Text(f"gap: {capability}: {reason}", style=_STYLES["gap"]))
     screen.print(Text(f"{report.backend} {report.verdict}", style="bold"), soft_wrap=True)
-    screen.print(f"{len(report.results)} cases in {report.seconds:.1f} s")
+    screen.print(f"{len(report.results)} cases in {report.seconds:.1f} s, seed {report.seed}")

@@ -42,6 +42,7 @@ class Case:
     :ivar valid: how ``num_valid_tokens`` is given: not at all, as an int, or as a tensor.
     :ivar mapped: whether there is an ``expert_map``.
     :ivar out: whether outputs are given.
+    :ivar seed: the seed that drew the case, where a seed did (``drawn``).
     """
 
     variant: str
@@ -55,6 +56,7 @@ class Case:
     valid: Literal["all", "int", "tensor"] = "all"
     mapped: bool = False
     out: bool = False
+    seed: int | None = None
 
     @property
     def spec(self) -> RoutingSpec:
@@ -73,6 +75,7 @@ class Case:
         words = [self.variant.replace("/", "."), f"E{self.num_experts}", f"K{self.topk}", tokens, self.dtype]
         words += [word for word in (self.layout, self.ids_dtype) if word not in ("contiguous", "int32")]
         words += [f"valid_{self.valid}"] * (self.valid != "all") + ["mapped"] * self.mapped + ["out"] * self.out
+        words += [] if self.seed is None else [f"seed{self.seed}"]
         return "-".join(words)
 
     def but(self, **changes: object) -> Case:

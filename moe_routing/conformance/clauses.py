@@ -52,7 +52,7 @@ _CLAUSES = (
         "valid_ids",
         "Valid ids",
         "Ids are unique and in [0, E), whatever the input.",
-        "Ids are unique and in `[0, E)`, whatever the input.",
+        "Ids are unique and in `[0, E)`, whatever the input; a token table's are as unique as its entries.",
         "duplicated ids from NaN rows crashed fused expert kernels, and a kernel that began its running maximum at -1 "
         "returned expert 0 several times when every biased score was below that.",
     ),
@@ -63,7 +63,7 @@ _CLAUSES = (
         "NaN counts as -inf, logits are clamped to float32's range, no logit makes a weight NaN or inf.",
         "NaN counts as -inf and infinities as the largest finite numbers; everything else follows from the formula. "
         "So NaN and -inf are chosen only when fewer than K others exist, several +inf share the weight, and a row "
-        "with nothing finite gives ids `0..K-1`. Where a bias is added to scores, the score of a NaN logit is that of "
+        "of NaN and -inf alone gives ids `0..K-1`. Where a bias is added to scores, the score of a NaN logit is that of "
         "-inf, and the bias still counts. A NaN bias counts as -inf. Weights are never NaN or infinite, unless "
         "`per_expert_scale` is, or a product leaves float32's range.",
         "one overflow in one layer otherwise spreads over the batch, or sorts first here and last there.",
@@ -143,9 +143,12 @@ _CLAUSES = (
         11,
         "determinism",
         "Determinism",
-        "The same input gives the same bits in every run.",
-        "The same input gives the same bits in every run, a hundred times.",
-        "ties resolved by whichever thread is first are found in production.",
+        "The same input gives the same bits in every run, whatever was routed before or is routed by other threads.",
+        "The same input gives the same bits in every run, a hundred times, whatever the kernel has routed or warmed up "
+        "before. A call reads all its operands, also those that changed in place since the last one, and one router "
+        "serves any number of threads.",
+        "ties resolved by whichever thread is first are found in production; a copy of the bias that was kept at the "
+        "first call ignored every update of it, and one scratch buffer for all threads mixed their rows.",
     ),
     Clause(
         12,

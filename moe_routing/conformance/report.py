@@ -116,6 +116,7 @@ def _summary(report: Report) -> str:
         "device": report.device,
         "distribution": report.distribution,
         "profile": report.profile,
+        "seed": str(report.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         "time": f"{report.seconds:.1f} s, begun {report.started}",
     }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from moe_routing._registry import registry
-from moe_routing.conformance import checks
+from moe_routing.conformance import checks, drawn
 from moe_routing.conformance.clauses import CLAUSES
 from moe_routing.conformance.under_test import BackendUnderTest, DeclinedError, NotApplicableError, NotRunError
 from moe_routing.probing import probe
@@ -64,12 +64,16 @@ class Result:
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """The outcome of a run; ``moe_routing.conformance.report`` writes it as HTML, JSON or JUnit."""
+    """The outcome of a run; ``moe_routing.conformance.report`` writes it as HTML, JSON or JUnit.
+
+    :ivar seed: what drew the cases that are in no list; ``run(..., seed=)`` draws them again.
+    """
 
     backend: str
     distribution: str
     device: str
     profile: Profile
+    seed: int
     versions: dict[str, str]
     gaps: dict[str, str]
     started: str
@@ -132,6 +136,7 @@ class Report:
             "distribution": self.distribution,
             "device": self.device,
             "profile": self.profile,
+            "seed": self.seed,
             "versions": self.versions,
             "gaps": self.gaps,
             "started": self.started,
@@ -152,17 +157,19 @@ class NotUsableError(Exception):
         super().__init__(f"{under_test.backend} was not checked on {under_test.device}: it {verdict.reason}{fix}")
 
 
-def run(
+def run(  # noqa: PLR0913 -- the options of the command
     backend: str,
     device: str | torch.device = "cpu",
     *,
     profile: Profile = "quick",
     clauses: Iterable[int] | None = None,
+    seed: int | None = None,
     on_result: Callable[[Result, int, int], None] | None = None,
 ) -> Report:
     """Check a backend.
 
     :param clauses: only these clauses; all of them where ``None``.
+    :param seed: draws the cases that are in no list; a new one where ``None``. The report has it.
     :param on_result: called after each check with its result, how many are done, and how many there are.
     :raises UnknownNameError: there is no such backend.
     :raises NotUsableError: the backend is not for the device, or cannot be used on it.
@@ -172,12 +179,15 @@ def run(
     if rejection is not None:
         raise NotUsableError(under_test, rejection)
     wanted = set(CLAUSES if clauses is None else clauses)
-    items = [item for item in checks.items(profile) if item.check.clause in wanted]
+    seed = drawn.new_seed() if seed is None else seed
+    with drawn.seeded(seed):
+        items = [item for item in checks.items(profile) if item.check.clause in wanted]
     report = Report(
         backend=backend,
         distribution=registry().distribution(backend),
         device=str(probe(under_test.device)),
         profile=profile,
+        seed=seed,
         versions={"python": platform.python_version(), "torch": torch.__version__, "moe-routing": _version()},
         gaps=dict(under_test.card.gaps),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -41,7 +41,7 @@ class RouterConformance:
         if not backend:
             message = f"{cls.__name__}: name a backend, as the class attribute `backend` or with --moe-backend"
             raise ValueError(message)
-        from moe_routing.conformance import checks
+        from moe_routing.conformance import checks, drawn
         from moe_routing.conformance.runner import NotUsableError, backend_under_test
 
         device = cls.device or option("--moe-device", default=None) or "cpu"
@@ -51,7 +51,8 @@ class RouterConformance:
             raise NotUsableError(under_test, rejection)
         profile: Profile = "full" if option("--moe-full", default=False) else cls.profile
         clause = int(metafunc.function.__name__.split("_")[1])
-        items = [item for check in checks.CHECKS if check.clause == clause for item in check.items(profile)]
+        with drawn.seeded(option("--moe-seed", default=None)):
+            items = [item for check in checks.CHECKS if check.clause == clause for item in check.items(profile)]
         names = [f"{item.id}-{backend}-{device}" for item in items]
         metafunc.parametrize(("item", "under_test"), [(item, (backend, device)) for item in items], ids=names)
 

@@ -40,7 +40,10 @@ def vllm(_case: Case) -> list[Check]:
     replaced = sum(site.layers for site in sites if site.formula)
     kept = sum(site.layers for site in sites) - replaced
     so_far = f"; in this process {replaced} routers were replaced, {kept} left alone" if sites else ""
-    return [_finding("ok", f"{here} routes through us where its routers are known{so_far}", details=did or signatures)]
+    unread = f"; the code of {len(found.unknown)} classes was not read, and they are left alone" if found.unknown else ""
+    summary = f"{here} routes through us where its routers are known{unread}{so_far}"
+    fix = "pip install --upgrade moe-routing" if found.unknown else ""
+    return [_finding("warning" if unread else "ok", summary, fix, (*found.unknown, *did) or signatures)]
 
 
 def _asked() -> bool:

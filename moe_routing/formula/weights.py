@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _SOFTPLUS_IS_EXP = -17.0
 """Below it log1p(exp(x)) is exp(x) to within 1e-8 of itself, half a float32 rounding step."""
+_SUMMED_UP_TO = 256
+"""Terms up to which PyTorch's softmax on the CPU sums within the contract's 2e-6: it adds every eighth to the same float32."""
 
 
 def activated(spec: RoutingSpec, l: Tensor) -> Tensor:
@@ -74,12 +76,19 @@ def selected_weights(spec: RoutingSpec, x: Tensor, ids: list[Tensor]) -> list[Te
 def _softmax(x: Tensor, ids: list[Tensor], *, of_selected: bool) -> list[Tensor]:
     """Return the softmax over all experts, or over those selected, at the selected."""
     if len(ids) == 1:
-        return [x.gather(-1, ids[0]).softmax(-1) if of_selected else x.softmax(-1).gather(-1, ids[0])]
+        return [_over(x.gather(-1, ids[0])) if of_selected else _over(x).gather(-1, ids[0])]
     chosen = [x.gather(-1, i) for i in ids]
     highest = _highest(chosen) if of_selected else x.amax(-1, keepdim=True)
     powers = [(c - highest).exp_() for c in chosen]
     total = _sum_in_order(powers) if of_selected else (x - highest).exp_().sum(-1, keepdim=True)
     return [p / total for p in powers]
+
+
+def _over(x: Tensor) -> Tensor:
+    """Return the softmax over the last dimension, in float64 where float32 would lose too much of a long sum."""
+    if x.shape[-1] > _SUMMED_UP_TO and x.device.type == "cpu":
+        x = x.to(torch.float64)
+    return x.softmax(-1)
 
 
 def _highest(parts: list[Tensor]) -> Tensor:
@@ -131,7 +140,7 @@ def sparsemixer(spec: RoutingSpec, l: Tensor, topk: int) -> tuple[Tensor, Tensor
         places = torch.arange(l.shape[-1], device=l.device).expand_as(l)
         chosen = places.masked_fill(left != best, l.shape[-1]).amin(-1, keepdim=True)
         far = (best - l) / l.abs().maximum(best) > 2 * spec.jitter
-        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, chosen))
+        weights.append(_over(left.masked_fill(far, -torch.inf)).gather(-1, chosen))
         ids.append(chosen)
         left = left.scatter(-1, chosen, -torch.inf)
-    return torch.cat(weights, -1) * spec.scale, torch.cat(ids, -1)
+    return (torch.cat(weights, -1) * spec.scale).float(), torch.cat(ids, -1)

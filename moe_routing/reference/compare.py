@@ -153,7 +153,7 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
     num_experts = logits.shape[1]
     home = exact_device(logits)
     l = logits.detach()[part].to(home)
-    ids = logical_ids(output.ids[part].to(home).long(), operands.get("expert_map"), num_experts + spec.shared_experts)
+    ids = logical_ids(output.ids[part].to(home).long(), operands.get("expert_map"))
     weights = output.weights.detach()[part].to(home).double()
     found.problems += _id_problems(spec, ids, topk, num_experts, rows)
     found.problems += _shared_problems(spec, weights, topk, rows)
@@ -186,15 +186,13 @@ def _at(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(device)
 
 
-def logical_ids(ids: Tensor, expert_map: Tensor | None, slots: int) -> Tensor:
-    """Undo ``expert_map``; an id that no expert has becomes -1."""
+def logical_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
+    """Undo ``expert_map``, whose physical ids may be any numbers; an id that no expert has becomes -1."""
     if expert_map is None:
         return ids
-    physical = expert_map.to(ids.device).long()
-    back = torch.full((int(physical.max()) + 1,), -1, dtype=torch.long, device=ids.device)
-    back[physical] = torch.arange(slots, device=ids.device)
-    known = (ids >= 0) & (ids < len(back))
-    return torch.where(known, back[ids.clamp(0, len(back) - 1)], -1)
+    physical, logical = expert_map.to(ids.device).long().sort()
+    place = torch.searchsorted(physical, ids.contiguous()).clamp(max=len(physical) - 1)
+    return torch.where(physical[place] == ids, logical[place], -1)
 
 
 def _id_problems(spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, rows: Tensor) -> Iterator[str]:
@@ -222,7 +220,8 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     spec: RoutingSpec, l: Tensor, ids: Tensor, weights: Tensor, scale: Tensor | None, rows: Tensor
 ) -> Iterator[str]:
     exact = oracle.weights_at(spec, l, ids, per_expert_scale=scale)
-    tolerance = ATOL + (RTOL + error_bounds.weight_error(spec, l, ids)) * exact.abs()
+    scales = abs(spec.scale) * (1.0 if scale is None else scale.double().abs()[ids])
+    tolerance = ATOL * scales + (RTOL + error_bounds.weight_error(spec, l, ids)) * exact.abs() + error_bounds.FLUSHED
     low = high = exact
     if spec.selection == "sparsemixer":
         # The mask compares a float32 quotient with a threshold: one subtraction, one division, the threshold's rounding.

@@ -36,6 +36,14 @@ _NUMBERS = {
     "jitter": (0.0, _HUGE),
 }
 """Each number and the range that it may be in."""
+_NO_GROUPS: dict[str, object] = {"num_groups": 1, "topk_per_group": False}
+_UNUSED: dict[str, dict[str, object]] = {
+    "sparsemixer": {
+        "score": "softmax", "renormalize": False, "logit_softcap": None, "logit_multiplier": 1.0, **_NO_GROUPS
+    },
+    "token_table": _NO_GROUPS,
+}  # fmt: skip
+"""Fields that a selection has no use for, with their defaults: any other value asks for maths that nobody would compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +81,9 @@ class RoutingSpec:
     :ivar shared_experts: number of always-on slots appended to the K selected.
     :ivar zero_experts: how many of the last expert ids are experts that compute nothing (LongCat): weight 0.
     :ivar jitter: threshold of sparsemixer's mask.
+
+    A selection has no use for some fields, and a spec that sets one of those is refused: sparsemixer for other scores,
+    renormalisation, groups, soft-cap and multiplier; a token table for groups.
 
     Names are made of the characters of plug-in names: a-z, 0-9, ``.``, ``_`` and ``-``. Counts are at most 2**31 - 1.
     Numbers are 0 or of float32's normal range, 2**-126 to 3.4e38, in which kernels compute; caps and multipliers are from
@@ -120,7 +131,14 @@ class RoutingSpec:
             raise ValueError(refusal("group_score", "'max' or 'top2_sum'", self.group_score))
         if self.topk_groups > self.num_groups:
             raise ValueError(refusal("topk_groups", f"1 <= topk_groups <= num_groups ({self.num_groups})", self.topk_groups))
+        self._refuse_unused()
         self._set("_key", "")
+
+    def _refuse_unused(self) -> None:
+        for name, usual in _UNUSED.get(self.selection, {}).items():
+            value = getattr(self, name)
+            if value != usual:
+                raise ValueError(refusal(name, f"{usual!r}, because selection {self.selection!r} has no use for it", value))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

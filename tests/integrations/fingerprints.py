@@ -12,7 +12,7 @@ import ast
 import sys
 from pathlib import Path
 
-from moe_routing.integrations.transformers._fingerprint import digest
+from moe_routing.integrations._code import digest
 from moe_routing.integrations.transformers._proof import known
 
 

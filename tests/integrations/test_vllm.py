@@ -2,31 +2,78 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import FunctionType
 
 import pytest
+import torch
 
 from moe_routing.doctor import examine
-from moe_routing.integrations.vllm import register, report
+from moe_routing.integrations.vllm import _bodies, register, report
 from moe_routing.integrations.vllm._seams import SEAMS
 
-BODIES = {
-    "__init__": "self.__dict__.update(locals()); self.bias_vl = None",
-    "_compute_routing": "raise NotImplementedError",
-    "routing_function": "raise NotImplementedError",
-    "_get_padding_mask": "return None",
-    "is_fused_moe_enabled": "return False",
-    "create_fused_moe_router": "from vllm.model_executor.layers.fused_moe.router import fused_topk_router as home; "
-    "return home.FusedTopKRouter(top_k, global_num_experts, scoring_func, renormalize)",
+FACTORY = SEAMS[0].parameters
+FILES = {
+    "__init__.py": "",
+    "_version.py": "__version__ = version = '0.33.0'\n",
+    "_aiter_ops.py": """
+class rocm_aiter_ops:
+    @classmethod
+    def is_fused_moe_enabled(cls):
+        return False
+""",
+    "model_executor/layers/fused_moe/layer.py": """
+from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
+""",
+    "model_executor/layers/fused_moe/router/router_factory.py": f"""
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+
+def create_fused_moe_router{FACTORY}:
+    return FusedTopKRouter(top_k, global_num_experts, scoring_func, renormalize)
+""",
+    "model_executor/layers/fused_moe/router/base_router.py": """
+class BaseRouter:
+    bias_vl = None
+
+    def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        raise NotImplementedError
+
+    def _select_experts(self, hidden_states, router_logits, topk_indices_dtype=None, *, input_ids=None):
+        return self._compute_routing(hidden_states, router_logits, topk_indices_dtype, input_ids=input_ids)
+""",
+    "model_executor/layers/fused_moe/router/fused_topk_router.py": """
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+def _get_padding_mask(num_tokens):
+    return None
+
+def fused_topk(logits, top_k):
+    weights, ids = logits.topk(top_k)
+    return weights.softmax(-1), ids
+
+class FusedTopKRouter(BaseRouter):
+    def __init__(self, top_k, global_num_experts, scoring_func="softmax", renormalize=True, eplb_state=None):
+        self.top_k, self.scoring_func, self.renormalize = top_k, scoring_func, renormalize
+
+    def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        return fused_topk(router_logits, self.top_k)
+""",
 }
-FACTORY = "from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router\n"
+"""A package that looks like vLLM to the plug-in, with one kind of router. ``tests/vllm`` has the real one."""
+ROUTER = "model_executor/layers/fused_moe/router/fused_topk_router.py"
+BASE = "model_executor/layers/fused_moe/router/base_router.py"
+NAME = "fused_topk_router.FusedTopKRouter"
 START = """
-import json, sys
-from moe_routing.integrations.vllm import register, report
+import json, os, sys
+from moe_routing.integrations.vllm import _bodies, register, report
+_bodies.known = lambda: _bodies.Known(("0.32", "0.33"), json.loads(os.environ["BODIES"]))
 register()
 register()
 """
@@ -43,27 +90,25 @@ assert ids.tolist() == [[1, 3]] and ids.dtype == torch.int64 and weights.tolist(
 
 
 def write_vllm(site, version="0.33.0", **changed):
-    """Write a package with the recorded signatures, or with other parameters for a function named in ``changed``."""
-    files = {}
-    for seam in SEAMS:
-        class_name, _, name = seam.name.rpartition(".")
-        decorated = "    @classmethod\n" if seam.parameters == "(cls)" else ""
-        function = f"def {name}{changed.get(name, seam.parameters)}: {BODIES[name]}\n"
-        classes = files.setdefault(seam.file, {})
-        classes[class_name] = classes.get(class_name, "") + (f"{decorated}    {function}" if class_name else function)
-    for file, classes in files.items():
-        body = "".join(f"class {name}:\n{text}" if name else text for name, text in classes.items())
+    """Write that package with another version, or with other text for a file whose name, less the suffix, is given."""
+    for file, text in FILES.items():
         (site / "vllm" / file).parent.mkdir(parents=True, exist_ok=True)
-        (site / "vllm" / file).write_text(body)
+        (site / "vllm" / file).write_text(changed.get(Path(file).stem, text))
     (site / "vllm/_version.py").write_text(f"__version__ = version = {version!r}\n")
-    (site / "vllm/__init__.py").write_text("")
-    (site / "vllm/model_executor/layers/fused_moe/layer.py").write_text(FACTORY)
     return site
+
+
+@functools.cache
+def bodies():
+    """The fingerprints of that package, as if it were a release that was read."""
+    with tempfile.TemporaryDirectory() as site:
+        root = write_vllm(Path(site)) / "vllm"
+        return {name: {_bodies.body(root, name).fingerprint: "0.33"} for name in _bodies.known().bodies}
 
 
 def python(script, *path, flags=(), **environment):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MOE_ROUTING_", "VLLM_"))}
-    inherited |= {"PYTHONPATH": os.pathsep.join(map(str, path))} | environment
+    inherited |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "BODIES": json.dumps(bodies())} | environment
     return subprocess.run(
         [sys.executable, "-W", "always::UserWarning", *flags, "-c", script],
         env=inherited, capture_output=True, text=True, check=False,
@@ -87,6 +132,7 @@ def doctor(monkeypatch):
             for name, value in environment.items():
                 patch.setenv(name, value)
             patch.syspath_prepend(str(site))
+            patch.setattr(_bodies, "known", lambda: _bodies.Known(("0.32", "0.33"), bodies()))
             checks = examine(device="cpu", checks=["vllm", "environment"])["checks"]
         assert "vllm" not in sys.modules
         return {check["name"]: check for check in checks}
@@ -139,9 +185,12 @@ assert not hasattr(layer.create_fused_moe_router, "__wrapped__")
 """
 UNKNOWN = {
     "newer": ({"version": "0.34.0"}, "its version is 0.34.0, and only 0.32 and 0.33 were read"),
-    "changed": ({"_compute_routing": "(self, logits)"}, "_compute_routing takes (self, logits), not (self, hidden_states"),
+    "changed": (
+        {"base_router": "class BaseRouter:\n    def _compute_routing(self, logits): ..."},
+        "_compute_routing takes (self, logits), not (self, hidden_states",
+    ),
     "default": (
-        {"create_fused_moe_router": SEAMS[0].parameters.replace("renormalize=True", "renormalize=False")},
+        {"router_factory": f"def create_fused_moe_router{FACTORY.replace('renormalize=True', 'renormalize=False')}: ..."},
         "create_fused_moe_router takes (top_k, global_num_experts, renormalize=False",
     ),
 }
@@ -156,13 +205,110 @@ def test_of_an_unknown_vllm_nothing_is_replaced_and_one_warning_says_so(tmp_path
 
 
 def test_a_vllm_that_lost_a_function_or_a_file_is_unknown(tmp_path):
-    home = write_vllm(tmp_path) / "vllm/model_executor"
-    (home / "models/gemma4.py").unlink()
-    (home / "layers/fused_moe/router/cpu_router.py").write_text("class CPURouter: pass\n")
+    home = write_vllm(tmp_path, base_router="class BaseRouter: ...") / "vllm"
+    (home / "_aiter_ops.py").unlink()
     said, warnings = result(START + SAY, tmp_path, MOE_ROUTING_VLLM="1")
     assert warnings == 1
-    assert "models/gemma4.py has no Gemma4Router.routing_function" in said["report"]["refusal"]
-    assert "cpu_router.py has no CPURouter.__init__" in said["report"]["refusal"]
+    assert "_aiter_ops.py has no rocm_aiter_ops.is_fused_moe_enabled" in said["report"]["refusal"]
+    assert "base_router.py has no BaseRouter._compute_routing" in said["report"]["refusal"]
+
+
+CHANGED = {
+    "method": ("return fused_topk(router_logits, self.top_k)", "return fused_topk(-router_logits, self.top_k)"),
+    "helper": ("logits.topk(top_k)", "logits.topk(top_k, largest=False)"),
+    "constructor": ("self.top_k, self.scoring_func", "self.scoring_func, self.top_k"),
+    "parameters": ('scoring_func="softmax"', 'scoring_func="sigmoid"'),
+    "caller": (
+        "return self._compute_routing(hidden_states, router_logits",
+        "return self._compute_routing(None, router_logits",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), CHANGED.values(), ids=CHANGED)
+def test_code_that_was_not_read_has_another_fingerprint(tmp_path, old, new):
+    changed = {Path(file).stem: text.replace(old, new) for file, text in FILES.items()}
+    root = write_vllm(tmp_path, **changed) / "vllm"
+    assert _bodies.body(root, NAME).fingerprint not in bodies()[NAME]
+
+
+def test_comments_layout_annotations_and_other_functions_change_no_fingerprint(tmp_path):
+    text = FILES[ROUTER].replace(
+        "def fused_topk(logits, top_k):", "def fused_topk(logits: object,\n        top_k: int):  # two"
+    )
+    root = write_vllm(tmp_path, fused_topk_router=f"import torch\n{text}\ndef other():\n    return 1\n") / "vllm"
+    assert text != FILES[ROUTER]
+    assert _bodies.body(root, NAME).fingerprint in bodies()[NAME]
+
+
+def test_functions_in_branches_and_from_other_router_modules_are_followed(tmp_path):
+    def fingerprint(name, text, caller="best(logits, top_k)"):
+        helper = f"from vllm.{_bodies.ROUTERS.replace('/', '.')}.base_router import most as best\n"
+        changed = helper + FILES[ROUTER].replace("logits.topk(top_k)", caller)
+        root = write_vllm(tmp_path / name, fused_topk_router=changed, base_router=FILES[BASE] + text) / "vllm"
+        return _bodies.body(root, NAME)
+
+    branches = "if True:\n    def most(a, k): return a.topk(k)\nelse:\n    def most(a, k): return a.topk(k, sorted=False)\n"
+    first = fingerprint("a", branches)
+    assert ("vllm.model_executor.layers.fused_moe.router.base_router", "most") in first.functions
+    assert fingerprint("b", branches).fingerprint == first.fingerprint
+    assert fingerprint("c", branches.replace("sorted", "largest")).fingerprint != first.fingerprint
+
+
+ROUTE_THEIRS = """
+import torch
+from vllm.model_executor.layers.fused_moe import layer
+router = layer.create_fused_moe_router(2, global_num_experts=4)
+assert "_compute_routing" not in vars(router)
+"""
+
+
+@pytest.mark.slow
+def test_a_router_whose_code_was_not_read_keeps_it_and_the_report_and_doctor_name_it(tmp_path, doctor):
+    changed = FILES[ROUTER].replace("logits.topk(top_k)", "(2 * logits).topk(top_k)")
+    site = write_vllm(tmp_path, fused_topk_router=changed)
+    said, warnings = result(START + ROUTE_THEIRS + SAY, site, MOE_ROUTING_VLLM="1")
+    assert (said["report"]["active"], warnings) == (True, 0)
+    (left,) = said["report"]["sites"]
+    assert (left["router"], left["formula"], left["layers"]) == ("FusedTopKRouter", "", 1)
+    assert left["reason"].startswith("its code is none that was read (fingerprint ")
+    check = doctor(site, MOE_ROUTING_VLLM="1")["vllm"]
+    assert check["status"] == "warning"
+    assert "the code of 1 classes was not read" in check["summary"]
+    assert check["details"].startswith(f"{NAME}: its code is none that was read")
+
+
+@pytest.mark.slow
+def test_a_router_of_which_another_plug_in_replaced_a_function_keeps_its_code(tmp_path):
+    replace = """
+from vllm.model_executor.layers.fused_moe.router import fused_topk_router
+def fused_topk(logits, top_k): return logits.topk(top_k)
+fused_topk_router.fused_topk = fused_topk
+"""
+    said, _ = result(START + replace + ROUTE_THEIRS + SAY, write_vllm(tmp_path), MOE_ROUTING_VLLM="1")
+    (left,) = said["report"]["sites"]
+    assert left["reason"].endswith("fused_topk_router.fused_topk was replaced, by __main__.fused_topk")
+
+
+def by_torch(function):
+    return torch.compile(torch.no_grad()(function), backend="eager")
+
+
+def by_triton(function):
+    import triton
+
+    return triton.jit(function)
+
+
+@pytest.mark.parametrize("make", [lambda f: f, by_torch, functools.cache, by_triton])
+def test_what_torch_triton_and_functools_make_of_a_function_is_still_from_its_module(make):
+    def function(x):
+        return x
+
+    foreign = functools.wraps(function)(FunctionType(function.__code__, {"__name__": "elsewhere"}))
+    assert _bodies.is_from(__name__, make(function))
+    assert not _bodies.is_from(__name__, make(foreign))
+    assert not _bodies.is_from(__name__, functools.partial(make(function)))
 
 
 def test_where_there_is_no_vllm_one_warning_says_so(tmp_path):

@@ -1,7 +1,8 @@
 """Compile the kernels for GPUs that are not here; print registers, spills and shared memory as JSON.
 
 A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed. Arguments: names of targets.
-``--write`` keeps what it found for all of them as the table that a test holds the kernels to.
+A target is compiled for every size, but most for one dtype a size; ``--write`` compiles every case, and keeps what it found
+as the table that a test holds the kernels to.
 """
 
 import json
@@ -36,6 +37,7 @@ DEEPSEEK = RoutingSpec(
     scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
 )  # fmt: skip
 PROBLEMS = [(GEMMA4, 128, 8), (DEEPSEEK, 256, 8), (GEMMA4, 512, 10)]
+DTYPES = ("bfloat16", "float32")
 
 
 def device_of(target):
@@ -116,26 +118,54 @@ def waits(lines):
     return "never" if not found else "first" if found[0] < touches[0] else "late"
 
 
-def found_for(names):
-    """Compile everything for the targets named."""
-    found = []
-    for name, (spec, experts, k), dtype in product(names, PROBLEMS, ("bfloat16", "float32")):
-        problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
-        case = {"target": name, "spec": spec.family, "E": experts, "K": k, "dtype": dtype}
-        for launch in launches(problem, name):
-            numbers = read_back(compiled(problem, launch, TARGETS[name]), TARGETS[name])
-            found.append({**case, "kernel": shown(launch, TARGETS[name]), **numbers})
-    return found
+def dtypes(name, place):
+    """Return the dtypes that a target is compiled for at a size: they take turns from size to size and from target to target.
+
+    So a size in each dtype is compiled for one of the three targets that ship the same sieves, and for one of AMD's, which
+    ship the same rows. The rows that sm_80 ships no other NVIDIA target does: it is compiled for both dtypes.
+    """
+    turn = list(TARGETS).index(name) + place
+    return DTYPES if name == "sm_80" else DTYPES[turn % 2 :][:1]
+
+
+def cases(names, dtypes):
+    """Yield every case of the targets named, with its problem and its launch."""
+    for name, (place, (spec, experts, k)) in product(names, enumerate(PROBLEMS)):
+        for dtype in dtypes(name, place):
+            problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
+            for launch in launches(problem, name):
+                kernel = shown(launch, TARGETS[name])
+                case = {"target": name, "spec": spec.family, "E": experts, "K": k, "dtype": dtype, "kernel": kernel}
+                yield case, problem, launch
+
+
+def every_dtype(name, place):  # noqa: ARG001 -- called as ``dtypes``
+    """Return both dtypes."""
+    return DTYPES
+
+
+def found_for(names, dtypes):
+    """Compile the cases of the targets named."""
+    return [
+        case | read_back(compiled(problem, launch, TARGETS[case["target"]]), TARGETS[case["target"]])
+        for case, problem, launch in cases(names, dtypes)
+    ]
 
 
 def write():
     """Keep the table."""
-    lines = ",\n".join("  " + json.dumps(case) for case in found_for(TARGETS))
+    lines = ",\n".join("  " + json.dumps(case) for case in found_for(TARGETS, every_dtype))
     TABLE.write_text(f'{{\n "triton": "{triton.__version__}",\n "cases": [\n{lines}\n ]\n}}\n')
+
+
+def main(names):
+    """Print what was found for the targets named, and what ships for them, compiled or not."""
+    ships = [case for case, _, _ in cases(names, every_dtype)]
+    json.dump({"triton": triton.__version__, "ships": ships, "cases": found_for(names, dtypes)}, sys.stdout)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         write()
     else:
-        json.dump({"triton": triton.__version__, "cases": found_for(sys.argv[1:] or TARGETS)}, sys.stdout)
+        main(sys.argv[1:] or list(TARGETS))

@@ -71,10 +71,13 @@ def test_the_rows_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "soft_cap", "shared"])
-def test_the_sieve_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("gemma4", 4), ("softmax", 4), ("sigmoid_renorm", 4), ("sigmoid_bias", 8), ("soft_cap", 8), ("shared", 4)],
+)
+def test_the_sieve_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name, rows):
     cases = {case: problems for case, problems in found.items() if case.startswith(f"sieve {name} ")}
-    assert len(cases) == 8
+    assert len(cases) == rows
     assert not {case: problems for case, problems in cases.items() if problems}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,13 @@ from vllm.config import VllmConfig
 from vllm.distributed.eplb.eplb_state import EplbLayerState
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe import layer
-from vllm.model_executor.layers.fused_moe.router import base_router, router_factory
+from vllm.model_executor.layers.fused_moe.router import (
+    base_router,
+    cpu_router,
+    fused_topk_bias_router,
+    grouped_topk_router,
+    router_factory,
+)
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
@@ -23,6 +30,7 @@ from vllm.model_executor.models.llama4 import Llama4MoE
 from moe_routing.integrations.vllm import register, report
 from moe_routing.integrations.vllm._install import replace
 from moe_routing.integrations.vllm._report import STATE
+from moe_routing.integrations.vllm._seams import look
 
 T, E, K = 64, 32, 4
 
@@ -291,12 +299,70 @@ def test_a_second_bias_that_a_model_attaches_later_is_vllms_business(logits, bia
         own.calls += 1
         return torch.ones(T, K), torch.zeros(T, K, dtype=torch.int32)
 
-    monkeypatch.setattr(FusedTopKBiasRouter, "_compute_routing", compute)
     replace(router, E)
+    monkeypatch.setattr(fused_topk_bias_router, "fused_topk_bias", compute)
     router.select_experts(logits, logits)
     router.bias_vl = bias
     router.select_experts(logits, logits)
     assert (own.calls, report().sites[0].calls) == (1, 1)
+
+
+def test_the_installed_vllm_is_one_whose_code_was_read():
+    assert look().unknown == ()
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def other(*arguments, **named):
+        return function(*arguments, **named)
+
+    return other
+
+
+def assert_same_bits(ours, theirs):
+    assert all(map(torch.equal, ours, theirs))
+
+
+REPLACED = {
+    "method of the class": (CPURouter, "_compute_routing", "cpu_router.CPURouter._compute_routing was replaced, by "),
+    "constructor": (CPURouter, "__init__", "cpu_router.CPURouter.__init__ was replaced, by "),
+    "helper": (cpu_router, "_softmax_topk", "cpu_router._softmax_topk was replaced, by "),
+    "caller": (base_router.BaseRouter, "_select_experts", "BaseRouter._select_experts was replaced, by "),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "because"), REPLACED.values(), ids=REPLACED)
+def test_a_router_of_which_another_plug_in_replaced_a_function_is_left_and_the_report_names_it(
+    logits, monkeypatch, owner, name, because
+):
+    monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
+    router = CPURouter(K, E)
+    assert_same_bits(routed(router, logits), router.select_experts(logits, logits))
+    (site,) = report().sites
+    assert (site.formula, site.calls) == ("", 0)
+    assert because in site.reason
+    assert site.reason.endswith(".wrapped.<locals>.other")
+
+
+def test_a_router_whose_instance_another_plug_in_changed_is_left():
+    router = FusedTopKRouter(K, E)
+    router._compute_routing = mine = wrapped(router._compute_routing)
+    replace(router, E)
+    assert router._compute_routing is mine
+    assert report().sites[0].reason.startswith("its _compute_routing was replaced before, by ")
+
+
+def test_a_function_that_only_looks_like_gemma4s_is_left():
+    owner = Gemma4Router.__new__(Gemma4Router)
+    router = CustomRoutingRouter(K, E, wrapped(owner.routing_function))
+    replace(router, E)
+    assert "is the model's own function" in report().sites[0].reason
+
+
+def test_functions_that_torch_compiled_count_as_vllms_own(bias):
+    assert grouped_topk_router.grouped_topk.__code__.co_filename != grouped_topk_router.__file__
+    replace(GroupedTopKRouter(K, E, 8, 3, scoring_func="sigmoid", e_score_correction_bias=bias), E)
+    assert report().sites[0].reason == ""
 
 
 def test_the_factory_is_wrapped_once_however_often_vllm_calls_the_plug_in(monkeypatch, logits):

@@ -35,6 +35,8 @@ NEVER_CURRENT = -2
 """The CPU's index, which no current device has, and no lack of one either (-1)."""
 _interpreting = ForkSafeLock()
 """Triton's interpreter patches its language for the time of a launch, so one kernel is interpreted at a time."""
+READABLE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+"""Dtypes of vectors that Triton reads on every device; some of the 8-bit formats it knows on some, and one on none."""
 
 if torch.cuda.is_available():
     # What torch.cuda.current_device and Inductor's generated code call; the public ways take ten times as long.
@@ -54,6 +56,11 @@ else:  # without CUDA: no device is current, so nothing asks for its stream or i
     def empty(size: tuple[int, int], strides: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Say that there is none."""
         raise AssertionError(size, strides, dtype)
+
+
+def as_readable(vector: Tensor | None) -> Tensor | None:
+    """Return a vector in a dtype that kernels can read: itself, or its numbers in float32."""
+    return vector if vector is None or vector.dtype in READABLE else vector.float()
 
 
 def capturing() -> bool:

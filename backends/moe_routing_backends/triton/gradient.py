@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing_backends.triton.backward import backward_kernel
-from moe_routing_backends.triton.direct import ALIGNMENT, current_device, current_stream
+from moe_routing_backends.triton.direct import ALIGNMENT, as_readable, current_device, current_stream
 from moe_routing_backends.triton.plan import UNROLL_UP_TO, next_power_of_two, shared_constants
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ RUNTIME_ARGUMENTS = 9
 """How many arguments of the kernel stand before its constants."""
 MOST_SUMS = 2048
 """Partial sums of the scale's gradient, one a program: fixed by T, so that they are added alike in every run."""
-
-
 EXPERTS_A_WARP = 512
 """Experts that a warp holds in registers: of one row, or of several."""
 
@@ -59,6 +57,7 @@ class Gradient:
         blocks = -(-T // self._constants["BLOCK_T"])
         grad_logits = torch.empty((T, experts), dtype=logits.dtype, device=logits.device)
         sums = None
+        given, per_expert_scale = per_expert_scale, as_readable(per_expert_scale)
         if per_expert_scale is not None:
             per_expert_scale = per_expert_scale.contiguous()
             blocks = min(blocks, MOST_SUMS)
@@ -75,6 +74,6 @@ class Gradient:
         else:
             pointers = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
             ready(blocks, current_stream(self._index), tuple(pointers))
-        if per_expert_scale is None or sums is None:
+        if given is None or sums is None:
             return grad_logits, logits.new_empty(0)
-        return grad_logits, sums.sum(0).to(per_expert_scale.dtype)
+        return grad_logits, sums.sum(0).to(given.dtype)

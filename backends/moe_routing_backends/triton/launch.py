@@ -11,7 +11,15 @@ from triton import JITFunction
 from moe_routing import RoutingOutput
 from moe_routing_backends.triton import BATTLEMAGE, HOPPER
 from moe_routing_backends.triton.choose import speaking, starts_early
-from moe_routing_backends.triton.direct import ALIGNMENT, NEVER_CURRENT, Compiled, current_device, current_stream, empty
+from moe_routing_backends.triton.direct import (
+    ALIGNMENT,
+    NEVER_CURRENT,
+    Compiled,
+    as_readable,
+    current_device,
+    current_stream,
+    empty,
+)
 from moe_routing_backends.triton.gradient import Gradient
 from moe_routing_backends.triton.lanes import lanes_kernel
 from moe_routing_backends.triton.plan import constants
@@ -228,6 +236,15 @@ class TritonRouter:
         vocabulary: int,
     ) -> None:
         """Gather what a launch through Triton's front door takes."""
+        scale, bias, *others = operands
+        readable = [as_readable(vector) for vector in (scale, bias)]
+        if readable[0] is not scale or readable[1] is not bias:  # no launcher is ever kept for such a key
+            names = ("per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens", "expert_map")
+            given: dict[str, Any] = dict(zip(names, (*readable, *others), strict=True))
+            if given["num_valid_tokens"] is None:
+                given["num_valid_tokens"] = valid
+            self(logits, **given, out=out)
+            return
         row_stride, expert_stride = logits.stride()
         T = len(logits)
         named = {

@@ -169,11 +169,11 @@ def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
         unroll = max(d for d in range(1, most + 1) if steps % d == 0)
         rows = {"WIDTH": width, "LANES": launch.lanes, "UNROLL": unroll, "BLOCK_T": launch.block_t}
         return {**shared_constants(problem), **rows}
-    groups = 1 if spec.selection in ("token_table", "sparsemixer") else spec.num_groups
+    groups = spec.num_groups
     return {
         **shared_constants(problem),
         "NUM_GROUPS": groups,
-        "TOPK_GROUPS": min(spec.topk_groups, groups),
+        "TOPK_GROUPS": spec.topk_groups,
         "TOP2": spec.group_score == "top2_sum",
         "PER_GROUP": spec.topk_per_group,
         "JITTER": float(spec.jitter),

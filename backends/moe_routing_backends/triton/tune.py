@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     Clock = Callable[[Callable[[], object], torch.device], float]
 
-TOKENS = tuple(sorted({round(250_000 ** (n / 59)) for n in range(60)}))
-"""Sizes a quarter apart: with fewer, a table keeps a launch past where it has become slow."""
+TOKENS = tuple(sorted({round(250_000 ** (n / 59)) for n in range(60)} | {1 << n for n in range(18)}))
+"""Sizes a quarter apart, and the powers of two, which batches mostly are: a table of fewer keeps slow launches."""
 EVERY = 4
 """One of so many sizes is measured with every candidate."""
 NEAR = 1.25
@@ -40,7 +40,7 @@ SETS = 4
 """Inputs that a measurement takes in turns."""
 SAMPLE = 512
 """Rows that are compared with the oracle, at each end."""
-NOISE = 0.02
+NOISE = 0.03
 """A launch is changed between two numbers of tokens only for a gain above this."""
 MILLISECONDS = 10
 

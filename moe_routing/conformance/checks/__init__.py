@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moe_routing.conformance.checks import arguments, card, memory, repeat, streams, traced, values
+from moe_routing.conformance.checks import (
+    arguments,
+    card,
+    fields,
+    memory,
+    operands,
+    repeat,
+    sizes,
+    state,
+    streams,
+    traced,
+    values,
+)
 from moe_routing.conformance.checks._check import CHECKS, Check, Item, Named
 
 if TYPE_CHECKING:
@@ -28,5 +40,6 @@ def named(name: str) -> Check:
 
 __all__ = [
     "CHECKS", "Check", "Item", "Named",
-    "arguments", "card", "items", "memory", "named", "repeat", "streams", "traced", "values",
+    "arguments", "card", "fields", "items", "memory", "named", "operands", "repeat",
+    "sizes", "state", "streams", "traced", "values",
 ]  # fmt: skip

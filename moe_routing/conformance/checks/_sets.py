@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 SIZES = ((64, 8, "float32"), (72, 16, "bfloat16"), (512, 8, "float16"))
 """E, K and dtype that every variant has: two group counts divide each E, and the groups of 72 have odd sizes."""
 FEW = ("topk_softmax", "gemma4", "grouped_sigmoid_bias", "sqrtsoftplus_bias")
-"""Where a property of the machinery is checked, not of the maths: with operands and without, with groups and without."""
+"""For what takes long on every family: with operands and without, with groups and without."""
+FAMILIES = tuple(variant for variant in VARIANTS if "/" not in variant)
+"""Every family as it stands, plug-ins' families too: for what does not depend on a modifier."""
 
 
 def of_every_variant(
@@ -50,9 +52,9 @@ def sizes_and_dtypes(profile: Profile) -> Iterable[Case]:
     return [*pairwise(), *of_every_variant("full", variants=brought)]
 
 
-def few(profile: Profile, *, tokens: int = 33, dtype: str = "float32") -> list[Case]:
-    """Return cases of a few variants (of every variant for full)."""
-    names = {"smoke": FEW[:2], "quick": FEW, "full": tuple(VARIANTS)}[profile]
+def of_every_family(profile: Profile, *, tokens: int = 33, dtype: str = "float32") -> list[Case]:
+    """Return a case of every family in the smallest size; of two of them for smoke, and of every variant for full."""
+    names = {"smoke": FEW[:2], "quick": FAMILIES, "full": tuple(VARIANTS)}[profile]
     return [case.but(dtype=dtype) for case in of_every_variant("smoke", variants=names, tokens=tokens)]
 
 
@@ -63,8 +65,8 @@ def many_tokens(profile: Profile) -> list[Case]:
 
 
 def in_every_layout(profile: Profile) -> Iterator[Case]:
-    """Yield a few variants in every layout, with one token and with some."""
-    for case in few(profile):
+    """Yield every family in every layout, with one token and with some."""
+    for case in of_every_family(profile):
         for layout in LAYOUTS:
             for tokens in (1, 33):
                 yield case.but(layout=layout, num_tokens=tokens)

@@ -194,12 +194,16 @@ WRONG_SPECS = (
     WrongSpec("selection", "score"),
     WrongSpec("scale", float("nan")),
     WrongSpec("logit_softcap", 0.0),
+    WrongSpec("logit_softcap", 30.0, "sparsemixer"),
+    WrongSpec("renormalize", True, "sparsemixer"),  # noqa: FBT003 -- the value
+    WrongSpec("num_groups", 2, "sparsemixer"),
+    WrongSpec("topk_per_group", True, "hash_sqrtsoftplus"),  # noqa: FBT003 -- the value
 )
 
 
 @check(7, lambda _: WRONG_SPECS)
 def wrong_specs_raise_and_name_the_field(_subject: BackendUnderTest, case: WrongSpec) -> None:
-    """A spec that no model can have cannot be constructed."""
+    """A spec that no model can have, or with a field that its selection has no use for, cannot be constructed."""
     try:
         wrong: RoutingSpec = VARIANTS[case.family].replace(**{case.argument: case.value})
     except ValueError as error:

@@ -36,7 +36,7 @@ def any_strides_are_read_as_they_lie(under_test: BackendUnderTest, case: Case) -
     require(torch.equal(under_test.route(dense).ids, output.ids), "the same values in contiguous memory give other ids")
 
 
-@check(8, _sets.where(_sets.few, tokens=257))
+@check(8, _sets.where(_sets.of_every_family, tokens=257))
 def row_strides_cost_no_copy(under_test: BackendUnderTest, case: Case) -> None:
     """Slicing the logits' columns does not make the call allocate more than contiguous logits do."""
     dense, sliced = case.make(under_test.device), case.but(layout="sliced").make(under_test.device)
@@ -89,7 +89,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401 -- a tree
             yield from _tensors_in(part)
 
 
-@check(8, _sets.where(_sets.few, tokens=3, dtype="bfloat16"), capability="large_sizes")
+@check(8, _sets.where(_sets.of_every_family, tokens=3, dtype="bfloat16"), capability="large_sizes")
 def offsets_past_2_31_are_read(under_test: BackendUnderTest, case: Case) -> None:
     """The third of three rows begins past element 2**31 of its storage; a 32-bit offset would wrap."""
     stride = FAR // 2 + 64

@@ -24,7 +24,7 @@ def _batches(profile: Profile) -> Iterator[Case]:
     tokens = {"smoke": 67, "quick": 2053, "full": 2053}[profile]
     yield from _sets.of_every_variant("smoke", tokens=tokens)
     if profile != "smoke":
-        yield from _sets.few("quick", tokens=tokens, dtype="bfloat16")
+        yield from _sets.of_every_family("quick", tokens=tokens, dtype="bfloat16")
 
 
 @check(10, _batches)
@@ -51,7 +51,7 @@ def _must_equal(some: RoutingOutput, whole: RoutingOutput, rows: torch.Tensor | 
 
 
 def _repeated(profile: Profile) -> Iterator[Case]:
-    for case in _sets.few(profile):
+    for case in _sets.of_every_family(profile):
         yield case
         yield case.but(kind="ties")
 

@@ -10,7 +10,7 @@ import torch
 
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
-from moe_routing.conformance.under_test import BackendUnderTest, NotRunError, must_match, same_bits
+from moe_routing.conformance.under_test import BackendUnderTest, NotRunError, must_match, outputs, same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ SLEEP_CYCLES = 20_000_000
 
 
 def _modes(profile: Profile) -> Iterator[Case]:
-    for case in _sets.few(profile):
+    for case in _sets.of_every_family(profile):
         for tokens in (1, 33, 513):
             yield case.but(num_tokens=tokens)
 
@@ -35,12 +35,12 @@ def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, 
     under_test.route(first)  # whatever is built, is built now
     live = first.logits.clone()
     with _side_stream(under_test.device) as sleep:
-        outputs = []
+        routed = []
         for call in (first, second):
             sleep()
             live.copy_(call.logits)
-            outputs.append((call, under_test.route(_on(call, live))))
-    for call, output in outputs:
+            routed.append((call, under_test.route(_on(call, live))))
+    for call, output in routed:
         must_match(call, output)
 
 
@@ -96,7 +96,7 @@ def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Cas
     under_test.route(call)
     torch.cuda.synchronize(under_test.device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(under_test.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(under_test.device)):
         output = route(call.logits, call.topk, **call.operands)
     for valid in (case.num_tokens, case.num_tokens // 2):
         call.logits.copy_(call.logits.roll(1, 0).flip(1))
@@ -108,16 +108,39 @@ def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Cas
         must_match(call, output)
 
 
-@check(12, _sets.few, capability="several_devices")
+@check(12, _sets.of_every_family, capability="several_devices")
 def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None:
     """Tensors on another device than the current one are routed there."""
+    here, there = _two_devices(under_test)
+    on_each = [BackendUnderTest(under_test.backend, device).check(case.make(device)) for device in (here, there)]
+    require(on_each[1].ids.device == there, f"expected outputs on {there}, got {on_each[1].ids.device}")
+    require(same_bits(on_each[0].ids.cpu(), on_each[1].ids.cpu()), "the two devices give different ids")
+    require(torch.accelerator.current_device_index() == 0, "the current device was changed")
+
+
+@check(12, _sets.of_every_family, capability="several_devices")
+def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Case) -> None:
+    """Calls of one router on two devices, in turn, each with and without outputs to write into, stay apart."""
+    devices = _two_devices(under_test)
+    calls = [case.make(device) for device in devices]
+    for call in calls:
+        BackendUnderTest(under_test.backend, call.logits.device).route(call)
+    route = under_test.router(calls[0].spec)
+    routed = []
+    for turn in range(6):
+        call = calls[turn % 2]
+        given = outputs(len(call.logits), call.topk + call.spec.shared_experts, call.ids_dtype, call.logits.device)
+        out = given if turn >= 2 else None  # noqa: PLR2004 -- the first turn of each device is without
+        routed.append((call, route(call.logits, call.topk, ids_dtype=call.ids_dtype, out=out, **call.operands)))
+    for call, output in routed:
+        must_match(call, output)
+    require(torch.accelerator.current_device_index() == 0, "the current device was changed")
+
+
+def _two_devices(under_test: BackendUnderTest) -> tuple[torch.device, torch.device]:
+    """Return the first two devices, and make the first the current one."""
     if under_test.device.type == "cpu" or torch.accelerator.device_count() < 2:  # noqa: PLR2004 -- another one
         msg = "needs a second device"
         raise NotRunError(msg)
-    here = torch.device(under_test.device.type, 0)
-    there = torch.device(under_test.device.type, 1)
     torch.accelerator.set_device_index(0)
-    outputs = [BackendUnderTest(under_test.backend, device).check(case.make(device)) for device in (here, there)]
-    require(outputs[1].ids.device == there, f"expected outputs on {there}, got {outputs[1].ids.device}")
-    require(same_bits(outputs[0].ids.cpu(), outputs[1].ids.cpu()), "the two devices give different ids")
-    require(torch.accelerator.current_device_index() == 0, "the current device was changed")
+    return torch.device(under_test.device.type, 0), torch.device(under_test.device.type, 1)

@@ -182,7 +182,7 @@ def selection_is_exact_in_float32(under_test: BackendUnderTest, case: Case) -> N
         under_test.check(call.but(bias=torch.zeros(case.num_experts, device=under_test.device)))
 
 
-@check(4, _sets.where(_sets.few, dtype="float64"))
+@check(4, _sets.where(_sets.of_every_family, dtype="float64"))
 def float64_logits_are_rounded_first(under_test: BackendUnderTest, case: Case) -> None:
     """Float64 logits that are equal in float32 are ties."""
     call = case.make(under_test.device)
@@ -240,7 +240,7 @@ def an_expert_map_renames_at_the_very_end(under_test: BackendUnderTest, case: Ca
     under_test.check(case.but(mapped=True).make(under_test.device))
 
 
-@check(6, _sets.few)
+@check(6, _sets.of_every_family)
 def ids_dtype_is_as_asked(under_test: BackendUnderTest, case: Case) -> None:
     """Ids are int32 by default and int64 on request, with the same values; weights are float32."""
     call = case.make(under_test.device)
@@ -262,7 +262,7 @@ def outputs_are_contiguous(under_test: BackendUnderTest, case: Case) -> None:
             under_test.check(call)
 
 
-@check(6, _sets.few)
+@check(6, _sets.of_every_family)
 def every_output_is_written_and_nothing_else(under_test: BackendUnderTest, case: Case) -> None:
     """Given outputs are written in full, and not one element before or behind them; inputs stay as they were."""
     for tokens in (1, 2, 33):

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from moe_routing import MoeRoutingWarning, RoutingSpec, explain
-from moe_routing.integrations.transformers._fingerprint import RefusedError, described
+from moe_routing.integrations._code import described
+from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._proof import known, short
 from moe_routing.integrations.transformers._report import Layer, PatchReport
 from moe_routing.integrations.transformers._wrapping import defining, reaches, rebind, require_own_forward, require_plain

@@ -11,7 +11,8 @@ from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
-from moe_routing.integrations.transformers._fingerprint import RefusedError, described, home_of, undecorated
+from moe_routing.integrations._code import described, home_of
+from moe_routing.integrations.transformers._fingerprint import RefusedError, undecorated
 from moe_routing.integrations.transformers._proof import short
 
 if TYPE_CHECKING:

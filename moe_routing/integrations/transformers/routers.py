@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from moe_routing import MoeRoutingWarning, Router, get_router
-from moe_routing.integrations.transformers._fingerprint import RefusedError, described
+from moe_routing.integrations._code import described
+from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._proof import known, path_of, recipe_of
 
 if TYPE_CHECKING:

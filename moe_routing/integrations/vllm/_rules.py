@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moe_routing.families import FAMILIES
-from moe_routing.integrations.vllm._seams import ROUTERS
+from moe_routing.integrations._code import described
+from moe_routing.integrations.vllm._bodies import ROUTERS, is_from, why_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,16 +42,14 @@ class _LeftAloneError(Exception):
 def plan(router: VllmRouter, num_experts: int) -> Plan | str:
     """Say how a router that vLLM's factory made is replaced, or in a sentence why it is left alone.
 
-    A class that is not known exactly, a subclass for example, is left alone: only what was read is replaced.
+    A class that is not known exactly, a subclass for example, is left alone, and so is one whose code is not what was read, on
+    disk or in memory: only what was read is replaced.
 
     :param num_experts: columns of the logits that it will get.
     """
     name = f"{type(router).__module__}.{type(router).__qualname__}".removeprefix(_PACKAGE)
-    if name in _KEPT:
-        return _KEPT[name]
-    if name not in _RULES:
-        return "this class is not known"
     try:
+        _refuse_unknown(name, router)
         made = _RULES[name](router, num_experts)
         made.spec.check_size(num_experts, router.top_k)
     except _LeftAloneError as reason:
@@ -57,6 +57,16 @@ def plan(router: VllmRouter, num_experts: int) -> Plan | str:
     except ValueError as error:  # more experts than the groups hold: vLLM's own answer to that stands
         return str(error)
     return made
+
+
+def _refuse_unknown(name: str, router: VllmRouter) -> None:
+    reason = _KEPT.get(name, "")
+    if not reason and name not in _RULES:
+        reason = "this class is not known"
+    elif not reason and "_compute_routing" in vars(router):
+        reason = f"its _compute_routing was replaced before, by {described(vars(router)['_compute_routing'])}"
+    if reason := reason or why_left(name):
+        raise _LeftAloneError(reason)
 
 
 def _top_k(router: VllmRouter, _num_experts: int) -> Plan:
@@ -99,10 +109,12 @@ def _cpu(router: VllmRouter, num_experts: int) -> Plan:
 
 def _custom(router: VllmRouter, _num_experts: int) -> Plan:
     function = router.custom_routing_function
-    home = (getattr(function, "__module__", None), getattr(function, "__qualname__", None))
-    if home != _GEMMA4:
-        msg = f"{home[0]}.{home[1]} is the model's own function; vLLM knows some by identity and fuses them with the experts"
+    module, name = _GEMMA4
+    if not (isinstance(function, MethodType) and function.__qualname__ == name and is_from(module, function.__func__)):
+        msg = f"{described(function)} is the model's own function; vLLM knows some by identity and fuses them with the experts"
         raise _LeftAloneError(msg)
+    if reason := why_left("gemma4.Gemma4Router"):
+        raise _LeftAloneError(reason)
     return Plan(FAMILIES["gemma4"].spec, scale_owner=function.__self__)
 
 

@@ -1,0 +1,98 @@
+"""Clauses 6 and 15: every field of a spec, with values that the families' own specs do not have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_routing.conformance.checks import _sets
+from moe_routing.conformance.checks._check import check
+from moe_routing.conformance.checks.traced import compare_gradients
+from moe_routing.conformance.variants import BUILT_IN, VARIANTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from moe_routing.conformance.cases import Call, Case, Profile
+    from moe_routing.conformance.under_test import BackendUnderTest
+    from moe_routing_registry import RoutingSpec
+
+SCALES = (-1.5, 0.0, 2.0, -1e-3, 1e3)
+"""Scales of experts: of both signs, 0, small and large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A variant with some fields changed."""
+
+    variant: str
+    fields: Mapping[str, Any]
+
+    @property
+    def case(self) -> Case:
+        """The variant's smallest case."""
+        (case,) = _sets.of_every_variant("smoke", variants=[self.variant])
+        return case
+
+    @property
+    def id(self) -> str:
+        """The case, and the fields with their values."""
+        return "-".join([self.case.id, *(f"{name}={value}" for name, value in self.fields.items())])
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.case.family
+
+    def make(self, under_test: BackendUnderTest) -> Call:
+        """Make the call of the changed spec, with a scale of each expert if the change asks for one."""
+        call = self.case.make(under_test.device)
+        call.spec = call.spec.replace(**self.fields)
+        if call.spec.per_expert_scale:
+            scale = torch.tensor(SCALES, device=under_test.device).repeat(self.case.num_experts)
+            call = call.but(per_expert_scale=scale[: self.case.num_experts])
+        return call
+
+
+def _changes(spec: RoutingSpec) -> Iterator[dict[str, Any]]:
+    """Yield changes of a spec, several fields at once: each is a kernel of its own."""
+    floor = {"softmax": 0.6, "sigmoid": 7.6, "sqrtsoftplus": 12.0}[spec.score]
+    yield {"scale": -2.5, "logit_softcap": 0.5}
+    yield {"scale": 0.0, "shared_experts": 3}
+    yield {"scale": 1e30, "logit_multiplier": 4.0, "zero_experts": 9}
+    yield {"scale": 1e-5, "logit_multiplier": 1e-6}
+    yield {"renormalize": True, "renorm_epsilon": 0.5, "logit_softcap": 7.5}
+    yield {"renormalize": True, "renorm_epsilon": 0.0, "renorm_floor": floor}  # which some rows reach
+    yield {"renormalize": True, "renorm_epsilon": 0.25, "renorm_floor": 20.0}  # which all do
+    yield {"renormalize": not spec.renormalize, "renorm_epsilon": 0.0, "renorm_floor": 0.0, "per_expert_scale": True}
+    if spec.selection == "sparsemixer":
+        yield {"jitter": 0.0}
+        yield {"jitter": 0.3}
+    if spec.grouped:
+        yield {"num_groups": 2, "topk_groups": 1}
+        yield {"num_groups": 32, "topk_groups": 32}
+        yield {"group_score": "max" if spec.group_score == "top2_sum" else "top2_sum"}
+
+
+def _changed(profile: Profile) -> Iterator[Changed]:
+    """Yield changes of every built-in family: which fields another follows, only its own oracle knows."""
+    for variant in _sets.FEW if profile == "smoke" else _sets.FAMILIES:
+        if variant in BUILT_IN:
+            for fields in _changes(VARIANTS[variant]):
+                yield Changed(variant, fields)
+
+
+@check(6, _changed)
+def every_field_of_the_spec_is_followed(under_test: BackendUnderTest, case: Changed) -> None:
+    """Negative, zero, small and large scales, caps and multipliers, a large epsilon, a floor that is reached, other groups."""
+    under_test.check(case.make(under_test))
+
+
+@check(15, _changed, capability="gradients")
+def gradients_follow_every_field_of_the_spec(under_test: BackendUnderTest, case: Changed) -> None:
+    """The same for the gradients, of scales of every sign too."""
+    call = case.make(under_test)
+    call.logits = call.logits / 8  # far beyond a cap, float32 loses the digits of its slope
+    compare_gradients(under_test, case.case, call)

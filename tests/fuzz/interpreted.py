@@ -1,0 +1,56 @@
+"""The Triton kernels in Triton's interpreter, as a backend of the CPU: each problem by one of the variants that serve it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from typing import TYPE_CHECKING
+
+from moe_routing._registry import registry
+from moe_routing_backends.triton import DTYPES, MAX_EXPERTS, MAX_TOPK
+from moe_routing_registry import BackendSpec, RejectCode, Target, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing_backends.triton.launch import TritonRouter
+    from moe_routing_registry import DeviceInfo, RoutingProblem
+
+INTERPRETED = "triton-interpreted"
+
+
+def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
+    """Accept what the kernels take."""
+    del device
+    if problem.dtype in DTYPES and problem.num_experts <= MAX_EXPERTS and problem.topk <= MAX_TOPK:
+        return Verdict.yes()
+    return Verdict.no(RejectCode.SHAPE, f"takes {DTYPES}, E up to {MAX_EXPERTS} and K up to {MAX_TOPK}")
+
+
+def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
+    """Build for one launch, which the problem alone decides, so that a call that is run again takes the same."""
+    from moe_routing_backends.triton.launch import TritonRouter
+    from moe_routing_backends.triton.plan import Launch, can
+    from moe_routing_backends.triton.table import VARIANTS, Step
+
+    launches = [Launch(variant, 4, lanes, 1) for variant in VARIANTS for lanes in (1, 2, 4, 8)]
+    able: dict[str, list[Launch]] = {}
+    for launch in [Launch("lanes", 1, 1, 1), *launches]:
+        if can(problem, launch) and (launch.variant != "lanes" or launch.lanes == 1):
+            able.setdefault(launch.variant, []).append(launch)
+    rng = random.Random(str(problem))  # noqa: S311 -- a test's choice
+    return TritonRouter(problem, device, (Step(math.inf, rng.choice(able[rng.choice(list(able))])),))
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """Register the backend inside the block."""
+    card = BackendSpec(
+        name=INTERPRETED, factory="fuzz.interpreted:build", targets=(Target("cpu", explicit=True),), supports=supports
+    )
+    registry().register(card)
+    try:
+        yield
+    finally:
+        registry().unregister(card.name)

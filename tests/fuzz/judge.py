@@ -1,0 +1,174 @@
+"""Hold one call's outputs to the reference: ids as exactly as float32 can tell, weights within the contract's bounds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from fuzz import reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_routing_registry import RoutingSpec
+
+
+class Verdict(NamedTuple):
+    """What is wrong.
+
+    :ivar problems: a sentence each; the first row that shows it is named.
+    :ivar row: a row that shows the first problem, if a single row does.
+    :ivar near_ties: rows in which another order than the exact one was accepted.
+    """
+
+    problems: list[str]
+    row: int | None = None
+    near_ties: int = 0
+
+
+class _Rows(NamedTuple):
+    """Rows of an output, and where in it they stand."""
+
+    ids: Tensor
+    weights: Tensor
+    places: Tensor
+
+    def columns(self, which: slice) -> _Rows:
+        return _Rows(self.ids[:, which], self.weights[:, which], self.places)
+
+
+def judge(spec: RoutingSpec, topk: int, operands: dict[str, Tensor], valid: int | None, out: tuple[Tensor, Tensor]) -> Verdict:
+    """Judge outputs of a call without ``expert_map``, each thing after those that it depends on."""
+    weights, ids = out[0].double(), out[1].long()
+    bias, token_ids, table = (operands.get(name) for name in ("bias", "token_ids", "expert_table"))
+    tokens, experts = operands["logits"].shape
+    padding = reference.is_padding(tokens, experts, valid, token_ids, table)
+    everywhere = _Rows(ids, weights, torch.arange(tokens))
+    wrong = padding & ((ids != -1).any(1) | (weights != 0).any(1))
+    if found := _first("padding is not blank", wrong, everywhere):
+        return found
+    places = (~padding).nonzero().flatten()
+    rows = _Rows(ids[places], weights[places], places)
+    l = reference.widened(operands["logits"])[places]
+    routed, shared = rows.columns(slice(topk)), rows.columns(slice(topk, None))
+    if found := _first("ids out of range", ((routed.ids < 0) | (routed.ids >= experts)).any(1), routed):
+        return found
+    wrong = (shared.ids != torch.arange(experts, experts + spec.shared_experts)).any(1) | (shared.weights != 1).any(1)
+    if found := _first("wrong shared slots", wrong, shared):
+        return found
+    if token_ids is not None and table is not None:
+        wanted = table[token_ids[places].long()].long()
+        wrong, near_ties = (routed.ids != wanted).any(1), 0
+    else:
+        wrong, near_ties, wanted = _selected(spec, l, bias, routed.ids)
+    if found := _first("wrong ids", wrong, routed, wanted):
+        return found
+    exact, off = reference.weights_at(spec, l, routed.ids, operands.get("per_expert_scale"))
+    infinite = ~exact.isfinite() & ((routed.weights == exact) | (routed.weights.isnan() & exact.isnan()))
+    near = exact.isfinite() & ((routed.weights - exact).abs() <= off)
+    if found := _first("wrong weights", ~(near | infinite).all(1), routed, exact):
+        return found
+    return Verdict([], near_ties=near_ties)
+
+
+def _first(what: str, wrong: Tensor, rows: _Rows, expected: Tensor | None = None) -> Verdict | None:
+    if not wrong.any():
+        return None
+    at = int(wrong.nonzero()[0])
+    row = int(rows.places[at])
+    said = f"{what} in {int(wrong.sum())} of {len(wrong)} rows, first in row {row}: "
+    said += f"ids {_shown(rows.ids[at])}, weights {_shown(rows.weights[at])}"
+    return Verdict([said + ("" if expected is None else f"; expected {_shown(expected[at])}")], row)
+
+
+def _shown(numbers: Tensor) -> str:
+    return "[" + ", ".join(f"{n:.9g}" for n in numbers[:12].tolist()) + (", ..." if len(numbers) > 12 else "") + "]"
+
+
+def _selected(spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Return which rows have wrong ids, how many rows have others than the exact ones and are right, and the exact ids."""
+    by, off = reference.selected_on(spec, l, bias)
+    wanted = reference.select(spec, by, ids.shape[1])
+    wrong = (ids != wanted).any(1)
+    near_ties = 0
+    if bias is not None or (spec.grouped and spec.group_score == "top2_sum"):
+        added = (
+            torch.zeros(l.shape[1])
+            if bias is None
+            else reference.as_double(bias).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        )
+        for row in wrong.nonzero().flatten().tolist():
+            keys = list(zip(l[row].tolist(), added.tolist(), strict=True))
+            if possible(spec, by[row], off[row], keys, ids[row].tolist()):
+                wrong[row] = False
+                near_ties += 1
+    return wrong, near_ties, wanted
+
+
+def possible(spec: RoutingSpec, by: Tensor, off: Tensor, keys: list[tuple[float, ...]], ids: list[int]) -> bool:
+    """Whether scores within their bounds exist for which these ids, in this order, are right (necessary conditions of it).
+
+    :param keys: experts with equal keys have equal scores in any arithmetic.
+    """
+    if len(set(ids)) < len(ids):
+        return False
+    low, high = (by - off).tolist(), (by + off).tolist()
+    groups = spec.num_groups
+    size = len(low) // groups
+    certain, ruled_out = _groups(spec, by, off) if spec.grouped else (range(groups), ())
+    if any(i // size in ruled_out for i in ids):
+        return False
+    highest = torch.inf  # that the next may have
+    for i in ids:
+        highest = min(highest, high[i])
+        if highest < low[i]:
+            return False
+    last = {}  # of each set of experts that compete for places: the highest value that its last chosen may have
+    running = torch.inf
+    counts = dict.fromkeys(range(groups), 0)
+    for i in ids:
+        running = min(running, high[i])
+        last[i // size if spec.topk_per_group else 0] = running
+        counts[i // size] += 1
+    if spec.topk_per_group and len(set(counts.values())) > 1:
+        return False
+    chosen = set(ids)
+    for u in range(len(low)):
+        if u not in chosen and u // size in certain and low[u] > last[u // size if spec.topk_per_group else 0]:
+            return False
+    return _ties_by_id(keys, ids, size if groups > 1 else len(low))
+
+
+def _groups(spec: RoutingSpec, by: Tensor, off: Tensor) -> tuple[set[int], set[int]]:
+    """Return the groups that are kept for certain, and those that cannot be."""
+    scores = reference.group_scores(spec, by)
+    best = off.unflatten(-1, (spec.num_groups, -1)).amax(-1)
+    if spec.group_score == "top2_sum":
+        magnitude = by.abs().unflatten(-1, (spec.num_groups, -1)).amax(-1)
+        best = 2 * best + 2 * magnitude * reference.SUM
+    low, high = (scores - best).tolist(), (scores + best).tolist()
+    certain, ruled_out = set(), set()
+    for g in range(spec.num_groups):
+        others = [h for h in range(spec.num_groups) if h != g]
+        if sum(high[h] >= low[g] for h in others) < spec.topk_groups:
+            certain.add(g)
+        if sum(low[h] > high[g] for h in others) >= spec.topk_groups:
+            ruled_out.add(g)
+    return certain, ruled_out
+
+
+def _ties_by_id(keys: list[tuple[float, ...]], ids: list[int], size: int) -> bool:
+    """Whether the chosen with equal keys come by ascending id, and none was chosen before a lower one of its group."""
+    chosen: dict[tuple[float, ...], int] = {}
+    for i in ids:
+        if chosen.setdefault(keys[i], i) > i:
+            return False
+        chosen[keys[i]] = i
+    places, lower = set(ids), set()
+    for i, key in enumerate(keys):
+        if i not in places:
+            lower.add((i // size, key))
+        elif (i // size, key) in lower:
+            return False
+    return True

@@ -1,0 +1,212 @@
+"""docs/contract.md as float64 maths, step by step, for all rows at a time. Written from that page, and from no code.
+
+What float32 cannot tell apart is stated here, as bounds:
+
+- an ``x`` that went through a multiplier or a soft-cap may be off by ``X`` of itself;
+- a score may be off by ``SCORE`` of itself, by what its ``x`` is off by, and by ``TINY``, or the root of it for a root;
+- a sum of two numbers may be off by ``SUM`` of their magnitudes;
+- weights are held to the contract's own ``RTOL`` and ``ATOL``, and by what ``x`` is off by.
+
+They are several times what float32 needs: the fuzz looks for wrong formulas, the kit of the product for lost bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_routing_registry import RoutingSpec
+
+MAX = torch.finfo(torch.float32).max
+X = 2e-6
+SCORE = 2e-5
+SUM = 2.0**-21
+TINY = 2.0**-125
+RTOL, ATOL = 2e-6, 1e-12
+THRESHOLD = 1e-6
+"""How far from sparsemixer's threshold, in shares of both sides, an entry may count as masked or not."""
+
+
+def as_double(operand: Tensor) -> Tensor:
+    """The same numbers in float64: from 8-bit formats by way of float32, for some have no other way."""
+    return operand if operand.dtype is torch.float64 else operand.float().double()
+
+
+def widened(logits: Tensor) -> Tensor:
+    """``l``: the logit in float32, NaN as -inf, clamped to float32's finite range; here as float64."""
+    l = logits.float().double()
+    return torch.where(l.isnan(), -torch.inf, l).clamp(-MAX, MAX)
+
+
+def transformed(spec: RoutingSpec, l: Tensor) -> tuple[Tensor, Tensor]:
+    """``x``, after multiplier and soft-cap, and how far it may be off."""
+    x = (l * spec.logit_multiplier).clamp(-MAX, MAX)
+    changed = spec.logit_multiplier != 1.0
+    if spec.logit_softcap is not None:
+        x = spec.logit_softcap * (x / spec.logit_softcap).tanh()
+        changed = True
+    return x, x.abs() * X if changed else torch.zeros_like(x)
+
+
+def log_score(spec: RoutingSpec, x: Tensor) -> Tensor:
+    """Natural logarithm of the score: no score is too small for it."""
+    if spec.score == "softmax":
+        return x.log_softmax(-1)
+    if spec.score == "sigmoid":
+        return torch.where(x > 0, -(-x.abs()).exp().log1p(), x - (-x.abs()).exp().log1p())
+    softplus = x.clamp(min=0) + (-x.abs()).exp().log1p()
+    return torch.where(x < -30, x - x.exp() / 2, softplus.log()) / 2
+
+
+def log_score_error(spec: RoutingSpec, x: Tensor, off: Tensor) -> Tensor:
+    """How far the logarithm may be off where ``x`` is off: a score grows by at most e**d where its ``x`` grows by d."""
+    if spec.score == "softmax":
+        return off + (x.softmax(-1) * off).sum(-1, keepdim=True)
+    return off
+
+
+def raised(logarithm: Tensor, error: Tensor) -> Tensor:
+    """How much larger the number is when its logarithm is larger by ``error``."""
+    return (logarithm + error).exp() - logarithm.exp()
+
+
+class Selected(NamedTuple):
+    """What top-k looks at.
+
+    :ivar by: a number for each expert, ``[T, E]``.
+    :ivar off: how far a float32 evaluation may be from it; 0 where it involves no rounding.
+    """
+
+    by: Tensor
+    off: Tensor
+
+
+def selected_on(spec: RoutingSpec, l: Tensor, bias: Tensor | None) -> Selected:
+    """The logits, or score or ``x`` plus bias: a NaN sum counts as -inf, and the sum is clamped."""
+    if bias is None:
+        return Selected(l, torch.zeros_like(l))
+    b = as_double(bias)
+    x, off = transformed(spec, l)
+    if spec.selection == "scores_plus_bias":
+        logarithm = log_score(spec, x)
+        summand = logarithm.exp()
+        off = raised(logarithm, SCORE + log_score_error(spec, x, off)) + (TINY**0.5 if spec.score == "sqrtsoftplus" else 0.0)
+    else:
+        summand = x
+    total = summand + b
+    off = off + SUM * (summand.abs() + b.abs()) + TINY
+    total = torch.where(total.isnan(), -torch.inf, total).clamp(-MAX, MAX)
+    return Selected(total, torch.where(total.abs() == MAX, 0.0, off))  # the clamp leaves nothing of what was rounded
+
+
+def group_scores(spec: RoutingSpec, by: Tensor) -> Tensor:
+    """The maximum of each group, or the clamped sum of its best two (of one, where it has one), ``[T, groups]``."""
+    groups = by.unflatten(-1, (spec.num_groups, -1))
+    if spec.group_score == "max":
+        return groups.amax(-1)
+    return groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).clamp(-MAX, MAX)
+
+
+def ranked(by: Tensor, count: int) -> Tensor:
+    """Indices of the highest ``count``, equal ones by ascending index."""
+    return by.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def select(spec: RoutingSpec, by: Tensor, topk: int) -> Tensor:
+    """Ids by descending selection score, equal scores by ascending id, under the group rule. Not for token tables."""
+    if spec.topk_per_group:
+        groups = by.unflatten(-1, (spec.num_groups, -1))
+        best = ranked(groups, topk // spec.num_groups)
+        first = torch.arange(spec.num_groups)[:, None] * groups.shape[-1]
+        ids = (best + first).flatten(-2).sort(-1).values
+        return ids.gather(-1, ranked(by.gather(-1, ids), topk))
+    if spec.grouped:
+        kept = ranked(group_scores(spec, by), spec.topk_groups)
+        allowed = torch.zeros(len(by), spec.num_groups, dtype=torch.bool).scatter_(1, kept, value=True)
+        by = by.masked_fill(~allowed.repeat_interleave(by.shape[1] // spec.num_groups, 1), -torch.inf)
+    return ranked(by, topk)
+
+
+class Weights(NamedTuple):
+    """Weights, and by how much a float32 evaluation may differ from them."""
+
+    exact: Tensor
+    off: Tensor
+
+
+def weights_at(spec: RoutingSpec, l: Tensor, ids: Tensor, scale: Tensor | None) -> Weights:
+    """Exact weights at these ids, scaled, 0 for zero experts; without shared slots.
+
+    A factor that takes a weight out of float32's range makes it infinite, and the next factor multiplies that.
+    """
+    if spec.selection == "sparsemixer":
+        w, off = sparsemixer(spec, l, ids)
+    else:
+        w, off = scored(spec, l, ids)
+    off = off + ATOL
+    factors = [torch.full_like(w, spec.scale)] + ([] if scale is None else [as_double(scale)[ids]])
+    for factor in factors:
+        w = w * factor
+        w = torch.where(w.abs() > MAX, w.sign() * torch.inf, w)
+        off = torch.where(factor == 0, 0.0, off * factor.abs())  # an infinite ``off`` too
+    if spec.zero_experts:
+        nothing = ids >= l.shape[1] - spec.zero_experts
+        w, off = w.masked_fill(nothing, 0.0), off.masked_fill(nothing, 0.0)
+    return Weights(w, w.abs() * RTOL + off + TINY)
+
+
+def scored(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Weights:
+    """Scores at the ids, divided by their sum or by what epsilon and floor make of it."""
+    x, off = transformed(spec, l)
+    logarithm, flushed = log_score(spec, x).gather(1, ids), torch.zeros(())
+    error = log_score_error(spec, x, off).gather(1, ids)
+    if not spec.renormalize:
+        w = logarithm.exp()
+    elif not (spec.renorm_epsilon or spec.renorm_floor):
+        if spec.score == "softmax":
+            logarithm = x.gather(1, ids)  # the softmax's own sum is in all of them
+        logarithm = logarithm.log_softmax(-1)
+        w = logarithm.exp()
+        error = error + (w * error).sum(-1, keepdim=True)
+    else:
+        s = logarithm.exp()
+        total = (s.sum(-1, keepdim=True) + spec.renorm_epsilon).clamp(min=spec.renorm_floor)
+        w = s / total
+        error = error + (w * error).sum(-1, keepdim=True)
+        logarithm, flushed = logarithm - total.log(), TINY / total * (1 + w * ids.shape[1])
+    return Weights(w, raised(logarithm, error) + flushed)
+
+
+def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Weights:
+    """In each round, a softmax over what was not chosen before and is not far below the round's best."""
+    x, off = transformed(spec, l)
+    left = torch.ones_like(l, dtype=torch.bool)
+    weights, offs = [], []
+    for chosen in ids.unbind(1):
+        best = l.masked_fill(~left, -torch.inf).amax(1, keepdim=True)
+        below, limit = best - l, 2 * spec.jitter * torch.maximum(l.abs(), best)
+        near = (below > 0) & ((below - limit).abs() <= THRESHOLD * (below + limit))
+        kept = left & (below <= limit)
+        here = chosen[:, None]
+        logarithm = x.masked_fill(~kept, -torch.inf).log_softmax(1)
+        error = off + (logarithm.exp() * off).sum(1, keepdim=True)
+        weights.append(logarithm.exp().gather(1, here))
+        # A softmax over more or fewer entries: the weight lies between the two.
+        most, least = (x.masked_fill(~among, -torch.inf).softmax(1) for among in (kept & ~near, kept | (near & left)))
+        offs.append((raised(logarithm, error) + most - least).gather(1, here))
+        left = left.scatter(1, here, value=False)
+    return Weights(torch.cat(weights, 1), torch.cat(offs, 1))
+
+
+def is_padding(tokens: int, experts: int, valid: int | None, token_ids: Tensor | None, table: Tensor | None) -> Tensor:
+    """Rows past the valid ones, and rows whose token or whose token's entries are outside their range."""
+    padding = torch.arange(tokens) >= (tokens if valid is None else min(valid, tokens))
+    if token_ids is not None:
+        outside = (token_ids < 0) | (token_ids >= len(table))
+        entries = table[token_ids.masked_fill(outside, 0).long()]
+        padding |= outside | ((entries < 0) | (entries >= experts)).any(1)
+    return padding
