@@ -59,7 +59,7 @@ def best_ordered(keys, among, count):
 def group_score(spec, keys, group):
     pairs = itertools.combinations([keys[e] for e in group], 2 if spec.group_score == "top2_sum" else 1)
     # Rounded once, like the keys: a sum with -3.4e38 in it swallows the other score, in float64 as in float32.
-    return max(mpf(float(sum(pair))) for pair in pairs)
+    return max(mpf(clean(float(sum(pair)))) for pair in pairs)
 
 
 def selected(spec, keys, topk):
