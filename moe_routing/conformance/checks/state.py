@@ -15,7 +15,7 @@ from moe_routing._router import Router
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
 from moe_routing.conformance.checks.traced import compare_gradients
-from moe_routing.conformance.under_test import NotApplicableError, must_match, outputs, same_bits
+from moe_routing.conformance.under_test import DeclinedError, NotApplicableError, must_match, outputs, same_bits
 from moe_routing.conformance.variants import VARIANTS, fits
 
 if TYPE_CHECKING:
@@ -113,12 +113,10 @@ def what_is_prepared_serves_calls_with_and_without_out(under_test: BackendUnderT
             _must_match(other, output, what)
 
 
-def _kernel(under_test: BackendUnderTest, call: Call, *, training: bool = False) -> Any:  # noqa: ANN401 -- a Kernel and what else it can do
+def _kernel(under_test: BackendUnderTest, call: Call) -> Any:  # noqa: ANN401 -- a Kernel and what else it can do
     """Return the kernel that serves the call."""
     route, logits = _router(under_test, call), call.logits
-    return route.resolve(
-        logits.device, logits.dtype, logits.shape[1], call.topk, ids_dtype=call.ids_dtype, training=training
-    ).kernel
+    return route.resolve(logits.device, logits.dtype, logits.shape[1], call.topk, ids_dtype=call.ids_dtype).kernel
 
 
 def _operands(call: Call, out: RoutingOutput | None) -> Operands:
@@ -243,6 +241,9 @@ MODES: dict[str, Callable[[], Any]] = {
 @check(15, _sets.where(_of, 40), capability="gradients")
 def calls_may_change_between_grad_modes(under_test: BackendUnderTest, case: Case) -> None:
     """Calls in inference mode, without and with gradients follow each other in any order: the same bits, and gradients."""
+    declined = under_test.rejection(case.problem(training=True))
+    if declined is not None:
+        raise DeclinedError(declined)
     call = _gentle(case.but(num_tokens=17), under_test)
     route, before = Router(call.spec, backend=under_test.backend), "nothing"
     first: RoutingOutput | None = None
