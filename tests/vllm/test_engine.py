@@ -55,7 +55,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(checkpoints, wrong_backend, tmp_path_factory):
-    """What the engine generated without the plug-in (``off``), with it (``on``), and with it as on a CPU with AMX (``amx``)."""
+    """What the engine generated: without the plug-in (``off``), with it (``on``), with it as on a CPU with AMX (``amx``)."""
     scratch = tmp_path_factory.mktemp("served")
     running = {}
     for mode in ("off", "on", "amx"):
