@@ -32,8 +32,13 @@ def test_there_are_at_least_twenty_mutants():
 
 @pytest.mark.parametrize("mutant", HERE, ids=lambda mutant: f"{mutant.name}-by-{mutant.caught_by}")
 def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
-    said = [result.message for result in results(mutant, mutant.caught_by) if result.status == "failed"]
-    assert any(re.search(mutant.saying, message) and "Traceback" not in message for message in said), said
+    said = []
+    for result in results(mutant, mutant.caught_by):
+        if result.status == "failed" and "Traceback" not in result.message:
+            said.append(result.message)
+            if re.search(mutant.saying, result.message):
+                return  # the other cases cost time, and prove nothing more
+    pytest.fail(f"nothing said {mutant.saying!r}, but: {said}")
 
 
 @pytest.mark.parametrize("check", sorted({mutant.caught_by for mutant in HERE}))
