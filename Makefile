@@ -45,7 +45,7 @@ BACKEND ?= eager
 
 fuzz: $(READY) ## random calls against a reference of their own: 20,000 in 3 minutes (BACKEND=triton, interpreted: 2,000 in 10)
 	@echo "==> random calls of $(BACKEND): some minutes, more on a busy machine"
-	@$(BIN)/python tests/fuzz/run.py $(BACKEND)
+	@$(BIN)/python tests/support/fuzz/run.py $(BACKEND)
 
 about-test:
 	@echo "==> lint, types, docs and the quick tests: under 2 minutes on 2 cores, plus some minutes for the first setup"

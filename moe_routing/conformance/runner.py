@@ -90,7 +90,7 @@ class Report:
         """The verdict in a sentence, with what stands behind it: how much was checked, declined and not run, and why.
 
         >>> run("eager", profile="smoke", clauses=[9]).verdict
-        'conforms: 2 checked'
+        'conforms: 30 checked'
         """
         counts = self.counts
         word = "does not conform" if self.failed else "conforms" if counts["checked"] else "nothing was checked"

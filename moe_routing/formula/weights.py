@@ -76,19 +76,16 @@ def selected_weights(spec: RoutingSpec, x: Tensor, ids: list[Tensor]) -> list[Te
 def _softmax(x: Tensor, ids: list[Tensor], *, of_selected: bool) -> list[Tensor]:
     """Return the softmax over all experts, or over those selected, at the selected."""
     if len(ids) == 1:
-        return [_over(x.gather(-1, ids[0])) if of_selected else _over(x).gather(-1, ids[0])]
+        shared = x.gather(-1, ids[0]) if of_selected else x
+        if shared.shape[-1] > _SUMMED_UP_TO and x.device.type == "cpu":
+            shared = shared.to(torch.float64)
+        shared = shared.softmax(-1)
+        return [shared if of_selected else shared.gather(-1, ids[0])]
     chosen = [x.gather(-1, i) for i in ids]
     highest = _highest(chosen) if of_selected else x.amax(-1, keepdim=True)
     powers = [(c - highest).exp_() for c in chosen]
     total = _sum_in_order(powers) if of_selected else (x - highest).exp_().sum(-1, keepdim=True)
     return [p / total for p in powers]
-
-
-def _over(x: Tensor) -> Tensor:
-    """Return the softmax over the last dimension, in float64 where float32 would lose too much of a long sum."""
-    if x.shape[-1] > _SUMMED_UP_TO and x.device.type == "cpu":
-        x = x.to(torch.float64)
-    return x.softmax(-1)
 
 
 def _highest(parts: list[Tensor]) -> Tensor:
@@ -140,7 +137,10 @@ def sparsemixer(spec: RoutingSpec, l: Tensor, topk: int) -> tuple[Tensor, Tensor
         places = torch.arange(l.shape[-1], device=l.device).expand_as(l)
         chosen = places.masked_fill(left != best, l.shape[-1]).amin(-1, keepdim=True)
         far = (best - l) / l.abs().maximum(best) > 2 * spec.jitter
-        weights.append(_over(left.masked_fill(far, -torch.inf)).gather(-1, chosen))
+        near = left.masked_fill(far, -torch.inf)
+        if near.shape[-1] > _SUMMED_UP_TO and near.device.type == "cpu":
+            near = near.to(torch.float64)
+        weights.append(near.softmax(-1).gather(-1, chosen))
         ids.append(chosen)
         left = left.scatter(-1, chosen, -torch.inf)
     return (torch.cat(weights, -1) * spec.scale).float(), torch.cat(ids, -1)

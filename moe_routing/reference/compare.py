@@ -220,8 +220,12 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     spec: RoutingSpec, l: Tensor, ids: Tensor, weights: Tensor, scale: Tensor | None, rows: Tensor
 ) -> Iterator[str]:
     exact = oracle.weights_at(spec, l, ids, per_expert_scale=scale)
-    scales = abs(spec.scale) * (1.0 if scale is None else scale.double().abs()[ids])
-    tolerance = ATOL * scales + (RTOL + error_bounds.weight_error(spec, l, ids)) * exact.abs() + error_bounds.FLUSHED
+    scales = exact.new_full(exact.shape, abs(spec.scale)) if scale is None else abs(spec.scale) * scale.double().abs()[ids]
+    tolerance = (
+        ATOL * scales.masked_fill(~scales.isfinite(), 0.0)
+        + (RTOL + error_bounds.weight_error(spec, l, ids)) * exact.abs()
+        + error_bounds.FLUSHED
+    )
     low = high = exact
     if spec.selection == "sparsemixer":
         # The mask compares a float32 quotient with a threshold: one subtraction, one division, the threshold's rounding.

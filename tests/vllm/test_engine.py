@@ -1,4 +1,4 @@
-"""vLLM's whole engine on a CPU, without the plug-in and with it, each in a process of its own."""
+"""vLLM's whole engine on a CPU, without the plug-in, with it, and with it as on a CPU that has AMX: a process each."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from checkpoints import MODELS, NEW_TOKENS, PROMPT, SIZES, save
 
 SERVE = Path(__file__).with_name("serve.py")
+PARALLEL = ["qwen3_moe", "gemma4_text"]
 LAYERS = SIZES["num_hidden_layers"]
 
 UPSIDE_DOWN = """
@@ -54,10 +55,10 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(checkpoints, wrong_backend, tmp_path_factory):
-    """What the engine generated: without the plug-in (``off``) and with it (``on``), the two side by side."""
+    """What the engine generated: without the plug-in (``off``), with it (``on``), with it as on a CPU with AMX (``amx``)."""
     scratch = tmp_path_factory.mktemp("served")
     running = {}
-    for mode in ("off", "on"):
+    for mode in ("off", "on", "amx"):
         job = {
             "checkpoints": {model_type: str(checkpoints[0] / model_type) for model_type in MODELS},
             "prompt": PROMPT,
@@ -65,10 +66,12 @@ def served(checkpoints, wrong_backend, tmp_path_factory):
             "prefer": "upside-down" if mode == "on" else None,
             "apart": "qwen3_moe" if mode == "off" else None,
             "environment": {"MOE_ROUTING_BACKEND": "upside-down"},
+            "parallel": [] if mode == "amx" else PARALLEL,
+            "amx": mode == "amx",
         }
         (scratch / f"{mode}.json").write_text(json.dumps(job))
         command = [sys.executable, str(SERVE), str(scratch / f"{mode}.json"), str(scratch / f"{mode}.out")]
-        environment = os.environ | {"PYTHONPATH": str(wrong_backend), "MOE_ROUTING_VLLM": str(int(mode == "on"))}
+        environment = os.environ | {"PYTHONPATH": str(wrong_backend), "MOE_ROUTING_VLLM": str(int(mode != "off"))}
         log = (scratch / f"{mode}.log").open("w")
         running[mode] = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     results = {}
@@ -84,6 +87,26 @@ def test_the_tokens_are_those_of_vllm_alone(served, model_type):
     alone = served["off"]["tokens"][model_type]
     assert served["on"]["tokens"][model_type] == alone
     assert len(set(alone)) > NEW_TOKENS // 4, "a model that repeats itself would hide a wrong router"
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_tokens_on_a_cpu_with_amx_are_the_same(served, model_type):
+    """torch says that there is AMX: vLLM then takes another latent attention, which refuses float32, but for our setting."""
+    assert served["amx"]["tokens"][model_type] == served["off"]["tokens"][model_type]
+    assert served["amx"]["calls"][model_type] > 0
+
+
+@pytest.mark.parametrize("model_type", PARALLEL)
+def test_two_tensor_parallel_workers_route_through_us_to_the_tokens_of_vllm_alone(served, model_type):
+    alone, ours = served["off"], served["on"]
+    assert ours["parallel"][model_type] == alone["parallel"][model_type]
+    assert len(set(alone["parallel"][model_type])) > NEW_TOKENS // 4
+    assert [worker["active"] for worker in alone["workers"][model_type]] == [False, False]
+    assert len(ours["workers"][model_type]) == 2
+    for worker in ours["workers"][model_type]:
+        (site,) = worker["sites"]
+        assert (site["layers"], site["reason"]) == (LAYERS, "")
+        assert site["calls"] >= LAYERS * NEW_TOKENS
 
 
 # Not DeepSeek-V3: vLLM's latent attention on a CPU strays from transformers' even where no layer has experts.

@@ -58,6 +58,12 @@ class Changed:
 
 def _changes(spec: RoutingSpec) -> Iterator[dict[str, Any]]:
     """Yield changes of a spec, several fields at once: each is a kernel of its own."""
+    if spec.selection == "sparsemixer":  # has no use for the others, and no spec says them
+        yield {"scale": -2.5, "per_expert_scale": True}
+        yield {"scale": 0.0, "shared_experts": 3}
+        yield {"scale": 1e30, "zero_experts": 9, "jitter": 0.0}
+        yield {"jitter": 0.3}
+        return
     floor = {"softmax": 0.6, "sigmoid": 7.6, "sqrtsoftplus": 12.0}[spec.score]
     yield {"scale": -2.5, "logit_softcap": 0.5}
     yield {"scale": 0.0, "shared_experts": 3}
@@ -67,9 +73,6 @@ def _changes(spec: RoutingSpec) -> Iterator[dict[str, Any]]:
     yield {"renormalize": True, "renorm_epsilon": 0.0, "renorm_floor": floor}  # which some rows reach
     yield {"renormalize": True, "renorm_epsilon": 0.25, "renorm_floor": 20.0}  # which all do
     yield {"renormalize": not spec.renormalize, "renorm_epsilon": 0.0, "renorm_floor": 0.0, "per_expert_scale": True}
-    if spec.selection == "sparsemixer":
-        yield {"jitter": 0.0}
-        yield {"jitter": 0.3}
     if spec.grouped:
         yield {"num_groups": 2, "topk_groups": 1}
         yield {"num_groups": 32, "topk_groups": 32}

@@ -1,4 +1,4 @@
-"""Random calls of every backend against ``fuzz.reference``; the command ``tests/fuzz/run.py`` runs many more of them."""
+"""Random calls of every backend against ``fuzz.reference``; ``tests/support/fuzz/run.py`` runs many more of them."""
 
 from __future__ import annotations
 
