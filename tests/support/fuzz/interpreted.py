@@ -1,4 +1,7 @@
-"""The Triton kernels in Triton's interpreter, as a backend of the CPU: each problem by one of the variants that serve it."""
+"""The Triton kernels in Triton's interpreter, as a backend of the CPU: each problem by one of the variants that serve it.
+
+Under its own name the backend takes the variant that is fast on a GPU: for as few tokens as are interpreted here, always one.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import random
 from typing import TYPE_CHECKING
 
 from moe_routing._registry import registry
-from moe_routing_backends.triton import DTYPES, MAX_EXPERTS, MAX_TOPK
-from moe_routing_registry import BackendSpec, RejectCode, Target, Verdict
+from moe_routing_backends.triton import supports
+from moe_routing_registry import BackendSpec, Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,14 +21,6 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 INTERPRETED = "triton-interpreted"
-
-
-def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
-    """Accept what the kernels take."""
-    del device
-    if problem.dtype in DTYPES and problem.num_experts <= MAX_EXPERTS and problem.topk <= MAX_TOPK:
-        return Verdict.yes()
-    return Verdict.no(RejectCode.SHAPE, f"takes {DTYPES}, E up to {MAX_EXPERTS} and K up to {MAX_TOPK}")
 
 
 def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:

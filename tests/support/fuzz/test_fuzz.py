@@ -43,6 +43,18 @@ FOUND = {
             values="spread",
         ),
     ),
+    "scores of 1e-22 and an epsilon": (
+        "triton",
+        Call(
+            spec=RoutingSpec(family="f", score="sqrtsoftplus", renormalize=True, renorm_epsilon=1e-20),
+            seed=2992701469,
+            tokens=8,
+            row=7,
+            experts=6,
+            topk=1,
+            values="spread",
+        ),
+    ),
     "a bias in a format that Triton does not know": (
         "triton",
         Call(spec=BIASED, bias_dtype="float8_e8m0fnu", valid="int some", **SMALL),
