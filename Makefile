@@ -29,12 +29,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## a random-weight MoE model of transformers, routed by us and by its own code (MODEL=deepseek_v3|qwen3_moe|gpt_oss)
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-test: about-test $(READY) ## lint, types, docs and the quick tests: under 2 minutes
+test: about-test $(READY) ## lint, types, docs and the quick tests: about 2 minutes
 	@$(MAKE) --no-print-directory --jobs=2 lint docs
 	@$(MAKE) --no-print-directory pytest
 
-test-all: $(READY) ## the tests that `make test` leaves out, slow or with pip: 12 to 18 minutes, estimated
-	@echo "==> the slow tests, and those that install packages with pip: 12 to 18 minutes, estimated on 2 cores"
+test-all: $(READY) ## the tests that `make test` leaves out, slow or with pip: about 20 minutes
+	@echo "==> the slow tests, and those that install packages with pip: about 20 minutes on 2 cores"
 	@$(PYTEST) -m "(slow or network) and not gpu"
 
 test-gpu: $(READY) ## the contract on an NVIDIA GPU, for the backends eager and triton: some minutes
@@ -48,7 +48,7 @@ fuzz: $(READY) ## random calls against a reference of their own: 20,000 in 3 min
 	@$(BIN)/python tests/support/fuzz/run.py $(BACKEND)
 
 about-test:
-	@echo "==> lint, types, docs and the quick tests: under 2 minutes on 2 cores, plus some minutes for the first setup"
+	@echo "==> lint, types, docs and the quick tests: about 2 minutes on 2 cores, plus some minutes for the first setup"
 
 lint: $(READY) ## part of `make test`, ruff, mypy --strict and layers: 30 seconds, the next time 3
 	@echo "==> ruff"
