@@ -71,22 +71,17 @@ class Bound:
         if out is None:
             shape = (num_tokens, self.topk + spec.shared_experts)
             out = RoutingOutput(torch.empty(shape), torch.empty(shape, dtype=self.ids_dtype))
-        ids = out.ids if out.ids.dtype == torch.int32 else torch.empty_like(out.ids, dtype=torch.int32)
         bias = torch.zeros(num_experts) if bias is None else bias.float()
-        scale = torch.full((num_experts,), spec.scale, dtype=torch.float64)
-        scale[num_experts - spec.zero_experts :] = 0
-        if per_expert_scale is not None:
-            scale *= per_expert_scale.detach()
+        scale = torch.ones(num_experts) if per_expert_scale is None else per_expert_scale.detach().float()
         physical = torch.arange(slots) if expert_map is None else expert_map.long()
         valid = num_tokens if num_valid_tokens is None else min(int(num_valid_tokens), num_tokens)
         with _one_launch:
             _route(
                 logits.detach().float().numpy(), bias.detach().numpy(), scale.numpy(), physical.numpy(), valid,
+                num_experts - spec.zero_experts, np.float32(spec.scale),
                 SCORE[spec.score], spec.selection == "logits", spec.selection == "scores_plus_bias",
-                spec.renormalize, spec.renorm_epsilon, spec.renorm_floor, self.topk, out.weights.numpy(), ids.numpy(),
+                spec.renormalize, spec.renorm_epsilon, spec.renorm_floor, self.topk, out.weights.numpy(), out.ids.numpy(),
             )  # fmt: skip
-        if ids is not out.ids:
-            out.ids.copy_(ids)
         return out
 
 
@@ -207,14 +202,19 @@ def _weigh(x, exponential, total, chosen, score, renormalize, epsilon, floor, va
             value[k] /= denominator
 
 
-# One signature for all layouts of the logits (":, :" is any strides): each costs seconds to compile, kept in a cache.
-_SIGNATURE = (
-    "(float32[:, :], float32[::1], float64[::1], int64[::1], int64, int64, b1, b1, b1, f8, f8, int64, f4[:, ::1], i4[:, ::1])"
-)
+# One signature for all layouts of the logits (":, :" is any strides), and one for each dtype of ids: each costs seconds
+# to compile, kept in a cache.
+_SIGNATURES = [
+    "(f4[:, :], f4[::1], f4[::1], i8[::1], i8, i8, f4, i8, b1, b1, b1, f8, f8, i8, f4[:, ::1], " + ids + "[:, ::1])"
+    for ids in ("i4", "i8")
+]
 
 
-@numba.njit(_SIGNATURE, parallel=True, cache=True, nogil=True, error_model="numpy")
-def _route(logits, bias, scale, physical, valid, score, on_logits, on_scores, renormalize, epsilon, floor, topk, weights, ids):
+@numba.njit(_SIGNATURES, parallel=True, cache=True, nogil=True, error_model="numpy")
+def _route(
+    logits, bias, scale, physical, valid, weighing, factor,
+    score, on_logits, on_scores, renormalize, epsilon, floor, topk, weights, ids,
+):  # fmt: skip
     num_tokens, num_experts = logits.shape
     score_all = on_scores or (score == SOFTMAX and not (renormalize and epsilon == 0 and floor == 0))
     for block in numba.prange((num_tokens + BLOCK - 1) // BLOCK):
@@ -246,7 +246,9 @@ def _route(logits, bias, scale, physical, valid, score, on_logits, on_scores, re
             _tournament(selected_by.view(np.int32), keys, sent_up, chosen)
             _weigh(x, exponential, total, chosen, score, renormalize, epsilon, floor, value)
             for k in range(topk):
-                weights[t, k] = value[k] * scale[chosen[k]]
+                # In float32 and in this order, so that what leaves its range, or is NaN, does so where the contract says.
+                scaled = np.float32(np.float32(value[k]) * factor) * scale[chosen[k]]
+                weights[t, k] = scaled if chosen[k] < weighing else np.float32(0)  # zero experts come last
                 ids[t, k] = physical[chosen[k]]
             for slot in range(topk, weights.shape[1]):  # shared experts
                 weights[t, slot] = 1

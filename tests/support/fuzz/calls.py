@@ -88,8 +88,7 @@ def build(call: Call) -> Operands:
     if spec.needs_bias:
         made["bias"] = tensors.BIASES[call.bias](E, generator).to(getattr(torch, call.bias_dtype))
     if spec.per_expert_scale:
-        scale = tensors.SCALES[call.scale](E, generator).to(getattr(torch, call.scale_dtype))
-        made["per_expert_scale"] = torch.where(scale.float().isfinite(), scale, torch.ones_like(scale))
+        made["per_expert_scale"] = tensors.SCALES[call.scale](E, generator).to(getattr(torch, call.scale_dtype))
     if spec.selection == "token_table":
         token_ids, table = tensors.table(call.table, call.tokens, E, call.topk, integer, generator)
         made["token_ids"], given["expert_table"] = token_ids, table

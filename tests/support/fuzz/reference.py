@@ -131,11 +131,23 @@ def select(spec: RoutingSpec, by: Tensor, topk: int) -> Tensor:
     return ranked(by, topk)
 
 
-class Weights(NamedTuple):
-    """Weights, and by how much a float32 evaluation may differ from them."""
+class Scores(NamedTuple):
+    """Weights before they are scaled, and by how much a float32 evaluation may differ from them."""
 
     exact: Tensor
     off: Tensor
+
+
+class Weights(NamedTuple):
+    """Weights, and what a float32 evaluation may make of them.
+
+    :ivar off: by how much it may differ.
+    :ivar anything: where it may be infinite or NaN and may be not: it rounds to 0 or to the largest finite number on the way.
+    """
+
+    exact: Tensor
+    off: Tensor
+    anything: Tensor
 
 
 def weights_at(spec: RoutingSpec, l: Tensor, ids: Tensor, scale: Tensor | None) -> Weights:
@@ -147,19 +159,21 @@ def weights_at(spec: RoutingSpec, l: Tensor, ids: Tensor, scale: Tensor | None) 
         w, off = sparsemixer(spec, l, ids)
     else:
         w, off = scored(spec, l, ids)
-    off = off + ATOL
-    factors = [torch.full_like(w, spec.scale)] + ([] if scale is None else [as_double(scale)[ids]])
+    off, anything = off + ATOL, torch.zeros_like(ids, dtype=torch.bool)
+    factors = [torch.full_like(w, spec.scale)] + ([] if scale is None else [scale.float().double()[ids]])
     for factor in factors:
+        anything |= factor.isinf() & (w.abs() <= off + TINY)
         w = w * factor
+        anything |= (w.abs() - MAX).abs() <= MAX * RTOL
         w = torch.where(w.abs() > MAX, w.sign() * torch.inf, w)
         off = torch.where(factor == 0, 0.0, off * factor.abs())  # an infinite ``off`` too
     if spec.zero_experts:
         nothing = ids >= l.shape[1] - spec.zero_experts
-        w, off = w.masked_fill(nothing, 0.0), off.masked_fill(nothing, 0.0)
-    return Weights(w, w.abs() * RTOL + off + TINY)
+        w, off, anything = w.masked_fill(nothing, 0.0), off.masked_fill(nothing, 0.0), anything & ~nothing
+    return Weights(w, w.abs() * RTOL + off + TINY, anything)
 
 
-def scored(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Weights:
+def scored(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
     """Scores at the ids, divided by their sum or by what epsilon and floor make of it."""
     x, off = transformed(spec, l)
     logarithm, flushed = log_score(spec, x).gather(1, ids), torch.zeros(())
@@ -178,10 +192,10 @@ def scored(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Weights:
         w = s / total
         error = error + (w * error).sum(-1, keepdim=True)
         logarithm, flushed = logarithm - total.log(), TINY / total * (1 + w * ids.shape[1])
-    return Weights(w, raised(logarithm, error) + flushed)
+    return Scores(w, raised(logarithm, error) + flushed)
 
 
-def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Weights:
+def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
     """In each round, a softmax over what was not chosen before and is not far below the round's best."""
     x, off = transformed(spec, l)
     left = torch.ones_like(l, dtype=torch.bool)
@@ -199,7 +213,7 @@ def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Weights:
         most, least = (x.masked_fill(~among, -torch.inf).softmax(1) for among in (kept & ~near, kept | (near & left)))
         offs.append((raised(logarithm, error) + most - least).gather(1, here))
         left = left.scatter(1, here, value=False)
-    return Weights(torch.cat(weights, 1), torch.cat(offs, 1))
+    return Scores(torch.cat(weights, 1), torch.cat(offs, 1))
 
 
 def is_padding(tokens: int, experts: int, valid: int | None, token_ids: Tensor | None, table: Tensor | None) -> Tensor:

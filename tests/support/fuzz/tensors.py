@@ -115,6 +115,7 @@ BIASES = {
     "some_minus_inf": lambda E, g: _some(0.1, -torch.inf, E, g),
     "not_finite": lambda E, g: _of((torch.nan, torch.inf, -torch.inf, 0.1), (E,), g),
     "extremes": lambda E, g: _of(EXTREMES, (E,), g),
+    "beyond_in_twos": lambda E, g: MAX * (0.3 + 0.7 * torch.rand(E, generator=g)),  # whose sum float32 cannot hold
     "subnormal": lambda E, g: (_normal(E, generator=g) * 3000).round() * 2.0**-149,
     "wide": lambda E, g: _wide(1, E, g)[0],
     "ties": lambda E, g: (_normal(E, generator=g) * 2).round() / 4,
@@ -127,6 +128,10 @@ SCALES = {
     "zeros": lambda E, g: _of((0.0, -0.0, 1.0, -2.0), (E,), g),
     "large": lambda E, g: _normal(E, generator=g) * 1e9,
     "small": lambda E, g: _normal(E, generator=g) * 1e-9,
+    "some_nan": lambda E, g: _some(1.0, torch.nan, E, g),
+    "some_inf": lambda E, g: _some(1.0, torch.inf, E, g),
+    "not_finite": lambda E, g: _of((torch.nan, torch.inf, -torch.inf, 0.0, 0.7), (E,), g),
+    "extremes": lambda E, g: _of(EXTREMES, (E,), g),
 }
 """Kinds of ``per_expert_scale``."""
 

@@ -70,6 +70,10 @@ WRONG = {
     for mutant in MUTANTS
     if mutant.factory.__module__ in ("mutants.selection", "mutants.weights") and not mutant.supports and not mutant.only_on
 }
+RARE = {
+    "mutant-group-sums-in-float64": lambda call: call.spec.group_score == "top2_sum" and call.bias == "beyond_in_twos",
+}
+"""Mutants that few calls can tell: which ones."""
 QUICK = ("mutant-tie-to-the-highest-id", "mutant-nan-first", "mutant-not-renormalized", "mutant-writes-behind-the-end")
 
 
@@ -110,8 +114,9 @@ def test_calls_that_went_wrong_once_do_not_any_more(backend, call):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in WRONG])
 def test_random_calls_find_each_wrong_backend(name):
     """By a wrong output: a mutant that raises for some call proves nothing."""
+    tells = RARE.get(name, bool)
     with registered(WRONG[name]):
-        found = (problem for call in some(3000) for problem in check(call, name).problems if "Error: " not in problem)
+        found = (problem for call in filter(tells, some(30_000)) for problem in check(call, name).problems if "Error: " not in problem)
         assert next(found, None)
 
 
