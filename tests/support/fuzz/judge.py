@@ -142,18 +142,19 @@ def possible(spec: RoutingSpec, by: Tensor, off: Tensor, keys: list[tuple[float,
 
 def _groups(spec: RoutingSpec, by: Tensor, off: Tensor) -> tuple[set[int], set[int]]:
     """Return the groups that are kept for certain, and those that cannot be."""
-    scores = reference.group_scores(spec, by)
+    scores = reference.group_sums(spec, by)
     best = off.unflatten(-1, (spec.num_groups, -1)).amax(-1)
     if spec.group_score == "top2_sum":
         magnitude = by.abs().unflatten(-1, (spec.num_groups, -1)).amax(-1)
         best = 2 * best + 2 * magnitude * reference.SUM
-    low, high = (scores - best).tolist(), (scores + best).tolist()
+    low, high = ((scores + off).clamp(-reference.MAX, reference.MAX).tolist() for off in (-best, best))
     certain, ruled_out = set(), set()
     for g in range(spec.num_groups):
         others = [h for h in range(spec.num_groups) if h != g]
-        if sum(high[h] >= low[g] for h in others) < spec.topk_groups:
+        # Bounds that meet leave only a tie, as of two sums that are clamped for certain: the lower group wins it.
+        if sum((high[h], g) > (low[g], h) for h in others) < spec.topk_groups:
             certain.add(g)
-        if sum(low[h] > high[g] for h in others) >= spec.topk_groups:
+        if sum((low[h], g) > (high[g], h) for h in others) >= spec.topk_groups:
             ruled_out.add(g)
     return certain, ruled_out
 

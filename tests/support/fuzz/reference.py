@@ -104,11 +104,16 @@ def selected_on(spec: RoutingSpec, l: Tensor, bias: Tensor | None) -> Selected:
 
 
 def group_scores(spec: RoutingSpec, by: Tensor) -> Tensor:
-    """The maximum of each group, or the clamped sum of its best two (of one, where it has one), ``[T, groups]``."""
+    """The maximum of each group, or the clamped sum of its best two, ``[T, groups]``."""
+    return group_sums(spec, by).clamp(-MAX, MAX)
+
+
+def group_sums(spec: RoutingSpec, by: Tensor) -> Tensor:
+    """The maximum of each group, or the sum of its best two (of one, where it has one), before the clamp."""
     groups = by.unflatten(-1, (spec.num_groups, -1))
     if spec.group_score == "max":
         return groups.amax(-1)
-    return groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).clamp(-MAX, MAX)
+    return groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
 
 
 def ranked(by: Tensor, count: int) -> Tensor:

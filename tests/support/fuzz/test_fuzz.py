@@ -71,7 +71,7 @@ WRONG = {
     if mutant.factory.__module__ in ("mutants.selection", "mutants.weights") and not mutant.supports and not mutant.only_on
 }
 RARE = {
-    "mutant-group-sums-in-float64": lambda call: call.spec.group_score == "top2_sum" and call.bias == "beyond_in_twos",
+    "mutant-group-sums-in-float64": lambda call: call.spec.grouped and call.bias == "beyond_in_twos",
 }
 """Mutants that few calls can tell: which ones."""
 QUICK = ("mutant-tie-to-the-highest-id", "mutant-nan-first", "mutant-not-renormalized", "mutant-writes-behind-the-end")
