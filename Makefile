@@ -7,6 +7,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=lo
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY := $(VENV)/.ready
 MODEL ?= gemma4
+# Without bytecode on disk each of pytest's processes compiles every module and rewrites every test again.
+export PYTHONDONTWRITEBYTECODE :=
 TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
 
 .PHONY: help setup demo test about-test test-all test-gpu fuzz lint docs figures pytest triton-versions transformers-check vllm-check vllm-overlay xpu-check clean

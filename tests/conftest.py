@@ -90,6 +90,14 @@ def _seeded(request):
     random.seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    """Forget what a test compiled: from the ninth router on, Dynamo runs `Router.__call__` as it is, in later tests too."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 @pytest.fixture
 def install_plugin(tmp_path, monkeypatch):
     """Write a distribution with one module and one entry point, where importlib.metadata and import find it."""
