@@ -43,12 +43,12 @@ _BEGIN, _END = "<!-- written by docs/tables.py from moe_routing/conformance/clau
 
 def contract() -> str:
     """Return ``contract.md`` with its clauses written again."""
-    from moe_routing.conformance.checks import CHECKS
+    from moe_routing.conformance.checks import ROUTE
 
     before, _, rest = CONTRACT.read_text(encoding="utf-8").partition(_BEGIN)
     parts = [_BEGIN]
     for clause in CLAUSES.values():
-        names = ", ".join(f"`{check.name}`" for check in CHECKS if check.clause == clause.number)
+        names = ", ".join(f"`{check.name}`" for check in ROUTE.checks if check.clause == clause.number)
         text = textwrap.fill(f"{clause.text} *Why:* {clause.reason}", 110, break_long_words=False, break_on_hyphens=False)
         checks = textwrap.fill(f"Checks: {names}.", 110, break_long_words=False, break_on_hyphens=False)
         parts.append(f"### {clause.number}. {clause.title}\n\n{text}\n\n{checks}")

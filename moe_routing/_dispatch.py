@@ -24,14 +24,18 @@ from moe_routing._warnings import not_raised
 from moe_routing.formula import weights_backward
 from moe_routing.probing import probe
 from moe_routing_registry import (
+    SCORES,
     STRICT_VARIABLE,
     BackendUnavailableError,
     DowngradeWarning,
     FactoryError,
     ForkSafeLock,
+    RejectCode,
+    Rejection,
     Request,
     RoutingProblem,
     RoutingSpec,
+    Verdict,
     preference,
     printable,
 )
@@ -170,7 +174,7 @@ class Dispatcher:
             try:
                 kernel = _kernel(report.winner, problem, info)
                 if training and not isinstance(kernel, Differentiates):
-                    registry().require_closed_form(report.winner, problem)
+                    _require_closed_form(report.winner, problem)
             except FactoryError as error:
                 report = report.without(error.rejection)
                 if report.winner is None:
@@ -242,6 +246,24 @@ def _kernel(name: str, problem: RoutingProblem, device: DeviceInfo) -> Kernel:
             _building.reset(token)
         _kernels[key] = kernel
         return kernel
+
+
+def _require_closed_form(name: str, problem: RoutingProblem) -> None:
+    """Refuse a backend whose kernel has no ``backward`` for training, unless the built-in gradient knows the maths.
+
+    :raises FactoryError: it does not.
+    """
+    spec = problem.spec
+    family = registry().families.get(spec.family)
+    if spec.score not in SCORES:
+        beyond = f"the score function {spec.score!r} of family {spec.family!r}"
+    elif family is not None and family.oracle:
+        beyond = f"the family {spec.family!r}, which has an oracle of its own"
+    else:
+        return
+    reason = f"its kernel has no `backward`, and the built-in gradient does not know {beyond}"
+    verdict = Verdict.no(RejectCode.TRAINING, reason)
+    raise FactoryError(Rejection(name=name, verdict=verdict, distribution=registry().distribution(name)))
 
 
 def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:

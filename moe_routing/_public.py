@@ -15,6 +15,7 @@ from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED, from_config
 from moe_routing.probing import probe
 from moe_routing_registry import (
+    Problem,
     Request,
     ResolutionReport,
     RoutingProblem,
@@ -143,7 +144,7 @@ def list_backends() -> Mapping[str, BackendSpec]:
 
 
 def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
-    router: str | RoutingSpec | object,
+    router: str | RoutingSpec | Problem | object,
     *,
     device: torch.device | str = "cpu",
     num_experts: int | None = None,
@@ -154,6 +155,7 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
 ) -> ResolutionReport:
     """Say which backend a call would get, and why; builds and launches nothing, and never raises.
 
+    :param router: as for ``get_router``; or a problem of any operation, which has a size and dtype of its own.
     :param num_experts: E; 128 where neither it nor a configuration says.
     :param topk: K; 8 (at most E) where neither it nor a configuration says.
     :returns: a report; where an argument is wrong (no such router, dtype or device; an E or K that cannot be) its ``error``
@@ -164,6 +166,8 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
     >>> explain("gemma4", device="warp:9").winner is None
     True
     """
+    if isinstance(router, Problem):
+        return _explain(router, device, backend)
     try:
         spec, configured_topk, configured_experts = _look_up(router)
         num_experts = num_experts if num_experts is not None else configured_experts or 128
@@ -175,8 +179,15 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
             expected = f"one of {', '.join(sorted(known))}"
             raise ValueError(refusal("dtype", expected, dtype))  # noqa: TRY301 -- the report carries it, like what the calls above raise
         problem = RoutingProblem(spec=spec, num_experts=num_experts, topk=topk, dtype=dtype_name(dtype), training=training)
-        request = Request.gather(backend)
     except Exception as error:  # noqa: BLE001 -- the promise is never to raise: the report carries what went wrong
+        return ResolutionReport(requested=backend, error=f"{type(error).__name__}: {error}")
+    return _explain(problem, device, backend)
+
+
+def _explain(problem: Problem, device: torch.device | str, backend: str | None) -> ResolutionReport:
+    try:
+        request = Request.gather(backend)
+    except Exception as error:  # noqa: BLE001 -- likewise
         return ResolutionReport(requested=backend, error=f"{type(error).__name__}: {error}")
     try:
         info = probe(device)

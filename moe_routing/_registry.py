@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS
+from moe_routing.operations import OPERATIONS
 from moe_routing_registry import Registry
 
 BUILT_IN = {
@@ -13,7 +14,7 @@ BUILT_IN = {
 }
 """The same lines as ``[project.entry-points]`` in pyproject.toml (a test holds that), for a checkout without metadata."""
 
-_registry = Registry(BUILT_IN, reserved={*FAMILIES, *MODELS})
+_registry = Registry(BUILT_IN, reserved={*FAMILIES, *MODELS}, operations=OPERATIONS)
 
 
 def registry() -> Registry:

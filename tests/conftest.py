@@ -129,7 +129,7 @@ def build(problem, device):
 
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name={name!r}, factory="{module}:build", targets=(Target("cpu"),), {extra})]
+    return [BackendSpec(name={name!r}, factories={{"route": "{module}:build"}}, targets=(Target("cpu"),), {extra})]
 """
 
 

@@ -29,7 +29,7 @@ def router(**fields):
 @pytest.fixture(autouse=True)
 def _never_launch():
     """Fail if bad input gets as far as a backend."""
-    registry().register(BackendSpec(name="never", factory=f"{__name__}:build_never", targets=(Target("*"),)))
+    registry().register(BackendSpec(name="never", factories={"route": f"{__name__}:build_never"}, targets=(Target("*"),)))
     yield
     registry().unregister("never")
 

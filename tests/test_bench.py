@@ -159,7 +159,7 @@ def spoilt(tmp_path, monkeypatch):
     def register(line):
         name = f"spoilt_{tmp_path.name.replace('-', '_')}"
         (tmp_path / f"{name}.py").write_text(WRONG.format(spoil=line))
-        registry().register(BackendSpec(name=name, factory=f"{name}:build", targets=(Target("cpu"),)))
+        registry().register(BackendSpec(name=name, factories={"route": f"{name}:build"}, targets=(Target("cpu"),)))
         registered.append(name)
         return name
 

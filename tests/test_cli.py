@@ -55,7 +55,9 @@ def picky():
             return Verdict.no(RejectCode.DTYPE, "takes no float32", FIX)
         return Verdict.yes()
 
-    card = BackendSpec(name="picky", factory="picky:build", targets=(Target("cpu"),), priority=3, supports=supports)
+    card = BackendSpec(
+        name="picky", factories={"route": "picky:build"}, targets=(Target("cpu"),), priority=3, supports=supports
+    )
     registry().register(card)
     yield card
     registry().unregister("picky")

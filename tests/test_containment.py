@@ -14,6 +14,7 @@ import moe_routing
 from moe_routing._registry import BUILT_IN
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS
+from moe_routing.operations import OPERATIONS
 from moe_routing_registry import (
     BackendSpec,
     DeviceInfo,
@@ -37,12 +38,13 @@ HEAD = """
 from moe_routing_registry import BackendSpec, FamilySpec, RoutingSpec, Target, Verdict, hookimpl
 def build(problem, device):
     return lambda logits, **operands: None
+T, ROUTE = (Target('cpu'),), {'route': 'a:b'}
 """
 
 
 def registry():
     """Return a registry like the process's own."""
-    return Registry(BUILT_IN, reserved={*FAMILIES, *MODELS})
+    return Registry(BUILT_IN, reserved={*FAMILIES, *MODELS}, operations=OPERATIONS)
 
 
 def resolve(known, backend=None, problem=PROBLEM):
@@ -100,17 +102,17 @@ HOOKS = {
     ),
     "returns the other kind": ("def moe_routing_families(): return [SPEC]", "expected a sequence of FamilySpec"),
     "returns a subclass": (
-        "def moe_routing_backends(own=type('Own', (BackendSpec,), {})): return [own(name='a', factory='a:b', targets=T)]",
+        "def moe_routing_backends(own=type('Own', (BackendSpec,), {})): return [own(name='a', factories=ROUTE, targets=T)]",
         "expected a sequence of BackendSpec",
     ),
     "wants an argument": ("def moe_routing_backends(wrong): pass", "its registration raised PluginValidationError"),
     "panics": ("def moe_routing_backends(): raise BaseException('rust')", "its registration raised BaseException: rust"),
     "wrong field": (
-        "def moe_routing_backends(): return [BackendSpec(name='a', factory='a:b', targets=(Target('cpu'),), priority='9')]",
+        "def moe_routing_backends(): return [BackendSpec(name='a', factories=ROUTE, targets=T, priority='9')]",
         "priority: expected an integer, got '9'",
     ),
     "name of a built-in backend": (
-        "def moe_routing_backends(): return [BackendSpec(name='eager', factory='a:b', targets=(Target('cpu'),))]",
+        "def moe_routing_backends(): return [BackendSpec(name='eager', factories={'route': 'a:b'}, targets=(Target('cpu'),))]",
         "'eager' is the name of a built-in backend",
     ),
     "name of a built-in family": (
@@ -131,7 +133,7 @@ HOOKS = {
 
 @pytest.mark.parametrize(("hook", "said"), HOOKS.values(), ids=HOOKS)
 def test_a_wrong_hook_or_spec_is_named_and_costs_only_the_plug_in(install_plugin, install_backend, hook, said):
-    own = "T = (Target('cpu'),)\nSPEC = BackendSpec(name='acme', factory='a:b', targets=T, priority=99)\n"
+    own = "SPEC = BackendSpec(name='acme', factories=ROUTE, targets=T, priority=99)\n"
     install_plugin("broken", f"{HEAD}{own}@hookimpl\n{hook}\n")
     install_backend("fine")
     known = registry()
@@ -145,7 +147,7 @@ def test_a_wrong_hook_or_spec_is_named_and_costs_only_the_plug_in(install_plugin
 
 def test_a_plug_in_without_a_hook_is_named(install_plugin):
     install_plugin("hookless", "def moe_routing_backends(): return []  # not marked with hookimpl")
-    with pytest.warns(PluginWarning, match="it implements neither moe_routing_backends nor moe_routing_families"):
+    with pytest.warns(PluginWarning, match="it implements none of the hooks moe_routing_backends, moe_routing_families"):
         assert resolve(registry()).winner == "eager"
 
 
@@ -241,7 +243,9 @@ def test_metadata_that_cannot_be_decoded_costs_only_its_distribution(tmp_path, m
 def with_backend(install_plugin, body, **extra):
     """Install a backend ``acme`` whose spec is ordinary but for ``extra``, with ``body`` in its module."""
     fields = "".join(f", {name}={value}" for name, value in extra.items())
-    spec = f"BackendSpec(name='acme', factory='acme_plugin:build', targets=(Target('cpu'),), priority=99{fields})"
+    spec = (
+        f"BackendSpec(name='acme', factories={{'route': 'acme_plugin:build'}}, targets=(Target('cpu'),), priority=99{fields})"
+    )
     install_plugin("acme_plugin", f"{HEAD}{body}\n@hookimpl\ndef moe_routing_backends(): return [{spec}]\n")
 
 
@@ -305,10 +309,11 @@ def test_no_requirement_takes_routing_down(install_plugin, requirement):
 # Fields of specs
 
 HERE = (Target("cpu"),)
-BACKEND = {"name": "acme", "factory": "acme:build", "targets": HERE}
+BACKEND = {"name": "acme", "factories": {"route": "acme:build"}, "targets": HERE}
 WRONG_BACKENDS = [
     *(("name", value) for value in (None, 3, "", "Upper", "with space", "a,b", "<b>", "a\x1b[31m", "é", "a" * 101, "a\n")),
-    *(("factory", value) for value in (None, 3, "", "acme", ":build", "acme:", "a b:c", "acme:build:x", "a:b\x1b")),
+    *(("factories", value) for value in (None, 3, "", "a:b", {}, {"Route": "a:b"}, {3: "a:b"})),
+    *(("factories", {"route": v}) for v in (None, 3, "", "acme", ":build", "acme:", "a b:c", "acme:build:x", "a:b\x1b")),
     *(("targets", value) for value in (None, (), [], list(HERE), Target("cpu"), "cpu", ("cpu",), (*HERE, None))),
     *(("api_version", value) for value in (None, "1", 1.0, True)),
     *(("families", value) for value in (3, "mixtral", ["mixtral"], {"mixtral"}, frozenset({3}))),
@@ -317,7 +322,7 @@ WRONG_BACKENDS = [
     *(("supports", value) for value in (3, "rule", True)),
     *(("notes", value) for value in (3, "rule", ())),
     *(("summary", value) for value in (None, 3, ["x"])),
-    *(("tuner", value) for value in (None, 3, "acme", "a:b:c")),
+    *(("tuners", value) for value in (None, 3, "acme", {"route": "a:b:c"}, {"route": ""}, {"sort": "a:b"})),
     *(("gaps", value) for value in (None, 3, ["dtype"], {"dtype": ""}, {"dtype": 3}, {"speed": "slow"}, {3: "x"})),
 ]
 FAMILY = {"spec": RoutingSpec(family="acme_route"), "source": "ACME"}
@@ -491,7 +496,7 @@ def moe_routing_families():
 @hookimpl
 def moe_routing_backends():
     own = frozenset({{"acme_route"}})
-    return [BackendSpec(name="acme", factory="acme_family:build", targets=(Target("cpu"),), families=own)]
+    return [BackendSpec(name="acme", factories={"route": "acme_family:build"}, targets=(Target("cpu"),), families=own)]
 
 class Kernel:
     def __call__(self, logits, **operands):

@@ -70,7 +70,7 @@ def add_backend():
     added = []
 
     def add(name, factory):
-        registry().register(BackendSpec(name=name, factory=f"{__name__}:{factory}", targets=(Target("cpu"),)))
+        registry().register(BackendSpec(name=name, factories={"route": f"{__name__}:{factory}"}, targets=(Target("cpu"),)))
         added.append(name)
 
     BUILT.clear()
@@ -121,7 +121,7 @@ def test_a_backend_that_is_registered_again_is_built_again(add_backend):
     add_backend("noted", "build_noted")
     Router(SPEC, backend="noted")(**operands())
     registry().unregister("noted")
-    registry().register(BackendSpec(name="noted", factory=f"{__name__}:build_noted", targets=(Target("cpu"),)))
+    registry().register(BackendSpec(name="noted", factories={"route": f"{__name__}:build_noted"}, targets=(Target("cpu"),)))
     Router(SPEC, backend="noted")(**operands())
     assert len(BUILT) == 2
 
@@ -149,7 +149,7 @@ def test_a_factory_that_routes_what_it_builds_fails_with_a_sentence(add_backend)
 
 def test_a_score_that_nobody_can_differentiate_is_refused_for_training_only(add_backend):
     add_backend("noted", "build_noted")
-    registry().register(BackendSpec(name="plain", factory=f"{__name__}:build_plain", targets=(Target("cpu"),)))
+    registry().register(BackendSpec(name="plain", factories={"route": f"{__name__}:build_plain"}, targets=(Target("cpu"),)))
     try:
         route = Router(RoutingSpec(family="cubic", score="cube"), backend="plain")
         route(torch.randn(3, E), K)

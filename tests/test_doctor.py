@@ -66,9 +66,10 @@ def supports(problem, device):
 
 @hookimpl
 def moe_routing_backends():
+    factories = {"route": "shaky:build"}
     return [
-        BackendSpec(name="shaky", factory="shaky:build", targets=(Target("*"),), priority=98, supports=supports),
-        BackendSpec(name="warp", factory="shaky:build", targets=(Target("cuda"),), priority=99, requirements=("warpcore>=3",)),
+        BackendSpec(name="shaky", factories=factories, targets=(Target("*"),), priority=98, supports=supports),
+        BackendSpec(name="warp", factories=factories, targets=(Target("cuda"),), priority=99, requirements=("warpcore>=3",)),
     ]
 """
 
@@ -324,7 +325,7 @@ def machine(*files, build, triton=None):
 
 def case(here, **changes):
     given = {"device": None, "router": "gemma4", "verify": False, "backends": {}, "distributions": {}, "failures": ()}
-    return Case(machine=here, **given, duplicates=(), reports={}, choosing_failure=None, **changes)
+    return Case(machine=here, **given, duplicates=(), reports={}, operations={}, others={}, choosing_failure=None, **changes)
 
 
 CUDA = TorchBuild(version="2.13.0", cuda="13.0")
@@ -438,7 +439,7 @@ def test_verify_tells_a_backend_that_is_wrong_from_one_that_is_right(install_plu
     monkeypatch.setattr(quick, "BUDGET_SECONDS", 20)
     monkeypatch.setattr(quick, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # a tick for each case
     install_plugin("liar", LIAR)
-    registry().register(BackendSpec(name="liar", factory="liar:build", targets=(Target("cpu"),), priority=1))
+    registry().register(BackendSpec(name="liar", factories={"route": "liar:build"}, targets=(Target("cpu"),), priority=1))
     try:
         report = examine(device="cpu", verify=True, checks=["verify"])
     finally:

@@ -20,6 +20,7 @@ from moe_routing.cli._app import run
 from moe_routing.cli._render_doctor import render
 from moe_routing.conformance import report as reports
 from moe_routing.conformance import runner
+from moe_routing.conformance.clauses import CLAUSES
 from moe_routing.doctor import examine
 from moe_routing.doctor._machine import Failure
 from moe_routing.report import Gathered, to_html
@@ -81,7 +82,8 @@ def conformance():
     )
     others = [dataclasses.replace(result, status=status) for status in ("passed", "gap", "declined", "not_applicable")]
     return runner.Report(
-        backend=HOSTILE, distribution=HOSTILE, device=HOSTILE, profile=HOSTILE, seed=7, versions={HOSTILE: HOSTILE},
+        backend=HOSTILE, operation=HOSTILE, clauses=CLAUSES,
+        distribution=HOSTILE, device=HOSTILE, profile=HOSTILE, seed=7, versions={HOSTILE: HOSTILE},
         gaps={"dtype": HOSTILE, HOSTILE: HOSTILE}, started=HOSTILE, results=[result, *others],
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ def rule(problem, device): return Verdict.yes()
 TAIL = """
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="odd-backend", factory="odd:build", targets=(Target("cpu"),), supports=rule)]
+    return [BackendSpec(name="odd-backend", factories={"route": "odd:build"}, targets=(Target("cpu"),), supports=rule)]
 """
 SECONDS = 8
 """Instead of the minute that doctor waits, so that the tests need not."""

@@ -12,6 +12,7 @@ import pluggy
 import pytest
 
 from moe_routing._registry import BUILT_IN
+from moe_routing.operations import OPERATIONS
 from moe_routing_registry import (
     ACCELERATOR,
     ANY,
@@ -44,12 +45,12 @@ ON_CPU = (Target("cpu"),)
 
 
 def card(name, *, priority=10, targets=ON_CPU, **fields):
-    return BackendSpec(name=name, factory="json:dumps", targets=targets, priority=priority, **fields)
+    return BackendSpec(name=name, factories={"route": "json:dumps"}, targets=targets, priority=priority, **fields)
 
 
 def registry_of(*cards):
     """Return a registry with these backends only."""
-    registry = Registry()
+    registry = Registry(operations=OPERATIONS)
     for name in list(registry.backends):
         registry.unregister(name)
     for each in cards:
@@ -273,7 +274,7 @@ def test_a_backend_name_that_could_not_be_typed_is_refused(name):
 
 def test_an_installed_plugin_is_found_with_its_distribution(install_backend):
     install_backend("acme", distribution="acme-routing")
-    registry = Registry()
+    registry = Registry(operations=OPERATIONS)
     assert resolve(registry).winner == "acme"
     assert registry.distribution("acme") == "acme-routing 1.0"
 
@@ -282,7 +283,7 @@ def test_an_installed_plugin_is_found_with_its_distribution(install_backend):
 def test_a_plugin_that_fails_at_import_costs_only_itself(install_plugin, install_backend, raises):
     install_plugin("broken", raises)
     install_backend("fine")
-    registry = Registry()
+    registry = Registry(operations=OPERATIONS)
     with pytest.warns(PluginWarning, match="'broken' of broken-dist 1.0 is not used: its import raised"):
         report = resolve(registry)
     assert report.winner == "fine"
@@ -302,7 +303,7 @@ def test_a_plugin_that_fails_at_import_costs_only_itself(install_plugin, install
 def test_a_plugin_that_fails_at_registration_costs_only_itself(install_plugin, install_backend, hook):
     install_plugin("broken", f"from moe_routing_registry import hookimpl\n@hookimpl\n{hook}\n")
     install_backend("fine")
-    registry = Registry()
+    registry = Registry(operations=OPERATIONS)
     with pytest.warns(PluginWarning, match="its registration raised"):
         report = resolve(registry)
     assert report.winner == "fine"
@@ -311,7 +312,7 @@ def test_a_plugin_that_fails_at_registration_costs_only_itself(install_plugin, i
 
 def test_naming_a_plugin_that_failed_says_why(install_plugin):
     install_plugin("broken", "raise ImportError('no libacme.so')")
-    registry = Registry()
+    registry = Registry(operations=OPERATIONS)
     with pytest.warns(PluginWarning):
         report = resolve(registry, backend="broken")
     assert report.winner is None
@@ -321,7 +322,7 @@ def test_naming_a_plugin_that_failed_says_why(install_plugin):
 def test_a_name_that_two_distributions_claim_is_an_error_naming_both(install_backend, monkeypatch):
     install_backend("acme", distribution="first-dist")
     install_backend("acme", distribution="second-dist")
-    registry = Registry()
+    registry = Registry(operations=OPERATIONS)
     with pytest.raises(DuplicateNameError, match="backend 'acme'") as caught:
         resolve(registry)
     assert set(caught.value.distributions) == {"first-dist 1.0", "second-dist 1.0"}
@@ -339,7 +340,7 @@ def test_a_family_may_come_from_a_plugin(install_plugin):
         return [FamilySpec(spec=RoutingSpec(family="acme_route"), source="ACME, 2026")]
     """
     install_plugin("acme_family", body)
-    assert isinstance(Registry().families["acme_route"], FamilySpec)
+    assert isinstance(Registry(operations=OPERATIONS).families["acme_route"], FamilySpec)
 
 
 def test_the_report_is_json_all_the_way_down():

@@ -54,7 +54,9 @@ def add_backend():
 
     def add(name, factory, priority=-1, **fields):
         registry().register(
-            BackendSpec(name=name, factory=f"{__name__}:{factory}", targets=(Target("cpu"),), priority=priority, **fields)
+            BackendSpec(
+                name=name, factories={"route": f"{__name__}:{factory}"}, targets=(Target("cpu"),), priority=priority, **fields
+            )
         )
         added.append(name)
 

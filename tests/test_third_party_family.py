@@ -18,7 +18,7 @@ def moe_routing_families():
 
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="acme", factory="acme_square:build", targets=(Target("cpu"),), priority=10,
+    return [BackendSpec(name="acme", factories={"route": "acme_square:build"}, targets=(Target("cpu"),), priority=10,
                         families=frozenset({"acme_square"}))]
 
 def square(logits, topk):
@@ -111,7 +111,7 @@ def oracle(spec, logits, topk, **operands):
 OWN_BACKEND = """
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="lowest", factory="acme_lowest:build", targets=(Target("cpu"),), priority=1)]
+    return [BackendSpec(name="lowest", factories={"route": "acme_lowest:build"}, targets=(Target("cpu"),), priority=1)]
 
 def build(problem, device):
     import torch
@@ -145,7 +145,7 @@ assert route(torch.tensor([[3.0, 1.0, 2.0]]), 2).ids.tolist() == [[1, 2]]
 assert (route.backend, route.health().wrong) == ("lowest", 0), route.report
 named = frozenset({"acme_lowest"})
 for name, families in (("names_it", named), ("names_nothing", None)):
-    spec = BackendSpec(name=name, factory="acme_lowest:build", targets=(Target("cpu"),), families=families)
+    spec = BackendSpec(name=name, factories={"route": "acme_lowest:build"}, targets=(Target("cpu"),), families=families)
     registry().register(spec)
 report = moe_routing.explain("acme_lowest")
 assert report.rejection("names_it").verdict.code.value == "explicit_only"

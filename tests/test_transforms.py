@@ -155,7 +155,9 @@ def build_own(problem, _device):
 @pytest.mark.parametrize("transform", [hessian, lambda f: lambda l: torch.autograd.functional.hessian(f, l)])
 def test_a_backward_of_a_kernels_own_is_differentiated_by_the_closed_form(transform):
     spec = RoutingSpec(family="t8", renormalize=True)
-    registry().register(BackendSpec(name="own-backward", factory=f"{__name__}:build_own", targets=(Target("cpu"),)))
+    registry().register(
+        BackendSpec(name="own-backward", factories={"route": f"{__name__}:build_own"}, targets=(Target("cpu"),))
+    )
     try:
         logits = torch.randn(T, E)
         ours = transform(summed(lambda l: Router(spec, backend="own-backward")(l, K).weights))(logits)

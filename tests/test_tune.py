@@ -56,7 +56,11 @@ def factory(_problem, _device):
 def tunable():
     """A backend of this process that is for the CPU and can be tuned."""
     ASKED.clear()
-    here = {"factory": f"{__name__}:factory", "tuner": f"{__name__}:tuner", "targets": (Target("cpu"),)}
+    here = {
+        "factories": {"route": f"{__name__}:factory"},
+        "tuners": {"route": f"{__name__}:tuner"},
+        "targets": (Target("cpu"),),
+    }
     registry().register(BackendSpec(name="tunable", priority=9, **here))
     yield
     registry().unregister("tunable")

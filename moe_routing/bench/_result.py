@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Key = tuple[Case, str, str, bool]
 """Case, mode, way and whether it is a backend: what makes two rows of two runs the same configuration."""
+OPERATION = "route"
+"""What is timed."""
 SCHEMA_VERSION = 1
 """Grows whenever a key is renamed, removed or changes its meaning; new keys may come at any time."""
 _MOST_BYTES = 1 << 26
@@ -137,6 +139,7 @@ class Result:
         return {
             "schema_version": SCHEMA_VERSION,
             "what": "moe-routing bench: microseconds a call, the median of the medians of rounds",
+            "operation": OPERATION,
             "date": self.date,
             "device": self.device,
             "versions": self.versions,

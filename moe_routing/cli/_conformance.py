@@ -43,8 +43,11 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     backend: Annotated[str, typer.Argument(help="Name of the backend, as `moe-routing doctor` lists it.")],
     *,
     device: Annotated[str, typer.Option(help="The device to check it on: cpu, cuda:0, xpu, ...")] = "cpu",
+    operation: Annotated[str, typer.Option(help="The operation whose contract is checked.")] = "route",
     full: Annotated[bool, typer.Option("--full", help="All sizes and dtypes, not a pairwise sample of them.")] = False,
-    clause: Annotated[list[int] | None, typer.Option(help="Only this clause of the contract, 0 to 15; repeatable.")] = None,
+    clause: Annotated[
+        list[int] | None, typer.Option(help="Only this clause of the contract (route: 0 to 15); repeatable.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Draw the cases that are in no list from this seed, not from a new one.")
     ] = None,
@@ -54,19 +57,21 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON report, for programs.")] = False,
 ) -> None:
     """Check a backend against the whole contract; exit code 0 if it conforms, 1 if not, 2 if nothing was checked."""
-    from moe_routing.conformance.clauses import CLAUSES
+    from moe_routing.conformance.contract import contract_of
     from moe_routing.conformance.report import WRITERS, write
 
+    clauses = contract_of(operation).clauses
+
     for number in clause or ():
-        if number not in CLAUSES:
-            msg = f"--clause: expected a number from 0 to {max(CLAUSES)}, got {number}"
+        if number not in clauses:
+            msg = f"--clause: expected one of {', '.join(map(str, clauses))}, got {number}"
             raise UsageError(msg)
     for path in report or ():
         if path.suffix not in WRITERS:
             msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {str(path)!r}"
             raise UsageError(msg)
         check_writable("--report", path)
-    outcome = _run(backend, device, "full" if full else "quick", clause, seed, as_json=as_json)
+    outcome = _run(backend, device, operation, "full" if full else "quick", clause, seed, as_json=as_json)
     screen = console()
     if as_json:
         print_json(outcome.to_dict())
@@ -83,15 +88,15 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     raise typer.Exit(0 if outcome.ok else 1 if outcome.failed else NOTHING_CHECKED)
 
 
-def _run(  # noqa: PLR0913 -- the options of the command
-    backend: str, device: str, profile: Profile, clauses: list[int] | None, seed: int | None, *, as_json: bool
+def _run(  # noqa: PLR0913, PLR0917 -- the options of the command
+    backend: str, device: str, operation: str, profile: Profile, clauses: list[int] | None, seed: int | None, *, as_json: bool
 ) -> Report:
     import moe_routing
     from moe_routing.conformance.runner import NotUsableError
 
     moe_routing.probe(device)  # a device that is not here is an error of its own
     try:
-        return _with_progress(backend, device, profile, clauses, seed)
+        return _with_progress(backend, device, operation, profile, clauses, seed)
     except NotUsableError as error:
         if as_json:
             print_json({"ok": False, "backend": backend, "device": device, "verdict": str(error), "counts": _NOTHING})
@@ -100,7 +105,9 @@ def _run(  # noqa: PLR0913 -- the options of the command
         raise typer.Exit(NOTHING_CHECKED) from error
 
 
-def _with_progress(backend: str, device: str, profile: Profile, clauses: list[int] | None, seed: int | None) -> Report:
+def _with_progress(  # noqa: PLR0913, PLR0917 -- the options of the command
+    backend: str, device: str, operation: str, profile: Profile, clauses: list[int] | None, seed: int | None
+) -> Report:
     from moe_routing.conformance.runner import run
 
     with progress() as bar:
@@ -111,18 +118,17 @@ def _with_progress(backend: str, device: str, profile: Profile, clauses: list[in
             if result.status == "failed" and not bar.disable:
                 bar.console.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
 
-        return run(backend, device, profile=profile, clauses=clauses, seed=seed, on_result=advance)
+        return run(backend, device, operation=operation, profile=profile, clauses=clauses, seed=seed, on_result=advance)
 
 
 def _show(report: Report, screen: Console) -> None:
-    from moe_routing.conformance.clauses import CLAUSES
     from moe_routing.conformance.report import STATUSES
 
     shown = [status for status in STATUSES if report.count(status)]
     rows: list[tuple[str | Text, ...]] = [
         (
             str(number),
-            CLAUSES[number].rule,
+            report.clauses[number].rule,
             *(Text(str(report.count(s, clause=number) or ""), style=_STYLES[s], justify="right") for s in shown),
         )
         for number in sorted({result.clause for result in report.results})

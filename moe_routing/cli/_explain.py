@@ -13,7 +13,7 @@ from rich.text import Text
 from moe_routing.cli._catalogue import look_up
 from moe_routing.cli._show import STATE_STYLES, Unusable, UsageError, command, console, count, mark, print_json, table
 from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
-from moe_routing_registry import Request
+from moe_routing_registry import Request, RoutingProblem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +92,7 @@ def _show(screen: Console, entry: Entry, device: str, report: ResolutionReport) 
     screen.print(Text.assemble((entry.name, "bold"), f" on {place}"))
     screen.print(Padding(Text(entry.spec.formula, style="cyan"), (0, 0, 0, 4), expand=False))
     problem = report.problem
-    if problem is not None:
+    if isinstance(problem, RoutingProblem):
         screen.print(f"    E={problem.num_experts} K={problem.topk} {problem.dtype}")
     status = ("warning" if report.missed else "ok") if report.winner else "problem"
     answer = f"{report.winner}: {report.why}" if report.winner else f"no backend: {report.why}"

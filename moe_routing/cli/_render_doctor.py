@@ -31,6 +31,7 @@ def render(report: dict[str, Any], console: Console, *, verbose: bool = False, t
         _devices(report, console)
         _toolchains(report, console)
         _backends(report, console)
+        _operations(report, console)
         _environment(report, console)
         console.print()
     _checks(report, console, verbose=verbose)
@@ -86,6 +87,18 @@ def _backends(report: dict[str, Any], console: Console) -> None:
             if state["fix"]:
                 console.print(Text(f"to use {name}:"))
                 command(console, state["fix"])
+
+
+def _operations(report: dict[str, Any], console: Console) -> None:
+    """Show who computes each operation; ``route`` alone is in the table of backends already."""
+    rows = [
+        (operation["name"], place, state["winner"] or "none", state["problem"], state["why"])
+        for operation in report["operations"]
+        for place, state in operation["devices"].items()
+    ]
+    if len(report["operations"]) > 1:
+        columns = ("Operation", "Device", "Backend", "Problem", "Why")
+        console.print(table("Operations", *columns, rows=rows, whole=columns[:3]))
 
 
 def _environment(report: dict[str, Any], console: Console) -> None:

@@ -21,7 +21,7 @@ from moe_routing.cli._show import (
     table,
     words,
 )
-from moe_routing_registry import PluginFailure, UnknownNameError, contained
+from moe_routing_registry import PluginFailure, RoutingProblem, UnknownNameError, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ def _chosen(name: str, device: str, experts: int | None, topk: int | None, dtype
     report = moe_routing.explain(name, device=device, num_experts=experts, topk=topk or entry.topk, dtype=dtype)
     if report.problem is None:
         raise UsageError(report.error.partition(": ")[2] or report.error)
-    if report.winner is None or not registry().backends[report.winner].tuner:
+    if report.winner is None or report.problem.operation not in registry().backends[report.winner].tuners:
         raise Unusable(_refusal(report))
     return report
 
@@ -113,7 +113,9 @@ def _refusal(report: ResolutionReport) -> str:
     """Say why nothing can be tuned here, and the command to try."""
     from moe_routing._registry import registry
 
-    tunable = [card.name for card in registry().backends.values() if card.tuner]
+    tunable = [
+        card.name for card in registry().backends.values() if report.problem and report.problem.operation in card.tuners
+    ]
     routes = f"{report.winner} routes, which has nothing to tune" if report.winner else "no backend routes"
     missed = [rejection for name in tunable if (rejection := report.rejection(name)) is not None]
     reasons = "; ".join(f"{rejection.name} {rejection.verdict.reason}" for rejection in missed)
@@ -127,7 +129,7 @@ def _measure(asked: Sequence[tuple[str, ResolutionReport]], sizes: Sequence[int]
 
     with progress() as bar:
         for router, report in asked:
-            assert report.problem is not None  # noqa: S101 -- for mypy: `_chosen` saw to it
+            assert isinstance(report.problem, RoutingProblem)  # noqa: S101 -- for mypy: `_chosen` saw to it
             assert report.winner is not None  # noqa: S101 -- likewise
             problem = report.problem
             name = f"{router} {problem.num_experts}/{problem.topk} {problem.dtype}"
@@ -138,14 +140,14 @@ def _measure(asked: Sequence[tuple[str, ResolutionReport]], sizes: Sequence[int]
 
             try:
                 with contained("its tuner"):
-                    measure: Callable[..., Any] = registry().tuner(report.winner)
+                    measure: Callable[..., Any] = registry().tuner(report.winner, problem.operation)
                     tuned = measure(problem, report.device, **({"tokens": sizes} if sizes else {}), on_step=advance)
                     measured = tuned.to_dict()
             except PluginFailure as failure:
                 msg = f"{name} on {report.device}: {report.winner}: {failure.sentence}"
                 raise Unusable(msg) from failure
             shape = {"num_experts": problem.num_experts, "topk": problem.topk, "dtype": problem.dtype}
-            found.append({"router": router, **shape, "backend": report.winner, **measured})
+            found.append({"operation": problem.operation, "router": router, **shape, "backend": report.winner, **measured})
 
 
 def _show(one: dict[str, Any], screen: Console) -> None:

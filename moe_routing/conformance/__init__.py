@@ -9,11 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_routing.conformance.clauses import Clause
+    from moe_routing.conformance.contract import Contract
     from moe_routing.conformance.quick import verify
     from moe_routing.conformance.runner import Report, Result, run
     from moe_routing.conformance.suite import RouterConformance
 
 _HOME = {
+    "Clause": ("moe_routing.conformance.clauses", "Clause"),
+    "Contract": ("moe_routing.conformance.contract", "Contract"),
     "Report": ("moe_routing.conformance.runner", "Report"),
     "Result": ("moe_routing.conformance.runner", "Result"),
     "RouterConformance": ("moe_routing.conformance.suite", "RouterConformance"),
@@ -21,7 +25,7 @@ _HOME = {
     "verify": ("moe_routing.conformance.quick", "verify"),
 }
 
-__all__ = ["Report", "Result", "RouterConformance", "run", "verify"]
+__all__ = ["Clause", "Contract", "Report", "Result", "RouterConformance", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 -- the TYPE_CHECKING block above holds the types

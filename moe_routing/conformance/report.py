@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeVar
 from xml.etree import ElementTree as ET
 
 from moe_routing._html import escape, page
-from moe_routing.conformance.clauses import CLAUSES
 from moe_routing_registry import printable
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def to_junit(report: Report) -> str:
         suite = ET.SubElement(
             root,
             "testsuite",
-            name=f"{clause:02d} {CLAUSES[clause].name}",
+            name=f"{clause:02d} {report.clauses[clause].name}",
             tests=str(len(results)),
             failures=str(sum(r.status == "failed" for r in results)),
             errors="0",
@@ -96,7 +95,7 @@ def to_html(report: Report) -> str:
         _summary(report),
         "<h2>Families and clauses of the contract</h2>",
         matrix(report),
-        legend(),
+        legend(report),
         listing("Failures", report.failed, "failed"),
         _gaps(report),
         _reasons("Declined by the card", [r for r in report.results if r.status == "declined"]),
@@ -112,6 +111,7 @@ def _summary(report: Report) -> str:
     counts = ", ".join(f"{n} {s.replace('_', ' ')}" for s in STATUSES if (n := report.count(s)))
     rows = {
         "verdict": report.verdict,
+        "operation": report.operation,
         "checks": counts,
         "device": report.device,
         "distribution": report.distribution,
@@ -127,7 +127,7 @@ def matrix(report: Report) -> str:
     """Return the table of families and clauses."""
     cells = _by(report.results, lambda r: (r.family, r.clause))
     families = sorted({r.family for r in report.results if r.family})
-    clauses = [clause for clause in CLAUSES.values() if any(r.clause == clause.number for r in report.results)]
+    clauses = [clause for clause in report.clauses.values() if any(r.clause == clause.number for r in report.results)]
     head = "".join(f"<th><abbr title='{escape(p.rule)}'>{p.number}</abbr></th>" for p in clauses)
     rows = [
         f"<tr><th>{escape(family) or '(any)'}</th>"
@@ -148,10 +148,10 @@ def _cell(results: list[Result]) -> str:
     return f"<td class='{worst}' title='{escape(title)}'>{_MARKS[worst]} <small>{count[worst]}</small></td>"
 
 
-def legend() -> str:
+def legend(report: Report) -> str:
     """Return what the marks of ``matrix`` mean, and the clauses."""
     marks = " &nbsp; ".join(f"<span class='{s}'>{_MARKS[s]}</span> {_WORDS[s]}" for s in STATUSES)
-    clauses = "".join(f"<tr><th>{p.number}</th><td>{escape(p.rule)}</td></tr>" for p in CLAUSES.values())
+    clauses = "".join(f"<tr><th>{p.number}</th><td>{escape(p.rule)}</td></tr>" for p in report.clauses.values())
     return f"<p>{marks}</p><details open><summary>The clauses</summary><table>{clauses}</table></details>"
 
 

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from moe_routing._registry import registry
-from moe_routing.conformance import checks, drawn
-from moe_routing.conformance.clauses import CLAUSES
+from moe_routing.conformance import drawn
+from moe_routing.conformance.contract import contract_of
 from moe_routing.conformance.under_test import BackendUnderTest, DeclinedError, NotApplicableError, NotRunError
 from moe_routing.probing import probe
 from moe_routing_registry import MoeRoutingWarning, PluginFailure, Request, contained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from moe_routing.conformance.cases import Profile
-    from moe_routing.conformance.checks import Item
+    from moe_routing.conformance.clauses import Clause
+    from moe_routing.conformance.contract import Item
     from moe_routing_registry import Rejection
 
 Status = Literal["passed", "failed", "gap", "declined", "not_run", "not_applicable"]
@@ -66,10 +67,14 @@ class Result:
 class Report:
     """The outcome of a run; ``moe_routing.conformance.report`` writes it as HTML, JSON or JUnit.
 
+    :ivar operation: the operation that was checked.
+    :ivar clauses: the clauses of its contract, by number.
     :ivar seed: what drew the cases that are in no list; ``run(..., seed=)`` draws them again.
     """
 
     backend: str
+    operation: str
+    clauses: Mapping[int, Clause]
     distribution: str
     device: str
     profile: Profile
@@ -133,6 +138,7 @@ class Report:
             "verdict": self.verdict,
             "counts": self.counts,
             "backend": self.backend,
+            "operation": self.operation,
             "distribution": self.distribution,
             "device": self.device,
             "profile": self.profile,
@@ -141,7 +147,7 @@ class Report:
             "gaps": self.gaps,
             "started": self.started,
             "seconds": round(self.seconds, 3),
-            "clauses": {str(n): {"name": p.name, "rule": p.rule} for n, p in CLAUSES.items()},
+            "clauses": {str(n): {"name": p.name, "rule": p.rule} for n, p in self.clauses.items()},
             "results": [{name: getattr(result, name) for name in slots} for result in self.results],
         }
 
@@ -161,6 +167,7 @@ def run(  # noqa: PLR0913 -- the options of the command
     backend: str,
     device: str | torch.device = "cpu",
     *,
+    operation: str = "route",
     profile: Profile = "quick",
     clauses: Iterable[int] | None = None,
     seed: int | None = None,
@@ -168,22 +175,26 @@ def run(  # noqa: PLR0913 -- the options of the command
 ) -> Report:
     """Check a backend.
 
+    :param operation: the operation whose contract is checked.
     :param clauses: only these clauses; all of them where ``None``.
     :param seed: draws the cases that are in no list; a new one where ``None``. The report has it.
     :param on_result: called after each check with its result, how many are done, and how many there are.
-    :raises UnknownNameError: there is no such backend.
+    :raises UnknownNameError: there is no such backend, or no such operation.
     :raises NotUsableError: the backend is not for the device, or cannot be used on it.
     """
     under_test = backend_under_test(backend, device)
-    rejection = under_test.why_not()
+    contract = contract_of(operation)
+    rejection = under_test.why_not(contract.problems())
     if rejection is not None:
         raise NotUsableError(under_test, rejection)
-    wanted = set(CLAUSES if clauses is None else clauses)
+    wanted = set(contract.clauses if clauses is None else clauses)
     seed = drawn.new_seed() if seed is None else seed
     with drawn.seeded(seed):
-        items = [item for item in checks.items(profile) if item.check.clause in wanted]
+        items = [item for item in contract.items(profile) if item.check.clause in wanted]
     report = Report(
         backend=backend,
+        operation=operation,
+        clauses=contract.clauses,
         distribution=registry().distribution(backend),
         device=str(probe(under_test.device)),
         profile=profile,

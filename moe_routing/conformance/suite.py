@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import pytest
 
     from moe_routing.conformance.cases import Profile
-    from moe_routing.conformance.checks import Item
     from moe_routing.conformance.clauses import Clause
+    from moe_routing.conformance.contract import Item
 
 _FAILED = "{id}\n{sentence}\n{message}"
 
@@ -41,18 +41,19 @@ class RouterConformance:
         if not backend:
             message = f"{cls.__name__}: name a backend, as the class attribute `backend` or with --moe-backend"
             raise ValueError(message)
-        from moe_routing.conformance import checks, drawn
+        from moe_routing.conformance import drawn
+        from moe_routing.conformance.checks import ROUTE
         from moe_routing.conformance.runner import NotUsableError, backend_under_test
 
         device = cls.device or option("--moe-device", default=None) or "cpu"
         under_test = backend_under_test(backend, device)
-        rejection = under_test.why_not()
+        rejection = under_test.why_not(ROUTE.problems())
         if rejection is not None:
             raise NotUsableError(under_test, rejection)
         profile: Profile = "full" if option("--moe-full", default=False) else cls.profile
         clause = int(metafunc.function.__name__.split("_")[1])
         with drawn.seeded(option("--moe-seed", default=None)):
-            items = [item for check in checks.CHECKS if check.clause == clause for item in check.items(profile)]
+            items = [item for item in ROUTE.items(profile) if item.check.clause == clause]
         names = [f"{item.id}-{backend}-{device}" for item in items]
         metafunc.parametrize(("item", "under_test"), [(item, (backend, device)) for item in items], ids=names)
 

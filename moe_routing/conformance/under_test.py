@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import moe_routing
 from moe_routing import RoutingOutput
 from moe_routing._registry import registry
-from moe_routing.conformance.cases import Case
-from moe_routing.conformance.variants import VARIANTS
 from moe_routing.probing import probe
 from moe_routing.reference.compare import compare
 from moe_routing_registry import BackendUnavailableError, RejectCode, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from moe_routing.conformance.cases import Call
-    from moe_routing_registry import BackendSpec, Rejection, RoutingProblem, RoutingSpec
+    from moe_routing_registry import BackendSpec, Problem, Rejection, RoutingSpec
 
 GAP_OF = {
     RejectCode.FAMILY: "family",
@@ -61,20 +61,30 @@ class BackendUnderTest:
         """The backend's card."""
         return registry().backends[self.backend]
 
-    def why_not(self) -> Rejection | None:
+    def why_not(self, problems: Iterable[Problem]) -> Rejection | None:
         """Return why the backend cannot be used on the device whatever is asked of it, or ``None`` where it can."""
         first = None
-        for variant in VARIANTS:
-            rejection = self.rejection(Case(variant=variant, topk=8).problem())
+        for problem in problems:
+            rejection = self.rejection(problem)
             if rejection is None or rejection.verdict.code in GAP_OF:
                 return None
             first = first or rejection
         return first
 
-    def rejection(self, problem: RoutingProblem) -> Rejection | None:
+    def rejection(self, problem: Problem) -> Rejection | None:
         """Return the backend's rejection of a problem, or ``None`` where it accepts."""
         request = Request(backend=self.backend, asked_by="argument")
         return registry().resolve(problem, probe(self.device), request).rejection(self.backend)
+
+    def kernel(self, problem: Problem) -> Any:  # noqa: ANN401 -- each operation's kernels have a type of their own
+        """Build the backend's kernel for a problem of any operation.
+
+        :raises DeclinedError: the backend declines the problem.
+        """
+        rejection = self.rejection(problem)
+        if rejection is not None:
+            raise DeclinedError(rejection)
+        return registry().build(self.backend, problem, probe(self.device))
 
     def router(self, spec: RoutingSpec) -> moe_routing.Router:
         """Return the router that a user of this backend gets."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from moe_routing.doctor._machine import Machine
-    from moe_routing_registry import BackendSpec, DeviceInfo, DuplicateNameError, Rejection, ResolutionReport
+    from moe_routing_registry import BackendSpec, DeviceInfo, DuplicateNameError, OperationSpec, Rejection, ResolutionReport
 
 DEFAULT_ROUTER = "gemma4"
 """What backends are judged by where nobody names a router."""
@@ -29,9 +29,11 @@ class Case:
     :ivar verify: whether available backends are to be compared with the oracle.
     :ivar backends: every backend's card.
     :ivar distributions: who brought each.
+    :ivar operations: every operation's spec.
     :ivar failures: plug-ins that failed.
     :ivar duplicates: names that two distributions claim.
-    :ivar reports: the choice on each device, by the device's name.
+    :ivar reports: the choice on each device for the router, by the device's name.
+    :ivar others: the choice on each device for the example of each operation but ``route``, by operation and device.
     :ivar choosing_failure: why there are no reports, where that is not torch's fault.
     :ivar patched: what loading the plug-ins changed of torch, a sentence each.
     """
@@ -42,9 +44,11 @@ class Case:
     verify: bool
     backends: Mapping[str, BackendSpec]
     distributions: Mapping[str, str]
+    operations: Mapping[str, OperationSpec]
     failures: tuple[Rejection, ...]
     duplicates: tuple[DuplicateNameError, ...]
     reports: Mapping[str, ResolutionReport]
+    others: Mapping[str, Mapping[str, ResolutionReport]]
     choosing_failure: Failure | None
     patched: tuple[str, ...] = ()
 
@@ -62,10 +66,12 @@ def take(device: str | None, router: str | None, *, verify: bool) -> Case:
         backends = dict(sorted(known.backends.items(), key=lambda item: (-item[1].priority, item[0])))
         patched = changed(torch_before, torch_state())
         reports: dict[str, ResolutionReport] = {}
+        others: dict[str, dict[str, ResolutionReport]] = {}
         failure = None
         try:
             with contained("choosing"):  # `explain` never raises; importing it may, with a torch that is broken
                 reports = {place(info): _choose(router, info) for info in machine.devices}
+                others = {name: _choose_for(name, machine) for name in known.operations if name != "route"}
         except PluginFailure as raised:
             failure = Failure.of(raised.error)
     return Case(
@@ -75,9 +81,11 @@ def take(device: str | None, router: str | None, *, verify: bool) -> Case:
         verify=verify,
         backends=backends,
         distributions={name: known.distribution(name) for name in backends},
+        operations=known.operations,
         failures=known.failures,
         duplicates=known.duplicates,
         reports=reports,
+        others=others,
         choosing_failure=failure,
         patched=patched,
     )
@@ -93,6 +101,19 @@ def _choose(router: str, info: DeviceInfo) -> ResolutionReport:
 
     num_experts, topk = model_size(router)
     return moe_routing.explain(router, device=place(info), num_experts=num_experts, topk=topk)
+
+
+def _choose_for(operation: str, machine: Machine) -> dict[str, ResolutionReport]:
+    """Let the registry choose for an operation's example; an example that cannot be had is what the reports say."""
+    import moe_routing
+    from moe_routing._registry import registry
+    from moe_routing_registry import ResolutionReport
+
+    try:
+        problem = registry().example(operation)
+    except PluginFailure as failure:
+        return {place(info): ResolutionReport(device=info, error=failure.sentence) for info in machine.devices}
+    return {place(info): moe_routing.explain(problem, device=place(info)) for info in machine.devices}
 
 
 def model_size(router: str) -> tuple[int | None, int | None]:

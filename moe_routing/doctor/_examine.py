@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from moe_routing.doctor._case import Case
-    from moe_routing_registry import BackendSpec, ResolutionReport
+    from moe_routing_registry import BackendSpec, OperationSpec, ResolutionReport
 
 SCHEMA_VERSION = 1
 """Grows whenever a key of the report is renamed, removed or changes its meaning; new keys may come at any time."""
@@ -55,7 +55,8 @@ def examine(
     :param verify: compare every available backend with the oracle.
     :param checks: names of the checks to run; all of them where ``None``.
     :returns: plain JSON values: ``schema_version``, ``ok`` (no check found a problem), ``versions``, ``router``,
-        ``devices``, ``toolchains``, ``backends``, ``plugin_failures``, ``environment``, ``reports``, ``checks``.
+        ``devices``, ``toolchains``, ``backends``, ``operations``, ``plugin_failures``, ``environment``, ``reports``,
+        ``checks``.
 
     :raises UnknownDeviceError: ``device`` is nothing that torch knows; a ``ValueError``.
 
@@ -74,17 +75,8 @@ def examine(
         "devices": [_plain(info.to_dict()) for info in case.machine.devices],
         "toolchains": [_plain(_fields(t)) for t in case.machine.toolchains],
         "backends": [_backend(case, card) for card in case.backends.values()],
-        "plugin_failures": [
-            {
-                "name": failure.name,
-                "distribution": failure.distribution,
-                "code": failure.verdict.code.value if failure.verdict.code else None,
-                "reason": failure.verdict.reason,
-                "fix": failure.verdict.fix,
-                "traceback": failure.traceback,
-            }
-            for failure in case.failures
-        ],
+        "operations": [_operation(case, spec) for spec in case.operations.values()],
+        "plugin_failures": [failure.to_dict() for failure in case.failures],
         "environment": [variable._asdict() for variable in variables(known)],
         "reports": {name: _plain(report.to_dict()) for name, report in case.reports.items()},
         "checks": [check.to_dict() for check in found],
@@ -106,9 +98,23 @@ def _backend(case: Case, card: BackendSpec) -> dict[str, Any]:
         "summary": card.summary,
         "distribution": case.distributions[card.name],
         "priority": card.priority,
+        "operations": list(card.factories),
         "targets": [str(target) for target in card.targets],
         "requirements": list(card.requirements),
         "devices": {name: _state(card.name, report) for name, report in case.reports.items()},
+    }
+
+
+def _operation(case: Case, spec: OperationSpec) -> dict[str, Any]:
+    reports = case.reports if spec.name == "route" else case.others.get(spec.name, {})
+    return {
+        "name": spec.name,
+        "summary": spec.summary,
+        "backends": [card.name for card in case.backends.values() if spec.name in card.factories],
+        "devices": {
+            name: {"problem": str(report.problem or ""), "winner": report.winner, "why": report.why}
+            for name, report in reports.items()
+        },
     }
 
 

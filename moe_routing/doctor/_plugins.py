@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import pickle
 import queue
@@ -12,8 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from moe_routing._registry import registry
-from moe_routing.families import FAMILIES
-from moe_routing_registry import PluginFailure, Request, RoutingProblem, contained
+from moe_routing_registry import PluginFailure, Request, contained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,8 +66,9 @@ def _first_that_does_not_end(left_out: dict[str, str], devices: Sequence[DeviceI
 
 def _read(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[str]) -> None:
     assert process.stdout is not None  # noqa: S101 -- for mypy: it is a pipe
-    for line in process.stdout:
-        lines.put(line.decode().rstrip("\n"))
+    with process.stdout as printed:
+        for line in printed:
+            lines.put(line.decode().rstrip("\n"))
     lines.put("")
 
 
@@ -83,14 +85,14 @@ def load_and_ask() -> None:
     for key, why in left_out.items():
         known.leave_out(key, why)
     known.load(lambda plugin: print(plugin.key, file=channel, flush=True))
-    problem = RoutingProblem(spec=FAMILIES["gemma4"].spec, num_experts=128, topk=8, dtype="bfloat16")
-    for name in known.backends:
+    for name, card in known.backends.items():
         plugin = known.plugin(name)
         if plugin is not None and not plugin.built_in:
             others = frozenset(known.backends) - {name}
-            for device in devices:
+            for operation, device in itertools.product(card.factories, devices):
                 print(plugin.key, file=channel, flush=True)
-                known.resolve(problem, device, Request(name, "argument", others))
+                with contextlib.suppress(KeyError, PluginFailure):  # no such operation, or no example: the report says so
+                    known.resolve(known.example(operation), device, Request(name, "argument", others))
     print(_DONE, file=channel, flush=True)
 
 

@@ -88,7 +88,7 @@ def _conformance(gathered: Gathered) -> Iterator[str]:
     yield f"<h2>Conformance of {escape(found.backend)} on {escape(gathered.device)}</h2>"
     done = f"{found.verdict}; the {found.profile} profile, in {found.seconds:.0f} s"
     yield f"<p class='{style}'>{escape(done)}</p>"
-    yield matrix(found) + legend()
+    yield matrix(found) + legend(found)
     yield listing("Failures", found.failed, "failed")
 
 

@@ -23,6 +23,7 @@ from moe_routing_registry._errors import (
 )
 from moe_routing_registry._hooks import ENTRY_POINT_GROUP, hookimpl
 from moe_routing_registry._locks import ForkSafeLock
+from moe_routing_registry._operation import OperationSpec, Problem
 from moe_routing_registry._problem import Layout, RoutingProblem
 from moe_routing_registry._registry import FactoryError, Registry
 from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
@@ -68,8 +69,10 @@ __all__ = [
     "GroupScore",
     "Layout",
     "MoeRoutingWarning",
+    "OperationSpec",
     "PluginFailure",
     "PluginWarning",
+    "Problem",
     "Registry",
     "RejectCode",
     "Rejection",

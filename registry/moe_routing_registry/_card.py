@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from moe_routing_registry._device import DeviceInfo
-from moe_routing_registry._problem import RoutingProblem
+from moe_routing_registry._fields import require, require_path, require_paths
 from moe_routing_registry._spec import SCORES, RoutingSpec
 from moe_routing_registry._text import refusal, require_name
 from moe_routing_registry._verdict import RejectCode, Verdict
+
+if TYPE_CHECKING:
+    from moe_routing_registry._problem import RoutingProblem
 
 API_VERSION = 1
 """Version of the plug-in interface; a card written for another version is rejected, not tried."""
@@ -20,17 +23,18 @@ CAPABILITIES = (
 )  # fmt: skip
 """What a backend may consciously leave out, and say so on its card."""
 
-_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 ANY = "*"
 ACCELERATOR = "accelerator"
 
-SupportRule = Callable[[RoutingProblem, DeviceInfo], Verdict]
-NotesRule = Callable[[RoutingProblem, DeviceInfo], tuple[str, ...]]
+SupportRule = Callable[[Any, DeviceInfo], Verdict]
+"""Takes problems of the operations that its backend has a factory for."""
+NotesRule = Callable[[Any, DeviceInfo], tuple[str, ...]]
 
 
 def knows_score(problem: RoutingProblem, _device: DeviceInfo | None = None) -> Verdict:
     """Accept the score functions that every built-in backend knows: a support rule, or the start of one.
 
+    >>> from moe_routing_registry import RoutingProblem
     >>> problem = RoutingProblem(spec=RoutingSpec(family="f", score="square"), num_experts=8, topk=2, dtype="float32")
     >>> knows_score(problem).reason
     "knows the score functions softmax, sigmoid, sqrtsoftplus, not 'square'"
@@ -70,14 +74,14 @@ class Target:
         """Check every field, and refuse a version range where versions have no order."""
         if self.platform != ANY:
             require_name("platform", self.platform)
-        _require("archs", self.archs, frozenset, "a frozenset of strings", of=str)
+        require("archs", self.archs, frozenset, "a frozenset of strings", of=str)
         for name in ("min_capability", "max_capability"):
             version = getattr(self, name)
             if version is not None:
-                _require(name, version, tuple, "a pair of integers or None", of=int)
+                require(name, version, tuple, "a pair of integers or None", of=int)
                 if len(version) != 2:  # noqa: PLR2004 -- major and minor
                     raise ValueError(refusal(name, "a pair of integers or None", version))
-        _require("explicit", self.explicit, bool, "True or False")
+        require("explicit", self.explicit, bool, "True or False")
         if self.platform != "cuda" and (self.min_capability or self.max_capability):
             msg = f"min_capability, max_capability: only platform 'cuda' has an order, got platform {self.platform!r}"
             raise ValueError(msg)
@@ -139,9 +143,10 @@ class BackendSpec:
     Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
 
     :ivar name: what users write in ``get_router(backend=...)``: 1 to 100 of the characters a-z, 0-9, ``.``, ``_``, ``-``.
-    :ivar factory: dotted path ``"package.module:attribute"`` of ``factory(problem, device) -> kernel``, imported only when
-        this backend is chosen. A factory that asks ``supports`` itself takes the keyword ``unsupported``: if it is True, the
-        factory builds the problem all the same. Only the conformance kit passes it, to try what is declined.
+    :ivar factories: name of each operation that it computes -> dotted path ``"package.module:attribute"`` of
+        ``factory(problem, device) -> kernel``, imported only when this backend is chosen. A factory that asks ``supports``
+        itself takes the keyword ``unsupported``: if it is True, the factory builds the problem all the same. Only the
+        conformance kit passes it, to try what is declined.
     :ivar targets: the devices that it is for.
     :ivar api_version: the version of the plug-in interface that it was written for.
     :ivar families: names of the families that it serves, or ``None`` for every one that ``supports`` accepts, except another
@@ -150,18 +155,18 @@ class BackendSpec:
     :ivar priority: higher is tried first. Below 0, which is the default, it is never chosen unless it is named: an
         installed backend changes nothing until somebody chooses it. Built in: eager 0, torch-compile 50, Triton 100.
     :ivar supports: the support rule, ``supports(problem, device) -> Verdict``: cheap, without side effects, and
-        without importing torch.
+        without importing torch. It is asked about problems of every operation in ``factories``.
     :ivar summary: one line for ``moe-routing doctor``.
     :ivar notes: ``notes(problem, device)``: what is worth knowing where it is chosen, a line each, for ``explain`` and doctor;
         as cheap as ``supports``.
-    :ivar tuner: dotted path ``"package.module:attribute"`` of what ``moe-routing tune`` calls, ``tuner(problem, device,
-        tokens=..., on_step=...)``; ``""`` where there is nothing to tune.
+    :ivar tuners: name of an operation -> dotted path of what ``moe-routing tune`` calls, ``tuner(problem, device,
+        tokens=..., on_step=...)``; nothing for an operation that has nothing to tune.
     :ivar gaps: what it consciously leaves out: one of ``CAPABILITIES`` -> the reason, for the conformance report. What
         ``supports`` declines without a gap must really be impossible: the conformance kit tries it.
     """
 
     name: str
-    factory: str
+    factories: Mapping[str, str] = field(hash=False)
     targets: tuple[Target, ...]
     api_version: int = API_VERSION
     families: frozenset[str] | None = None
@@ -170,29 +175,34 @@ class BackendSpec:
     supports: SupportRule | None = field(default=None, compare=False)
     summary: str = ""
     notes: NotesRule | None = field(default=None, compare=False)
-    tuner: str = ""
+    tuners: Mapping[str, str] = field(default_factory=dict, hash=False)
     gaps: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         """Check every field: a spec that is accepted can be shown, compared and used."""
         require_name("name", self.name)
-        _require_path("factory", self.factory)
-        _require("targets", self.targets, tuple, "a tuple of at least one Target", of=Target)
+        require_paths("factories", self.factories)
+        if not self.factories:
+            raise ValueError(refusal("factories", "a factory for at least one operation", self.factories))
+        require("targets", self.targets, tuple, "a tuple of at least one Target", of=Target)
         if not self.targets:
             raise ValueError(refusal("targets", "a tuple of at least one Target", self.targets))
-        _require("api_version", self.api_version, int, "an integer")
+        require("api_version", self.api_version, int, "an integer")
         if self.families is not None:
-            _require("families", self.families, frozenset, "a frozenset of names, or None", of=str)
-        _require("requirements", self.requirements, tuple, "a tuple of PEP 508 strings", of=str)
-        _require("priority", self.priority, int, "an integer")
+            require("families", self.families, frozenset, "a frozenset of names, or None", of=str)
+        require("requirements", self.requirements, tuple, "a tuple of PEP 508 strings", of=str)
+        require("priority", self.priority, int, "an integer")
         for name in ("supports", "notes"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TypeError(refusal(name, "a function (problem, device), or None", getattr(self, name)))
-        _require("summary", self.summary, str, "a string")
-        _require("tuner", self.tuner, str, "a string")
-        if self.tuner:
-            _require_path("tuner", self.tuner)
-        _require("gaps", self.gaps, Mapping, "a mapping of capabilities to reasons")
+        require("summary", self.summary, str, "a string")
+        require_paths("tuners", self.tuners)
+        for operation in self.tuners:
+            if operation not in self.factories:
+                raise ValueError(
+                    refusal("tuners", f"operations that it has a factory for: {', '.join(self.factories)}", operation)
+                )
+        require("gaps", self.gaps, Mapping, "a mapping of capabilities to reasons")
         for capability, reason in self.gaps.items():
             if capability not in CAPABILITIES or not isinstance(reason, str) or not reason:
                 expected = f"one of {', '.join(CAPABILITIES)} and a reason"
@@ -221,38 +231,19 @@ class FamilySpec:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _require("spec", self.spec, RoutingSpec, "a RoutingSpec")
-        _require("source", self.source, str, "a string")
-        _require("models", self.models, Mapping, "a mapping of model names to RoutingSpecs")
+        require("spec", self.spec, RoutingSpec, "a RoutingSpec")
+        require("source", self.source, str, "a string")
+        require("models", self.models, Mapping, "a mapping of model names to RoutingSpecs")
         for name, spec in self.models.items():
             require_name("models", name)
-            _require("models", spec, RoutingSpec, f"a RoutingSpec for {name!r}")
+            require("models", spec, RoutingSpec, f"a RoutingSpec for {name!r}")
             if spec.family != self.spec.family:
                 raise ValueError(refusal("models", f"specs of the family {self.spec.family!r}", f"{name}: {spec.family}"))
-        _require("oracle", self.oracle, str, "a string")
+        require("oracle", self.oracle, str, "a string")
         if self.oracle:
-            _require_path("oracle", self.oracle)
+            require_path("oracle", self.oracle)
 
     @property
     def names(self) -> frozenset[str]:
         """The names that users write for it: the family's and its models'."""
         return frozenset({self.spec.family, *self.models})
-
-
-def _require(name: str, value: object, kind: type, expected: str, *, of: type = object) -> None:
-    """Raise ``TypeError`` naming the field unless the value is of that type, and its items of theirs."""
-    if not _is(value, kind) or (isinstance(value, Iterable) and not all(_is(item, of) for item in value)):
-        raise TypeError(refusal(name, expected, value))
-
-
-def _is(value: object, kind: type) -> bool:
-    """Tell whether a value is of the type; True is no integer here."""
-    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
-
-
-def _require_path(name: str, path: object) -> None:
-    expected = "'package.module:attribute'"
-    if not isinstance(path, str):
-        raise TypeError(refusal(name, expected, path))
-    if _PATH.fullmatch(path) is None:
-        raise ValueError(refusal(name, expected, path))

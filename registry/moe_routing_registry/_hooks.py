@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_routing_registry._card import BackendSpec, FamilySpec
+    from moe_routing_registry._operation import OperationSpec
 
 PROJECT = "moe_routing"
 ENTRY_POINT_GROUP = "moe_routing.backends"
@@ -31,3 +32,8 @@ def moe_routing_backends() -> Sequence[BackendSpec]:  # type: ignore[empty-body]
 @hookspec
 def moe_routing_families() -> Sequence[FamilySpec]:  # type: ignore[empty-body]
     """Return the cards of the routing families that this plug-in brings, with their oracles."""
+
+
+@hookspec
+def moe_routing_operations() -> Sequence[OperationSpec]:  # type: ignore[empty-body]
+    """Return the specs of the operations that this plug-in brings, for which any plug-in's backends may have factories."""

@@ -17,6 +17,7 @@ from moe_routing_registry import _hooks
 from moe_routing_registry._card import BackendSpec, FamilySpec
 from moe_routing_registry._containment import PluginFailure, contained
 from moe_routing_registry._errors import DuplicateNameError
+from moe_routing_registry._operation import OperationSpec
 from moe_routing_registry._report import Rejection
 from moe_routing_registry._text import refusal
 from moe_routing_registry._verdict import RejectCode, Verdict
@@ -44,12 +45,21 @@ class Plugin(NamedTuple):
     built_in: bool
 
 
+class Brought(NamedTuple):
+    """The specs that a plug-in brings."""
+
+    backends: list[BackendSpec]
+    families: list[FamilySpec]
+    operations: list[OperationSpec]
+
+
 @dataclass
 class Inventory:
     """What loading found.
 
     :ivar backends: backend specs by name.
     :ivar families: family specs by family name.
+    :ivar operations: operation specs by name.
     :ivar distributions: the distribution that brought each spec, by ``(kind, name)``.
     :ivar plugins: the plug-in that brought each backend, by the backend's name.
     :ivar failures: plug-ins that failed, with their traceback.
@@ -58,6 +68,7 @@ class Inventory:
 
     backends: dict[str, BackendSpec] = field(default_factory=dict)
     families: dict[str, FamilySpec] = field(default_factory=dict)
+    operations: dict[str, OperationSpec] = field(default_factory=dict)
     distributions: dict[tuple[str, str], str] = field(default_factory=dict)
     plugins: dict[str, Plugin] = field(default_factory=dict)
     failures: list[Rejection] = field(default_factory=list)
@@ -79,29 +90,34 @@ class Inventory:
         self.backends[spec.name] = spec
         self.distributions["backend", spec.name] = distribution
 
-    def add_all_of(self, plugin: Plugin, backends: Sequence[BackendSpec], families: Sequence[FamilySpec]) -> None:
+    def add_all_of(self, plugin: Plugin, brought: Brought) -> None:
         """Add everything that a plug-in brings."""
-        for spec in backends:
-            self.add(spec, plugin.distribution)
-            self.plugins.setdefault(spec.name, plugin)
-        for row in families:
-            self.families[row.spec.family] = row
-            self.distributions["family", row.spec.family] = plugin.distribution
+        for backend in brought.backends:
+            self.add(backend, plugin.distribution)
+            self.plugins.setdefault(backend.name, plugin)
+        for family in brought.families:
+            self.families[family.spec.family] = family
+            self.distributions["family", family.spec.family] = plugin.distribution
+        for operation in brought.operations:
+            self.operations[operation.name] = operation
+            self.distributions["operation", operation.name] = plugin.distribution
 
 
 def load(
     built_in: Mapping[str, str],
     reserved: Collection[str],
+    operations: Mapping[str, OperationSpec],
     left_out: Mapping[str, str],
     on_plugin: Callable[[Plugin], object],
 ) -> Inventory:
     """Load the entry points of the group, and those of ``built_in`` (name -> module) that no metadata names.
 
     :param reserved: names of the built-in families and models, which no plug-in may bring.
+    :param operations: the built-in operations, by name.
     :param left_out: key of a plug-in -> why it is not loaded.
     :param on_plugin: called with each plug-in before it is imported.
     """
-    inventory = Inventory()
+    inventory = Inventory(operations=dict(operations))
     # Built-in plug-ins come first: their names are theirs.
     for plugin in sorted(discover(built_in, inventory), key=lambda plugin: not plugin.built_in):
         if plugin.key in left_out:
@@ -165,24 +181,26 @@ def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -
         return
     try:
         with contained("its registration"):
-            backends, families = _specs(module, plugin.key)
-            _check_names(plugin, backends, families, inventory, reserved)
+            brought = _specs(module, plugin.key)
+            _check_names(plugin, brought, inventory, reserved)
     except PluginFailure as failure:
         inventory.fail(plugin.name, plugin.distribution, RejectCode.REGISTRATION_FAILED, failure.sentence, failure.trace)
         return
-    inventory.add_all_of(plugin, backends, families)
+    inventory.add_all_of(plugin, brought)
 
 
-def _specs(module: object, key: str) -> tuple[list[BackendSpec], list[FamilySpec]]:
+def _specs(module: object, key: str) -> Brought:
     """Call a plug-in's hooks. It has a manager of its own, so that neither its failure nor its wrappers reach another."""
     manager = pluggy.PluginManager(_hooks.PROJECT)
     manager.add_hookspecs(_hooks)
     manager.register(module, name=key)
     manager.check_pending()
-    if not any(hook.get_hookimpls() for hook in (manager.hook.moe_routing_backends, manager.hook.moe_routing_families)):
-        msg = "it implements neither moe_routing_backends nor moe_routing_families"
+    hook = manager.hook
+    hooks = (hook.moe_routing_backends, hook.moe_routing_families, hook.moe_routing_operations)
+    if not any(each.get_hookimpls() for each in hooks):
+        msg = f"it implements none of the hooks {', '.join(each.name for each in hooks)}"
         raise ValueError(msg)
-    return _called(manager.hook.moe_routing_backends, BackendSpec), _called(manager.hook.moe_routing_families, FamilySpec)
+    return Brought(*(_called(each, kind) for each, kind in zip(hooks, (BackendSpec, FamilySpec, OperationSpec), strict=True)))
 
 
 def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:
@@ -202,13 +220,12 @@ def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:
 
 def _check_names(
     plugin: Plugin,
-    backends: Sequence[BackendSpec],
-    families: Sequence[FamilySpec],
+    brought: Brought,
     inventory: Inventory,
     reserved: Collection[str],
 ) -> None:
     """Raise ``ValueError`` for a name that is built in, one that the distribution uses twice, or another's router's name."""
-    own = [spec.name for spec in backends]
+    own = [spec.name for spec in brought.backends]
     for name in own:
         owner = inventory.plugins.get(name)
         if owner is not None and owner.built_in:
@@ -218,7 +235,7 @@ def _check_names(
             msg = f"{name!r} is the name of two of its backends"
             raise ValueError(msg)
     taken = {name: other for other, row in inventory.families.items() for name in row.names}
-    for row in families:
+    for row in brought.families:
         for name in sorted(row.names):
             if name in reserved:
                 msg = f"{name!r} is the name of a built-in family or model; a plug-in's needs another"
@@ -228,3 +245,10 @@ def _check_names(
                 msg = f"{name!r} is the name of a family or model of {brought_by} already"
                 raise ValueError(msg)
         taken |= dict.fromkeys(row.names, row.spec.family)
+    names = set(inventory.operations)
+    for operation in brought.operations:
+        if operation.name in names:
+            brought_by = inventory.distributions.get(("operation", operation.name), "moe-routing")
+            msg = f"{operation.name!r} is the name of an operation of {brought_by} already"
+            raise ValueError(msg)
+        names.add(operation.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from moe_routing_registry._spec import RoutingSpec
@@ -13,8 +13,9 @@ Layout = Literal["rows", "strided"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingProblem:
-    """One kernel to build: it serves any number of tokens.
+    """One kernel of the operation ``route`` to build: it serves any number of tokens.
 
+    :cvar operation: ``"route"``.
     :ivar spec: the maths.
     :ivar num_experts: E, the columns of the logits.
     :ivar topk: K, the experts a token selects (shared-expert slots not counted).
@@ -24,6 +25,8 @@ class RoutingProblem:
     :ivar layout: ``"rows"`` where the experts of a row lie side by side (any row stride), else ``"strided"``.
     """
 
+    operation: ClassVar[str] = "route"
+
     spec: RoutingSpec
     num_experts: int
     topk: int
@@ -32,10 +35,16 @@ class RoutingProblem:
     training: bool = False
     layout: Layout = "rows"
 
+    @property
+    def family(self) -> str:
+        """Name of the routing family."""
+        return self.spec.family
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
-            "family": self.spec.family,
+            "operation": self.operation,
+            "family": self.family,
             "spec": self.spec.to_json(),
             "num_experts": self.num_experts,
             "topk": self.topk,

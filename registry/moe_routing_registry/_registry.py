@@ -18,17 +18,16 @@ from moe_routing_registry._loading import Inventory, discover, load
 from moe_routing_registry._locks import ForkSafeLock
 from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
 from moe_routing_registry._request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
-from moe_routing_registry._spec import SCORES
 from moe_routing_registry._text import printable, refusal, shown
 from moe_routing_registry._verdict import MENDABLE, RejectCode, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from moe_routing_registry._card import FamilySpec
     from moe_routing_registry._device import DeviceInfo
     from moe_routing_registry._loading import Plugin
-    from moe_routing_registry._problem import RoutingProblem
+    from moe_routing_registry._operation import OperationSpec, Problem
 
 
 _loading: ContextVar[bool] = ContextVar("moe_routing_loading", default=False)
@@ -40,12 +39,19 @@ class Registry:
 
     :param built_in: name -> module of the plug-ins that are there even in a checkout without metadata.
     :param reserved: names of the built-in families and models, which no plug-in may bring.
+    :param operations: the built-in operations.
     :ivar generation: how often ``register`` and ``unregister`` changed what there is; whoever keeps a choice compares it.
     """
 
-    def __init__(self, built_in: Mapping[str, str] | None = None, reserved: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        built_in: Mapping[str, str] | None = None,
+        reserved: Collection[str] = (),
+        operations: Iterable[OperationSpec] = (),
+    ) -> None:
         self._built_in = dict(built_in or {})
         self._reserved = frozenset(reserved)
+        self._operations = {operation.name: operation for operation in operations}
         self._left_out: dict[str, str] = {}
         self._lock = ForkSafeLock()
         self._inventory: Inventory | None = None
@@ -71,7 +77,7 @@ class Registry:
             raise RuntimeError(msg)
         token = _loading.set(True)
         try:
-            return load(self._built_in, self._reserved, self._left_out, on_plugin)
+            return load(self._built_in, self._reserved, self._operations, self._left_out, on_plugin)
         finally:
             _loading.reset(token)
 
@@ -108,6 +114,20 @@ class Registry:
     def families(self) -> Mapping[str, FamilySpec]:
         """Cards of the families that plug-ins brought, by name."""
         return self.load().families
+
+    @property
+    def operations(self) -> Mapping[str, OperationSpec]:
+        """Operations by name: the built-in ones and those of plug-ins."""
+        return self.load().operations
+
+    def example(self, operation: str) -> Problem:
+        """Import the example of an operation.
+
+        :raises PluginFailure: its import raised.
+        """
+        with contained(f"importing the example of operation {operation!r}"):
+            problem: Problem = _imported(self.operations[operation].example)
+        return problem
 
     @property
     def failures(self) -> tuple[Rejection, ...]:
@@ -147,14 +167,17 @@ class Registry:
             inventory.plugins.pop(name, None)
             self.generation += 1
 
-    def resolve(self, problem: RoutingProblem, device: DeviceInfo, request: Request) -> ResolutionReport:
+    def resolve(self, problem: Problem, device: DeviceInfo, request: Request) -> ResolutionReport:
         """Choose: who was named, else the best by priority, then narrower target, then name.
 
         Nothing is imported or built, and a backend that does not fit is an entry in the report, not an exception.
 
-        Raises ``UnknownNameError`` for a misspelt name in the request, and ``DuplicateNameError`` while two
-        distributions claim a name that is not blocked.
+        Raises ``UnknownNameError`` for an unknown operation or a misspelt name in the request, and ``DuplicateNameError``
+        while two distributions claim a name that is not blocked.
         """
+        if problem.operation not in self.operations:
+            kind = "operation"
+            raise UnknownNameError(kind, problem.operation, self.operations)
         self.check_names(request)
         fitting: list[tuple[Rank, Candidate]] = []
         rejected = list(self.failures)
@@ -198,9 +221,9 @@ class Registry:
             if duplicate.name not in request.blocked:
                 raise duplicate
 
-    def _judge(self, card: BackendSpec, problem: RoutingProblem, device: DeviceInfo, request: Request) -> tuple[Verdict, str]:
+    def _judge(self, card: BackendSpec, problem: Problem, device: DeviceInfo, request: Request) -> tuple[Verdict, str]:
         """Go from the cheapest reason to the dearest; the second item is a traceback, mostly empty."""
-        cheap = (self._permitted, _matches, self._serves, _requires)
+        cheap = (self._permitted, _offers, _matches, self._serves, _requires)
         for rule in cheap:
             verdict = rule(card, problem, device, request)
             if not verdict:
@@ -211,7 +234,7 @@ class Registry:
             return Verdict.no(RejectCode.EXPLICIT_ONLY, "fits, but is only used when it is named", fix), ""
         return verdict, trace
 
-    def _permitted(self, card: BackendSpec, _problem: RoutingProblem, _device: DeviceInfo, request: Request) -> Verdict:
+    def _permitted(self, card: BackendSpec, _problem: Problem, _device: DeviceInfo, request: Request) -> Verdict:
         if card.name in request.blocked:
             return Verdict.no(RejectCode.BLOCKED, f"{BLOCK_VARIABLE} names it", f"unset {BLOCK_VARIABLE}")
         if card.api_version != API_VERSION:
@@ -220,8 +243,10 @@ class Registry:
             return Verdict.no(RejectCode.API_VERSION, reason, fix)
         return Verdict.yes()
 
-    def _serves(self, card: BackendSpec, problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:
-        name = problem.spec.family
+    def _serves(self, card: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
+        name = problem.family
+        if not name:
+            return Verdict.yes()
         if card.families is not None:
             if name in card.families:
                 return Verdict.yes()
@@ -234,7 +259,7 @@ class Registry:
         return Verdict.no(RejectCode.FAMILY, reason)
 
     @staticmethod
-    def _ask(card: BackendSpec, problem: RoutingProblem, device: DeviceInfo) -> tuple[Verdict, str]:
+    def _ask(card: BackendSpec, problem: Problem, device: DeviceInfo) -> tuple[Verdict, str]:
         if card.supports is None:
             return Verdict.yes(), ""
         try:
@@ -247,7 +272,7 @@ class Registry:
             return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, reason), ""
         return verdict, ""
 
-    def build(self, name: str, problem: RoutingProblem, device: DeviceInfo, *, unsupported: bool = False) -> Any:  # noqa: ANN401 -- typed as Kernel one layer up, where torch is
+    def build(self, name: str, problem: Problem, device: DeviceInfo, *, unsupported: bool = False) -> Any:  # noqa: ANN401 -- typed as Kernel one layer up, where torch is
         """Import the backend's factory and build.
 
         :param unsupported: tell a factory that takes this keyword to build what ``supports`` declines all the same.
@@ -255,7 +280,7 @@ class Registry:
         """
         try:
             with contained("its factory"):
-                factory: Callable[..., object] = _imported(self.backends[name].factory)
+                factory: Callable[..., object] = _imported(self.backends[name].factories[problem.operation])
                 told = {"unsupported": True} if unsupported and _takes_unsupported(factory) else {}
                 bound = factory(problem, device, **told)
         except PluginFailure as failure:
@@ -266,42 +291,25 @@ class Registry:
             raise FactoryError(self._rejection(name, verdict, ""))
         return bound
 
-    def builds_unsupported(self, name: str) -> bool:
-        """Whether the backend's factory can be told to build what its support rule declines.
+    def builds_unsupported(self, name: str, operation: str) -> bool:
+        """Whether the backend's factory for an operation can be told to build what its support rule declines.
 
         :raises FactoryError: the factory cannot be imported.
         """
         try:
             with contained("importing its factory"):
-                return _takes_unsupported(_imported(self.backends[name].factory))
+                return _takes_unsupported(_imported(self.backends[name].factories[operation]))
         except PluginFailure as failure:
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
             raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
 
-    def require_closed_form(self, name: str, problem: RoutingProblem) -> None:
-        """Refuse a backend whose kernel has no ``backward`` for training, unless the built-in gradient knows the maths.
-
-        :raises FactoryError: it does not.
-        """
-        if why := self._beyond_closed_form(problem):
-            reason = f"its kernel has no `backward`, and the built-in gradient does not know {why}"
-            raise FactoryError(self._rejection(name, Verdict.no(RejectCode.TRAINING, reason), ""))
-
-    def _beyond_closed_form(self, problem: RoutingProblem) -> str:
-        """Say what of the maths the closed form of the gradient does not know, or ``""``."""
-        spec = problem.spec
-        if spec.score not in SCORES:
-            return f"the score function {spec.score!r} of family {spec.family!r}"
-        family = self.families.get(spec.family)
-        return f"the family {spec.family!r}, which has an oracle of its own" if family is not None and family.oracle else ""
-
-    def tuner(self, name: str) -> Any:  # noqa: ANN401 -- what it takes and returns, its caller knows
-        """Import what measures a backend's launches, or return ``None`` where it has nothing to tune.
+    def tuner(self, name: str, operation: str) -> Any:  # noqa: ANN401 -- what it takes and returns, its caller knows
+        """Import what measures a backend's launches of an operation, or return ``None`` where it has nothing to tune.
 
         :raises PluginFailure: its import raised.
         """
-        path = self.backends[name].tuner
-        if not path:
+        path = self.backends[name].tuners.get(operation)
+        if path is None:
             return None
         with contained("importing its tuner"):
             return _imported(path)
@@ -319,7 +327,7 @@ def _takes_unsupported(factory: Callable[..., object]) -> bool:
     return "unsupported" in inspect.signature(factory).parameters
 
 
-def _notes(card: BackendSpec, problem: RoutingProblem, device: DeviceInfo) -> tuple[str, ...]:
+def _notes(card: BackendSpec, problem: Problem, device: DeviceInfo) -> tuple[str, ...]:
     if card.notes is None:
         return ()
     try:
@@ -354,7 +362,14 @@ def _missed(request: Request, fitting: list[tuple[Rank, Candidate]], lost: list[
     return name if not fitting or rank < fitting[0][0] else None
 
 
-def _matches(card: BackendSpec, _problem: RoutingProblem, device: DeviceInfo, _request: Request) -> Verdict:
+def _offers(card: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
+    if problem.operation in card.factories:
+        return Verdict.yes()
+    reason = f"has no factory for the operation {problem.operation!r}; it computes {', '.join(card.factories)}"
+    return Verdict.no(RejectCode.OPERATION, reason)
+
+
+def _matches(card: BackendSpec, _problem: Problem, device: DeviceInfo, _request: Request) -> Verdict:
     verdicts = [target.match(device) for target in card.targets]
     if any(verdicts):
         return Verdict.yes()
@@ -372,7 +387,7 @@ def _chosen_by_itself(card: BackendSpec, device: DeviceInfo) -> bool:
     return card.priority >= 0 and any(t.match(device) and not t.explicit for t in card.targets)
 
 
-def _requires(card: BackendSpec, _problem: RoutingProblem, _device: DeviceInfo, _request: Request) -> Verdict:
+def _requires(card: BackendSpec, _problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
     return _requirements.check(card.requirements)
 
 

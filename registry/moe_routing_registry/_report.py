@@ -10,7 +10,7 @@ from moe_routing_registry._text import printable
 
 if TYPE_CHECKING:
     from moe_routing_registry._device import DeviceInfo
-    from moe_routing_registry._problem import RoutingProblem
+    from moe_routing_registry._operation import Problem
     from moe_routing_registry._request import AskedBy
     from moe_routing_registry._verdict import Verdict
 
@@ -51,6 +51,17 @@ class Rejection:
     distribution: str
     traceback: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "name": self.name,
+            "code": self.verdict.code.value if self.verdict.code else None,
+            "reason": self.verdict.reason,
+            "fix": self.verdict.fix,
+            "distribution": self.distribution,
+            "traceback": self.traceback,
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolutionReport:
@@ -68,7 +79,7 @@ class ResolutionReport:
     :ivar notes: what the winner says of itself, a line each (which launch table it uses, for example).
     """
 
-    problem: RoutingProblem | None = None
+    problem: Problem | None = None
     device: DeviceInfo | None = None
     winner: str | None = None
     asked_by: AskedBy = "probe"
@@ -118,17 +129,7 @@ class ResolutionReport:
             "error": self.error,
             "notes": list(self.notes),
             "eligible": [{"name": c.name, "priority": c.priority, "distribution": c.distribution} for c in self.eligible],
-            "rejected": [
-                {
-                    "name": r.name,
-                    "code": r.verdict.code.value if r.verdict.code else None,
-                    "reason": r.verdict.reason,
-                    "fix": r.verdict.fix,
-                    "distribution": r.distribution,
-                    "traceback": r.traceback,
-                }
-                for r in self.rejected
-            ],
+            "rejected": [rejection.to_dict() for rejection in self.rejected],
         }
 
     def __str__(self) -> str:

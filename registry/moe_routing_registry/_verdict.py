@@ -19,6 +19,8 @@ class RejectCode(str, Enum):
     """The card is written for another version of the plug-in interface."""
     BLOCKED = "blocked"
     """``MOE_ROUTING_BLOCK`` names it."""
+    OPERATION = "operation"
+    """It has no factory for this operation."""
     PLATFORM = "platform"
     """It is for other platforms than this device's."""
     ARCH = "arch"

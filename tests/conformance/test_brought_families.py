@@ -28,7 +28,8 @@ PLUGIN = """
     def moe_routing_backends():
         targets = (Target(ANY),)
         gaps = {"gradients": "nobody trains with softsign"}
-        return [BackendSpec(name="softsign", factory="softsign_plugin:build", targets=targets, supports=supports, gaps=gaps)]
+        return [BackendSpec(name="softsign", factories={"route": "softsign_plugin:build"}, targets=targets,
+                        supports=supports, gaps=gaps)]
 
     def oracle(spec, logits, topk, **operands):
         from moe_routing.reference import oracle as kit

@@ -176,6 +176,8 @@ def report():
     ]
     return Report(
         backend="acme",
+        operation="route",
+        clauses=CLAUSES,
         distribution="moe-routing-acme 1.0",
         device="cpu",
         profile="quick",
@@ -257,7 +259,7 @@ def build_panicking(_problem, _device):
 
 def test_a_kernel_that_panics_fails_its_checks_and_only_an_interrupt_ends_the_run():
     target = Target("cpu")
-    registry().register(BackendSpec(name="panicking", factory=f"{__name__}:build_panicking", targets=(target,)))
+    registry().register(BackendSpec(name="panicking", factories={"route": f"{__name__}:build_panicking"}, targets=(target,)))
     try:
         report = run("panicking", profile="smoke", clauses=[0, 3])
         assert len(report.failed) > 20

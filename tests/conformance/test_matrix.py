@@ -20,7 +20,7 @@ OF_A_ROUTER = [number for number in CLAUSES if number]
 
 
 def test_every_clause_has_a_case_of_every_built_in_family():
-    cells = {(item.case.family, item.check.clause) for item in checks.items("quick")}
+    cells = {(item.case.family, item.check.clause) for item in checks.ROUTE.items("quick")}
     assert [cell for cell in itertools.product(FAMILIES, OF_A_ROUTER) if cell not in cells] == []
 
 
@@ -44,7 +44,7 @@ def test_a_check_that_is_not_about_some_variants_alone_runs_on_every_family():
         "wrong_arguments_raise_and_are_named": "one argument each, whatever the family",
         "wrong_specs_raise_and_name_the_field": "no family",
     }
-    on = {check.name: {item.case.family for item in check.items("quick")} for check in checks.CHECKS if check.clause}
+    on = {check.name: {item.case.family for item in check.items("quick")} for check in checks.ROUTE.checks if check.clause}
     assert set(about_some) <= set(on)
     partly = {name for name, families in on.items() if not set(FAMILIES) <= families}
     assert partly == set(about_some)

@@ -51,12 +51,12 @@ def test_what_catches_a_mutant_lets_the_right_backend_pass(check):
 
 
 def test_every_clause_has_a_check_and_every_check_a_name_of_its_own():
-    assert {check.clause for check in checks.CHECKS} == set(CLAUSES)
-    assert len({check.name for check in checks.CHECKS}) == len(checks.CHECKS)
+    assert {check.clause for check in checks.ROUTE.checks} == set(CLAUSES)
+    assert len({check.name for check in checks.ROUTE.checks}) == len(checks.ROUTE.checks)
 
 
 def test_ids_of_checks_are_unique_and_begin_with_the_clause():
-    ids = [item.id for item in checks.items("quick")]
+    ids = [item.id for item in checks.ROUTE.items("quick")]
     assert len(set(ids)) == len(ids)
     assert all(re.match(r"\d\d-[a-z]", name) for name in ids)
 

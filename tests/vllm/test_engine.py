@@ -31,7 +31,7 @@ def build(problem, device):
 
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="upside-down", factory="upside_down:build", targets=(Target("*"),), priority=-1)]
+    return [BackendSpec(name="upside-down", factories={"route": "upside_down:build"}, targets=(Target("*"),), priority=-1)]
 """
 
 

@@ -11,7 +11,7 @@ def moe_routing_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="eager",
-            factory="moe_routing_backends.eager.route:build",
+            factories={"route": "moe_routing_backends.eager.route:build"},
             targets=(Target(ANY),),
             priority=0,
             supports=knows_score,

@@ -11,7 +11,7 @@ def moe_routing_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="torch-compile",
-            factory="moe_routing_backends.torch_compile.compile:build",
+            factories={"route": "moe_routing_backends.torch_compile.compile:build"},
             targets=(Target(ACCELERATOR), Target("cpu", explicit=True)),
             priority=50,
             supports=knows_score,

@@ -78,17 +78,17 @@ def moe_routing_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="triton",
-            factory="moe_routing_backends.triton.launch:build",
+            factories={"route": "moe_routing_backends.triton.launch:build"},
             targets=(Target("cuda", min_capability=(8, 0)), Target("rocm", archs=GFX), *interpreter),
             priority=100,
             supports=supports,
             summary="one fused Triton kernel, on NVIDIA and AMD GPUs",
             notes=notes,
-            tuner="moe_routing_backends.triton.tune:tune",
+            tuners={"route": "moe_routing_backends.triton.tune:tune"},
         ),
         BackendSpec(
             name="triton-xpu",
-            factory="moe_routing_backends.triton.launch:build_for_xpu",
+            factories={"route": "moe_routing_backends.triton.launch:build_for_xpu"},
             targets=(Target("xpu"), *interpreter),
             priority=100,
             supports=supports_xpu,

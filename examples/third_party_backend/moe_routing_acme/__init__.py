@@ -24,7 +24,7 @@ def moe_routing_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="acme",
-            factory="moe_routing_acme.kernel:build",
+            factories={"route": "moe_routing_acme.kernel:build"},
             targets=(Target("cpu"),),
             requirements=("numba>=0.61",),
             supports=supports,

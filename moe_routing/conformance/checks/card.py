@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe_routing._registry import registry
 from moe_routing.conformance.cases import Case
-from moe_routing.conformance.checks._check import CHECKS, check, require
+from moe_routing.conformance.checks._check import ROUTE, check, require
 from moe_routing.conformance.under_test import GAP_OF, BackendUnderTest, NotApplicableError, must_match
 from moe_routing.conformance.variants import VARIANTS, fits
 from moe_routing.families import FAMILIES
@@ -145,7 +145,7 @@ def _must_be_impossible(
     for words, problem in problems:
         kernel = _built_all_the_same(under_test, problem)
         if kernel is None:
-            can_be_told = registry().builds_unsupported(under_test.backend)
+            can_be_told = registry().builds_unsupported(under_test.backend, problem.operation)
             untried = "and its factory takes no keyword `unsupported`, so that this cannot be tried"
             require(can_be_told, f"{said}, {untried}; {otherwise}")
             return
@@ -193,7 +193,7 @@ def a_declared_gap_is_real(under_test: BackendUnderTest, case: Gap) -> None:
         verdicts = [verdict for problem in asked if (verdict := _verdict(under_test, problem)) is not None]
         require(any(v.code in codes for v in verdicts), f"declares a gap in {case.id}, but declines nothing for it")
         return
-    fails = [_fails(under_test, item) for c in CHECKS if c.capability == case.id for item in c.items("smoke")]
+    fails = [_fails(under_test, item) for c in ROUTE.checks if c.capability == case.id for item in c.items("smoke")]
     known = [failed for failed in fails if failed is not None]
     if not known:
         msg = f"{case.id} cannot be tried here"
@@ -202,7 +202,7 @@ def a_declared_gap_is_real(under_test: BackendUnderTest, case: Gap) -> None:
 
 
 def _fails(under_test: BackendUnderTest, item: object) -> bool | None:
-    from moe_routing.conformance.checks._check import Item
+    from moe_routing.conformance.contract import Item
 
     assert isinstance(item, Item)  # noqa: S101 -- for mypy
     try:

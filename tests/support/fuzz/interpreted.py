@@ -42,7 +42,10 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
 def registered() -> Iterator[None]:
     """Register the backend inside the block."""
     card = BackendSpec(
-        name=INTERPRETED, factory="fuzz.interpreted:build", targets=(Target("cpu", explicit=True),), supports=supports
+        name=INTERPRETED,
+        factories={"route": "fuzz.interpreted:build"},
+        targets=(Target("cpu", explicit=True),),
+        supports=supports,
     )
     registry().register(card)
     try:

@@ -112,7 +112,7 @@ def registered(mutant: Mutant) -> Iterator[str]:
     """Register a mutant (or the reference, as a mutant of nothing) as a backend inside the block, and yield its name."""
     card = BackendSpec(
         name=mutant.name,
-        factory=f"{mutant.factory.__module__}:{mutant.factory.__name__}",
+        factories={"route": f"{mutant.factory.__module__}:{mutant.factory.__name__}"},
         targets=(Target(ANY),),
         supports=mutant.supports,
     )

@@ -1,0 +1,18 @@
+"""The built-in operations. A new one is an entry here, a problem, an oracle and a contract; the registry does not change."""
+
+from __future__ import annotations
+
+from moe_routing.families import FAMILIES
+from moe_routing_registry import OperationSpec, RoutingProblem
+
+ROUTE_EXAMPLE = RoutingProblem(spec=FAMILIES["gemma4"].spec, num_experts=128, topk=8, dtype="bfloat16")
+
+OPERATIONS = (
+    OperationSpec(
+        name="route",
+        example="moe_routing.operations:ROUTE_EXAMPLE",
+        oracle="moe_routing.reference.oracle:route",
+        contract="moe_routing.conformance.checks:ROUTE",
+        summary="router logits to the weights and ids of each token's experts",
+    ),
+)

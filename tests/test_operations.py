@@ -1,0 +1,182 @@
+"""An operation from outside: registered with its oracle, resolved on two backends, and held to a clause of its own."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+import moe_routing
+from moe_routing._registry import registry
+from moe_routing.cli._app import run as command
+from moe_routing.conformance import run
+from moe_routing.doctor import examine
+from moe_routing_registry import RejectCode, Request, UnknownNameError
+
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_routing_registry import BackendSpec, OperationSpec, RejectCode, Target, Verdict, hookimpl
+
+@dataclass(frozen=True)
+class CopyProblem:
+    operation: ClassVar[str] = "scaled_copy"
+    family: ClassVar[str] = ""
+    size: int
+    def to_dict(self):
+        return {"operation": self.operation, "size": self.size}
+    def __str__(self):
+        return f"{self.size} numbers"
+
+EXAMPLE = CopyProblem(4)
+
+def double(problem, device):
+    return lambda x: x * 2
+
+def add(problem, device):
+    return lambda x: x + x
+
+def triple(problem, device):
+    return lambda x: x * 3
+
+def supports(problem, device):
+    return Verdict.yes() if problem.size <= 8 else Verdict.no(RejectCode.SHAPE, "copies up to 8 numbers")
+
+@hookimpl
+def moe_routing_operations():
+    return [
+        OperationSpec(
+            name="scaled_copy", example="copying:EXAMPLE", oracle="copying_kit:oracle", contract="copying_kit:CONTRACT",
+            summary="twice each number",
+        )
+    ]
+
+@hookimpl
+def moe_routing_backends():
+    def backend(name, priority, **more):
+        factories = {"scaled_copy": f"copying:{name}"}
+        return BackendSpec(name=name, factories=factories, targets=(Target("*"),), priority=priority, **more)
+
+    return [backend("double", 3, supports=supports), backend("add", 2), backend("triple", 1)]
+"""
+
+KIT = """
+from dataclasses import dataclass
+
+import torch
+
+from moe_routing.conformance import Clause, Contract
+
+import copying
+
+def oracle(x):
+    return 2 * x.double()
+
+@dataclass(frozen=True)
+class Case:
+    size: int
+    family = ""
+    @property
+    def id(self):
+        return str(self.size)
+
+CLAUSES = {
+    1: Clause(1, "exact", "Exact", "Each number is doubled, exactly.", "Each number is doubled, exactly.", "an example."),
+}
+CONTRACT = Contract(CLAUSES, problems=lambda: [copying.EXAMPLE])
+
+@CONTRACT.check(1, cases=lambda profile: [Case(3), Case(70)])
+def numbers_are_doubled(under_test, case):
+    # Numbers are doubled.
+    x = torch.randn(case.size)
+    if not torch.equal(under_test.kernel(copying.CopyProblem(case.size))(x).double(), oracle(x)):
+        raise AssertionError(f"{case.size} numbers are not doubled")
+"""
+
+
+@pytest.fixture
+def copying(install_plugin, monkeypatch):
+    """The plug-in's module; the process's registry is a new one, which has loaded it."""
+    site = install_plugin("copying", PLUGIN)
+    (site / "copying_kit.py").write_text(KIT)
+    monkeypatch.setattr(registry(), "_inventory", None)
+    yield importlib.import_module("copying")
+    importlib.sys.modules.pop("copying_kit", None)
+
+
+def test_backends_of_an_operation_are_chosen_by_the_same_rules(copying):
+    report = moe_routing.explain(copying.CopyProblem(4))
+    assert (report.winner, [c.name for c in report.eligible]) == ("double", ["double", "add", "triple"])
+    assert report.to_dict()["problem"] == {"operation": "scaled_copy", "size": 4}
+    assert report.rejection("eager").verdict.code is RejectCode.OPERATION
+    assert report.rejection("eager").verdict.reason == "has no factory for the operation 'scaled_copy'; it computes route"
+    assert moe_routing.explain(copying.CopyProblem(9)).winner == "add"
+    assert moe_routing.explain(copying.CopyProblem(4), backend="triple").winner == "triple"
+    routed = moe_routing.explain("gemma4")
+    assert routed.to_dict()["problem"]["operation"] == "route"
+    assert routed.rejection("double").verdict.code is RejectCode.OPERATION
+
+
+@pytest.mark.parametrize("name", ["double", "add"])
+def test_a_backend_builds_its_kernel_for_the_operation(copying, name):
+    import torch
+
+    problem, device = copying.CopyProblem(3), moe_routing.probe("cpu")
+    assert registry().resolve(problem, device, Request(backend=name, asked_by="argument")).winner == name
+    assert registry().build(name, problem, device)(torch.tensor([1.0, 2.0, 3.0])).tolist() == [2.0, 4.0, 6.0]
+
+
+@pytest.mark.usefixtures("copying")
+def test_the_kit_holds_backends_to_the_contract_of_the_operation():
+    doubles, adds, triples = (run(name, operation="scaled_copy") for name in ("double", "add", "triple"))
+    assert doubles.operation == "scaled_copy"
+    assert doubles.verdict == "conforms: 1 checked, 1 declined (copies up to 8 numbers: 1)"
+    assert adds.verdict == "conforms: 2 checked"
+    assert {r.message for r in triples.failed} == {"3 numbers are not doubled", "70 numbers are not doubled"}
+    assert doubles.to_dict()["clauses"] == {"1": {"name": "exact", "rule": "Each number is doubled, exactly."}}
+
+
+@pytest.mark.usefixtures("copying")
+def test_the_commands_go_by_the_operation(capsys):
+    assert command(["conformance", "add", "--operation", "scaled_copy"]) == 0
+    assert "Each number is doubled, exactly." in capsys.readouterr().out
+    assert command(["conformance", "add", "--operation", "scaled_copy", "--clause", "2"]) == 2
+    assert "--clause: expected one of 1, got 2" in capsys.readouterr().err
+    assert command(["conformance", "add", "--operation", "scale_copy"]) == 2
+    assert "unknown operation 'scale_copy': did you mean 'scaled_copy'?" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("copying")
+def test_a_backend_without_the_operation_is_not_checked(capsys):
+    assert command(["conformance", "eager", "--operation", "scaled_copy"]) == 2
+    assert "has no factory for the operation 'scaled_copy'" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("copying")
+def test_doctor_lists_operations_and_who_computes_them(capsys):
+    report = examine(device="cpu", checks=["backend"])
+    route, copied = report["operations"]
+    assert (route["name"], route["devices"]["cpu"]["winner"]) == ("route", "eager")
+    assert copied == {
+        "name": "scaled_copy",
+        "summary": "twice each number",
+        "backends": ["double", "add", "triple"],
+        "devices": {"cpu": {"problem": "4 numbers", "winner": "double", "why": "the best that fits this device"}},
+    }
+    assert next(b for b in report["backends"] if b["name"] == "add")["operations"] == ["scaled_copy"]
+    command(["doctor", "--device", "cpu"])
+    assert "scaled_copy" in capsys.readouterr().out
+
+
+def test_an_unknown_operation_is_an_error_and_near_names_are_named(copying):
+    problem = type("Problem", (copying.CopyProblem,), {"operation": "scale_copy"})(3)
+    with pytest.raises(UnknownNameError, match="unknown operation 'scale_copy': did you mean 'scaled_copy'"):
+        registry().resolve(problem, moe_routing.probe("cpu"), Request())
+
+
+def test_an_operation_s_name_belongs_to_who_brought_it(install_plugin, monkeypatch):
+    install_plugin("copying", PLUGIN.replace('name="scaled_copy"', 'name="route"'))
+    monkeypatch.setattr(registry(), "_inventory", None)
+    with pytest.warns(moe_routing.PluginWarning, match="'route' is the name of an operation of moe-routing already"):
+        assert "double" not in registry().backends
