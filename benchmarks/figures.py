@@ -20,14 +20,14 @@ from matplotlib.figure import Figure
 from tables import RESULTS, ROOT, fastest_peer, newest, ours, peers
 
 from moe_routing.bench import Case, Result, Row, Settings
-from moe_routing.bench._plot import DARK, LIGHT, STYLE, Facet, draw, style_axes
+from moe_routing.bench.plot import DARK, LIGHT, STYLE, Facet, draw, style_axes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from matplotlib.axes import Axes
 
-    from moe_routing.bench._plot import Theme
+    from moe_routing.bench.plot import Theme
 
 PUBLISHED_A100 = {
     "eager": 12.68, "compile-default": 4.50, "compile-reduce-overhead": 4.97, "compile-max-autotune": 4.45,

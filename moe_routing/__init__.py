@@ -20,31 +20,26 @@ from typing import TYPE_CHECKING, Any
 from moe_routing._with_torch import register
 
 if TYPE_CHECKING:
-    from moe_routing._kernel import Kernel, Operands, RoutingOutput
     from moe_routing._public import explain, get_router, list_backends, list_routers, prefer
     from moe_routing._router import Router
-    from moe_routing.probing import devices, probe
-    from moe_routing_registry import (
-        BackendUnavailableError,
-        DowngradeWarning,
-        MoeRoutingWarning,
-        PluginWarning,
-        ResolutionReport,
-        RoutingSpec,
-        UnknownNameError,
-    )
+    from moe_routing.kernel import Kernel, Operands, RoutingOutput
+    from moe_routing.probing import AbsentDeviceError, UnknownDeviceError, devices, probe
+    from moe_routing_registry import BackendUnavailableError, ResolutionReport, RoutingSpec, UnknownNameError
+    from moe_routing_registry.errors import DowngradeWarning, MoeRoutingWarning, PluginWarning
 
 _HOME = {
+    "AbsentDeviceError": "moe_routing.probing",
     "BackendUnavailableError": "moe_routing_registry",
-    "DowngradeWarning": "moe_routing_registry",
-    "Kernel": "moe_routing._kernel",
-    "MoeRoutingWarning": "moe_routing_registry",
-    "Operands": "moe_routing._kernel",
-    "PluginWarning": "moe_routing_registry",
+    "DowngradeWarning": "moe_routing_registry.errors",
+    "Kernel": "moe_routing.kernel",
+    "MoeRoutingWarning": "moe_routing_registry.errors",
+    "Operands": "moe_routing.kernel",
+    "PluginWarning": "moe_routing_registry.errors",
     "ResolutionReport": "moe_routing_registry",
     "Router": "moe_routing._router",
-    "RoutingOutput": "moe_routing._kernel",
+    "RoutingOutput": "moe_routing.kernel",
     "RoutingSpec": "moe_routing_registry",
+    "UnknownDeviceError": "moe_routing.probing",
     "UnknownNameError": "moe_routing_registry",
     "devices": "moe_routing.probing",
     "explain": "moe_routing._public",
@@ -57,6 +52,7 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "AbsentDeviceError",
     "BackendUnavailableError",
     "DowngradeWarning",
     "Kernel",
@@ -67,6 +63,7 @@ __all__ = [
     "Router",
     "RoutingOutput",
     "RoutingSpec",
+    "UnknownDeviceError",
     "UnknownNameError",
     "devices",
     "explain",

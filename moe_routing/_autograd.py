@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_routing._kernel import Operands, RoutingOutput
 from moe_routing.formula import weights_backward
+from moe_routing.kernel import Operands, RoutingOutput
 
 if TYPE_CHECKING:
-    from moe_routing._kernel import Prepared
+    from moe_routing.kernel import Prepared
     from moe_routing_registry import RoutingSpec
 
 Gradients = tuple[Tensor, Tensor]

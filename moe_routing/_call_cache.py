@@ -15,13 +15,13 @@ from torch._C import _dispatch_keys
 from torch.autograd import forward_ad
 
 from moe_routing._overlap import lies_apart, overlap, span
-from moe_routing_registry import preference
+from moe_routing_registry.request import preference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from moe_routing._dispatch import Resolved
-    from moe_routing._kernel import Operands, Prepared
+    from moe_routing.kernel import Operands, Prepared
 
     Matches = Callable[[Operands, int | None, torch.dtype | None], bool]
 

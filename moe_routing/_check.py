@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from moe_routing._kernel import RoutingOutput
 from moe_routing._overlap import overlap
-from moe_routing_registry import refusal, shown
+from moe_routing.kernel import RoutingOutput
+from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
-    from moe_routing._kernel import Operands
+    from moe_routing.kernel import Operands
     from moe_routing_registry import RoutingSpec
 
 LOGITS_DTYPES = frozenset(

@@ -18,33 +18,24 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moe_routing import _check
-from moe_routing._kernel import Differentiates, HasNotes, Operands, RoutingOutput
 from moe_routing._registry import registry
-from moe_routing._warnings import not_raised
 from moe_routing.formula import weights_backward
+from moe_routing.kernel import Differentiates, HasNotes, Operands, RoutingOutput
 from moe_routing.probing import probe
-from moe_routing_registry import (
-    SCORES,
-    STRICT_VARIABLE,
-    BackendUnavailableError,
-    DowngradeWarning,
-    FactoryError,
-    ForkSafeLock,
-    RejectCode,
-    Rejection,
-    Request,
-    RoutingProblem,
-    RoutingSpec,
-    Verdict,
-    preference,
-    printable,
-)
+from moe_routing.python_warnings import not_raised
+from moe_routing_registry import BackendUnavailableError, RejectCode, Request, RoutingProblem, RoutingSpec, Verdict
+from moe_routing_registry.errors import DowngradeWarning, FactoryError
+from moe_routing_registry.locks import ForkSafeLock
+from moe_routing_registry.report import Rejection
+from moe_routing_registry.request import STRICT_VARIABLE, preference
+from moe_routing_registry.routing_spec import SCORES
+from moe_routing_registry.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from moe_routing._autograd import Backward
-    from moe_routing._kernel import Kernel
+    from moe_routing.kernel import Kernel
     from moe_routing.reference.shadow import Shadow
     from moe_routing_registry import DeviceInfo, ResolutionReport
 

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from moe_routing import _operators
-from moe_routing._kernel import Operands, RoutingOutput
+from moe_routing.kernel import Operands, RoutingOutput
 
 if TYPE_CHECKING:
     from torch import Tensor

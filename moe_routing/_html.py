@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
-from moe_routing_registry import printable
+from moe_routing_registry.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree
 
-from moe_routing._kernel import RoutingOutput
+from moe_routing.kernel import RoutingOutput
 
 if TYPE_CHECKING:
     from types import ModuleType

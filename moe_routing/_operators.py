@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_routing._autograd import apply_map, double_backward
 from moe_routing._dispatch import dispatcher_of, empty_output
-from moe_routing._kernel import Operands, RoutingOutput
 from moe_routing.formula import weights_backward
+from moe_routing.kernel import Operands, RoutingOutput
 
 if TYPE_CHECKING:
     from moe_routing.reference.shadow import Shadow

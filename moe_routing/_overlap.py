@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_routing._kernel import Operands
+    from moe_routing.kernel import Operands
 
 _INPUTS = 7
 """Fields of ``Operands`` in front of ``out``."""

@@ -14,17 +14,9 @@ from moe_routing._router import Router
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED, from_config
 from moe_routing.probing import probe
-from moe_routing_registry import (
-    Problem,
-    Request,
-    ResolutionReport,
-    RoutingProblem,
-    RoutingSpec,
-    UnknownNameError,
-    preferring,
-    refusal,
-    verify_rate,
-)
+from moe_routing_registry import Problem, Request, ResolutionReport, RoutingProblem, RoutingSpec, UnknownNameError
+from moe_routing_registry.request import preferring, verify_rate
+from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +47,7 @@ def get_router(
     >>> get_router("gema4")
     Traceback (most recent call last):
     ...
-    moe_routing_registry._errors.UnknownNameError: unknown router 'gema4': did you mean 'gemma4'...
+    moe_routing_registry.errors.UnknownNameError: unknown router 'gema4': did you mean 'gemma4'...
     """
     if is_dynamo_compiling():
         return _traced_router(router, backend, verify)

@@ -14,15 +14,17 @@ from moe_routing import _check, _op, _operators  # noqa: F401 -- `_op` registers
 from moe_routing._autograd import Rule, recorded
 from moe_routing._call_cache import ORDINARY, UNREADABLE, CachedCall, described, matcher, never
 from moe_routing._dispatch import dispatcher_of, empty_output
-from moe_routing._kernel import Operands, Prepares, RoutingOutput, WarmsUp
 from moe_routing._operators import CallConfig
-from moe_routing_registry import RoutingSpec, refusal, verify_rate
+from moe_routing.kernel import Operands, Prepares, RoutingOutput, WarmsUp
+from moe_routing_registry import RoutingSpec
+from moe_routing_registry.request import verify_rate
+from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
     from moe_routing._autograd import Backward, Gradients
     from moe_routing._call_cache import Matches
     from moe_routing._dispatch import Resolved
-    from moe_routing._kernel import Prepared
+    from moe_routing.kernel import Prepared
     from moe_routing.reference.shadow import Health, Shadow
     from moe_routing_registry import ResolutionReport
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch.compiler import assume_constant_result
 
-from moe_routing_registry import RoutingSpec, verify_rate
+from moe_routing_registry import RoutingSpec
+from moe_routing_registry.request import verify_rate
 
 FIELDS = tuple(f.name for f in dataclasses.fields(RoutingSpec) if f.init)
 

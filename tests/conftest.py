@@ -122,7 +122,7 @@ def install_plugin(tmp_path, monkeypatch):
 
 
 CARD = """
-from moe_routing_registry import BackendSpec, Target, Verdict, RejectCode, hookimpl
+from moe_routing_registry import BackendSpec, RejectCode, Target, Verdict, hookimpl
 
 def build(problem, device):
     return lambda logits, **operands: None

@@ -356,7 +356,7 @@ def test_csv_has_a_line_for_every_row_and_plots_are_a_picture_and_a_page_of_its_
 
 @pytest.mark.slow
 def test_a_drawing_shows_every_way_and_both_floors(kept):
-    from moe_routing.bench._plot import DARK, LIGHT, facets, svg
+    from moe_routing.bench.plot import DARK, LIGHT, facets, svg
 
     result = Result.read(kept)
     (facet,) = facets(result)

@@ -18,9 +18,7 @@ from moe_routing.operations import OPERATIONS
 from moe_routing_registry import (
     BackendSpec,
     DeviceInfo,
-    FactoryError,
     FamilySpec,
-    PluginWarning,
     Registry,
     RejectCode,
     Request,
@@ -28,8 +26,9 @@ from moe_routing_registry import (
     RoutingSpec,
     Target,
     Verdict,
-    preference,
 )
+from moe_routing_registry.errors import FactoryError, PluginWarning
+from moe_routing_registry.request import preference
 
 CPU = DeviceInfo(type="cpu", platform="cpu", arch="x86_64")
 SPEC = RoutingSpec(family="topk_softmax", renormalize=True)

@@ -9,7 +9,8 @@ import moe_routing
 from moe_routing import Router, RoutingSpec, get_router
 from moe_routing.bench import Settings
 from moe_routing.models import from_config
-from moe_routing_registry import Verdict, shown
+from moe_routing_registry import Verdict
+from moe_routing_registry.text import shown
 
 np = pytest.importorskip("numpy")
 

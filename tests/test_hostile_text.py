@@ -14,7 +14,7 @@ import pytest
 
 from moe_routing._html import page
 from moe_routing.bench import Case, Result, Row, Settings
-from moe_routing.bench._page import to_html as bench_page
+from moe_routing.bench.page import to_html as bench_page
 from moe_routing.cli import _bench, _catalogue, _conformance, _explain, _list, _show, _transformers, _tune
 from moe_routing.cli._app import run
 from moe_routing.cli._render_doctor import render
@@ -24,7 +24,9 @@ from moe_routing.conformance.clauses import CLAUSES
 from moe_routing.doctor import examine
 from moe_routing.doctor._machine import Failure
 from moe_routing.report import Gathered, to_html
-from moe_routing_registry import Candidate, DeviceInfo, RejectCode, Rejection, ResolutionReport, Verdict, printable
+from moe_routing_registry import DeviceInfo, RejectCode, ResolutionReport, Verdict
+from moe_routing_registry.report import Candidate, Rejection
+from moe_routing_registry.text import printable
 
 STEERING = "\x1b[31m\x1b]0;title\x07\x1b]8;;http://evil\x07\x9b2J\u202egnihtyna\u2066\u200f\x00\x7f\r\x08\ud800"
 MARKUP = "[red]r[/red] [/nope] [link=http://evil]x[/link] :boom: $x^{$ "

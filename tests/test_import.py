@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import moe_routing
+import moe_routing_registry
+
+ROOT = Path(__file__).parents[1]
 
 MOST_MODULES = 80
 """Upper limit of the modules that the first router loads in addition to torch. It loads 59; no time is measured."""
@@ -30,7 +35,7 @@ print(json.dumps({"import": by_import, "router": by_router, "initialized": initi
 """
     found = python(script)
     # The operators, for programs that torch.export.load loads; what they do is imported when one is called.
-    assert found["import"] == ["moe_routing", "moe_routing._kernel", "moe_routing._op", "moe_routing._with_torch"]
+    assert found["import"] == ["moe_routing", "moe_routing._op", "moe_routing._with_torch", "moe_routing.kernel"]
     assert "moe_routing._router" in found["router"]
     packages = {name.partition(".")[0] for name in found["router"]}
     assert packages <= {"moe_routing", "moe_routing_registry", "moe_routing_backends", "pluggy", "packaging"}
@@ -56,3 +61,28 @@ def test_every_public_name_is_there():
 
 def test_an_unknown_attribute_is_an_attribute_error():
     assert not hasattr(moe_routing, "get_ruoter")
+
+
+def imports(path):
+    """Yield what a file imports, as the dotted names of modules and of what is imported from them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_no_package_imports_a_private_module_of_another():
+    wrong = []
+    for root in (ROOT, ROOT / "registry", ROOT / "backends"):
+        for path in root.glob("moe_routing*/**/*.py"):
+            package = ".".join(path.parent.relative_to(root).parts)
+            for name in imports(path):
+                owner, private, _ = name.partition("._")
+                if private and name.startswith("moe_routing") and not f"{package}.".startswith(f"{owner}."):
+                    wrong.append(f"{path}: {name}")
+    assert not wrong
+
+
+def test_the_registry_exports_what_plug_ins_need_and_no_more():
+    assert len(moe_routing_registry.__all__) <= 20

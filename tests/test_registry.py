@@ -18,22 +18,19 @@ from moe_routing_registry import (
     ANY,
     BackendSpec,
     DeviceInfo,
-    DuplicateNameError,
-    FactoryError,
     FamilySpec,
-    PluginWarning,
     Registry,
     RejectCode,
-    Rejection,
     Request,
     RoutingProblem,
     RoutingSpec,
     Target,
     UnknownNameError,
     Verdict,
-    flag,
-    preferring,
 )
+from moe_routing_registry.errors import DuplicateNameError, FactoryError, PluginWarning
+from moe_routing_registry.report import Rejection
+from moe_routing_registry.request import flag, preferring
 
 ROOT = Path(__file__).parents[1]
 CPU = DeviceInfo(type="cpu", platform="cpu", arch="x86_64")
@@ -402,10 +399,10 @@ def test_built_ins_are_the_entry_points_of_the_distribution():
 
 
 def test_every_hook_is_documented():
-    from moe_routing_registry import _hooks
+    from moe_routing_registry import hooks as specifications
 
     written = "".join(page.read_text() for page in (ROOT / "docs").glob("**/*.md"))
-    hooks = [name for name in vars(_hooks) if name.startswith("moe_routing_")]
+    hooks = [name for name in vars(specifications) if name.startswith("moe_routing_")]
     assert hooks
     for hook in hooks:
         assert f"`{hook}`" in written, f"{hook} is not documented in docs/"

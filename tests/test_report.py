@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_routing.bench import Settings, _measure
+from moe_routing.bench import Settings, measuring
 from moe_routing.cli._app import run
 from moe_routing.conformance import runner
 from moe_routing.doctor._machine import Failure
@@ -90,7 +90,7 @@ def test_what_raises_is_kept_on_the_page_and_the_rest_goes_on(monkeypatch):
         msg = "the device is on fire <now>"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(_measure, "measure", broken)
+    monkeypatch.setattr(measuring, "measure", broken)
     gathered = gather("cpu", lambda *_: None)
     page = to_html(gathered)
     assert not gathered.ok

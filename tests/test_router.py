@@ -9,15 +9,8 @@ import torch
 import moe_routing
 from moe_routing import Router, RoutingSpec, _dispatch
 from moe_routing._registry import registry
-from moe_routing_registry import (
-    BackendSpec,
-    BackendUnavailableError,
-    DowngradeWarning,
-    RejectCode,
-    Target,
-    UnknownNameError,
-    Verdict,
-)
+from moe_routing_registry import BackendSpec, BackendUnavailableError, RejectCode, Target, UnknownNameError, Verdict
+from moe_routing_registry.errors import DowngradeWarning
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 5.0, -1.0, 5.0]])
 BUILT = []

@@ -116,7 +116,7 @@ def test_a_process_that_is_forked_during_another_threads_first_call_routes(durin
         import torch, moe_routing
         import moe_routing._dispatch as dispatch
         import moe_routing_backends.eager.route as eager
-        import moe_routing_registry._registry as registry
+        import moe_routing_registry.registry as registry
         from moe_routing.reference import shadow
 
         torch.set_num_threads(1)

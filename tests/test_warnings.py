@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from moe_routing._warnings import not_raised
+from moe_routing.python_warnings import not_raised
 
 
 def warn():

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_routing.bench._settings import Case, Settings
-from moe_routing_registry import shown
+from moe_routing_registry.text import shown
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from moe_routing_registry import refusal
+from moe_routing_registry.text import refusal
 
 MODES = {
     "graph": "replays of a CUDA graph, outputs allocated before: what the kernels take",

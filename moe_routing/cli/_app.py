@@ -22,8 +22,11 @@ from moe_routing.cli._report import report
 from moe_routing.cli._show import Unusable, UsageError, drop_stdout, print_json_of, shortened
 from moe_routing.cli._transformers import transformers
 from moe_routing.cli._tune import tune
-from moe_routing.probing._observe import NUMPY_WARNING, AbsentDeviceError, UnknownDeviceError
-from moe_routing_registry import BackendUnavailableError, DuplicateNameError, UnknownNameError, printable, sentence
+from moe_routing.probing import NUMPY_WARNING, AbsentDeviceError, UnknownDeviceError
+from moe_routing_registry import BackendUnavailableError, UnknownNameError
+from moe_routing_registry.containment import sentence
+from moe_routing_registry.errors import DuplicateNameError
+from moe_routing_registry.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,16 +23,16 @@ from moe_routing.cli._show import (
     table,
     words,
 )
-from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
-from moe_routing_registry import UnknownNameError, printable
+from moe_routing.probing import AbsentDeviceError, UnknownDeviceError
+from moe_routing_registry import UnknownNameError
+from moe_routing_registry.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from moe_routing.bench import Case, Result, Settings
-    from moe_routing.bench._result import Loss
+    from moe_routing.bench import Case, Loss, Result, Settings
 
 PLOTS = (".png", ".html")
 INSTALL = "pip install 'moe-routing[bench]'"
@@ -210,7 +210,7 @@ def _device_names() -> list[str]:
 def _run(settings: Settings, before: Result | None) -> tuple[Result, list[Loss]]:
     """Measure with a progress bar; what seems to have got slower is measured once more before it is said."""
     from moe_routing.bench import losses, merged, refuse_another_run
-    from moe_routing.bench._measure import described, measure
+    from moe_routing.bench.measuring import described, measure
 
     def timed(cases: Sequence[Case]) -> Result:
         with progress() as bar:
@@ -240,8 +240,8 @@ def _run(settings: Settings, before: Result | None) -> tuple[Result, list[Loss]]
 
 
 def _draw(result: Result, path: Path) -> None:
-    from moe_routing.bench._page import to_html
-    from moe_routing.bench._plot import save_png
+    from moe_routing.bench.page import to_html
+    from moe_routing.bench.plot import save_png
 
     try:
         if path.suffix == ".png":
@@ -255,8 +255,8 @@ def _draw(result: Result, path: Path) -> None:
 
 def _show(result: Result, screen: Console) -> None:
     """Print a table for each problem, dtype and mode, and what was not timed."""
-    from moe_routing.bench._page import COLUMNS, about, cells, remarks
-    from moe_routing.bench._plot import facets
+    from moe_routing.bench.page import COLUMNS, about, cells, remarks
+    from moe_routing.bench.plot import facets
 
     for facet, rows in facets(result).items():
         timed = [

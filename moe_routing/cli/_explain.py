@@ -12,7 +12,7 @@ from rich.text import Text
 
 from moe_routing.cli._catalogue import look_up
 from moe_routing.cli._show import STATE_STYLES, Unusable, UsageError, command, console, count, mark, print_json, table
-from moe_routing.probing._observe import AbsentDeviceError, UnknownDeviceError
+from moe_routing.probing import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import Request, RoutingProblem
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from moe_routing.cli._show import (
     table,
     words,
 )
-from moe_routing_registry import PluginFailure, RoutingProblem, UnknownNameError, contained
+from moe_routing_registry import RoutingProblem, UnknownNameError
+from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

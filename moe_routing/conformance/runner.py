@@ -18,7 +18,9 @@ from moe_routing.conformance import drawn
 from moe_routing.conformance.contract import contract_of
 from moe_routing.conformance.under_test import BackendUnderTest, DeclinedError, NotApplicableError, NotRunError
 from moe_routing.probing import probe
-from moe_routing_registry import MoeRoutingWarning, PluginFailure, Request, contained
+from moe_routing_registry import Request
+from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.errors import MoeRoutingWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from moe_routing.conformance.cases import Profile
     from moe_routing.conformance.clauses import Clause
     from moe_routing.conformance.contract import Item
-    from moe_routing_registry import Rejection
+    from moe_routing_registry.report import Rejection
 
 Status = Literal["passed", "failed", "gap", "declined", "not_run", "not_applicable"]
 SCHEMA_VERSION = 1

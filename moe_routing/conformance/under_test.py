@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing.conformance.cases import Call
-    from moe_routing_registry import BackendSpec, Problem, Rejection, RoutingSpec
+    from moe_routing_registry import BackendSpec, Problem, RoutingSpec
+    from moe_routing_registry.report import Rejection
 
 GAP_OF = {
     RejectCode.FAMILY: "family",

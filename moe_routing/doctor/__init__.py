@@ -2,5 +2,6 @@
 
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._examine import CHECKS, SCHEMA_VERSION, examine
+from moe_routing.doctor._machine import Failure
 
-__all__ = ["CHECKS", "SCHEMA_VERSION", "Check", "examine"]
+__all__ = ["CHECKS", "SCHEMA_VERSION", "Check", "Failure", "examine"]

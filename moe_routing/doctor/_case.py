@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from moe_routing.doctor._machine import Failure, look, quietly
 from moe_routing.doctor._plugins import changed, leave_out_what_does_not_end, torch_state
-from moe_routing_registry import PluginFailure, contained
+from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from moe_routing.doctor._machine import Machine
-    from moe_routing_registry import BackendSpec, DeviceInfo, DuplicateNameError, OperationSpec, Rejection, ResolutionReport
+    from moe_routing_registry import BackendSpec, DeviceInfo, OperationSpec, ResolutionReport
+    from moe_routing_registry.errors import DuplicateNameError
+    from moe_routing_registry.report import Rejection
 
 DEFAULT_ROUTER = "gemma4"
 """What backends are judged by where nobody names a router."""

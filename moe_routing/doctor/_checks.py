@@ -11,8 +11,9 @@ from moe_routing.doctor._case import place
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._environment import HIDING, variables
 from moe_routing.doctor._machine import backend_autoloaders, gpus_without_torch, quietly
-from moe_routing.probing._toolchains import toolchains
-from moe_routing_registry import INTERPRETER, PluginFailure, contained, triton_interprets
+from moe_routing.probing import toolchains
+from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.device import INTERPRETER, triton_interprets
 
 if TYPE_CHECKING:
     from moe_routing.doctor._case import Case
@@ -204,7 +205,7 @@ def _choice(case: Case, name: str, report: ResolutionReport, *, asked: bool) -> 
 
 
 def _strict() -> bool:
-    from moe_routing_registry import STRICT_VARIABLE, flag
+    from moe_routing_registry.request import STRICT_VARIABLE, flag
 
     try:
         return flag(STRICT_VARIABLE)

@@ -5,17 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moe_routing.integrations.vllm._seams import VARIABLE as VLLM_VARIABLE
-from moe_routing_registry import (
-    BACKEND_VARIABLE,
-    BLOCK_VARIABLE,
-    INTERPRETER,
-    STRICT_VARIABLE,
-    VERIFY_VARIABLE,
-    UnknownNameError,
-    flag,
-    verify_rate,
-)
+from moe_routing.integrations.vllm.patch_points import VARIABLE as VLLM_VARIABLE
+from moe_routing_registry import UnknownNameError
+from moe_routing_registry.device import INTERPRETER
+from moe_routing_registry.request import BACKEND_VARIABLE, BLOCK_VARIABLE, STRICT_VARIABLE, VERIFY_VARIABLE, flag, verify_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -10,7 +10,7 @@ from moe_routing.doctor._case import take
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._environment import variables
 from moe_routing.doctor._vllm import vllm
-from moe_routing_registry import PluginFailure, contained
+from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

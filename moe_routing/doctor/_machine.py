@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing.probing._installed import Installed
-from moe_routing.probing._intel import intel_arch
-from moe_routing.probing._observe import NUMPY_WARNING, TorchBuild, UnknownDeviceError
-from moe_routing.probing._toolchains import toolchains
-from moe_routing_registry import PluginFailure, contained
+from moe_routing.probing import NUMPY_WARNING, Installed, TorchBuild, UnknownDeviceError, intel_arch, toolchains
+from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

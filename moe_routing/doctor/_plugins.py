@@ -14,7 +14,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from moe_routing._registry import registry
-from moe_routing_registry import PluginFailure, Request, contained
+from moe_routing_registry import Request
+from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from moe_routing.doctor._check import Check
 from moe_routing.integrations.vllm import report
-from moe_routing.integrations.vllm._seams import PLUGIN, SEAMS, VARIABLE, look
-from moe_routing_registry import flag
+from moe_routing.integrations.vllm.patch_points import PATCH_POINTS, PLUGIN, VARIABLE, look
+from moe_routing_registry.request import flag
 
 if TYPE_CHECKING:
     from moe_routing.doctor._case import Case
@@ -26,7 +26,7 @@ def vllm(_case: Case) -> list[Check]:
         asked = _asked()
         summary = f"{here} is not known, so nothing of it is replaced: {found.problems[0]}"
         return [_finding("warning" if asked else "ok", summary, f"unset {VARIABLE}" if asked else "", found.problems)]
-    signatures = tuple(f"{seam.name}{seam.parameters} in vllm/{seam.file}" for seam in SEAMS)
+    signatures = tuple(f"{point.name}{point.parameters} in vllm/{point.file}" for point in PATCH_POINTS)
     if not _asked():
         return [_finding("ok", f"{here} is known and left alone; {VARIABLE}=1 has us route for it", details=signatures)]
     if PLUGIN not in entry_points(group="vllm.general_plugins").names:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing._kernel import RoutingOutput
 from moe_routing.formula.select import finite, from_table
 from moe_routing.formula.weights import activated, score, selected_weights, sparsemixer
+from moe_routing.kernel import RoutingOutput
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from moe_routing.models._contradictions import contradictions
 from moe_routing.models._preset import ANYTHING_ELSE, row
 from moe_routing.models._table import MODELS, NOT_EXPRESSED
-from moe_routing_registry import RoutingSpec, UnknownNameError, refusal, shown
+from moe_routing_registry import RoutingSpec, UnknownNameError
+from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
     from moe_routing.models._preset import Changes, ModelPreset, Reads

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_routing.probing._installed import Installed
-from moe_routing_registry import refusal, shown
+from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from moe_routing.probing._describe import describe
 from moe_routing.probing._observe import locate, observe, present
-from moe_routing_registry import ForkSafeLock
+from moe_routing_registry.locks import ForkSafeLock
 
 if TYPE_CHECKING:
     import torch

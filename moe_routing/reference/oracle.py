@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing._kernel import RoutingOutput
 from moe_routing._registry import registry
+from moe_routing.kernel import RoutingOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.reference.compare import compare
-from moe_routing_registry import ForkSafeLock, PluginFailure, contained
+from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.locks import ForkSafeLock
 
 if TYPE_CHECKING:
     from torch import Tensor

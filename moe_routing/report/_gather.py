@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_routing.doctor import examine
-from moe_routing.doctor._machine import Failure
-from moe_routing_registry import PluginFailure, contained
+from moe_routing.doctor import Failure, examine
+from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +93,7 @@ def _conformance(backend: str, place: str, advance: Advance) -> Report:
 
 
 def _bench(place: str, advance: Advance) -> Result:
-    from moe_routing.bench._measure import measure
+    from moe_routing.bench.measuring import measure
 
     return measure(_settings(place), on_case=lambda _result, done, total: advance("bench", done, total))
 

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from moe_routing._html import escape, page, table
-from moe_routing.doctor._machine import Failure
+from moe_routing.doctor import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +100,7 @@ def _bench(gathered: Gathered) -> Iterator[str]:
     if isinstance(found, Failure):
         yield _failed(found)
         return
-    from moe_routing.bench._page import sections
+    from moe_routing.bench.page import sections
 
     yield from sections(found, heading="h3")
 

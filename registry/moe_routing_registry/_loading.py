@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pluggy
 
-from moe_routing_registry import _hooks
-from moe_routing_registry._card import BackendSpec, FamilySpec
-from moe_routing_registry._containment import PluginFailure, contained
-from moe_routing_registry._errors import DuplicateNameError
-from moe_routing_registry._operation import OperationSpec
-from moe_routing_registry._report import Rejection
-from moe_routing_registry._text import refusal
-from moe_routing_registry._verdict import RejectCode, Verdict
+from moe_routing_registry import hooks
+from moe_routing_registry.backend_spec import BackendSpec, FamilySpec
+from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.errors import DuplicateNameError
+from moe_routing_registry.operation import OperationSpec
+from moe_routing_registry.report import Rejection
+from moe_routing_registry.text import refusal
+from moe_routing_registry.verdict import RejectCode, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -146,7 +146,7 @@ def discover(built_in: Mapping[str, str], inventory: Inventory) -> list[Plugin]:
 def _entry_points(inventory: Inventory) -> list[importlib.metadata.EntryPoint]:
     try:
         with contained("reading metadata"):
-            return list(importlib.metadata.entry_points(group=_hooks.ENTRY_POINT_GROUP))
+            return list(importlib.metadata.entry_points(group=hooks.ENTRY_POINT_GROUP))
     except PluginFailure:
         pass  # one distribution's metadata cannot be read: read them one by one
     found: dict[str, list[importlib.metadata.EntryPoint]] = {}
@@ -154,7 +154,7 @@ def _entry_points(inventory: Inventory) -> list[importlib.metadata.EntryPoint]:
         name = _name_of(distribution)
         try:
             with contained("reading its entry_points.txt"):
-                points = [point for point in distribution.entry_points if point.group == _hooks.ENTRY_POINT_GROUP]
+                points = [point for point in distribution.entry_points if point.group == hooks.ENTRY_POINT_GROUP]
         except PluginFailure as failure:
             inventory.fail(name.partition(" ")[0], name, RejectCode.IMPORT_FAILED, failure.sentence, failure.trace)
         else:
@@ -191,16 +191,16 @@ def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -
 
 def _specs(module: object, key: str) -> Brought:
     """Call a plug-in's hooks. It has a manager of its own, so that neither its failure nor its wrappers reach another."""
-    manager = pluggy.PluginManager(_hooks.PROJECT)
-    manager.add_hookspecs(_hooks)
+    manager = pluggy.PluginManager(hooks.PROJECT)
+    manager.add_hookspecs(hooks)
     manager.register(module, name=key)
     manager.check_pending()
     hook = manager.hook
-    hooks = (hook.moe_routing_backends, hook.moe_routing_families, hook.moe_routing_operations)
-    if not any(each.get_hookimpls() for each in hooks):
-        msg = f"it implements none of the hooks {', '.join(each.name for each in hooks)}"
+    ours = (hook.moe_routing_backends, hook.moe_routing_families, hook.moe_routing_operations)
+    if not any(each.get_hookimpls() for each in ours):
+        msg = f"it implements none of the hooks {', '.join(each.name for each in ours)}"
         raise ValueError(msg)
-    return Brought(*(_called(each, kind) for each, kind in zip(hooks, (BackendSpec, FamilySpec, OperationSpec), strict=True)))
+    return Brought(*(_called(each, kind) for each, kind in zip(ours, (BackendSpec, FamilySpec, OperationSpec), strict=True)))
 
 
 def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from moe_routing_registry._containment import PluginFailure, contained
-from moe_routing_registry._verdict import RejectCode, Verdict
+from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.verdict import RejectCode, Verdict
 
 
 def check(requirements: tuple[str, ...]) -> Verdict:

@@ -20,7 +20,7 @@ T, H, E, K = 33, 16, 16, 4
 
 @pytest.fixture
 def load(monkeypatch):
-    """Import modules of the adapters and of the engines' seams, and forget them again."""
+    """Import modules of the adapters and of the engines' patch points, and forget them again."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(ENGINES))
     monkeypatch.syspath_prepend(str(ADAPTERS))

@@ -17,9 +17,9 @@ import torch
 
 from moe_routing.doctor import examine
 from moe_routing.integrations.vllm import _bodies, register, report
-from moe_routing.integrations.vllm._seams import SEAMS
+from moe_routing.integrations.vllm.patch_points import PATCH_POINTS
 
-FACTORY = SEAMS[0].parameters
+FACTORY = PATCH_POINTS[0].parameters
 FILES = {
     "__init__.py": "",
     "_version.py": "__version__ = version = '0.33.0'\n",
@@ -329,7 +329,7 @@ def test_doctor_says_what_the_plug_in_would_do(tmp_path, doctor):
         "vLLM 0.32.0 is known and left alone; MOE_ROUTING_VLLM=1 has us route for it",
     )
     assert (on["status"], on["summary"]) == ("ok", "vLLM 0.32.0 routes through us where its routers are known")
-    assert on["details"].count("\n") == len(SEAMS) - 1
+    assert on["details"].count("\n") == len(PATCH_POINTS) - 1
 
 
 def test_doctor_warns_where_the_plug_in_would_not_be_called(tmp_path, doctor):

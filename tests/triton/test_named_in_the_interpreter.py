@@ -9,7 +9,8 @@ import pytest
 
 from moe_routing_backends import triton
 from moe_routing_backends.triton import launch
-from moe_routing_registry import DeviceInfo, RejectCode, RoutingProblem, RoutingSpec, Toolchain, triton_interprets
+from moe_routing_registry import DeviceInfo, RejectCode, RoutingProblem, RoutingSpec, Toolchain
+from moe_routing_registry.device import triton_interprets
 
 CPU = DeviceInfo(type="cpu", platform="cpu", toolchains=(Toolchain(name="triton", version="3.7.1", usable=True),))
 PROBLEM = RoutingProblem(spec=RoutingSpec(family="f"), num_experts=8, topk=2, dtype="float32")

@@ -30,7 +30,7 @@ from vllm.model_executor.models.llama4 import Llama4MoE
 from moe_routing.integrations.vllm import register, report
 from moe_routing.integrations.vllm._install import replace
 from moe_routing.integrations.vllm._report import STATE
-from moe_routing.integrations.vllm._seams import look
+from moe_routing.integrations.vllm.patch_points import look
 
 T, E, K = 64, 32, 4
 

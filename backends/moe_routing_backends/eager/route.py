@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing import RoutingOutput
-    from moe_routing._kernel import Prepared
     from moe_routing.formula import Select, Top
+    from moe_routing.kernel import Prepared
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 SORT_UP_TO = 1 << 8

@@ -25,9 +25,9 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 
 from moe_routing import Operands, RoutingOutput
-from moe_routing._warnings import not_raised
 from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route, whole
-from moe_routing_registry import ForkSafeLock
+from moe_routing.python_warnings import not_raised
+from moe_routing_registry.locks import ForkSafeLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-    from moe_routing._kernel import Prepared
     from moe_routing.formula import Select
+    from moe_routing.kernel import Prepared
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 LOGGER = logging.getLogger("moe_routing.torch_compile")

@@ -8,18 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from moe_routing_registry import (
-    INTERPRETER,
-    BackendSpec,
-    DeviceInfo,
-    RejectCode,
-    RoutingProblem,
-    Target,
-    Verdict,
-    hookimpl,
-    knows_score,
-    triton_interprets,
-)
+from moe_routing_registry import BackendSpec, DeviceInfo, RejectCode, RoutingProblem, Target, Verdict, hookimpl, knows_score
+from moe_routing_registry.device import INTERPRETER, triton_interprets
 
 MAX_EXPERTS = 2048
 MAX_TOPK = 64

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing_backends.triton.xpu import launch_options
-from moe_routing_registry import ForkSafeLock
+from moe_routing_registry.locks import ForkSafeLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,13 +27,13 @@ from moe_routing_backends.triton.rows import rows_kernel
 from moe_routing_backends.triton.sieve import sieve_kernel
 from moe_routing_backends.triton.table import LAST_LANES
 from moe_routing_backends.triton.tiles import tiles_kernel
-from moe_routing_registry import INTERPRETER
+from moe_routing_registry.device import INTERPRETER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing import Operands
-    from moe_routing._kernel import Prepared
+    from moe_routing.kernel import Prepared
     from moe_routing_backends.triton.plan import Launch
     from moe_routing_backends.triton.table import Step
     from moe_routing_registry import DeviceInfo, RoutingProblem

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_routing_backends.triton.plan import CHUNK, GUESSED, Launch, can, kind
-from moe_routing_registry import printable
+from moe_routing_registry.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

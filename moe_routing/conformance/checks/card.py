@@ -12,14 +12,16 @@ from moe_routing.conformance.under_test import GAP_OF, BackendUnderTest, NotAppl
 from moe_routing.conformance.variants import VARIANTS, fits
 from moe_routing.families import FAMILIES
 from moe_routing.probing import probe
-from moe_routing_registry import CAPABILITIES, FactoryError, PluginFailure, RoutingProblem, contained
+from moe_routing_registry.backend_spec import CAPABILITIES
+from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.errors import FactoryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from moe_routing import Kernel
     from moe_routing.conformance.cases import Profile
-    from moe_routing_registry import Verdict
+    from moe_routing_registry import RoutingProblem, Verdict
 
 SIZES = ((1, 1), (2, 1), (8, 2), (60, 6), (64, 8), (72, 16), (128, 8), (512, 22), (1024, 32))
 DTYPES = ("float32", "bfloat16", "float16")

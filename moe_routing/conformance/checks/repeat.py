@@ -13,9 +13,9 @@ from moe_routing.conformance.under_test import same_bits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from moe_routing._kernel import RoutingOutput
     from moe_routing.conformance.cases import Case, Profile
     from moe_routing.conformance.under_test import BackendUnderTest
+    from moe_routing.kernel import RoutingOutput
 
 RUNS = 100
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from moe_routing._kernel import Operands, Prepares, RoutingOutput
 from moe_routing._router import Router
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
 from moe_routing.conformance.checks.traced import compare_gradients
 from moe_routing.conformance.under_test import DeclinedError, NotApplicableError, must_match, outputs, same_bits
 from moe_routing.conformance.variants import VARIANTS, fits
+from moe_routing.kernel import Operands, Prepares, RoutingOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing._kernel import RoutingOutput
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
 from moe_routing.conformance.under_test import NotRunError, must_match, same_bits
 from moe_routing.conformance.variants import VARIANTS
+from moe_routing.kernel import RoutingOutput
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from moe_routing.integrations.transformers._report import Layer, PatchReport
 from moe_routing.integrations.transformers._wrapping import defining, reaches, rebind, require_own_forward, require_plain
 from moe_routing.integrations.transformers.routers import STATE, made_of, routed, stock_of, swap
 from moe_routing.models import NOT_EXPRESSED
-from moe_routing_registry import refusal
+from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

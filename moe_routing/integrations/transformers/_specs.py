@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 -- its usual name
 
 from moe_routing.families import FAMILIES
 from moe_routing.integrations.transformers._fingerprint import RefusedError, fingerprint
-from moe_routing_registry import shown
+from moe_routing_registry.text import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,8 +8,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from moe_routing.integrations.vllm._report import STATE, site_of
-from moe_routing.integrations.vllm._seams import PLUGIN, VARIABLE, look
-from moe_routing_registry import PluginWarning, flag
+from moe_routing.integrations.vllm.patch_points import PLUGIN, VARIABLE, look
+from moe_routing_registry.errors import PluginWarning
+from moe_routing_registry.request import flag
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +80,7 @@ def replace(router: VllmRouter, num_experts: int) -> None:
     site, new = site_of(name, formula=made.spec.formula)
     if new:
         _log.info("%s: %s now computes %s", PLUGIN, name, made.spec.formula)
-    router._compute_routing = _computing(router, made, site)  # noqa: SLF001 -- the one seam below mapping and capture
+    router._compute_routing = _computing(router, made, site)  # noqa: SLF001 -- the one patch point below mapping and capture
 
 
 def _computing(router: VllmRouter, plan: Plan, site: Site) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

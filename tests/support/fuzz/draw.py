@@ -12,7 +12,7 @@ from fuzz import tensors
 from fuzz.calls import Call
 from moe_routing.families import FAMILIES
 from moe_routing_registry import RoutingSpec
-from moe_routing_registry._spec import SCORES, SELECTIONS
+from moe_routing_registry.routing_spec import SCORES, SELECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

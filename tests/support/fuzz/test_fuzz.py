@@ -20,7 +20,7 @@ from fuzz.draw import DTYPES, VECTOR_DTYPES, calls
 from fuzz.judge import possible
 from moe_routing.families import FAMILIES
 from moe_routing_registry import RoutingSpec
-from moe_routing_registry._spec import SCORES, SELECTIONS
+from moe_routing_registry.routing_spec import SCORES, SELECTIONS
 
 EAGER = 300
 """Calls that take some seconds."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing._kernel import RoutingOutput
 from moe_routing._registry import registry
+from moe_routing.kernel import RoutingOutput
 from moe_routing.reference import oracle
 from moe_routing_registry import ANY, BackendSpec, Target, Verdict
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing._kernel import RoutingOutput
+from moe_routing.kernel import RoutingOutput
 from moe_routing.reference import oracle
 from mutants._mutant import Reference, caught_by
 

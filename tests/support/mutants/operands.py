@@ -12,7 +12,7 @@ from mutants._mutant import Reference, caught_by
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_routing._kernel import RoutingOutput
+    from moe_routing.kernel import RoutingOutput
 
 
 class Changing(Reference):

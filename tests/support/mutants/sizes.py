@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing._kernel import RoutingOutput
 from moe_routing.conformance.pairwise import TOPK
+from moe_routing.kernel import RoutingOutput
 from moe_routing.reference import oracle
 from mutants._mutant import Reference, caught_by
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing._kernel import Operands, RoutingOutput
+from moe_routing.kernel import Operands, RoutingOutput
 from mutants._mutant import Reference, caught_by
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The seam of TensorRT-LLM (NVIDIA/TensorRT-LLM 0f3e29af, tensorrt_llm/_torch/modules/fused_moe/routing.py)."""
+"""The patch point of TensorRT-LLM (NVIDIA/TensorRT-LLM 0f3e29af, tensorrt_llm/_torch/modules/fused_moe/routing.py)."""
 
 from __future__ import annotations
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from moe_routing_registry._text import shown
+from moe_routing_registry.text import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from moe_routing_registry._report import ResolutionReport
+    from moe_routing_registry.report import Rejection, ResolutionReport
 
 
 class MoeRoutingWarning(UserWarning):
@@ -33,6 +33,7 @@ class UnknownNameError(ValueError):
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        """Find near names."""
         self.kind = kind
         self.name = name
         self.known = tuple(sorted(known))
@@ -45,6 +46,7 @@ class DuplicateNameError(RuntimeError):
     """Two distributions registered the same name, so a choice between them would be silent."""
 
     def __init__(self, kind: str, name: str, first: str, second: str) -> None:
+        """Say who brought it."""
         self.kind = kind
         self.name = name
         self.distributions = (first, second)
@@ -58,5 +60,15 @@ class BackendUnavailableError(RuntimeError):
     """No backend fits, or the one that was named does not; ``report`` holds every reason."""
 
     def __init__(self, message: str, report: ResolutionReport) -> None:
+        """Append the report."""
         self.report = report
         super().__init__(f"{message}\n{report}")
+
+
+class FactoryError(RuntimeError):
+    """A backend that fits could not be built; ``rejection`` says why."""
+
+    def __init__(self, rejection: Rejection) -> None:
+        """Name the backend and the reason."""
+        self.rejection = rejection
+        super().__init__(f"backend {rejection.name!r}: {rejection.verdict.reason}")

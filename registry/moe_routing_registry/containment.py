@@ -7,7 +7,7 @@ import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from moe_routing_registry._text import printable
+from moe_routing_registry.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +22,7 @@ class PluginFailure(Exception):  # noqa: N818 -- a failure of other code, which 
     """
 
     def __init__(self, doing: str, error: BaseException) -> None:
+        """Keep what was done, and what it raised."""
         self.error = error
         self.sentence = sentence(doing, error)
         self.trace = "".join(traceback.format_exception(error))

@@ -6,11 +6,11 @@ import base64
 from typing import TYPE_CHECKING
 
 from moe_routing._html import escape, page, table
-from moe_routing_registry import PluginFailure, contained
+from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
-    from moe_routing.bench._plot import Facet
     from moe_routing.bench._result import Result, Row
+    from moe_routing.bench.plot import Facet
 
 COLUMNS = ("T", "way", "us", "±", "GB/s", "of a copy", "times ours")
 """Of every table of a result, here and on the terminal."""
@@ -57,7 +57,7 @@ def sections(result: Result, heading: str = "h2") -> list[str]:
 
     Where matplotlib is missing or cannot draw, the page says so in place of the drawing.
     """
-    from moe_routing.bench._plot import facets
+    from moe_routing.bench.plot import facets
 
     parts = [f"<p>{escape(about(result))}</p>"]
     for facet, rows in facets(result).items():
@@ -79,7 +79,7 @@ def to_html(result: Result) -> str:
 
 
 def _picture(result: Result, facet: Facet) -> str:
-    from moe_routing.bench._plot import DARK, LIGHT, svg
+    from moe_routing.bench.plot import DARK, LIGHT, svg
 
     try:
         with contained("drawing"):

@@ -20,7 +20,7 @@ PLUGIN = "moe-routing"
 """Name of the entry point, which ``VLLM_PLUGINS`` takes."""
 
 
-class Seam(NamedTuple):
+class PatchPoint(NamedTuple):
     """A function of vLLM: its file inside the package, its qualified name, and its parameters without their types."""
 
     file: str
@@ -28,8 +28,8 @@ class Seam(NamedTuple):
     parameters: str
 
 
-SEAMS = (
-    Seam(
+PATCH_POINTS = (
+    PatchPoint(
         f"{ROUTERS}/router_factory.py",
         "create_fused_moe_router",
         "(top_k, global_num_experts, renormalize=True, use_grouped_topk=False, num_expert_group=None, topk_group=None, "
@@ -37,13 +37,13 @@ SEAMS = (
         "e_score_correction_bias=None, custom_routing_function=None, eplb_state=None, zero_expert_type=None, "
         "num_logical_experts=None, hash_indices_table=None, bias_vl=None, image_sentinel_lo=0, skip_padding=False)",
     ),
-    Seam(
+    PatchPoint(
         f"{ROUTERS}/base_router.py",
         "BaseRouter._compute_routing",
         "(self, hidden_states, router_logits, indices_type, *, input_ids=None)",
     ),
-    Seam(f"{ROUTERS}/fused_topk_router.py", "_get_padding_mask", "(num_tokens)"),
-    Seam("_aiter_ops.py", "rocm_aiter_ops.is_fused_moe_enabled", "(cls)"),
+    PatchPoint(f"{ROUTERS}/fused_topk_router.py", "_get_padding_mask", "(num_tokens)"),
+    PatchPoint("_aiter_ops.py", "rocm_aiter_ops.is_fused_moe_enabled", "(cls)"),
 )
 """Equal in every release that was read. The code of the routers, parameters included, is in ``known.json``."""
 
@@ -70,12 +70,12 @@ def look() -> Found | None:
     problems = []
     if ".".join(version.split(".")[:2]) not in known().versions:
         problems.append(f"its version is {version}, and only {' and '.join(known().versions)} were read")
-    for seam in SEAMS:
-        function = next(find(parse(root / seam.file), seam.name), None)
+    for point in PATCH_POINTS:
+        function = next(find(parse(root / point.file), point.name), None)
         if function is None:
-            problems.append(f"{seam.file} has no {seam.name}")
-        elif (parameters := _parameters(function)) != seam.parameters:
-            problems.append(f"{seam.name} takes {parameters}, not {seam.parameters}")
+            problems.append(f"{point.file} has no {point.name}")
+        elif (parameters := _parameters(function)) != point.parameters:
+            problems.append(f"{point.name} takes {parameters}, not {point.parameters}")
     return Found(version, tuple(problems), unknown(root))
 
 

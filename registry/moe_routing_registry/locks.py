@@ -29,6 +29,7 @@ class ForkSafeLock:
     __slots__ = ("__weakref__", "_lock")
 
     def __init__(self) -> None:
+        """Make a lock that nobody holds."""
         self._lock = threading.RLock()
         _LOCKS.add(self)
 

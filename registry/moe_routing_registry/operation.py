@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from moe_routing_registry._fields import require, require_path
-from moe_routing_registry._text import require_name
+from moe_routing_registry.text import require_name
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moe_routing_registry import printable
+from moe_routing_registry.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from moe_routing_registry._spec import RoutingSpec
+    from moe_routing_registry.routing_spec import RoutingSpec
 
 Layout = Literal["rows", "strided"]
 

@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from typing import TYPE_CHECKING
 
-from moe_routing_registry import ForkSafeLock
+from moe_routing_registry.locks import ForkSafeLock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moe_routing_registry._device import DeviceInfo
 from moe_routing_registry._fields import require, require_path, require_paths
-from moe_routing_registry._spec import SCORES, RoutingSpec
-from moe_routing_registry._text import refusal, require_name
-from moe_routing_registry._verdict import RejectCode, Verdict
+from moe_routing_registry.device import DeviceInfo
+from moe_routing_registry.routing_spec import SCORES, RoutingSpec
+from moe_routing_registry.text import refusal, require_name
+from moe_routing_registry.verdict import RejectCode, Verdict
 
 if TYPE_CHECKING:
-    from moe_routing_registry._problem import RoutingProblem
+    from moe_routing_registry.problem import RoutingProblem
 
 API_VERSION = 1
 """Version of the plug-in interface; a card written for another version is rejected, not tried."""

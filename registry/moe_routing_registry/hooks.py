@@ -9,8 +9,8 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moe_routing_registry._card import BackendSpec, FamilySpec
-    from moe_routing_registry._operation import OperationSpec
+    from moe_routing_registry.backend_spec import BackendSpec, FamilySpec
+    from moe_routing_registry.operation import OperationSpec
 
 PROJECT = "moe_routing"
 ENTRY_POINT_GROUP = "moe_routing.backends"

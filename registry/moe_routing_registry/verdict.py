@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from moe_routing_registry._text import printable, refusal, shown
+from moe_routing_registry.text import printable, refusal, shown
 
 
 class RejectCode(str, Enum):

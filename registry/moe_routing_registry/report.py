@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_routing_registry._text import printable
+from moe_routing_registry.text import printable
 
 if TYPE_CHECKING:
-    from moe_routing_registry._device import DeviceInfo
-    from moe_routing_registry._operation import Problem
-    from moe_routing_registry._request import AskedBy
-    from moe_routing_registry._verdict import Verdict
+    from moe_routing_registry.device import DeviceInfo
+    from moe_routing_registry.operation import Problem
+    from moe_routing_registry.request import AskedBy
+    from moe_routing_registry.verdict import Verdict
 
 _ASKED = {
     "argument": "asked for by the argument backend={name!r}",

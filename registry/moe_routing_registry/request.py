@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_routing_registry._text import refusal
+from moe_routing_registry.text import refusal
 
 AskedBy = Literal["argument", "context", "environment", "probe"]
 
@@ -33,6 +33,7 @@ class preferring(ContextDecorator):  # noqa: N801 -- used like the functions of 
     """
 
     def __init__(self, name: str) -> None:
+        """Keep the name of the backend."""
         self._name = name
 
     def __enter__(self) -> None:

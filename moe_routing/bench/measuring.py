@@ -16,7 +16,7 @@ from moe_routing.bench._check import problems
 from moe_routing.bench._inputs import cache_of, check_memory, make
 from moe_routing.bench._result import Result, Row
 from moe_routing.bench._ways import NotMeasuredError, backend, comparison, fitting
-from moe_routing_registry import PluginFailure, contained
+from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

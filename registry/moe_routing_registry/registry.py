@@ -11,23 +11,23 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from moe_routing_registry import _requirements
-from moe_routing_registry._card import API_VERSION, BackendSpec
-from moe_routing_registry._containment import PluginFailure, contained
-from moe_routing_registry._errors import BackendUnavailableError, DuplicateNameError, PluginWarning, UnknownNameError
 from moe_routing_registry._loading import Inventory, discover, load
-from moe_routing_registry._locks import ForkSafeLock
-from moe_routing_registry._report import Candidate, Rejection, ResolutionReport
-from moe_routing_registry._request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
-from moe_routing_registry._text import printable, refusal, shown
-from moe_routing_registry._verdict import MENDABLE, RejectCode, Verdict
+from moe_routing_registry.backend_spec import API_VERSION, BackendSpec
+from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.errors import DuplicateNameError, FactoryError, PluginWarning, UnknownNameError
+from moe_routing_registry.locks import ForkSafeLock
+from moe_routing_registry.report import Candidate, Rejection, ResolutionReport
+from moe_routing_registry.request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
+from moe_routing_registry.text import printable, refusal, shown
+from moe_routing_registry.verdict import MENDABLE, RejectCode, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from moe_routing_registry._card import FamilySpec
-    from moe_routing_registry._device import DeviceInfo
     from moe_routing_registry._loading import Plugin
-    from moe_routing_registry._operation import OperationSpec, Problem
+    from moe_routing_registry.backend_spec import FamilySpec
+    from moe_routing_registry.device import DeviceInfo
+    from moe_routing_registry.operation import OperationSpec, Problem
 
 
 _loading: ContextVar[bool] = ContextVar("moe_routing_loading", default=False)
@@ -49,6 +49,7 @@ class Registry:
         reserved: Collection[str] = (),
         operations: Iterable[OperationSpec] = (),
     ) -> None:
+        """Load nothing yet."""
         self._built_in = dict(built_in or {})
         self._reserved = frozenset(reserved)
         self._operations = {operation.name: operation for operation in operations}
@@ -389,14 +390,3 @@ def _chosen_by_itself(card: BackendSpec, device: DeviceInfo) -> bool:
 
 def _requires(card: BackendSpec, _problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
     return _requirements.check(card.requirements)
-
-
-class FactoryError(RuntimeError):
-    """A backend that fits could not be built; ``rejection`` says why."""
-
-    def __init__(self, rejection: Rejection) -> None:
-        self.rejection = rejection
-        super().__init__(f"backend {rejection.name!r}: {rejection.verdict.reason}")
-
-
-__all__ = ["BackendUnavailableError", "FactoryError", "Registry"]

@@ -9,7 +9,7 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moe_routing_registry._text import refusal, require_name, shown
+from moe_routing_registry.text import refusal, require_name, shown
 
 Selection = Literal["logits", "scores_plus_bias", "logits_plus_bias", "token_table", "sparsemixer"]
 GroupScore = Literal["max", "top2_sum"]
