@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def write(folder: Path) -> None:
     """Write ``families.md``, ``models.md`` and ``not_expressed.md`` into the folder."""
     folder.mkdir(exist_ok=True)
-    families = [(f"`{name}`", f"`{card.spec.formula}`", card.source) for name, card in FAMILIES.items()]
+    families = [(f"`{name}`", f"`{spec.spec.formula}`", spec.source) for name, spec in FAMILIES.items()]
     models = [
         (f"`{name}`", f"`{preset.spec.family}`", preset.num_experts, preset.topk, f"`{preset.spec.formula}`", preset.source)
         for name, preset in MODELS.items()

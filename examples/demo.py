@@ -257,7 +257,7 @@ def show_backend(route: moe_routing.Router) -> None:
         if candidate.name != report.winner:
             console.print(f"  also fits: {candidate.name} (priority {candidate.priority})")
     for rejection in report.rejected:
-        fix = f"; mend: [cyan]{escape(rejection.verdict.fix)}[/]" if rejection.verdict.fix else ""
+        fix = f"; fix: [cyan]{escape(rejection.verdict.fix)}[/]" if rejection.verdict.fix else ""
         console.print(f"  not {rejection.name}: {escape(rejection.verdict.reason)}{fix}")
 
 
@@ -287,7 +287,7 @@ def main() -> int:
         model = build(recipe, arguments.device)
     except (ImportError, AttributeError) as error:
         console.print(f"[bold red]transformers with {recipe.model} is missing:[/] {escape(str(error))}")
-        console.print("mend it in this checkout with:  [cyan]python -m pip install -e '.\\[transformers]'[/]")
+        console.print("fix it in this checkout with:  [cyan]python -m pip install -e '.\\[transformers]'[/]")
         return 2
     tokens = torch.randint(3, VOCABULARY, (4, 64), device=arguments.device)
     show_model(arguments.model, recipe, model, tokens, route)

@@ -262,7 +262,7 @@ def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:
     missed = report.rejection(report.missed) if report.missed else None
     if missed is None:
         return
-    fix = f"; mend: {missed.verdict.fix}" if missed.verdict.fix else ""
+    fix = f"; fix: {missed.verdict.fix}" if missed.verdict.fix else ""
     where = printable(str(report.device))
     text = f"{where} routes with {report.winner!r}, not with {missed.name!r}, which {missed.verdict.reason}{fix}"
     if request.strict:

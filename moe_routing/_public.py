@@ -117,17 +117,17 @@ def list_routers() -> Mapping[str, RoutingSpec]:
     'ids = topk(l); w = softmax(l[ids])'
     """
     plugins = registry().families
-    brought = {name: spec for card in plugins.values() for name, spec in card.models.items()}
+    brought = {name: spec for family_spec in plugins.values() for name, spec in family_spec.models.items()}
     return {
-        **{name: card.spec for name, card in plugins.items()},
+        **{name: family_spec.spec for name, family_spec in plugins.items()},
         **brought,
-        **{name: card.spec for name, card in FAMILIES.items()},
+        **{name: family_spec.spec for name, family_spec in FAMILIES.items()},
         **{name: preset.spec for name, preset in MODELS.items()},
     }
 
 
 def list_backends() -> Mapping[str, BackendSpec]:
-    """Return the card of every backend that is registered, best first.
+    """Return the spec of every registered backend, best first.
 
     >>> "eager" in list_backends()
     True

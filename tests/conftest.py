@@ -135,7 +135,7 @@ def moe_routing_backends():
 
 @pytest.fixture
 def install_backend(install_plugin):
-    """Install a plug-in whose card is ordinary but for ``extra``."""
+    """Install a plug-in whose spec is ordinary but for ``extra``."""
 
     def install(name, extra="priority=10", *, distribution=None, more=""):
         module = f"plugin_{name}_{(distribution or 'x').replace('-', '_')}"

@@ -55,11 +55,11 @@ def picky():
             return Verdict.no(RejectCode.DTYPE, "takes no float32", FIX)
         return Verdict.yes()
 
-    card = BackendSpec(
+    spec = BackendSpec(
         name="picky", factories={"route": "picky:build"}, targets=(Target("cpu"),), priority=3, supports=supports
     )
-    registry().register(card)
-    yield card
+    registry().register(spec)
+    yield spec
     registry().unregister("picky")
 
 

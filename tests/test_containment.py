@@ -356,7 +356,7 @@ def test_a_backend_or_family_spec_refuses_a_wrong_field_by_name(kind, fields, fi
 
 
 def test_a_registry_takes_nothing_but_backend_specs():
-    with pytest.raises(TypeError, match="card: expected a BackendSpec, got 3"):
+    with pytest.raises(TypeError, match="spec: expected a BackendSpec, got 3"):
         registry().register(3)
 
 

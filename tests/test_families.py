@@ -48,15 +48,15 @@ def assert_same(first, second):
 
 
 def test_families_are_the_documented_ones_with_the_documented_formulas():
-    assert {name: card.spec.formula for name, card in FAMILIES.items()} == FORMULAS
+    assert {name: spec.spec.formula for name, spec in FAMILIES.items()} == FORMULAS
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_goes_by_the_name_in_its_spec_and_says_where_it_comes_from(name):
-    card = FAMILIES[name]
-    assert card.spec.family == name
-    assert card.source
-    assert RoutingSpec.from_json(card.spec.to_json()) == card.spec
+    spec = FAMILIES[name]
+    assert spec.spec.family == name
+    assert spec.source
+    assert RoutingSpec.from_json(spec.spec.to_json()) == spec.spec
 
 
 def test_families_cannot_be_changed_by_accident():

@@ -20,7 +20,7 @@ BACKWARD = torch.ops.moe_routing.route_backward.default
 GEMMA = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 
 SPECS = {
-    **{name: card.spec for name, card in FAMILIES.items()},
+    **{name: spec.spec for name, spec in FAMILIES.items()},
     "grouped": RoutingSpec(
         family="g", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20, scale=2.5,
         num_groups=4, topk_groups=2, group_score="top2_sum",

@@ -41,16 +41,16 @@ PROBLEM = RoutingProblem(spec=RoutingSpec(family="topk_softmax", renormalize=Tru
 ON_CPU = (Target("cpu"),)
 
 
-def card(name, *, priority=10, targets=ON_CPU, **fields):
+def backend(name, *, priority=10, targets=ON_CPU, **fields):
     return BackendSpec(name=name, factories={"route": "json:dumps"}, targets=targets, priority=priority, **fields)
 
 
-def registry_of(*cards):
+def registry_of(*backends):
     """Return a registry with these backends only."""
     registry = Registry(operations=OPERATIONS)
     for name in list(registry.backends):
         registry.unregister(name)
-    for each in cards:
+    for each in backends:
         registry.register(each)
     return registry
 
@@ -67,27 +67,27 @@ def code_of(report, name):
 
 
 def test_the_higher_priority_wins():
-    report = resolve(registry_of(card("slow", priority=1), card("fast", priority=2)))
+    report = resolve(registry_of(backend("slow", priority=1), backend("fast", priority=2)))
     assert report.winner == "fast"
     assert [c.name for c in report.eligible] == ["fast", "slow"]
     assert report.asked_by == "probe"
 
 
 def test_at_equal_priority_the_narrower_target_wins():
-    wide = card("a_wide", targets=(Target(ANY),))
-    accelerator = card("b_accelerator", targets=(Target(ACCELERATOR),))
-    platform = card("c_platform", targets=(Target("cuda"),))
-    narrow = card("d_narrow", targets=(Target("cuda", min_capability=(9, 0)),))
+    wide = backend("a_wide", targets=(Target(ANY),))
+    accelerator = backend("b_accelerator", targets=(Target(ACCELERATOR),))
+    platform = backend("c_platform", targets=(Target("cuda"),))
+    narrow = backend("d_narrow", targets=(Target("cuda", min_capability=(9, 0)),))
     report = resolve(registry_of(wide, accelerator, platform, narrow), HOPPER)
     assert [c.name for c in report.eligible] == ["d_narrow", "c_platform", "b_accelerator", "a_wide"]
 
 
 def test_at_equal_priority_and_target_the_name_decides():
-    assert resolve(registry_of(card("beta"), card("alpha"))).winner == "alpha"
+    assert resolve(registry_of(backend("beta"), backend("alpha"))).winner == "alpha"
 
 
 def test_argument_beats_context_beats_environment_beats_priority(monkeypatch):
-    registry = registry_of(card("best", priority=99), card("arg"), card("ctx"), card("env"))
+    registry = registry_of(backend("best", priority=99), backend("arg"), backend("ctx"), backend("env"))
     assert resolve(registry).winner == "best"
     monkeypatch.setenv("MOE_ROUTING_BACKEND", "env")
     assert (resolve(registry).winner, resolve(registry).asked_by) == ("env", "environment")
@@ -99,14 +99,14 @@ def test_argument_beats_context_beats_environment_beats_priority(monkeypatch):
 
 
 def test_naming_a_backend_that_does_not_fit_leaves_no_winner():
-    report = resolve(registry_of(card("gpu", targets=(Target("cuda"),)), card("cpu")), backend="gpu")
+    report = resolve(registry_of(backend("gpu", targets=(Target("cuda"),)), backend("cpu")), backend="gpu")
     assert report.winner is None
     assert "cannot be used" in report.why
     assert code_of(report, "gpu") is RejectCode.PLATFORM
 
 
 def test_a_backend_without_a_priority_of_its_own_is_used_only_when_named():
-    registry = registry_of(card("acme", priority=-1), card("eager", priority=0))
+    registry = registry_of(backend("acme", priority=-1), backend("eager", priority=0))
     report = resolve(registry)
     assert report.winner == "eager"
     assert code_of(report, "acme") is RejectCode.EXPLICIT_ONLY
@@ -114,8 +114,8 @@ def test_a_backend_without_a_priority_of_its_own_is_used_only_when_named():
 
 
 def test_a_backend_may_be_explicit_only_on_one_kind_of_device():
-    everywhere = card("compiler", targets=(Target(ACCELERATOR), Target("cpu", explicit=True)))
-    registry = registry_of(everywhere, card("eager", priority=0, targets=(Target(ANY),)))
+    everywhere = backend("compiler", targets=(Target(ACCELERATOR), Target("cpu", explicit=True)))
+    registry = registry_of(everywhere, backend("eager", priority=0, targets=(Target(ANY),)))
     assert resolve(registry, HOPPER).winner == "compiler"
     assert resolve(registry).winner == "eager"
     assert code_of(resolve(registry), "compiler") is RejectCode.EXPLICIT_ONLY
@@ -124,7 +124,7 @@ def test_a_backend_may_be_explicit_only_on_one_kind_of_device():
 
 def test_a_blocked_backend_is_not_used(monkeypatch):
     monkeypatch.setenv("MOE_ROUTING_BLOCK", "fast, other")
-    report = resolve(registry_of(card("fast", priority=99), card("other", priority=50), card("slow")))
+    report = resolve(registry_of(backend("fast", priority=99), backend("other", priority=50), backend("slow")))
     assert report.winner == "slow"
     assert code_of(report, "fast") is code_of(report, "other") is RejectCode.BLOCKED
 
@@ -133,12 +133,12 @@ def test_a_blocked_backend_is_not_used(monkeypatch):
 def test_a_misspelt_backend_in_the_environment_is_an_error_that_names_variable_and_near_matches(monkeypatch, variable):
     monkeypatch.setenv(variable, "tritn")
     with pytest.raises(UnknownNameError, match=rf"{variable} 'tritn': did you mean 'triton'"):
-        resolve(registry_of(card("triton")))
+        resolve(registry_of(backend("triton")))
 
 
 def test_a_misspelt_backend_in_an_argument_lists_near_matches():
     with pytest.raises(UnknownNameError, match=r"'eagr': did you mean 'eager'\? Known: eager, other"):
-        resolve(registry_of(card("eager"), card("other")), backend="eagr")
+        resolve(registry_of(backend("eager"), backend("other")), backend="eagr")
 
 
 @pytest.mark.parametrize(
@@ -174,24 +174,24 @@ def test_an_unclear_flag_is_an_error(monkeypatch):
     ids=lambda value: value.value if isinstance(value, RejectCode) else "",
 )
 def test_each_reason_has_its_code(fields, code):
-    report = resolve(registry_of(card("bad", **fields), card("good")))
+    report = resolve(registry_of(backend("bad", **fields), backend("good")))
     assert report.winner == "good"
     assert code_of(report, "bad") is code
 
 
 def test_a_requirement_whose_marker_does_not_apply_is_met():
     fields = {"requirements": ("no-such-distribution; platform_system == 'Plan9'",)}
-    assert resolve(registry_of(card("fine", **fields))).winner == "fine"
+    assert resolve(registry_of(backend("fine", **fields))).winner == "fine"
 
 
 def test_a_failing_support_rule_keeps_its_traceback():
-    report = resolve(registry_of(card("bad", supports=lambda _p, _d: 1 // 0)))
+    report = resolve(registry_of(backend("bad", supports=lambda _p, _d: 1 // 0)))
     assert "ZeroDivisionError" in report.rejection("bad").traceback
 
 
 def test_a_better_backend_that_something_mendable_kept_away_is_named():
-    missing = card("fast", priority=99, requirements=("no-such-distribution",))
-    assert resolve(registry_of(missing, card("slow"))).missed == "fast"
+    missing = backend("fast", priority=99, requirements=("no-such-distribution",))
+    assert resolve(registry_of(missing, backend("slow"))).missed == "fast"
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_a_better_backend_that_something_mendable_kept_away_is_named():
     ids=["other device", "worse anyway", "cannot do the problem", "only when named"],
 )
 def test_nothing_is_missed_where_the_choice_would_have_been_the_same(fields):
-    assert resolve(registry_of(card("other", **fields), card("slow"))).missed is None
+    assert resolve(registry_of(backend("other", **fields), backend("slow"))).missed is None
 
 
 def test_a_factory_that_raises_is_a_rejection_with_its_own_code():
-    registry = registry_of(card("bad"))  # json.dumps(problem, device) raises TypeError
+    registry = registry_of(backend("bad"))  # json.dumps(problem, device) raises TypeError
     with pytest.raises(FactoryError) as caught:
         registry.build("bad", PROBLEM, CPU)
     assert caught.value.rejection.verdict.code is RejectCode.FACTORY_FAILED
@@ -217,7 +217,7 @@ def test_a_factory_that_raises_is_a_rejection_with_its_own_code():
 
 
 def test_after_a_factory_failed_the_next_one_wins_and_the_failure_is_kept():
-    report = resolve(registry_of(card("bad", priority=99), card("good")))
+    report = resolve(registry_of(backend("bad", priority=99), backend("good")))
     after = report.without(Rejection(name="bad", verdict=Verdict.no(RejectCode.FACTORY_FAILED, "raised"), distribution="d"))
     assert (after.winner, after.missed) == ("good", "bad")
     assert code_of(after, "bad") is RejectCode.FACTORY_FAILED
@@ -263,7 +263,7 @@ def test_rocm_generations_are_a_set_without_an_order():
 @pytest.mark.parametrize("name", ["", "Upper", "with space", "a,b", "a:b"])
 def test_a_backend_name_that_could_not_be_typed_is_refused(name):
     with pytest.raises(ValueError, match="name: expected"):
-        card(name)
+        backend(name)
 
 
 # Loading plug-ins
@@ -295,7 +295,7 @@ def test_a_plugin_that_fails_at_import_costs_only_itself(install_plugin, install
         "def moe_routing_backends(): return ['acme']",
         "def moe_routing_backends(wrong): pass",
     ],
-    ids=["raises", "returns no card", "wrong signature"],
+    ids=["raises", "returns no spec", "wrong signature"],
 )
 def test_a_plugin_that_fails_at_registration_costs_only_itself(install_plugin, install_backend, hook):
     install_plugin("broken", f"from moe_routing_registry import hookimpl\n@hookimpl\n{hook}\n")
@@ -324,7 +324,7 @@ def test_a_name_that_two_distributions_claim_is_an_error_naming_both(install_bac
         resolve(registry)
     assert set(caught.value.distributions) == {"first-dist 1.0", "second-dist 1.0"}
     monkeypatch.setenv("MOE_ROUTING_BLOCK", "acme")
-    registry.register(card("other"))
+    registry.register(backend("other"))
     assert resolve(registry).winner == "other"
 
 
@@ -341,7 +341,7 @@ def test_a_family_may_come_from_a_plugin(install_plugin):
 
 
 def test_the_report_is_json_all_the_way_down():
-    report = resolve(registry_of(card("good"), card("bad", requirements=("no-such-distribution",))))
+    report = resolve(registry_of(backend("good"), backend("bad", requirements=("no-such-distribution",))))
     said = json.loads(json.dumps(report.to_dict()))
     assert said["winner"] == "good"
     assert said["rejected"][0]["code"] == "requirement_missing"

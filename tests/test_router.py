@@ -146,7 +146,7 @@ def test_a_named_backend_whose_factory_fails_is_an_error_with_the_cause(add_back
 
 def test_a_better_backend_out_of_reach_warns_with_the_command_that_mends_it(add_backend):
     add_backend("wanting", "build_seven", priority=999, requirements=("no-such-distribution",))
-    with pytest.warns(DowngradeWarning, match="mend: pip install 'no-such-distribution'"):
+    with pytest.warns(DowngradeWarning, match="fix: pip install 'no-such-distribution'"):
         assert fresh_router()(LOGITS, 2).ids[0, 0] == 1
 
 

@@ -1,4 +1,4 @@
-"""A family that the fields of RoutingSpec cannot say: a plug-in brings its card, its oracle and its backend."""
+"""A family that the fields of RoutingSpec cannot say: a plug-in brings its spec, its oracle and its backend."""
 
 from __future__ import annotations
 

@@ -49,11 +49,11 @@ def catalogue() -> dict[str, Entry]:
 
     known = registry()
     entries: dict[str, Entry] = {}
-    for family, card in known.families.items():
-        entries[family] = Entry(family, "family", card.spec, card.source)
+    for family, family_spec in known.families.items():
+        entries[family] = Entry(family, "family", family_spec.spec, family_spec.source)
         brought_by = known.distribution(family, kind="family")
-        entries |= {name: Entry(name, "model", spec, f"plug-in {brought_by}") for name, spec in card.models.items()}
-    entries |= {name: Entry(name, "family", card.spec, card.source) for name, card in FAMILIES.items()}
+        entries |= {name: Entry(name, "model", spec, f"plug-in {brought_by}") for name, spec in family_spec.models.items()}
+    entries |= {name: Entry(name, "family", family_spec.spec, family_spec.source) for name, family_spec in FAMILIES.items()}
     # A model may be called like its family, as Gemma4 is; `get_router` then gives the model.
     entries |= {p.name: Entry(p.name, "model", p.spec, p.source, p.num_experts, p.topk) for p in MODELS.values()}
     return dict(sorted(entries.items(), key=lambda item: (item[1].kind, item[0])))

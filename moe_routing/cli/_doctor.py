@@ -21,7 +21,7 @@ def doctor(  # noqa: PLR0913 -- the options of the command
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also tracebacks, and checks that do not apply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Examine devices, toolchains, backends and plug-ins; say what to mend, and how."""
+    """Examine devices, toolchains, backends and plug-ins; say what to fix, and how."""
     from moe_routing.doctor import CHECKS, examine
 
     for name in check or ():

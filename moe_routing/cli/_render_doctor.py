@@ -1,4 +1,4 @@
-"""Show an examination: tables of what is here, then every check with the command that mends it on the next line.
+"""Show an examination: tables of what is here, then every check with the command that fixes it on the next line.
 
 Commands and tracebacks are never wrapped, so that they can be copied; in tables long words fold, none is cut off.
 """
@@ -70,8 +70,8 @@ def _toolchains(report: dict[str, Any], console: Console) -> None:
 def _backends(report: dict[str, Any], console: Console) -> None:
     places = list(report["reports"])
     if not places:
-        cards = [(backend["name"], backend["distribution"], backend["summary"]) for backend in report["backends"]]
-        console.print(table("Backends", "Name", "From", "What", rows=cards, whole=("Name",)))
+        known = [(backend["name"], backend["distribution"], backend["summary"]) for backend in report["backends"]]
+        console.print(table("Backends", "Name", "From", "What", rows=known, whole=("Name",)))
         return
     for place in places:
         problem = report["reports"][place]["problem"] or {}

@@ -115,7 +115,9 @@ def _refusal(report: ResolutionReport) -> str:
     from moe_routing._registry import registry
 
     tunable = [
-        card.name for card in registry().backends.values() if report.problem and report.problem.operation in card.tuners
+        backend.name
+        for backend in registry().backends.values()
+        if report.problem and report.problem.operation in backend.tuners
     ]
     routes = f"{report.winner} routes, which has nothing to tune" if report.winner else "no backend routes"
     missed = [rejection for name in tunable if (rejection := report.rejection(name)) is not None]

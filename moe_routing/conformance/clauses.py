@@ -28,11 +28,11 @@ class Clause:
 _CLAUSES = (
     Clause(
         0,
-        "honest_card",
-        "The card is honest",
-        "What the card accepts works; what it declines cannot be had, or is a gap with a reason.",
+        "honest_spec",
+        "The spec is honest",
+        "What the backend accepts works; what it declines is impossible, or a gap with a reason.",
         "What `supports()` accepts works, and what it declines is tried all the same: built without asking, it must "
-        "raise or be wrong. If it works, the backend must accept it, or name the gap and its reason on its card "
+        "raise or be wrong. If it works, the backend must accept it, or name the gap and its reason in its spec "
         '(`BackendSpec(gaps={"dtype": "half precision is left to ..."})`), which the report prints. A declared gap '
         "must be one.",
         "otherwise declining is the easiest way to pass.",

@@ -25,7 +25,7 @@ def files(name: str) -> dict[str, str]:
     places = {
         "pyproject.toml": "pyproject.toml.txt",
         "README.md": "README.md.txt",
-        f"{package}/__init__.py": "card.py.txt",
+        f"{package}/__init__.py": "plugin.py.txt",
         f"{package}/kernel.py": "kernel.py.txt",
         "tests/test_conformance.py": "test_conformance.py.txt",
     }

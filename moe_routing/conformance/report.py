@@ -22,8 +22,8 @@ _MARKS = {"passed": "✓", "failed": "✗", "gap": "△", "declined": "-", "not_
 _WORDS = {
     "passed": "passed",
     "failed": "failed",
-    "gap": "fails, and the card says why",
-    "declined": "the card declines it",
+    "gap": "fails, and the spec says why",
+    "declined": "the backend declines it",
     "not_run": "cannot be run here",
     "not_applicable": "nothing to check here",
 }
@@ -98,7 +98,7 @@ def to_html(report: Report) -> str:
         legend(report),
         listing("Failures", report.failed, "failed"),
         _gaps(report),
-        _reasons("Declined by the card", [r for r in report.results if r.status == "declined"]),
+        _reasons("Declined by the backend", [r for r in report.results if r.status == "declined"]),
         _reasons("Cannot be run here", [r for r in report.results if r.status == "not_run"]),
         _reasons("Nothing to check here", [r for r in report.results if r.status == "not_applicable"]),
         _checks(report),

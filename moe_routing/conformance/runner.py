@@ -45,7 +45,7 @@ class Result:
     :ivar check: the check's name.
     :ivar case: the case's name.
     :ivar family: the family, or ``""`` where it is about none.
-    :ivar status: ``"passed"``; ``"failed"``; ``"gap"``: it fails, and the card gives a reason; ``"declined"``: the card
+    :ivar status: ``"passed"``; ``"failed"``; ``"gap"``: it fails, and the spec gives a reason; ``"declined"``: the backend
         declines the problem; ``"not_run"``: it needs what is not here; ``"not_applicable"``: there is nothing to check.
     :ivar message: why, unless it passed.
     :ivar seconds: how long it took.
@@ -202,7 +202,7 @@ def run(  # noqa: PLR0913 -- the options of the command
         profile=profile,
         seed=seed,
         versions={"python": platform.python_version(), "torch": torch.__version__, "moe-routing": _version()},
-        gaps=dict(under_test.card.gaps),
+        gaps=dict(under_test.spec.gaps),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     begun = time.perf_counter()
@@ -283,5 +283,5 @@ def _outcome(item: Item, under_test: BackendUnderTest) -> tuple[Status, str]:
 
 
 def _failure(item: Item, under_test: BackendUnderTest, message: str) -> tuple[Status, str]:
-    reason = under_test.card.gaps.get(item.check.capability)
+    reason = under_test.spec.gaps.get(item.check.capability)
     return ("gap", f"{reason} ({message.partition(chr(10))[0]})") if reason else ("failed", message)

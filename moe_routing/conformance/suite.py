@@ -25,7 +25,7 @@ class RouterConformance:
     :cvar device: the device, ``"cpu"`` unless this or ``--moe-device`` says otherwise.
     :cvar profile: ``"quick"``, ``"smoke"`` or ``"full"``; the option ``--moe-full`` overrides it.
 
-    A check that the backend's card declines, that its ``gaps`` excuse, or that makes no sense on the device, is a skip
+    A check that the backend declines, that its ``gaps`` excuse, or that makes no sense on the device, is a skip
     with the reason; ``moe-routing conformance`` writes the same into a report.
     """
 

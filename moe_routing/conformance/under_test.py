@@ -34,7 +34,7 @@ GAP_OF = {
 
 
 class DeclinedError(Exception):
-    """The backend declines the problem through its card: not wrong, but shown in the report."""
+    """The backend declines the problem: not wrong, but shown in the report."""
 
     def __init__(self, rejection: Rejection) -> None:
         """Keep the rejection."""
@@ -58,8 +58,8 @@ class BackendUnderTest:
     device: torch.device
 
     @property
-    def card(self) -> BackendSpec:
-        """The backend's card."""
+    def spec(self) -> BackendSpec:
+        """The backend's spec."""
         return registry().backends[self.backend]
 
     def why_not(self, problems: Iterable[Problem]) -> Rejection | None:
@@ -94,7 +94,7 @@ class BackendUnderTest:
     def route(self, call: Call, out: RoutingOutput | None = None) -> RoutingOutput:
         """Route a call.
 
-        :raises DeclinedError: the card declines the problem.
+        :raises DeclinedError: the backend declines the problem.
         """
         # Memory that the allocator hands out next must not happen to hold the right answer.
         columns = call.topk + call.spec.shared_experts

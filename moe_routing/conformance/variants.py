@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _built_in() -> dict[str, RoutingSpec]:
-    family = {name: card.spec for name, card in FAMILIES.items()}
+    family = {name: family_spec.spec for name, family_spec in FAMILIES.items()}
     modified = {
         "softmax_topk/renormalized_scaled": family["softmax_topk"].replace(renormalize=True, scale=2.5),
         "softmax_topk/softcap": family["softmax_topk"].replace(logit_softcap=30.0),
@@ -41,7 +41,7 @@ BUILT_IN: Mapping[str, RoutingSpec] = MappingProxyType(_built_in())
 """Name -> spec. What stands before the slash is the family."""
 
 VARIANTS: Mapping[str, RoutingSpec] = MappingProxyType(
-    {**{name: card.spec for name, card in registry().families.items()}, **BUILT_IN}
+    {**{name: family_spec.spec for name, family_spec in registry().families.items()}, **BUILT_IN}
 )
 """The same, with the families of plug-ins, each held to the oracle that it brings."""
 

@@ -29,7 +29,7 @@ class Case:
     :ivar device: the device that was asked for, or ``None``.
     :ivar router: the router that backends are judged by.
     :ivar verify: whether available backends are to be compared with the oracle.
-    :ivar backends: every backend's card.
+    :ivar backends: every backend's spec.
     :ivar distributions: who brought each.
     :ivar operations: every operation's spec.
     :ivar failures: plug-ins that failed.

@@ -72,7 +72,7 @@ def _unseen_gpus(case: Case) -> list[tuple[str, str]]:
 
 
 def _why_unseen(case: Case, vendors: set[str]) -> tuple[str, str]:
-    """Say why torch sees none of the GPUs of these vendors, and how to mend it: hidden, another build, or the driver."""
+    """Say why torch sees none of the GPUs of these vendors, and how to fix it: hidden, another build, or the driver."""
     hidden = [name for name in HIDING if name in os.environ]
     build = case.machine.build
     if build is None or not vendors & _VENDORS.get(build.kind, set()):

@@ -74,7 +74,7 @@ def examine(
         "router": case.router,
         "devices": [_plain(info.to_dict()) for info in case.machine.devices],
         "toolchains": [_plain(_fields(t)) for t in case.machine.toolchains],
-        "backends": [_backend(case, card) for card in case.backends.values()],
+        "backends": [_backend(case, backend) for backend in case.backends.values()],
         "operations": [_operation(case, spec) for spec in case.operations.values()],
         "plugin_failures": [failure.to_dict() for failure in case.failures],
         "environment": [variable._asdict() for variable in variables(known)],
@@ -92,16 +92,16 @@ def _run(name: str, case: Case) -> list[Check]:
         return [Check(name=name, status="problem", summary=failure.sentence, details=failure.trace)]
 
 
-def _backend(case: Case, card: BackendSpec) -> dict[str, Any]:
+def _backend(case: Case, backend: BackendSpec) -> dict[str, Any]:
     return {
-        "name": card.name,
-        "summary": card.summary,
-        "distribution": case.distributions[card.name],
-        "priority": card.priority,
-        "operations": list(card.factories),
-        "targets": [str(target) for target in card.targets],
-        "requirements": list(card.requirements),
-        "devices": {name: _state(card.name, report) for name, report in case.reports.items()},
+        "name": backend.name,
+        "summary": backend.summary,
+        "distribution": case.distributions[backend.name],
+        "priority": backend.priority,
+        "operations": list(backend.factories),
+        "targets": [str(target) for target in backend.targets],
+        "requirements": list(backend.requirements),
+        "devices": {name: _state(backend.name, report) for name, report in case.reports.items()},
     }
 
 
@@ -110,7 +110,7 @@ def _operation(case: Case, spec: OperationSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "summary": spec.summary,
-        "backends": [card.name for card in case.backends.values() if spec.name in card.factories],
+        "backends": [backend.name for backend in case.backends.values() if spec.name in backend.factories],
         "devices": {
             name: {"problem": str(report.problem or ""), "winner": report.winner, "why": report.why}
             for name, report in reports.items()

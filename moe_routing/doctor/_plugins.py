@@ -86,11 +86,11 @@ def load_and_ask() -> None:
     for key, why in left_out.items():
         known.leave_out(key, why)
     known.load(lambda plugin: print(plugin.key, file=channel, flush=True))
-    for name, card in known.backends.items():
+    for name, backend in known.backends.items():
         plugin = known.plugin(name)
         if plugin is not None and not plugin.built_in:
             others = frozenset(known.backends) - {name}
-            for operation, device in itertools.product(card.factories, devices):
+            for operation, device in itertools.product(backend.factories, devices):
                 print(plugin.key, file=channel, flush=True)
                 with contextlib.suppress(KeyError, PluginFailure):  # no such operation, or no example: the report says so
                     known.resolve(known.example(operation), device, Request(name, "argument", others))

@@ -33,8 +33,8 @@ def vllm(_case: Case) -> list[Check]:
         return [_finding("warning", f"{here} finds no plug-in {PLUGIN}: there is no metadata", "pip install moe-routing")]
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
-        mend = f"export VLLM_PLUGINS={','.join(filter(None, [allowed, PLUGIN]))}"
-        return [_finding("warning", f"{here} is told to leave {PLUGIN} out by VLLM_PLUGINS={allowed}", mend)]
+        fix = f"export VLLM_PLUGINS={','.join(filter(None, [allowed, PLUGIN]))}"
+        return [_finding("warning", f"{here} is told to leave {PLUGIN} out by VLLM_PLUGINS={allowed}", fix)]
     sites = report().sites
     did = tuple(f"{s.layers} x {s.router}, {s.calls} calls: {s.formula or f'left alone: {s.reason}'}" for s in sites)
     replaced = sum(site.layers for site in sites if site.formula)

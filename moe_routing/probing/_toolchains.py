@@ -1,4 +1,4 @@
-"""What can compile for a device: torch, triton, ROCm, XPU and IPEX, installed against usable, with the command that mends."""
+"""What can compile for a device: torch, triton, ROCm, XPU and IPEX, installed against usable, with the command that fixes."""
 
 from __future__ import annotations
 

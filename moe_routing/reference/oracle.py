@@ -61,10 +61,10 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
 
 def brought(family: str) -> Callable[..., RoutingOutput] | None:
     """Return the oracle that a plug-in brought with its family, ``None`` where this module's is the one."""
-    card = registry().families.get(family)
-    if card is None or not card.oracle:
+    family_spec = registry().families.get(family)
+    if family_spec is None or not family_spec.oracle:
         return None
-    module, _, attribute = card.oracle.partition(":")
+    module, _, attribute = family_spec.oracle.partition(":")
     theirs: Callable[..., RoutingOutput] = getattr(importlib.import_module(module), attribute)
     return theirs
 

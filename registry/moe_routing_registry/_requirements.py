@@ -1,4 +1,4 @@
-"""Requirements of a card, checked from installed metadata; nothing is imported to find out."""
+"""Requirements of a backend spec, checked from installed metadata; nothing is imported to find out."""
 
 from __future__ import annotations
 

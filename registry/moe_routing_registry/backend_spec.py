@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from moe_routing_registry.problem import RoutingProblem
 
 API_VERSION = 1
-"""Version of the plug-in interface; a card written for another version is rejected, not tried."""
+"""Version of the plug-in interface; a spec for another version is rejected."""
 
 CAPABILITIES = (
     "compile", "cuda_graphs", "dtype", "family", "gradients", "large_sizes", "layout", "several_devices", "shape",
 )  # fmt: skip
-"""What a backend may consciously leave out, and say so on its card."""
+"""What a backend may leave out deliberately, and state in its spec."""
 
 ANY = "*"
 ACCELERATOR = "accelerator"
@@ -138,7 +138,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSpec:
-    """A backend's card: everything that choosing needs, without importing the backend.
+    """Describes a backend to the registry: everything that the choice needs, without importing the backend.
 
     Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
 
@@ -211,7 +211,7 @@ class BackendSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilySpec:
-    """A routing family's card.
+    """Describes a routing family to the registry.
 
     Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
 

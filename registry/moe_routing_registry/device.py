@@ -25,7 +25,7 @@ class Toolchain:
     :ivar version: its version, or ``None`` where it is not installed.
     :ivar usable: whether it can be used, which is more than being installed.
     :ivar detail: what it carries, or why it cannot be used.
-    :ivar fix: the command that mends it, or ``""``.
+    :ivar fix: the command that fixes it, or ``""``.
     """
 
     name: str

@@ -22,16 +22,16 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def moe_routing_backends() -> Sequence[BackendSpec]:  # type: ignore[empty-body]
-    """Return the cards of the backends that this plug-in brings.
+    """Return the specs of the backends that this plug-in provides.
 
-    Called once, when the registry is first used. Import neither torch nor the backend here: the card names the
+    Called once, when the registry is first used. Import neither torch nor the backend here: the spec names the
     factory, which is imported when it is chosen.
     """
 
 
 @hookspec
 def moe_routing_families() -> Sequence[FamilySpec]:  # type: ignore[empty-body]
-    """Return the cards of the routing families that this plug-in brings, with their oracles."""
+    """Return the specs of the routing families that this plug-in provides, with their oracles."""
 
 
 @hookspec

@@ -19,7 +19,7 @@ from moe_routing_registry.locks import ForkSafeLock
 from moe_routing_registry.report import Candidate, Rejection, ResolutionReport
 from moe_routing_registry.request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
 from moe_routing_registry.text import printable, refusal, shown
-from moe_routing_registry.verdict import MENDABLE, RejectCode, Verdict
+from moe_routing_registry.verdict import FIXABLE, RejectCode, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -144,19 +144,19 @@ class Registry:
         """Return the distribution that brought a backend (or, with ``kind="family"``, a family)."""
         return self.load().distributions[kind, name]
 
-    def register(self, card: BackendSpec, distribution: str = "(this process)") -> None:
+    def register(self, spec: BackendSpec, distribution: str = "(this process)") -> None:
         """Add a backend by hand, for a notebook or a test; plug-ins use the hook.
 
         Raises ``TypeError`` for what is no ``BackendSpec``, and ``DuplicateNameError`` if the name is taken.
         """
-        if type(card) is not BackendSpec:
-            raise TypeError(refusal("card", "a BackendSpec", card))
+        if type(spec) is not BackendSpec:
+            raise TypeError(refusal("spec", "a BackendSpec", spec))
         with self._lock:
             inventory = self.load()
-            if card.name in inventory.backends:
-                kind, taken_by = "backend", inventory.distributions["backend", card.name]
-                raise DuplicateNameError(kind, card.name, taken_by, distribution)
-            inventory.add(card, distribution)
+            if spec.name in inventory.backends:
+                kind, taken_by = "backend", inventory.distributions["backend", spec.name]
+                raise DuplicateNameError(kind, spec.name, taken_by, distribution)
+            inventory.add(spec, distribution)
             self.generation += 1
 
     def unregister(self, name: str) -> None:
@@ -183,15 +183,17 @@ class Registry:
         fitting: list[tuple[Rank, Candidate]] = []
         rejected = list(self.failures)
         lost: list[tuple[Rank, str]] = []
-        for name, card in self.backends.items():
-            verdict, trace = self._judge(card, problem, device, request)
+        for name, backend in self.backends.items():
+            verdict, trace = self._judge(backend, problem, device, request)
             distribution = self.distribution(name)
             if verdict:
-                fitting.append((_rank(card, device), Candidate(name=name, priority=card.priority, distribution=distribution)))
+                fitting.append(
+                    (_rank(backend, device), Candidate(name=name, priority=backend.priority, distribution=distribution))
+                )
                 continue
             rejected.append(Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace))
-            if verdict.code in MENDABLE and _chosen_by_itself(card, device):
-                lost.append((_rank(card, device), name))
+            if verdict.code in FIXABLE and _chosen_by_itself(backend, device):
+                lost.append((_rank(backend, device), name))
         fitting.sort(key=itemgetter(0))
         eligible = tuple(candidate for _, candidate in fitting)
         winner = next((c.name for c in eligible if request.backend in (None, c.name)), None)
@@ -222,50 +224,50 @@ class Registry:
             if duplicate.name not in request.blocked:
                 raise duplicate
 
-    def _judge(self, card: BackendSpec, problem: Problem, device: DeviceInfo, request: Request) -> tuple[Verdict, str]:
+    def _judge(self, backend: BackendSpec, problem: Problem, device: DeviceInfo, request: Request) -> tuple[Verdict, str]:
         """Go from the cheapest reason to the dearest; the second item is a traceback, mostly empty."""
         cheap = (self._permitted, _offers, _matches, self._serves, _requires)
         for rule in cheap:
-            verdict = rule(card, problem, device, request)
+            verdict = rule(backend, problem, device, request)
             if not verdict:
                 return verdict, ""
-        verdict, trace = self._ask(card, problem, device)
-        if verdict and request.backend != card.name and not _chosen_by_itself(card, device):
-            fix = f"get_router(..., backend={card.name!r})"
+        verdict, trace = self._ask(backend, problem, device)
+        if verdict and request.backend != backend.name and not _chosen_by_itself(backend, device):
+            fix = f"get_router(..., backend={backend.name!r})"
             return Verdict.no(RejectCode.EXPLICIT_ONLY, "fits, but is only used when it is named", fix), ""
         return verdict, trace
 
-    def _permitted(self, card: BackendSpec, _problem: Problem, _device: DeviceInfo, request: Request) -> Verdict:
-        if card.name in request.blocked:
+    def _permitted(self, backend: BackendSpec, _problem: Problem, _device: DeviceInfo, request: Request) -> Verdict:
+        if backend.name in request.blocked:
             return Verdict.no(RejectCode.BLOCKED, f"{BLOCK_VARIABLE} names it", f"unset {BLOCK_VARIABLE}")
-        if card.api_version != API_VERSION:
-            reason = f"is written for plug-in interface {card.api_version}, this is {API_VERSION}"
-            fix = f"pip install --upgrade moe-routing {shlex.quote(self.distribution(card.name).partition(' ')[0])}"
+        if backend.api_version != API_VERSION:
+            reason = f"is written for plug-in interface {backend.api_version}, this is {API_VERSION}"
+            fix = f"pip install --upgrade moe-routing {shlex.quote(self.distribution(backend.name).partition(' ')[0])}"
             return Verdict.no(RejectCode.API_VERSION, reason, fix)
         return Verdict.yes()
 
-    def _serves(self, card: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
+    def _serves(self, backend: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
         name = problem.family
         if not name:
             return Verdict.yes()
-        if card.families is not None:
-            if name in card.families:
+        if backend.families is not None:
+            if name in backend.families:
                 return Verdict.yes()
-            reason = f"does not serve family {name!r}; serves {', '.join(sorted(card.families))}"
+            reason = f"does not serve family {name!r}; serves {', '.join(sorted(backend.families))}"
             return Verdict.no(RejectCode.FAMILY, reason)
         family = self.families.get(name)
-        if family is None or not family.oracle or self.distribution(card.name) == self.distribution(name, "family"):
+        if family is None or not family.oracle or self.distribution(backend.name) == self.distribution(name, "family"):
             return Verdict.yes()
         reason = f"computes what the fields of a spec say, and family {name!r} has an oracle of its own, which may say more"
         return Verdict.no(RejectCode.FAMILY, reason)
 
     @staticmethod
-    def _ask(card: BackendSpec, problem: Problem, device: DeviceInfo) -> tuple[Verdict, str]:
-        if card.supports is None:
+    def _ask(backend: BackendSpec, problem: Problem, device: DeviceInfo) -> tuple[Verdict, str]:
+        if backend.supports is None:
             return Verdict.yes(), ""
         try:
             with contained("its support rule"):
-                verdict: object = card.supports(problem, device)
+                verdict: object = backend.supports(problem, device)
         except PluginFailure as failure:
             return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, failure.sentence), failure.trace
         if type(verdict) is not Verdict:
@@ -328,12 +330,12 @@ def _takes_unsupported(factory: Callable[..., object]) -> bool:
     return "unsupported" in inspect.signature(factory).parameters
 
 
-def _notes(card: BackendSpec, problem: Problem, device: DeviceInfo) -> tuple[str, ...]:
-    if card.notes is None:
+def _notes(backend: BackendSpec, problem: Problem, device: DeviceInfo) -> tuple[str, ...]:
+    if backend.notes is None:
         return ()
     try:
         with contained("its notes"):
-            notes: object = card.notes(problem, device)
+            notes: object = backend.notes(problem, device)
     except PluginFailure as failure:
         return (failure.sentence,)
     if not isinstance(notes, (tuple, list)) or not all(isinstance(note, str) for note in notes):
@@ -351,32 +353,32 @@ Rank = tuple[int, int, str]
 """Sort key of the choice, best first: priority, then narrower target, then name."""
 
 
-def _rank(card: BackendSpec, device: DeviceInfo) -> Rank:
-    return -card.priority, -max((t.narrowness for t in card.targets if t.match(device)), default=0), card.name
+def _rank(backend: BackendSpec, device: DeviceInfo) -> Rank:
+    return -backend.priority, -max((t.narrowness for t in backend.targets if t.match(device)), default=0), backend.name
 
 
 def _missed(request: Request, fitting: list[tuple[Rank, Candidate]], lost: list[tuple[Rank, str]]) -> str | None:
-    """Name the backend that would have won if it were not for something that can be mended."""
+    """Name the backend that would have won if it were not for something that can be fixed."""
     if request.backend is not None or not lost:
         return None
     rank, name = min(lost)
     return name if not fitting or rank < fitting[0][0] else None
 
 
-def _offers(card: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
-    if problem.operation in card.factories:
+def _offers(backend: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
+    if problem.operation in backend.factories:
         return Verdict.yes()
-    reason = f"has no factory for the operation {problem.operation!r}; it computes {', '.join(card.factories)}"
+    reason = f"has no factory for the operation {problem.operation!r}; it computes {', '.join(backend.factories)}"
     return Verdict.no(RejectCode.OPERATION, reason)
 
 
-def _matches(card: BackendSpec, _problem: Problem, device: DeviceInfo, _request: Request) -> Verdict:
-    verdicts = [target.match(device) for target in card.targets]
+def _matches(backend: BackendSpec, _problem: Problem, device: DeviceInfo, _request: Request) -> Verdict:
+    verdicts = [target.match(device) for target in backend.targets]
     if any(verdicts):
         return Verdict.yes()
     # The most telling one: a wrong generation of the right platform says more than a wrong platform.
     generations = [verdict for verdict in verdicts if verdict.code is RejectCode.ARCH]
-    platforms = " and ".join(dict.fromkeys(target.platform for target in card.targets))
+    platforms = " and ".join(dict.fromkeys(target.platform for target in backend.targets))
     return (
         generations[0]
         if generations
@@ -384,9 +386,9 @@ def _matches(card: BackendSpec, _problem: Problem, device: DeviceInfo, _request:
     )
 
 
-def _chosen_by_itself(card: BackendSpec, device: DeviceInfo) -> bool:
-    return card.priority >= 0 and any(t.match(device) and not t.explicit for t in card.targets)
+def _chosen_by_itself(backend: BackendSpec, device: DeviceInfo) -> bool:
+    return backend.priority >= 0 and any(t.match(device) and not t.explicit for t in backend.targets)
 
 
-def _requires(card: BackendSpec, _problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
-    return _requirements.check(card.requirements)
+def _requires(backend: BackendSpec, _problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
+    return _requirements.check(backend.requirements)

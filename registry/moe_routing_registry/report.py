@@ -27,7 +27,7 @@ class Candidate:
     """A backend that fits.
 
     :ivar name: its name.
-    :ivar priority: the priority on its card.
+    :ivar priority: its priority.
     :ivar distribution: the distribution that brought it, ``"moe-routing 0.1.0"`` for example.
     """
 
@@ -41,7 +41,7 @@ class Rejection:
     """A backend, or a plug-in that got no further, that does not fit.
 
     :ivar name: name of the backend, or of the entry point that failed before it could name one.
-    :ivar verdict: the code, the sentence, and the command that mends it.
+    :ivar verdict: the code, the sentence, and the command that fixes it.
     :ivar distribution: the distribution that brought it.
     :ivar traceback: where it raised, ``""`` where nothing raised.
     """
@@ -141,7 +141,5 @@ class ResolutionReport:
         lines += [f"  also fits: {c.name} (priority {c.priority})" for c in self.eligible if c.name != self.winner]
         for r in self.rejected:
             code = r.verdict.code.value if r.verdict.code else "?"
-            lines.append(
-                f"  not {r.name}: {r.verdict.reason} [{code}]" + (f"; mend: {r.verdict.fix}" if r.verdict.fix else "")
-            )
+            lines.append(f"  not {r.name}: {r.verdict.reason} [{code}]" + (f"; fix: {r.verdict.fix}" if r.verdict.fix else ""))
         return "\n".join(printable(" ".join(line.split("\n"))) for line in lines)

@@ -1,4 +1,4 @@
-"""``Verdict``: yes, or no with a code from a closed list, a sentence and the command that mends it."""
+"""``Verdict``: yes, or no with a code from a closed list, a sentence and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RejectCode(str, Enum):
     REGISTRATION_FAILED = "registration_failed"
     """The plug-in's hook raised, is misspelt, returned something other than specs, or a spec whose name is built in."""
     API_VERSION = "api_version"
-    """The card is written for another version of the plug-in interface."""
+    """The spec is written for another version of the plug-in interface."""
     BLOCKED = "blocked"
     """``MOE_ROUTING_BLOCK`` names it."""
     OPERATION = "operation"
@@ -49,7 +49,7 @@ class RejectCode(str, Enum):
     """Its factory raised when it was asked to build."""
 
 
-MENDABLE = frozenset(
+FIXABLE = frozenset(
     {
         RejectCode.API_VERSION,
         RejectCode.REQUIREMENT_MISSING,
@@ -79,7 +79,7 @@ class Verdict:
 
     :ivar code: why not, or ``None`` for yes.
     :ivar reason: the same in a sentence, ``""`` for yes.
-    :ivar fix: the command that mends it, or ``""`` where there is none.
+    :ivar fix: the command that fixes it, or ``""`` where there is none.
     """
 
     code: RejectCode | None = None
@@ -107,7 +107,7 @@ class Verdict:
 
     @classmethod
     def no(cls, code: RejectCode, reason: str, fix: str = "") -> Verdict:
-        """Decline, with the code, a sentence, and the command that mends it where there is one."""
+        """Decline, with the code, a sentence, and the command that fixes it where there is one."""
         return cls(code, reason, fix)
 
     def __bool__(self) -> bool:

@@ -119,9 +119,9 @@ def declining():
         mutant = Mutant(factory, "", supports=supports)
         manager = registered(mutant)
         name = manager.__enter__()
-        card = registry().backends[name]
+        spec = registry().backends[name]
         registry().unregister(name)
-        registry().register(dataclasses.replace(card, gaps=gaps))
+        registry().register(dataclasses.replace(spec, gaps=gaps))
         names.append(manager)
         return name
 

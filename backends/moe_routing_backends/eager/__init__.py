@@ -7,7 +7,7 @@ from moe_routing_registry import ANY, BackendSpec, Target, hookimpl, knows_score
 
 @hookimpl
 def moe_routing_backends() -> list[BackendSpec]:
-    """Hand in the card."""
+    """Register the backends."""
     return [
         BackendSpec(
             name="eager",

@@ -7,7 +7,7 @@ from moe_routing_registry import ACCELERATOR, BackendSpec, Target, hookimpl, kno
 
 @hookimpl
 def moe_routing_backends() -> list[BackendSpec]:
-    """Hand in the card."""
+    """Register the backends."""
     return [
         BackendSpec(
             name="torch-compile",

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA and ROCm, and for Intel's XPU: one code base, two cards. Free of torch and triton.
+"""Triton kernels for CUDA and ROCm, and for Intel's XPU: one code base, two backends. Free of torch and triton.
 
 Where Triton interprets kernels (``TRITON_INTERPRET=1``), which it does on the CPU, the CPU is a target of both, for those who
 name them.
@@ -63,7 +63,7 @@ def notes(problem: RoutingProblem, device: DeviceInfo, *, interpreted_as: Device
 
 @hookimpl
 def moe_routing_backends() -> list[BackendSpec]:
-    """Hand in the cards."""
+    """Register the backends."""
     interpreter = (Target("cpu", explicit=True),) if triton_interprets() else ()
     return [
         BackendSpec(

@@ -89,7 +89,7 @@ class TritonRouter:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Say whether launches take the slow way, which only a launch can tell; the card says which table speaks."""
+        """Say whether launches take the slow way, which only a launch can tell; the spec's notes say which table applies."""
         why = self._compiled.indirect
         return (f"launches through Triton's own launcher: {why}",) if why else ()
 

@@ -1,4 +1,4 @@
-"""The card of the acme backend. The registry imports this file to choose, so it imports neither torch nor numba."""
+"""The spec of the acme backend. The registry imports this file to choose, so it imports neither torch nor numba."""
 
 from moe_routing_registry import BackendSpec, DeviceInfo, RejectCode, RoutingProblem, Target, Verdict, hookimpl
 
@@ -20,7 +20,7 @@ def supports(problem: RoutingProblem, _device: DeviceInfo) -> Verdict:
 
 @hookimpl
 def moe_routing_backends() -> list[BackendSpec]:
-    """Hand in the card."""
+    """Register the backends."""
     return [
         BackendSpec(
             name="acme",

@@ -64,7 +64,7 @@ class Bound:
     ) -> RoutingOutput:
         """Route ``logits [T, E]``: float32 weights and integer ids, both ``[T, K + shared_experts]``.
 
-        ``token_ids`` and ``expert_table`` come as ``None``: the card declines the selection that takes them.
+        ``token_ids`` and ``expert_table`` come as ``None``: the backend declines the selection that takes them.
         """
         spec, (num_tokens, num_experts) = self.spec, logits.shape
         slots = num_experts + spec.shared_experts

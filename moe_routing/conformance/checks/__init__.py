@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from moe_routing.conformance.checks import (
     arguments,
-    card,
     fields,
+    honesty,
     memory,
     operands,
     repeat,
@@ -30,6 +30,6 @@ def named(name: str) -> Check:
 
 __all__ = [
     "ROUTE",
-    "arguments", "card", "fields", "memory", "named", "operands", "repeat",
+    "arguments", "fields", "honesty", "memory", "named", "operands", "repeat",
     "sizes", "state", "streams", "traced", "values",
 ]  # fmt: skip

@@ -41,14 +41,14 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
     """Register the backend inside the block."""
-    card = BackendSpec(
+    spec = BackendSpec(
         name=INTERPRETED,
         factories={"route": "fuzz.interpreted:build"},
         targets=(Target("cpu", explicit=True),),
         supports=supports,
     )
-    registry().register(card)
+    registry().register(spec)
     try:
         yield
     finally:
-        registry().unregister(card.name)
+        registry().unregister(spec.name)

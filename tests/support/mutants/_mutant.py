@@ -110,14 +110,14 @@ def caught_by(check: str, *variants: str, saying: str, supports: Any = None, onl
 @contextlib.contextmanager
 def registered(mutant: Mutant) -> Iterator[str]:
     """Register a mutant (or the reference, as a mutant of nothing) as a backend inside the block, and yield its name."""
-    card = BackendSpec(
+    spec = BackendSpec(
         name=mutant.name,
         factories={"route": f"{mutant.factory.__module__}:{mutant.factory.__name__}"},
         targets=(Target(ANY),),
         supports=mutant.supports,
     )
-    registry().register(card)
+    registry().register(spec)
     try:
-        yield card.name
+        yield spec.name
     finally:
-        registry().unregister(card.name)
+        registry().unregister(spec.name)

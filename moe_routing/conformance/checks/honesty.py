@@ -1,4 +1,4 @@
-"""Clause 0: the card says what is true, so that declining is no way to pass."""
+"""Clause 0: the spec is true, so that a backend cannot pass by declining."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _variants(profile: Profile) -> list[Problems]:
 
 @check(0, _variants)
 def what_it_accepts_it_routes(under_test: BackendUnderTest, case: Problems) -> None:
-    """Every problem that the card accepts can be built and routed."""
+    """Every problem that the backend accepts can be built and routed."""
     accepted = 0
     for words, training in case:
         problem = words.problem(training=training)
@@ -92,47 +92,47 @@ def what_it_accepts_it_routes(under_test: BackendUnderTest, case: Problems) -> N
             raise AssertionError(msg) from failure.error
         must_match(call, output)
     if not accepted:
-        msg = "the card declines every problem of this family"
+        msg = "the backend declines every problem of this family"
         raise NotApplicableError(msg)
 
 
 @dataclass(frozen=True, slots=True)
 class TheCard:
-    """The card as a whole."""
+    """The spec as a whole."""
 
-    id: str = "card"
+    id: str = "spec"
     family: str = ""
 
 
 @check(0, lambda _: [TheCard()])
 def it_serves_the_families_on_its_card(under_test: BackendUnderTest, _case: TheCard) -> None:
-    """Every family that the card names is served in some size; a card that names none serves at least one."""
-    named = under_test.card.families
+    """Every family that the spec names is served in some size; a spec that names none serves at least one."""
+    named = under_test.spec.families
     served = {
         case.family
         for variant in VARIANTS
         for case, training in Problems(variant, "quick")
         if not training and _verdict(under_test, case.problem()) is None
     }
-    require(served, "the card declines every problem of every built-in family")
+    require(served, "the backend declines every problem of every built-in family")
     missing = sorted(named.intersection(FAMILIES) - served) if named else []
-    require(not missing, f"the card names {', '.join(missing)}, but declines every problem of them")
+    require(not missing, f"the spec names {', '.join(missing)}, but declines every problem of them")
 
 
 @check(0, _variants)
 def what_it_declines_cannot_be_had(under_test: BackendUnderTest, case: Problems) -> None:
-    """What the card declines, built all the same, fails or is wrong; else the card must give its gap a reason."""
+    """What the backend declines, built all the same, fails or is wrong; else the spec must give a reason for the gap."""
     declined: dict[Verdict, list[tuple[Case, RoutingProblem]]] = {}
     for words, training in case:
         problem = words.problem(training=training)
         if (verdict := _verdict(under_test, problem)) is not None:
             declined.setdefault(verdict, []).append((words, problem))
     if not declined:
-        msg = "the card declines nothing of this"
+        msg = "the backend declines nothing of this"
         raise NotApplicableError(msg)
     for verdict, problems in declined.items():
         gap = GAP_OF.get(verdict.code) if verdict.code else None
-        if gap not in under_test.card.gaps:
+        if gap not in under_test.spec.gaps:
             _must_be_impossible(under_test, problems, verdict.reason, f"accept it, or give a reason under gaps[{gap!r}]")
 
 
@@ -177,7 +177,7 @@ def _routes_right(under_test: BackendUnderTest, case: Case, kernel: Kernel) -> b
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A capability that a card may declare a gap in."""
+    """A capability that a spec may declare a gap in."""
 
     id: str
     family: str = ""
@@ -185,9 +185,9 @@ class Gap:
 
 @check(0, lambda _: [Gap(capability) for capability in CAPABILITIES])
 def a_declared_gap_is_real(under_test: BackendUnderTest, case: Gap) -> None:
-    """What the card declares a gap in is declined, or tried and found to fail."""
-    if case.id not in under_test.card.gaps:
-        msg = "the card declares no such gap"
+    """What the spec declares a gap in is declined, or tried and found to fail."""
+    if case.id not in under_test.spec.gaps:
+        msg = "the spec declares no such gap"
         raise NotApplicableError(msg)
     if case.id in GAP_OF.values():
         codes = {code for code, gap in GAP_OF.items() if gap == case.id}
