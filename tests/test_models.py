@@ -20,8 +20,6 @@ from moe_routing_registry import UnknownNameError
 FOLDERS = Path(transformers.__file__).parent / "models"
 BAILING = {name for name in MODELS if name.startswith("bailing_moe")}
 NOT_IN_TRANSFORMERS = {"deepseek_v4_hash", "interns1_pro", "interns1_pro_text", "kimi_k2"} | BAILING
-NEWER = {"hy_v4_vl", "hy_v4_vl_text", "inkling2_loop", "inkling2_loop_text", "lara_mini", "sarvam_mla", "sarvam_moe"}
-"""Presets of transformers 5.24, which an older one may lack."""
 OTHER_DEFAULTS = {"kimi_k25"}
 """Presets of a released configuration, because transformers' class has a text model of its choice."""
 REQUIRED = {
@@ -39,8 +37,7 @@ TEXT_OF = {name: f"{name}_text" for name in MODELS if f"{name}_text" in MODELS} 
     "step3p7": "step3p5",
 }
 """Models of several parts, and the part that has the router."""
-MISSING = {name for name in NEWER if name not in CONFIG_MAPPING}
-PARTS = sorted(set(MODELS) - NOT_IN_TRANSFORMERS - OTHER_DEFAULTS - set(TEXT_OF) - MISSING)
+PARTS = sorted(set(MODELS) - NOT_IN_TRANSFORMERS - OTHER_DEFAULTS - set(TEXT_OF))
 
 
 def default(name):
@@ -99,7 +96,7 @@ def test_a_model_of_several_parts_has_the_preset_of_its_text_model(name):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(TEXT_OF) - NOT_IN_TRANSFORMERS - MISSING - {name for name in TEXT_OF if TEXT_OF[name] in REQUIRED})
+    "name", sorted(set(TEXT_OF) - NOT_IN_TRANSFORMERS - {name for name in TEXT_OF if TEXT_OF[name] in REQUIRED})
 )
 def test_the_configuration_of_a_model_of_several_parts_is_read_in_its_text_model(name):
     assert from_config(CONFIG_MAPPING[name]()) == from_config(CONFIG_MAPPING[TEXT_OF[name]]())
@@ -307,7 +304,7 @@ def test_a_setting_that_a_preset_would_not_follow_is_refused_by_name(name, attri
         from_config(said(name) | {attribute: value})
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - MISSING))
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_preset_refuses_another_score_another_renormalisation_and_another_scale(name):
     config = said(name) | REQUIRED.get(name, {}) if name in NOT_IN_TRANSFORMERS | OTHER_DEFAULTS else said(name)
     if name in TEXT_OF and name not in NOT_IN_TRANSFORMERS | OTHER_DEFAULTS:

@@ -7,19 +7,24 @@ import math
 import random
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
 import mutants
 import pytest
+import torch
 from mutants import MUTANTS, Mutant, registered
 
 from moe_routing import UnknownNameError
 from moe_routing._registry import registry
 from moe_routing.conformance import quick, run, verify
 from moe_routing.conformance import report as reports
+from moe_routing.conformance.cases import Case
+from moe_routing.conformance.checks import traced
 from moe_routing.conformance.clauses import CLAUSES
 from moe_routing.conformance.runner import NotUsableError, Report, Result
+from moe_routing.conformance.under_test import BackendUnderTest
 from moe_routing_registry import BackendSpec, RejectCode, Target, Verdict
 
 
@@ -270,3 +275,18 @@ def test_a_kernel_that_panics_fails_its_checks_and_only_an_interrupt_ends_the_ru
             run("panicking", profile="smoke", clauses=[10])
     finally:
         registry().unregister("panicking")
+
+
+def test_a_warning_that_torchs_opcheck_gives_fails_no_check(monkeypatch):
+    opcheck = torch.library.opcheck
+
+    def warning(*arguments):  # torch 2.15 warns inside it, older ones do not
+        warnings.warn("a look at .grad", stacklevel=1)
+        return opcheck(*arguments)
+
+    monkeypatch.setattr(torch.library, "opcheck", warning)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("error")
+        under_test = BackendUnderTest("eager", torch.device("cpu"))
+        traced.the_operator_of_training_passes_opcheck(under_test, Case(variant="softmax_topk"))
+    assert "a look at .grad" in {str(caught.message) for caught in shown}

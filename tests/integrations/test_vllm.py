@@ -241,18 +241,42 @@ def test_comments_layout_annotations_and_other_functions_change_no_fingerprint(t
     assert _bodies.body(root, NAME).fingerprint in bodies()[NAME]
 
 
-def test_functions_in_branches_and_from_other_router_modules_are_followed(tmp_path):
-    def fingerprint(name, text, caller="best(logits, top_k)"):
-        helper = f"from vllm.{_bodies.ROUTERS.replace('/', '.')}.base_router import most as best\n"
-        changed = helper + FILES[ROUTER].replace("logits.topk(top_k)", caller)
-        root = write_vllm(tmp_path / name, fused_topk_router=changed, base_router=FILES[BASE] + text) / "vllm"
-        return _bodies.body(root, NAME)
+def of_helper(site, text):
+    """Write a router that calls ``most`` of another module, with that text in the other module; return what is read of it."""
+    helper = f"from vllm.{_bodies.ROUTERS.replace('/', '.')}.base_router import most as best\n"
+    changed = helper + FILES[ROUTER].replace("logits.topk(top_k)", "best(logits, top_k)")
+    return _bodies.body(write_vllm(site, fused_topk_router=changed, base_router=FILES[BASE] + text) / "vllm", NAME)
 
-    branches = "if True:\n    def most(a, k): return a.topk(k)\nelse:\n    def most(a, k): return a.topk(k, sorted=False)\n"
-    first = fingerprint("a", branches)
+
+BLOCKS = {
+    "module": "{}",
+    "if": "if x:\n {}",
+    "elif": "if x: pass\nelif y:\n {}",
+    "else": "if x: pass\nelse:\n {}",
+    "try": "try:\n {}\nexcept ImportError: pass",
+    "except": "try: import x\nexcept OSError: pass\nexcept ImportError:\n {}",
+    "try else": "try: import x\nexcept ImportError: pass\nelse:\n {}",
+    "finally": "try: import x\nfinally:\n {}",
+    "with": "with x:\n {}",
+    "for": "for x in y:\n {}",
+    "match": "match x:\n case 1:\n  {}",
+    "both": "if x:\n try: import x\n except ImportError:\n  {}",
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_functions_from_other_router_modules_are_followed_into_every_block(tmp_path, block):
+    text = block.format("def most(a, k): return a.topk(k)")
+    first = of_helper(tmp_path / "first", text)
     assert ("vllm.model_executor.layers.fused_moe.router.base_router", "most") in first.functions
-    assert fingerprint("b", branches).fingerprint == first.fingerprint
-    assert fingerprint("c", branches.replace("sorted", "largest")).fingerprint != first.fingerprint
+    assert of_helper(tmp_path / "again", text).fingerprint == first.fingerprint
+    assert of_helper(tmp_path / "other", text.replace("(k)", "(k, largest=False)")).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("outside", ["def f():\n {}", "async def f():\n {}", "class F:\n {}"])
+def test_a_function_inside_another_or_a_method_is_no_function_of_the_module(tmp_path, outside):
+    read = of_helper(tmp_path, outside.format("def most(a, k): return a.topk(k)"))
+    assert "most" not in dict(read.functions).values()
 
 
 ROUTE_THEIRS = """

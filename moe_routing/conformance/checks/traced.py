@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing._operators import CallConfig, arguments
+from moe_routing._warnings import not_raised
 from moe_routing.conformance.cases import on_device
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
@@ -111,7 +112,8 @@ def _opcheck(under_test: BackendUnderTest, call: Call, operator: Any) -> None:  
         part = call.rows(rows)
         logits = part.logits.detach().requires_grad_(call.logits.requires_grad)
         config = CallConfig(part.spec.to_json(), under_test.backend, part.topk, dtype)
-        torch.library.opcheck(operator, arguments(config, KernelOperands(logits, **part.operands)))
+        with not_raised():  # opcheck looks at the .grad of logits that are no leaf, and torch 2.15 warns of that
+            torch.library.opcheck(operator, arguments(config, KernelOperands(logits, **part.operands)))
 
 
 def _differentiable(profile: Profile) -> Iterator[Case]:

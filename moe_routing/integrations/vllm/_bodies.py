@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moe_routing.integrations._code import described, digest, home_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 ROUTERS = "model_executor/layers/fused_moe/router"
 _PACKAGE = f"vllm.{ROUTERS.replace('/', '.')}."
@@ -122,16 +122,16 @@ def parse(file: Path) -> list[ast.stmt]:
         return []
 
 
-def find(statements: list[ast.stmt], name: str) -> Iterator[ast.FunctionDef]:
-    """Yield the functions of a qualified name, those in branches too."""
+def find(nodes: Iterable[ast.AST], name: str) -> Iterator[ast.FunctionDef]:
+    """Yield the functions of a qualified name, those in a branch, a handler or any other block too."""
     head, _, rest = name.partition(".")
-    for node in statements:
+    for node in nodes:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             yield node
         elif isinstance(node, ast.ClassDef) and node.name == head and rest:
             yield from find(node.body, rest)
-        elif isinstance(node, (ast.If, ast.Try)):
-            yield from find(node.body + node.orelse, name)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):  # what is in those is local
+            yield from find(ast.iter_child_nodes(node), name)
 
 
 def _reason(root: Path, name: str) -> str:
