@@ -51,7 +51,7 @@ def integer(argument: str, value: object, expected: str = "an int") -> int:
 def check_operands(
     spec: RoutingSpec, operands: Operands, topk: int, ids_dtype: torch.dtype, *, num_experts: int | None = None
 ) -> None:
-    """Check all that a call brings; ``out`` is ``as_output``'s already.
+    """Check all that a call brings; ``num_valid_tokens`` is ``counted``'s and ``out`` is ``as_output``'s already.
 
     :param num_experts: E as a configuration says it, if one does.
     """
@@ -139,12 +139,19 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
         _wrong(ValueError, "expert_table", f"the logits' device {logits.device}", value.device)
 
 
-def valid_rows(value: object, logits: object) -> int:
-    """Return a number of valid tokens that is no tensor as kernels take it: from 0 to T, since more than all is all."""
-    number = integer("num_valid_tokens", value, "an int or an integer tensor")
+def counted(operands: Operands) -> Operands:
+    """Give a number of valid tokens that is no tensor the form in which kernels take it: an int from 0 to T, for more are all.
+
+    The logits have not been checked yet.
+    """
+    logits, valid = operands.logits, operands.num_valid_tokens
+    if valid is None or isinstance(valid, Tensor):
+        return operands
+    number = integer("num_valid_tokens", valid, "an int or an integer tensor")
     if number < 0:
         _wrong(ValueError, "num_valid_tokens", "a number >= 0", number)
-    return min(number, logits.shape[0]) if isinstance(logits, Tensor) and logits.dim() else number
+    rows = logits.shape[0] if isinstance(logits, Tensor) and logits.dim() else 0
+    return operands._replace(num_valid_tokens=min(number, rows))
 
 
 def check_valid_tokens(value: Tensor, logits: Tensor) -> None:

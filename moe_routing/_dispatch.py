@@ -61,8 +61,14 @@ class Resolved(NamedTuple):
 
     def route(self, operands: Operands, shadow: Shadow | None = None) -> RoutingOutput:
         """Call the kernel with checked operands, and let shadow mode compare the result."""
+        output = self._call(operands)
+        if shadow is not None:
+            shadow.look(self.problem.spec, self.problem.topk, operands, output, self._call)
+        return output
+
+    def _call(self, operands: Operands) -> RoutingOutput:
         logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
-        output = self.kernel(
+        return self.kernel(
             logits,
             per_expert_scale=None if scale is None else scale.contiguous(),
             bias=None if bias is None else bias.contiguous(),
@@ -72,11 +78,6 @@ class Resolved(NamedTuple):
             expert_map=None if expert_map is None else expert_map.contiguous(),
             out=out,
         )
-        if shadow is not None:
-            given = operands._asdict()
-            del given["logits"], given["out"]
-            shadow.look(self.problem.spec, logits, self.problem.topk, output, given)
-        return output
 
     def warm_up_backward(self) -> None:
         """Go back through zeros once with each dtype that a scale comes in, so that a kernel's backward is compiled."""

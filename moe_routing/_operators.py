@@ -37,7 +37,6 @@ def call(config: CallConfig, operands: Operands, *, training: bool) -> RoutingOu
     """Call an operator with checked arguments; the one with an autograd formula, which costs more, only for gradients."""
     valid, expert_map, out = operands[5:]
     if valid is not None and not isinstance(valid, Tensor):
-        valid = min(valid, operands.logits.shape[0])  # it may be beyond int64
         valid = operands.logits.new_full((1,), valid, dtype=torch.int64)
     # The backward needs logical ids, so with gradients the map is applied after the operator.
     inside_map = None if training else expert_map

@@ -111,7 +111,8 @@ class Router:
             entries are not all in [0, E), counts as padding.
         :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0, more than T are all; an integer,
             or an int32 or int64 tensor of shape [] or [1] on the logits' device, which is never read on the host.
-        :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.
+        :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert. Experts may share a physical
+            id, and one that is elsewhere has -1; the weights stay as they are.
         :param ids_dtype: ``torch.int32`` (default) or ``torch.int64``.
         :param out: ``(weights, ids)`` to write into: contiguous, ``[T, K + shared_experts]``, not with gradients, and of
             memory that they share neither with each other nor with an operand.
@@ -142,9 +143,7 @@ class Router:
         """Route a call unlike the one before: look it up, or check it."""
         key: tuple[object, ...] | None = None
         found = None
-        valid = operands.num_valid_tokens
-        if valid is not None and not isinstance(valid, Tensor):
-            operands = operands._replace(num_valid_tokens=_check.valid_rows(valid, operands.logits))
+        operands = _check.counted(operands)
         try:
             key = described(operands, topk, ids_dtype)
             found = self._calls.get(key)
@@ -222,7 +221,7 @@ class Router:
 
     def _traced(self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> RoutingOutput:
         """Put the operator into the graph that Dynamo is making."""
-        operands, topk, ids_dtype = self._checked(operands, topk, ids_dtype)
+        operands, topk, ids_dtype = self._checked(_check.counted(operands), topk, ids_dtype)
         training = is_grad_enabled() and _requires_grad(operands)
         _refuse_out(operands, differentiable=training)
         config = CallConfig(self._text, self._requested, topk, ids_dtype, self._shadow_key)
@@ -331,9 +330,7 @@ class Router:
     ) -> tuple[Operands, int, torch.dtype]:
         """Check every argument, and fill in K, the ids' dtype and the type of ``out``."""
         topk = self._default_topk() if topk is None else _check.integer("topk", topk)
-        valid, out = operands.num_valid_tokens, operands.out
-        if valid is not None and not isinstance(valid, Tensor):
-            operands = operands._replace(num_valid_tokens=_check.valid_rows(valid, operands.logits))
+        out = operands.out
         if out is not None:
             out = _check.as_output(out)
             operands = operands._replace(out=out)

@@ -74,8 +74,8 @@ class Kernel(Protocol):
         :param token_ids: ``[T]``, int32 or int64, for specs with ``selection == "token_table"``.
         :param expert_table: ``[vocabulary, K]``, int32 or int64, likewise. Nothing is read outside it; a row whose token id
             is outside, or one of whose entries is outside [0, E), gets ids -1 and weights 0.
-        :param num_valid_tokens: rows at or past it get ids -1 and weights 0; an int, or a 0-d or 1-element integer
-            tensor on the device, which must be read there, without a host sync.
+        :param num_valid_tokens: rows at or past it get ids -1 and weights 0; an int from 0 to T, or a 0-d or 1-element
+            integer tensor on the device of any value, which must be read there, without a host sync.
         :param expert_map: ``[E + shared_experts]``, int32 or int64: the physical id of each logical expert.
         :param out: contiguous outputs to write into.
         :returns: contiguous outputs, or ``out``.

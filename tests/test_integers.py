@@ -7,6 +7,8 @@ import torch
 
 import moe_routing
 from moe_routing import Router, RoutingSpec
+from moe_routing._registry import registry
+from moe_routing_registry import BackendSpec, Target
 
 np = pytest.importorskip("numpy")
 
@@ -82,6 +84,50 @@ def test_a_compiled_function_takes_any_number_of_valid_tokens(dynamic):
     )
     for valid in (3, 4, 0, 2**63, 2**70):
         assert (compiled(LOGITS, valid) >= 0).any(-1).sum() == min(valid, T)
+
+
+COUNTED = []
+"""What the kernel below was given as ``num_valid_tokens``."""
+
+
+def build_counting(problem, device):
+    """Make a third party's kernel, which prepares and which never looks whether there are so many rows."""
+    from moe_routing_backends.eager.route import EagerKernel, build
+
+    class Counting(EagerKernel):
+        def route(self, operands, **more):
+            COUNTED.append(operands.num_valid_tokens)
+            return super().route(operands, **more)
+
+    kernel = build(problem, device)
+    kernel.__class__ = Counting
+    return kernel
+
+
+@pytest.mark.parametrize("door", ["plain", "with gradients", "compiled", "vmap", "watched"])
+def test_a_kernel_gets_a_number_of_valid_tokens_from_0_to_t(door):
+    card = BackendSpec(name="counting", factory=f"{__name__}:build_counting", targets=(Target("cpu"),))
+    registry().register(card)
+    COUNTED.clear()
+    try:
+        route = Router(SPEC, backend="counting", verify=door == "watched")
+
+        def call(logits, valid):
+            return route(logits, K, num_valid_tokens=valid)
+
+        for valid in (np.int64(3), 3, T, 2**70, 2**70, Three()):
+            if door == "vmap":
+                ids = torch.vmap(lambda x, n=valid: call(x, n).ids)(LOGITS[None])[0]
+            elif door == "compiled":
+                ids = torch.compile(call, fullgraph=True, backend="eager")(LOGITS, valid.__index__()).ids
+            else:
+                ids = call(LOGITS.clone().requires_grad_(door == "with gradients"), valid).ids
+            assert (ids >= 0).any(-1).sum() == min(valid.__index__(), T)
+        assert len(COUNTED) >= 6
+        assert {int(valid) for valid in COUNTED} == {3, T}
+        assert {type(valid) for valid in COUNTED} == {torch.Tensor if door in ("compiled", "vmap") else int}
+    finally:
+        registry().unregister(card.name)
 
 
 class Module(torch.nn.Module):

@@ -52,7 +52,8 @@ _CLAUSES = (
         "valid_ids",
         "Valid ids",
         "Ids are unique and in [0, E), whatever the input.",
-        "Ids are unique and in `[0, E)`, whatever the input; a token table's are as unique as its entries.",
+        "Ids are unique and in `[0, E)`, whatever the input; a token table's are as unique as its entries. An "
+        "`expert_map` may rename them to any others.",
         "duplicated ids from NaN rows crashed fused expert kernels, and a kernel that began its running maximum at -1 "
         "returned expert 0 several times when every biased score was below that.",
     ),
@@ -93,7 +94,9 @@ _CLAUSES = (
         "Weights are float32, within rtol 2e-6; ids are int32, or int64 on request; contiguous.",
         "Weights are float32 within the tolerance above; ids are int32, or int64 on request; both are contiguous. "
         "Given outputs are written in full, and not an element before or after them; inputs stay as they are. "
-        "`expert_map` renames only the ids that come out.",
+        "`expert_map` renames only the ids that come out: its entries stand there as they are, any number that the ids' "
+        "dtype holds. Equal ones are of experts that share a place, and -1 is that of one that is elsewhere; both keep "
+        "their weights.",
         "DeepEP wants int64, FlashInfer and the Triton expert kernels int32, and a conversion costs more than the "
         "routing; a kernel that skips its last row works as long as the allocator hands out last step's memory; ids "
         "that were a view of a sorted row crashed every compiled function that routed few tokens, because the "

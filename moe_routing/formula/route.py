@@ -84,8 +84,6 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
     if expert_map is not None:
         ids = [expert_map[i] for i in ids]  # -1 is the last entry, and padding: it is -1 again below
     if num_valid_tokens is not None:
-        if isinstance(num_valid_tokens, int):
-            num_valid_tokens = min(num_valid_tokens, num_tokens)  # it may be beyond int64
         past_the_end = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
         padding = past_the_end if padding is None else padding | past_the_end
     if padding is not None:

@@ -70,6 +70,7 @@ def compare(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput,
     :param logits: ``[T, E]``, any float dtype and strides.
     :param output: what the backend returned: weights float32 and ids int32 or int64, ``[T, K + shared_experts]``.
     :param operands: what else the backend was given; ``expert_map`` must map different experts to different ids.
+    :raises ValueError: it does not.
 
     >>> from moe_routing_registry import RoutingSpec
     >>> from moe_routing import RoutingOutput
@@ -177,6 +178,27 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
     found.problems += _weight_problems(spec, l, ids, weights, scale, rows)
 
 
+def renaming_problems(plain: RoutingOutput, mapped: RoutingOutput, expert_map: Tensor) -> list[str]:
+    """Say what ``expert_map`` changed but the ids.
+
+    :param plain: what the same call without ``expert_map`` returned, and which is right.
+    """
+    ids = plain.ids.long()
+    renamed = torch.where(ids < 0, ids, expert_map.long()[ids.clamp(min=0)])
+    for name, got, expected in (
+        ("ids", mapped.ids.long(), renamed),
+        ("weights", mapped.weights.view(torch.int32), plain.weights.view(torch.int32)),
+    ):
+        wrong = (got != expected).any(-1)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            with_map = getattr(mapped, name)[row].tolist()
+            without = f"; without expert_map {getattr(plain, name)[row].tolist()}"
+            said = f", renamed {renamed[row].tolist()}" if name == "ids" else ""
+            return [f"row {row}: {name} {with_map}{without}{said}"]
+    return []
+
+
 def exact_device(tensor: Tensor) -> torch.device:
     """Return where float64 maths on the tensor is possible: its own device, or the CPU (Metal has no float64)."""
     return tensor.device if tensor.device.type in ("cpu", "cuda", "xpu") else torch.device("cpu")
@@ -187,10 +209,19 @@ def _at(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def logical_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
-    """Undo ``expert_map``, whose physical ids may be any numbers; an id that no expert has becomes -1."""
+    """Undo ``expert_map``, whose physical ids may be any numbers; an id that no expert has becomes -1.
+
+    :raises ValueError: two experts have one physical id: then ids do not tell which it was (``renaming_problems`` does).
+    """
     if expert_map is None:
         return ids
     physical, logical = expert_map.to(ids.device).long().sort()
+    if (physical[1:] == physical[:-1]).any():
+        different = len(physical.unique())
+        msg = (
+            f"expert_map: expected a physical id of its own for each of {len(physical)} experts, got {different} different ids"
+        )
+        raise ValueError(msg)
     place = torch.searchsorted(physical, ids.contiguous()).clamp(max=len(physical) - 1)
     return torch.where(physical[place] == ids, logical[place], -1)
 

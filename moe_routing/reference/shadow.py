@@ -4,6 +4,9 @@
 so for every router of the process. What is found goes to the logger ``moe_routing.verify`` and to ``route.health()``;
 neither a wrong backend nor a failing comparison raises in the caller's path.
 
+Ids that ``expert_map`` renamed do not tell which expert they were where experts share one. So a call with a map is routed
+again without it: that is compared, and what came out of the call must be the same, renamed.
+
 A comparison takes milliseconds and waits for the device. While a CUDA graph is captured none is made, and a graph that is
 replayed (``torch.compile(mode="reduce-overhead")`` too) runs no Python: its calls are not seen.
 """
@@ -20,14 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing.reference.compare import compare
+from moe_routing.reference.compare import compare, renaming_problems
 from moe_routing_registry.containment import PluginFailure, contained
 from moe_routing_registry.locks import ForkSafeLock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_routing import RoutingOutput
+    from moe_routing import Operands, RoutingOutput
+    from moe_routing._kernel import Prepared
     from moe_routing.reference.compare import Comparison
     from moe_routing_registry import RoutingSpec
 
@@ -82,22 +86,26 @@ class Shadow:
         self._health = Health(rate=rate)
         self._lock = ForkSafeLock()
         _shadows[self.key] = self
-        self._dice = random.Random()  # noqa: S311 -- sampling; its own, so that the caller's seeds stay as they are
+        self._sampling = random.Random()  # noqa: S311 -- sampling; its own, so that the caller's seeds stay as they are
 
     def health(self) -> Health:
         """Return the counts so far."""
         return self._health
 
-    def look(self, spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput, operands: dict[str, Any]) -> None:
-        """Compare the output of a call with the oracle, if the dice say so; never raises."""
-        chosen = self._dice.random() < self._health.rate and not _capturing(logits)
+    def look(self, spec: RoutingSpec, topk: int, operands: Operands, output: RoutingOutput, route: Prepared) -> None:
+        """Compare the output of a call with the oracle, if the call is sampled; never raises.
+
+        :param route: routes again.
+        """
+        logits = operands.logits
+        chosen = self._sampling.random() < self._health.rate and not _capturing(logits)
         self._count(calls=1, compared=int(chosen))
         if not chosen:
             return
         try:
             with contained("comparing it"):
-                first = self._dice.randrange(max(1, len(logits) - ROWS + 1))
-                found = _compare(spec, logits, topk, output, operands, slice(first, first + ROWS))
+                first = self._sampling.randrange(max(1, len(logits) - ROWS + 1))
+                found = _compare(spec, topk, operands, output, route, slice(first, first + ROWS))
         except PluginFailure as failure:  # the caller's call has succeeded: nothing may come in its way
             self._count(failures=1, latest=failure.sentence)
             _log.exception("a routing call of family %s could not be compared with the oracle", spec.family)
@@ -153,11 +161,22 @@ def _capturing(logits: Tensor) -> bool:
 
 @torch.no_grad()
 def _compare(  # noqa: PLR0913, PLR0917 -- private; the caller's own arguments
-    spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput, operands: dict[str, Any], rows: slice
+    spec: RoutingSpec, topk: int, operands: Operands, output: RoutingOutput, route: Prepared, rows: slice
 ) -> Comparison:
-    part = dict(operands)
-    if part.get("token_ids") is not None:
+    part = operands._asdict()
+    logits, expert_map, _ = part.pop("logits"), part.pop("expert_map"), part.pop("out")
+    if part["token_ids"] is not None:
         part["token_ids"] = part["token_ids"][rows]
-    if part.get("num_valid_tokens") is not None:
+    if part["num_valid_tokens"] is not None:
         part["num_valid_tokens"] = max(0, int(part["num_valid_tokens"]) - rows.start)
-    return compare(spec, logits[rows], topk, type(output)(output.weights[rows], output.ids[rows]), **part)
+    if expert_map is None:
+        return compare(spec, logits[rows], topk, _rows(output, rows), **part)
+    plain = route(operands._replace(expert_map=None, out=None))
+    found = compare(spec, logits[rows], topk, _rows(plain, rows), **part)
+    if found.ok:
+        found.problems += renaming_problems(_rows(plain, rows), _rows(output, rows), expert_map)
+    return found
+
+
+def _rows(output: RoutingOutput, rows: slice) -> RoutingOutput:
+    return type(output)(output.weights[rows], output.ids[rows])

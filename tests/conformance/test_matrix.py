@@ -109,3 +109,10 @@ def test_physical_ids_are_undone_however_large_they_are(dtype):
     physical = torch.iinfo(dtype).max - torch.tensor([3, 0, 2, 1], dtype=dtype)
     ids = torch.cat([physical.long(), torch.tensor([-1, 0, torch.iinfo(dtype).max - 4])])
     assert logical_ids(ids[None], physical).tolist() == [[0, 1, 2, 3, -1, -1, -1]]
+
+
+def test_physical_ids_that_experts_share_cannot_be_undone():
+    with pytest.raises(
+        ValueError, match=r"^expert_map: expected a physical id of its own for each of 4 experts, got 3 different ids$"
+    ):
+        logical_ids(torch.tensor([[1]]), torch.tensor([5, -1, 1, -1]))

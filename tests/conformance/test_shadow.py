@@ -5,13 +5,14 @@ import logging
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mutants import MUTANTS, registered
 
-from moe_routing import Router, RoutingOutput, get_router
+from moe_routing import Operands, Router, RoutingOutput, get_router
 from moe_routing.conformance.cases import Case
 from moe_routing.conformance.variants import VARIANTS
 from moe_routing.reference import shadow
@@ -157,7 +158,7 @@ def test_near_ties_are_counted_and_are_not_wrong():
     logits, bias = torch.tensor([[30.0, 31.0, 0.0]]), torch.zeros(3)
     watching = shadow.Shadow(1.0)
     in_float32 = RoutingOutput(torch.tensor([[0.5, 0.5]]), torch.tensor([[0, 1]]))  # both sigmoids are 1 there
-    watching.look(spec, logits, 2, in_float32, {"bias": bias})
+    watching.look(spec, 2, Operands(logits, bias=bias), in_float32, lambda _: in_float32)
     assert (watching.health().near_ties, watching.health().wrong) == (1, 0)
 
 
@@ -169,6 +170,26 @@ def test_a_stretch_of_a_long_call_is_compared_with_all_its_operands(variant, mon
     for _ in range(20):
         route(call.logits, call.topk, **call.operands)
     assert route.health() == shadow.Health(rate=1.0, calls=20, compared=20, rows=320)
+
+
+MAPS = {"elsewhere": [-1, 0] * 8, "shared": [7, 7, 2**31 - 1, 0] * 4, "all elsewhere": [-1] * 16}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("expert_map", MAPS.values(), ids=MAPS)
+def test_a_map_of_experts_that_share_an_id_or_are_elsewhere_is_watched(expert_map, compiled):
+    for mutant, wrong in ((None, 0), ("mutant-elsewhere-has-no-weight", 1 if -1 in expert_map else 0)):
+        with registered(next(m for m in MUTANTS if m.name == mutant)) if mutant else nullcontext("eager") as name:
+            route = Router(SPEC, backend=name, verify=True)
+
+            def call(logits, expert_map, route=route):
+                return route(logits, 2, expert_map=expert_map)
+
+            call = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
+            call(LOGITS, torch.tensor(expert_map))
+            health = route.health()
+            assert (health.compared, health.wrong, health.failures) == (1, wrong, 0)
+            assert ("without expert_map" in health.latest) == bool(wrong)
 
 
 def test_the_callers_random_numbers_stay_as_they_are():

@@ -128,7 +128,7 @@ class CompiledRouter:
 
     @staticmethod
     def _counted(valid: Any, logits: Tensor) -> Tensor:  # noqa: ANN401 -- an int, whose value must not be compiled in
-        return torch.full((1,), min(valid, len(logits)), dtype=torch.int64, device=logits.device)
+        return torch.full((1,), valid, dtype=torch.int64, device=logits.device)
 
     def warmup(self) -> None:
         """Compile the graphs of an ordinary call: many tokens, and one."""

@@ -138,7 +138,7 @@ class TritonRouter:
             if isinstance(num_valid_tokens, torch.Tensor):
                 valid_tensor = num_valid_tokens
             elif num_valid_tokens is not None:
-                valid = min(num_valid_tokens, T)
+                valid = num_valid_tokens
             if expert_table is not None:
                 vocabulary = expert_table.shape[0]
             rest = (token_ids, expert_table, valid_tensor, expert_map)
@@ -210,7 +210,7 @@ class TritonRouter:
                     None if expert_table is None else expert_table.data_ptr(),
                     None if valid is None or counted else valid.data_ptr(),  # type: ignore[union-attr] # a tensor
                     None if expert_map is None else expert_map.data_ptr(),
-                    T, min(valid, T) if counted else T, row_stride, expert_stride, vocabulary,  # type: ignore[type-var] # an int
+                    T, valid if counted else T, row_stride, expert_stride, vocabulary,
                 )  # fmt: skip
             ready(blocks, current_stream(index), (source, to_weights, to_ids, scale_at, bias_at, *rest))
             return out

@@ -13,6 +13,7 @@ from moe_routing.conformance.checks._check import check, require
 from moe_routing.conformance.checks.sizes import BIASED
 from moe_routing.conformance.under_test import must_match, outputs, same_bits
 from moe_routing.conformance.variants import VARIANTS
+from moe_routing.reference.compare import renaming_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -184,6 +185,27 @@ def physical_ids_may_be_any_number(under_test: BackendUnderTest, case: Case) -> 
         mapped = call.but(expert_map=(largest - order.long()).to(of_map))
         mapped.ids_dtype = of_ids
         _must_be_right(under_test, mapped, f"physical ids up to {largest}, a map of {of_map}, ids of {of_ids}")
+
+
+@check(6, _once)
+def experts_may_share_a_physical_id_or_be_elsewhere(under_test: BackendUnderTest, case: Case) -> None:
+    """Entries of -1 and equal ones come out as they stand; no weight and no other id is another than without the map."""
+    call = case.but(valid="tensor").make(under_test.device)
+    place = torch.arange(case.num_experts + case.spec.shared_experts, device=under_test.device)
+    for of_ids in INTEGERS:
+        call.ids_dtype = of_ids
+        plain = under_test.check(call)
+        for what, physical in (
+            ("two experts share each id", place // 2),
+            ("all experts share one id", torch.zeros_like(place)),
+            ("every second expert is elsewhere", torch.where(place % 2 == 0, -1, place // 2)),
+            ("all experts are elsewhere", torch.full_like(place, -1)),
+        ):
+            for of_map in INTEGERS:
+                expert_map = physical.to(of_map)
+                mapped = under_test.route(call.but(expert_map=expert_map))
+                for problem in renaming_problems(plain, mapped, expert_map):
+                    require(condition=False, problem=f"{what}, a map of {of_map}: {problem}")
 
 
 BY_TABLE = tuple(variant for variant, spec in VARIANTS.items() if spec.selection == "token_table")

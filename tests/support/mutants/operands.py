@@ -176,6 +176,48 @@ class MapThroughFloat32(Changing):
 
 
 @caught_by(
+    "experts_may_share_a_physical_id_or_be_elsewhere",
+    "topk_softmax",
+    saying=r"^every second expert is elsewhere, a map of torch.int32: row \d+: weights \[.*; without expert_map \[",
+)
+class ElsewhereHasNoWeight(Reference):
+    """Leaves an expert that is elsewhere to whoever has it, and its weight out."""
+
+    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+        routed = super().finish(weights, ids, num_experts, **operands)
+        return routed._replace(weights=routed.weights.masked_fill(routed.ids < 0, 0.0))
+
+
+@caught_by(
+    "experts_may_share_a_physical_id_or_be_elsewhere",
+    "topk_softmax",
+    saying=r"^every second expert is elsewhere, a map of torch.int32: row \d+: ids \[-1, .*, renamed \[-1, .*\d",
+)
+class RowsThatBeginElsewhereArePadding(Reference):
+    """Tells padding by the first physical id."""
+
+    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+        routed = super().finish(weights, ids, num_experts, **operands)
+        return routed._replace(ids=routed.ids.masked_fill(routed.ids[:, :1] < 0, -1))
+
+
+@caught_by(
+    "experts_may_share_a_physical_id_or_be_elsewhere",
+    "topk_softmax",
+    saying=r"^two experts share each id, a map of torch.int32: row \d+: ids \[.*-1.*, renamed \[",
+)
+class EachPhysicalIdOnce(Reference):
+    """Sends a token to a place once, whoever asks for it."""
+
+    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+        routed = super().finish(weights, ids, num_experts, **operands)
+        if operands["expert_map"] is None:
+            return routed
+        before = (routed.ids[:, :, None] == routed.ids[:, None, :]).tril(-1).any(-1)
+        return routed._replace(ids=routed.ids.masked_fill(before, -1))
+
+
+@caught_by(
     "large_tables_are_read_to_their_end",
     "hash_sqrtsoftplus",
     saying=r"^a table of torch.int32: row 0: ids .* are not the table's",

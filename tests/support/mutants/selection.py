@@ -73,7 +73,7 @@ class GroupSumsInFloat64(Reference):
         if not self.spec.grouped or self.spec.group_score == "max":
             return super().select(logits, **operands)
         groups = keys.unflatten(1, (self.spec.num_groups, -1))
-        kept = oracle.descending(groups.topk(2).values.sum(-1))[:, : self.spec.topk_groups]
+        kept = oracle.descending(groups.topk(min(2, groups.shape[-1])).values.sum(-1))[:, : self.spec.topk_groups]
         lost = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, kept, value=False)
         return oracle.descending(groups.masked_fill(lost[..., None], -torch.inf).flatten(1))[:, : self.topk]
 
