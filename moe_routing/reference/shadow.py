@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing import Operands, RoutingOutput
-    from moe_routing._kernel import Prepared
+    from moe_routing.kernel import Prepared
     from moe_routing.reference.compare import Comparison
     from moe_routing_registry import RoutingSpec
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing._operators import CallConfig, arguments
-from moe_routing._warnings import not_raised
 from moe_routing.conformance.cases import on_device
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
 from moe_routing.conformance.under_test import must_match, same_bits
 from moe_routing.conformance.variants import VARIANTS
 from moe_routing.kernel import Operands as KernelOperands
+from moe_routing.python_warnings import not_raised
 from moe_routing.reference import oracle
 from moe_routing.reference.compare import exact_device, logical_ids
 
