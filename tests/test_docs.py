@@ -38,6 +38,13 @@ def test_the_clauses_of_the_contract_are_those_of_the_code(monkeypatch):
     assert tables.contract() == tables.CONTRACT.read_text(), "write it again: python docs/tables.py"
 
 
+def test_the_picture_of_the_layers_is_that_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import layers
+
+    assert layers.picture() == layers.PICTURE.read_text(), "draw it again: python docs/layers.py"
+
+
 LINKS = {page: re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()) for page in WRITTEN}
 
 

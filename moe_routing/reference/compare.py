@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Unpack
 
-    from moe_routing import RoutingOutput
+    from moe_routing.kernel import RoutingOutput
     from moe_routing_registry import RoutingSpec
 
 RTOL = 2e-6

@@ -30,8 +30,7 @@ from moe_routing_registry.locks import ForkSafeLock
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_routing import Operands, RoutingOutput
-    from moe_routing.kernel import Prepared
+    from moe_routing.kernel import Operands, Prepared, RoutingOutput
     from moe_routing.reference.compare import Comparison
     from moe_routing_registry import RoutingSpec
 
