@@ -20,6 +20,8 @@ LOGITS_DTYPES = frozenset(
     {torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2},
 )
 IDS_DTYPES = frozenset({torch.int32, torch.int64})
+PACKED = torch.float4_e2m1fn_x2
+"""A float dtype with two numbers in an element: no vector of E numbers has E elements of it."""
 _MATRIX = 2
 
 
@@ -112,7 +114,7 @@ def check_vector(  # noqa: PLR0913 -- said once for every vector operand
         _wrong(ValueError, argument, "None, because this router's spec does not take it", shown(value))
     if not isinstance(value, Tensor):
         _wrong(TypeError, argument, f"{kind} tensor [{length}]", shown(value))
-    if (value.dtype not in IDS_DTYPES) if integer else not value.dtype.is_floating_point:
+    if (value.dtype not in IDS_DTYPES) if integer else (not value.dtype.is_floating_point or value.dtype == PACKED):
         _wrong(TypeError, argument, f"{kind} dtype", value.dtype)
     if value.dim() != 1 or value.shape[0] != length:
         _wrong(ValueError, argument, f"shape [{length}]", list(value.shape))

@@ -169,6 +169,12 @@ CASES = {
         ValueError,
         "num_valid_tokens: expected the logits' device",
     ),
+    "scale of two numbers an element": (
+        {"per_expert_scale": True},
+        {"per_expert_scale": torch.zeros(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)},
+        TypeError,
+        "per_expert_scale: expected a float dtype, got torch.float4_e2m1fn_x2",
+    ),
     "map is too short": (
         {},
         {"expert_map": torch.zeros(7, dtype=torch.int32)},

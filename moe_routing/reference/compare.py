@@ -163,6 +163,8 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
     ids, weights = ids[:, :topk], weights[:, :topk]
     bias, token_ids = _at(operands.get("bias"), home), _at(operands.get("token_ids"), home)
     table, scale = _at(operands.get("expert_table"), home), _at(operands.get("per_expert_scale"), home)
+    if scale is not None:
+        scale = scale.float()  # PyTorch hardly computes in 8-bit formats
     tokens = None if token_ids is None else token_ids[part]
     exact = oracle.select(spec, l, topk, bias=bias, token_ids=tokens, expert_table=table)
     for row in (ids != exact).any(-1).nonzero().flatten().tolist():

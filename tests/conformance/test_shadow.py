@@ -172,6 +172,13 @@ def test_a_stretch_of_a_long_call_is_compared_with_all_its_operands(variant, mon
     assert route.health() == shadow.Health(rate=1.0, calls=20, compared=20, rows=320)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float64])
+def test_a_scale_of_any_dtype_is_watched(dtype):
+    route = Router(VARIANTS["gemma4"], backend="eager", verify=True)
+    route(LOGITS, 2, torch.linspace(0.5, 4, 16).to(dtype))
+    assert (route.health().compared, route.health().ok) == (1, True)
+
+
 MAPS = {"elsewhere": [-1, 0] * 8, "shared": [7, 7, 2**31 - 1, 0] * 4, "all elsewhere": [-1] * 16}
 
 

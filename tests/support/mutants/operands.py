@@ -42,6 +42,42 @@ class HalfScaleReadAsBfloat16(Changing):
         return scale.view(torch.bfloat16) if scale.dtype == torch.float16 else scale
 
 
+@caught_by("operands_of_every_dtype_are_read", "sigmoid_bias_topk", saying="^bias of torch.float8_e4m3fnuz: row \\d+: id")
+class OneBiasOfEightBits(Changing):
+    """Reads the 8-bit floats of one maker as those of another."""
+
+    def bias(self, bias: Tensor) -> Tensor:
+        return bias.view(torch.float8_e4m3fn) if bias.dtype == torch.float8_e4m3fnuz else bias
+
+
+@caught_by(
+    "operands_of_every_dtype_are_read", "gemma4", saying="^per_expert_scale of torch.float8_e8m0fnu: row 0: weight of id"
+)
+class ExponentsAreTheScales(Changing):
+    """Takes the bits of a power of two for the number."""
+
+    def per_expert_scale(self, scale: Tensor) -> Tensor:
+        return scale.view(torch.uint8).float() if scale.dtype == torch.float8_e8m0fnu else scale
+
+
+@caught_by("float64_logits_are_rounded_first", "topk_softmax", saying="although their scores are equal")
+class Float64Compared(Reference):
+    """Selects in the precision in which the logits come."""
+
+    def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
+        if logits.dtype != torch.float64 or self.spec.selection != "logits" or self.spec.num_groups > 1:
+            return super().select(logits, **operands)
+        return oracle.descending(logits.nan_to_num(nan=-torch.inf))[:, : self.topk]
+
+
+@caught_by("operands_with_strides_are_read_as_they_lie", "gemma4", saying="^per_expert_scale with an offset")
+class OperandsFromTheStart(Changing):
+    """Passes the address of the storage on."""
+
+    def per_expert_scale(self, scale: Tensor) -> Tensor:
+        return scale.as_strided(scale.shape, scale.stride(), 0)
+
+
 @caught_by("logits_of_rare_dtypes_are_read", "topk_softmax", saying=r"row 0: weight of id \d+ is 0\.99\d+, exactly 0\.55")
 class OneEightBitDtype(Reference):
     """Reads every 8-bit float as the one with the wider range."""
@@ -199,6 +235,18 @@ class RowsThatBeginElsewhereArePadding(Reference):
     def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
         routed = super().finish(weights, ids, num_experts, **operands)
         return routed._replace(ids=routed.ids.masked_fill(routed.ids[:, :1] < 0, -1))
+
+
+@caught_by(
+    "experts_may_share_a_physical_id_or_be_elsewhere",
+    "topk_softmax",
+    saying=r"^every second expert is elsewhere, a map of torch.int32: row \d+: ids \[.*4294967295, .*, renamed \[",
+)
+class MapWithoutASign(Changing):
+    """Widens a map of int32 as if its entries had no sign."""
+
+    def expert_map(self, physical: Tensor) -> Tensor:
+        return physical.long() % 2**32 if physical.dtype == torch.int32 and self.ids_dtype == torch.int64 else physical
 
 
 @caught_by(
