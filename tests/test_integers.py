@@ -106,8 +106,8 @@ def build_counting(problem, device):
 
 @pytest.mark.parametrize("door", ["plain", "with gradients", "compiled", "vmap", "watched"])
 def test_a_kernel_gets_a_number_of_valid_tokens_from_0_to_t(door):
-    card = BackendSpec(name="counting", factory=f"{__name__}:build_counting", targets=(Target("cpu"),))
-    registry().register(card)
+    spec = BackendSpec(name="counting", factories={"route": f"{__name__}:build_counting"}, targets=(Target("cpu"),))
+    registry().register(spec)
     COUNTED.clear()
     try:
         route = Router(SPEC, backend="counting", verify=door == "watched")
@@ -127,7 +127,7 @@ def test_a_kernel_gets_a_number_of_valid_tokens_from_0_to_t(door):
         assert {int(valid) for valid in COUNTED} == {3, T}
         assert {type(valid) for valid in COUNTED} == {torch.Tensor if door in ("compiled", "vmap") else int}
     finally:
-        registry().unregister(card.name)
+        registry().unregister(spec.name)
 
 
 class Module(torch.nn.Module):
