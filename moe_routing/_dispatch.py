@@ -63,7 +63,7 @@ class Resolved(NamedTuple):
         """Call the kernel with checked operands, and let shadow mode compare the result."""
         output = self._call(operands)
         if shadow is not None:
-            shadow.look(self.problem.spec, self.problem.topk, operands, output, self._call)
+            shadow.observe(self.problem.spec, self.problem.topk, operands, output, self._call)
         return output
 
     def _call(self, operands: Operands) -> RoutingOutput:

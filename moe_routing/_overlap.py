@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moe_routing.kernel import Operands
 
 _INPUTS = 7
-"""Fields of ``Operands`` in front of ``out``."""
+"""Fields of ``Operands`` before ``out``."""
 
 
 def overlap(operands: Operands) -> str:

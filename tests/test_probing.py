@@ -381,8 +381,8 @@ def test_a_build_of_torch_knows_what_it_was_built_for(build, kind):
         ("2.8.10+xpu", XPU_BUILD, "xpu", True, "retired pair"),
         ("2.8.0", XPU_BUILD, "xpu", False, "build for the CPU"),
         ("2.8.0", TorchBuild(version="2.8.0+cpu"), "cpu", True, "retired pair"),
-        ("2.8.0", CPU_BUILD, "cpu", False, "beside torch 2.13.0+cpu: importing it raises"),
-        ("2.7.0", XPU_BUILD, "cpu", False, "beside torch 2.8.0+xpu"),
+        ("2.8.0", CPU_BUILD, "cpu", False, "with torch 2.13.0+cpu: importing it raises"),
+        ("2.7.0", XPU_BUILD, "cpu", False, "with torch 2.8.0+xpu"),
         ("2.8.0", None, "cpu", False, "cannot be imported"),
     ],
 )

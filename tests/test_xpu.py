@@ -90,7 +90,7 @@ def test_a_device_without_the_tables_sub_groups_is_declined_by_its_arch():
     assert (verdict.code, verdict.reason) == (RejectCode.ARCH, "needs sub-groups of 16 and 32 lanes, the device has 8, 16")
 
 
-def test_on_an_xpu_its_own_table_speaks_and_says_that_it_was_not_measured():
+def test_on_an_xpu_its_own_table_applies_and_says_that_it_was_not_measured():
     found = choose.speaking(
         recorded("intel_arc_pro_b60"), RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype="bfloat16")
     )

@@ -22,7 +22,7 @@ COMPARISONS = {
     "compile-reduce-overhead": "the same with mode='reduce-overhead'",
     "compile-max-autotune": "the same with mode='max-autotune'",
 }
-"""What backends are measured beside."""
+"""What backends are compared with."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Short names of the dtypes of logits."""
 

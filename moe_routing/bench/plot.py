@@ -93,7 +93,7 @@ def svg(result: Result, facet: Facet, theme: Theme) -> str:
 
 
 def save_png(result: Result, path: Path) -> None:
-    """Draw every facet, side by side, light."""
+    """Draw every facet, in one row, light."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

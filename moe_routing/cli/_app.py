@@ -112,12 +112,12 @@ app.command(
 app.command(
     "bench",
     cls=taught(
-        ("moe-routing bench", "gemma4 on the first accelerator, beside plain PyTorch"),
+        ("moe-routing bench", "gemma4 on the first accelerator, and plain PyTorch"),
         (
             "moe-routing bench --backend all --dtype bf16,fp32 --plot bench.html",
             "every backend that fits, and a page to look at",
         ),
-        ("moe-routing bench --mode call --compare eager,compile-default", "whole calls, beside PyTorch and torch.compile"),
+        ("moe-routing bench --mode call --compare eager,compile-default", "whole calls, and PyTorch and torch.compile"),
         ("moe-routing bench --json > before.json", "keep a run"),
         ("moe-routing bench --against before.json", "exit code 1 if a backend got slower by more than the noise"),
     ),

@@ -66,7 +66,7 @@ def bench(  # noqa: PLR0913 -- the options of the command
         list[str] | None,
         typer.Option(
             metavar="NAME,...|none",
-            help="What is measured beside: baseline (a Triton kernel that sorts rows), eager (the formula in plain PyTorch), "
+            help="What to compare with: baseline (a Triton kernel that sorts rows), eager (the formula in plain PyTorch), "
             "compile-default, compile-reduce-overhead, compile-max-autotune; eager.",
         ),
     ] = None,
@@ -80,7 +80,7 @@ def bench(  # noqa: PLR0913 -- the options of the command
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs and for --against.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Time routing here, beside what else there is; what computes wrong gets no number, and exit code 1."""
+    """Benchmark routing on this machine against alternatives; an incorrect one gets no time, and exit code 1."""
     if as_json and as_csv:
         msg = "--csv: expected one of --json and --csv, got both"
         raise UsageError(msg)

@@ -153,7 +153,7 @@ PLAIN: list[ModelPreset] = [
         reads={**MISTRAL, "renormalize": "norm_topk_prob"},
         choices=MISTRAL_GROUPS,
         renormalize=True,
-        source="Mistral4TopkRouter, whose 1e-20 beside a sum of at least 1/E changes no float32. With more than one group "
+        source="Mistral4TopkRouter, whose 1e-20 added to a sum of at least 1/E changes no float32. With more than one group "
         "give `bias` zeros. The softmax is in the logits' dtype there, in float32 here.",
     ),
     *row(

@@ -70,7 +70,7 @@ class Observation:
     :ivar properties: torch's properties object, ``HostProperties``, ``MpsProperties``, or ``None`` where nobody answers.
     :ivar driver: version of the driver, as its files say, ``""`` where no file does.
     :ivar build: what the installed torch says of itself.
-    :ivar installed: the packages beside it.
+    :ivar installed: the packages next to it.
     """
 
     type: str

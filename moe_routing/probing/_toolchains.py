@@ -17,7 +17,7 @@ TORCH_RANGE = ("2.8", "2.13")
 TRITON_RANGE = ("3.6", "3.9")
 """Oldest version that works and newest that was tested, both inclusive."""
 TRITON_XPU_RANGE = ("3.3", "3.9")
-"""Likewise of Triton-XPU, which is at 3.4 beside torch 2.8; 3.3 is what the kernels were compiled by."""
+"""Likewise of Triton-XPU, which is at 3.4 with torch 2.8; 3.3 is what the kernels were compiled by."""
 
 _TRITON_BACKEND = {"cuda": "nvidia", "rocm": "amd", "xpu": "intel"}
 _TORCH_FOR = {
@@ -110,7 +110,7 @@ def _ipex(platform: str, build: TorchBuild | None, version: str | None) -> Toolc
     local = version.partition("+")[2]
     if not (_is_2_8(version) and _is_2_8(torch_version)):
         detail = (
-            f"{version} beside torch {torch_version}: importing it raises. Its last release, 2.8, works with torch 2.8 "
+            f"{version} with torch {torch_version}: importing it raises. Its last release, 2.8, works with torch 2.8 "
             "only; later versions of torch contain what it brought"
         )
     elif platform == "xpu" and "xpu" not in local:

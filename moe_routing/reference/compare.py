@@ -35,7 +35,7 @@ MANY = 5
 
 
 class Operands(TypedDict, total=False):
-    """The operands of a routing call beside logits and topk."""
+    """The operands of a routing call other than logits and topk."""
 
     per_expert_scale: Tensor | None
     bias: Tensor | None

@@ -91,7 +91,7 @@ class Shadow:
         """Return the counts so far."""
         return self._health
 
-    def look(self, spec: RoutingSpec, topk: int, operands: Operands, output: RoutingOutput, route: Prepared) -> None:
+    def observe(self, spec: RoutingSpec, topk: int, operands: Operands, output: RoutingOutput, route: Prepared) -> None:
         """Compare the output of a call with the oracle, if the call is sampled; never raises.
 
         :param route: routes again.

@@ -25,7 +25,7 @@ class Gathered:
     :ivar doctor: what ``examine`` returned.
     :ivar device: the device that conformance and benchmark ran on, ``""`` where none can be used.
     :ivar conformance: of the backend that the device gets, the quick profile; or what raised.
-    :ivar bench: the same backend beside what else there is; or what raised.
+    :ivar bench: the same backend and what it is compared with; or what raised.
     """
 
     doctor: dict[str, Any]

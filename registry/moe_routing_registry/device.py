@@ -19,7 +19,7 @@ def triton_interprets() -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Toolchain:
-    """A compiler or runtime beside torch, as found on this machine.
+    """A compiler or runtime other than torch, as found on this machine.
 
     :ivar name: ``"torch"``, ``"triton"``, ``"rocm"``, ``"xpu"`` or ``"ipex"``.
     :ivar version: its version, or ``None`` where it is not installed.
@@ -48,7 +48,7 @@ class DeviceInfo:
     :ivar compute_units: multiprocessors, compute units, Xe cores or CPU threads; 0 where nothing is known.
     :ivar warp_sizes: warp, wavefront or sub-group sizes in lanes, smallest first.
     :ivar driver: version of the driver, ``"580.159.04"``, or ``""`` where nothing is known.
-    :ivar toolchains: what was found beside torch.
+    :ivar toolchains: what was found other than torch.
     """
 
     type: str

@@ -158,7 +158,7 @@ def test_near_ties_are_counted_and_are_not_wrong():
     logits, bias = torch.tensor([[30.0, 31.0, 0.0]]), torch.zeros(3)
     watching = shadow.Shadow(1.0)
     in_float32 = RoutingOutput(torch.tensor([[0.5, 0.5]]), torch.tensor([[0, 1]]))  # both sigmoids are 1 there
-    watching.look(spec, 2, Operands(logits, bias=bias), in_float32, lambda _: in_float32)
+    watching.observe(spec, 2, Operands(logits, bias=bias), in_float32, lambda _: in_float32)
     assert (watching.health().near_ties, watching.health().wrong) == (1, 0)
 
 

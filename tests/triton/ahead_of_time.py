@@ -112,7 +112,7 @@ def read_back(binary, target):
 
 
 def waits(lines):
-    """Say when machine code waits for the kernels in front: before it touches memory, behind that, or never."""
+    """Say when machine code waits for the previous kernels: before it touches memory, after that, or never."""
     touches = [number for number, line in enumerate(lines) if re.search(r"\b(LDG|STG|RED|ATOM)", line)]
     found = [number for number, line in enumerate(lines) if "ACQBULK" in line]
     return "never" if not found else "first" if found[0] < touches[0] else "late"

@@ -18,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
 # The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities that the kernels mean.
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
-import torch  # noqa: E402 -- behind the variable
+import torch  # noqa: E402 -- after the variable is set
 import triton  # noqa: E402 -- likewise
 import triton.language as tl  # noqa: E402 -- likewise
 

@@ -11,7 +11,7 @@ import warnings
 os.environ["TRITON_INTERPRET"] = "1"
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
-import torch  # noqa: E402 -- behind the variable
+import torch  # noqa: E402 -- after the variable is set
 from interpreted import DEVICE, SPECS, hostile  # noqa: E402 -- likewise
 
 from moe_routing.formula import weights_backward  # noqa: E402 -- likewise

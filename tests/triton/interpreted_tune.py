@@ -12,7 +12,7 @@ import warnings
 os.environ["TRITON_INTERPRET"] = "1"
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
-import torch  # noqa: E402 -- behind the variable
+import torch  # noqa: E402 -- after the variable is set
 from interpreted import SPECS  # noqa: E402 -- likewise
 
 from moe_routing_backends.triton import choose, launch  # noqa: E402 -- likewise

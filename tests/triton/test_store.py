@@ -40,7 +40,7 @@ def rewritten(**changes):
     return path
 
 
-def test_what_is_kept_speaks_from_then_on_and_says_so(home):
+def test_what_is_kept_applies_from_then_on_and_says_so(home):
     assert "tuned on this" not in choose.said_of(H200, PROBLEM)
     path = store.keep(H200, {table.key_of(PROBLEM): RULE})
     assert path.is_relative_to(home)

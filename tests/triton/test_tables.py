@@ -32,7 +32,7 @@ def problem(**changes):
 
 
 @pytest.mark.usefixtures("home")
-def test_the_shipped_table_speaks_for_an_h200_and_says_where_it_was_measured():
+def test_the_shipped_table_applies_to_an_h200_and_says_where_it_was_measured():
     assert "H200" in choose.speaking(H200, problem()).provenance
 
 

@@ -1,4 +1,4 @@
-"""Tuning: candidates are checked before they are timed, and what is kept speaks from then on; in the interpreter."""
+"""Tuning: candidates are checked before they are timed, and what is kept applies from then on; in the interpreter."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_what_computes_wrong_or_does_not_run_is_said_and_never_used(tuned, how, 
     assert "rows" not in {step["variant"] for step in found["kept"]}
 
 
-def test_the_fastest_that_is_right_is_kept_and_speaks(tuned):
+def test_the_fastest_that_is_right_is_kept_and_applies(tuned):
     found = tuned["wrong"]
     assert found["kept"] == [found["last_right"]]
     assert found["source"] == found["tuned"]["table"]

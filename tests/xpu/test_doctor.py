@@ -52,7 +52,7 @@ def test_pypis_ipex_beside_torchs_xpu_build_of_the_same_version_is_named_as_the_
 def test_ipex_beside_another_torch_is_named_and_really_raises_what_no_import_error_is():
     status, summary, fix = found(doctor(IPEX), "ipex")
     assert status == "warning"
-    assert "2.8.0 beside torch 2.13.0+xpu: importing it raises" in summary
+    assert "2.8.0 with torch 2.13.0+xpu: importing it raises" in summary
     assert fix == "pip uninstall --yes intel-extension-for-pytorch"
     script = """
 try:

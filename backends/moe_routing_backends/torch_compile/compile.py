@@ -67,7 +67,7 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> CompiledRouter:
 class CompiledRouter:
     """The compiled formula of one problem; one graph for T = 1, one for every larger T, for each set of operands.
 
-    Rows may lie apart in memory; what lies side by side in no row is copied first.
+    Rows may lie apart in memory; what is not contiguous in any row is copied first.
     """
 
     def __init__(self, problem: RoutingProblem, device: torch.device) -> None:

@@ -52,7 +52,7 @@ def supports_xpu(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
 
 
 def notes(problem: RoutingProblem, device: DeviceInfo, *, interpreted_as: DeviceInfo = HOPPER) -> tuple[str, ...]:
-    """Say which launch table speaks for the problem, and how its numbers came about; and that kernels are interpreted."""
+    """Say which launch table applies to the problem, and how its numbers came about; and that kernels are interpreted."""
     from moe_routing_backends.triton.choose import said_of
 
     if device.platform != "cpu":

@@ -1,4 +1,4 @@
-"""Which launch table speaks for a problem on a device, and how its numbers came about.
+"""Which launch table applies to a problem on a device, and how its numbers came about.
 
 ``tables/<arch>.json`` is shipped, measured where its provenance says. What ``moe-routing tune`` measured stands in the user's
 own table (``store.py``). An arch without a table gets one that is derived from that of sm_90.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 STARTS_EARLY_FROM = (9, 0)
-"""Least compute capability that can start a kernel while the one in front still runs."""
+"""Least compute capability that can start a kernel while the previous kernel still runs."""
 SHIPPED = Path(__file__).parent / "tables"
 WARP = 32
 """Threads a warp on the device that the shipped table was measured on."""
@@ -33,7 +33,7 @@ def speaking(device: DeviceInfo, problem: RoutingProblem) -> Table:
 
 
 def said_of(device: DeviceInfo, problem: RoutingProblem) -> str:
-    """Say which table speaks, and how its numbers came about."""
+    """Say which table applies, and how its numbers came about."""
     table = speaking(device, problem)
     return f"launch parameters from {table.source} ({table.provenance})"
 
@@ -61,7 +61,7 @@ def derived(device: DeviceInfo) -> Table:
 
 
 def starts_early(device: DeviceInfo) -> bool:
-    """Tell whether the device can start a kernel while the one in front still runs (``early.py``)."""
+    """Tell whether the device can start a kernel while the previous kernel still runs (``early.py``)."""
     return device.platform == "cuda" and device.capability is not None and device.capability >= STARTS_EARLY_FROM
 
 

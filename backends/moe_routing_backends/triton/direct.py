@@ -94,9 +94,9 @@ class Compiled:
         *,
         early: bool = False,
     ) -> None:
-        """Launch through Triton's front door, compiling where needed, and keep the compiled kernel.
+        """Launch through Triton's JIT, compiling where needed, and keep the compiled kernel.
 
-        :param early: launch while the kernel in front still runs (``early.py``).
+        :param early: launch while the previous kernel still runs (``early.py``).
         :raises RuntimeError: the kernel is not compiled, and a CUDA graph is being captured.
         """
         if key not in self.launchers and capturing():
@@ -111,7 +111,7 @@ class Compiled:
         if self._device.type == "cpu":
             self._interpret(kernel, blocks, (*arguments, *constants), num_warps)
             return
-        if self._device.type == "xpu":  # always by the front door: nothing else of Triton-XPU could be tried
+        if self._device.type == "xpu":  # always by the JIT: nothing else of Triton-XPU could be tried
             with torch.xpu.device(self._device):
                 options = launch_options(num_warps, warp_size)
                 kernel[blocks,](*arguments, *constants, enable_fp_fusion=False, **options)

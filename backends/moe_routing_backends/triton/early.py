@@ -1,8 +1,8 @@
-"""Starting while the kernel in front still runs: NVIDIA's programmatic dependent launch, from compute capability 9.0 on.
+"""Starting while the previous kernel still runs: NVIDIA's programmatic dependent launch, from compute capability 9.0 on.
 
-A kernel that is launched so may have its programs placed, and wait, before the one in front has ended; and one that says so
+A kernel that is launched so may have its programs placed, and wait, before the previous one has ended; and one that says so
 lets the next of its kind be placed before it has ended itself. Neither changes what a kernel reads or writes: everything that
-touches memory comes behind the wait, which ends when all kernels in front have ended.
+touches memory comes after the wait, which ends when all previous kernels have ended.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ try:
 except ImportError:  # a build of Triton for other vendors alone
     cuda = None
 
-# Looked up here, because Triton looks for all that stands in a kernel, also behind a condition that is false; Triton-XPU 3.3
+# Looked up here, because Triton looks for all that stands in a kernel, also after a condition that is false; Triton-XPU 3.3
 # has neither.
 gdc_wait = getattr(cuda, "gdc_wait", None)
 gdc_launch_dependents = getattr(cuda, "gdc_launch_dependents", None)
@@ -23,13 +23,13 @@ gdc_launch_dependents = getattr(cuda, "gdc_launch_dependents", None)
 
 @triton.jit
 def wait_for_kernels_in_front(EARLY: tl.constexpr):
-    """Wait until the kernels in front have ended, and what they wrote can be read."""
+    """Wait until the previous kernels have ended, and what they wrote can be read."""
     if EARLY:
         gdc_wait()
 
 
 @triton.jit
 def let_the_next_start(EARLY: tl.constexpr):
-    """Let the kernel behind be placed as soon as all programs of this one are: worth it where those are few and short."""
+    """Let the next kernel be placed as soon as all programs of this one are: worth it where those are few and short."""
     if EARLY:
         gdc_launch_dependents()

@@ -18,7 +18,7 @@ def store_outputs(
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ZERO_EXPERTS: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
     N: tl.constexpr, has_experts=None,
 ):  # fmt: skip
-    """Store ``w`` and logical ids ``picked``, both ``[ROWS, N]`` of which K columns count, behind the last steps.
+    """Store ``w`` and logical ids ``picked``, both ``[ROWS, N]`` of which K columns count, after the epilogue.
 
     ``has_experts [ROWS]``: rows that a table gives experts to; the others are padding.
     """

@@ -130,7 +130,7 @@ def route_by_rounds(
     WHOLE_ROW: tl.constexpr = SCORE == "softmax" and (not EXACT or SELECTION == "scores_plus_bias")
     highest = tl.zeros([BLOCK_T], tl.float32)
     total = highest
-    # At one row a program latency is all: the scale of every expert is loaded beside the logits, not behind the rounds.
+    # At one row a program latency is all: the scale of every expert is loaded with the logits, not after the rounds.
     GATHER: tl.constexpr = (BLOCK_T == 1 and MASK < GATHERED_UP_TO) and (NUM_GROUPS == 1 and SELECTION == "logits")
     if GATHER and per_expert_scale is not None:
         scales = tl.load(per_expert_scale + expert, mask=exists, other=0.0).to(tl.float32)

@@ -145,7 +145,7 @@ class TritonRouter:
             key = (*key, *[None if o is None else o.dtype for o in rest])
         ready = self._ready.get(key)
         if ready is None or not here:
-            self._launch_slowly(key, launch, logits, out, (per_expert_scale, bias, *rest), valid, vocabulary)
+            self._launch_by_jit(key, launch, logits, out, (per_expert_scale, bias, *rest), valid, vocabulary)
             return out
         if rest is not NO_OPERANDS:
             rest = tuple(None if o is None else o.data_ptr() for o in rest)
@@ -225,7 +225,7 @@ class TritonRouter:
             num_valid_tokens=valid, expert_map=expert_map, out=out,
         )  # fmt: skip
 
-    def _launch_slowly(  # noqa: PLR0913, PLR0917 -- what a call knows
+    def _launch_by_jit(  # noqa: PLR0913, PLR0917 -- what a call knows
         self,
         key: tuple[Any, ...],
         launch: Launch,
@@ -235,7 +235,7 @@ class TritonRouter:
         valid: int,
         vocabulary: int,
     ) -> None:
-        """Gather what a launch through Triton's front door takes."""
+        """Gather what a launch through Triton's JIT takes."""
         scale, bias, *others = operands
         readable = [as_readable(vector) for vector in (scale, bias)]
         if readable[0] is not scale or readable[1] is not bias:  # no launcher is ever kept for such a key

@@ -103,7 +103,7 @@ def best8(t, s):
 
 @triton.jit
 def highest_lost(lost, t, s):
-    """Return the highest of ``lost`` and the 8 keys that ``best8(t, s)`` leaves behind."""
+    """Return the highest of ``lost`` and the 8 keys that ``best8(t, s)`` leaves."""
     a = tl.maximum(tl.minimum(t[0], s[7]), tl.minimum(t[1], s[6]))
     b = tl.maximum(tl.minimum(t[2], s[5]), tl.minimum(t[3], s[4]))
     c = tl.maximum(tl.minimum(t[4], s[3]), tl.minimum(t[5], s[2]))
@@ -163,7 +163,7 @@ def best_across16(
 
 @triton.jit
 def in_columns8(t):
-    """Lay a tuple of 8 ``[ROWS]`` side by side, ``[ROWS, 8]``."""
+    """Lay a tuple of 8 ``[ROWS]`` next to each other, ``[ROWS, 8]``."""
     even = tl.join(tl.join(t[0], t[4]), tl.join(t[2], t[6]))
     odd = tl.join(tl.join(t[1], t[5]), tl.join(t[3], t[7]))
     return tl.reshape(tl.join(even, odd), [t[0].shape[0], 8])
@@ -171,7 +171,7 @@ def in_columns8(t):
 
 @triton.jit
 def in_columns(top, rest, WIDTH: tl.constexpr):
-    """Lay the list side by side, ``[ROWS, WIDTH]``."""
+    """Lay the list next to each other, ``[ROWS, WIDTH]``."""
     if WIDTH == 8:
         return in_columns8(top)
     else:
@@ -181,7 +181,7 @@ def in_columns(top, rest, WIDTH: tl.constexpr):
 
 @triton.jit
 def over_lanes(top, rest, lane, WIDTH: tl.constexpr):
-    """Lay the list side by side, ``[ROWS, WIDTH]``, ``WIDTH / LANES`` columns with each ``lane [ROWS, LANES]`` of a row.
+    """Lay the list next to each other, ``[ROWS, WIDTH]``, ``WIDTH / LANES`` columns with each ``lane [ROWS, LANES]`` of a row.
 
     Every lane knows the whole list by then. This way each goes on with its share of it, in the layout of the stores.
     """

@@ -1,7 +1,7 @@
 """Pairs of bfloat16 in one int32: two comparisons for the price of one, on GPUs that have packed minima and maxima (sm_90).
 
 An int32 tensor of this backend that is compared is such a pair; keys are unsigned. Each operation is one PTX instruction.
-The interpreter takes the twin beside it, which agrees in all but which of NaN and -inf comes out, and nobody asks that.
+The interpreter takes the function next to it, which agrees in all but which of NaN and -inf comes out, and nobody asks that.
 
 Biased scores are pairs of float16, which are three bits finer, and compared by the same instructions: both formats are a sign
 and a magnitude, so read as bfloat16 the bits of two float16 are in the order of their values. The NaN that arithmetic makes,

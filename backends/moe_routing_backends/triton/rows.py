@@ -5,7 +5,7 @@ network into the list of the ``WIDTH`` highest keys; lanes of one row merge thei
 about 14 integer instructions an expert for 16-bit logits and 17 for float32.
 
 Keys are 32 bits, so that a comparator is two instructions. 16-bit logits and the place fit in exactly. Of a float32 score
-only the high bits fit beside the place (25 of them at E = 128), so the list may misorder scores that share those. Hence the
+only the high bits fit with the place (25 of them at E = 128), so the list may misorder scores that share those. Hence the
 ``WIDTH`` selected are read again and sorted exactly; and if the best key left out shares the high bits of the K-th, the block
 reads its rows once more for each selected expert of that bucket. Logits that were 16-bit before have no low bits to lose,
 and never need that.
@@ -197,7 +197,7 @@ def rows_kernel(
     let_the_next_start(EARLY)
     wait_for_kernels_in_front(EARLY)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    readable = tl.minimum(row, T - 1).to(tl.int64)  # rows behind the last read the last: no mask on any load
+    readable = tl.minimum(row, T - 1).to(tl.int64)  # rows past the last read the last: no mask on any load
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:

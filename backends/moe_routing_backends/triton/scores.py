@@ -147,7 +147,7 @@ def selection_score(
 def tree_sum(v, ROWS: tl.constexpr, N: tl.constexpr):
     """Sum ``v [ROWS, N]`` over N, a power of two, neighbours first: sums of two do not depend on any layout.
 
-    Zeros behind the last element change nothing, so neither does the padding of N.
+    Zeros past the last element change nothing, so neither does the padding of N.
     """
     for halvings in tl.static_range(1, 12):
         if N >> halvings:

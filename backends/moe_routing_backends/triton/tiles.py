@@ -7,7 +7,7 @@ group, sorts them by networks in registers into the list of its ``WIDTH`` best, 
 a group; the lists of groups that lose are emptied before the last merges. About 30 instructions an expert for a sigmoid with
 bias and groups.
 
-A key has what fits into 32 bits beside the place: of a score with a bias its place on a grid of 2**23 points, which reaches
+A key has what fits into 32 bits with the place: of a score with a bias its place on a grid of 2**23 points, which reaches
 from the lowest bias to the highest and the highest score (``grid_of``), and of other scores the high bits. So a group's
 score, the sum of its best two, is known within bounds. Where the bounds of a kept and a lost group meet, or two neighbours
 among the K best and the next share their high bits, the row is routed again by exact rounds, as the lanes variant does it:
@@ -264,7 +264,7 @@ def tiles_kernel(
     """Route ``BLOCK_T`` rows; ``GROUPS`` is a power of two, ``SIZE`` the experts of a group as one."""
     wait_for_kernels_in_front(EARLY)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    readable = tl.minimum(row, T - 1).to(tl.int64)  # rows behind the last read the last: no mask for them
+    readable = tl.minimum(row, T - 1).to(tl.int64)  # rows past the last read the last: no mask for them
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:

@@ -1,4 +1,4 @@
-"""What Intel's GPUs ask for beside the kernels: how many lanes a sub-group has, under the name that their Triton takes.
+"""What Intel's GPUs need in addition to the kernels: how many lanes a sub-group has, under the name that their Triton takes.
 
 A register is 64 bytes on Xe2 (Battlemage) and Xe-HPC (Data Center Max), one 32-bit value of each of 16 lanes, and a hardware
 thread has 128 of them (256 if half as many threads are resident). So a sub-group of 16 leaves a lane 128 values, and one of 32

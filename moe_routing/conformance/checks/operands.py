@@ -30,7 +30,7 @@ EIGHT_BITS = (
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *EIGHT_BITS)
 INTEGERS = (torch.int32, torch.int64)
 RARE_DTYPES = ("float64", "float8_e4m3fn", "float8_e5m2")
-"""Dtypes of logits beside those of the pairwise sample."""
+"""Dtypes of logits other than those of the pairwise sample."""
 
 
 def _once(profile: Profile) -> Iterator[Case]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe_routing.conformance.under_test import BackendUnderTest
 
 GUARD = 64
-"""Elements before and behind the outputs that must stay as they are."""
+"""Elements before and after the outputs that must stay as they are."""
 
 
 @check(1, _sets.sizes_and_dtypes)
@@ -264,7 +264,7 @@ def outputs_are_contiguous(under_test: BackendUnderTest, case: Case) -> None:
 
 @check(6, _sets.of_every_family)
 def every_output_is_written_and_nothing_else(under_test: BackendUnderTest, case: Case) -> None:
-    """Given outputs are written in full, and not one element before or behind them; inputs stay as they were."""
+    """Given outputs are written in full, and not one element before or after them; inputs stay as they were."""
     for tokens in (1, 2, 33):
         for ids_dtype in (torch.int32, torch.int64):
             call = case.but(num_tokens=tokens).make(under_test.device)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Outputs = tuple[Any, ...]
 
 
-# Further operands, from the router or from what its block passes behind the hidden states.
+# Further operands, from the router or from what its block passes after the hidden states.
 
 
 def _nothing(_router: Router) -> dict[str, Tensor]:

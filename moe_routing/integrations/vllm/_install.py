@@ -24,7 +24,7 @@ _log = logging.getLogger("vllm.moe_routing")  # below "vllm", so that its lines 
 
 
 def register() -> None:
-    """Put ``moe_routing`` behind the routers that vLLM builds from now on in this process, if ``MOE_ROUTING_VLLM=1``.
+    """Route through ``moe_routing`` in the routers that vLLM builds from now on in this process, if ``MOE_ROUTING_VLLM=1``.
 
     vLLM calls it in every process; further calls change nothing. On a vLLM whose version or signatures are not those that
     were read nothing is replaced, and one ``PluginWarning`` says so.
