@@ -495,7 +495,7 @@ def moe_routing_families():
 @hookimpl
 def moe_routing_backends():
     own = frozenset({{"acme_route"}})
-    return [BackendSpec(name="acme", factories={"route": "acme_family:build"}, targets=(Target("cpu"),), families=own)]
+    return [BackendSpec(name="acme", factories={{"route": "acme_family:build"}}, targets=(Target("cpu"),), families=own)]
 
 class Kernel:
     def __call__(self, logits, **operands):
