@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_routing._registry import registry
@@ -118,6 +118,5 @@ def contract_of(operation: str) -> Contract:
     if operation not in known:
         kind = "operation"
         raise UnknownNameError(kind, operation, known)
-    module, _, attribute = known[operation].contract.partition(":")
-    contract: Contract = getattr(importlib.import_module(module), attribute)
+    contract: Contract = resolve_name(known[operation].contract)
     return contract

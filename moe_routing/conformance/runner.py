@@ -94,7 +94,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The verdict in a sentence, with the counts behind it: how much was checked, declined and not run, and why.
+        """The verdict in a sentence, with its counts: how much was checked, declined and not run, and why.
 
         >>> run("eager", profile="smoke", clauses=[9]).verdict
         'conforms: 30 checked'

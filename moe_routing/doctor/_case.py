@@ -106,7 +106,7 @@ def _choose(router: str, info: DeviceInfo) -> ResolutionReport:
 
 
 def _choose_for(operation: str, machine: Machine) -> dict[str, ResolutionReport]:
-    """Let the registry choose for an operation's example; an example that cannot be had is what the reports say."""
+    """Let the registry choose for an operation's example. If its import raises, the reports carry the error."""
     import moe_routing
     from moe_routing._registry import registry
     from moe_routing_registry import ResolutionReport

@@ -7,7 +7,7 @@ autograd through ``route`` is the reference for gradients.
 
 from __future__ import annotations
 
-import importlib
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,8 +64,7 @@ def brought(family: str) -> Callable[..., RoutingOutput] | None:
     family_spec = registry().families.get(family)
     if family_spec is None or not family_spec.oracle:
         return None
-    module, _, attribute = family_spec.oracle.partition(":")
-    theirs: Callable[..., RoutingOutput] = getattr(importlib.import_module(module), attribute)
+    theirs: Callable[..., RoutingOutput] = resolve_name(family_spec.oracle)
     return theirs
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import shlex
 import warnings
 from contextvars import ContextVar
 from operator import itemgetter
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from moe_routing_registry import _requirements
@@ -127,7 +127,7 @@ class Registry:
         :raises PluginFailure: its import raised.
         """
         with contained(f"importing the example of operation {operation!r}"):
-            problem: Problem = _imported(self.operations[operation].example)
+            problem: Problem = resolve_name(self.operations[operation].example)
         return problem
 
     @property
@@ -283,7 +283,7 @@ class Registry:
         """
         try:
             with contained("its factory"):
-                factory: Callable[..., object] = _imported(self.backends[name].factories[problem.operation])
+                factory: Callable[..., object] = resolve_name(self.backends[name].factories[problem.operation])
                 told = {"unsupported": True} if unsupported and _takes_unsupported(factory) else {}
                 bound = factory(problem, device, **told)
         except PluginFailure as failure:
@@ -301,7 +301,7 @@ class Registry:
         """
         try:
             with contained("importing its factory"):
-                return _takes_unsupported(_imported(self.backends[name].factories[operation]))
+                return _takes_unsupported(resolve_name(self.backends[name].factories[operation]))
         except PluginFailure as failure:
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
             raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
@@ -315,15 +315,10 @@ class Registry:
         if path is None:
             return None
         with contained("importing its tuner"):
-            return _imported(path)
+            return resolve_name(path)
 
     def _rejection(self, name: str, verdict: Verdict, trace: str) -> Rejection:
         return Rejection(name=name, verdict=verdict, distribution=self.distribution(name), traceback=trace)
-
-
-def _imported(path: str) -> Any:  # noqa: ANN401 -- whatever stands there
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _takes_unsupported(factory: Callable[..., object]) -> bool:

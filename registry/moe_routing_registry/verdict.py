@@ -107,7 +107,7 @@ class Verdict:
 
     @classmethod
     def no(cls, code: RejectCode, reason: str, fix: str = "") -> Verdict:
-        """Decline, with the code, a sentence, and the command that fixes it where there is one."""
+        """Decline, with a code, a sentence and, if one exists, the command that fixes it."""
         return cls(code, reason, fix)
 
     def __bool__(self) -> bool:
