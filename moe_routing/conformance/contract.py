@@ -7,7 +7,6 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_routing._registry import registry
-from moe_routing_registry import UnknownNameError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -114,9 +113,5 @@ def contract_of(operation: str) -> Contract:
 
     :raises UnknownNameError: there is no such operation.
     """
-    known = registry().operations
-    if operation not in known:
-        kind = "operation"
-        raise UnknownNameError(kind, operation, known)
-    contract: Contract = resolve_name(known[operation].contract)
+    contract: Contract = resolve_name(registry().operation(operation).contract)
     return contract

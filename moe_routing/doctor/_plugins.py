@@ -14,7 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from moe_routing._registry import registry
-from moe_routing_registry import Request
+from moe_routing_registry import Request, UnknownNameError
 from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def load_and_ask() -> None:
             others = frozenset(known.backends) - {name}
             for operation, device in itertools.product(backend.factories, devices):
                 print(plugin.key, file=channel, flush=True)
-                with contextlib.suppress(KeyError, PluginFailure):  # no such operation, or no example: the report says so
+                with contextlib.suppress(UnknownNameError, PluginFailure):  # which the report says
                     known.resolve(known.example(operation), device, Request(name, "argument", others))
     print(_DONE, file=channel, flush=True)
 

@@ -121,13 +121,25 @@ class Registry:
         """Operations by name: the built-in ones and those of plug-ins."""
         return self.load().operations
 
+    def operation(self, name: str) -> OperationSpec:
+        """Return the spec of an operation.
+
+        :raises UnknownNameError: there is none of that name.
+        """
+        if name not in self.operations:
+            kind = "operation"
+            raise UnknownNameError(kind, name, self.operations)
+        return self.operations[name]
+
     def example(self, operation: str) -> Problem:
         """Import the example of an operation.
 
+        :raises UnknownNameError: there is no such operation.
         :raises PluginFailure: its import raised.
         """
+        path = self.operation(operation).example
         with contained(f"importing the example of operation {operation!r}"):
-            problem: Problem = resolve_name(self.operations[operation].example)
+            problem: Problem = resolve_name(path)
         return problem
 
     @property
@@ -176,9 +188,7 @@ class Registry:
         Raises ``UnknownNameError`` for an unknown operation or a misspelt name in the request, and ``DuplicateNameError``
         while two distributions claim a name that is not blocked.
         """
-        if problem.operation not in self.operations:
-            kind = "operation"
-            raise UnknownNameError(kind, problem.operation, self.operations)
+        self.operation(problem.operation)
         self.check_names(request)
         fitting: list[tuple[Rank, Candidate]] = []
         rejected = list(self.failures)
