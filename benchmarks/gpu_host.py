@@ -66,7 +66,7 @@ def calls() -> dict[str, float]:
 
 def parts() -> dict[str, float]:
     """Time what a call is made of."""
-    from moe_routing_backends.triton import direct
+    from moe_routing_backends.triton.runtime import launcher as direct
 
     logits, scale = torch.randn(1, E, device="cuda", dtype=torch.bfloat16), torch.rand(E, device="cuda")
     route = moe_routing.get_router("gemma4", backend="triton")

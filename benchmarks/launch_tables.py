@@ -28,10 +28,10 @@ import torch
 import triton
 
 from moe_routing import probe
-from moe_routing_backends.triton.choose import speaking
-from moe_routing_backends.triton.launch import TritonRouter
-from moe_routing_backends.triton.table import Step, key_of, to_json
-from moe_routing_backends.triton.tune import TOKENS, _Inputs, candidates, measure, shown
+from moe_routing_backends.triton.runtime.router import TritonRouter
+from moe_routing_backends.triton.tuning.choose import table_for
+from moe_routing_backends.triton.tuning.table import Step, key_of, to_json
+from moe_routing_backends.triton.tuning.tune import TOKENS, _Inputs, candidates, measure, shown
 from moe_routing_registry import RoutingProblem, RoutingSpec
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def problems(kinds: str) -> list[RoutingProblem]:
 
 def _table() -> Any:  # noqa: ANN401 -- a launch table
     gemma4 = RoutingProblem(spec=SPECS["logits"], num_experts=128, topk=8, dtype="bfloat16")
-    return speaking(probe("cuda:0"), gemma4)
+    return table_for(probe("cuda:0"), gemma4)
 
 
 def graphed(work: Callable[[], object], device: torch.device) -> float:
@@ -103,7 +103,7 @@ def compile_share(mode: str, kinds: str, part: int, parts: int) -> None:
     device = probe("cuda:0")
     every = []
     for problem in problems(kinds):
-        used = [step.launch for step in speaking(device, problem).steps(problem)]
+        used = [step.launch for step in table_for(device, problem).steps(problem)]
         every += [
             (problem, launch) for launch in dict.fromkeys([*used, *(candidates(problem, device) if mode == "measure" else ())])
         ]

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _dispatch_keys
 from torch.autograd import forward_ad
 
 from moe_routing._overlap import lies_apart, overlap, span
+from moe_routing.private_api import dispatch_keys, tensor_guard
 from moe_routing_registry.request import preference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from moe_routing._dispatch import Resolved
     from moe_routing.kernel import Operands, Prepared
@@ -65,7 +65,7 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
     """Match calls of logits, scale, bias and out alone: the fewest comparisons."""
     logits, scale, bias, *_, out = operands
     no_scale, no_bias, *nowhere = ABSENT[:4]
-    alike = guard([logits, no_scale if scale is None else scale, no_bias if bias is None else bias, *(out or nowhere)])
+    alike = tensor_guard([logits, no_scale if scale is None else scale, no_bias if bias is None else bias, *(out or nowhere)])
     if alike is None:
         return never
     form, preferred, grads = type(out), preference.get(), _grad_mode(operands)
@@ -110,7 +110,7 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
 
 def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
     """Match calls with any operands. The number of valid tokens, if it is an int, may have any value from 0 to T."""
-    alike = guard(_tensors(operands))
+    alike = tensor_guard(_tensors(operands))
     if alike is None:
         return never
     form, preferred, grads = type(operands.out), preference.get(), _grad_mode(operands)
@@ -157,25 +157,6 @@ def _grad_mode(operands: Operands) -> bool | None:
     return is_grad_enabled() if needed else None
 
 
-def guard(examples: Sequence[Tensor]) -> Callable[..., bool] | None:
-    """Return what tells whether as many tensors are like these, dispatch keys and ``requires_grad`` included.
-
-    :returns: ``None`` if this PyTorch has no such guard, or one that takes other arguments: it is private. Nothing is lost
-        but host time, for a call that is not recognised is described.
-
-    >>> alike = guard([torch.zeros(2, 3)])
-    >>> alike(torch.ones(2, 3)), alike(torch.ones(3, 2).t()), alike(torch.ones(2, 3, requires_grad=True))
-    (True, False, False)
-    """
-    sizes, strides = [list(t.shape) for t in examples], [list(t.stride()) for t in examples]
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        return TensorGuards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type] # the stub says one flat list
-    except (AttributeError, ImportError, TypeError):
-        return None
-
-
 def described(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> tuple[object, ...]:
     """Describe a call, for looking it up.
 
@@ -194,6 +175,6 @@ def _described(operand: Tensor | None) -> tuple[object, ...] | None:
     if operand is None:
         return None
     # The dispatch keys tell lazy negation, functorch's wrappers and all else that is no plain memory.
-    keys = _dispatch_keys(operand).raw_repr()
+    keys = dispatch_keys(operand).raw_repr()
     shape, strides = operand.shape, operand.stride()
     return type(operand), operand.dtype, operand.device, operand.layout, shape, strides, keys, operand.requires_grad

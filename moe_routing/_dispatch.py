@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moe_routing import _check
 from moe_routing._registry import registry
 from moe_routing.formula import weights_backward
 from moe_routing.kernel import Differentiates, HasNotes, Operands, RoutingOutput
+from moe_routing.private_api import unset_fake_temporarily
 from moe_routing.probing import probe
 from moe_routing.python_warnings import not_raised
 from moe_routing_registry import BackendUnavailableError, RejectCode, Request, RoutingProblem, RoutingSpec, Verdict

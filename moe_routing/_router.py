@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _functorch
-from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from moe_routing import _check, _op, _operators  # noqa: F401 -- `_op` registers what `_operators` calls
@@ -16,6 +14,7 @@ from moe_routing._call_cache import ORDINARY, UNREADABLE, CachedCall, described,
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._operators import CallConfig
 from moe_routing.kernel import Operands, Prepares, RoutingOutput, WarmsUp
+from moe_routing.private_api import carries_tangents, is_fake_mode, is_functorch_wrapped_tensor, is_zero_tensor
 from moe_routing_registry import RoutingSpec
 from moe_routing_registry.request import verify_rate
 from moe_routing_registry.text import refusal
@@ -197,8 +196,8 @@ class Router:
         """Tell whether the weights need derivatives; refuse ``out`` if they do, or if it cannot be written."""
         differentiable = (
             (is_grad_enabled() and _requires_grad(operands))
-            or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
-            or any(_functorch.is_functorch_wrapped_tensor(t) for t in _tensors(operands))
+            or carries_tangents()
+            or any(is_functorch_wrapped_tensor(t) for t in _tensors(operands))
         )
         _refuse_out(operands, differentiable=differentiable)
         if operands.out is not None:
@@ -209,7 +208,7 @@ class Router:
         """Route tensors that are no plain memory: the operator and PyTorch's own rules know what to do with each."""
         if any(_is_dtensor(t) for t in _tensors(operands)):
             return self._sharded(config, operands, training=differentiable)
-        if any(_functorch.is_functorch_wrapped_tensor(t) for t in _tensors(operands)):
+        if any(is_functorch_wrapped_tensor(t) for t in _tensors(operands)):
             rule = Rule(self.spec, config.topk, _operator_backward(config))
             return recorded(rule, lambda some: _operators.call(config, some, training=False))(operands)
         return _operators.call(config, operands, training=differentiable)
@@ -379,10 +378,10 @@ def _ordinary(tensor: Tensor) -> bool:
     """Tell whether a tensor is memory that a kernel may read, as its shape and strides say."""
     return (
         type(tensor) in ORDINARY
-        and not _functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_functorch_wrapped_tensor(tensor)
         and not tensor.is_neg()
-        and not tensor._is_zerotensor()  # noqa: SLF001 -- there is no other name for it
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None  # noqa: SLF001 -- likewise
+        and not is_zero_tensor(tensor)
+        and not is_fake_mode()
     )
 
 

@@ -20,8 +20,8 @@ from moe_routing.families import FAMILIES
 from moe_routing.probing._describe import describe
 from moe_routing.probing._installed import Installed, Triton
 from moe_routing.probing._observe import Observation, TorchBuild
-from moe_routing_backends.triton import choose, table
-from moe_routing_backends.triton.xpu import in_sub_groups
+from moe_routing_backends.triton.runtime.xpu import in_sub_groups
+from moe_routing_backends.triton.tuning import choose, table
 from moe_routing_registry import DeviceInfo, RejectCode, Request, RoutingProblem
 
 HERE = Path(__file__).parent
@@ -91,7 +91,7 @@ def test_a_device_without_the_tables_sub_groups_is_declined_by_its_arch():
 
 
 def test_on_an_xpu_its_own_table_applies_and_says_that_it_was_not_measured():
-    found = choose.speaking(
+    found = choose.table_for(
         recorded("intel_arc_pro_b60"), RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype="bfloat16")
     )
     assert found.source.endswith("xpu.json")
@@ -108,16 +108,16 @@ def launches():
 def test_every_launch_of_the_xpus_table_fills_whole_sub_groups_that_its_gpus_have():
     for launch in launches():
         assert launch.warp_size in (16, 32)
-        if launch.variant == "rows":
-            assert launch.block_t * launch.lanes == launch.num_warps * launch.warp_size
+        if launch.variant == "thread_per_row":
+            assert launch.block_t * launch.threads_per_row == launch.num_warps * launch.warp_size
 
 
 def test_the_xpus_table_uses_no_kernel_with_nvidias_instructions():
-    assert {launch.variant for launch in launches()} <= {"lanes", "rows"}
+    assert {launch.variant for launch in launches()} <= {"cooperative", "thread_per_row"}
 
 
 def test_a_sub_group_survives_writing_and_reading_a_table():
-    step = table.Step(math.inf, table.Launch("lanes", 1, 1, 1, 32))
+    step = table.Step(math.inf, table.Launch("cooperative", 1, 1, 1, 32))
     key = ("logits", 16, 128, 8)
     assert table.parse(table.to_json("bmg-g21", "x", {key: (step,)}), "x").rules == {key: (step,)}
 

@@ -228,8 +228,10 @@ def present() -> list[str]:
     """Name the devices that torch sees, the CPU first."""
     import torch
 
+    from moe_routing.private_api import privateuse1_name
+
     accelerator = torch.accelerator.current_accelerator()
-    foreign = torch._C._get_privateuse1_backend_name()  # noqa: SLF001 -- nothing public tells the name
+    foreign = privateuse1_name()
     kinds = dict.fromkeys([*_INDEXED, "mps", foreign, *([accelerator.type] if accelerator else [])])
     names = ["cpu"]
     for kind in kinds:

@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_routing_backends.triton.choose import shipped, starts_early
-from moe_routing_backends.triton.launch import KERNELS, RUNTIME_ARGUMENTS
-from moe_routing_backends.triton.plan import constants
+from moe_routing_backends.triton.kernels import VARIANTS, constants
+from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS
+from moe_routing_backends.triton.tuning.choose import shipped, supports_pdl
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -52,35 +52,48 @@ def launches(problem, name):
 
 
 def shown(launch, target):
-    """Name a launch by its rows for 32 lanes, so that one line of the table holds what is derived from one another."""
-    rows = launch.block_t if launch.variant == "lanes" else launch.block_t * 32 // target.warp_size
-    return f"{launch.variant} {rows}x{launch.lanes}" + (f" in {launch.num_warps} warps" if launch.num_warps > 1 else "")
+    """Name a launch by its rows for 32 threads, so that one line of the table holds what is derived from one another."""
+    rows = launch.block_t if launch.variant == "cooperative" else launch.block_t * 32 // target.warp_size
+    return f"{launch.variant} {rows}x{launch.threads_per_row}" + (
+        f" in {launch.num_warps} warps" if launch.num_warps > 1 else ""
+    )
 
 
-def compiled(problem, launch, target):
-    """Compile one kernel to its last stage."""
+def source_of(problem, launch, target, *, general=False):
+    """Return a kernel with its constants, and its launch options.
+
+    :param general: rows may be any distance apart, padding is counted on the device, and experts are mapped.
+    """
     spec, experts, dtype = problem.spec, problem.num_experts, problem.dtype
-    kernel = KERNELS[launch.variant]
-    early = starts_early(device_of(target))
+    kernel = VARIANTS[launch.variant].kernel
+    pdl = supports_pdl(device_of(target))
     known = {
         **constants(problem, launch),
-        "ROW_STRIDE": experts,
-        "EXPERT_STRIDE": 1,
-        "VALID_ON_DEVICE": False,
-        "EARLY": early,
-        **dict.fromkeys(("token_ids", "expert_table", "num_valid_tokens", "expert_map")),
+        "ROW_STRIDE": 0 if general else experts,
+        "EXPERT_STRIDE": 0 if general and launch.variant == "cooperative" else 1,
+        "VALID_ON_DEVICE": general,
+        "PDL": pdl,
+        **({} if spec.selection == "token_table" else dict.fromkeys(("token_ids", "expert_table"))),
+        **({} if general else dict.fromkeys(("num_valid_tokens", "expert_map"))),
         **({} if spec.per_expert_scale else {"per_expert_scale": None}),
         **({} if spec.needs_bias else {"bias": None}),
     }
     types = dict.fromkeys(("weights", "per_expert_scale", "bias"), "*fp32") | {
         "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype],
-        "ids": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64", "expert_stride": "i64", "vocabulary": "i32",
+        "ids": "*i32", "token_ids": "*i64", "expert_table": "*i64", "num_valid_tokens": "*i32",
+        "expert_map": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64", "expert_stride": "i64", "vocabulary": "i32",
     }  # fmt: skip
     signature = {name: "constexpr" if name in known else types[name] for name in kernel.arg_names}
-    assert list(signature).index("E") == RUNTIME_ARGUMENTS
+    assert list(signature).index("SPEC") == RUNTIME_ARGUMENTS
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("logits", "weights", "ids")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False, **({"launch_pdl": True} if early else {})}
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
+    return source, options
+
+
+def compiled(problem, launch, target):
+    """Compile one kernel to its last stage."""
+    source, options = source_of(problem, launch, target)
     return triton.compile(source, target=target, options=options)
 
 
@@ -121,7 +134,7 @@ def waits(lines):
 def dtypes(name, place):
     """Return the dtypes that a target is compiled for at a size: they take turns from size to size and from target to target.
 
-    So a size in each dtype is compiled for one of the three targets that ship the same sieves, and for one of AMD's, which
+    So a size in each dtype is compiled for one of the three targets that ship the same filters, and for one of AMD's, which
     ship the same rows. The rows that sm_80 ships no other NVIDIA target does: it is compiled for both dtypes.
     """
     turn = list(TARGETS).index(name) + place

@@ -10,8 +10,8 @@ import triton
 from ahead_of_time import DEEPSEEK, GEMMA4, TARGETS, read_back
 from triton.compiler import ASTSource
 
-from moe_routing_backends.triton.backward import backward_kernel
-from moe_routing_backends.triton.gradient import RUNTIME_ARGUMENTS, constants
+from moe_routing_backends.triton.kernels.backward import moe_routing_backward
+from moe_routing_backends.triton.runtime.gradient import RUNTIME_ARGUMENTS, constants
 from moe_routing_registry import RoutingProblem, RoutingSpec
 
 CASES = [
@@ -33,11 +33,11 @@ def compiled(spec, experts, k, dtype, target):
         "grad_weights": "*fp32", "logits": logits, "ids": "*i32", "per_expert_scale": "*fp32", "grad_logits": logits,
         "grad_scale": "*fp32", "T": "i32", "row_stride": "i64", "expert_stride": "i64",
     }  # fmt: skip
-    signature = {name: "constexpr" if name in known else types[name] for name in backward_kernel.arg_names}
-    assert list(signature).index("E") == RUNTIME_ARGUMENTS
+    signature = {name: "constexpr" if name in known else types[name] for name in moe_routing_backward.arg_names}
+    assert list(signature).index("SPEC") == RUNTIME_ARGUMENTS
     aligned = [name for name in ("logits", "grad_logits", "grad_scale") if name not in known]
-    attributes = {(backward_kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=backward_kernel, signature=signature, constexprs=known, attrs=attributes)
+    attributes = {(moe_routing_backward.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=moe_routing_backward, signature=signature, constexprs=known, attrs=attributes)
     return triton.compile(source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": False})
 
 

@@ -25,13 +25,15 @@ import triton.language as tl  # noqa: E402 -- likewise
 from moe_routing import RoutingOutput  # noqa: E402 -- likewise
 from moe_routing.probing import probe  # noqa: E402 -- likewise
 from moe_routing.reference.compare import compare  # noqa: E402 -- likewise
-from moe_routing_backends.triton.keys import value_of_rough  # noqa: E402 -- likewise
-from moe_routing_backends.triton.launch import build  # noqa: E402 -- likewise
-from moe_routing_backends.triton.pairs import low_half  # noqa: E402 -- likewise
-from moe_routing_backends.triton.plan import Launch, can  # noqa: E402 -- likewise
-from moe_routing_backends.triton.sieve import guesses as guess_pairs  # noqa: E402 -- likewise
-from moe_routing_backends.triton.sieve import range_of  # noqa: E402 -- likewise
-from moe_routing_backends.triton.table import VARIANTS  # noqa: E402 -- likewise
+from moe_routing_backends.triton.device.bf16x2 import low_f16  # noqa: E402 -- likewise
+from moe_routing_backends.triton.device.keys import value_of_truncated  # noqa: E402 -- likewise
+from moe_routing_backends.triton.kernels import VARIANTS, supports  # noqa: E402 -- likewise
+from moe_routing_backends.triton.kernels.filter import (  # noqa: E402 -- likewise
+    approximate_scores,
+    range_of,
+)
+from moe_routing_backends.triton.kernels.spec import Launch, kernel_spec  # noqa: E402 -- likewise
+from moe_routing_backends.triton.runtime.router import build  # noqa: E402 -- likewise
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
 
 
@@ -96,7 +98,10 @@ TILED = (
     ("softmax_bias", 64, 6, 2), ("sqrtsoftplus", 64, 8, 8), ("logit_bias", 40, 4, 4), ("zero_experts", 64, 12, 4),
     ("soft_cap", 32, 1, 2),
 )  # fmt: skip
-"""Specs in the tiles variant, with E, K and lanes: groups padded and whole, one and more lanes a group, both lists."""
+"""Specs in the block kernel, with E, K and threads a row.
+
+Groups padded and whole, one and more threads a group, both lists.
+"""
 
 
 def hostile(tokens, experts, generator):
@@ -196,7 +201,7 @@ def draw(random, variant):
             spec.check_size(experts, k)
         except ValueError:
             continue
-        if can(RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:]), launch):
+        if supports(RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:]), launch):
             return name, launch, experts, k, dtype, random.choice(list(KINDS))
 
 
@@ -239,42 +244,46 @@ def run(  # noqa: PLR0913, PLR0917 -- what a case is
     return compare(spec, logits, k, out, **operands).problems, out
 
 
-def beside_lanes(name, launch, *rest, one_row=False):
-    """Route once in this launch and once in the lanes variant; return what is wrong, other bits too."""
+def compared_with_cooperative(name, launch, *rest, one_row=False):
+    """Route once in this launch and once in the cooperative kernel; return what is wrong, other bits too."""
     problems, out = run(name, launch, *rest)
-    _, other = run(name, Launch("lanes", 1 if one_row else 2, 1, 1), *rest)
+    _, other = run(name, Launch("cooperative", 1 if one_row else 2, 1, 1), *rest)
     same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
-    return problems + ([] if same else ["bits differ from the lanes variant's"])
+    return problems + ([] if same else ["bits differ from the cooperative kernel's"])
+
+
+SIGMOID_BIAS = RoutingSpec(family="sigmoid_bias", score="sigmoid", selection="scores_plus_bias")
+SIGMOID_BIAS_SPEC = kernel_spec(RoutingProblem(spec=SIGMOID_BIAS, num_experts=128, topk=8, dtype="float32"))
 
 
 @triton.jit
-def guess_kernel(logits, bias, found, COUNT: tl.constexpr):
-    """Guess scores as the sieve does; were they the K-th and the highest of a row, its bar and what scores lie between."""
+def approximate_kernel(logits, bias, found, COUNT: tl.constexpr, SPEC: tl.constexpr):
+    """Approximate scores as the filter does; take each for the K-th and the highest of a row, for its threshold and bounds."""
     place = tl.program_id(0) * 4096 + tl.arange(0, 4096)
     b = tl.load(bias + place)
     x = tl.load(logits + place)
-    pair = guess_pairs(x, x, b, b)
-    least, most, bar = range_of(pair, pair, "scores_plus_bias")
-    tl.store(found + place, low_half(pair))
-    tl.store(found + COUNT + place, low_half(bar >> 16))
-    tl.store(found + 2 * COUNT + place, value_of_rough(least))
-    tl.store(found + 3 * COUNT + place, value_of_rough(most))
+    pair = approximate_scores(x, x, b, b)
+    least, most, threshold = range_of(pair, pair, SPEC)
+    tl.store(found + place, low_f16(pair))
+    tl.store(found + COUNT + place, low_f16(threshold >> 16))
+    tl.store(found + 2 * COUNT + place, value_of_truncated(least))
+    tl.store(found + 3 * COUNT + place, value_of_truncated(most))
 
 
-def guesses():
-    """Hold the sieve's guesses at biased scores to the bounds in ``pairs.margin``, for all magnitudes; say what is wrong."""
+def approximate_scores_are_within_bounds():
+    """Hold the filter's approximate scores to the bounds in ``bf16x2.margin``, for all magnitudes; say what is wrong."""
     sizes = torch.cat([torch.linspace(0, 20, 1024), 2.0 ** torch.linspace(-30, 31, 1024)])
     biases = torch.tensor([0.0, 0.1, -0.1, -0.5, -1.0, 0.9, 8.3, -8.3, 300.0, -300.0, -1000.0, 6e4])
     x, b = (t.flatten().contiguous() for t in torch.meshgrid(torch.cat([sizes, -sizes]), biases, indexing="ij"))
     found = torch.empty(4, len(x))
-    guess_kernel[len(x) // 4096,](x, b, found, len(x))
-    scores, bars, least, most = found.double()
+    approximate_kernel[len(x) // 4096,](x, b, found, len(x), SIGMOID_BIAS_SPEC)
+    scores, thresholds, least, most = found.double()
     bound, exact = 0.00062 + scores.abs() / 1024, x.double().sigmoid()
-    known = scores.isfinite()  # what is NaN or inf is never below a bar
+    known = scores.isfinite()  # what is NaN or inf is never below a threshold
     wrong = {
-        "no guess where there should be one": ~known & (b.abs() <= 1024) & (exact + b.double() < 65000),
-        "the guess is off": known & ((scores - exact - b.double()).abs() > bound),
-        "the bar is high": known & (bars > scores - 2 * bound),
+        "no score where there should be one": ~known & (b.abs() <= 1024) & (exact + b.double() < 65000),
+        "the score is off": known & ((scores - exact - b.double()).abs() > bound),
+        "the threshold is high": known & (thresholds > scores - 2 * bound),
         "the least is high": known & (least > scores - bound),
         "the most is low": known & (most < scores + bound),
     }
@@ -282,29 +291,35 @@ def guesses():
 
 
 def cases():
-    """Yield titles and what to call: all specs in the lanes variant, those that many tokens meet in the others, drawn ones."""
-    yield "guesses of the sieve", guesses
+    """Yield titles and what to call.
+
+    All specs in the cooperative kernel, those that many tokens meet in the others, drawn ones.
+    """
+    yield "approximate scores", approximate_scores_are_within_bounds
     for name in SPECS:
         for dtype, kind, launch in (
-            (torch.float32, "hostile", Launch("lanes", 1, 1, 1)),
-            (torch.bfloat16, "hostile", Launch("lanes", 4, 1, 1)),
-            (torch.float32, "close", Launch("lanes", 4, 1, 1)),
+            (torch.float32, "hostile", Launch("cooperative", 1, 1, 1)),
+            (torch.bfloat16, "hostile", Launch("cooperative", 4, 1, 1)),
+            (torch.float32, "close", Launch("cooperative", 4, 1, 1)),
         ):
             alone = partial(run, name, launch, 24, 4, dtype, kind, extras=launch.block_t > 1)
-            yield f"lanes {name} {dtype} {kind}", lambda alone=alone: alone()[0]
+            yield f"cooperative {name} {dtype} {kind}", lambda alone=alone: alone()[0]
     for name in ROWS:
-        for dtype, kind, lanes, experts, k in (
+        for dtype, kind, threads, experts, k in (
             (torch.float32, "close", 1, 40, 4),
             (torch.float16, "hostile", 2, 40, 6),
             (torch.float32, "hostile", 4, 64, 9),
         ):
-            launch = Launch("rows", 4, lanes, 1)
-            yield f"rows {name} {dtype} {kind}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
+            launch = Launch("thread_per_row", 4, threads, 1)
+            yield (
+                f"thread_per_row {name} {dtype} {kind}",
+                partial(compared_with_cooperative, name, launch, experts, k, dtype, kind),
+            )
     for place, name in enumerate(SIEVED):
         spec = SPECS[name]
         plain = not spec.needs_bias and spec.logit_softcap is None
         every_other = slice(place % 2, None, 2) if plain else slice(None)  # two specs that select by logits share the rows
-        for dtype, kind, lanes, experts, k in (
+        for dtype, kind, threads, experts, k in (
             (torch.float32, "close", 2, 48, 4),
             (torch.float32, "twins", 2, 64, 5),
             (torch.float32, "far", 4, 96, 9),
@@ -314,16 +329,22 @@ def cases():
             (torch.bfloat16, "hostile", 2, 128, 6),
             (torch.float16, "hostile", 4, 64, 9),
         )[every_other]:
-            launch = Launch("sieve", 4, lanes, 1)
-            yield f"sieve {name} {dtype} {kind} {experts}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
-    for name, experts, k, lanes in TILED:
-        launch = Launch("tiles", 4, lanes, 1)
+            launch = Launch("filter", 4, threads, 1)
+            yield (
+                f"filter {name} {dtype} {kind} {experts}",
+                partial(compared_with_cooperative, name, launch, experts, k, dtype, kind),
+            )
+    for name, experts, k, threads in TILED:
+        launch = Launch("block", 4, threads, 1)
         for kind, dtype in (*product(("close", "far", "twins", "masked"), [torch.float32]), ("hostile", torch.bfloat16)):
-            yield f"tiles {name} {dtype} {kind}", partial(beside_lanes, name, launch, experts, k, dtype, kind)
+            yield f"block {name} {dtype} {kind}", partial(compared_with_cooperative, name, launch, experts, k, dtype, kind)
     random = Random(0)  # noqa: S311 -- cases of a test
-    for variant in VARIANTS * (DRAWN // len(VARIANTS)):
+    for variant in list(VARIANTS) * (DRAWN // len(VARIANTS)):
         name, launch, *rest = draw(random, variant)
-        yield " ".join(["drawn", name, *map(str, (launch, *rest))]), partial(beside_lanes, name, launch, *rest, one_row=True)
+        yield (
+            " ".join(["drawn", name, *map(str, (launch, *rest))]),
+            partial(compared_with_cooperative, name, launch, *rest, one_row=True),
+        )
 
 
 def main():

@@ -16,7 +16,7 @@ from interpreted import DEVICE, SPECS, hostile  # noqa: E402 -- likewise
 
 from moe_routing.formula import weights_backward  # noqa: E402 -- likewise
 from moe_routing.reference import oracle  # noqa: E402 -- likewise
-from moe_routing_backends.triton.launch import build  # noqa: E402 -- likewise
+from moe_routing_backends.triton.runtime.router import build  # noqa: E402 -- likewise
 from moe_routing_registry import RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
 
 ALL = {

@@ -15,9 +15,10 @@ warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtim
 import torch  # noqa: E402 -- after the variable is set
 from interpreted import SPECS  # noqa: E402 -- likewise
 
-from moe_routing_backends.triton import choose, launch  # noqa: E402 -- likewise
-from moe_routing_backends.triton.plan import Launch  # noqa: E402 -- likewise
-from moe_routing_backends.triton.tune import candidates, tune  # noqa: E402 -- likewise
+from moe_routing_backends.triton.kernels import VARIANTS  # noqa: E402 -- likewise
+from moe_routing_backends.triton.kernels.spec import Launch  # noqa: E402 -- likewise
+from moe_routing_backends.triton.tuning import choose  # noqa: E402 -- likewise
+from moe_routing_backends.triton.tuning.tune import candidates, tune  # noqa: E402 -- likewise
 from moe_routing_registry import DeviceInfo, RoutingProblem  # noqa: E402 -- likewise
 
 CPU = DeviceInfo(type="cpu", platform="cpu", name="the interpreter")
@@ -42,10 +43,10 @@ class Altered:
 
 
 def main():
-    """Tune a problem of which the rows variant is wrong or raises, as the argument says, and the others are right."""
+    """Tune a problem of which the thread-per-row kernel is wrong or raises, as the argument says, and the others are right."""
     torch.set_num_threads(1)
-    rows = launch.KERNELS["rows"]
-    launch.KERNELS["rows"] = Altered(rows, raises=sys.argv[1] == "raises")
+    right = VARIANTS["thread_per_row"]
+    VARIANTS["thread_per_row"] = right._replace(kernel=Altered(right.kernel, raises=sys.argv[1] == "raises"))
     problem = RoutingProblem(spec=SPECS["gemma4"], num_experts=16, topk=2, dtype="float32")
     offered = candidates(problem, CPU)
     seconds = iter(range(10_000))
@@ -56,16 +57,16 @@ def main():
         return 1e6 / (1 + next(seconds))  # whoever comes later is faster
 
     tuned = tune(problem, CPU, tokens=(3, 1), on_step=lambda *step: said.append(step), clock=clock)
-    kept = choose.speaking(CPU, problem)
+    kept = choose.table_for(CPU, problem)
     json.dump(
         {
             "offered": sorted({c.variant for c in offered}),
             "tuned": tuned.to_dict(),
             "kept": [dataclasses.asdict(step.launch) for step in kept.steps(problem)],
-            "last_right": dataclasses.asdict([c for c in offered if c.variant != "rows"][-1]),
+            "last_right": dataclasses.asdict([c for c in offered if c.variant != "thread_per_row"][-1]),
             "source": kept.source,
             "steps_said": [said[0], said[-1], len(said)],
-            "of_rows": sum(isinstance(c, Launch) and c.variant == "rows" for c in offered),
+            "of_rows": sum(isinstance(c, Launch) and c.variant == "thread_per_row" for c in offered),
         },
         sys.stdout,
     )

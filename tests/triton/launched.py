@@ -13,14 +13,14 @@ from ahead_of_time import DEEPSEEK, GEMMA4, TARGETS, compiled
 from ahead_of_time_backward import compiled as compiled_backward
 from triton.backends.nvidia import driver
 
-from moe_routing_backends.triton.direct import launcher_of
-from moe_routing_backends.triton.plan import Launch
+from moe_routing_backends.triton.kernels.spec import Launch
+from moe_routing_backends.triton.runtime.launcher import launcher_of
 from moe_routing_registry import RoutingProblem
 
 CASES = [
-    (GEMMA4, 128, 8, Launch("lanes", 1, 1, 1)),
-    (GEMMA4, 128, 8, Launch("rows", 16, 2, 1)),
-    (DEEPSEEK, 256, 8, Launch("lanes", 2, 1, 1)),
+    (GEMMA4, 128, 8, Launch("cooperative", 1, 1, 1)),
+    (GEMMA4, 128, 8, Launch("thread_per_row", 16, 2, 1)),
+    (DEEPSEEK, 256, 8, Launch("cooperative", 2, 1, 1)),
 ]
 BLOCKS, STREAM, FUNCTION = 7, 11, 13
 
@@ -44,7 +44,7 @@ def compare(kernel):
     noted = []
     run = launcher(kernel, noted)
     names = kernel.src.fn.arg_names
-    constants = tuple(kernel.src.constants.get((place,)) for place in range(names.index("E"), len(names)))
+    constants = tuple(kernel.src.constants.get((place,)) for place in range(names.index("SPEC"), len(names)))
     arguments = tuple(
         None if (place,) in kernel.src.constants else 1000 + place for place in range(len(names) - len(constants))
     )

@@ -50,22 +50,22 @@ def found():
     return interpreted(*(f"{part}/{parts}" for part in range(1, parts + 1)))
 
 
-def test_the_lanes_variant_agrees_with_the_oracle_for_gemma4():
-    assert interpreted("lanes gemma4 torch.float32 hostile") == {"lanes gemma4 torch.float32 hostile": []}
+def test_the_cooperative_kernel_agrees_with_the_oracle_for_gemma4():
+    assert interpreted("cooperative gemma4 torch.float32 hostile") == {"cooperative gemma4 torch.float32 hostile": []}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_lanes_variant_agrees_with_the_oracle_on_awkward_rows(found, name):
-    cases = {case: problems for case, problems in found.items() if case.startswith(f"lanes {name} ")}
+def test_the_cooperative_kernel_agrees_with_the_oracle_on_awkward_rows(found, name):
+    cases = {case: problems for case, problems in found.items() if case.startswith(f"cooperative {name} ")}
     assert len(cases) == 3
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared"])
-def test_the_rows_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
-    cases = {case: problems for case, problems in found.items() if case.startswith(f"rows {name} ")}
+def test_the_thread_per_row_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(found, name):
+    cases = {case: problems for case, problems in found.items() if case.startswith(f"thread_per_row {name} ")}
     assert len(cases) == 3
     assert not {case: problems for case, problems in cases.items() if problems}
 
@@ -75,8 +75,8 @@ def test_the_rows_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_
     ("name", "rows"),
     [("gemma4", 4), ("softmax", 4), ("sigmoid_renorm", 4), ("sigmoid_bias", 8), ("soft_cap", 8), ("shared", 4)],
 )
-def test_the_sieve_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name, rows):
-    cases = {case: problems for case, problems in found.items() if case.startswith(f"sieve {name} ")}
+def test_the_filter_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(found, name, rows):
+    cases = {case: problems for case, problems in found.items() if case.startswith(f"filter {name} ")}
     assert len(cases) == rows
     assert not {case: problems for case, problems in cases.items() if problems}
 
@@ -96,20 +96,22 @@ def test_the_sieve_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit
         "soft_cap",
     ],
 )
-def test_the_tiles_variant_agrees_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found, name):
-    cases = {case: problems for case, problems in found.items() if case.startswith(f"tiles {name} ")}
+def test_the_block_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(found, name):
+    cases = {case: problems for case, problems in found.items() if case.startswith(f"block {name} ")}
     assert len(cases) == 5
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
 @pytest.mark.slow
-def test_the_sieve_s_guesses_are_off_by_no_more_than_its_bar_is_lowered_for(found):
-    assert found["guesses of the sieve"] == []
+def test_approximate_scores_are_off_by_no_more_than_the_filters_threshold_is_lowered(found):
+    assert found["approximate scores"] == []
 
 
 @pytest.mark.slow
-def test_random_cases_of_every_variant_agree_with_the_oracle_and_with_the_lanes_variant_bit_for_bit(found):
+def test_random_cases_of_every_variant_agree_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(found):
     cases = {case: problems for case, problems in found.items() if case.startswith("drawn ")}
-    variants = {variant for case in cases for variant in ("lanes", "rows", "sieve", "tiles") if f"'{variant}'" in case}
+    variants = {
+        variant for case in cases for variant in ("cooperative", "thread_per_row", "filter", "block") if f"'{variant}'" in case
+    }
     assert (len(cases), len(variants)) == (24, 4)
     assert not {case: problems for case, problems in cases.items() if problems}

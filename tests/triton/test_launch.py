@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moe_routing import Operands, RoutingOutput
 from moe_routing._dispatch import Resolved
-from moe_routing_backends.triton import direct, launch
+from moe_routing_backends.triton.runtime import launcher
+from moe_routing_backends.triton.runtime import router as runtime
 from moe_routing_registry import DeviceInfo, ResolutionReport, RoutingProblem, RoutingSpec
 
 GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
@@ -23,34 +23,34 @@ CPU = DeviceInfo(type="cpu", platform="cpu")
 def router(spec=SIGMOID, **fields):
     """Return a kernel on a CPU that stands for a GPU: no driver is needed as long as nothing is launched."""
     problem = RoutingProblem(**{"spec": spec, "num_experts": 8, "topk": 2, "dtype": "float32", **fields})
-    return launch.TritonRouter(problem, CPU)
+    return runtime.TritonRouter(problem, CPU)
 
 
 @pytest.fixture
 def keys(monkeypatch):
     """Note what each kernel would be compiled for, instead of compiling it."""
     seen = []
-    monkeypatch.setattr(direct.Compiled, "launch_and_keep", lambda _self, key, *_rest, **_options: seen.append(key))
+    monkeypatch.setattr(launcher.Compiled, "launch_and_keep", lambda _self, key, *_rest, **_options: seen.append(key))
     return seen
 
 
 def test_nothing_compiles_while_a_graph_is_captured_and_the_error_says_what_to_call(monkeypatch):
-    monkeypatch.setattr(direct, "capturing", lambda: True)
+    monkeypatch.setattr(launcher, "capturing", lambda: True)
     wanted = r"route\.warmup\(8, 2, dtype=torch\.float32, device='cpu'\)"
     with pytest.raises(RuntimeError, match=f"nothing compiles while a CUDA graph is captured.*{wanted}"):
         router()(torch.randn(3, 8))
 
 
 def test_the_backward_kernel_does_not_compile_either_and_its_warmup_is_one_for_training(monkeypatch):
-    monkeypatch.setattr(direct, "capturing", lambda: True)
+    monkeypatch.setattr(launcher, "capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"device='cpu', training=True\)"):
         router(training=True).backward(torch.randn(3, 2), torch.randn(3, 8), torch.zeros(3, 2, dtype=torch.int32), None)
 
 
 def test_a_kernel_that_is_compiled_may_be_launched_while_a_graph_is_captured(monkeypatch):
-    kernels = direct.Compiled(RoutingProblem(spec=SIGMOID, num_experts=8, topk=2, dtype="float32"), torch.device("cpu"))
+    kernels = launcher.Compiled(RoutingProblem(spec=SIGMOID, num_experts=8, topk=2, dtype="float32"), torch.device("cpu"))
     kernels.launchers["key",] = lambda *_: None
-    monkeypatch.setattr(direct, "capturing", lambda: True)
+    monkeypatch.setattr(launcher, "capturing", lambda: True)
     launched = []
 
     class Kernel:
@@ -95,14 +95,14 @@ def test_warmup_for_training_compiles_the_backward_kernel_too(keys):
 def launched(monkeypatch):
     """A device of this test's: launches are noted, memory is the CPU's."""
     seen = []
-    monkeypatch.setattr(launch, "current_device", lambda: direct.NEVER_CURRENT)
-    monkeypatch.setattr(launch, "current_stream", lambda index: 77 + index)
-    monkeypatch.setattr(launch, "empty", lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype))
+    monkeypatch.setattr(runtime, "current_device", lambda: launcher.NEVER_CURRENT)
+    monkeypatch.setattr(runtime, "current_stream", lambda index: 77 + index)
+    monkeypatch.setattr(runtime, "empty", lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype))
 
     def keep(compiled, key, *_rest, **_options):
         compiled.launchers[key] = lambda *launch_of: seen.append((key, *launch_of))
 
-    monkeypatch.setattr(direct.Compiled, "launch_and_keep", keep)
+    monkeypatch.setattr(launcher.Compiled, "launch_and_keep", keep)
     return seen
 
 
@@ -130,7 +130,7 @@ def test_a_prepared_call_with_crooked_memory_or_on_another_device_takes_the_gene
     for _ in range(2):
         prepared(Operands(crooked))
     assert launched[-1][0][1] is False
-    monkeypatch.setattr(launch, "current_device", lambda: 1)
+    monkeypatch.setattr(runtime, "current_device", lambda: 1)
     before = len(launched)
     prepared(Operands(logits))
     assert len(launched) == before
@@ -151,56 +151,12 @@ def test_the_direct_launch_hands_over_what_the_installed_tritons_own_launcher_do
     assert len(json.loads(done.stdout)["kernels"]) == 8
 
 
-class CudaLauncher:
-    """A launcher of a shape that nobody knows; the name is what counts."""
-
-    def __init__(self, **fields):
-        usual = dict.fromkeys(direct.NEEDED, 0) | {"launch": self.never}
-        self.__dict__.update(usual | fields)
-        self.called = []
-
-    def __call__(self, *arguments):
-        self.called.append(arguments)
-
-    @staticmethod
-    def never(*_arguments):
-        raise AssertionError
-
-
-class OtherLauncher(CudaLauncher):
-    """ROCm's, say."""
-
-
-@pytest.mark.parametrize(
-    ("run", "reason"),
-    [
-        (OtherLauncher(), "OtherLauncher is not CUDA's launcher"),
-        (CudaLauncher(global_scratch_size=8), "the kernel asks for scratch memory"),
-        (CudaLauncher(profile_scratch_size=8), "the kernel asks for scratch memory"),
-        (CudaLauncher(arg_annotations=()), "Triton's CudaLauncher is of no known shape"),
-        (CudaLauncher(gsan_enabled=True), "Triton's sanitizer is on"),
-    ],
-)
-def test_a_launcher_of_unknown_shape_is_called_as_triton_calls_it_and_why_is_said(run, reason):
-    loaded = SimpleNamespace(run=run, function="function", packed_metadata="metadata")
-    launcher, why = direct.launcher_of(loaded, ("constant",))
-    assert why == reason
-    launcher(3, 5, (1, 2))
-    assert run.called == [(3, 1, 1, 5, "function", "metadata", None, None, None, 1, 2, "constant")]
-
-
-def test_a_launcher_without_a_field_that_is_needed_is_not_launched_directly():
-    run = CudaLauncher()
-    del run.launch_pdl
-    assert direct.why_not_direct(run) == "Triton's CudaLauncher has no launch_pdl"
-
-
 def test_the_slow_way_on_cuda_is_said_once_and_the_router_notes_it():
-    direct._say_once.cache_clear()
+    launcher._say_once.cache_clear()
     bound = router()
     bound._compiled.indirect = "no known shape"
     assert bound.notes == ("launches through Triton's own launcher: no known shape",)
     with pytest.warns(RuntimeWarning, match="moe-routing launches through Triton's own launcher.*no known shape"):
-        direct._say_once("no known shape")
-    direct._say_once("no known shape")  # warned already: warnings are errors here
-    direct._say_once.cache_clear()
+        launcher._say_once("no known shape")
+    launcher._say_once("no known shape")  # warned already: warnings are errors here
+    launcher._say_once.cache_clear()

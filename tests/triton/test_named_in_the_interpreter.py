@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from moe_routing_backends import triton
-from moe_routing_backends.triton import launch
+from moe_routing_backends.triton.runtime import router as launch
 from moe_routing_registry import DeviceInfo, RejectCode, RoutingProblem, RoutingSpec, Toolchain
 from moe_routing_registry.device import triton_interprets
 

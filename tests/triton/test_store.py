@@ -12,8 +12,8 @@ import textwrap
 
 import pytest
 
-from moe_routing_backends.triton import choose, store, table, tune
-from moe_routing_backends.triton.plan import Launch
+from moe_routing_backends.triton.kernels.spec import Launch
+from moe_routing_backends.triton.tuning import choose, store, table, tune
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec, Toolchain
 
 TRITON = Toolchain(name="triton", version="3.6.0", usable=True)
@@ -22,7 +22,7 @@ H200 = DeviceInfo(
 )
 GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 PROBLEM = RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype="bfloat16")
-RULE = (table.Step(math.inf, Launch("lanes", 8, 1, 4)),)
+RULE = (table.Step(math.inf, Launch("cooperative", 8, 1, 4)),)
 
 
 @pytest.fixture(autouse=True)
@@ -41,18 +41,18 @@ def rewritten(**changes):
 
 
 def test_what_is_kept_applies_from_then_on_and_says_so(home):
-    assert "tuned on this" not in choose.said_of(H200, PROBLEM)
+    assert "tuned on this" not in choose.describe_table(H200, PROBLEM)
     path = store.keep(H200, {table.key_of(PROBLEM): RULE})
     assert path.is_relative_to(home)
-    assert choose.speaking(H200, PROBLEM).steps(PROBLEM) == RULE
-    assert str(path) in choose.said_of(H200, PROBLEM)
-    assert "tuned on this NVIDIA H200 (driver 580.1, triton 3.6.0)" in choose.said_of(H200, PROBLEM)
+    assert choose.table_for(H200, PROBLEM).steps(PROBLEM) == RULE
+    assert str(path) in choose.describe_table(H200, PROBLEM)
+    assert "tuned on this NVIDIA H200 (driver 580.1, triton 3.6.0)" in choose.describe_table(H200, PROBLEM)
 
 
 def test_a_problem_that_was_not_tuned_keeps_the_shipped_rule():
     store.keep(H200, {table.key_of(PROBLEM): RULE})
     other = dataclasses.replace(PROBLEM, num_experts=256)
-    assert "tuned" not in choose.said_of(H200, other)
+    assert "tuned" not in choose.describe_table(H200, other)
 
 
 def test_tuning_another_problem_later_keeps_the_first_one():
@@ -60,13 +60,13 @@ def test_tuning_another_problem_later_keeps_the_first_one():
     store.keep(H200, {table.key_of(PROBLEM): RULE})
     store.keep(H200, {table.key_of(other): RULE})
     for kept in (PROBLEM, other):
-        assert choose.speaking(H200, kept).steps(kept) == RULE
+        assert choose.table_for(H200, kept).steps(kept) == RULE
 
 
 @pytest.mark.parametrize("changes", [{"name": "NVIDIA H100"}, {"driver": "581.0"}, {"toolchains": ()}])
 def test_another_part_driver_or_triton_does_not_use_it(changes):
     store.keep(H200, {table.key_of(PROBLEM): RULE})
-    assert "tuned" not in choose.said_of(dataclasses.replace(H200, **changes), PROBLEM)
+    assert "tuned" not in choose.describe_table(dataclasses.replace(H200, **changes), PROBLEM)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_a_foreign_stale_or_corrupt_table_is_ignored_with_a_warning_and_replaced
     path = rewritten(**changes)
     pattern = re.escape(str(path)) + ".*" + re.escape(complaint)
     with pytest.warns(RuntimeWarning, match=pattern):
-        assert "tuned" not in choose.said_of(H200, PROBLEM)
+        assert "tuned" not in choose.describe_table(H200, PROBLEM)
     with pytest.warns(RuntimeWarning, match=pattern):
         store.keep(H200, {table.key_of(PROBLEM): RULE})
-    assert "tuned" in choose.said_of(H200, PROBLEM)
+    assert "tuned" in choose.describe_table(H200, PROBLEM)
 
 
 def test_a_table_is_written_whole_or_not_at_all(home):
@@ -99,8 +99,10 @@ def test_a_table_is_written_whole_or_not_at_all(home):
 
 KEEPING = """
     import sys
-    from moe_routing_backends.triton import choose, store, table
-    from moe_routing_backends.triton.plan import Launch
+    from moe_routing_backends.triton.tuning import choose
+    from moe_routing_backends.triton.tuning import store
+    from moe_routing_backends.triton.tuning import table
+    from moe_routing_backends.triton.kernels.spec import Launch
     from moe_routing_registry import DeviceInfo, Toolchain
 
     device = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200", driver="580.1", warp_sizes=(32,),
@@ -109,7 +111,7 @@ KEEPING = """
     print("ready", flush=True)
     sys.stdin.readline()
     for experts in range(first, first + 100):
-        store.keep(device, {("logits", 16, experts, 8): (table.Step(float("inf"), Launch("lanes", 1, 1, 1)),)})
+        store.keep(device, {("logits", 16, experts, 8): (table.Step(float("inf"), Launch("cooperative", 1, 1, 1)),)})
 """
 
 
@@ -156,23 +158,23 @@ BROKEN = {
     "not UTF-8": b"\xff\xfe{}",
     "empty": b"",
     "long number": b'{"schema": ' + b"9" * 5000 + b"}",
-    "rows beyond a program": table_of([None, "rows", 2**21, 1, 1]),
-    "threads beyond a program": table_of([None, "rows", 512, 4, 1]),
-    "warps beyond a program": table_of([None, "rows", 32, 1, 64]),
-    "warps beyond this device": table_of([None, "lanes", 1, 1, 64]),
-    "lanes beyond a warp": table_of([None, "rows", 1, 128, 1]),
-    "a block beyond Triton": table_of([None, "lanes", 512, 1, 1]),
-    "a warp that is none": table_of([None, "rows", 32, 1, 1, 4]),
-    "a warp that this device has not": table_of([None, "rows", 32, 1, 1, 16]),
-    "not a power of two": table_of([None, "rows", 3, 1, 1]),
-    "zero": table_of([None, "rows", 0, 1, 1]),
-    "negative": table_of([None, "rows", -2, 1, 1]),
-    "a fraction": table_of([None, "rows", 2.0, 1, 1]),
-    "true": table_of([None, "rows", True, 1, 1]),
-    "tokens that are no number": table_of([float("nan"), "rows", 32, 1, 1]),
-    "infinite tokens": table_of([float("inf"), "rows", 32, 1, 1]),
-    "tokens that are true": table_of([True, "rows", 32, 1, 1]),
-    "a variant that is a list": table_of([None, ["rows"], 32, 1, 1]),
+    "rows beyond a program": table_of([None, "thread_per_row", 2**21, 1, 1]),
+    "threads beyond a program": table_of([None, "thread_per_row", 512, 4, 1]),
+    "warps beyond a program": table_of([None, "thread_per_row", 32, 1, 64]),
+    "warps beyond this device": table_of([None, "cooperative", 1, 1, 64]),
+    "threads beyond a warp": table_of([None, "thread_per_row", 1, 128, 1]),
+    "a block beyond Triton": table_of([None, "cooperative", 512, 1, 1]),
+    "a warp that is none": table_of([None, "thread_per_row", 32, 1, 1, 4]),
+    "a warp that this device has not": table_of([None, "thread_per_row", 32, 1, 1, 16]),
+    "not a power of two": table_of([None, "thread_per_row", 3, 1, 1]),
+    "zero": table_of([None, "thread_per_row", 0, 1, 1]),
+    "negative": table_of([None, "thread_per_row", -2, 1, 1]),
+    "a fraction": table_of([None, "thread_per_row", 2.0, 1, 1]),
+    "true": table_of([None, "thread_per_row", True, 1, 1]),
+    "tokens that are no number": table_of([float("nan"), "thread_per_row", 32, 1, 1]),
+    "infinite tokens": table_of([float("inf"), "thread_per_row", 32, 1, 1]),
+    "tokens that are true": table_of([True, "thread_per_row", 32, 1, 1]),
+    "a variant that is a list": table_of([None, ["thread_per_row"], 32, 1, 1]),
 }
 
 
@@ -180,10 +182,10 @@ BROKEN = {
 def test_a_broken_table_is_ignored_by_routing_and_repaired_by_tuning(content):
     path = put(content)
     with pytest.warns(RuntimeWarning, match=re.escape(str(path))):
-        assert "tuned" not in choose.said_of(H200, PROBLEM)
+        assert "tuned" not in choose.describe_table(H200, PROBLEM)
     with pytest.warns(RuntimeWarning, match=re.escape(str(path))):
         store.keep(H200, {table.key_of(PROBLEM): RULE})
-    assert choose.speaking(H200, PROBLEM).steps(PROBLEM) == RULE
+    assert choose.table_for(H200, PROBLEM).steps(PROBLEM) == RULE
 
 
 def test_of_a_file_without_an_end_only_the_first_mebibyte_is_read():
@@ -250,14 +252,15 @@ def test_a_link_in_place_of_a_table_is_replaced_and_its_target_left_alone(home):
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from moe_routing_backends.triton import store, table
-    from moe_routing_backends.triton.plan import Launch
+    from moe_routing_backends.triton.tuning import store
+    from moe_routing_backends.triton.tuning import table
+    from moe_routing_backends.triton.kernels.spec import Launch
     from moe_routing_registry import DeviceInfo, Toolchain
 
     device = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200", driver="580.1", warp_sizes=(32,),
                         toolchains=(Toolchain(name="triton", version="3.6.0", usable=True),))
     Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after the temporary file, before the table
-    store.keep(device, {("logits", 16, 64, 8): (table.Step(float("inf"), Launch("lanes", 1, 1, 1)),)})
+    store.keep(device, {("logits", 16, 64, 8): (table.Step(float("inf"), Launch("cooperative", 1, 1, 1)),)})
 """
 
 
@@ -285,6 +288,6 @@ def test_a_table_with_a_variant_that_the_device_has_not_is_ignored():
     older = dataclasses.replace(H200, arch="sm_80")
     path = store.user_path(older)
     path.parent.mkdir(parents=True)
-    path.write_bytes(table_of([None, "sieve", 16, 2, 1]))
-    with pytest.warns(RuntimeWarning, match="expected no sieve on sm_80"):
+    path.write_bytes(table_of([None, "filter", 16, 2, 1]))
+    with pytest.warns(RuntimeWarning, match="expected no launch of 'filter' on sm_80"):
         assert store.own_table(older) is None

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from moe_routing_backends.triton import choose, store, table
-from moe_routing_backends.triton.plan import kind
+from moe_routing_backends.triton.kernels.spec import kind
+from moe_routing_backends.triton.tuning import choose, store, table
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
 H200 = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200", warp_sizes=(32,))
@@ -24,7 +24,7 @@ def home(tmp_path, monkeypatch):
 
 
 def steps_on(device, asked):
-    return choose.speaking(device, asked).steps(asked)
+    return choose.table_for(device, asked).steps(asked)
 
 
 def problem(**changes):
@@ -33,14 +33,14 @@ def problem(**changes):
 
 @pytest.mark.usefixtures("home")
 def test_the_shipped_table_applies_to_an_h200_and_says_where_it_was_measured():
-    assert "H200" in choose.speaking(H200, problem()).provenance
+    assert "H200" in choose.table_for(H200, problem()).provenance
 
 
 @pytest.mark.usefixtures("home")
-def test_few_tokens_get_the_lanes_variant_and_many_the_sieve():
+def test_few_tokens_get_the_cooperative_kernel_and_many_the_filter():
     steps = steps_on(H200, problem())
-    assert steps[0].launch.variant == "lanes"
-    assert steps[-1].launch.variant == "sieve"
+    assert steps[0].launch.variant == "cooperative"
+    assert steps[-1].launch.variant == "filter"
     assert steps[-1].tokens == math.inf
 
 
@@ -55,16 +55,16 @@ def test_few_tokens_get_the_lanes_variant_and_many_the_sieve():
     ],
 )
 @pytest.mark.usefixtures("home")
-def test_what_no_other_variant_can_do_goes_to_the_lanes_variant(changes):
-    assert {s.launch.variant for s in steps_on(H200, problem(**changes))} == {"lanes"}
+def test_what_no_other_variant_can_do_goes_to_the_cooperative_kernel(changes):
+    assert {s.launch.variant for s in steps_on(H200, problem(**changes))} == {"cooperative"}
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.usefixtures("home")
-def test_rows_that_lanes_of_the_sieve_cannot_share_evenly_go_to_the_rows_variant(renormalize):
+def test_rows_that_threads_of_the_filter_cannot_share_evenly_go_to_the_thread_per_row_kernel(renormalize):
     spec = GEMMA4.replace(renormalize=renormalize)
-    assert steps_on(H200, problem(spec=spec, num_experts=72))[-1].launch.variant == "rows"
-    assert steps_on(H200, problem(spec=spec, num_experts=96))[-1].launch.variant == "sieve"
+    assert steps_on(H200, problem(spec=spec, num_experts=72))[-1].launch.variant == "thread_per_row"
+    assert steps_on(H200, problem(spec=spec, num_experts=96))[-1].launch.variant == "filter"
 
 
 SIGMOID = RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True)
@@ -73,57 +73,57 @@ SIGMOID = RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias",
 @pytest.mark.parametrize(
     ("spec", "num_experts", "variant"),
     [
-        (SIGMOID, 128, "sieve"),
-        (SIGMOID.replace(score="sqrtsoftplus"), 256, "tiles"),
-        (SIGMOID.replace(score="softmax"), 128, "tiles"),
-        (SIGMOID.replace(logit_softcap=5.0), 128, "tiles"),
-        (SIGMOID, 72, "tiles"),  # nine chunks of 8: no two lanes can share them
+        (SIGMOID, 128, "filter"),
+        (SIGMOID.replace(score="sqrtsoftplus"), 256, "block"),
+        (SIGMOID.replace(score="softmax"), 128, "block"),
+        (SIGMOID.replace(logit_softcap=5.0), 128, "block"),
+        (SIGMOID, 72, "block"),  # nine chunks of 8: no two threads can share them
     ],
 )
 @pytest.mark.usefixtures("home")
-def test_biased_sigmoids_go_to_the_sieve_where_lanes_share_rows_evenly(spec, num_experts, variant):
+def test_biased_sigmoids_go_to_the_filter_where_threads_share_rows_evenly(spec, num_experts, variant):
     assert steps_on(H200, problem(spec=spec, num_experts=num_experts))[-1].launch.variant == variant
 
 
 @pytest.mark.usefixtures("home")
-def test_where_eight_lanes_cannot_share_a_row_four_do():
-    steps = steps_on(H200, problem(spec=SIGMOID, num_experts=160))  # the rule for 256 has eight lanes: 20 chunks
-    assert {(s.launch.variant, s.launch.lanes) for s in steps} >= {("sieve", 4)}
-    assert "rows" not in {s.launch.variant for s in steps}
+def test_where_eight_threads_cannot_share_a_row_four_do():
+    steps = steps_on(H200, problem(spec=SIGMOID, num_experts=160))  # the rule for 256 has eight threads: 20 chunks
+    assert {(s.launch.variant, s.launch.threads_per_row) for s in steps} >= {("filter", 4)}
+    assert "thread_per_row" not in {s.launch.variant for s in steps}
 
 
-@pytest.mark.parametrize(("arch", "variant"), [("sm_80", "tiles"), ("sm_100", "sieve")])
+@pytest.mark.parametrize(("arch", "variant"), [("sm_80", "block"), ("sm_100", "filter")])
 @pytest.mark.usefixtures("home")
-def test_without_a_sieve_biased_sigmoids_are_routed_as_other_biased_scores(arch, variant):
+def test_without_the_filter_biased_sigmoids_are_routed_as_other_biased_scores(arch, variant):
     device = DeviceInfo(type="cuda", platform="cuda", arch=arch, warp_sizes=(32,))
     assert steps_on(device, problem(spec=SIGMOID))[-1].launch.variant == variant
 
 
 @pytest.mark.usefixtures("home")
 def test_a_table_without_a_rule_for_biased_sigmoids_has_one_for_biased_scores():
-    rule = RULE.replace('"logits"', '"bias"') % '[null, "tiles", 8, 4, 1]'
+    rule = RULE.replace('"logits"', '"bias"') % '[null, "block", 8, 4, 1]'
     asked = problem(spec=SIGMOID)
-    assert [s.launch.variant for s in table.parse(rule, "x").steps(asked)] == ["tiles"]
+    assert [s.launch.variant for s in table.parse(rule, "x").steps(asked)] == ["block"]
 
 
 @pytest.mark.usefixtures("home")
 def test_an_unknown_arch_gets_the_rule_of_thumb_and_says_so():
-    found = choose.speaking(DeviceInfo(type="cuda", platform="cuda", arch="sm_80"), problem())
+    found = choose.table_for(DeviceInfo(type="cuda", platform="cuda", arch="sm_80"), problem())
     assert found.source == "the derived table"
     assert "unmeasured on sm_80" in found.provenance
 
 
-@pytest.mark.parametrize(("arch", "sieves"), [("sm_80", False), ("sm_100", True)])
+@pytest.mark.parametrize(("arch", "filters"), [("sm_80", False), ("sm_100", True)])
 @pytest.mark.usefixtures("home")
-def test_only_devices_with_packed_minima_get_the_sieve_variant(arch, sieves):
+def test_only_devices_with_packed_minima_get_the_filter_kernel(arch, filters):
     device = DeviceInfo(type="cuda", platform="cuda", arch=arch, warp_sizes=(32,))
-    assert ("sieve" in {s.launch.variant for s in steps_on(device, problem())}) == sieves
+    assert ("filter" in {s.launch.variant for s in steps_on(device, problem())}) == filters
 
 
 @pytest.mark.usefixtures("home")
-def test_groups_of_many_tokens_go_to_the_tiles_variant_as_long_as_the_lists_are_short():
+def test_groups_of_many_tokens_go_to_the_block_kernel_as_long_as_the_lists_are_short():
     grouped = RoutingSpec(family="f", num_groups=8, topk_groups=4)
-    assert [steps_on(H200, problem(spec=grouped, topk=k))[-1].launch.variant for k in (8, 9)] == ["tiles", "lanes"]
+    assert [steps_on(H200, problem(spec=grouped, topk=k))[-1].launch.variant for k in (8, 9)] == ["block", "cooperative"]
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,11 @@ def test_groups_of_many_tokens_go_to_the_tiles_variant_as_long_as_the_lists_are_
     ],
 )
 def test_kernels_start_early_on_nvidias_devices_from_compute_capability_9_on(platform, arch, early):
-    assert choose.starts_early(DeviceInfo(type="cuda", platform=platform, arch=arch)) is early
+    assert choose.supports_pdl(DeviceInfo(type="cuda", platform=platform, arch=arch)) is early
 
 
 @pytest.mark.usefixtures("home")
-def test_a_wave_of_64_lanes_gets_twice_the_rows():
+def test_a_wave_of_64_threads_gets_twice_the_rows():
     narrow = steps_on(H200, problem())[-1].launch
     wide = steps_on(DeviceInfo(type="cuda", platform="rocm", arch="gfx942", warp_sizes=(64,)), problem())[-1].launch
     assert wide.block_t == 2 * narrow.block_t
@@ -155,11 +155,11 @@ def test_a_wave_of_64_lanes_gets_twice_the_rows():
         ('{"schema": 2}', "schema: expected 1, got 2"),
         ('{"schema": 1, "provenance": "x"}', "rules: expected list, got None"),
         (
-            RULE % '[8, "lanes", 3, 1, 1]',
+            RULE % '[8, "cooperative", 3, 1, 1]',
             "steps: expected rising tokens and powers of two",
         ),
         (
-            RULE % '["lanes", 1, 1, 1]',
+            RULE % '["cooperative", 1, 1, 1]',
             "steps: expected [tokens or null",
         ),
     ],
@@ -170,7 +170,7 @@ def test_a_table_that_cannot_be_used_is_ignored_with_a_warning_that_names_the_fi
     path.write_text(text)
     assert path.is_relative_to(home)
     with pytest.warns(RuntimeWarning, match=re.escape(str(path)) + ".*" + re.escape(complaint)):
-        found = choose.speaking(H200, problem())
+        found = choose.table_for(H200, problem())
     assert "H200" in found.provenance
 
 

@@ -28,10 +28,10 @@ def tuned(tmp_path_factory):
 @pytest.mark.parametrize(("how", "where", "sentence"), [("wrong", "wrong", "other bits"), ("raises", "unusable", "registers")])
 def test_what_computes_wrong_or_does_not_run_is_said_and_never_used(tuned, how, where, sentence):
     found = tuned[how]
-    assert {"lanes", "rows"} <= set(found["offered"])
+    assert {"cooperative", "thread_per_row"} <= set(found["offered"])
     assert len(found["tuned"][where]) == found["of_rows"] > 0
     assert all(sentence in said for said in found["tuned"][where])
-    assert "rows" not in {step["variant"] for step in found["kept"]}
+    assert "thread_per_row" not in {step["variant"] for step in found["kept"]}
 
 
 def test_the_fastest_that_is_right_is_kept_and_applies(tuned):

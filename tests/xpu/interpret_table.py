@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
 import interpreted
 import torch
 
-from moe_routing_backends.triton.choose import SHIPPED
-from moe_routing_backends.triton.table import parse
+from moe_routing_backends.triton.tuning.choose import SHIPPED
+from moe_routing_backends.triton.tuning.table import parse
 
 OF_KIND = {"logits": "gemma4", "row_sum": "softmax", "bias": "softmax_bias", "grouped": "deepseek_v3"}
 TOPK = {8: 8, 16: 10}

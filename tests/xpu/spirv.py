@@ -27,13 +27,13 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from moe_routing_backends.triton import gradient
-from moe_routing_backends.triton.backward import backward_kernel
-from moe_routing_backends.triton.choose import SHIPPED
-from moe_routing_backends.triton.launch import KERNELS
-from moe_routing_backends.triton.plan import Launch, constants
-from moe_routing_backends.triton.table import LAST_LANES, parse
-from moe_routing_backends.triton.xpu import SUB_GROUP, in_sub_groups
+from moe_routing_backends.triton.kernels import VARIANTS, constants
+from moe_routing_backends.triton.kernels.backward import moe_routing_backward
+from moe_routing_backends.triton.kernels.spec import Launch
+from moe_routing_backends.triton.runtime import gradient
+from moe_routing_backends.triton.runtime.xpu import SUB_GROUP, in_sub_groups
+from moe_routing_backends.triton.tuning.choose import SHIPPED
+from moe_routing_backends.triton.tuning.table import FALLBACK, parse
 from moe_routing_registry import RoutingProblem, RoutingSpec
 
 B60 = {"architecture": 0x500400400, "sub_group_sizes": [16, 32], "has_fp64": True, "max_work_group_size": 1024}
@@ -59,12 +59,12 @@ def cases():
     for dtype in TYPES:
         for spec, experts, k in PROBLEMS:
             problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
-            for launch in dict.fromkeys([*(step.launch for step in table.steps(problem)), LAST_LANES]):
+            for launch in dict.fromkeys([*(step.launch for step in table.steps(problem)), FALLBACK]):
                 yield problem, launch, True
                 if launch.warp_size:
                     other = 48 - launch.warp_size
-                    rows = launch.block_t if launch.variant == "lanes" else launch.block_t * other // launch.warp_size
-                    yield problem, Launch(launch.variant, rows, launch.lanes, launch.num_warps, other), False
+                    rows = launch.block_t if launch.variant == "cooperative" else launch.block_t * other // launch.warp_size
+                    yield problem, Launch(launch.variant, rows, launch.threads_per_row, launch.num_warps, other), False
         for spec, experts, k in BACKWARD:
             problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype, training=True)
             yield problem, Launch("backward", 1, 1, gradient.constants(problem)[1]), True
@@ -76,14 +76,14 @@ def source_of(problem, launch):
     spec, values = problem.spec, TYPES[problem.dtype]
     strides = {"ROW_STRIDE": problem.num_experts, "EXPERT_STRIDE": 1}
     types = dict.fromkeys(("T", "valid", "vocabulary"), "i32") | dict.fromkeys(("row_stride", "expert_stride"), "i64")
-    if launch.variant in KERNELS:
-        kernel, known = KERNELS[launch.variant], constants(problem, launch)
-        known |= {"VALID_ON_DEVICE": False, "EARLY": False}
+    if launch.variant in VARIANTS:
+        kernel, known = VARIANTS[launch.variant].kernel, constants(problem, launch)
+        known |= {"VALID_ON_DEVICE": False, "PDL": False}
         known |= dict.fromkeys(("token_ids", "expert_table", "num_valid_tokens", "expert_map"))
         types |= {"logits": values, "weights": "*fp32", "ids": "*i32", "per_expert_scale": "*fp32", "bias": "*fp32"}
         aligned = ("logits", "weights", "ids")
     else:
-        kernel, (known, _) = backward_kernel, gradient.constants(problem)
+        kernel, (known, _) = moe_routing_backward, gradient.constants(problem)
         types |= {"grad_weights": "*fp32", "logits": values, "ids": "*i32", "grad_logits": values}
         types |= {"per_expert_scale": "*fp32", "grad_scale": "*fp32"}
         aligned = ("logits", "grad_logits")
@@ -157,7 +157,7 @@ def main():
     found = []
     for problem, launch, ships in list(cases())[first::of]:
         binary = compiled(problem, launch)
-        tile = f" {launch.block_t}x{launch.lanes}" if launch.variant in KERNELS else ""
+        tile = f" {launch.block_t}x{launch.threads_per_row}" if launch.variant in VARIANTS else ""
         found.append(
             {
                 "problem": f"{problem.spec.family} {problem.num_experts}/{problem.topk}",

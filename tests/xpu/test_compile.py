@@ -44,7 +44,7 @@ def compiled(tmp_path_factory):
 
 def test_every_launch_compiles_at_sub_groups_of_16_and_of_32_lanes(compiled):
     assert {case["sub_group"] for case in compiled} == {16, 32}
-    assert {case["kernel"].split()[0] for case in compiled} >= {"lanes", "rows", "backward"}
+    assert {case["kernel"].split()[0] for case in compiled} >= {"cooperative", "thread_per_row", "backward"}
 
 
 def test_spirv_val_takes_every_module(compiled):

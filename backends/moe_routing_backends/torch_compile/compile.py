@@ -21,11 +21,12 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 
 from moe_routing import Operands, RoutingOutput
 from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route, whole
+from moe_routing.private_api import compile_by_inductor
 from moe_routing.python_warnings import not_raised
 from moe_routing_registry.locks import ForkSafeLock
 
@@ -202,7 +203,7 @@ class CompiledRouter:
         """
 
         def inner(module: GraphModule, inputs: Any, **options: Any) -> Any:  # noqa: ANN401 -- Inductor's own
-            function = compile_fx_inner(module, inputs, **options)
+            function = compile_by_inductor(module, inputs, **options)
 
             def seen(*arguments: Any) -> Any:  # noqa: ANN401 -- what AOTAutograd passes
                 outputs = function(list(arguments))

@@ -53,12 +53,12 @@ def supports_xpu(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
 
 def notes(problem: RoutingProblem, device: DeviceInfo, *, interpreted_as: DeviceInfo = HOPPER) -> tuple[str, ...]:
     """Say which launch table applies to the problem, and how its numbers came about; and that kernels are interpreted."""
-    from moe_routing_backends.triton.choose import said_of
+    from moe_routing_backends.triton.tuning.choose import describe_table
 
     if device.platform != "cpu":
-        return (said_of(device, problem),)
+        return (describe_table(device, problem),)
     what = "Triton's interpreter runs the kernels on the CPU, a program after another: to look into them, not for speed"
-    return (what, said_of(interpreted_as, problem))
+    return (what, describe_table(interpreted_as, problem))
 
 
 @hookimpl
@@ -68,17 +68,17 @@ def moe_routing_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="triton",
-            factories={"route": "moe_routing_backends.triton.launch:build"},
+            factories={"route": "moe_routing_backends.triton.runtime.router:build"},
             targets=(Target("cuda", min_capability=(8, 0)), Target("rocm", archs=GFX), *interpreter),
             priority=100,
             supports=supports,
             summary="one fused Triton kernel, on NVIDIA and AMD GPUs",
             notes=notes,
-            tuners={"route": "moe_routing_backends.triton.tune:tune"},
+            tuners={"route": "moe_routing_backends.triton.tuning.tune:tune"},
         ),
         BackendSpec(
             name="triton-xpu",
-            factories={"route": "moe_routing_backends.triton.launch:build_for_xpu"},
+            factories={"route": "moe_routing_backends.triton.runtime.router:build_for_xpu"},
             targets=(Target("xpu"), *interpreter),
             priority=100,
             supports=supports_xpu,

@@ -11,13 +11,13 @@ import random
 from typing import TYPE_CHECKING
 
 from moe_routing._registry import registry
-from moe_routing_backends.triton import supports
+from moe_routing_backends import triton
 from moe_routing_registry import BackendSpec, Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from moe_routing_backends.triton.launch import TritonRouter
+    from moe_routing_backends.triton.runtime.router import TritonRouter
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 INTERPRETED = "triton-interpreted"
@@ -25,14 +25,15 @@ INTERPRETED = "triton-interpreted"
 
 def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
     """Build for one launch, which the problem alone decides, so that a call that is run again takes the same."""
-    from moe_routing_backends.triton.launch import TritonRouter
-    from moe_routing_backends.triton.plan import Launch, can
-    from moe_routing_backends.triton.table import VARIANTS, Step
+    from moe_routing_backends.triton.kernels import VARIANTS, supports
+    from moe_routing_backends.triton.kernels.spec import Launch
+    from moe_routing_backends.triton.runtime.router import TritonRouter
+    from moe_routing_backends.triton.tuning.table import Step
 
-    launches = [Launch(variant, 4, lanes, 1) for variant in VARIANTS for lanes in (1, 2, 4, 8)]
+    launches = [Launch(variant, 4, threads, 1) for variant in VARIANTS for threads in (1, 2, 4, 8)]
     able: dict[str, list[Launch]] = {}
-    for launch in [Launch("lanes", 1, 1, 1), *launches]:
-        if can(problem, launch) and (launch.variant != "lanes" or launch.lanes == 1):
+    for launch in [Launch("cooperative", 1, 1, 1), *launches]:
+        if supports(problem, launch) and (launch.variant != "cooperative" or launch.threads_per_row == 1):
             able.setdefault(launch.variant, []).append(launch)
     rng = random.Random(str(problem))  # noqa: S311 -- a test's choice
     return TritonRouter(problem, device, (Step(math.inf, rng.choice(able[rng.choice(list(able))])),))
@@ -45,7 +46,7 @@ def registered() -> Iterator[None]:
         name=INTERPRETED,
         factories={"route": "fuzz.interpreted:build"},
         targets=(Target("cpu", explicit=True),),
-        supports=supports,
+        supports=triton.supports,
     )
     registry().register(spec)
     try:

@@ -10,21 +10,20 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing_backends.triton.plan import GUESSED, Launch
-from moe_routing_backends.triton.store import own_table
-from moe_routing_backends.triton.table import Step, Table, parse, sieves, usable
+from moe_routing_backends.triton.kernels import VARIANTS
+from moe_routing_backends.triton.kernels.spec import APPROXIMATED, WARP, Launch
+from moe_routing_backends.triton.tuning.store import own_table
+from moe_routing_backends.triton.tuning.table import Step, Table, parse, usable
 
 if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-STARTS_EARLY_FROM = (9, 0)
+PDL_FROM = (9, 0)
 """Least compute capability that can start a kernel while the previous kernel still runs."""
-SHIPPED = Path(__file__).parent / "tables"
-WARP = 32
-"""Threads a warp on the device that the shipped table was measured on."""
+SHIPPED = Path(__file__).parents[1] / "tables"
 
 
-def speaking(device: DeviceInfo, problem: RoutingProblem) -> Table:
+def table_for(device: DeviceInfo, problem: RoutingProblem) -> Table:
     """Return the table whose rule is nearest to the problem; the user's own where it is as near as the other."""
     own, other = own_table(device), shipped(device)
     tables = (other,) if own is None else (own, other)
@@ -32,9 +31,9 @@ def speaking(device: DeviceInfo, problem: RoutingProblem) -> Table:
     return tables[min(near)[1]] if near else tables[-1]
 
 
-def said_of(device: DeviceInfo, problem: RoutingProblem) -> str:
+def describe_table(device: DeviceInfo, problem: RoutingProblem) -> str:
     """Say which table applies, and how its numbers came about."""
-    table = speaking(device, problem)
+    table = table_for(device, problem)
     return f"launch parameters from {table.source} ({table.provenance})"
 
 
@@ -51,24 +50,28 @@ def shipped(device: DeviceInfo) -> Table:
 def derived(device: DeviceInfo) -> Table:
     """Derive a table from that of sm_90: rows enough for the device's warps, and only variants that it has."""
     measured = parse((SHIPPED / "sm_90.json").read_text(encoding="utf-8"), "tables/sm_90.json")
+    filters = VARIANTS["filter"].runs_on(device)
     rules = {
         key: tuple(Step(s.tokens, _fitted(s.launch, device)) for s in steps)
         for key, steps in measured.rules.items()
-        if key[0] != GUESSED or sieves(device)
+        if key[0] != APPROXIMATED or filters
     }
     provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
     return Table("the derived table", provenance, rules)
 
 
-def starts_early(device: DeviceInfo) -> bool:
-    """Tell whether the device can start a kernel while the previous kernel still runs (``early.py``)."""
-    return device.platform == "cuda" and device.capability is not None and device.capability >= STARTS_EARLY_FROM
+def supports_pdl(device: DeviceInfo) -> bool:
+    """Tell whether the device can start a kernel while the previous kernel still runs (``device/pdl.py``)."""
+    return device.platform == "cuda" and device.capability is not None and device.capability >= PDL_FROM
 
 
 def _fitted(launch: Launch, device: DeviceInfo) -> Launch:
-    """Fit a launch to another device; ``block_t * lanes`` threads are ``num_warps`` warps, of 32 on the one measured."""
-    if launch.variant == "lanes":
+    """Fit a launch to another device.
+
+    ``block_t * threads_per_row`` threads are ``num_warps`` warps, of 32 on the one measured.
+    """
+    if launch.variant == "cooperative":
         return launch
     wide = max(device.warp_sizes, default=WARP) // WARP
-    variant = "rows" if launch.variant == "sieve" and not sieves(device) else launch.variant
-    return Launch(variant, launch.block_t * wide, launch.lanes, launch.num_warps)
+    variant = launch.variant if VARIANTS[launch.variant].runs_on(device) else "thread_per_row"
+    return Launch(variant, launch.block_t * wide, launch.threads_per_row, launch.num_warps)

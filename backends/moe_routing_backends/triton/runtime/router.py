@@ -9,24 +9,19 @@ import torch
 from triton import JITFunction
 
 from moe_routing import RoutingOutput
+from moe_routing.private_api import current_device, current_stream, empty, is_observed
 from moe_routing_backends.triton import BATTLEMAGE, HOPPER
-from moe_routing_backends.triton.choose import speaking, starts_early
-from moe_routing_backends.triton.direct import (
+from moe_routing_backends.triton.kernels import VARIANTS, constants
+from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS
+from moe_routing_backends.triton.runtime.gradient import Gradient
+from moe_routing_backends.triton.runtime.launcher import (
     ALIGNMENT,
     NEVER_CURRENT,
     Compiled,
     as_readable,
-    current_device,
-    current_stream,
-    empty,
 )
-from moe_routing_backends.triton.gradient import Gradient
-from moe_routing_backends.triton.lanes import lanes_kernel
-from moe_routing_backends.triton.plan import constants
-from moe_routing_backends.triton.rows import rows_kernel
-from moe_routing_backends.triton.sieve import sieve_kernel
-from moe_routing_backends.triton.table import LAST_LANES
-from moe_routing_backends.triton.tiles import tiles_kernel
+from moe_routing_backends.triton.tuning.choose import supports_pdl, table_for
+from moe_routing_backends.triton.tuning.table import FALLBACK
 from moe_routing_registry.device import INTERPRETER
 
 if TYPE_CHECKING:
@@ -34,13 +29,10 @@ if TYPE_CHECKING:
 
     from moe_routing import Operands
     from moe_routing.kernel import Prepared
-    from moe_routing_backends.triton.plan import Launch
-    from moe_routing_backends.triton.table import Step
+    from moe_routing_backends.triton.kernels.spec import Launch
+    from moe_routing_backends.triton.tuning.table import Step
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-KERNELS = {"lanes": lanes_kernel, "rows": rows_kernel, "sieve": sieve_kernel, "tiles": tiles_kernel}
-RUNTIME_ARGUMENTS = 14
-"""How many arguments of a kernel, all variants alike, stand before its constants."""
 NO_OPERANDS: tuple[Any, ...] = (None, None, None, None)
 _tuple = tuple.__new__
 """Makes a named tuple in half the time of its own constructor, which is a Python function."""
@@ -58,10 +50,10 @@ def build_for_xpu(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
 
 def _built(problem: RoutingProblem, device: DeviceInfo, interpreted_as: DeviceInfo) -> TritonRouter:
     on_cpu = device.type == "cpu"
-    if on_cpu == isinstance(lanes_kernel, JITFunction):
+    if on_cpu == isinstance(VARIANTS["cooperative"].kernel, JITFunction):
         msg = f"{INTERPRETER} was changed after Triton's kernels were imported: set or unset it before Python starts"
         raise RuntimeError(msg)
-    return TritonRouter(problem, device, speaking(interpreted_as, problem).steps(problem) if on_cpu else None)
+    return TritonRouter(problem, device, table_for(interpreted_as, problem).steps(problem) if on_cpu else None)
 
 
 class TritonRouter:
@@ -79,10 +71,10 @@ class TritonRouter:
         self._columns = problem.topk + problem.spec.shared_experts
         self._ids_dtype: torch.dtype = getattr(torch, problem.ids_dtype)
         self._element = 4 if problem.dtype == "float32" else 2
-        steps = speaking(device, problem).steps(problem) if steps is None else steps
+        steps = table_for(device, problem).steps(problem) if steps is None else steps
         self._limits = [s.tokens for s in steps[:-1]]
         self._launches = [s.launch for s in steps]
-        self._early = starts_early(device)
+        self._pdl = supports_pdl(device)
         self._compiled = Compiled(problem, self._device)
         self._ready = self._compiled.launchers
         self._gradient = Gradient(problem, self._index, self._compiled)
@@ -144,7 +136,7 @@ class TritonRouter:
             rest = (token_ids, expert_table, valid_tensor, expert_map)
             key = (*key, *[None if o is None else o.dtype for o in rest])
         ready = self._ready.get(key)
-        if ready is None or not here:
+        if ready is None or not here or is_observed():  # only Triton's own launch calls its hooks
             self._launch_by_jit(key, launch, logits, out, (per_expert_scale, bias, *rest), valid, vocabulary)
             return out
         if rest is not NO_OPERANDS:
@@ -160,7 +152,7 @@ class TritonRouter:
     def _choose(self, tokens: int, *, aligned: bool) -> tuple[int, Launch]:
         step = bisect_left(self._limits, tokens)
         launch = self._launches[step]
-        return (step, launch) if aligned or launch.variant == "lanes" else (-1, LAST_LANES)
+        return (step, launch) if aligned or launch.variant == "cooperative" else (-1, FALLBACK)
 
     def prepared(self, operands: Operands) -> Prepared | None:
         """Return what routes calls of the shapes, strides and dtypes of this one, which has been routed, in less host time.
@@ -191,7 +183,7 @@ class TritonRouter:
 
         def route(operands: Operands) -> RoutingOutput:
             logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
-            if current_device() != index:
+            if current_device() != index or is_observed():
                 return self._route(operands)
             if out is None:
                 out = _tuple(
@@ -252,14 +244,14 @@ class TritonRouter:
             "ROW_STRIDE": self._experts if row_stride == self._experts and expert_stride == 1 else 0,
             "EXPERT_STRIDE": 1 if expert_stride == 1 else 0,
             "VALID_ON_DEVICE": operands[4] is not None,
-            "EARLY": self._early,
+            "PDL": self._pdl,
         }
-        kernel = KERNELS[launch.variant]
+        kernel = VARIANTS[launch.variant].kernel
         fixed = tuple(named[name] for name in kernel.arg_names[RUNTIME_ARGUMENTS:])
         arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride, vocabulary)
         blocks = (T + launch.block_t - 1) // launch.block_t
         self._compiled.launch_and_keep(
-            key, kernel, blocks, arguments, fixed, launch.num_warps, launch.warp_size, early=self._early
+            key, kernel, blocks, arguments, fixed, launch.num_warps, launch.warp_size, pdl=self._pdl
         )
 
     def backward(

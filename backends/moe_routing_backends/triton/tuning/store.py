@@ -10,12 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing_backends.triton.table import beyond, parse, to_json, usable, warn_ignored
+from moe_routing_backends.triton.tuning.table import beyond, parse, to_json, usable, warn_ignored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from moe_routing_backends.triton.table import Key, Step, Table
+    from moe_routing_backends.triton.tuning.table import Key, Step, Table
     from moe_routing_registry import DeviceInfo
 
 

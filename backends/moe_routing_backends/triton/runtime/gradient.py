@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing_backends.triton.backward import backward_kernel
-from moe_routing_backends.triton.direct import ALIGNMENT, as_readable, current_device, current_stream
-from moe_routing_backends.triton.plan import UNROLL_UP_TO, next_power_of_two, shared_constants
+from moe_routing.private_api import current_device, current_stream, is_observed
+from moe_routing_backends.triton.kernels.backward import moe_routing_backward
+from moe_routing_backends.triton.kernels.spec import UNROLL_UP_TO, kernel_spec, next_power_of_two
+from moe_routing_backends.triton.runtime.launcher import ALIGNMENT, as_readable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_routing_backends.triton.direct import Compiled
+    from moe_routing_backends.triton.runtime.launcher import Compiled
     from moe_routing_registry import RoutingProblem
 
 RUNTIME_ARGUMENTS = 9
@@ -27,11 +28,8 @@ EXPERTS_A_WARP = 512
 def constants(problem: RoutingProblem) -> tuple[dict[str, Any], int]:
     """Return the kernel's constants that do not depend on a call, and its number of warps."""
     size, k = next_power_of_two(problem.num_experts), problem.topk
-    shared = shared_constants(problem)
-    del shared["SHARED"]  # their weights are constants
     return {
-        **shared,
-        "JITTER": float(problem.spec.jitter),
+        "SPEC": kernel_spec(problem),
         "SIZE": size,
         "N": next_power_of_two(k),
         "UNROLL": k if k <= UNROLL_UP_TO else max(d for d in range(1, 9) if k % d == 0),
@@ -64,13 +62,13 @@ class Gradient:
             sums = torch.empty((blocks, experts), dtype=torch.float32, device=logits.device)
         dense = row_stride == experts and expert_stride == 1
         named = {**self._constants, "ROW_STRIDE": experts if dense else 0, "EXPERT_STRIDE": int(expert_stride == 1)}
-        fixed = tuple(named[name] for name in backward_kernel.arg_names[RUNTIME_ARGUMENTS:])
+        fixed = tuple(named[name] for name in moe_routing_backward.arg_names[RUNTIME_ARGUMENTS:])
         scale_dtype = None if per_expert_scale is None else per_expert_scale.dtype
         key = ("backward", dense, expert_stride == 1, logits.data_ptr() % ALIGNMENT, scale_dtype)
         arguments = (grad_weights, logits, ids, per_expert_scale, grad_logits, sums, T, row_stride, expert_stride)
         ready = self._compiled.launchers.get(key)
-        if ready is None or current_device() != self._index:
-            self._compiled.launch_and_keep(key, backward_kernel, blocks, arguments, fixed, self._num_warps)
+        if ready is None or current_device() != self._index or is_observed():
+            self._compiled.launch_and_keep(key, moe_routing_backward, blocks, arguments, fixed, self._num_warps)
         else:
             pointers = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
             ready(blocks, current_stream(self._index), tuple(pointers))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from moe_routing_backends.triton.keys import FLOAT32_MAX, INTERPRETED, at_least, clean
+from moe_routing_backends.triton.device.keys import FLOAT32_MAX, INTERPRETED, at_least, clean
 
 LOG2E_HIGH = tl.constexpr(1.4426950216293335)
 """log2(e) rounded to float32; LOW is the rest."""
@@ -74,8 +74,10 @@ def tanh(a):
 
 
 @triton.jit
-def activate(l, MULTIPLIER: tl.constexpr, CAP: tl.constexpr):
-    """Apply logit multiplier and soft-cap to clean logits; ``CAP`` 0 means none."""
+def activate(l, SPEC: tl.constexpr):
+    """Apply the logit multiplier and the soft-cap to clean logits; a soft-cap of 0 means none."""
+    MULTIPLIER: tl.constexpr = SPEC.value.logit_multiplier
+    CAP: tl.constexpr = SPEC.value.logit_softcap
     x = l
     if MULTIPLIER != 1.0:
         x = tl.minimum(tl.maximum(x * MULTIPLIER, -FLOAT32_MAX), FLOAT32_MAX)
@@ -100,7 +102,7 @@ def sqrtsoftplus(x, shift):
 
 @triton.jit
 def reciprocal(d):
-    """Return 1 / d for d >= 1 within 2 units in the last place; where that is below 2**-126 it may be 0."""
+    """Return 1 / d for d >= 1 within 2 units in the last index; where that is below 2**-126 it may be 0."""
     if INTERPRETED:
         return 1.0 / d
     else:
@@ -108,16 +110,15 @@ def reciprocal(d):
 
 
 @triton.jit
-def selection_bias(b, SELECTION: tl.constexpr):
+def selection_bias(b, SPEC: tl.constexpr):
     """Widen a bias to float32. A clean bias and a score from 0 to 2**64 have a clean sum, so scores need no more care."""
+    SELECTION: tl.constexpr = SPEC.value.selection
     b = b.to(tl.float32)
     return clean(b) if SELECTION == "scores_plus_bias" else b
 
 
 @triton.jit
-def selection_score(
-    raw, b, highest, share, SELECTION: tl.constexpr, SCORE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr
-):
+def selection_score(raw, b, highest, share, SPEC: tl.constexpr):
     """Return the float32 that selection looks at, never -0 where a score is added to a bias.
 
     This is done for every expert, so a score is only as exact as the contract asks
@@ -126,29 +127,35 @@ def selection_score(
     :param b: ``selection_bias``.
     :param highest, share: the row's highest logit and 1 / sum(e**(x - highest)), for softmax scores.
     """
+    SELECTION: tl.constexpr = SPEC.value.selection
+    SCORE: tl.constexpr = SPEC.value.score
+    MULTIPLIER: tl.constexpr = SPEC.value.logit_multiplier
+    CAP: tl.constexpr = SPEC.value.logit_softcap
     PLAIN: tl.constexpr = MULTIPLIER == 1.0 and CAP == 0.0
     if SELECTION == "logits":
         t = clean(raw)
     elif SELECTION == "logits_plus_bias":
-        t = clean(activate(clean(raw), MULTIPLIER, CAP) + b)
+        t = clean(activate(clean(raw), SPEC) + b)
     elif SCORE == "softmax":
-        t = exp_of_many(activate(clean(raw), MULTIPLIER, CAP) - highest) * share + b
+        t = exp_of_many(activate(clean(raw), SPEC) - highest) * share + b
     elif SCORE == "sigmoid":
         # Infinities give 0 and 1 as the largest finite numbers do, and NaN gives NaN, to be counted as -inf's 0.
-        x = raw.to(tl.float32) if PLAIN else activate(clean(raw), MULTIPLIER, CAP)
+        x = raw.to(tl.float32) if PLAIN else activate(clean(raw), SPEC)
         t = at_least(reciprocal(1.0 + tl.math.exp2(x * -LOG2E_HIGH)), 0.0) + b
     else:
-        x = activate(clean(raw), MULTIPLIER, CAP)
+        x = activate(clean(raw), SPEC)
         t = tl.sqrt(tl.maximum(x, 0.0) + log1p(tl.math.exp2(-tl.abs(x) * LOG2E_HIGH))) + b
     return t
 
 
 @triton.jit
-def tree_sum(v, ROWS: tl.constexpr, N: tl.constexpr):
+def tree_sum(v):
     """Sum ``v [ROWS, N]`` over N, a power of two, neighbours first: sums of two do not depend on any layout.
 
     Zeros past the last element change nothing, so neither does the padding of N.
     """
+    ROWS: tl.constexpr = v.shape[0]
+    N: tl.constexpr = v.shape[1]
     for halvings in tl.static_range(1, 12):
         if N >> halvings:
             v = tl.sum(tl.reshape(v, [ROWS, N >> halvings, 2]), axis=2)
@@ -156,12 +163,16 @@ def tree_sum(v, ROWS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def selected_weights(
-    x, is_selected, highest, total, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
-    FLOOR: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Return the weights of the selected ``x [ROWS, N]``; ``highest``, ``total``: the row's softmax statistics."""
-    EXACT: tl.constexpr = RENORMALIZE and (EPSILON == 0.0 and FLOOR == 0.0)
+def selected_weights(x, is_selected, highest, total, SPEC: tl.constexpr, SCALE: tl.constexpr):
+    """Return the weights of the selected ``x [ROWS, N]``, times ``SCALE``.
+
+    :param highest, total: the row's softmax statistics.
+    """
+    SCORE: tl.constexpr = SPEC.value.score
+    EXACT: tl.constexpr = SPEC.value.sums_to_one
+    EPSILON: tl.constexpr = SPEC.value.renorm_epsilon
+    FLOOR: tl.constexpr = SPEC.value.renorm_floor
+    K: tl.constexpr = SPEC.value.topk
     x = tl.where(is_selected, x, -FLOAT32_MAX)
     best = tl.max(x, axis=1)[:, None]
     if SCORE == "softmax":
@@ -176,8 +187,9 @@ def selected_weights(
         else:
             v = sqrtsoftplus(x, shift)
     v = tl.where(is_selected, v, 0.0)
+    RENORMALIZE: tl.constexpr = SPEC.value.renormalize
     if RENORMALIZE:
-        denominator = tree_sum(v, ROWS, N)
+        denominator = tree_sum(v)
         if EPSILON != 0.0:
             denominator = denominator + EPSILON
         if FLOOR != 0.0:

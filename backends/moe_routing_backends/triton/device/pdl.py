@@ -22,14 +22,14 @@ gdc_launch_dependents = getattr(cuda, "gdc_launch_dependents", None)
 
 
 @triton.jit
-def wait_for_kernels_in_front(EARLY: tl.constexpr):
+def grid_dependency_wait(PDL: tl.constexpr):
     """Wait until the previous kernels have ended, and what they wrote can be read."""
-    if EARLY:
+    if PDL:
         gdc_wait()
 
 
 @triton.jit
-def let_the_next_start(EARLY: tl.constexpr):
+def launch_dependents(PDL: tl.constexpr):
     """Let the next kernel be placed as soon as all programs of this one are: worth it where those are few and short."""
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()

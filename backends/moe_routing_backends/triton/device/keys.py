@@ -63,40 +63,40 @@ def ordered_bits(t, ZEROS: tl.constexpr = True):
 
 
 @triton.jit
-def with_place(bits, place, MASK: tl.constexpr):
-    """Put the complement of a place into the low bits of a uint32."""
-    return ((bits & (MASK ^ 0xFFFFFFFF)) | place.to(tl.uint32)) ^ MASK
+def with_index(bits, index, MASK: tl.constexpr):
+    """Put the complement of an index into the low bits of a uint32."""
+    return ((bits & (MASK ^ 0xFFFFFFFF)) | index.to(tl.uint32)) ^ MASK
 
 
 @triton.jit
-def rough_key(t, place, MASK: tl.constexpr):
-    """Pack the high bits of a clean float32 and the complement of its place (``place <= MASK``) into one uint32.
+def truncated_key(t, index, MASK: tl.constexpr):
+    """Pack the high bits of a clean float32 and the complement of its index (``index <= MASK``) into one uint32.
 
-    If a > b then their rough keys, places aside, are in this order or equal.
+    If a > b then their rough keys, indices aside, are in this order or equal.
     """
     ordered = ordered_bits(t).to(tl.int32, bitcast=True)
-    return ((ordered & ~MASK) | (MASK - place)).to(tl.uint32, bitcast=True)
+    return ((ordered & ~MASK) | (MASK - index)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def value_of_rough(key):
-    """Invert the order-preserving map in ``rough_key``: a key with its place bits cleared or set bounds its score."""
+def value_of_truncated(key):
+    """Invert the order-preserving map in ``truncated_key``: a key with its index bits cleared or set bounds its score."""
     ordered = key.to(tl.int32, bitcast=True)
     return (ordered ^ (~(ordered >> 31) | -0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def narrow_key(x, place, MASK: tl.constexpr):
-    """Pack a 16-bit float and the complement of its place into one uint32, exactly.
+def exact16_key(x, index, MASK: tl.constexpr):
+    """Pack a 16-bit float and the complement of its index into one uint32, exactly.
 
-    As float32, bfloat16 has 16 low bits that are 0 and float16 has 13, and places take 11. NaN counts as -inf.
+    As float32, bfloat16 has 16 low bits that are 0 and float16 has 13, and indices take 11. NaN counts as -inf.
     """
-    return rough_key(at_least(x.to(tl.float32), float("-inf")), place, MASK)
+    return truncated_key(at_least(x.to(tl.float32), float("-inf")), index, MASK)
 
 
 @triton.jit
-def value_of_narrow(key, MASK: tl.constexpr):
-    """Return the clean float32 value inside a ``narrow_key``."""
+def value_of_exact16(key, MASK: tl.constexpr):
+    """Return the clean float32 value inside a ``exact16_key``."""
     ordered = key.to(tl.int32, bitcast=True)
     bits = (ordered ^ (~(ordered >> 31) | -0x80000000)) & ~MASK
     return clean(bits.to(tl.float32, bitcast=True))

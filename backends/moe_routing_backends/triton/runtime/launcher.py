@@ -1,9 +1,7 @@
-"""Launching a compiled kernel with the least that the installed Triton allows.
+"""Compiling a kernel by its first launch, and keeping the cheapest launcher that the installed Triton allows.
 
-``kernel[grid](...)`` spends most of its time on finding out which compiled kernel the arguments ask for. The launcher here
-has been told: it hands pointers and numbers to the C function that Triton itself calls in the end. That function is no public
-interface. Its shape is checked once for each kernel, and where it is not one of the two that are known (Triton 3.6, and 3.7
-to 3.9) the kernel object's own ``run``, whose shape all of these versions share, is called instead.
+``kernel[grid](...)`` spends most of its time on finding the compiled kernel that the arguments ask for. The launcher that is
+kept was made for one compiled kernel, and hands over pointers and numbers alone (``moe_routing.private_api.launcher_of``).
 """
 
 from __future__ import annotations
@@ -14,20 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing_backends.triton.xpu import launch_options
+from moe_routing.private_api import is_profiling, launcher_of
+from moe_routing_backends.triton.runtime.xpu import launch_options
 from moe_routing_registry.locks import ForkSafeLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
+    from moe_routing.private_api import Launcher
     from moe_routing_registry import RoutingProblem
-
-    Launcher = Callable[[int, int, tuple[Any, ...]], object]
-    """``launcher(blocks, stream, arguments)``; the arguments are the kernel's own before its constants."""
-
-NEEDED = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
 
 ALIGNMENT = 16
 """Bytes of the widest load."""
@@ -37,25 +30,6 @@ _interpreting = ForkSafeLock()
 """Triton's interpreter patches its language for the time of a launch, so one kernel is interpreted at a time."""
 READABLE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 """Dtypes of vectors that Triton reads on every device; some of the 8-bit formats it knows on some, and one on none."""
-
-if torch.cuda.is_available():
-    # What torch.cuda.current_device and Inductor's generated code call; the public ways take ten times as long.
-    current_device = torch._C._cuda_getDevice  # noqa: SLF001 -- likewise
-    current_stream = torch._C._cuda_getCurrentRawStream  # noqa: SLF001 -- likewise
-    empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]  # noqa: SLF001 -- likewise; no stub has it
-else:  # without CUDA: no device is current, so nothing asks for its stream or its memory
-
-    def current_device() -> int:
-        """Return no device's index."""
-        return -1
-
-    def current_stream(device: int) -> int:
-        """Say that there is none."""
-        raise AssertionError(device)
-
-    def empty(size: tuple[int, int], strides: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Say that there is none."""
-        raise AssertionError(size, strides, dtype)
 
 
 def as_readable(vector: Tensor | None) -> Tensor | None:
@@ -92,11 +66,11 @@ class Compiled:
         num_warps: int,
         warp_size: int = 0,
         *,
-        early: bool = False,
+        pdl: bool = False,
     ) -> None:
         """Launch through Triton's JIT, compiling where needed, and keep the compiled kernel.
 
-        :param early: launch while the previous kernel still runs (``early.py``).
+        :param pdl: launch while the previous kernel still runs (``device/pdl.py``).
         :raises RuntimeError: the kernel is not compiled, and a CUDA graph is being captured.
         """
         if key not in self.launchers and capturing():
@@ -108,6 +82,25 @@ class Compiled:
                 f"dtype=torch.{problem.dtype}, device='{device}'{training}), or route inputs of the same kind once"
             )
             raise RuntimeError(msg)
+        if is_profiling():
+            # The range names what the kernel's own name does not: the family, for a profiler of PyTorch and for NVTX.
+            with torch.profiler.record_function(f"moe_routing::{self._problem.spec.family}"):
+                self._launch(key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl=pdl)
+        else:
+            self._launch(key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl=pdl)
+
+    def _launch(  # noqa: PLR0913, PLR0917 -- what a launch is
+        self,
+        key: tuple[Any, ...],
+        kernel: Any,  # noqa: ANN401 -- Triton's own object
+        blocks: int,
+        arguments: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        num_warps: int,
+        warp_size: int,
+        *,
+        pdl: bool,
+    ) -> None:
         if self._device.type == "cpu":
             self._interpret(kernel, blocks, (*arguments, *constants), num_warps)
             return
@@ -117,7 +110,7 @@ class Compiled:
                 kernel[blocks,](*arguments, *constants, enable_fp_fusion=False, **options)
             return
         with torch.cuda.device(self._device):
-            options = {"num_warps": num_warps, "enable_fp_fusion": False, **({"launch_pdl": True} if early else {})}
+            options = {"num_warps": num_warps, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
             compiled = kernel[blocks,](*arguments, *constants, **options)
             self.launchers[key], self.indirect = launcher_of(compiled, constants)
         if self.indirect and torch.version.hip is None:  # on ROCm there is no other way
@@ -135,44 +128,5 @@ class Compiled:
 
 @cache
 def _say_once(reason: str) -> None:
-    text = f"moe-routing launches through Triton's own launcher, which takes the host some 10 us longer: {reason}"
+    text = f"moe-routing launches through Triton's own launcher, which takes the host some 2 us longer: {reason}"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
-def launcher_of(compiled: Any, constants: tuple[Any, ...]) -> tuple[Launcher, str]:  # noqa: ANN401 -- Triton's own object
-    """Return the cheapest launcher for a compiled kernel, and why it is not the direct one (or ``""``)."""
-    run = compiled.run
-    function, metadata = compiled.function, compiled.packed_metadata
-    reason = why_not_direct(run)
-    if reason:
-        hooks = (None, None, None)
-        return (
-            lambda blocks, stream, arguments: run(
-                blocks, 1, 1, stream, function, metadata, *hooks, *arguments, *constants
-            ),
-            reason,
-        )  # fmt: skip
-    launch = run.launch
-    head: tuple[Any, ...]
-    if hasattr(run, "kernel_signature"):
-        head = (function, run.launch_cooperative_grid, run.launch_pdl, metadata, None, None, None, None, None)
-        head = (*head, run.arg_annotations, run.kernel_signature)
-        return lambda blocks, stream, arguments: launch(blocks, 1, 1, stream, *head, arguments + constants), ""
-    head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
-    return lambda blocks, stream, arguments: launch(blocks, 1, 1, stream, *head, *arguments, *constants), ""
-
-
-def why_not_direct(run: Any) -> str:  # noqa: ANN401 -- Triton's own object
-    """Say what is unusual about a kernel's launcher, or return ``""``."""
-    if type(run).__name__ != "CudaLauncher":
-        return f"{type(run).__name__} is not CUDA's launcher"
-    missing = [name for name in NEEDED if not hasattr(run, name)]
-    if missing:
-        return f"Triton's CudaLauncher has no {', '.join(missing)}"
-    if run.global_scratch_size or run.profile_scratch_size:
-        return "the kernel asks for scratch memory"
-    if hasattr(run, "arg_annotations") != hasattr(run, "kernel_signature"):
-        return "Triton's CudaLauncher is of no known shape"
-    if getattr(run, "gsan_enabled", False):
-        return "Triton's sanitizer is on"
-    return ""

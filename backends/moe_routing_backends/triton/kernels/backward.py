@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_routing_backends.triton.keys import FLOAT32_MAX, clean
-from moe_routing_backends.triton.scores import activate, exp, exp_of_many, log1p, selected_weights, sigmoid, tree_sum
+from moe_routing_backends.triton.device.keys import FLOAT32_MAX, clean
+from moe_routing_backends.triton.device.scores import activate, exp, exp_of_many, log1p, selected_weights, sigmoid, tree_sum
 
 SOFTPLUS_IS_EXP = tl.constexpr(-17.0)
 """Below it log(softplus(x)) is x to within float32, and its slope 1."""
@@ -25,8 +25,9 @@ FLOOR_IS_REACHED = tl.constexpr(0.999999)
 
 
 @triton.jit
-def log_slope(x, SCORE: tl.constexpr):
+def log_slope(x, SPEC: tl.constexpr):
     """Return the derivative of log(score(x)); 1 for softmax, whose denominator is treated elsewhere."""
+    SCORE: tl.constexpr = SPEC.value.score
     if SCORE == "sigmoid":
         return sigmoid(-x, 0.0)
     elif SCORE == "sqrtsoftplus":
@@ -38,8 +39,10 @@ def log_slope(x, SCORE: tl.constexpr):
 
 
 @triton.jit
-def slope_of_activation(x, MULTIPLIER: tl.constexpr, CAP: tl.constexpr):
+def slope_of_activation(x, SPEC: tl.constexpr):
     """Return the derivative of the activated logit ``x`` by the logit."""
+    CAP: tl.constexpr = SPEC.value.logit_softcap
+    MULTIPLIER: tl.constexpr = SPEC.value.logit_multiplier
     slope = x * 0.0 + MULTIPLIER
     if CAP != 0.0:
         tanh = x / CAP
@@ -54,18 +57,26 @@ def is_finite(raw):
 
 
 @triton.jit(do_not_specialize=["grad_weights", "ids", "per_expert_scale", "T", "row_stride", "expert_stride"])
-def backward_kernel(
+def moe_routing_backward(
     grad_weights, logits, ids, per_expert_scale, grad_logits, grad_scale,
     T: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
-    E: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, SCORE: tl.constexpr,
-    SELECTION: tl.constexpr, RENORMALIZE: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
-    MULTIPLIER: tl.constexpr, CAP: tl.constexpr, ZERO_EXPERTS: tl.constexpr, JITTER: tl.constexpr,
-    SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Go back through ``grad_weights [T, K]``; ``SIZE``, ``N``: experts and columns as powers of two."""
-    EXACT: tl.constexpr = RENORMALIZE and (EPSILON == 0.0 and FLOOR == 0.0)
+    E: tl.constexpr = SPEC.value.num_experts
+    K: tl.constexpr = SPEC.value.topk
+    SELECTION: tl.constexpr = SPEC.value.selection
+    SCORE: tl.constexpr = SPEC.value.score
+    RENORMALIZE: tl.constexpr = SPEC.value.renormalize
+    EPSILON: tl.constexpr = SPEC.value.renorm_epsilon
+    FLOOR: tl.constexpr = SPEC.value.renorm_floor
+    SCALE: tl.constexpr = SPEC.value.scale
+    ZERO_EXPERTS: tl.constexpr = SPEC.value.zero_experts
     MIXER: tl.constexpr = SELECTION == "sparsemixer"
-    WHOLE_ROW: tl.constexpr = SCORE == "softmax" and (not EXACT and not MIXER)
+    SUMS_TO_ONE: tl.constexpr = SPEC.value.sums_to_one
+    JITTER: tl.constexpr = SPEC.value.jitter
+    WHOLE_ROW: tl.constexpr = SCORE == "softmax" and (not SUMS_TO_ONE and not MIXER)
     step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
     stride = ROW_STRIDE if ROW_STRIDE else row_stride
     expert = tl.arange(0, SIZE)[None, :]
@@ -91,7 +102,7 @@ def backward_kernel(
             # A zero expert's gradient is 0 though its scale is infinite, and 0 times infinity is not 0.
             grad_u = grad * tl.load(per_expert_scale + at_chosen, mask=varies, other=0.0).to(tl.float32)
         raw = tl.load(logits + row * stride + at_chosen * step, mask=known, other=0.0)
-        x = activate(clean(raw), MULTIPLIER, CAP)
+        x = activate(clean(raw), SPEC)
         if WHOLE_ROW or MIXER:
             every = tl.load(logits + row * stride + expert * step, mask=in_batch & exists, other=0.0)
         if MIXER:
@@ -107,7 +118,7 @@ def backward_kernel(
                 top = tl.sum(tl.where(here, x, 0.0), axis=1)[:, None]
                 far = (top - l) / tl.maximum(tl.abs(l), top) > 2.0 * JITTER
                 near = tl.where((left == 0) | far, 0.0, exp_of_many(tl.minimum(l - top, 0.0)))
-                share = 1.0 / tl.maximum(tree_sum(near, BLOCK_T, SIZE), 1.0)[:, None]
+                share = 1.0 / tl.maximum(tree_sum(near), 1.0)[:, None]
                 h = tl.sum(tl.where(here, grad_u, 0.0), axis=1)[:, None] * share
                 by_logit += tl.where(expert == id_k, h, 0.0) - near * share * h
                 u = tl.where(here, share, u)
@@ -117,24 +128,24 @@ def backward_kernel(
             highest = tl.zeros([BLOCK_T], tl.float32)
             total = highest
             if WHOLE_ROW:
-                all_x = activate(clean(every), MULTIPLIER, CAP)
+                all_x = activate(clean(every), SPEC)
                 highest = tl.max(tl.where(exists, all_x, -FLOAT32_MAX), axis=1)
                 p = tl.where(exists, exp_of_many(all_x - highest[:, None]), 0.0)
-                total = tree_sum(p, BLOCK_T, SIZE)
-            u = selected_weights(x, is_selected, highest, total, SCORE, RENORMALIZE, EPSILON, FLOOR, 1.0, K, BLOCK_T, N)
+                total = tree_sum(p)
+            u = selected_weights(x, is_selected, highest, total, SPEC, 1.0)
             through_sum = tl.zeros([BLOCK_T], tl.float32)
             if RENORMALIZE:
-                through_sum = tree_sum(grad_u * u, BLOCK_T, N)
+                through_sum = tree_sum(grad_u * u)
                 if FLOOR != 0.0:
-                    reached = tree_sum(u, BLOCK_T, N) * FLOOR + EPSILON < FLOOR * FLOOR_IS_REACHED
+                    reached = tree_sum(u) * FLOOR + EPSILON < FLOOR * FLOOR_IS_REACHED
                     through_sum = tl.where(reached, 0.0, through_sum)
             h = u * (grad_u - through_sum[:, None])
             by_logit = tl.zeros([BLOCK_T, SIZE], tl.float32)
             if WHOLE_ROW:
-                slope = slope_of_activation(all_x, MULTIPLIER, CAP)
-                spread = tree_sum(h, BLOCK_T, N)[:, None]
+                slope = slope_of_activation(all_x, SPEC)
+                spread = tree_sum(h)[:, None]
                 by_logit = tl.where(is_finite(every), -p / total[:, None] * spread * slope, 0.0)
-            h = h * log_slope(x, SCORE) * slope_of_activation(x, MULTIPLIER, CAP)
+            h = h * log_slope(x, SPEC) * slope_of_activation(x, SPEC)
             h = tl.where(is_finite(raw), h, 0.0)
         part = grad * u
         for k0 in range(0, K, UNROLL):
@@ -145,8 +156,8 @@ def backward_kernel(
                     by_logit += tl.where(expert == id_k, tl.sum(tl.where(here, h, 0.0), axis=1)[:, None], 0.0)
                 if per_expert_scale is not None:
                     by_scale += tl.where(expert == id_k, tl.sum(tl.where(here, part, 0.0), axis=1)[:, None], 0.0)
-        place = grad_logits + row * E + expert
-        tl.store(place, by_logit.to(grad_logits.dtype.element_ty), mask=in_batch & exists)
+        to_logits = grad_logits + row * E + expert
+        tl.store(to_logits, by_logit.to(grad_logits.dtype.element_ty), mask=in_batch & exists)
     if per_expert_scale is not None:
-        place = grad_scale + tl.program_id(0) * E + tl.arange(0, SIZE)
-        tl.store(place, tl.sum(by_scale, axis=0), mask=tl.arange(0, SIZE) < E)
+        to_scale = grad_scale + tl.program_id(0) * E + tl.arange(0, SIZE)
+        tl.store(to_scale, tl.sum(by_scale, axis=0), mask=tl.arange(0, SIZE) < E)

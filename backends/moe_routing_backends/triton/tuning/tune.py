@@ -11,17 +11,18 @@ import torch
 
 from moe_routing import RoutingOutput
 from moe_routing.reference.compare import compare
-from moe_routing_backends.triton.choose import WARP, said_of, speaking
-from moe_routing_backends.triton.launch import TritonRouter
-from moe_routing_backends.triton.plan import Launch, can
-from moe_routing_backends.triton.store import check_keeping, keep, user_path
-from moe_routing_backends.triton.table import VARIANTS, Step, key_of, sieves
+from moe_routing_backends.triton.kernels import VARIANTS, supports
+from moe_routing_backends.triton.runtime.router import TritonRouter
+from moe_routing_backends.triton.tuning.choose import describe_table, table_for
+from moe_routing_backends.triton.tuning.store import check_keeping, keep, user_path
+from moe_routing_backends.triton.tuning.table import Step, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
+    from moe_routing_backends.triton.kernels.spec import Launch
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
     Clock = Callable[[Callable[[], object], torch.device], float]
@@ -34,8 +35,6 @@ NEAR = 1.25
 """How much slower than the fastest a candidate may be at a size on either side, to be measured between."""
 CONTENDERS = 4
 """About how many are."""
-LANES_SHAPES = ((1, 1), (2, 1), (4, 1), (4, 4), (8, 4), (16, 4))
-"""Rows a program, and warps, of the lanes variant."""
 SETS = 4
 """Inputs that a measurement takes in turns."""
 SAMPLE = 512
@@ -123,7 +122,7 @@ def measure(
     """Do what ``tune`` does, and keep nothing."""
     sizes = sorted(set(tokens or TOKENS))
     first = sizes if tokens else sorted({*sizes[::EVERY], sizes[-1]})
-    said, before = said_of(device, problem), speaking(device, problem).steps(problem)
+    said, before = describe_table(device, problem), table_for(device, problem).steps(problem)
     now = {T: next(step.launch for step in before if step.tokens >= T) for T in sizes}
     launches = list(dict.fromkeys([*now.values(), *candidates(problem, device)]))
     every = len(first) * len(launches) + (len(sizes) - len(first)) * CONTENDERS
@@ -197,21 +196,16 @@ class _Bench:
 
 
 def candidates(problem: RoutingProblem, device: DeviceInfo) -> list[Launch]:
-    """Return the launches that are worth a try, few, for each must be compiled: a row by one thread, and by up to a warp."""
-    wide = max(device.warp_sizes, default=WARP)
-    found = [Launch("lanes", block_t, 1, warps) for block_t, warps in LANES_SHAPES]
-    for variant in VARIANTS[1:]:
-        if variant == "sieve" and not sieves(device):
-            continue
-        shares = [1 << n for n in range(wide.bit_length())]
-        found += [Launch(variant, wide // lanes, lanes, 1) for lanes in shares]
-    return [launch for launch in found if can(problem, launch)]
+    """Return the launches that are worth a try, few, for each must be compiled."""
+    offered = [launch for variant in VARIANTS.values() if variant.runs_on(device) for launch in variant.candidates(device)]
+    return [launch for launch in offered if supports(problem, launch)]
 
 
 def steps_of(sizes: Sequence[int], times: Sequence[dict[Launch, float]]) -> tuple[Step, ...]:
     """Choose a launch for each size, the one before as long as it loses nothing; change half-way, on a scale of ratios.
 
-    >>> a, b = Launch("lanes", 1, 1, 1), Launch("rows", 32, 1, 1)
+    >>> from moe_routing_backends.triton.kernels.spec import Launch
+    >>> a, b = Launch("cooperative", 1, 1, 1), Launch("thread_per_row", 32, 1, 1)
     >>> [step.tokens for step in steps_of([1, 100, 10000], [{a: 1.0, b: 3.0}, {a: 2.0, b: 1.99}, {a: 9.0, b: 4.0}])]
     [1000, inf]
     """
@@ -227,7 +221,7 @@ def steps_of(sizes: Sequence[int], times: Sequence[dict[Launch, float]]) -> tupl
 
 def shown(launch: Launch) -> str:
     """Name a launch in a few words."""
-    share = "" if launch.variant == "lanes" else f", {launch.lanes} threads a row"
+    share = "" if launch.variant == "cooperative" else f", {launch.threads_per_row} threads a row"
     return f"{launch.variant}, {launch.block_t} rows a program{share}, {launch.num_warps} warps"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_routing_backends.triton.pairs import pair_max, pair_min
+from moe_routing_backends.triton.device.bf16x2 import max_bf16x2, min_bf16x2
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def compare(a, b):
         first = a > b
         return tl.where(first, a, b), tl.where(first, b, a)
     elif a.dtype == tl.int32:
-        return pair_max(a, b), pair_min(a, b)
+        return max_bf16x2(a, b), min_bf16x2(a, b)
     else:
         return tl.maximum(a, b), tl.minimum(a, b)
 
@@ -30,7 +30,7 @@ def higher(a, b):
     if a.dtype == tl.uint64:
         return tl.where(a > b, a, b)
     elif a.dtype == tl.int32:
-        return pair_max(a, b)
+        return max_bf16x2(a, b)
     else:
         return tl.maximum(a, b)
 
@@ -143,7 +143,7 @@ def across8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 @triton.jit
 def best_across8(a0, a1, a2, a3, a4, a5, a6, a7, a_lost, b0, b1, b2, b3, b4, b5, b6, b7, b_lost):
-    """Combine the lists of two lanes, and the highest keys they left out: what ``tl.reduce`` calls."""
+    """Combine the lists of two threads, and the highest keys they left out: what ``tl.reduce`` calls."""
     a, b = (a0, a1, a2, a3, a4, a5, a6, a7), (b0, b1, b2, b3, b4, b5, b6, b7)
     t, _rest, lost = insert(a, a, tl.maximum(a_lost, b_lost), b, 8)
     return t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], lost
@@ -154,11 +154,28 @@ def best_across16(
     a0, a1, a2, a3, a4, a5, a6, a7, c0, c1, c2, c3, c4, c5, c6, c7, a_lost,
     b0, b1, b2, b3, b4, b5, b6, b7, d0, d1, d2, d3, d4, d5, d6, d7, b_lost,
 ):  # fmt: skip
-    """Combine the lists of 16 of two lanes."""
+    """Combine the lists of 16 of two threads."""
     t, r = (a0, a1, a2, a3, a4, a5, a6, a7), (c0, c1, c2, c3, c4, c5, c6, c7)
     t, r, lost = insert(t, r, tl.maximum(a_lost, b_lost), (b0, b1, b2, b3, b4, b5, b6, b7), 16)
     t, r, lost = insert(t, r, lost, (d0, d1, d2, d3, d4, d5, d6, d7), 16)
     return t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], lost
+
+
+@triton.jit
+def merge_lists(top, rest, lost, AXIS: tl.constexpr, WIDTH: tl.constexpr):
+    """Merge the lists of the threads along an axis, and the highest keys that they left out; of 8, ``rest`` is ``top``."""
+    if WIDTH == 8:
+        # tl.reduce takes and returns flat tuples: the list is spread out here and put together again below.
+        m = tl.reduce((top[0], top[1], top[2], top[3], top[4], top[5], top[6], top[7], lost), AXIS, best_across8)
+        merged = (m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7])
+        return merged, merged, m[8]
+    else:
+        m = tl.reduce(
+            (top[0], top[1], top[2], top[3], top[4], top[5], top[6], top[7],
+             rest[0], rest[1], rest[2], rest[3], rest[4], rest[5], rest[6], rest[7], lost), AXIS, best_across16
+        )  # fmt: skip
+        merged = (m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7])
+        return merged, (m[8], m[9], m[10], m[11], m[12], m[13], m[14], m[15]), m[16]
 
 
 @triton.jit
@@ -180,22 +197,25 @@ def in_columns(top, rest, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def over_lanes(top, rest, lane, WIDTH: tl.constexpr):
-    """Lay the list next to each other, ``[ROWS, WIDTH]``, ``WIDTH / LANES`` columns with each ``lane [ROWS, LANES]`` of a row.
+def over_threads(top, rest, thread, WIDTH: tl.constexpr):
+    """Lay the list out as ``[ROWS, WIDTH]``, a share of the columns with each thread of a row.
 
-    Every lane knows the whole list by then. This way each goes on with its share of it, in the layout of the stores.
+    Every thread of a row knows the whole list by then. This way each goes on with ``WIDTH / THREADS_PER_ROW`` columns, in the
+    layout of the stores.
+
+    :param thread: ``[ROWS, THREADS_PER_ROW]``, the number of each thread in its row.
     """
-    LANES: tl.constexpr = lane.shape[1]
-    if LANES == 1 or LANES > WIDTH:
+    THREADS_PER_ROW: tl.constexpr = thread.shape[1]
+    if THREADS_PER_ROW == 1 or THREADS_PER_ROW > WIDTH:
         return in_columns(top, rest, WIDTH)
     else:
-        SHARE: tl.constexpr = WIDTH // LANES
+        SHARE: tl.constexpr = WIDTH // THREADS_PER_ROW
         every = top + rest
         share = ()
         for i in tl.static_range(SHARE):
-            mine = every[i][:, None] + tl.zeros(lane.shape, every[i].dtype)
-            for j in tl.static_range(1, LANES):
-                mine = tl.where(lane == j, every[j * SHARE + i][:, None], mine)
+            mine = every[i][:, None] + tl.zeros(thread.shape, every[i].dtype)
+            for j in tl.static_range(1, THREADS_PER_ROW):
+                mine = tl.where(thread == j, every[j * SHARE + i][:, None], mine)
             share += (mine,)
         if SHARE == 8:
             tile = tl.join(tl.join(tl.join(share[0], share[4]), tl.join(share[2], share[6])),
@@ -206,4 +226,4 @@ def over_lanes(top, rest, lane, WIDTH: tl.constexpr):
             tile = tl.join(share[0], share[1])
         else:
             tile = share[0]
-        return tl.reshape(tile, [lane.shape[0], WIDTH])
+        return tl.reshape(tile, [thread.shape[0], WIDTH])

@@ -6,9 +6,10 @@ import json
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from moe_routing_backends.triton.plan import CHUNK, GUESSED, Launch, can, kind
+from moe_routing_backends.triton.kernels import VARIANTS, supports
+from moe_routing_backends.triton.kernels.spec import APPROXIMATED, CHUNK, Launch, kind, list_width
 from moe_routing_registry.text import printable
 
 if TYPE_CHECKING:
@@ -18,12 +19,11 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 SCHEMA = 1
-VARIANTS: tuple[Literal["lanes", "rows", "sieve", "tiles"], ...] = ("lanes", "rows", "sieve", "tiles")
-LAST_LANES = Launch("lanes", 2, 1, 1)
-"""What serves the tokens that the rows variant would, where it cannot."""
-FEWEST_LANES = 2
-"""Lanes a row that the sieve variant needs: with one it takes long to compile, and is no faster."""
-LANES_UP_TO = 1024
+FALLBACK = Launch("cooperative", 2, 1, 1)
+"""What serves rows of any alignment, and every number of tokens for which the table has no launch that can."""
+FEWEST_THREADS = 2
+"""Threads a row that the filter is launched with at least: with one it takes long to compile, and is no faster."""
+ONE_ROW_UP_TO = 1024
 """Tokens up to which one row a program fills no device twice over; above it, two rows share a program."""
 
 MOST_BYTES = 1 << 20
@@ -32,9 +32,7 @@ LONGEST_PROVENANCE = 2000
 MOST_THREADS = 1024
 """Threads a program, on every device that Triton compiles for."""
 MOST_ROWS = 256
-"""Rows a program of the lanes variant: with the 2,048 experts that are taken at most, half of Triton's largest block."""
-SIEVES_FROM = (9, 0)
-"""Least compute capability on which the sieve variant was measured; nothing is derived for older devices."""
+"""Rows a program of the cooperative variant: with the 2,048 experts that are taken at most, half of Triton's largest block."""
 WARPS = (8, 16, 32, 64)
 """Threads a warp, on the devices that Triton compiles for."""
 
@@ -68,10 +66,10 @@ class Table:
     def nearest(self, problem: RoutingProblem) -> tuple[tuple[bool, bool, bool, int], Key] | None:
         """Return how far off the nearest rule is, and its key: of the problem's kind and list width, the least E not below.
 
-        Biased scores that the sieve can serve are routed as others are where no rule is for them.
+        Biased scores that the filter can serve are routed as others are where no rule is for them.
         """
         kind_, bits, experts, width = key_of(problem)
-        kinds = (kind_, "bias") if kind_ == GUESSED else (kind_,)
+        kinds = (kind_, "bias") if kind_ == APPROXIMATED else (kind_,)
         fits = [key for key in self.rules if key[0] in kinds and key[1] == bits]
         off = {key: (key[0] != kind_, key[3] != width, key[2] < experts, abs(key[2] - experts)) for key in fits}
         return min(((off[key], key) for key in fits), default=None)
@@ -82,29 +80,31 @@ class Table:
         served = ((s.tokens, _serving(problem, s.launch)) for s in (self.rules[nearest[1]] if nearest else ()))
         usable = [Step(tokens, launch) for tokens, launch in served if launch is not None]
         if not usable:
-            return (Step(LANES_UP_TO, Launch("lanes", 1, 1, 1)), Step(math.inf, LAST_LANES))
+            return (Step(ONE_ROW_UP_TO, Launch("cooperative", 1, 1, 1)), Step(math.inf, FALLBACK))
         if usable[-1].tokens != math.inf:
-            usable.append(Step(math.inf, LAST_LANES))
+            usable.append(Step(math.inf, FALLBACK))
         return tuple(usable)
 
 
 def _serving(problem: RoutingProblem, launch: Launch) -> Launch | None:
-    """Return the launch; where the sieve's lanes cannot share a row fewer lanes, or its twin of the rows variant; or None."""
-    if launch.variant == "sieve":
+    """Return the launch; where the filter's threads cannot share a row evenly, with fewer threads or as thread_per_row.
+
+    Or None.
+    """
+    if launch.variant == "filter":
         narrow = launch
-        while not can(problem, narrow) and narrow.lanes > FEWEST_LANES:
-            narrow = replace(narrow, block_t=2 * narrow.block_t, lanes=narrow.lanes // 2)
-        launch = narrow if can(problem, narrow) else replace(launch, variant="rows")
-    return launch if can(problem, launch) else None
+        while not supports(problem, narrow) and narrow.threads_per_row > FEWEST_THREADS:
+            narrow = replace(narrow, block_t=2 * narrow.block_t, threads_per_row=narrow.threads_per_row // 2)
+        launch = narrow if supports(problem, narrow) else replace(launch, variant="thread_per_row")
+    return launch if supports(problem, launch) else None
 
 
 def key_of(problem: RoutingProblem) -> Key:
     """Return what a rule for the problem is kept under."""
-    width = 8 if problem.topk + problem.spec.shared_experts <= 8 else 16  # noqa: PLR2004 -- the two lists there are
     kind_ = kind(problem.spec)
-    if kind_ == GUESSED and problem.num_experts % (FEWEST_LANES * CHUNK):
-        kind_ = "bias"  # no lanes of the sieve can share such a row
-    return kind_, 32 if problem.dtype == "float32" else 16, problem.num_experts, width
+    if kind_ == APPROXIMATED and problem.num_experts % (FEWEST_THREADS * CHUNK):
+        kind_ = "bias"  # no threads of the filter can share such a row
+    return kind_, 32 if problem.dtype == "float32" else 16, problem.num_experts, list_width(problem)
 
 
 def parse(text: str, source: str) -> Table:
@@ -144,9 +144,10 @@ def _typed(data: Any, name: str, kind_: type) -> Any:  # noqa: ANN401 -- JSON
 def _steps(lines: list[Any]) -> Iterable[Step]:
     before = 0.0
     for line in lines:
-        if not isinstance(line, list) or len(line) not in (5, 6) or line[1] not in VARIANTS:
+        if not isinstance(line, list) or len(line) not in (5, 6) or line[1] not in tuple(VARIANTS):
             variants = " or ".join(map(repr, VARIANTS))
-            msg = f"steps: expected [tokens or null, {variants}, block_t, lanes, num_warps(, warp_size)], got {line!r:.100}"
+            fields = f"[tokens or null, {variants}, block_t, threads_per_row, num_warps(, warp_size)]"
+            msg = f"steps: expected {fields}, got {line!r:.100}"
             raise ValueError(msg)
         tokens = math.inf if line[0] is None else line[0]
         numbers = line[2:]
@@ -165,26 +166,21 @@ def _steps(lines: list[Any]) -> Iterable[Step]:
 
 def _beyond(launch: Launch) -> str:
     """Say which limit of every device a launch is beyond, ``""`` where it is beyond none."""
-    if launch.block_t * launch.lanes > MOST_THREADS:
-        return f"block_t * lanes of at most {MOST_THREADS}"
-    if launch.variant == "lanes" and launch.block_t > MOST_ROWS:
-        return f"block_t of at most {MOST_ROWS} for 'lanes'"
+    if launch.block_t * launch.threads_per_row > MOST_THREADS:
+        return f"block_t * threads_per_row of at most {MOST_THREADS}"
+    if launch.variant == "cooperative" and launch.block_t > MOST_ROWS:
+        return f"block_t of at most {MOST_ROWS} for 'cooperative'"
     if launch.num_warps * (launch.warp_size or WARPS[0]) > MOST_THREADS:
         return f"num_warps of at most {MOST_THREADS} threads"
-    if launch.lanes > WARPS[-1]:
-        return f"lanes of at most {WARPS[-1]}"
+    if launch.threads_per_row > WARPS[-1]:
+        return f"threads_per_row of at most {WARPS[-1]}"
     return "" if launch.warp_size in (0, *WARPS) else f"a warp_size among {', '.join(map(str, WARPS))}"
-
-
-def sieves(device: DeviceInfo) -> bool:
-    """Tell whether the sieve variant is for the device."""
-    return device.capability is not None and device.capability >= SIEVES_FROM
 
 
 def beyond(launch: Launch, device: DeviceInfo) -> str:
     """Say what of a launch this device cannot do, ``""`` where it can do it."""
-    if launch.variant == "sieve" and not sieves(device):
-        return f"no sieve on {device.arch or 'this device'}"
+    if not VARIANTS[launch.variant].runs_on(device):
+        return f"no launch of '{launch.variant}' on {device.arch or 'this device'}"
     widest = launch.warp_size or max(device.warp_sizes, default=WARPS[0])
     if launch.warp_size and launch.warp_size not in device.warp_sizes:
         return f"a warp_size among {', '.join(map(str, device.warp_sizes)) or 'none'}"
@@ -204,7 +200,7 @@ def to_json(arch: str, provenance: str, rules: Mapping[Key, tuple[Step, ...]], d
                     None if s.tokens == math.inf else s.tokens,
                     s.launch.variant,
                     s.launch.block_t,
-                    s.launch.lanes,
+                    s.launch.threads_per_row,
                     s.launch.num_warps,
                     *([s.launch.warp_size] if s.launch.warp_size else []),
                 ]

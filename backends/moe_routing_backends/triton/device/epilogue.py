@@ -14,15 +14,18 @@ def is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE: tl.constexpr):
 
 @triton.jit
 def store_outputs(
-    weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
-    E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, ZERO_EXPERTS: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    N: tl.constexpr, has_experts=None,
+    weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map, SPEC: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, has_experts=None,
 ):  # fmt: skip
     """Store ``w`` and logical ids ``picked``, both ``[ROWS, N]`` of which K columns count, after the epilogue.
 
     ``has_experts [ROWS]``: rows that a table gives experts to; the others are padding.
     """
-    column = tl.arange(0, N)[None, :]
+    E: tl.constexpr = SPEC.value.num_experts
+    K: tl.constexpr = SPEC.value.topk
+    SHARED: tl.constexpr = SPEC.value.shared_experts
+    ZERO_EXPERTS: tl.constexpr = SPEC.value.zero_experts
+    column = tl.arange(0, w.shape[1])[None, :]
     routed = column < K
     written = (row < T)[:, None] & (column < K + SHARED)
     if per_expert_scale is not None:

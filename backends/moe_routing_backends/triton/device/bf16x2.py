@@ -13,32 +13,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_routing_backends.triton.keys import INTERPRETED, at_least
+from moe_routing_backends.triton.device.keys import INTERPRETED, at_least
 
-LEAST_PAIR = tl.constexpr(-0x7F0080)
+LOWEST_BF16X2 = tl.constexpr(-0x7F0080)
 """-inf in both halves."""
 
 
 @triton.jit
-def halves(pair):
+def unpack_bf16x2(pair):
     """Return the low and the high bfloat16 as float32."""
     return (pair << 16).to(tl.float32, bitcast=True), (pair & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def joined(low, high):
+def pack_bf16x2(low, high):
     """Put two float32 that are bfloat16 into a pair."""
     return (high.to(tl.int32, bitcast=True) & -0x10000) | ((low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF)
 
 
 @triton.jit
-def pair_max(a, b):
+def max_bf16x2(a, b):
     """Return the higher of each half; of NaN and a number the number."""
     if INTERPRETED:
-        a0, a1 = halves(a)
-        b0, b1 = halves(b)
+        a0, a1 = unpack_bf16x2(a)
+        b0, b1 = unpack_bf16x2(b)
         least: tl.constexpr = float("-inf")
-        return joined(
+        return pack_bf16x2(
             tl.maximum(at_least(a0, least), at_least(b0, least)), tl.maximum(at_least(a1, least), at_least(b1, least))
         )
     else:
@@ -46,38 +46,38 @@ def pair_max(a, b):
 
 
 @triton.jit
-def pair_min(a, b):
+def min_bf16x2(a, b):
     """Return the lower of each half, for pairs without NaN."""
     if INTERPRETED:
-        a0, a1 = halves(a)
-        b0, b1 = halves(b)
-        return joined(tl.minimum(a0, b0), tl.minimum(a1, b1))
+        a0, a1 = unpack_bf16x2(a)
+        b0, b1 = unpack_bf16x2(b)
+        return pack_bf16x2(tl.minimum(a0, b0), tl.minimum(a1, b1))
     else:
         return tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
-def swapped(pair):
+def swap_halves(pair):
     """Exchange the halves."""
     return ((pair >> 16) & 0xFFFF) | (pair << 16)
 
 
 @triton.jit
-def not_below(pair, bar, BITS: tl.constexpr):
-    """Return the bits of ``BITS`` whose half of ``pair`` is not below that of ``bar``; NaN never is."""
+def mask_not_below(pair, threshold, BITS: tl.constexpr):
+    """Return the bits of ``BITS`` whose half of ``pair`` is not below that of ``threshold``; NaN never is."""
     if INTERPRETED:
-        p0, p1 = halves(pair)
-        b0, b1 = halves(bar)
+        p0, p1 = unpack_bf16x2(pair)
+        b0, b1 = unpack_bf16x2(threshold)
         return tl.where(p0 < b0, 0, BITS & 0xFFFF) | tl.where(p1 < b1, 0, BITS & 0xFFFF0000)
     else:
         all_bits = tl.inline_asm_elementwise(
-            "set.geu.u32.bf16x2 $0, $1, $2;", "=r,r,r", [pair, bar], dtype=tl.uint32, is_pure=True, pack=1
+            "set.geu.u32.bf16x2 $0, $1, $2;", "=r,r,r", [pair, threshold], dtype=tl.uint32, is_pure=True, pack=1
         )
         return all_bits & BITS
 
 
 @triton.jit
-def rounded(low, high):
+def round_to_bf16x2(low, high):
     """Round two float32 to the nearest bfloat16 each: if a >= b, so are the rounded."""
     if INTERPRETED:
         l = at_least(low, float("-inf")).to(tl.int32, bitcast=True)
@@ -92,10 +92,10 @@ def rounded(low, high):
 
 
 @triton.jit
-def rounded_halves(low, high):
+def round_to_f16x2(low, high):
     """Round two float32 to the nearest float16 each."""
     if INTERPRETED:
-        return joined_halves(low.to(tl.float16), high.to(tl.float16))
+        return pack_f16x2(low.to(tl.float16), high.to(tl.float16))
     else:
         return tl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], dtype=tl.int32, is_pure=True, pack=1
@@ -103,7 +103,7 @@ def rounded_halves(low, high):
 
 
 @triton.jit
-def joined_halves(low, high):
+def pack_f16x2(low, high):
     """Put two float16 into a pair; every NaN becomes the one that arithmetic makes."""
     low = tl.where(low == low, low.to(tl.int16, bitcast=True), 0x7FFF).to(tl.int32)  # noqa: PLR0124 -- NaN alone differs
     high = tl.where(high == high, high.to(tl.int16, bitcast=True), 0x7FFF).to(tl.int32)  # noqa: PLR0124 -- likewise
@@ -111,7 +111,7 @@ def joined_halves(low, high):
 
 
 @triton.jit
-def low_half(pair):
+def low_f16(pair):
     """Return the low float16 as float32."""
     return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -128,7 +128,7 @@ def sigmoid_scores(low, high, bias):
         h1 = at_least(high, float("-inf")).to(tl.float16) * 0.5
         u0 = 1.0 - 2.0 / (tl.exp(2.0 * h0.to(tl.float32)) + 1.0)
         u1 = 1.0 - 2.0 / (tl.exp(2.0 * h1.to(tl.float32)) + 1.0)
-        return rounded_halves(u0 * 0.5 + low_half(bias), u1 * 0.5 + low_half(bias >> 16))
+        return round_to_f16x2(u0 * 0.5 + low_f16(bias), u1 * 0.5 + low_f16(bias >> 16))
     else:
         return tl.inline_asm_elementwise(
             """{
@@ -151,8 +151,8 @@ def margin(score):
 
     With s for a score and S for what stands in the pair, |S - s| <= d + c |S|: of the tangent 2**-11.987, of its argument's
     rounding 0.23 * 2**-11, of the bias 2**-11 (|S| + 0.5), of the sum 2**-11 |S|; together d = 0.00062, c = 2**-10. The K
-    experts whose S is not below the bar B have s >= B - d - c |B|, so the K-th highest s is not below that, and an expert
-    with such an s has S >= B - 2 d - 2 c |B|, but for c**2. Rounding the bar to float16 again costs 2**-11 |B|.
+    experts whose S is not below the threshold B have s >= B - d - c |B|, so the K-th highest s is not below that, and an
+    expert with such an s has S >= B - 2 d - 2 c |B|, but for c**2. Rounding the threshold to float16 again costs 2**-11 |B|.
     """
     return 0.0016 + 0.0028 * tl.abs(score)
 

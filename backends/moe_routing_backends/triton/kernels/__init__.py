@@ -1,0 +1,32 @@
+"""The kernels: a file for each variant of the forward kernel, and one for the backward kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moe_routing_backends.triton.kernels import block, cooperative, filter, thread_per_row  # noqa: A004 -- a variant's name
+from moe_routing_backends.triton.kernels.spec import kernel_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from moe_routing_backends.triton.kernels.spec import Launch, Variant, VariantName
+    from moe_routing_registry import RoutingProblem
+
+VARIANTS: Mapping[VariantName, Variant] = {
+    "cooperative": cooperative.VARIANT,
+    "thread_per_row": thread_per_row.VARIANT,
+    "filter": filter.VARIANT,
+    "block": block.VARIANT,
+}
+
+
+def supports(problem: RoutingProblem, launch: Launch) -> bool:
+    """Tell whether a launch serves a problem, given aligned logits and a device that its variant runs on."""
+    return VARIANTS[launch.variant].supports(problem, launch)
+
+
+def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
+    """Return the compile-time constants of a launch that do not depend on a call."""
+    variant = VARIANTS[launch.variant]
+    return {"SPEC": kernel_spec(problem), **variant.constants(problem, launch), "BLOCK_T": launch.block_t}

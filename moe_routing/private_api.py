@@ -1,0 +1,175 @@
+"""Interfaces of PyTorch and Triton that neither documents. Each is used here alone, with what happens where it is missing.
+
+Nothing here belongs to this package's interface. Every entry has a test in ``tests/test_private_api.py``, which fails first
+when an upgrade changes one of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._C import _dispatch_keys as dispatch_keys
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd import forward_ad, profiler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    Launcher = Callable[[int, int, tuple[Any, ...]], object]
+    """``launcher(blocks, stream, arguments)``; the arguments are the kernel's own before its constants."""
+
+__all__ = [
+    "carries_tangents", "compile_by_inductor", "current_device", "current_stream", "dispatch_keys", "empty", "is_fake_mode",
+    "is_functorch_wrapped_tensor", "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "privateuse1_name",
+    "tensor_guard", "unset_fake_temporarily", "why_not_direct",
+]  # fmt: skip
+
+NO_DEVICE = -1
+
+if torch.cuda.is_available():
+    # What torch.cuda.current_device and Inductor's generated code call; the public functions take ten times as long.
+    current_device = torch._C._cuda_getDevice  # noqa: SLF001 -- this file's purpose
+    current_stream = torch._C._cuda_getCurrentRawStream  # noqa: SLF001 -- likewise
+    empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]  # noqa: SLF001 -- likewise; no stub has it
+else:  # without CUDA no device is current, so nothing asks for its stream or its memory
+
+    def current_device() -> int:
+        """Return no device's index."""
+        return NO_DEVICE
+
+    def current_stream(device: int) -> int:
+        """Say that there is none."""
+        raise AssertionError(device)
+
+    def empty(size: tuple[int, int], strides: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Say that there is none."""
+        raise AssertionError(size, strides, dtype)
+
+
+def tensor_guard(examples: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """Return a check that as many tensors are like these, dispatch keys and ``requires_grad`` included.
+
+    It is the guard with which Dynamo's compiled functions begin.
+
+    :returns: ``None`` if this PyTorch has no such guard, or one that takes other arguments. Only host time is lost then: the
+        caller describes a call that it cannot recognise.
+
+    >>> alike = tensor_guard([torch.zeros(2, 3)])
+    >>> alike(torch.ones(2, 3)), alike(torch.ones(3, 2).t()), alike(torch.ones(2, 3, requires_grad=True))
+    (True, False, False)
+    """
+    sizes, strides = [list(t.shape) for t in examples], [list(t.stride()) for t in examples]
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type] # the stub says one flat list
+    except (AttributeError, ImportError, TypeError):
+        return None
+
+
+def carries_tangents() -> bool:
+    """Tell whether a forward-mode derivative is being computed."""
+    return forward_ad._current_level >= 0  # noqa: SLF001 -- this file's purpose
+
+
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Tell whether a tensor stands for zeros and has no memory."""
+    return tensor._is_zerotensor()  # noqa: SLF001 -- this file's purpose
+
+
+def is_fake_mode() -> bool:
+    """Tell whether operators compute with fake tensors at the moment."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None  # noqa: SLF001 -- likewise
+
+
+def privateuse1_name() -> str:
+    """Return the name of the device type that a foreign backend registered, or PyTorch's own word for none."""
+    return torch._C._get_privateuse1_backend_name()  # noqa: SLF001 -- this file's purpose
+
+
+def compile_by_inductor(module: Any, inputs: Any, **options: Any) -> Any:  # noqa: ANN401 -- Inductor's own
+    """Compile a graph as Inductor's backend of ``torch.compile`` does, and return the function that takes a list."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    return compile_fx_inner(module, inputs, **options)
+
+
+def is_profiling() -> bool:
+    """Tell whether ``torch.profiler`` or ``emit_nvtx`` records ranges."""
+    return profiler._is_profiler_enabled  # noqa: SLF001 -- this file's purpose
+
+
+_triton_runtime: Any = None
+
+
+def is_observed() -> bool:
+    """Tell whether somebody watches launches: a profiler of PyTorch, or a launch hook of Triton, as Proton sets them.
+
+    Triton's hooks are read only once Triton is imported, for a launch alone can ask: about 0.1 us.
+    """
+    return profiler._is_profiler_enabled or has_launch_hook()  # noqa: SLF001 -- this file's purpose
+
+
+def has_launch_hook() -> bool:
+    """Tell whether a launch hook of Triton is set."""
+    global _triton_runtime  # noqa: PLW0603 -- imported by the first launch
+    if _triton_runtime is None:
+        from triton import knobs
+
+        _triton_runtime = knobs.runtime
+    enter, leave = _triton_runtime.launch_enter_hook, _triton_runtime.launch_exit_hook
+    try:
+        return bool(enter.calls or leave.calls)
+    except AttributeError:  # a function in place of Triton's chain of hooks, or None
+        return enter is not None or leave is not None
+
+
+NEEDED = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+
+
+def launcher_of(compiled: Any, constants: tuple[Any, ...]) -> tuple[Launcher, str]:  # noqa: ANN401 -- Triton's own object
+    """Return the cheapest launcher for a kernel that Triton compiled, and why it is not the direct one (or ``""``).
+
+    The direct launcher calls the C function that Triton's own launcher calls in the end. Its arguments have one of two known
+    shapes (Triton 3.6, and 3.7 to 3.9). For any other shape the compiled kernel's ``run`` is called, whose arguments are the
+    same in all of these versions.
+    """
+    run = compiled.run
+    function, metadata = compiled.function, compiled.packed_metadata
+    reason = why_not_direct(run)
+    if reason:
+        hooks = (None, None, None)
+        return (
+            lambda blocks, stream, arguments: run(
+                blocks, 1, 1, stream, function, metadata, *hooks, *arguments, *constants
+            ),
+            reason,
+        )  # fmt: skip
+    launch = run.launch
+    head: tuple[Any, ...]
+    if hasattr(run, "kernel_signature"):
+        head = (function, run.launch_cooperative_grid, run.launch_pdl, metadata, None, None, None, None, None)
+        head = (*head, run.arg_annotations, run.kernel_signature)
+        return lambda blocks, stream, arguments: launch(blocks, 1, 1, stream, *head, arguments + constants), ""
+    head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
+    return lambda blocks, stream, arguments: launch(blocks, 1, 1, stream, *head, *arguments, *constants), ""
+
+
+def why_not_direct(run: Any) -> str:  # noqa: ANN401 -- Triton's own object
+    """Say what is unusual about a compiled kernel's launcher, or return ``""``."""
+    if type(run).__name__ != "CudaLauncher":
+        return f"{type(run).__name__} is not CUDA's launcher"
+    missing = [name for name in NEEDED if not hasattr(run, name)]
+    if missing:
+        return f"Triton's CudaLauncher has no {', '.join(missing)}"
+    if run.global_scratch_size or run.profile_scratch_size:
+        return "the kernel asks for scratch memory"
+    if hasattr(run, "arg_annotations") != hasattr(run, "kernel_signature"):
+        return "Triton's CudaLauncher is of no known shape"
+    if getattr(run, "gsan_enabled", False):
+        return "Triton's sanitizer is on"
+    return ""
