@@ -43,7 +43,7 @@ SAYS = {
     "registry()": "the process's registry",
     "models": "presets, configurations",
     "families": "formulas and operations",
-    "kernel": "protocols",
+    "kernel": "protocols, private interfaces",
     "moe_routing_registry": "specs, plug-ins, the choice",
 }
 TOP = {
@@ -52,6 +52,7 @@ TOP = {
     "families": "families",
     "operations": "families",
     "kernel": "kernel",
+    "private_api": "kernel",
 }
 """Modules at the top of `moe_routing` that do not belong to the router. `_html` needs nothing, and is not worth a box."""
 LATE = {("models", "registry()"), ("registry()", "models")}
