@@ -47,7 +47,10 @@ def kernels() -> Result:
         moved = case["T"] * (128 * (2 if case["dtype"] == "bfloat16" else 4) + 8 * 8)
         ways = (("triton", True, case["us"]), ("full sort", False, case["full_sort_us"]))
         ways += (("fastest peer", False, fastest[case["dtype"], case["T"]]),)
-        rows += [Row(case=of, mode="graph", way=way, ours=mine, rounds=(us,), bytes=moved) for way, mine, us in ways]
+        rows += [
+            Row(case=of, mode="graph", implementation=way, is_backend=mine, rounds=(us,), bytes=moved)
+            for way, mine, us in ways
+        ]
     return Result(
         settings=Settings(device="cuda:0", modes=("graph",)),
         device={"name": run["device"]},
@@ -75,7 +78,7 @@ def with_compile() -> Result:
         if "schema_version" in (held := json.loads(path.read_text())) and "rows" in held:
             result = Result.read(path)
             result.rows = [row for row in result.rows if row.mode == "call" and row.case.dtype == "bfloat16"]
-            if any(row.way == "compile-default" and row.rounds for row in result.rows):
+            if any(row.implementation == "compile-default" and row.rounds for row in result.rows):
                 return result
     msg = "benchmarks/results: expected an h200-*.json of moe-routing bench with compile-default in mode call"
     raise FileNotFoundError(msg)
@@ -93,14 +96,14 @@ def draw_torch(result: Result, theme: Theme) -> Figure:
 
 def _ratios(axes: Axes, result: Result, theme: Theme) -> None:
     for way, published in PUBLISHED_A100.items():
-        rows = [row for row in result.rows if row.way == way and not row.ours and row.rounds]
+        rows = [row for row in result.rows if row.implementation == way and not row.is_backend and row.rounds]
         ratios = [result.slowdown(row) or 0.0 for row in rows]
         colour = theme.others[way]
         axes.plot([row.case.tokens for row in rows], ratios, marker="o", markersize=4, linewidth=1.4, color=colour, label=way)
         axes.axhline(published, linestyle="--", linewidth=1, color=colour)
     axes.plot([], [], "--", color=theme.ink, linewidth=1, label="published, A100: times the full sort")
     axes.set_ylim(bottom=1)
-    style_axes(axes, theme, "times ours")
+    style_axes(axes, theme, "times the first backend")
     axes.set_title("how many times our time", loc="left", color=theme.ink, fontsize=9)
 
 

@@ -20,8 +20,8 @@ from moe_routing.bench import Case, Result, Row, Settings, _clock, losses
 from moe_routing.bench._check import problems
 from moe_routing.bench._clock import refusal
 from moe_routing.bench._formulas import formula_of, one_hot
+from moe_routing.bench._implementations import Implementation, NotMeasuredError, _own, backend, comparison
 from moe_routing.bench._inputs import MOST_SETS, make
-from moe_routing.bench._ways import NotMeasuredError, Way, _own, backend, comparison
 from moe_routing.cli._app import run
 from moe_routing.families import FAMILIES
 from moe_routing_registry import BackendSpec, Target
@@ -105,7 +105,7 @@ def test_importing_it_imports_no_torch_triton_or_matplotlib():
 
 def test_a_run_holds_time_spread_bandwidth_and_floors_of_every_configuration(kept):
     held = json.loads(kept.read_text())
-    assert [(row["tokens"], row["way"], row["ours"]) for row in held["rows"]] == [
+    assert [(row["tokens"], row["implementation"], row["is_backend"]) for row in held["rows"]] == [
         (1, "eager", True), (1, "eager", False), (16, "eager", True), (16, "eager", False),
     ]  # fmt: skip
     for row in held["rows"]:
@@ -123,7 +123,7 @@ def test_a_run_reads_back_as_it_was_written(kept):
     assert Result.read(kept).to_dict() == json.loads(kept.read_text())
 
 
-def test_the_table_has_a_line_for_every_way_and_says_what_was_not_measured(cli):
+def test_the_table_has_a_line_for_every_implementation_and_says_what_was_not_measured(cli):
     code, out, err = cli(f"{SHORT} --tokens 1 --compare eager,baseline")
     assert (code, err) == (0, "")
     assert "gemma4, float32 logits, E = 32, K = 4, mode call" in out
@@ -185,7 +185,7 @@ def test_a_wrong_backend_gets_no_number_and_exit_code_1(cli, spoilt, line, said)
     code, out, _ = cli(f"{SHORT} --tokens 16 --backend {name},eager --compare none --json")
     wrong, right = json.loads(out)["rows"]
     assert code == 1
-    assert (wrong["way"], wrong["microseconds"], wrong["rounds"]) == (name, None, [])
+    assert (wrong["implementation"], wrong["microseconds"], wrong["rounds"]) == (name, None, [])
     assert said in wrong["wrong"][0]
     assert right["microseconds"] > 0
 
@@ -223,9 +223,12 @@ def test_the_formula_in_plain_pytorch_computes_what_the_oracle_computes(family, 
 
 def test_a_comparison_that_computes_something_else_is_wrong():
     inputs = make(Case("gemma4", "float32", 64, 8, 300), CPU, 1)
-    way = comparison("eager", inputs)
-    assert problems(way._replace(call=lambda logits: way.call(-logits)), inputs)
-    assert problems(way._replace(call=lambda logits: (way.call(logits)[0] * 1.01, way.call(logits)[1])), inputs)
+    implementation = comparison("eager", inputs)
+    assert problems(implementation._replace(call=lambda logits: implementation.call(-logits)), inputs)
+    assert problems(
+        implementation._replace(call=lambda logits: (implementation.call(logits)[0] * 1.01, implementation.call(logits)[1])),
+        inputs,
+    )
 
 
 @pytest.mark.parametrize(("tokens", "cache", "sets"), [(1, 1 << 26, MOST_SETS), (4096, 1 << 20, 4), (1024, 1 << 22, 15)])
@@ -236,18 +239,20 @@ def test_inputs_rotate_over_twice_the_cache_where_256_sets_are_enough(tokens, ca
     assert len({logits.data_ptr() for logits in inputs.logits}) == sets
 
 
-def test_a_way_that_makes_its_own_graphs_is_not_captured_in_another():
-    way = Way(name="compile-reduce-overhead", ours=False, call=lambda logits: (logits, logits), captures=False)
-    assert "makes CUDA graphs of its own" in refusal("graph", way)
-    assert refusal("call", way) == ""
+def test_an_implementation_that_makes_its_own_graphs_is_not_captured_in_another():
+    implementation = Implementation(
+        name="compile-reduce-overhead", is_backend=False, call=lambda logits: (logits, logits), captures=False
+    )
+    assert "makes CUDA graphs of its own" in refusal("graph", implementation)
+    assert refusal("call", implementation) == ""
 
 
 @pytest.mark.slow
 def test_torch_compile_is_a_comparison():
     inputs = make(Case("softmax_topk", "float32", 8, 2, 2), CPU, 1)
-    way = comparison("compile-default", inputs)
-    assert way.captures
-    assert problems(way, inputs) == []
+    implementation = comparison("compile-default", inputs)
+    assert implementation.captures
+    assert problems(implementation, inputs) == []
 
 
 def test_what_is_compiled_for_one_shape_is_not_counted_as_a_recompilation_of_another():
@@ -347,7 +352,7 @@ def test_csv_has_a_line_for_every_row_and_plots_are_a_picture_and_a_page_of_its_
     code, out, err = cli(f"{SHORT} --tokens 1,16 --csv --plot {tmp_path}/a.png --plot {tmp_path}/a.html --compare none")
     assert (code, err) == (0, "")
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert [(row["tokens"], row["way"]) for row in rows] == [("1", "eager"), ("16", "eager")]
+    assert [(row["tokens"], row["implementation"]) for row in rows] == [("1", "eager"), ("16", "eager")]
     assert all(float(row["microseconds"]) > 0 for row in rows)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "a.html").read_text()
@@ -388,7 +393,14 @@ torch.testing.assert_close(weights, out[0])
 
 
 def test_a_row_knows_its_rounds():
-    row = Row(case=Case("gemma4", "float32", 8, 2, 1), mode="call", way="eager", ours=True, rounds=(3.0, 1.0, 2.0), bytes=10)
+    row = Row(
+        case=Case("gemma4", "float32", 8, 2, 1),
+        mode="call",
+        implementation="eager",
+        is_backend=True,
+        rounds=(3.0, 1.0, 2.0),
+        bytes=10,
+    )
     assert (row.microseconds, row.spread, row.bytes_per_second) == (2.0, 1.0, 5e6)
 
 

@@ -93,7 +93,7 @@ def conformance():
 @pytest.fixture
 def bench():
     case = Case(HOSTILE, "bfloat16", 8, 2, 1)
-    row = Row(case=case, mode="call", way=HOSTILE, ours=True, rounds=(1.0, 2.0), bytes=8)
+    row = Row(case=case, mode="call", implementation=HOSTILE, is_backend=True, rounds=(1.0, 2.0), bytes=8)
     rows = [row, dataclasses.replace(row, rounds=(), wrong=(HOSTILE,)), dataclasses.replace(row, rounds=(), skipped=HOSTILE)]
     device = {"name": HOSTILE, "platform": HOSTILE, "arch": HOSTILE, "threads": 1, "cache": 1}
     versions = {HOSTILE: HOSTILE}

@@ -1,4 +1,4 @@
-"""Whether a way computes what it should: asked before anything is timed, on the inputs that are timed."""
+"""Whether an implementation computes what it should: asked before anything is timed, on the inputs that are timed."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from moe_routing.reference import oracle
 from moe_routing.reference.compare import compare
 
 if TYPE_CHECKING:
+    from moe_routing.bench._implementations import Implementation
     from moe_routing.bench._inputs import Inputs
-    from moe_routing.bench._ways import Way
 
 SAMPLE = 2048
 """Rows looked at, at each end: launches go wrong at the last rows, if anywhere."""
 SHOWN = 3
 
 
-def problems(way: Way, inputs: Inputs) -> list[str]:
+def problems(implementation: Implementation, inputs: Inputs) -> list[str]:
     """Say what is wrong, a sentence each; a backend is held to the contract, a comparison to its own arithmetic."""
     logits, out = inputs.logits[0], inputs.outs[0]
-    if way.into is None:
-        output = RoutingOutput(*(tensor.clone() for tensor in way.call(logits)))
+    if implementation.into is None:
+        output = RoutingOutput(*(tensor.clone() for tensor in implementation.call(logits)))
     else:
         out.weights.fill_(torch.nan)  # what stays so was not written
         out.ids.fill_(-7)
-        way.into(logits, out)
+        implementation.into(logits, out)
         output = out
     if not bool(output.weights.isfinite().all()) or bool((output.ids < 0).any()):
         rows = ~output.weights.isfinite().all(-1) | (output.ids < 0).any(-1)
         return [f"row {int(rows.nonzero()[0])}: not written, or not finite"]
     for part in _ends(len(logits)):
-        found = _of_backend(inputs, output, part) if way.ours else _of_comparison(inputs, output, part)
+        found = _of_backend(inputs, output, part) if implementation.is_backend else _of_comparison(inputs, output, part)
         if found:
             return [f"rows from {part.start}: {sentence}" for sentence in found[:SHOWN]]
-    return [] if way.into is None else _differences(way, logits, output)
+    return [] if implementation.into is None else _differences(implementation, logits, output)
 
 
-def _differences(way: Way, logits: torch.Tensor, output: RoutingOutput) -> list[str]:
+def _differences(implementation: Implementation, logits: torch.Tensor, output: RoutingOutput) -> list[str]:
     """Hold the call that allocates its outputs to the one that was compared."""
-    weights, ids = way.call(logits)
+    weights, ids = implementation.call(logits)
     if torch.equal(weights, output.weights) and torch.equal(ids, output.ids):
         return []
     return ["with outputs that it allocates itself it computes something else"]
@@ -72,7 +72,7 @@ def _of_backend(inputs: Inputs, output: RoutingOutput, part: slice) -> list[str]
 
 
 def _of_comparison(inputs: Inputs, output: RoutingOutput, part: slice) -> list[str]:
-    """Ties may fall either way, and weights may be as coarse as the logits' dtype: model code's are."""
+    """Ties may fall either implementation, and weights may be as coarse as the logits' dtype: model code's are."""
     spec, logits, operands = inputs.spec, inputs.logits[0][part], _operands(inputs, part)
     ids, weights = output.ids[part].long(), output.weights[part].double()
     keys = oracle.selection_keys(spec, logits, bias=operands.get("bias"))

@@ -14,11 +14,11 @@ from moe_routing.bench._inputs import turns
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moe_routing.bench._implementations import Implementation
     from moe_routing.bench._inputs import Inputs
-    from moe_routing.bench._ways import Way
 
 ROUNDS = 5
-"""Rounds of a configuration; those of different ways take turns, so that a noisy moment meets all of them."""
+"""Rounds of a configuration; those of different implementations take turns, so that a noisy moment meets all of them."""
 GRAPH_MILLISECONDS = 4
 CALL_MILLISECONDS = 20
 CPU_SECONDS = 0.05
@@ -29,19 +29,19 @@ COPIED = {"cpu": 1 << 26}
 _MICROSECONDS = 1e6
 
 
-def refusal(mode: str, way: Way) -> str:
-    """Say why a way is not timed in a mode, ``""`` where it is."""
-    return "makes CUDA graphs of its own: see mode call" if mode == "graph" and not way.captures else ""
+def refusal(mode: str, implementation: Implementation) -> str:
+    """Say why an implementation is not timed in a mode, ``""`` where it is."""
+    return "makes CUDA graphs of its own: see mode call" if mode == "graph" and not implementation.captures else ""
 
 
-def round_of(mode: str, way: Way, inputs: Inputs) -> float:
+def round_of(mode: str, implementation: Implementation, inputs: Inputs) -> float:
     """Return the median microseconds of a call in one round."""
     device = inputs.logits[0].device
     if mode == "graph":
-        return graph(_rotating(way, inputs), device)
+        return graph(_rotating(implementation, inputs), device)
     if mode == "host":
-        return host(_one(way, inputs))
-    return call(_rotating_calls(way, inputs), device)
+        return host(_one(implementation, inputs))
+    return call(_rotating_calls(implementation, inputs), device)
 
 
 def graph(work: Callable[[], object], device: torch.device) -> float:
@@ -97,20 +97,20 @@ def launch_floor(mode: str, device: torch.device) -> float:
     return median(times)
 
 
-def _one(way: Way, inputs: Inputs) -> Callable[[], object]:
+def _one(implementation: Implementation, inputs: Inputs) -> Callable[[], object]:
     logits = inputs.logits[0]
-    return lambda: way.call(logits)
+    return lambda: implementation.call(logits)
 
 
-def _rotating(way: Way, inputs: Inputs) -> Callable[[], object]:
-    """Write outputs that are there, where the way can: the time is the kernels' alone."""
+def _rotating(implementation: Implementation, inputs: Inputs) -> Callable[[], object]:
+    """Write outputs that are there, where the implementation can: the time is the kernels' alone."""
     round_the_sets = turns(inputs)
-    into = way.into
+    into = implementation.into
     if into is None:
-        return lambda: way.call(next(round_the_sets)[0])
+        return lambda: implementation.call(next(round_the_sets)[0])
     return lambda: into(*next(round_the_sets))
 
 
-def _rotating_calls(way: Way, inputs: Inputs) -> Callable[[], object]:
+def _rotating_calls(implementation: Implementation, inputs: Inputs) -> Callable[[], object]:
     round_the_sets = turns(inputs)
-    return lambda: way.call(next(round_the_sets)[0])
+    return lambda: implementation.call(next(round_the_sets)[0])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Key = tuple[Case, str, str, bool]
-"""Case, mode, way and whether it is a backend: what makes two rows of two runs the same configuration."""
+"""Case, mode, implementation and whether it is a backend: what makes two rows of two runs the same configuration."""
 OPERATION = "route"
 """What is timed."""
 SCHEMA_VERSION = 1
@@ -30,11 +30,11 @@ _DEVICE = ("name", "platform", "arch", "threads")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way to route one case, timed in one mode; or why it was not.
+    """One implementation on one case, timed in one mode; or why it was not.
 
-    :ivar way: name of a backend, or of a comparison.
-    :ivar ours: whether it is a backend.
-    :ivar rounds: microseconds a call, the median of each round; rounds of different ways took turns.
+    :ivar implementation: name of a backend, or of a comparison.
+    :ivar is_backend: whether it is a backend.
+    :ivar rounds: microseconds a call, the median of each round; rounds of different implementations took turns.
     :ivar bytes: that a call must move: logits and operands once, weights and ids once.
     :ivar wrong: what is wrong with what it computed; then nothing was timed.
     :ivar skipped: why nothing was timed otherwise.
@@ -42,8 +42,8 @@ class Row:
 
     case: Case
     mode: str
-    way: str
-    ours: bool
+    implementation: str
+    is_backend: bool
     rounds: tuple[float, ...] = ()
     bytes: int = 0
     wrong: tuple[str, ...] = ()
@@ -52,12 +52,12 @@ class Row:
     @property
     def key(self) -> Key:
         """What makes two rows of two runs the same configuration."""
-        return (self.case, self.mode, self.way, self.ours)
+        return (self.case, self.mode, self.implementation, self.is_backend)
 
     @property
     def label(self) -> str:
-        """Name the way: a backend and a comparison may have the same name."""
-        return f"{'backend' if self.ours else 'comparison'}: {self.way}"
+        """Name the implementation: a backend and a comparison may have the same name."""
+        return f"{'backend' if self.is_backend else 'comparison'}: {self.implementation}"
 
     @property
     def microseconds(self) -> float | None:
@@ -80,8 +80,8 @@ class Row:
         return {
             **self.case._asdict(),
             "mode": self.mode,
-            "way": self.way,
-            "ours": self.ours,
+            "implementation": self.implementation,
+            "is_backend": self.is_backend,
             "microseconds": None if time is None else round(time, 4),
             "spread": round(self.spread, 4),
             "rounds": [round(each, 4) for each in self.rounds],
@@ -98,7 +98,7 @@ class Row:
             case=Case(**{name: values[name] for name in Case._fields}),
             rounds=tuple(float(time) for time in values["rounds"]),
             wrong=tuple(values["wrong"]),
-            **{name: values[name] for name in ("mode", "way", "ours", "bytes", "skipped")},
+            **{name: values[name] for name in ("mode", "implementation", "is_backend", "bytes", "skipped")},
         )
 
 
@@ -131,7 +131,7 @@ class Result:
 
     def slowdown(self, row: Row) -> float | None:
         """How many times the time of the first backend a row takes, in the same case and mode."""
-        own = next((r.microseconds for r in self.rows if r.ours and r.key[:2] == row.key[:2]), None)
+        own = next((r.microseconds for r in self.rows if r.is_backend and r.key[:2] == row.key[:2]), None)
         return row.microseconds / own if own and row.microseconds else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class Result:
 
 
 def _columns() -> list[str]:
-    empty = Row(case=Case("", "", 0, 0, 0), mode="", way="", ours=True)
+    empty = Row(case=Case("", "", 0, 0, 0), mode="", implementation="", is_backend=True)
     return list(empty.to_dict())
 
 

@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is to be measured: every router, dtype, number of tokens, mode and way with every other.
+    """What is to be measured: every router, dtype, number of tokens, mode and implementation with every other.
 
     :ivar routers: model or family names.
     :ivar sizes: E and K for each of the routers.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moe_routing.bench._result import Result, Row
     from moe_routing.bench.plot import Facet
 
-COLUMNS = ("T", "way", "us", "±", "GB/s", "of a copy", "times ours")
+COLUMNS = ("T", "implementation", "us", "±", "GB/s", "of a copy", "times the first backend")
 """Of every table of a result, here and on the terminal."""
 
 

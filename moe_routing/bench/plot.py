@@ -37,7 +37,7 @@ class Theme(NamedTuple):
     paper: str
     ink: str
     line: str
-    ours: tuple[str, ...]
+    backends: tuple[str, ...]
     others: dict[str, str]
 
 
@@ -112,22 +112,23 @@ def save_png(result: Result, path: Path) -> None:
 
 
 def draw(axes: Axes, result: Result, facet: Facet, rows: Iterable[Row], theme: Theme) -> None:
-    """Draw one facet: a line for each way, the copy floor and the launch floor."""
+    """Draw one facet: a line for each implementation, the copy floor and the launch floor."""
     timed = [row for row in rows if row.microseconds is not None]
-    ways: dict[str, list[Row]] = {}
+    implementations: dict[str, list[Row]] = {}
     for row in timed:
-        ways.setdefault(row.label, []).append(row)
-    ours = 0
-    for number, (label, of_way) in enumerate(ways.items()):
-        if of_way[0].ours:
-            colour, width = theme.ours[ours % len(theme.ours)], 2.2
-            ours += 1
+        implementations.setdefault(row.label, []).append(row)
+    backends = 0
+    for number, (label, drawn_rows) in enumerate(implementations.items()):
+        if drawn_rows[0].is_backend:
+            colour, width = theme.backends[backends % len(theme.backends)], 2.2
+            backends += 1
         else:
-            colour, width = theme.others.get(of_way[0].way, theme.ink), 1.4
-        tokens, times = [row.case.tokens for row in of_way], [row.microseconds or 0.0 for row in of_way]
+            colour, width = theme.others.get(drawn_rows[0].implementation, theme.ink), 1.4
+        tokens, times = [row.case.tokens for row in drawn_rows], [row.microseconds or 0.0 for row in drawn_rows]
         axes.errorbar(
-            tokens, times, yerr=[row.spread for row in of_way], label=printable(label), color=colour, linewidth=width,
-            marker=_MARKERS[number % len(_MARKERS)], markersize=4, capsize=2, elinewidth=1, zorder=3 if of_way[0].ours else 2,
+            tokens, times, yerr=[row.spread for row in drawn_rows], label=printable(label), color=colour, linewidth=width,
+            marker=_MARKERS[number % len(_MARKERS)], markersize=4, capsize=2, elinewidth=1,
+            zorder=3 if drawn_rows[0].is_backend else 2,
         )  # fmt: skip
     moved = {row.case.tokens: row.bytes for row in timed}
     floor = [moved[tokens] / result.copy_rate * 1e6 for tokens in sorted(moved)]
@@ -153,7 +154,7 @@ def style_axes(axes: Axes, theme: Theme, what: str) -> None:
     for spine in axes.spines.values():
         spine.set_color(theme.line)
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda at: labels[at] in _FLOORS)  # the ways first, as they were measured
+    order = sorted(range(len(labels)), key=lambda at: labels[at] in _FLOORS)  # implementations first, as they were measured
     axes.legend(
         [handles[at] for at in order], [labels[at] for at in order],
         loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2, frameon=False, labelcolor=theme.ink, fontsize=8,

@@ -261,7 +261,7 @@ def _show(result: Result, screen: Console) -> None:
     for facet, rows in facets(result).items():
         timed = [
             tuple(
-                Text(cell, justify="left" if column == "way" else "right")
+                Text(cell, justify="left" if column == "implementation" else "right")
                 for column, cell in zip(COLUMNS, cells(result, row), strict=True)
             )
             for row in rows
