@@ -31,7 +31,7 @@ class Finding:
 
 
 CHECKS = (
-    "it_serves_the_families_on_its_card",
+    "it_serves_the_families_that_its_spec_names",
     "ids_come_in_exact_order",
     "equal_scores_go_to_the_lower_id",
     "nan_and_inf_follow_the_rule",

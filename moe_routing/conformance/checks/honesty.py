@@ -97,15 +97,15 @@ def what_it_accepts_it_routes(under_test: BackendUnderTest, case: Problems) -> N
 
 
 @dataclass(frozen=True, slots=True)
-class TheCard:
+class TheSpec:
     """The spec as a whole."""
 
     id: str = "spec"
     family: str = ""
 
 
-@check(0, lambda _: [TheCard()])
-def it_serves_the_families_on_its_card(under_test: BackendUnderTest, _case: TheCard) -> None:
+@check(0, lambda _: [TheSpec()])
+def it_serves_the_families_that_its_spec_names(under_test: BackendUnderTest, _case: TheSpec) -> None:
     """Every family that the spec names is served in some size; a spec that names none serves at least one."""
     named = under_test.spec.families
     served = {

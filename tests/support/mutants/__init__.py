@@ -6,10 +6,10 @@ the kit to that. A module holds the mutants of a few clauses.
 
 from __future__ import annotations
 
-from mutants import calls, declining, fields, gradients, operands, selection, sizes, state, weights
+from mutants import calls, declining, fields, gradients, on_cuda, operands, selection, sizes, state, weights
 from mutants._mutant import MUTANTS, Mutant, Reference, registered
 
 __all__ = [
-    "MUTANTS", "Mutant", "Reference", "calls", "declining", "fields", "gradients", "operands", "registered",
-    "selection", "sizes", "state", "weights",
+    "MUTANTS", "Mutant", "Reference", "calls", "declining", "fields", "gradients", "on_cuda", "operands",
+    "registered", "selection", "sizes", "state", "weights",
 ]  # fmt: skip

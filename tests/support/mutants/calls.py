@@ -105,14 +105,6 @@ class OneOutputForAllCalls(Reference):
         return self.kept
 
 
-@caught_by("nothing_is_read_on_the_host", "topk_softmax", only_on="cuda", saying="synchron")
-class ReadsOnTheHost(Reference):
-    """Asks the device for a number before it goes on."""
-
-    def read(self, logits: Tensor) -> Tensor:
-        return logits if logits.sum().item() else logits.clone()
-
-
 @caught_by("padding_is_blank", "topk_softmax", saying="padding: row 0 needs ids -1")
 class PaddingIgnored(Reference):
     """Routes padding like any row."""

@@ -16,7 +16,7 @@ def _decline(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
     return Verdict.no(RejectCode.SHAPE, "is for E = 0 only")
 
 
-@caught_by("it_serves_the_families_on_its_card", supports=_decline, saying="the backend declines every problem")
+@caught_by("it_serves_the_families_that_its_spec_names", supports=_decline, saying="the backend declines every problem")
 class DeclinesEverything(Reference):
     """Takes part in nothing, and so fails nothing."""
 
