@@ -27,7 +27,9 @@ def test_a_backend_conforms_on_the_gpu(backend):
 @pytest.mark.gpu
 def test_device_functions_do_what_they_say_when_they_are_compiled():
     script = Path(__file__).parent / "triton" / "device_functions.py"
-    done = subprocess.run([sys.executable, str(script), "gpu"], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(script), "gpu"], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert not any(json.loads(done.stdout)["wrong"].values())
 
@@ -41,12 +43,22 @@ def evaluated(backend, check):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mutant", [m for m in MUTANTS if issubclass(m.factory, Eager)], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize(
+    "mutant", [m for m in MUTANTS if issubclass(m.factory, Eager)], ids=lambda mutant: mutant.name
+)
 def test_a_mutant_that_is_wrong_on_cuda_alone_is_caught_and_eager_is_not(mutant):
     if mutant.only_on == "two devices" and torch.cuda.device_count() == 1:
         pytest.skip("needs two devices")
     with drawn.seeded(random.getrandbits(32)):
-        assert [result.message for result in evaluated("eager", mutant.caught_by) if result.status != "passed"] == []
+        assert [
+            result.message
+            for result in evaluated("eager", mutant.caught_by)
+            if result.status != "passed"
+        ] == []
         with registered(mutant) as name:
-            said = [result.message for result in evaluated(name, mutant.caught_by) if result.status == "failed"]
+            said = [
+                result.message
+                for result in evaluated(name, mutant.caught_by)
+                if result.status == "failed"
+            ]
     assert any(re.search(mutant.saying, message) for message in said), said

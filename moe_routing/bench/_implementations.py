@@ -1,4 +1,7 @@
-"""``Implementation``: something that routes and can be timed: a backend, or what it is compared with."""
+"""``Implementation``: something that routes and can be timed.
+
+A backend, or what it is compared with.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
 class Implementation(NamedTuple):
     """One implementation that routes a case's inputs.
 
-    ``call`` allocates its outputs; ``into`` writes those that it is given, where it can. ``captures``: whether it can be
-    captured in a CUDA graph.
+    ``call`` allocates its outputs; ``into`` writes those that it is given, where it can.
+    ``captures``: whether it can be captured in a CUDA graph.
     """
 
     name: str
@@ -41,18 +44,29 @@ class NotMeasuredError(Exception):
 
 
 def fitting(asked: tuple[str, ...], case: Case, device: str) -> list[str]:
-    """Name the backends to measure: those asked for, every one that fits (``"all"``), or the one that the device gets.
+    """Name the backends to measure.
+
+    Those asked for, every one that fits (``"all"``), or the one that the device gets.
 
     :raises UnknownNameError: no such backend.
     :raises BackendUnavailableError: none fits, or one that was named does not.
     """
-    names: list[str | None] = [*moe_routing.list_backends()] if "all" in asked else [*asked] or [None]
+    names: list[str | None] = (
+        [*moe_routing.list_backends()] if "all" in asked else [*asked] or [None]
+    )
     found = []
     for name in names:
         if name is not None:
-            moe_routing.get_router(case.router, backend=name)  # a misspelt name is an error of its own
+            moe_routing.get_router(
+                case.router, backend=name
+            )  # a misspelt name is an error of its own
         report = moe_routing.explain(
-            case.router, device=device, num_experts=case.num_experts, topk=case.topk, dtype=case.dtype, backend=name
+            case.router,
+            device=device,
+            num_experts=case.num_experts,
+            topk=case.topk,
+            dtype=case.dtype,
+            backend=name,
         )
         if report.winner is not None:
             found.append(report.winner)
@@ -101,7 +115,9 @@ def _own(formula: Formula) -> Formula:
     """Copy the function: Dynamo keeps graphs, and counts recompilations, by code object."""
     assert isinstance(formula, FunctionType)  # noqa: S101 -- for mypy
     code: CodeType = formula.__code__.replace(co_name=f"{formula.__name__}_")
-    own: Formula = FunctionType(code, formula.__globals__, code.co_name, formula.__defaults__, formula.__closure__)
+    own: Formula = FunctionType(
+        code, formula.__globals__, code.co_name, formula.__defaults__, formula.__closure__
+    )
     return own
 
 

@@ -1,4 +1,7 @@
-"""``Result``: what was measured, on what; reading and writing it, and finding what got slower. Imports no torch."""
+"""``Result``: what was measured, on what; reading and writing it, and finding what got slower.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Key = tuple[Case, str, str, bool]
-"""Case, mode, implementation and whether it is a backend: what makes two rows of two runs the same configuration."""
+"""Case, mode, implementation and whether it is a backend.
+
+What makes two rows of two runs the same configuration.
+"""
 OPERATION = "route"
 """What is timed."""
 SCHEMA_VERSION = 1
-"""Grows whenever a key is renamed, removed or changes its meaning; new keys may come at any time."""
+"""Grows whenever a key is renamed, removed or changes its meaning.
+
+New keys may come at any time.
+"""
 _MOST_BYTES = 1 << 26
 """Of a kept run's file; a run of a thousand rows has 300 KiB."""
 _DEVICE = ("name", "platform", "arch", "threads")
@@ -34,7 +43,8 @@ class Row:
 
     :ivar implementation: name of a backend, or of a comparison.
     :ivar is_backend: whether it is a backend.
-    :ivar rounds: microseconds a call, the median of each round; rounds of different implementations took turns.
+    :ivar rounds: microseconds a call, the median of each round; rounds of different implementations
+        took turns.
     :ivar bytes: that a call must move: logits and operands once, weights and ids once.
     :ivar wrong: what is wrong with what it computed; then nothing was timed.
     :ivar skipped: why nothing was timed otherwise.
@@ -98,7 +108,10 @@ class Row:
             case=Case(**{name: values[name] for name in Case._fields}),
             rounds=tuple(float(time) for time in values["rounds"]),
             wrong=tuple(values["wrong"]),
-            **{name: values[name] for name in ("mode", "implementation", "is_backend", "bytes", "skipped")},
+            **{
+                name: values[name]
+                for name in ("mode", "implementation", "is_backend", "bytes", "skipped")
+            },
         )
 
 
@@ -106,7 +119,8 @@ class Row:
 class Result:
     """A run.
 
-    :ivar device: ``name``, ``platform``, ``arch``, ``threads`` (of the CPU, 0 on others) and ``cache`` in bytes.
+    :ivar device: ``name``, ``platform``, ``arch``, ``threads`` (of the CPU, 0 on others) and
+        ``cache`` in bytes.
     :ivar versions: of Python, torch, triton and moe-routing.
     :ivar copy_rate: bytes read and written a second by a large copy on the device itself.
     :ivar launch_floor: microseconds that the smallest launch takes, by mode.
@@ -131,7 +145,9 @@ class Result:
 
     def slowdown(self, row: Row) -> float | None:
         """How many times the time of the first backend a row takes, in the same case and mode."""
-        own = next((r.microseconds for r in self.rows if r.is_backend and r.key[:2] == row.key[:2]), None)
+        own = next(
+            (r.microseconds for r in self.rows if r.is_backend and r.key[:2] == row.key[:2]), None
+        )
         return row.microseconds / own if own and row.microseconds else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +184,9 @@ class Result:
         try:
             held = json.loads(text)
             if held["schema_version"] != SCHEMA_VERSION:
-                msg = f"expected schema_version {SCHEMA_VERSION}, got {held['schema_version']!r:.100}"
+                msg = (
+                    f"expected schema_version {SCHEMA_VERSION}, got {held['schema_version']!r:.100}"
+                )
                 raise ValueError(msg)  # noqa: TRY301 -- what is wrong with the file, said like everything else below
             return cls(
                 settings=Settings.from_dict(held["settings"]),
@@ -179,7 +197,14 @@ class Result:
                 launch_floor=held["launch_floor_us"],
                 rows=[Row.from_dict(row) for row in held["rows"]],
             )
-        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            OverflowError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             msg = f"{path}: expected what `moe-routing bench --json` prints, got {type(error).__name__}: {error}"
             raise ValueError(msg) from error
 
@@ -187,7 +212,9 @@ class Result:
         """Return the rows as a table for other programs."""
         text = io.StringIO()
         lists = ("rounds", "wrong")
-        writer = csv.DictWriter(text, [name for name in _columns() if name not in lists], extrasaction="ignore")
+        writer = csv.DictWriter(
+            text, [name for name in _columns() if name not in lists], extrasaction="ignore"
+        )
         writer.writeheader()
         writer.writerows(row.to_dict() for row in self.rows)
         return text.getvalue()
@@ -199,7 +226,10 @@ def _columns() -> list[str]:
 
 
 class Loss(NamedTuple):
-    """A configuration that got slower by more than the noise of both runs: no round is as fast as the slowest before."""
+    """A configuration that got slower by more than the noise of both runs.
+
+    No round is as fast as the slowest before.
+    """
 
     row: Row
     before: Row
@@ -216,7 +246,8 @@ class Loss(NamedTuple):
 def losses(before: Result, now: Result) -> list[Loss]:
     """Return what got slower since a run on the same device.
 
-    :raises ValueError: the runs are of different devices, or ``now`` holds a configuration that ``before`` lacks.
+    :raises ValueError: the runs are of different devices, or ``now`` holds a configuration that
+        ``before`` lacks.
     """
     refuse_another_run(before, now.device, now.settings)
     known = {row.key: row for row in before.rows if row.rounds}

@@ -20,7 +20,9 @@ def empty_kernel():  # noqa: ANN201, D103 -- a kernel: what a launch alone takes
 
 
 @triton.jit
-def full_sort_kernel(logits, scale, weights, ids, E: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):  # noqa: ANN001, ANN201, D103, PLR0913, PLR0917 -- a kernel
+def full_sort_kernel(  # noqa: ANN201, D103, PLR0913, PLR0917 -- a kernel
+    logits, scale, weights, ids, E: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,  # noqa: ANN001 -- likewise
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, SIZE)
     l = tl.load(logits + row * E + expert, mask=expert < E, other=-float("inf")).to(tl.float32)
@@ -38,7 +40,9 @@ def full_sort_kernel(logits, scale, weights, ids, E: tl.constexpr, K: tl.constex
     tl.store(weights + row * K + expert, w, mask=selected)
 
 
-def full_sort(logits: torch.Tensor, k: int, scale: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+def full_sort(
+    logits: torch.Tensor, k: int, scale: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     """Route contiguous ``logits [T, E]`` without NaN by a full sort, into ``out``, float32 weights and int32 ids."""
     tokens, experts = logits.shape
     size = triton.next_power_of_2(experts)

@@ -35,8 +35,10 @@ def measure(
     """Measure everything that the settings name.
 
     :param cases: only these of the settings' cases.
-    :param on_case: called after each case with the result so far, how many cases are done, and how many there are.
-    :raises ValueError: the device is not here, its memory is too small, or triton, which times graphs, is not here.
+    :param on_case: called after each case with the result so far, how many cases are done, and how
+        many there are.
+    :raises ValueError: the device is not here, its memory is too small, or triton, which times
+        graphs, is not here.
     :raises UnknownNameError: no such router or backend.
     :raises BackendUnavailableError: no backend fits, or one that was named does not.
     """
@@ -94,7 +96,10 @@ def _measure(
 
 @contextlib.contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """Use one thread on a CPU, as ``torch.utils.benchmark`` does: on a busy machine several wait for each other, long."""
+    """Use one thread on a CPU, as ``torch.utils.benchmark`` does.
+
+    On a busy machine several wait for each other, long.
+    """
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -104,7 +109,9 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _rows(case: Case, names: list[str], settings: Settings, device: torch.device, cache: int) -> list[Row]:
+def _rows(
+    case: Case, names: list[str], settings: Settings, device: torch.device, cache: int
+) -> list[Row]:
     """Check and time one case: backends first, then what they are compared with."""
     inputs = make(case, device, cache)
     asked = [*((name, True) for name in names), *((name, False) for name in settings.compare)]
@@ -136,7 +143,13 @@ def _rows(case: Case, names: list[str], settings: Settings, device: torch.device
         else:
             implementations.append(implementation)
     rows += _timed(implementations, inputs, settings)
-    return sorted(rows, key=lambda row: (settings.modes.index(row.mode), asked.index((row.implementation, row.is_backend))))
+    return sorted(
+        rows,
+        key=lambda row: (
+            settings.modes.index(row.mode),
+            asked.index((row.implementation, row.is_backend)),
+        ),
+    )
 
 
 def _timed(implementations: list[Implementation], inputs: Inputs, settings: Settings) -> list[Row]:
@@ -145,7 +158,9 @@ def _timed(implementations: list[Implementation], inputs: Inputs, settings: Sett
         refused = [_clock.refusal(mode, implementation) for implementation in implementations]
         rounds: list[list[float]] = [[] for _ in implementations]
         for _ in range(_clock.ROUNDS):
-            for implementation, why_not, times in zip(implementations, refused, rounds, strict=True):
+            for implementation, why_not, times in zip(
+                implementations, refused, rounds, strict=True
+            ):
                 if not why_not:
                     times.append(round(_clock.round_of(mode, implementation, inputs), 4))
         rows += [

@@ -19,9 +19,15 @@ COLUMNS = ("T", "implementation", "us", "±", "GB/s", "of a copy", "times the fi
 def cells(result: Result, row: Row) -> tuple[str, ...]:
     """Return a timed row as text, in the order of ``COLUMNS``.
 
-    The share is of the device's own copy rate; the last cell says how many times the first backend's time this is.
+    The share is of the device's own copy rate; the last cell says how many times the first
+    backend's time this is.
     """
-    time, rate, share, slowdown = row.microseconds, row.bytes_per_second, result.share(row), result.slowdown(row)
+    time, rate, share, slowdown = (
+        row.microseconds,
+        row.bytes_per_second,
+        result.share(row),
+        result.slowdown(row),
+    )
     return (
         f"{row.case.tokens:,}",
         row.label,
@@ -35,7 +41,10 @@ def cells(result: Result, row: Row) -> tuple[str, ...]:
 
 def about(result: Result) -> str:
     """Say in a line what it was measured on."""
-    device, versions = result.device, ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)
+    device, versions = (
+        result.device,
+        ", ".join(f"{name} {version}" for name, version in result.versions.items() if version),
+    )
     threads = f", {device['threads']} thread" if device["threads"] else ""
     floors = ", ".join(f"{time:.2f} us ({mode})" for mode, time in result.launch_floor.items())
     return (

@@ -101,11 +101,18 @@ def save_png(result: Result, path: Path) -> None:
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     with mpl.rc_context(STYLE):
-        figure: Figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained", facecolor=LIGHT.paper)
+        figure: Figure = Figure(
+            figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained", facecolor=LIGHT.paper
+        )
         all_axes = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (facet, facet_rows) in zip(all_axes, shown.items(), strict=False):
             draw(axes, result, facet, facet_rows, LIGHT)
-            axes.set_title(printable(f"{facet}\n{result.device['name']}"), loc="left", color=LIGHT.ink, fontsize=9)
+            axes.set_title(
+                printable(f"{facet}\n{result.device['name']}"),
+                loc="left",
+                color=LIGHT.ink,
+                fontsize=9,
+            )
         for axes in list(all_axes)[len(shown) :]:
             axes.set_axis_off()
         figure.savefig(path, dpi=150)
@@ -124,7 +131,10 @@ def draw(axes: Axes, result: Result, facet: Facet, rows: Iterable[Row], theme: T
             backends += 1
         else:
             colour, width = theme.others.get(drawn_rows[0].implementation, theme.ink), 1.4
-        tokens, times = [row.case.tokens for row in drawn_rows], [row.microseconds or 0.0 for row in drawn_rows]
+        tokens, times = (
+            [row.case.tokens for row in drawn_rows],
+            [row.microseconds or 0.0 for row in drawn_rows],
+        )
         axes.errorbar(
             tokens, times, yerr=[row.spread for row in drawn_rows], label=printable(label), color=colour, linewidth=width,
             marker=_MARKERS[number % len(_MARKERS)], markersize=4, capsize=2, elinewidth=1,
@@ -154,7 +164,9 @@ def style_axes(axes: Axes, theme: Theme, what: str) -> None:
     for spine in axes.spines.values():
         spine.set_color(theme.line)
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda at: labels[at] in _FLOORS)  # implementations first, as they were measured
+    order = sorted(
+        range(len(labels)), key=lambda at: labels[at] in _FLOORS
+    )  # implementations first, as they were measured
     axes.legend(
         [handles[at] for at in order], [labels[at] for at in order],
         loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2, frameon=False, labelcolor=theme.ink, fontsize=8,

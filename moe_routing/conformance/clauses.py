@@ -1,4 +1,7 @@
-"""The clauses of the contract: the one source of ``docs/contract.md``, of the test class and of what reports print."""
+"""The clauses of the contract.
+
+The one source of ``docs/contract.md``, of the test class and of what reports print.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from dataclasses import dataclass
 class Clause:
     """One clause of the contract.
 
-    :ivar number: its number; 0 is the honesty of a backend's spec, without which the others say little.
+    :ivar number: its number; 0 is the honesty of a backend's spec, without which the others say
+        little.
     :ivar name: a few words, as in test ids.
     :ivar title: the same as a heading.
     :ivar rule: the rule in a sentence.

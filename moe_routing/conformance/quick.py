@@ -1,4 +1,7 @@
-"""The kit's quick part: a few seconds a backend, for ``moe-routing doctor --verify``; needs no pytest."""
+"""The kit's quick part: a few seconds a backend, for ``moe-routing doctor --verify``.
+
+Needs no pytest.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,12 @@ CHECKS = (
 
 
 def verify(backend: str, device: str = "cpu") -> list[Finding]:
-    """Check the backend against the oracle on one device, in under 5 seconds; never raises for a wrong backend.
+    """Check the backend against the oracle on one device, in under 5 seconds.
 
-    A finding's sentence says on how many cases its check was made. ``dataclasses.asdict`` makes JSON of a finding.
+    Never raises for a wrong backend.
+
+    A finding's sentence says on how many cases its check was made. ``dataclasses.asdict`` makes
+    JSON of a finding.
 
     :raises UnknownNameError: there is no such backend.
 

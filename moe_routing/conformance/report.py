@@ -17,8 +17,22 @@ if TYPE_CHECKING:
     from moe_routing.conformance.runner import Report, Result, Status
 
 STATUSES: tuple[Status, ...] = ("passed", "failed", "gap", "declined", "not_run", "not_applicable")
-_WORST_FIRST: tuple[Status, ...] = ("failed", "gap", "passed", "declined", "not_run", "not_applicable")
-_MARKS = {"passed": "✓", "failed": "✗", "gap": "△", "declined": "-", "not_run": "○", "not_applicable": "·"}
+_WORST_FIRST: tuple[Status, ...] = (
+    "failed",
+    "gap",
+    "passed",
+    "declined",
+    "not_run",
+    "not_applicable",
+)
+_MARKS = {
+    "passed": "✓",
+    "failed": "✗",
+    "gap": "△",
+    "declined": "-",
+    "not_run": "○",
+    "not_applicable": "·",
+}
 _WORDS = {
     "passed": "passed",
     "failed": "failed",
@@ -50,7 +64,9 @@ def to_json(report: Report) -> str:
 
 def to_junit(report: Report) -> str:
     """Return JUnit's XML: a test suite a clause, a test case a check and case."""
-    root = ET.Element("testsuites", name=f"moe-routing conformance {report.backend}", time=f"{report.seconds:.3f}")
+    root = ET.Element(
+        "testsuites", name=f"moe-routing conformance {report.backend}", time=f"{report.seconds:.3f}"
+    )
     for clause, results in sorted(_by(report.results, lambda r: r.clause).items()):
         suite = ET.SubElement(
             root,
@@ -65,15 +81,25 @@ def to_junit(report: Report) -> str:
         )
         for result in results:
             case = ET.SubElement(
-                suite, "testcase", classname=f"{report.backend}.{result.check}", name=result.id, time=f"{result.seconds:.6f}"
+                suite,
+                "testcase",
+                classname=f"{report.backend}.{result.check}",
+                name=result.id,
+                time=f"{result.seconds:.6f}",
             )
             if result.status == "failed":
-                ET.SubElement(case, "failure", message=result.message.partition("\n")[0]).text = result.message
+                ET.SubElement(
+                    case, "failure", message=result.message.partition("\n")[0]
+                ).text = result.message
             elif result.status != "passed":
                 ET.SubElement(case, "skipped", message=f"{result.status}: {result.message}")
     ET.indent(root)
     # What XML cannot hold is left out: a message may quote a device's bytes.
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + printable(ET.tostring(root, encoding="unicode")) + "\n"
+    return (
+        '<?xml version="1.0" encoding="utf-8"?>\n'
+        + printable(ET.tostring(root, encoding="unicode"))
+        + "\n"
+    )
 
 
 Key = TypeVar("Key")
@@ -87,7 +113,10 @@ def _by(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, li
 
 
 def to_html(report: Report) -> str:
-    """Return one page without scripts, pictures or links to elsewhere: summary, matrix, and everything that did not pass."""
+    """Return one page without scripts, pictures or links to elsewhere.
+
+    Summary, matrix, and everything that did not pass.
+    """
     verdict, style = report.verdict.partition(":")[0], "passed" if report.ok else "failed"
     title = f"{report.backend}: moe-routing conformance"
     parts = [
@@ -100,7 +129,9 @@ def to_html(report: Report) -> str:
         _gaps(report),
         _reasons("Declined by the backend", [r for r in report.results if r.status == "declined"]),
         _reasons("Cannot be run here", [r for r in report.results if r.status == "not_run"]),
-        _reasons("Nothing to check here", [r for r in report.results if r.status == "not_applicable"]),
+        _reasons(
+            "Nothing to check here", [r for r in report.results if r.status == "not_applicable"]
+        ),
         _checks(report),
         f"<footer>Written by moe-routing {escape(report.versions.get('moe-routing', ''))}, {escape(report.started)}.</footer>",
     ]
@@ -120,14 +151,22 @@ def _summary(report: Report) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         "time": f"{report.seconds:.1f} s, begun {report.started}",
     }
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items()) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items())
+        + "</dl>"
+    )
 
 
 def matrix(report: Report) -> str:
     """Return the table of families and clauses."""
     cells = _by(report.results, lambda r: (r.family, r.clause))
     families = sorted({r.family for r in report.results if r.family})
-    clauses = [clause for clause in report.clauses.values() if any(r.clause == clause.number for r in report.results)]
+    clauses = [
+        clause
+        for clause in report.clauses.values()
+        if any(r.clause == clause.number for r in report.results)
+    ]
     head = "".join(f"<th><abbr title='{escape(p.rule)}'>{p.number}</abbr></th>" for p in clauses)
     rows = [
         f"<tr><th>{escape(family) or '(any)'}</th>"
@@ -151,7 +190,9 @@ def _cell(results: list[Result]) -> str:
 def legend(report: Report) -> str:
     """Return what the marks of ``matrix`` mean, and the clauses."""
     marks = " &nbsp; ".join(f"<span class='{s}'>{_MARKS[s]}</span> {_WORDS[s]}" for s in STATUSES)
-    clauses = "".join(f"<tr><th>{p.number}</th><td>{escape(p.rule)}</td></tr>" for p in report.clauses.values())
+    clauses = "".join(
+        f"<tr><th>{p.number}</th><td>{escape(p.rule)}</td></tr>" for p in report.clauses.values()
+    )
     return f"<p>{marks}</p><details open><summary>The clauses</summary><table>{clauses}</table></details>"
 
 
@@ -170,9 +211,14 @@ def listing(title: str, results: list[Result], style: str) -> str:
 def _gaps(report: Report) -> str:
     if not report.gaps:
         return ""
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(reason)}</td></tr>" for name, reason in report.gaps.items())
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(reason)}</td></tr>"
+        for name, reason in report.gaps.items()
+    )
     tried = [r for r in report.results if r.status == "gap"]
-    return f"<h2>Conscious gaps</h2><table>{rows}</table>" + listing("Checks that the gaps excuse", tried, "gap")
+    return f"<h2>Conscious gaps</h2><table>{rows}</table>" + listing(
+        "Checks that the gaps excuse", tried, "gap"
+    )
 
 
 def _reasons(title: str, results: list[Result]) -> str:

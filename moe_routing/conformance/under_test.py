@@ -103,7 +103,9 @@ class BackendUnderTest:
         poison.ids.fill_(-7)
         del poison
         try:
-            return self.router(call.spec)(call.logits, call.topk, ids_dtype=call.ids_dtype, out=out, **call.operands)
+            return self.router(call.spec)(
+                call.logits, call.topk, ids_dtype=call.ids_dtype, out=out, **call.operands
+            )
         except BackendUnavailableError as error:
             rejection = error.report.rejection(self.backend)
             if rejection is None or rejection.verdict.code not in GAP_OF:
@@ -126,7 +128,9 @@ def must_match(call: Call, output: RoutingOutput) -> None:
         if not tensor.is_contiguous():
             msg = f"{name}: expected a contiguous tensor, got strides {tensor.stride()} of shape {list(tensor.shape)}"
             raise AssertionError(msg)
-    problems = compare(call.spec, call.logits, call.topk, RoutingOutput(*output), **call.operands).problems
+    problems = compare(
+        call.spec, call.logits, call.topk, RoutingOutput(*output), **call.operands
+    ).problems
     if problems:
         raise AssertionError("; ".join(_with_label(problem, call.labels) for problem in problems))
 
@@ -144,7 +148,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def outputs(num_tokens: int, columns: int, ids_dtype: torch.dtype, device: torch.device) -> RoutingOutput:
+def outputs(
+    num_tokens: int, columns: int, ids_dtype: torch.dtype, device: torch.device
+) -> RoutingOutput:
     """Allocate outputs, unfilled."""
     return RoutingOutput(
         torch.empty(num_tokens, columns, dtype=torch.float32, device=device),

@@ -1,9 +1,12 @@
-"""Comparing an output with the oracle: exact where no rounding is involved, elsewhere within the error bound of float32.
+"""Comparing an output with the oracle.
 
-A selection is right if it is the exact one, or if scores exist within the float32 error bound of the exact ones
-(``moe_routing.reference.error_bounds`` derives it) for which it would be. Selection on logits involves no rounding, so there
-nothing but the exact answer is right. Two experts with the same logit and the same bias have the same score in any
-arithmetic, so between them the lower id always comes first.
+Exact where no rounding is involved, elsewhere within the error bound of float32.
+
+A selection is right if it is the exact one, or if scores exist within the float32 error bound of
+the exact ones (``moe_routing.reference.error_bounds`` derives it) for which it would be. Selection
+on logits involves no rounding, so there nothing but the exact answer is right. Two experts with the
+same logit and the same bias have the same score in any arithmetic, so between them the lower id
+always comes first.
 """
 
 from __future__ import annotations
@@ -64,12 +67,20 @@ class Comparison:
         return not self.problems
 
 
-def compare(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput, **operands: Unpack[Operands]) -> Comparison:
+def compare(
+    spec: RoutingSpec,
+    logits: Tensor,
+    topk: int,
+    output: RoutingOutput,
+    **operands: Unpack[Operands],
+) -> Comparison:
     """Compare ``output`` with the oracle.
 
     :param logits: ``[T, E]``, any float dtype and strides.
-    :param output: what the backend returned: weights float32 and ids int32 or int64, ``[T, K + shared_experts]``.
-    :param operands: what else the backend was given; ``expert_map`` must map different experts to different ids.
+    :param output: what the backend returned: weights float32 and ids int32 or int64, ``[T, K +
+        shared_experts]``.
+    :param operands: what else the backend was given; ``expert_map`` must map different experts to
+        different ids.
     :raises ValueError: it does not.
 
     >>> from moe_routing_registry import RoutingSpec
@@ -97,9 +108,18 @@ def compare(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput,
 def _problems_with_theirs(
     spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput, operands: Operands
 ) -> Iterator[str]:
-    """Hold a third party's family to the oracle that came with it: nothing is known here of its near ties."""
+    """Hold a third party's family to the oracle that came with it.
+
+    Nothing is known here of its near ties.
+    """
     exact = oracle.route(spec, logits, topk, **operands)
-    for row in (output.ids.long() != exact.ids.to(output.ids.device)).any(-1).nonzero().flatten()[:MANY].tolist():
+    for row in (
+        (output.ids.long() != exact.ids.to(output.ids.device))
+        .any(-1)
+        .nonzero()
+        .flatten()[:MANY]
+        .tolist()
+    ):
         yield f"row {row}: ids {output.ids[row].tolist()}, its oracle says {exact.ids[row].tolist()}"
     theirs = exact.weights.to(output.weights.device)
     far = ~torch.isclose(output.weights.double(), theirs, rtol=RTOL, atol=ATOL, equal_nan=True)
@@ -107,7 +127,9 @@ def _problems_with_theirs(
         yield f"row {row}: weights {output.weights[row].tolist()}, its oracle says {exact.weights[row].tolist()}"
 
 
-def _shape_problems(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput) -> Iterator[str]:
+def _shape_problems(
+    spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput
+) -> Iterator[str]:
     shape = (len(logits), topk + spec.shared_experts)
     for name, tensor, dtypes in (
         ("weights", output.weights, (torch.float32,)),
@@ -122,9 +144,14 @@ def _shape_problems(spec: RoutingSpec, logits: Tensor, topk: int, output: Routin
 
 
 def _padding(spec: RoutingSpec, logits: Tensor, operands: Operands) -> Tensor:
-    """Tell which rows ``[T]`` are padding: those past ``num_valid_tokens``, and those to which the table gives no experts."""
+    """Tell which rows ``[T]`` are padding.
+
+    Those past ``num_valid_tokens``, and those to which the table gives no experts.
+    """
     num_tokens, valid = len(logits), operands.get("num_valid_tokens")
-    padding = torch.arange(num_tokens, device=logits.device) >= (num_tokens if valid is None else min(int(valid), num_tokens))
+    padding = torch.arange(num_tokens, device=logits.device) >= (
+        num_tokens if valid is None else min(int(valid), num_tokens)
+    )
     if spec.selection == "token_table":
         table = {name: operands.get(name) for name in ("token_ids", "expert_table")}
         padding |= (oracle.select(spec, logits, 0, **table) < 0).any(-1)  # type: ignore[arg-type] # two tensors
@@ -162,14 +189,21 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
         return
     ids, weights = ids[:, :topk], weights[:, :topk]
     bias, token_ids = _at(operands.get("bias"), home), _at(operands.get("token_ids"), home)
-    table, scale = _at(operands.get("expert_table"), home), _at(operands.get("per_expert_scale"), home)
+    table, scale = (
+        _at(operands.get("expert_table"), home),
+        _at(operands.get("per_expert_scale"), home),
+    )
     if scale is not None:
         scale = scale.float()  # PyTorch hardly computes in 8-bit formats
     tokens = None if token_ids is None else token_ids[part]
     exact = oracle.select(spec, l, topk, bias=bias, token_ids=tokens, expert_table=table)
     for row in (ids != exact).any(-1).nonzero().flatten().tolist():
         problem = _row_problem(
-            spec, l[row : row + 1].cpu(), _at(bias, torch.device("cpu")), ids[row].tolist(), exact[row].tolist()
+            spec,
+            l[row : row + 1].cpu(),
+            _at(bias, torch.device("cpu")),
+            ids[row].tolist(),
+            exact[row].tolist(),
         )
         if problem:
             found.problems.append(f"row {int(rows[row])}: {problem}")
@@ -202,7 +236,10 @@ def renaming_problems(plain: RoutingOutput, mapped: RoutingOutput, expert_map: T
 
 
 def exact_device(tensor: Tensor) -> torch.device:
-    """Return where float64 maths on the tensor is possible: its own device, or the CPU (Metal has no float64)."""
+    """Return where float64 maths on the tensor is possible.
+
+    Its own device, or the CPU (Metal has no float64).
+    """
     return tensor.device if tensor.device.type in ("cpu", "cuda", "xpu") else torch.device("cpu")
 
 
@@ -211,24 +248,27 @@ def _at(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def logical_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
-    """Undo ``expert_map``, whose physical ids may be any numbers; an id that no expert has becomes -1.
+    """Undo ``expert_map``, whose physical ids may be any numbers.
 
-    :raises ValueError: two experts have one physical id: then ids do not tell which it was (``renaming_problems`` does).
+    An id that no expert has becomes -1.
+
+    :raises ValueError: two experts have one physical id: then ids do not tell which it was
+        (``renaming_problems`` does).
     """
     if expert_map is None:
         return ids
     physical, logical = expert_map.to(ids.device).long().sort()
     if (physical[1:] == physical[:-1]).any():
         different = len(physical.unique())
-        msg = (
-            f"expert_map: expected a physical id of its own for each of {len(physical)} experts, got {different} different ids"
-        )
+        msg = f"expert_map: expected a physical id of its own for each of {len(physical)} experts, got {different} different ids"
         raise ValueError(msg)
     place = torch.searchsorted(physical, ids.contiguous()).clamp(max=len(physical) - 1)
     return torch.where(physical[place] == ids, logical[place], -1)
 
 
-def _id_problems(spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, rows: Tensor) -> Iterator[str]:
+def _id_problems(
+    spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, rows: Tensor
+) -> Iterator[str]:
     routed = ids[:, :topk]
     outside = ((routed < 0) | (routed >= num_experts)).any(-1)
     if outside.any():
@@ -253,7 +293,11 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     spec: RoutingSpec, l: Tensor, ids: Tensor, weights: Tensor, scale: Tensor | None, rows: Tensor
 ) -> Iterator[str]:
     exact = oracle.weights_at(spec, l, ids, per_expert_scale=scale)
-    scales = exact.new_full(exact.shape, abs(spec.scale)) if scale is None else abs(spec.scale) * scale.double().abs()[ids]
+    scales = (
+        exact.new_full(exact.shape, abs(spec.scale))
+        if scale is None
+        else abs(spec.scale) * scale.double().abs()[ids]
+    )
     tolerance = (
         ATOL * scales.masked_fill(~scales.isfinite(), 0.0)
         + (RTOL + error_bounds.weight_error(spec, l, ids)) * exact.abs()
@@ -261,10 +305,13 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     )
     low = high = exact
     if spec.selection == "sparsemixer":
-        # The mask compares a float32 quotient with a threshold: one subtraction, one division, the threshold's rounding.
+        # The mask compares a float32 quotient with a threshold: one subtraction, one division, the
+        # threshold's rounding.
         slack = (2 + error_bounds.FAST_DIVISION) * error_bounds.U
         others = [
-            oracle.weights_at(spec.replace(jitter=spec.jitter * factor), l, ids, per_expert_scale=scale)
+            oracle.weights_at(
+                spec.replace(jitter=spec.jitter * factor), l, ids, per_expert_scale=scale
+            )
             for factor in (1 - slack, 1 + slack)
         ]
         low, high = torch.minimum(*others), torch.maximum(*others)
@@ -272,7 +319,9 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     low, high = (_in_float32(end) for end in (low - tolerance, high + tolerance))
     wrong = ~((weights >= low) & (weights <= high))  # NaN is wrong
     if scale is not None and not scale.isfinite().all():
-        tiny = oracle.weights_at(spec, l, ids).abs() <= ATOL  # which float32 may take for 0, and 0 times infinity is NaN
+        tiny = (
+            oracle.weights_at(spec, l, ids).abs() <= ATOL
+        )  # which float32 may take for 0, and 0 times infinity is NaN
         right = (weights == exact) | (weights.isnan() & (exact.isnan() | tiny))
         wrong = torch.where(exact.isfinite(), wrong, ~right)
     for row, k in wrong.nonzero()[:MANY].tolist():
@@ -288,7 +337,9 @@ def _in_float32(x: Tensor) -> Tensor:
     return x.masked_fill(x > limit, torch.inf).masked_fill(x < -limit, -torch.inf)
 
 
-def _row_problem(spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: list[int], exact: list[int]) -> str:
+def _row_problem(
+    spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: list[int], exact: list[int]
+) -> str:
     """Say why ``ids`` are wrong for the one row ``l [1, E]``, or return ``""``."""
     if spec.selection == "token_table":
         return f"ids {ids} are not the table's {exact}"
@@ -324,9 +375,14 @@ class _Row:
         self.spec = spec
         self.keys: list[float] = keys[0].tolist()
         self.error: list[float] = error[0].tolist()
-        biases = [0.0] * len(self.keys) if bias is None else bias.float().nan_to_num(nan=-torch.inf).tolist()
+        biases = (
+            [0.0] * len(self.keys)
+            if bias is None
+            else bias.float().nan_to_num(nan=-torch.inf).tolist()
+        )
         self.same = [
-            (l, b) if abs(b) < torch.inf else (0.0, b) for l, b in zip(oracle.clean(l)[0].tolist(), biases, strict=True)
+            (l, b) if abs(b) < torch.inf else (0.0, b)
+            for l, b in zip(oracle.clean(l)[0].tolist(), biases, strict=True)
         ]
         """What determines an expert's score; equal entries have equal scores in any arithmetic."""
         self.group_size = len(self.keys) // spec.num_groups
@@ -341,7 +397,9 @@ class _Row:
         if any(e not in set(eligible) for e in ids):
             return f"ids {ids} are not all in the groups that were kept"
         order = ids + [e for e in eligible if e not in position]
-        lowest_above: int | None = None  # of the experts before, the one whose score may be least high
+        lowest_above: int | None = (
+            None  # of the experts before, the one whose score may be least high
+        )
         for place, e in enumerate(order):
             if lowest_above is not None and not self._may_precede(lowest_above, e):
                 return self._said(lowest_above, position[lowest_above], e)
@@ -376,17 +434,31 @@ class _Row:
         if len(touched) > keep:
             return
         low, high = [b[0] for b in bounds_of], [b[1] for b in bounds_of]
-        content: list[object] = [sorted(self.same[e] for e in self.experts((g,))) for g in range(count)]
+        content: list[object] = [
+            sorted(self.same[e] for e in self.experts((g,))) for g in range(count)
+        ]
         if self.spec.group_score == "top2_sum":
-            # Sums that are known exactly, those that are clamped among them, are equal whatever they are sums of.
-            content = [bound[0] if bound[0] == bound[1] else same for bound, same in zip(bounds_of, content, strict=True)]
-        sure = {g for g in range(count) if sum(high[o] >= low[g] for o in range(count) if o != g) < keep} | touched
-        maybe = [g for g in range(count) if g not in sure and sum(low[o] > high[g] for o in range(count)) < keep]
+            # Sums that are known exactly, those that are clamped among them, are equal whatever
+            # they are sums of.
+            content = [
+                bound[0] if bound[0] == bound[1] else same
+                for bound, same in zip(bounds_of, content, strict=True)
+            ]
+        sure = {
+            g for g in range(count) if sum(high[o] >= low[g] for o in range(count) if o != g) < keep
+        } | touched
+        maybe = [
+            g
+            for g in range(count)
+            if g not in sure and sum(low[o] > high[g] for o in range(count)) < keep
+        ]
         for chosen in itertools.combinations(maybe, max(keep - len(sure), 0)):
             kept = tuple(sorted(sure | set(chosen)))
             left = [g for g in range(count) if g not in kept]
             feasible = not left or min(high[g] for g in kept) >= max(low[g] for g in left)
-            skips_an_equal = any(lower < g and content[lower] == content[g] for g in kept for lower in left)
+            skips_an_equal = any(
+                lower < g and content[lower] == content[g] for g in kept for lower in left
+            )
             if feasible and len(kept) == keep and not skips_an_equal:
                 yield kept
 

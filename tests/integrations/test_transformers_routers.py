@@ -1,4 +1,7 @@
-"""Every router of transformers that a preset is proven against: its own code and ours, on the same input."""
+"""Every router of transformers that a preset is proven against.
+
+Its own code and ours, on the same input.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,11 @@ from moe_routing.integrations.transformers._proof import known
 from moe_routing.models import MODELS
 
 AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
-parts, in_order_of_ids, assert_same = AGAINST.parts, AGAINST.in_order_of_ids, AGAINST.assert_same_items
+parts, in_order_of_ids, assert_same = (
+    AGAINST.parts,
+    AGAINST.in_order_of_ids,
+    AGAINST.assert_same_items,
+)
 HERE = [
     pytest.param(case, said, id=f"{case.model}-{index}")
     for case in AGAINST.CASES
@@ -31,7 +38,11 @@ LEFT = [parameters for parameters in HERE if parameters.id in {"axk2-0", "axk2-1
 REPLACED = [parameters for parameters in HERE if parameters not in LEFT]
 KEPT_IN_FLOAT32 = {"inkling2_text", "inkling2_loop_text"}
 """Models that keep their router's weights in float32, whatever the model's dtype."""
-TRAINED = [parameters for parameters in REPLACED if parameters.id.endswith("-0") or parameters.id == "axk2-3"]
+TRAINED = [
+    parameters
+    for parameters in REPLACED
+    if parameters.id.endswith("-0") or parameters.id == "axk2-3"
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,7 +60,10 @@ def made(case, said, dtype=torch.float32):
     router = AGAINST.built(case, AGAINST.configured(case, said))
     if case.model not in KEPT_IN_FLOAT32:
         router.to(dtype)
-    hidden, bias = torch.randn(AGAINST.T, AGAINST.H, dtype=dtype), torch.empty(AGAINST.E).uniform_(-0.3, 0.3)
+    hidden, bias = (
+        torch.randn(AGAINST.T, AGAINST.H, dtype=dtype),
+        torch.empty(AGAINST.E).uniform_(-0.3, 0.3),
+    )
     arguments = case.arguments(hidden.requires_grad_(), bias)
 
     def call():
@@ -80,12 +94,17 @@ def test_replaced_router_keeps_places_and_dtypes_in_bfloat16(case, said):
     patch(router)
     ours = call()
     described = [
-        [(item.dtype, item.shape) if isinstance(item, torch.Tensor) else type(item) for item in output]
+        [
+            (item.dtype, item.shape) if isinstance(item, torch.Tensor) else type(item)
+            for item in output
+        ]
         for output in (ours, theirs)
     ]
     assert described[0] == described[1]
     if parts(theirs)[1]:
-        assert_same(parts(ours)[2], parts(theirs)[2])  # logits or probabilities, to the bit of their linear
+        assert_same(
+            parts(ours)[2], parts(theirs)[2]
+        )  # logits or probabilities, to the bit of their linear
 
 
 @pytest.mark.slow
@@ -93,7 +112,10 @@ def test_replaced_router_keeps_places_and_dtypes_in_bfloat16(case, said):
 def test_gradients_are_those_of_its_own_code(case, said):
     router, hidden, call = made(case, said)
     router.requires_grad_()
-    leaves = [hidden, *(parameter for parameter in router.parameters() if parameter.is_floating_point())]
+    leaves = [
+        hidden,
+        *(parameter for parameter in router.parameters() if parameter.is_floating_point()),
+    ]
 
     def gradients():
         items = in_order_of_ids(call())
@@ -122,7 +144,9 @@ def test_routing_read_from_a_router_is_that_of_the_preset(case, said):
         "laguna": {"logit_softcap": None},  # returned with the cap, so routed with it
         "muse_spark_text": {"logit_multiplier": 1.0},  # likewise
     }
-    assert spec == expected.replace(**({"scale": 1.0} if case.factor else {}) | own.get(case.model, {}))
+    assert spec == expected.replace(
+        **({"scale": 1.0} if case.factor else {}) | own.get(case.model, {})
+    )
 
 
 @pytest.mark.parametrize(("case", "said"), LEFT)
@@ -154,7 +178,13 @@ def test_every_preset_has_a_router_that_is_known():
 
 
 SHAPES = {"hidden_dim", "hidden_size", "num_experts", "n_routed_experts", "router_dim", "training"}
-READ_AT_EACH_CALL = {"top_k", "router_logit_softcapping", "output_multiplier", "scalar_root_size", "use_eda"}
+READ_AT_EACH_CALL = {
+    "top_k",
+    "router_logit_softcapping",
+    "output_multiplier",
+    "scalar_root_size",
+    "use_eda",
+}
 READ_AT_EACH_CALL |= {"num_router_classes", "router_states_scale"}
 """Settings that the recipes read for themselves: K, and what the logits are computed with."""
 TRAINING_ONLY = {"input_jitter_noise"}
@@ -163,22 +193,38 @@ TRAINING_ONLY = {"input_jitter_noise"}
 
 def plain_attributes_read(router):
     """Name the numbers, switches and words that a router's own code reads."""
-    methods = [value for value in vars(type(router)).values() if isinstance(value, types.FunctionType)]
-    trees = [ast.parse(textwrap.dedent(inspect.getsource(m.__code__))) for m in methods if m.__name__ != "__init__"]
+    methods = [
+        value for value in vars(type(router)).values() if isinstance(value, types.FunctionType)
+    ]
+    trees = [
+        ast.parse(textwrap.dedent(inspect.getsource(m.__code__)))
+        for m in methods
+        if m.__name__ != "__init__"
+    ]
     names = {
         node.attr
         for tree in trees
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
     }
-    return {name for name in names if isinstance(getattr(router, name, None), (int, float, str, bool, type(None)))}
+    return {
+        name
+        for name in names
+        if isinstance(getattr(router, name, None), (int, float, str, bool, type(None)))
+    }
 
 
-@pytest.mark.parametrize(("case", "said"), [parameters for parameters in REPLACED if parameters.id.endswith("-0")])
+@pytest.mark.parametrize(
+    ("case", "said"), [parameters for parameters in REPLACED if parameters.id.endswith("-0")]
+)
 def test_every_setting_that_a_routers_own_code_reads_is_read_at_each_call(case, said):
     router, _, _ = made(case, said)
     _, recipe = install(made(case, said)[0])
-    assert plain_attributes_read(router) - SHAPES - READ_AT_EACH_CALL - TRAINING_ONLY <= set(recipe.settings.names)
+    assert plain_attributes_read(router) - SHAPES - READ_AT_EACH_CALL - TRAINING_ONLY <= set(
+        recipe.settings.names
+    )
 
 
 OTHER = {

@@ -51,25 +51,57 @@ def _vector(argument: str, variant: str, length: int, *, integer: bool = False) 
     """Return what can be wrong with a one-dimensional operand."""
     dtype, other = (torch.int64, torch.float32) if integer else (torch.float32, torch.int64)
     return [
-        Wrong(argument, "too short", variant, lambda call: torch.zeros(length - 1, dtype=dtype, device=call.logits.device)),
-        Wrong(argument, "too long", variant, lambda call: torch.zeros(length + 1, dtype=dtype, device=call.logits.device)),
-        Wrong(argument, "of rank 2", variant, lambda call: torch.zeros(1, length, dtype=dtype, device=call.logits.device)),
-        Wrong(argument, "of another dtype", variant, lambda call: torch.zeros(length, dtype=other, device=call.logits.device)),
-        Wrong(argument, "on another device", variant, lambda _: torch.zeros(length, dtype=dtype, device="meta")),
+        Wrong(
+            argument,
+            "too short",
+            variant,
+            lambda call: torch.zeros(length - 1, dtype=dtype, device=call.logits.device),
+        ),
+        Wrong(
+            argument,
+            "too long",
+            variant,
+            lambda call: torch.zeros(length + 1, dtype=dtype, device=call.logits.device),
+        ),
+        Wrong(
+            argument,
+            "of rank 2",
+            variant,
+            lambda call: torch.zeros(1, length, dtype=dtype, device=call.logits.device),
+        ),
+        Wrong(
+            argument,
+            "of another dtype",
+            variant,
+            lambda call: torch.zeros(length, dtype=other, device=call.logits.device),
+        ),
+        Wrong(
+            argument,
+            "on another device",
+            variant,
+            lambda _: torch.zeros(length, dtype=dtype, device="meta"),
+        ),
         Wrong(argument, "a list", variant, lambda _: [0] * length),
     ]
 
 
-def _missing_or_uncalled_for(argument: str, variant: str, length: int, dtype: torch.dtype) -> list[Wrong]:
+def _missing_or_uncalled_for(
+    argument: str, variant: str, length: int, dtype: torch.dtype
+) -> list[Wrong]:
     return [
         Wrong(argument, "missing", variant, lambda _: None),
         Wrong(
-            argument, "uncalled for", "softmax_topk", lambda call: torch.zeros(length, dtype=dtype, device=call.logits.device)
+            argument,
+            "uncalled for",
+            "softmax_topk",
+            lambda call: torch.zeros(length, dtype=dtype, device=call.logits.device),
         ),
     ]
 
 
-def _outputs(call: Call, tokens: int = T, columns: int = K, weights: torch.dtype = torch.float32) -> Any:  # noqa: ANN401 -- a wrong value
+def _outputs(
+    call: Call, tokens: int = T, columns: int = K, weights: torch.dtype = torch.float32
+) -> Any:  # noqa: ANN401 -- a wrong value
     device = call.logits.device
     return (
         torch.empty(tokens, columns, dtype=weights, device=device),
@@ -148,7 +180,13 @@ WRONG = (
 def wrong_arguments_raise_and_are_named(under_test: BackendUnderTest, case: Wrong) -> None:
     """A wrong argument is a TypeError or ValueError that names it and says what came and what was expected."""
     call = Case(variant=case.variant, num_experts=E, topk=K, num_tokens=T).make(under_test.device)
-    arguments: dict[str, Any] = {"logits": call.logits, "topk": K, "ids_dtype": None, "out": None, **call.operands}
+    arguments: dict[str, Any] = {
+        "logits": call.logits,
+        "topk": K,
+        "ids_dtype": None,
+        "out": None,
+        **call.operands,
+    }
     value = case.value(call)
     if case.argument == "num_groups":
         arguments["logits"], arguments["bias"] = value, call.operands["bias"][:60]  # type: ignore[index]  # the variant has one
@@ -160,12 +198,18 @@ def wrong_arguments_raise_and_are_named(under_test: BackendUnderTest, case: Wron
         under_test.router(call.spec)(**arguments)
     except (TypeError, ValueError) as error:
         message = str(error)
-        require(message.startswith(f"{case.argument}:"), f"the error does not begin with the argument's name: {message!r}")
         require(
-            "expected" in message and "got" in message, f"the error does not say what came and what was expected: {message!r}"
+            message.startswith(f"{case.argument}:"),
+            f"the error does not begin with the argument's name: {message!r}",
+        )
+        require(
+            "expected" in message and "got" in message,
+            f"the error does not say what came and what was expected: {message!r}",
         )
         if isinstance(value, (int, float, str)):
-            require(repr(value) in message, f"the error does not hold the value {value!r}: {message!r}")
+            require(
+                repr(value) in message, f"the error does not hold the value {value!r}: {message!r}"
+            )
         return
     msg = f"{case.argument} {case.what}: no error"
     raise AssertionError(msg)
@@ -209,7 +253,10 @@ def wrong_specs_raise_and_name_the_field(_subject: BackendUnderTest, case: Wrong
     except ValueError as error:
         # Too many topk_groups and too few num_groups are the same mistake.
         named = str(error).partition(":")[0]
-        require(named in (case.argument, "topk_groups"), f"the error does not begin with the field's name: {error}")
+        require(
+            named in (case.argument, "topk_groups"),
+            f"the error does not begin with the field's name: {error}",
+        )
         return
     msg = f"{case.argument} = {case.value!r}: no error, but {wrong}"
     raise AssertionError(msg)

@@ -70,9 +70,18 @@ def _changes(spec: RoutingSpec) -> Iterator[dict[str, Any]]:
     yield {"scale": 1e30, "logit_multiplier": 4.0, "zero_experts": 9}
     yield {"scale": 1e-5, "logit_multiplier": 1e-6}
     yield {"renormalize": True, "renorm_epsilon": 0.5, "logit_softcap": 7.5}
-    yield {"renormalize": True, "renorm_epsilon": 0.0, "renorm_floor": floor}  # which some rows reach
+    yield {
+        "renormalize": True,
+        "renorm_epsilon": 0.0,
+        "renorm_floor": floor,
+    }  # which some rows reach
     yield {"renormalize": True, "renorm_epsilon": 0.25, "renorm_floor": 20.0}  # which all do
-    yield {"renormalize": not spec.renormalize, "renorm_epsilon": 0.0, "renorm_floor": 0.0, "per_expert_scale": True}
+    yield {
+        "renormalize": not spec.renormalize,
+        "renorm_epsilon": 0.0,
+        "renorm_floor": 0.0,
+        "per_expert_scale": True,
+    }
     if spec.grouped:
         yield {"num_groups": 2, "topk_groups": 1}
         yield {"num_groups": 32, "topk_groups": 32}
@@ -80,7 +89,10 @@ def _changes(spec: RoutingSpec) -> Iterator[dict[str, Any]]:
 
 
 def _changed(profile: Profile) -> Iterator[Changed]:
-    """Yield changes of every built-in family: which fields another follows, only its own oracle knows."""
+    """Yield changes of every built-in family.
+
+    Which fields another follows, only its own oracle knows.
+    """
     for variant in _sets.FEW if profile == "smoke" else _sets.FAMILIES:
         if variant in BUILT_IN:
             for fields in _changes(VARIANTS[variant]):

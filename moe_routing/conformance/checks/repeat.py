@@ -42,8 +42,13 @@ def a_rows_bits_do_not_depend_on_its_batch(under_test: BackendUnderTest, case: C
         start = stop if stop < case.num_tokens else 0
 
 
-def _must_equal(some: RoutingOutput, whole: RoutingOutput, rows: torch.Tensor | slice, how: str) -> None:
-    for name, part, everything in (("ids", some.ids, whole.ids), ("weights", some.weights, whole.weights)):
+def _must_equal(
+    some: RoutingOutput, whole: RoutingOutput, rows: torch.Tensor | slice, how: str
+) -> None:
+    for name, part, everything in (
+        ("ids", some.ids, whole.ids),
+        ("weights", some.weights, whole.weights),
+    ):
         if not same_bits(part, everything[rows]):
             row = int((part != everything[rows]).any(-1).nonzero()[0])
             msg = f"{name} of a row {how}: {part[row].tolist()}, in the whole: {everything[rows][row].tolist()}"
@@ -64,5 +69,6 @@ def the_same_input_gives_the_same_bits(under_test: BackendUnderTest, case: Case)
     for run in range(RUNS):
         again = under_test.route(call)
         require(
-            same_bits(again.ids, first.ids) and same_bits(again.weights, first.weights), f"run {run + 1} differs from run 0"
+            same_bits(again.ids, first.ids) and same_bits(again.weights, first.weights),
+            f"run {run + 1} differs from run 0",
         )

@@ -1,4 +1,7 @@
-"""Clauses 1 and 2 at sizes that the pairwise sample does not have: between its numbers, past them, and at random."""
+"""Clauses 1 and 2 at sizes that the pairwise sample does not have.
+
+Between its numbers, past them, and at random.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ def sizes_between_the_usual_are_routed(under_test: BackendUnderTest, case: Case)
 
 @check(1, drawn.cases)
 def drawn_sizes_are_routed(under_test: BackendUnderTest, case: Case) -> None:
-    """E, K, T, dtype, layout and operands that the run's seed draws; the same seed draws them again."""
+    """E, K, T, dtype, layout and operands that the run's seed draws.
+
+    The same seed draws them again.
+    """
     ids_come_in_exact_order(under_test, case)
 
 
@@ -63,7 +69,10 @@ def _many_rows(profile: Profile) -> Iterator[Case]:
 
 @check(1, _many_rows)
 def rows_past_65_535_are_routed(under_test: BackendUnderTest, case: Case) -> None:
-    """More rows than a 16-bit number counts, on every device; the last block of rows is not full."""
+    """More rows than a 16-bit number counts, on every device.
+
+    The last block of rows is not full.
+    """
     under_test.check(case.make(under_test.device))
 
 
@@ -73,7 +82,9 @@ MASKS = ((-1e4,), (-1e9,), (-torch.inf,), (-1e4, -1e9))
 
 def _biased_rows(profile: Profile) -> Iterator[Case]:
     """Yield every biased variant in the smallest size, with more rows than kernels for few of them take."""
-    return _sets.of_every_variant("full" if profile == "full" else "smoke", variants=BIASED, tokens=4099)
+    return _sets.of_every_variant(
+        "full" if profile == "full" else "smoke", variants=BIASED, tokens=4099
+    )
 
 
 @check(2, _biased_rows)
@@ -84,5 +95,9 @@ def masked_experts_come_last(under_test: BackendUnderTest, case: Case) -> None:
     assert bias is not None  # noqa: S101 -- for mypy: the variants have one
     every_second = torch.arange(case.num_experts, device=under_test.device) % 2 == 1
     for mask in MASKS:
-        values = torch.tensor(mask, device=under_test.device).repeat_interleave(2).repeat(case.num_experts)[: case.num_experts]
+        values = (
+            torch.tensor(mask, device=under_test.device)
+            .repeat_interleave(2)
+            .repeat(case.num_experts)[: case.num_experts]
+        )
         under_test.check(call.but(bias=torch.where(every_second, values, bias.float())))

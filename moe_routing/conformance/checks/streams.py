@@ -10,7 +10,13 @@ import torch
 
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
-from moe_routing.conformance.under_test import BackendUnderTest, NotRunError, must_match, outputs, same_bits
+from moe_routing.conformance.under_test import (
+    BackendUnderTest,
+    NotRunError,
+    must_match,
+    outputs,
+    same_bits,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +52,10 @@ def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, 
 
 @contextlib.contextmanager
 def _side_stream(device: torch.device) -> Iterator[Any]:
-    """Enter another stream of the device, where it has streams; what it yields keeps the stream busy for a while."""
+    """Enter another stream of the device, where it has streams.
+
+    What it yields keeps the stream busy for a while.
+    """
     if device.type == "cpu":
         yield lambda: None
         return
@@ -96,7 +105,10 @@ def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Cas
     under_test.route(call)
     torch.cuda.synchronize(under_test.device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(under_test.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(under_test.device)):
+    with (
+        torch.cuda.device(under_test.device),
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(under_test.device)),
+    ):
         output = route(call.logits, call.topk, **call.operands)
     for valid in (case.num_tokens, case.num_tokens // 2):
         call.logits.copy_(call.logits.roll(1, 0).flip(1))
@@ -112,9 +124,16 @@ def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Cas
 def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None:
     """Tensors on another device than the current one are routed there."""
     here, there = _two_devices(under_test)
-    on_each = [BackendUnderTest(under_test.backend, device).check(case.make(device)) for device in (here, there)]
-    require(on_each[1].ids.device == there, f"expected outputs on {there}, got {on_each[1].ids.device}")
-    require(same_bits(on_each[0].ids.cpu(), on_each[1].ids.cpu()), "the two devices give different ids")
+    on_each = [
+        BackendUnderTest(under_test.backend, device).check(case.make(device))
+        for device in (here, there)
+    ]
+    require(
+        on_each[1].ids.device == there, f"expected outputs on {there}, got {on_each[1].ids.device}"
+    )
+    require(
+        same_bits(on_each[0].ids.cpu(), on_each[1].ids.cpu()), "the two devices give different ids"
+    )
     require(torch.accelerator.current_device_index() == 0, "the current device was changed")
 
 
@@ -129,9 +148,19 @@ def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Ca
     routed = []
     for turn in range(6):
         call = calls[turn % 2]
-        given = outputs(len(call.logits), call.topk + call.spec.shared_experts, call.ids_dtype, call.logits.device)
+        given = outputs(
+            len(call.logits),
+            call.topk + call.spec.shared_experts,
+            call.ids_dtype,
+            call.logits.device,
+        )
         out = given if turn >= 2 else None  # noqa: PLR2004 -- the first turn of each device is without
-        routed.append((call, route(call.logits, call.topk, ids_dtype=call.ids_dtype, out=out, **call.operands)))
+        routed.append(
+            (
+                call,
+                route(call.logits, call.topk, ids_dtype=call.ids_dtype, out=out, **call.operands),
+            )
+        )
     for call, output in routed:
         must_match(call, output)
     require(torch.accelerator.current_device_index() == 0, "the current device was changed")

@@ -117,7 +117,11 @@ def _no_logits(_router: Router, _logits: Tensor, weights: Tensor, ids: Tensor) -
 def _probabilities_first(router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
     """Leave the probabilities for later where only the decoder layer sees them, which throws them away."""
     seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or router._forward_hooks  # noqa: SLF001 -- no public way
-    return F.softmax(logits, dim=-1, dtype=torch.float32) if seen else DeferredSoftmax(logits), weights, ids
+    return (
+        F.softmax(logits, dim=-1, dtype=torch.float32) if seen else DeferredSoftmax(logits),
+        weights,
+        ids,
+    )
 
 
 def _dense_scores(_router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
@@ -125,14 +129,28 @@ def _dense_scores(_router: Router, logits: Tensor, weights: Tensor, ids: Tensor)
 
 
 def _sorted_by_expert(router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
-    """Sort JetMoe's pairs of token and expert by expert; its block splits by a list of how many each expert got."""
+    """Sort JetMoe's pairs of token and expert by expert.
+
+    Its block splits by a list of how many each expert got.
+    """
     experts, order = ids.flatten().sort()
     sizes = torch.bincount(experts, minlength=router.num_experts).tolist()
-    return order, order.div(router.top_k, rounding_mode="trunc"), weights.flatten()[order], sizes, logits
+    return (
+        order,
+        order.div(router.top_k, rounding_mode="trunc"),
+        weights.flatten()[order],
+        sizes,
+        logits,
+    )
 
 
-def _zaya(router: Router, route: Route, hidden_states: Tensor, router_states: Tensor | None = None) -> Outputs:
-    """Do all that Zaya's router does: it passes a state to the next layer's, and its last expert is to skip."""
+def _zaya(
+    router: Router, route: Route, hidden_states: Tensor, router_states: Tensor | None = None
+) -> Outputs:
+    """Do all that Zaya's router does.
+
+    It passes a state to the next layer's, and its last expert is to skip.
+    """
     states: Tensor = router.down_proj(hidden_states)
     if router.use_eda and router_states is not None:
         states = states + router_states * router.router_states_scale
@@ -153,9 +171,11 @@ class Recipe:
     :ivar output: arranges what is returned.
     :ivar method: the method that is replaced.
     :ivar topk: reads K at each call.
-    :ivar in_training: whether training routes as inference does; where not, the router's own code trains.
+    :ivar in_training: whether training routes as inference does; where not, the router's own code
+        trains.
     :ivar whole: replaces all of these steps, for a router that does more.
-    :ivar prove: raises ``RefusedError`` unless the submodules that the recipe replaces compute what is known.
+    :ivar prove: raises ``RefusedError`` unless the submodules that the recipe replaces compute what
+        is known.
     """
 
     settings: Settings
@@ -178,12 +198,24 @@ class Recipe:
         num_experts = weight.shape[0] if isinstance(weight, Tensor) else None
         return self.settings.spec_of(router, num_experts, self.topk)
 
-    def forward(self, router: Router, route: Route, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Outputs:  # noqa: ANN401 -- the block's
+    def forward(
+        self,
+        router: Router,
+        route: Route,
+        hidden_states: Tensor,
+        *args: Any,  # noqa: ANN401 -- the block's
+        **kwargs: Any,  # noqa: ANN401 -- likewise
+    ) -> Outputs:
         """Compute what the router's own code returns, routed by ``route``."""
         if self.whole is not None:
             return self.whole(router, route, hidden_states, *args, **kwargs)
         logits = self.logits(router, hidden_states)
-        weights, ids = route(logits, self.topk(router), ids_dtype=torch.int64, **self.operands(router, *args, **kwargs))
+        weights, ids = route(
+            logits,
+            self.topk(router),
+            ids_dtype=torch.int64,
+            **self.operands(router, *args, **kwargs),
+        )
         return self.output(router, logits, weights.to(self.weights(hidden_states, logits)), ids)
 
 
@@ -196,9 +228,16 @@ RECIPES: Mapping[str, Recipe] = {
     "axk2": Recipe(settings=_specs.axk2, logits=_logits.linear_float32, operands=_own_bias),
     "beam": Recipe(settings=_specs.beam, logits=_logits.linear_float32, operands=_own_bias),
     "cohere2": Recipe(settings=_specs.cohere2, weights=_of_hidden),
-    "dbrx": Recipe(settings=_specs.dbrx, logits=_logits.as_given, output=_no_logits, method="route_tokens_to_experts"),
+    "dbrx": Recipe(
+        settings=_specs.dbrx,
+        logits=_logits.as_given,
+        output=_no_logits,
+        method="route_tokens_to_experts",
+    ),
     "deepseek": Recipe(settings=_specs.deepseek, logits=_logits.linear_float32, operands=_own_bias),
-    "deepseek_v2": Recipe(settings=_specs.deepseek_v2, logits=_logits.linear_float32, weights=_float32),
+    "deepseek_v2": Recipe(
+        settings=_specs.deepseek_v2, logits=_logits.linear_float32, weights=_float32
+    ),
     "deepseek_v4": Recipe(settings=_specs.deepseek_v4, operands=_own_bias),
     "deepseek_v4_hash": Recipe(settings=_specs.deepseek_v4_hash, operands=_hash_table),
     "ernie": Recipe(
@@ -208,7 +247,9 @@ RECIPES: Mapping[str, Recipe] = {
         operands=_ernie_bias,
         weights=_of_hidden,
     ),
-    "flint": Recipe(settings=_specs.renormalized("sigmoid_topk"), logits=_logits.linear_without_autocast),
+    "flint": Recipe(
+        settings=_specs.renormalized("sigmoid_topk"), logits=_logits.linear_without_autocast
+    ),
     "gemma": Recipe(
         settings=_specs.fixed("gemma4"),
         logits=_logits.gemma,
@@ -218,30 +259,59 @@ RECIPES: Mapping[str, Recipe] = {
         topk=_gemma_topk,
     ),
     "gpt_oss": Recipe(settings=_specs.fixed("topk_softmax"), logits=_logits.linear_with_bias),
-    "granite": Recipe(settings=_specs.fixed("topk_softmax"), logits=_logits.linear_then_float32, weights=_of_hidden),
-    "granite_ids_first": Recipe(
-        settings=_specs.fixed("topk_softmax"), logits=_logits.linear_then_float32, weights=_of_hidden, output=_ids_first
+    "granite": Recipe(
+        settings=_specs.fixed("topk_softmax"),
+        logits=_logits.linear_then_float32,
+        weights=_of_hidden,
     ),
-    "hunyuan": Recipe(settings=_specs.fixed("softmax_topk", renormalize=True), logits=_logits.hunyuan),
+    "granite_ids_first": Recipe(
+        settings=_specs.fixed("topk_softmax"),
+        logits=_logits.linear_then_float32,
+        weights=_of_hidden,
+        output=_ids_first,
+    ),
+    "hunyuan": Recipe(
+        settings=_specs.fixed("softmax_topk", renormalize=True), logits=_logits.hunyuan
+    ),
     "hy_v3": Recipe(
-        settings=_specs.scaled_by("router_scaling_factor", "sigmoid_bias_topk", renorm_epsilon=1e-20),
+        settings=_specs.scaled_by(
+            "router_scaling_factor", "sigmoid_bias_topk", renorm_epsilon=1e-20
+        ),
         logits=_logits.linear_float32,
         operands=_given_bias,
     ),
-    "inkling2": Recipe(settings=_specs.deepseek_v4, logits=_logits.linear_float32_input, operands=_own_bias),
+    "inkling2": Recipe(
+        settings=_specs.deepseek_v4, logits=_logits.linear_float32_input, operands=_own_bias
+    ),
     "jamba": Recipe(settings=_specs.fixed("softmax_topk"), weights=_of_hidden),
     "jetmoe": Recipe(
-        settings=_specs.fixed("topk_softmax"), logits=_logits.jetmoe, weights=_of_hidden, output=_sorted_by_expert
+        settings=_specs.fixed("topk_softmax"),
+        logits=_logits.jetmoe,
+        weights=_of_hidden,
+        output=_sorted_by_expert,
     ),
-    "kolibri": Recipe(settings=_specs.renormalized("logit_bias_sigmoid"), logits=_logits.kolibri, operands=_own_bias),
+    "kolibri": Recipe(
+        settings=_specs.renormalized("logit_bias_sigmoid"),
+        logits=_logits.kolibri,
+        operands=_own_bias,
+    ),
     "laguna": Recipe(
-        settings=_specs.fixed("sigmoid_bias_topk"), logits=_logits.laguna, operands=_own_bias, weights=_of_hidden
+        settings=_specs.fixed("sigmoid_bias_topk"),
+        logits=_logits.laguna,
+        operands=_own_bias,
+        weights=_of_hidden,
     ),
-    "lara_mini": Recipe(settings=_specs.renormalized("softmax_topk"), logits=_logits.linear_float32, weights=_of_hidden),
+    "lara_mini": Recipe(
+        settings=_specs.renormalized("softmax_topk"),
+        logits=_logits.linear_float32,
+        weights=_of_hidden,
+    ),
     "lfm2": Recipe(settings=_specs.lfm2, operands=_lfm2_bias),
     "llama4": Recipe(settings=_specs.fixed("topk_sigmoid"), output=_dense_scores),
     "longcat": Recipe(
-        settings=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"), logits=_logits.longcat, operands=_own_bias
+        settings=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"),
+        logits=_logits.longcat,
+        operands=_own_bias,
     ),
     "longcat_no_logits": Recipe(
         settings=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"),
@@ -262,11 +332,15 @@ RECIPES: Mapping[str, Recipe] = {
         weights=_float32,
     ),
     "mistral": Recipe(settings=_specs.mistral, operands=_zero_bias),
-    "mistral_float32": Recipe(settings=_specs.mistral_always, logits=_logits.linear_float32, operands=_zero_bias),
+    "mistral_float32": Recipe(
+        settings=_specs.mistral_always, logits=_logits.linear_float32, operands=_zero_bias
+    ),
     "mixtral": Recipe(settings=_specs.fixed("softmax_topk", renormalize=True), weights=_float32),
     "muse_spark": Recipe(settings=_specs.muse_spark, logits=_logits.muse_spark, operands=_own_bias),
     "phimoe": Recipe(settings=_specs.phimoe, in_training=False),
-    "privacy_filter": Recipe(settings=_specs.privacy_filter, logits=_logits.linear_float32_with_bias),
+    "privacy_filter": Recipe(
+        settings=_specs.privacy_filter, logits=_logits.linear_float32_with_bias
+    ),
     "qwen": Recipe(settings=_specs.renormalized("softmax_topk")),
     "qwen_always": Recipe(settings=_specs.fixed("softmax_topk", renormalize=True)),
     "selected": Recipe(settings=_specs.fixed("topk_softmax")),

@@ -1,7 +1,8 @@
 """The routing spec of each kind of router, from the settings that its own ``forward`` reads.
 
-A recipe names the attributes of the router that it reads; the functions here get their values in that order. The attributes
-are read at each call, so a setting that changes after ``patch`` is followed.
+A recipe names the attributes of the router that it reads; the functions here get their values in
+that order. The attributes are read at each call, so a setting that changes after ``patch`` is
+followed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Settings:
     """The attributes of a router that its routing depends on, and the spec that their values give.
 
     :ivar names: the attributes.
-    :ivar spec: takes their values; raises ``RefusedError`` or ``ValueError`` for values that cannot be expressed.
+    :ivar spec: takes their values; raises ``RefusedError`` or ``ValueError`` for values that cannot
+        be expressed.
     """
 
     names: tuple[str, ...]
@@ -46,20 +48,27 @@ class Settings:
         """Return the values; of a submodule, such as a score function, its class."""
         return tuple([_constant(getattr(router, name, None)) for name in self.names])
 
-    def spec_of(self, router: Router, num_experts: int | None, topk: Callable[[Router], int]) -> RoutingSpec:
+    def spec_of(
+        self, router: Router, num_experts: int | None, topk: Callable[[Router], int]
+    ) -> RoutingSpec:
         """Return the spec for the router's current settings.
 
         :param num_experts: E, ``None`` if it is not known.
         :param topk: reads K.
-        :raises RefusedError: they are missing, cannot be expressed, or do not fit E and K; names them.
+        :raises RefusedError: they are missing, cannot be expressed, or do not fit E and K; names
+            them.
         """
         try:
             spec = self.spec(*[getattr(router, name) for name in self.names])
             if num_experts is not None:
                 spec.check_size(num_experts, topk(router))
         except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-            said = ", ".join(f"{name}={shown(getattr(router, name, 'missing'))}" for name in self.names)
-            msg = f"its settings cannot be routed: {error}" + (f"; read from {said}" if said else "")
+            said = ", ".join(
+                f"{name}={shown(getattr(router, name, 'missing'))}" for name in self.names
+            )
+            msg = f"its settings cannot be routed: {error}" + (
+                f"; read from {said}" if said else ""
+            )
             raise RefusedError(msg) from error
         return spec
 
@@ -75,11 +84,15 @@ def fixed(family: str, **changes: Any) -> Settings:  # noqa: ANN401 -- fields of
 
 
 def renormalized(family: str) -> Settings:
-    return Settings(("norm_topk_prob",), lambda norm: FAMILIES[family].spec.replace(renormalize=bool(norm)))
+    return Settings(
+        ("norm_topk_prob",), lambda norm: FAMILIES[family].spec.replace(renormalize=bool(norm))
+    )
 
 
 def scaled_by(attribute: str, family: str, **changes: Any) -> Settings:  # noqa: ANN401 -- fields of RoutingSpec
-    return Settings((attribute,), lambda scale: FAMILIES[family].spec.replace(scale=scale, **changes))
+    return Settings(
+        (attribute,), lambda scale: FAMILIES[family].spec.replace(scale=scale, **changes)
+    )
 
 
 def score_name(function: Score) -> str:
@@ -108,11 +121,15 @@ def _dbrx(p: float | None) -> RoutingSpec:
     return FAMILIES["softmax_topk"].spec.replace(renormalize=p is not None)
 
 
-def _deepseek(num_group: int | None, topk_group: int | None, norm: object, scale: float) -> RoutingSpec:
+def _deepseek(
+    num_group: int | None, topk_group: int | None, norm: object, scale: float
+) -> RoutingSpec:
     changes = {"renormalize": bool(norm), "renorm_epsilon": 1e-20, "scale": scale}
     if num_group in {1, None}:
         return FAMILIES["sigmoid_bias_topk"].spec.replace(**changes)
-    return FAMILIES["grouped_sigmoid_bias"].spec.replace(num_groups=num_group, topk_groups=topk_group, **changes)
+    return FAMILIES["grouped_sigmoid_bias"].spec.replace(
+        num_groups=num_group, topk_groups=topk_group, **changes
+    )
 
 
 def _axk2(num_group: int | None, topk_group: int | None, norm: object, scale: float) -> RoutingSpec:
@@ -126,7 +143,9 @@ def _deepseek_v2(method: str, num_group: int, topk_group: int, scale: float) -> 
     if method == "greedy":
         return FAMILIES["softmax_topk"].spec.replace(scale=scale)
     if method == "group_limited_greedy":
-        return FAMILIES["grouped_softmax"].spec.replace(num_groups=num_group, topk_groups=topk_group, scale=scale)
+        return FAMILIES["grouped_softmax"].spec.replace(
+            num_groups=num_group, topk_groups=topk_group, scale=scale
+        )
     msg = f"topk_method: expected 'greedy' or 'group_limited_greedy', got {shown(method)}"
     raise RefusedError(msg)
 
@@ -136,16 +155,22 @@ def _mistral(num_group: int, topk_group: int, scale: float, norm: object = True)
     if num_group == 1:
         return FAMILIES["softmax_topk"].spec.replace(**changes)
     groups = {"num_groups": num_group, "topk_groups": topk_group, "group_score": "top2_sum"}
-    return FAMILIES["grouped_softmax"].spec.replace(**groups, **changes, selection="scores_plus_bias")
+    return FAMILIES["grouped_softmax"].spec.replace(
+        **groups, **changes, selection="scores_plus_bias"
+    )
 
 
 def _deepseek_v4(score: Score, scale: float) -> RoutingSpec:
-    family = {"sigmoid": "sigmoid_bias_topk", "sqrtsoftplus": "sqrtsoftplus_bias"}[score_name(score)]
+    family = {"sigmoid": "sigmoid_bias_topk", "sqrtsoftplus": "sqrtsoftplus_bias"}[
+        score_name(score)
+    ]
     return FAMILIES[family].spec.replace(scale=scale, renorm_epsilon=1e-20)
 
 
 def _deepseek_v4_hash(score: Score, scale: float) -> RoutingSpec:
-    return FAMILIES["hash_sqrtsoftplus"].spec.replace(score=score_name(score), scale=scale, renorm_epsilon=1e-20)
+    return FAMILIES["hash_sqrtsoftplus"].spec.replace(
+        score=score_name(score), scale=scale, renorm_epsilon=1e-20
+    )
 
 
 def _lfm2(biased: object, norm: object, scale: float) -> RoutingSpec:

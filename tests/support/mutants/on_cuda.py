@@ -1,4 +1,7 @@
-"""What goes wrong on CUDA devices alone: synchronisation, graphs, and more than one device. They route through ``eager``."""
+"""What goes wrong on CUDA devices alone: synchronisation, graphs, and more than one device.
+
+They route through ``eager``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Eager:
-    """The right backend of the family here: the kernel of ``eager``, which reads nothing on the host."""
+    """The right backend of the family here.
+
+    The kernel of ``eager``, which reads nothing on the host.
+    """
 
     def __init__(self, problem: RoutingProblem, device: DeviceInfo) -> None:
         self.kernel = registry().build("eager", problem, device)
@@ -57,7 +63,9 @@ class RoutesWhatItKept(Eager):
     def __call__(self, logits: Tensor, **operands: Any) -> RoutingOutput:
         if self.kept is None or self.kept.shape != logits.shape:
             self.kept = logits.clone()
-        return self.kernel(self.kept if torch.cuda.is_current_stream_capturing() else logits, **operands)
+        return self.kernel(
+            self.kept if torch.cuda.is_current_stream_capturing() else logits, **operands
+        )
 
 
 @caught_by("a_cuda_graph_replays_with_new_inputs", "gemma4", saying="padding", only_on="cuda")
@@ -70,7 +78,12 @@ class CountOfTheCapture(Eager):
         return self.kernel(logits, **operands)
 
 
-@caught_by("the_tensors_device_is_used", "gemma4", saying="expected outputs on cuda:1|is on cuda:0", only_on="two devices")
+@caught_by(
+    "the_tensors_device_is_used",
+    "gemma4",
+    saying="expected outputs on cuda:1|is on cuda:0",
+    only_on="two devices",
+)
 class OutputsOnTheCurrentDevice(Eager):
     """Allocates its outputs on the current device."""
 
@@ -78,10 +91,17 @@ class OutputsOnTheCurrentDevice(Eager):
         output = self.kernel(logits, **operands)
         if operands.get("out") is not None:
             return output
-        return RoutingOutput(*(tensor.to(torch.device("cuda", torch.cuda.current_device())) for tensor in output))
+        return RoutingOutput(
+            *(tensor.to(torch.device("cuda", torch.cuda.current_device())) for tensor in output)
+        )
 
 
-@caught_by("the_tensors_device_is_used", "gemma4", saying="current device was changed", only_on="two devices")
+@caught_by(
+    "the_tensors_device_is_used",
+    "gemma4",
+    saying="current device was changed",
+    only_on="two devices",
+)
 class LeavesTheDeviceCurrent(Eager):
     """Makes the logits' device the current one."""
 
@@ -100,7 +120,9 @@ class OneBufferForAllDevices(Eager):
 
     def __call__(self, logits: Tensor, **operands: Any) -> RoutingOutput:
         output = self.kernel(logits, **operands)
-        kept = _KEPT.setdefault((logits.shape, logits.dtype), RoutingOutput(*(tensor.clone() for tensor in output)))
+        kept = _KEPT.setdefault(
+            (logits.shape, logits.dtype), RoutingOutput(*(tensor.clone() for tensor in output))
+        )
         if operands.get("out") is not None and kept.ids.device != logits.device:
             output.weights.copy_(kept.weights)
             output.ids.copy_(kept.ids)
