@@ -77,6 +77,7 @@ def check_operands(
     :param num_experts: E as a configuration says it, if one does.
     """
     logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+    check_dense(operands)
     check_logits(logits)
     num_tokens, columns = logits.shape
     if num_experts is not None and columns != num_experts:
@@ -102,6 +103,25 @@ def check_operands(
     check_ids_dtype(ids_dtype, out)
     if out is not None:
         check_out(out, topk + spec.shared_experts, logits)
+
+
+def check_dense(operands: Operands) -> None:
+    """Require dense tensors: sparse, nested and other layouts have no strides that a kernel could read by."""
+    given = {**operands._asdict(), "weights of out": None, "ids of out": None}
+    if operands.out is not None:
+        given["weights of out"], given["ids of out"] = operands.out
+    for argument, value in given.items():
+        if isinstance(value, Tensor) and not is_dense(value):
+            expected = (
+                "a dense tensor [T, E] of rank 2" if argument == "logits" else "a dense tensor"
+            )
+            layout = "nested" if value.is_nested else value.layout
+            _wrong(ValueError, argument, expected, f"{shown(value)}, layout {layout}")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor has a shape and strides."""
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def check_writable(out: RoutingOutput) -> None:
@@ -133,7 +153,7 @@ def check_logits(logits: object) -> None:
     if logits.dtype not in LOGITS_DTYPES:
         names = ", ".join(sorted(str(dtype) for dtype in LOGITS_DTYPES))
         _wrong(TypeError, "logits", f"a dtype among {names}", logits.dtype)
-    if logits.dim() != _MATRIX or logits.layout is not torch.strided:
+    if logits.dim() != _MATRIX:
         _wrong(
             ValueError,
             "logits",
@@ -215,7 +235,9 @@ def counted(operands: Operands) -> Operands:
     number = integer("num_valid_tokens", valid, "an int or an integer tensor")
     if number < 0:
         _wrong(ValueError, "num_valid_tokens", "a number >= 0", number)
-    rows = logits.shape[0] if isinstance(logits, Tensor) and logits.dim() else 0
+    rows = (
+        logits.shape[0] if isinstance(logits, Tensor) and is_dense(logits) and logits.dim() else 0
+    )
     return operands._replace(num_valid_tokens=min(number, rows))
 
 

@@ -386,3 +386,41 @@ def test_whatever_comes_the_answer_is_right_or_a_type_or_value_error_naming_an_a
         message = re.match(r"(\w+): expected .+, got ", refusal, re.DOTALL)
         assert message, refusal
         assert message[1] in {argument, "topk"}
+
+
+def operands_of_every_kind():
+    """Return a spec with a call of it for each operand that is a tensor."""
+    table = {"selection": "token_table"}
+    biased = {"selection": "scores_plus_bias", "score": "sigmoid"}
+    return {
+        "logits": ({}, torch.zeros(T, E)),
+        "per_expert_scale": ({"per_expert_scale": True}, torch.ones(E)),
+        "bias": (biased, torch.ones(E)),
+        "token_ids": (table, torch.zeros(T, dtype=torch.int64)),
+        "expert_table": (table, torch.zeros(3, 2, dtype=torch.int64)),
+        "num_valid_tokens": ({}, torch.ones(1, dtype=torch.int64)),
+        "expert_map": ({}, torch.arange(E)),
+        "out": ({}, torch.zeros(T, 2)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", ["sparse", "strided nested", "jagged nested"])
+@pytest.mark.parametrize("argument", operands_of_every_kind())
+def test_operands_of_other_layouts_are_refused_by_name(argument, layout):
+    every = operands_of_every_kind()
+    fields, right = every[argument]
+    if layout == "sparse":
+        wrong = right.to_sparse()
+    else:
+        kind = torch.strided if layout.startswith("strided") else torch.jagged
+        wrong = torch.nested.nested_tensor(
+            list(right.reshape(1, -1)), layout=kind, dtype=right.dtype
+        )
+    call = {"logits": torch.zeros(T, E), "topk": 2}
+    call |= {name: value for name, (needs, value) in every.items() if needs == fields and needs}
+    call[argument] = (wrong, torch.zeros(T, 2, dtype=torch.int32)) if argument == "out" else wrong
+    with pytest.raises(
+        ValueError, match=f"^(weights of )?{argument}: expected a dense tensor.*layout"
+    ):
+        Router(RoutingSpec(family="f", **fields))(**call)
