@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
     Matches = Callable[[Operands, int | None, torch.dtype | None], bool]
 
-ABSENT = tuple(torch.empty(0, device="cpu") for _ in range(8))
-"""Stand for operands that a call does not bring.
 
-None is like an operand of a call that is kept, which has elements.
-"""
+class _Absent(Tensor):
+    """A type of tensor that no caller brings: the guard tells it from an empty tensor by its type."""
+
+
+ABSENT = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(8))
+"""Stand for operands that a call does not bring."""
 UNREADABLE = (AttributeError, RuntimeError, TypeError, ValueError)
 """What reading a wrong argument raises.
 
@@ -42,6 +44,14 @@ ORDINARY = (Tensor, torch.nn.Parameter)
 """Types of tensors that kernels take.
 
 Others (DTensor, fake tensors) know themselves what an operator does with them.
+"""
+
+
+_is_nested = Tensor.is_nested.__get__  # type: ignore[attr-defined] # a descriptor, whatever the stub says
+"""Tells whether a tensor is nested; raises ``TypeError`` for what is no tensor.
+
+The guard reads strides before anything else, and a nested tensor, asked for them from C++, ends the
+process.
 """
 
 
@@ -112,6 +122,10 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
             or preference.get() != preferred
             or (grads is not None and is_grad_enabled() is not grads)
             or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
+            or _is_nested(logits)
+            or (scale is not None and _is_nested(scale))
+            or (bias is not None and _is_nested(bias))
+            or (out is not None and (_is_nested(out[0]) or _is_nested(out[1])))
         ):
             return False
         weights, places = nowhere if out is None else out
@@ -176,7 +190,12 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
             or forward_ad._current_level >= 0  # noqa: SLF001 -- likewise
         ):
             return False
-        return alike(*_tensors(operands)) and (apart is None or apart(operands))
+        tensors = _tensors(operands)
+        return (
+            not any(map(_is_nested, tensors))
+            and alike(*tensors)
+            and (apart is None or apart(operands))
+        )
 
     return matches
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_routing._overlap import overlap
 from moe_routing.kernel import RoutingOutput
+from moe_routing.private_api import is_zero_tensor
 from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _MATRIX = 2
 
 
 def _wrong(error: type[Exception], argument: str, expected: str, got: object) -> NoReturn:
-    msg = f"{argument}: expected {expected}, got {got}"
+    msg = f"{argument}: expected {expected}, got {shown(got) if isinstance(got, int) else got}"
     raise error(msg)
 
 
@@ -60,6 +61,14 @@ def integer(argument: str, value: object, expected: str = "an int") -> int:
         return operator.index(value)  # type: ignore[arg-type] # that is what is asked
     except TypeError:
         raise TypeError(refusal(argument, expected, value)) from None
+
+
+def experts(num_experts: object) -> int:
+    """Return a number of experts that ids in int32 can count."""
+    number = integer("num_experts", num_experts)
+    if not 1 <= number < 2**31:
+        raise ValueError(refusal("num_experts", "an int from 1 to 2**31 - 1", number))
+    return number
 
 
 def check_operands(
@@ -107,10 +116,8 @@ def check_operands(
 
 def check_dense(operands: Operands) -> None:
     """Require dense tensors: sparse, nested and other layouts have no strides that a kernel could read by."""
-    given = {**operands._asdict(), "weights of out": None, "ids of out": None}
-    if operands.out is not None:
-        given["weights of out"], given["ids of out"] = operands.out
-    for argument, value in given.items():
+    given = [*operands._asdict().items(), *(("out", tensor) for tensor in operands.out or ())]
+    for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
             expected = (
                 "a dense tensor [T, E] of rank 2" if argument == "logits" else "a dense tensor"
@@ -127,8 +134,11 @@ def is_dense(tensor: Tensor) -> bool:
 def check_writable(out: RoutingOutput) -> None:
     """Require outputs that may be written in this mode.
 
-    Outside inference mode nothing writes what was made inside.
+    Outside inference mode nothing writes what was made inside, and nobody writes a tensor that stands
+    for zeros and has no memory.
     """
+    if any(is_zero_tensor(tensor) for tensor in out):
+        _wrong(ValueError, "out", "tensors that can be written", "tensors of zeros without memory")
     if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in out):
         _wrong(
             ValueError,

@@ -172,7 +172,7 @@ class Dispatcher:
         index: int | None = device.index  # torch types it as an int, but "cuda" has none
         if index is None and device.type not in ("cpu", "meta"):
             device = torch.empty(0, device=device).device
-        num_experts, topk = _check.integer("num_experts", num_experts), _check.integer("topk", topk)
+        num_experts, topk = _check.experts(num_experts), _check.integer("topk", topk)
         self.spec.check_size(num_experts, topk)
         key = (device, dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
         return self._resolved.get(key) or self._resolve(key)

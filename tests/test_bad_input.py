@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import moe_routing
 from moe_routing import Router, RoutingOutput, RoutingSpec
 from moe_routing._registry import registry
 from moe_routing.reference import oracle
@@ -407,7 +408,8 @@ def operands_of_every_kind():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("layout", ["sparse", "strided nested", "jagged nested"])
 @pytest.mark.parametrize("argument", operands_of_every_kind())
-def test_operands_of_other_layouts_are_refused_by_name(argument, layout):
+@pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])
+def test_operands_of_other_layouts_are_refused_by_name(argument, layout, warm):
     every = operands_of_every_kind()
     fields, right = every[argument]
     if layout == "sparse":
@@ -419,8 +421,45 @@ def test_operands_of_other_layouts_are_refused_by_name(argument, layout):
         )
     call = {"logits": torch.zeros(T, E), "topk": 2}
     call |= {name: value for name, (needs, value) in every.items() if needs == fields and needs}
+    call[argument] = (right, torch.zeros(T, 2, dtype=torch.int32)) if argument == "out" else right
+    route = Router(RoutingSpec(family="f", **fields))
+    if warm:
+        route(**call)
     call[argument] = (wrong, torch.zeros(T, 2, dtype=torch.int32)) if argument == "out" else wrong
-    with pytest.raises(
-        ValueError, match=f"^(weights of )?{argument}: expected a dense tensor.*layout"
-    ):
-        Router(RoutingSpec(family="f", **fields))(**call)
+    with pytest.raises(ValueError, match=f"^{argument}: expected a dense tensor.*layout"):
+        route(**call)
+
+
+@pytest.mark.parametrize(
+    "argument", [name for name in operands_of_every_kind() if name != "logits"]
+)
+@pytest.mark.parametrize("extras", [False, True], ids=["without extras", "with extras"])
+def test_an_empty_tensor_is_no_missing_operand_in_a_later_call(argument, extras):
+    plain = {"logits": torch.zeros(T, E), "topk": 2}
+    if extras:
+        plain["num_valid_tokens"] = torch.tensor([1])
+    route = Router(RoutingSpec(family="f"))
+    route(**plain)
+    empty = torch.zeros(0)
+    given = (empty, empty) if argument == "out" else empty
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected .*, got "):
+        route(**plain | {argument: given})
+
+
+@pytest.mark.parametrize("number", [10**5000, -(10**5000)], ids=["huge", "negative"])
+def test_a_number_of_any_size_is_refused_in_a_short_line(number):
+    logits, route = torch.zeros(T, E), Router(RoutingSpec(family="f"))
+    with pytest.raises(ValueError, match=r"^topk: expected .*, got ") as of_topk:
+        route(logits, number)
+    with pytest.raises(ValueError, match=r"^num_experts: expected .*, got ") as of_experts:
+        route.resolve("cpu", torch.float32, number, 2)
+    with pytest.raises(ValueError, match=r"^num_valid_tokens: expected .*, got ") as of_valid:
+        route(logits, 2, num_valid_tokens=-abs(number))
+    assert max(len(str(raised.value)) for raised in (of_topk, of_experts, of_valid)) < 100
+    assert "num_experts: expected" in moe_routing.explain("mixtral", num_experts=number).error
+
+
+def test_zeros_without_memory_are_no_outputs():
+    out = torch._efficientzerotensor(T, 2), torch.zeros(T, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^out: expected tensors that can be written, got "):
+        Router(RoutingSpec(family="f"))(torch.zeros(T, E), 2, out=out)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_routing_registry import DeviceInfo
-    from moe_routing_registry._loading import Plugin
 
 SECONDS = 60
 """How long doctor waits for one plug-in.
@@ -109,17 +108,17 @@ def load_and_ask() -> None:
     for key, why in left_out.items():
         known.leave_out(key, why)
 
-    def announce(plugin: Plugin) -> None:
+    def announce(key: str) -> None:
         _wait_for_threads()
-        print(plugin.key, file=channel, flush=True)
+        print(key, file=channel, flush=True)
 
-    known.load(announce)
+    known.load(lambda plugin: announce(plugin.key))
     for name, backend in known.backends.items():
         plugin = known.plugin(name)
         if plugin is not None and not plugin.built_in:
             others = frozenset(known.backends) - {name}
             for operation, device in itertools.product(backend.factories, devices):
-                announce(plugin)
+                announce(plugin.key)
                 with contextlib.suppress(UnknownNameError, PluginFailure):  # which the report says
                     known.resolve(
                         known.example(operation), device, Request(name, "argument", others)

@@ -225,8 +225,7 @@ class RoutingSpec:
             )
         else:
             return
-        msg = f"{name}: expected {expected}, got {value!r}"
-        raise ValueError(msg)
+        raise ValueError(refusal(name, expected, value))
 
     def replace(self, **changes: Any) -> RoutingSpec:  # noqa: ANN401 -- the fields' own types, checked on construction
         """Return a copy with some fields changed, checked like a new one."""
