@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _BOXED_FROM = 70
 """Columns that typer's boxes around options need."""
+_WHOLE = 10_000
+"""Characters within which every command's summary is whole."""
 Examples = tuple[tuple[str, str], ...]
 
 
@@ -44,6 +46,9 @@ def taught(*examples: tuple[str, str]) -> type[TyperCommand]:
     class Taught(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- likewise
             _teach(self, super().format_help, ctx, formatter, examples)
+
+        def get_short_help_str(self, limit: int = _WHOLE) -> str:  # noqa: ARG002 -- click's limit cuts words off
+            return super().get_short_help_str(_WHOLE)
 
         def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 -- likewise
             with reserved_stdout():

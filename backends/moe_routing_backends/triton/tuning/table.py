@@ -144,8 +144,9 @@ def parse(text: str, source: str) -> Table:
     except (RecursionError, MemoryError) as error:
         msg = f"expected JSON of a launch table, got {type(error).__name__}: {error}"
         raise ValueError(msg) from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        msg = f"schema: expected {SCHEMA}, got {data.get('schema') if isinstance(data, dict) else type(data).__name__}"
+    schema = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    if type(schema) is not int or schema != SCHEMA:  # True is no 1 here
+        msg = f"schema: expected {SCHEMA}, got {schema}"
         raise ValueError(msg)
     rules = {}
     for rule in _typed(data, "rules", list):
