@@ -59,7 +59,10 @@ def _teach(
     formatter: Any,  # noqa: ANN401 -- likewise
     examples: Examples,
 ) -> None:
-    """Print the help, then the examples, each command whole on its own line, what it is for on the next."""
+    """Print the help, then the examples.
+
+    Each command is on one line, unbroken; its purpose is on the next line.
+    """
     lines = [
         "Examples",
         *(
