@@ -190,7 +190,7 @@ class Result:
                 msg = (
                     f"expected schema_version {SCHEMA_VERSION}, got {held['schema_version']!r:.100}"
                 )
-                raise ValueError(msg)  # noqa: TRY301 -- what is wrong with the file, said like everything else below
+                raise ValueError(msg)  # noqa: TRY301 -- said below, like all that is wrong with it
             return cls(
                 settings=Settings.from_dict(held["settings"]),
                 device=held["device"],

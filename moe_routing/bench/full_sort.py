@@ -22,7 +22,8 @@ def empty_kernel():  # noqa: ANN201, D103 -- a kernel: what a launch alone takes
 
 @triton.jit
 def full_sort_kernel(  # noqa: ANN201, D103, PLR0913, PLR0917 -- a kernel
-    logits, scale, weights, ids, E: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,  # noqa: ANN001 -- likewise
+    logits, scale, weights, ids,  # noqa: ANN001 -- likewise
+    E: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, SIZE)

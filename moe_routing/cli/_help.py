@@ -20,7 +20,7 @@ Examples = tuple[tuple[str, str], ...]
 class Group(TyperGroup):
     """The program itself."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- click's classes, or typer's copy of them
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- click's or typer's
         """Print the help and the examples."""
         examples = (
             ("moe-routing doctor", "what is here, what is missing, and the command that fixes it"),

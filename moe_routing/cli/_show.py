@@ -122,7 +122,7 @@ def _point_stdout_to(stream: TextIO | None) -> None:
 
 
 def drop_stdout() -> None:
-    """Discard what stdout still holds and cannot write.
+    """Drop what stdout still holds and cannot write.
 
     Otherwise Python would try to write it again at the end of the process.
     """

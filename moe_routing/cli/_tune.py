@@ -171,8 +171,8 @@ def _measure(
 
     with progress() as bar:
         for router, report in asked:
-            assert isinstance(report.problem, RoutingProblem)  # noqa: S101 -- for mypy: `_chosen` saw to it
-            assert report.winner is not None  # noqa: S101 -- likewise
+            assert isinstance(report.problem, RoutingProblem)  # noqa: S101 -- `_chosen` saw to it
+            assert report.winner is not None  # noqa: S101 -- for mypy
             problem = report.problem
             name = f"{router} {problem.num_experts}/{problem.topk} {problem.dtype}"
             task = bar.add_task(name, total=None)

@@ -1,6 +1,6 @@
 """The pytest plug-in: the four options of ``pytest --pyargs moe_routing.conformance``.
 
-They say, among other things, which backend it checks. Everybody who has this distribution installed
+``--moe-backend`` names the backend that is checked. Everybody who has this distribution installed
 loads this file in every run of pytest, so it imports next to nothing.
 """
 

@@ -36,10 +36,12 @@ def _shuffled(row: Tensor, generator: torch.Generator) -> Tensor:
 def ties(num_experts: int, topk: int, dtype: torch.dtype, generator: torch.Generator) -> Kinds:
     """Return rows with equal logits.
 
-    All of a row, those across the boundary of the K best, those on few levels, and both zeros.
+    A row is equal everywhere, across the boundary of the K best, on few levels, or zeros of both
+    signs.
     """
     place = torch.arange(num_experts)
-    across = torch.where((place - topk).abs() <= 2, -float(topk), -place.double())  # noqa: PLR2004 -- two on either side
+    near = (place - topk).abs() <= 2  # noqa: PLR2004 -- two on either side
+    across = torch.where(near, -float(topk), -place.double())
     half = torch.rand(num_experts, generator=generator) < 0.5  # noqa: PLR2004 -- half
     zeros = torch.zeros(num_experts).masked_fill(half, -0.0)
     levels = torch.randint(0, 3, (num_experts,), generator=generator)
@@ -74,7 +76,7 @@ def non_finite(
 ) -> Kinds:
     """Return rows with NaN of both signs and several payloads, and rows with infinities.
 
-    From one to all of a row's logits are such.
+    Of a row's logits, between one and all are such.
     """
     base = ordinary(1, num_experts, dtype, generator)[0]
     place = torch.randperm(num_experts, generator=generator)

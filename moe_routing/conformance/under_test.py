@@ -83,7 +83,7 @@ class BackendUnderTest:
         request = Request(backend=self.backend, asked_by="argument")
         return registry().resolve(problem, probe(self.device), request).rejection(self.backend)
 
-    def kernel(self, problem: Problem) -> Any:  # noqa: ANN401 -- each operation's kernels have a type of their own
+    def kernel(self, problem: Problem) -> Any:  # noqa: ANN401 -- each operation has its own type
         """Build the backend's kernel for a problem of any operation.
 
         :raises DeclinedError: the backend declines the problem.

@@ -171,9 +171,10 @@ def log_scores(spec: RoutingSpec, x: Tensor) -> Tensor:
 def _log_softplus(x: Tensor) -> Tensor:
     """Return ``log(log(1 + e^x))``.
 
-    Below -40 it is x, because there log(1 + e^x) is e^x to float64's last bit.
+    Below -40 it is x, because there log(1 + e^x) is e^x to float64's last bit: e^-40 is 4e-18,
+    below float64's unit roundoff 1.1e-16.
     """
-    very_negative = x < -40.0  # noqa: PLR2004 -- e^-40 is 4e-18, below float64's unit roundoff 1.1e-16
+    very_negative = x < -40.0  # noqa: PLR2004 -- see above
     usual = torch.where(very_negative, 0.0, x)
     return torch.where(very_negative, x, torch.logaddexp(usual, torch.zeros_like(usual)).log())
 

@@ -89,7 +89,8 @@ class Shadow:
         self._health = Health(rate=rate)
         self._lock = ForkSafeLock()
         _shadows[self.key] = self
-        self._sampling = random.Random()  # noqa: S311 -- sampling; its own, so that the caller's seeds stay as they are
+        # A generator of its own, so that the caller's seeds stay as they are.
+        self._sampling = random.Random()  # noqa: S311 -- sampling
 
     def health(self) -> Health:
         """Return the counts so far."""

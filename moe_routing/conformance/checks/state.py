@@ -148,7 +148,7 @@ def what_is_prepared_serves_calls_with_and_without_out(
             _must_match(other, output, what)
 
 
-def _kernel(under_test: BackendUnderTest, call: Call) -> Any:  # noqa: ANN401 -- a Kernel and what else it can do
+def _kernel(under_test: BackendUnderTest, call: Call) -> Any:  # noqa: ANN401 -- a Kernel and more
     """Return the kernel that serves the call."""
     route, logits = _router(under_test, call), call.logits
     return route.resolve(

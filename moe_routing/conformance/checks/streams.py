@@ -166,7 +166,7 @@ def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Ca
             call.ids_dtype,
             call.logits.device,
         )
-        out = given if turn >= 2 else None  # noqa: PLR2004 -- the first turn of each device is without
+        out = given if turn >= 2 else None  # noqa: PLR2004 -- a device's first call has none
         routed.append(
             (
                 call,

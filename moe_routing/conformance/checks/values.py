@@ -345,11 +345,11 @@ def _must_stay_inside(under_test: BackendUnderTest, call: Call) -> None:
     )
     for name, value in _tensors(call):
         require(same_bits(value, before[name]), f"{name}: was changed")
-    unwritten = weights[inside].isnan() | (ids[inside] == -7)  # noqa: PLR2004 -- what they were filled with
+    unwritten = weights[inside].isnan() | (ids[inside] == -7)  # noqa: PLR2004 -- as filled above
     require(
         not unwritten.any(), f"{int(unwritten.sum())} of {size} elements of out were not written"
     )
-    for name, filled in (("weights", weights.isnan()), ("ids", ids == -7)):  # noqa: PLR2004 -- likewise
+    for name, filled in (("weights", weights.isnan()), ("ids", ids == -7)):  # noqa: PLR2004 -- same
         outside = ~torch.cat([filled[:GUARD], filled[-GUARD:]])
         require(
             not outside.any(),
