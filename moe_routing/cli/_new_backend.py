@@ -26,7 +26,10 @@ def new_backend(
 
     known = registry()
     if name in {*known.backends, *(failure.name for failure in known.failures), *_RESERVED}:
-        msg = f"name: expected one that is free, got {name!r}, which is taken; `moe-routing doctor` lists the backends"
+        msg = (
+            f"name: expected one that is free, got {name!r}, which is taken; "
+            "`moe-routing doctor` lists the backends"
+        )
         raise UsageError(msg)
     try:
         written = write(name, directory)

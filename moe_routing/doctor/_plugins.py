@@ -34,7 +34,10 @@ _DONE = "done"
 
 
 def leave_out_what_does_not_end(devices: Sequence[DeviceInfo]) -> None:
-    """Leave out of this process the plug-ins that hang, or that end the process, when they are loaded or asked."""
+    """Leave out of this process the plug-ins that hang, or that end the process.
+
+    They do so when they are loaded or asked.
+    """
     known = registry()
     if known.loaded or all(plugin.built_in for plugin in known.plugins()):
         return
@@ -50,7 +53,10 @@ def _first_that_does_not_end(
     left_out: dict[str, str], devices: Sequence[DeviceInfo]
 ) -> tuple[str, str] | None:
     """Load and ask all plug-ins but those left out, in a process that says which one comes next."""
-    script = f"import sys; sys.path[:] = {sys.path!r}; from moe_routing.doctor._plugins import load_and_ask; load_and_ask()"
+    script = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        "from moe_routing.doctor._plugins import load_and_ask; load_and_ask()"
+    )
     command, pipe = [sys.executable, "-c", script], subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)  # noqa: S603 -- this Python
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
