@@ -6,6 +6,7 @@ import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -208,9 +209,15 @@ def test_a_list_that_differs_by_layer_is_refused():
         from_config(config)
 
 
+def test_numpys_scalars_are_read_as_pythons():
+    numbers = {"n_group": np.int64(8), "topk_group": np.int32(4), "routed_scaling_factor": np.float32(2.5)}
+    assert from_config(said("deepseek_v3") | numbers) == from_config(said("deepseek_v3"))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        ("deepseek_v3", {"routed_scaling_factor": 10**400}, r"^routed_scaling_factor: expected a finite number, got 1000+"),
         ("mixtral", {"num_local_experts": 0}, r"^num_local_experts: expected an integer >= 1, got 0$"),
         ("mixtral", {"num_local_experts": None}, r"^num_local_experts: expected an integer >= 1, got None$"),
         ("mixtral", {"num_local_experts": 8.0}, r"^num_local_experts: expected an integer >= 1, got 8\.0$"),

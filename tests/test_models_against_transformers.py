@@ -306,7 +306,7 @@ CASES = (
     Case(
         "deepseek_v4_hash",
         "deepseek_v4.DeepseekV4HashRouter",
-        ({"routed_scaling_factor": 2.5, "vocab_size": VOCABULARY},),
+        ({"routed_scaling_factor": 2.5, "vocab_size": VOCABULARY}, {"scoring_func": "sigmoid", "vocab_size": VOCABULARY}),
         with_token_ids,
         config="deepseek_v4",
     ),

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from moe_routing.models._contradictions import contradictions
-from moe_routing.models._preset import ANYTHING_ELSE, row
+from moe_routing.models._preset import ANYTHING_ELSE, SIZES, first, row
 from moe_routing.models._table import MODELS, NOT_EXPRESSED
 from moe_routing_registry import RoutingSpec, UnknownNameError
 from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from moe_routing.models._preset import Changes, ModelPreset, Reads
+
+    Find = Callable[["str | tuple[str, ...]"], tuple[str, object]]
+    """Takes the names of one thing; returns the one under which it was found, and its value."""
 
 _MISSING: Final = object()
 _NESTED = ("text_config", "thinker_config", "llm_config", "language_config")
@@ -24,7 +32,7 @@ _INTEGERS = {"num_experts": 1, "topk": 1, "num_groups": 1, "topk_groups": 1, "ze
 """Fields that are integers, with the smallest that makes sense."""
 _ENTRIES = (bool, int, float)
 """Types of what a list may have for each layer."""
-_SIZES: Reads = {
+_USUAL_SIZES: Reads = {
     "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     "topk": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
 }
@@ -90,7 +98,7 @@ def from_config(config: object) -> ConfiguredRouting:
 
 def _preset_of_plugin(name: str, spec: RoutingSpec) -> ModelPreset:
     """Return a preset that reads E and K only: what else a plug-in's configuration says must be what its spec computes."""
-    [preset] = row(name, family="softmax_topk", size=(None, None), reads=_SIZES, source="a plug-in")
+    [preset] = row(name, family="softmax_topk", size=(None, None), reads=_USUAL_SIZES, source="a plug-in")
     return replace(preset, spec=spec)
 
 
@@ -105,15 +113,34 @@ def _with_router(config: object, model: str | None) -> tuple[str | None, object]
     return model, config
 
 
-def _read(preset: ModelPreset, config: object) -> ConfiguredRouting:
+def spec_of(preset: ModelPreset, values: Mapping[str, object]) -> RoutingSpec:
+    """Return what a preset computes for a configuration with these values.
+
+    :param values: attribute -> value, for each of ``preset.settings``.
+    :raises ValueError: a value is impossible; names its attribute.
+
+    >>> spec_of(MODELS["ernie4_5_moe"], {"moe_norm_min": 0.5}).renorm_floor
+    0.5
+    """
+    fields = [field for field in preset.reads if field not in SIZES]
+    return preset.spec.replace(**_said(preset, lambda names: (first(names), values[first(names)]), fields)[0])
+
+
+def _said(preset: ModelPreset, find: Find, fields: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what these fields and those that choices fix are, and by which names the fields were found."""
     said: dict[str, Any] = {}
     for attribute, options in preset.choices.items():
-        said.update(_chosen(preset, attribute, options, _find(preset, config, attribute)[1]))
+        said.update(_chosen(preset, attribute, options, find(attribute)[1]))
     names: dict[str, str] = {}
-    for field, attribute_names in preset.reads.items():
+    for field in fields:
         if field not in said:
-            names[field], value = _find(preset, config, attribute_names)
+            names[field], value = find(preset.reads[field])
             said[field] = _valued(field, names[field], value)
+    return said, names
+
+
+def _read(preset: ModelPreset, config: object) -> ConfiguredRouting:
+    said, names = _said(preset, partial(_find, preset, config), preset.reads)
     num_experts, topk = said.pop("num_experts"), said.pop("topk")
     try:
         spec = preset.spec.replace(**said)
@@ -192,12 +219,13 @@ def _valued(field: str, attribute: str, value: object) -> bool | int | float:
             return value
         expected = "True or False"
     elif field in _INTEGERS:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= _INTEGERS[field]:
-            return value
+        if not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= _INTEGERS[field]:
+            return int(value)
         expected = f"an integer >= {_INTEGERS[field]}"
     else:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        with suppress(OverflowError):  # an integer beyond float64
+            if not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value):
+                return float(value)
         expected = "a finite number"
     raise ValueError(refusal(attribute, expected, value))
 
