@@ -1,13 +1,16 @@
-"""The eager backend on the CPU beside the two formulas that people write: one thread, medians and spread.
+"""The eager backend on the CPU beside the two formulas that people write.
+
+One thread, medians and spread.
 
     python benchmarks/cpu_eager.py [--json FILE] [--tokens 1,16,64,256,4096,65536]
 
-`one-hot`: softmax over all experts, masked to the chosen by a one-hot, renormalised, scaled (the published Gemma4
-reference). `top-k first`: torch.topk, softmax over the K chosen in float32, scaled; its ties are arbitrary. `ours` has
-exact ties. What is timed is checked first: the same weights wherever the ids agree, and the ids of a stable sort.
+`one-hot`: softmax over all experts, masked to the chosen by a one-hot, renormalised, scaled (the
+published Gemma4 reference). `top-k first`: torch.topk, softmax over the K chosen in float32,
+scaled; its ties are arbitrary. `ours` has exact ties. What is timed is checked first: the same
+weights wherever the ids agree, and the ids of a stable sort.
 
-Calls take turns over many inputs: routed again and again, the same rows teach the CPU's branch predictor the way through
-sort and top-k, which then seem to take down to an eighth of their time.
+Calls take turns over many inputs: routed again and again, the same rows teach the CPU's branch
+predictor the way through sort and top-k, which then seem to take down to an eighth of their time.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ SETS_ELEMENTS = 1 << 22
 ROUTE = moe_routing.get_router("gemma4", backend="eager")
 
 
-def topk_first(logits: torch.Tensor, k: int, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def topk_first(
+    logits: torch.Tensor, k: int, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weigh the chosen ones only."""
     values, ids = torch.topk(logits, k, dim=-1)
     return torch.softmax(values, -1, dtype=torch.float32) * scale[ids], ids.to(torch.int32)
@@ -55,12 +60,20 @@ def check(logits: torch.Tensor, scale: torch.Tensor) -> None:
         msg = "ours: ids differ from those of a stable sort"
         raise AssertionError(msg)
     torch.testing.assert_close(
-        weights, logits.float().gather(-1, expected).softmax(-1) * scale[expected], rtol=2e-6, atol=1e-12
+        weights,
+        logits.float().gather(-1, expected).softmax(-1) * scale[expected],
+        rtol=2e-6,
+        atol=1e-12,
     )
 
 
-def rounds(inputs: list[torch.Tensor], scale: torch.Tensor, seconds: float) -> dict[str, list[float]]:
-    """Time every contender in turn, again and again, so that a noisy moment meets all of them; microseconds a call."""
+def rounds(
+    inputs: list[torch.Tensor], scale: torch.Tensor, seconds: float
+) -> dict[str, list[float]]:
+    """Time every contender in turn, again and again, so that a noisy moment meets all of them.
+
+    Microseconds a call.
+    """
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     calls = max(1, 20_000 // inputs[0].numel())
     for contender in CONTENDERS.values():
@@ -78,7 +91,9 @@ def rounds(inputs: list[torch.Tensor], scale: torch.Tensor, seconds: float) -> d
 
 def main() -> None:
     """Measure, print a table, keep the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tokens", default="1,16,64,256,4096,65536")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each size and dtype")
@@ -110,7 +125,11 @@ def main() -> None:
                 + f"{median['ours'] / median['top-k first']:>14.2f} {median['one-hot'] / median['ours']:>15.1f}"
             )
     if arguments.json:
-        about.write(arguments.json, "eager on the CPU, one thread, E=128 K=8, microseconds a call", rows=rows)
+        about.write(
+            arguments.json,
+            "eager on the CPU, one thread, E=128 K=8, microseconds a call",
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""What routing is worth end to end: Gemma4-26B-A4B's real shape with random bf16 weights, on one GPU.
+"""What routing is worth end to end.
 
-``python benchmarks/e2e_gemma4.py run OUT.json`` builds the model on the GPU (50.5 GB, nothing is downloaded) and times
-prefill and decode with a static cache at batch 1, 16 and 64, through four routers in turn: transformers' own (stock), the
-algorithm of the published kernel (full sort), ours through ``moe_routing.integrations.transformers.patch``, and one that
-costs nothing (free): the ids and weights that stock gave for the very same step, from memory. It is the ceiling: what it
-saves is all that routing can save. A timed decode step is the same step again and again, so that every router sends the
-same tokens to the same experts and equally many experts are read. ``--tiny`` tries the script on a CPU;
-``plot IN.json OUT.png`` draws what was measured.
+Gemma4-26B-A4B's real shape with random bf16 weights, on one GPU.
+
+``python benchmarks/e2e_gemma4.py run OUT.json`` builds the model on the GPU (50.5 GB, nothing is
+downloaded) and times prefill and decode with a static cache at batch 1, 16 and 64, through four
+routers in turn: transformers' own (stock), the algorithm of the published kernel (full sort), ours
+through ``moe_routing.integrations.transformers.patch``, and one that costs nothing (free): the ids
+and weights that stock gave for the very same step, from memory. It is the ceiling: what it saves is
+all that routing can save. A timed decode step is the same step again and again, so that every
+router sends the same tokens to the same experts and equally many experts are read. ``--tiny`` tries
+the script on a CPU; ``plot IN.json OUT.png`` draws what was measured.
 """
 
 from __future__ import annotations
@@ -46,7 +49,10 @@ TINY = REAL | {
 }  # fmt: skip
 BATCHES, REPEATS = (1, 16, 64), 5
 EXPERTS = {1: "batched_mm", 16: "grouped_mm", 64: "grouped_mm"}
-"""The faster implementation of the experts for decoding; batched_mm copies the weights of every pair of token and expert."""
+"""The faster implementation of the experts for decoding.
+
+Batched_mm copies the weights of every pair of token and expert.
+"""
 Forward = Any
 
 
@@ -63,11 +69,18 @@ class Bench:
         torch.manual_seed(0)
         with torch.device(self.device):
             self.model: nn.Module = Gemma4ForCausalLM._from_config(  # noqa: SLF001 -- AutoModel has no class for a text configuration
-                self.config, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"
+                self.config,
+                dtype=torch.bfloat16,
+                attn_implementation="sdpa",
+                experts_implementation="grouped_mm",
             )
         self.model.eval().requires_grad_(requires_grad=False)
-        self.routers = [module for module in self.model.modules() if type(module).__name__ == "Gemma4TextRouter"]
-        for router in self.routers:  # logits of about N(0, 1), so that routing is neither uniform nor always the same
+        self.routers = [
+            module for module in self.model.modules() if type(module).__name__ == "Gemma4TextRouter"
+        ]
+        for router in (
+            self.routers
+        ):  # logits of about N(0, 1), so that routing is neither uniform nor always the same
             router.proj.weight.normal_()
             router.per_expert_scale.uniform_(0.5, 1.5)
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
@@ -82,7 +95,12 @@ class Bench:
                     raise RuntimeError(str(report))
                 yield
             return
-        forward = {"stock": None, "full sort": full_sort_forward, "free": self.free, "recording": self.record}[name]
+        forward = {
+            "stock": None,
+            "full sort": full_sort_forward,
+            "free": self.free,
+            "recording": self.record,
+        }[name]
         for router in self.routers if forward else ():
             router.forward = MethodType(forward, router)
         try:
@@ -109,18 +127,27 @@ def logits_of(router: Forward, hidden: Tensor) -> Tensor:
 
 
 def full_sort_forward(router: Forward, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Route as the published kernel does, in one launch behind the projection; int64 ids, as stock returns them."""
+    """Route as the published kernel does, in one launch behind the projection.
+
+    Int64 ids, as stock returns them.
+    """
     from full_sort import full_sort
 
     logits = logits_of(router, hidden)
     shape = (len(hidden), router.config.top_k_experts)
-    weights, ids = hidden.new_empty(shape, dtype=torch.float32), hidden.new_empty(shape, dtype=torch.int64)
+    weights, ids = (
+        hidden.new_empty(shape, dtype=torch.float32),
+        hidden.new_empty(shape, dtype=torch.int64),
+    )
     full_sort(logits, shape[1], router.per_expert_scale, (weights, ids))
     return logits, weights, ids
 
 
 class Decoder:
-    """Prefill, and one decode step over static tensors, at one batch size. A step has no host synchronisation."""
+    """Prefill, and one decode step over static tensors, at one batch size.
+
+    A step has no host synchronisation.
+    """
 
     def __init__(self, bench: Bench, batch: int) -> None:
         """Make the cache and the static tensors."""
@@ -133,7 +160,9 @@ class Decoder:
             raise ValueError(msg)
         self.cache = StaticCache(config=bench.config, max_cache_len=length)
         generator = torch.Generator().manual_seed(1)
-        self.tokens = torch.randint(3, bench.config.vocab_size, (batch, bench.prompt), generator=generator).to(device)
+        self.tokens = torch.randint(
+            3, bench.config.vocab_size, (batch, bench.prompt), generator=generator
+        ).to(device)
         self.token = self.tokens[:, :1].clone()
         self.next = torch.zeros_like(self.token)
         self.position = torch.full((1, 1), bench.prompt, dtype=torch.long, device=device)
@@ -142,7 +171,9 @@ class Decoder:
     def prefill(self) -> None:
         """Fill the cache with the prompt."""
         self.cache.reset()
-        output = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(
+            input_ids=self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
         self.token.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
 
     def rewind(self) -> None:
@@ -151,7 +182,10 @@ class Decoder:
             layer.cumulative_length.fill_(self.bench.prompt)
 
     def step(self) -> None:
-        """Decode the token behind the prompt; the next one is computed and not fed back, so all steps are alike."""
+        """Decode the token behind the prompt.
+
+        The next one is computed and not fed back, so all steps are alike.
+        """
         for layer in self.cache.layers:  # a Python count that picks a branch; it must not run on
             if hasattr(layer, "cumulative_length_int"):
                 layer.cumulative_length_int = self.bench.prompt
@@ -211,22 +245,34 @@ def judged(times: dict[str, list[float]], **about: object) -> dict[str, Any]:
         **about,
         "ms": times,
         "median_ms": median,
-        "spread_percent": {name: round(100 * (max(v) - min(v)) / median[name], 3) for name, v in times.items()},
-        "less_than_stock_percent": {name: round(100 * (1 - m / median["stock"]), 3) for name, m in median.items()},
-        "of_the_ceiling_percent": {name: round(100 * (median["stock"] - m) / ceiling, 1) for name, m in median.items()},
-        "routing_share_percent": {name: round(100 * (1 - median["free"] / m), 3) for name, m in median.items()},
+        "spread_percent": {
+            name: round(100 * (max(v) - min(v)) / median[name], 3) for name, v in times.items()
+        },
+        "less_than_stock_percent": {
+            name: round(100 * (1 - m / median["stock"]), 3) for name, m in median.items()
+        },
+        "of_the_ceiling_percent": {
+            name: round(100 * (median["stock"] - m) / ceiling, 1) for name, m in median.items()
+        },
+        "routing_share_percent": {
+            name: round(100 * (1 - median["free"] / m), 3) for name, m in median.items()
+        },
     }
     cells = "  ".join(f"{name} {m:.4f}" for name, m in median.items())
     of = row["of_the_ceiling_percent"]
     share = row["routing_share_percent"]
     print(
-        f"{about} ms: {cells} | of the ceiling: {of} | routing's share: {share} | spread: {row['spread_percent']}", flush=True
+        f"{about} ms: {cells} | of the ceiling: {of} | routing's share: {share} | spread: {row['spread_percent']}",
+        flush=True,
     )
     return row
 
 
 def graph_decode(bench: Bench, decoder: Decoder) -> dict[str, list[float]]:
-    """Time decode steps in CUDA graphs, captured anew for each block: where a capture lays its memory may cost time too."""
+    """Time decode steps in CUDA graphs, captured anew for each block.
+
+    Where a capture lays its memory may cost time too.
+    """
 
     def block(name: str) -> float:
         with bench.routed(name):
@@ -263,26 +309,45 @@ def prefill(bench: Bench, decoder: Decoder) -> dict[str, list[float]]:
 
 
 def agreement(bench: Bench, decoder: Decoder) -> dict[str, Any]:
-    """Compare our routing with stock, layer by layer on the same input: rows that differ must be ties."""
+    """Compare our routing with stock, layer by layer on the same input.
+
+    Rows that differ must be ties.
+    """
     inputs: list[tuple[Forward, Tensor]] = []
-    hooks = [r.register_forward_pre_hook(lambda router, args: inputs.append((router, args[0].clone()))) for r in bench.routers]
+    hooks = [
+        r.register_forward_pre_hook(lambda router, args: inputs.append((router, args[0].clone())))
+        for r in bench.routers
+    ]
     decoder.prefill()
     for hook in hooks:
         hook.remove()
-    found = {"layers": len(inputs), "rows": 0, "ties": 0, "wrong": 0, "largest_weight_difference": 0.0}
+    found = {
+        "layers": len(inputs),
+        "rows": 0,
+        "ties": 0,
+        "wrong": 0,
+        "largest_weight_difference": 0.0,
+    }
     for router, hidden in inputs:
         _, weights, ids = router(hidden)
         with bench.routed("ours"):
             _, our_weights, our_ids = router(hidden)
         logits = logits_of(router, hidden).float()
         same = (ids.sort(-1).values == our_ids.sort(-1).values).all(-1)
-        tie = (logits.gather(1, ids).sort(-1).values == logits.gather(1, our_ids).sort(-1).values).all(-1) & ~same
-        dense, our_dense = (torch.zeros_like(logits).scatter(1, i, w) for i, w in ((ids, weights), (our_ids, our_weights)))
+        tie = (
+            logits.gather(1, ids).sort(-1).values == logits.gather(1, our_ids).sort(-1).values
+        ).all(-1) & ~same
+        dense, our_dense = (
+            torch.zeros_like(logits).scatter(1, i, w)
+            for i, w in ((ids, weights), (our_ids, our_weights))
+        )
         found["rows"] += len(hidden)
         found["ties"] += int(tie.sum())
         found["wrong"] += int((~same & ~tie).sum())
         difference = (dense - our_dense)[same].abs().max()
-        found["largest_weight_difference"] = max(found["largest_weight_difference"], float(difference))
+        found["largest_weight_difference"] = max(
+            found["largest_weight_difference"], float(difference)
+        )
     print(f"agreement on the same logits: {found}", flush=True)
     if found["wrong"]:
         raise RuntimeError(str(found))
@@ -296,7 +361,8 @@ def run(out: Path, *, tiny: bool) -> None:
     begin = time.perf_counter()
     bench = Bench(tiny=tiny)
     result: dict[str, Any] = {
-        "what": "end to end: Gemma4-26B-A4B's shape, random bf16 weights" + (", TINY: a trial of the script" if tiny else ""),
+        "what": "end to end: Gemma4-26B-A4B's shape, random bf16 weights"
+        + (", TINY: a trial of the script" if tiny else ""),
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu" if tiny else torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -313,7 +379,12 @@ def run(out: Path, *, tiny: bool) -> None:
     batches = (1, 2) if tiny else BATCHES
     decoders = {batch: Decoder(bench, batch) for batch in batches}
 
-    def keep(stage: str, batch: int, measure: Callable[[Bench, Decoder], dict[str, list[float]]], experts: str) -> None:
+    def keep(
+        stage: str,
+        batch: int,
+        measure: Callable[[Bench, Decoder], dict[str, list[float]]],
+        experts: str,
+    ) -> None:
         bench.model.set_experts_implementation(experts)
         about = {"stage": stage, "batch": batch, "experts": experts}
         result["rows"].append(judged(measure(bench, decoders[batch]), **about))
@@ -327,7 +398,10 @@ def run(out: Path, *, tiny: bool) -> None:
         with bench.routed("recording"):
             decoders[batch].step()
         ids = torch.stack([bench.given[id(router)][1].flatten() for router in bench.routers])
-        print(f"batch {batch}: {statistics.mean(len(row.unique()) for row in ids):.1f} experts a layer", flush=True)
+        print(
+            f"batch {batch}: {statistics.mean(len(row.unique()) for row in ids):.1f} experts a layer",
+            flush=True,
+        )
 
     with torch.no_grad():
         decoders[batches[0]].prefill()
@@ -356,15 +430,32 @@ def plot(source: Path, out: Path) -> None:
     measured = json.loads(source.read_text())
     rows = [row for row in measured["rows"] if row["stage"] == "graph decode"]
     colours = {"stock": "#9e9e9e", "full sort": "#f4a261", "ours": "#2a9d8f", "free": "#264653"}
-    labels = {"stock": "transformers' own", "full sort": "full sort", "ours": "ours", "free": "a router that costs nothing"}
+    labels = {
+        "stock": "transformers' own",
+        "full sort": "full sort",
+        "ours": "ours",
+        "free": "a router that costs nothing",
+    }
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axes, key, names, title in (
-        (left, "less_than_stock_percent", ("full sort", "ours", "free"), "Decode step: less time than transformers' own, %"),
-        (right, "routing_share_percent", ("stock", "full sort", "ours"), "Share of routing in a decode step, %"),
+        (
+            left,
+            "less_than_stock_percent",
+            ("full sort", "ours", "free"),
+            "Decode step: less time than transformers' own, %",
+        ),
+        (
+            right,
+            "routing_share_percent",
+            ("stock", "full sort", "ours"),
+            "Share of routing in a decode step, %",
+        ),
     ):
         for offset, name in enumerate(names):
             bars = axes.bar(
-                [index + 0.27 * (offset - 1) for index in range(len(rows))], [row[key][name] for row in rows], 0.25
+                [index + 0.27 * (offset - 1) for index in range(len(rows))],
+                [row[key][name] for row in rows],
+                0.25,
             )
             for bar in bars:
                 bar.set_color(colours[name])
@@ -385,7 +476,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="measure")
     running.add_argument("out", type=Path, metavar="OUT.json")
-    running.add_argument("--tiny", action="store_true", help="a small model on the CPU, to try the script")
+    running.add_argument(
+        "--tiny", action="store_true", help="a small model on the CPU, to try the script"
+    )
     drawing = commands.add_parser("plot", help="draw what was measured")
     drawing.add_argument("source", type=Path, metavar="IN.json")
     drawing.add_argument("out", type=Path, metavar="OUT.png")

@@ -2,10 +2,11 @@
 
 ``python benchmarks/figures.py FOLDER`` draws into that folder. Each figure is drawn light and dark.
 
-- ``h200-kernels``: kernels in CUDA graphs: ours and the full sort from the newest run of ``gpu.py``, the fastest peer from
-  ``h200-peers.json``; all three measured in the same way.
-- ``h200-torch``: whole calls from the newest run of ``moe-routing bench`` that has torch.compile in it, and how many times our
-  time the others take, beside the ratios published for the full sort on an A100.
+- ``h200-kernels``: kernels in CUDA graphs: ours and the full sort from the newest run of
+  ``gpu.py``, the fastest peer from ``h200-peers.json``; all three measured in the same way.
+- ``h200-torch``: whole calls from the newest run of ``moe-routing bench`` that has torch.compile in
+  it, and how many times our time the others take, beside the ratios published for the full sort on
+  an A100.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ PUBLISHED_A100 = {
 def kernels() -> Result:
     """Put gpu.py's run and the peers' into one result; E = 128, K = 8."""
     run, held = newest("whole_calls_do_bench"), peers()
-    fastest = {(row["dtype"], row["T"]): fastest_peer(row) for row in held["rows"] if (row["E"], row["K"]) == (128, 8)}
+    fastest = {
+        (row["dtype"], row["T"]): fastest_peer(row)
+        for row in held["rows"]
+        if (row["E"], row["K"]) == (128, 8)
+    }
     rows = []
     for case in ours().values():
         if (case["spec"], case["E"], case["K"]) != ("gemma4", 128, 8):
@@ -47,7 +52,17 @@ def kernels() -> Result:
         moved = case["T"] * (128 * (2 if case["dtype"] == "bfloat16" else 4) + 8 * 8)
         ways = (("triton", True, case["us"]), ("full sort", False, case["full_sort_us"]))
         ways += (("fastest peer", False, fastest[case["dtype"], case["T"]]),)
-        rows += [Row(case=of, mode="graph", way=way, ours=mine, rounds=(us,), bytes=moved) for way, mine, us in ways]
+        rows += [
+            Row(
+                case=of,
+                mode="graph",
+                implementation=way,
+                is_backend=mine,
+                rounds=(us,),
+                bytes=moved,
+            )
+            for way, mine, us in ways
+        ]
     return Result(
         settings=Settings(device="cuda:0", modes=("graph",)),
         device={"name": run["device"]},
@@ -62,10 +77,17 @@ def kernels() -> Result:
 def draw_kernels(result: Result, theme: Theme) -> Figure:
     """Draw a panel a dtype."""
     figure = Figure(figsize=(9.4, 4.0), layout="constrained")
-    for axes, dtype in zip(figure.subplots(1, 2, sharey=True), ("bfloat16", "float32"), strict=True):
+    for axes, dtype in zip(
+        figure.subplots(1, 2, sharey=True), ("bfloat16", "float32"), strict=True
+    ):
         rows = [row for row in result.rows if row.case.dtype == dtype]
         draw(axes, result, Facet("gemma4", dtype, 128, 8, "graph"), rows, theme)
-        axes.set_title(f"{result.device['name']}, {dtype} logits, E = 128, K = 8", loc="left", color=theme.ink, fontsize=9)
+        axes.set_title(
+            f"{result.device['name']}, {dtype} logits, E = 128, K = 8",
+            loc="left",
+            color=theme.ink,
+            fontsize=9,
+        )
     return figure
 
 
@@ -74,8 +96,10 @@ def with_compile() -> Result:
     for path in sorted(RESULTS.glob("h200-*.json"), reverse=True):
         if "schema_version" in (held := json.loads(path.read_text())) and "rows" in held:
             result = Result.read(path)
-            result.rows = [row for row in result.rows if row.mode == "call" and row.case.dtype == "bfloat16"]
-            if any(row.way == "compile-default" and row.rounds for row in result.rows):
+            result.rows = [
+                row for row in result.rows if row.mode == "call" and row.case.dtype == "bfloat16"
+            ]
+            if any(row.implementation == "compile-default" and row.rounds for row in result.rows):
                 return result
     msg = "benchmarks/results: expected an h200-*.json of moe-routing bench with compile-default in mode call"
     raise FileNotFoundError(msg)
@@ -86,28 +110,50 @@ def draw_torch(result: Result, theme: Theme) -> Figure:
     figure = Figure(figsize=(9.4, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw(left, result, Facet("gemma4", "bfloat16", 128, 8, "call"), result.rows, theme)
-    left.set_title(f"whole calls, {result.device['name']}, bfloat16, E = 128, K = 8", loc="left", color=theme.ink, fontsize=9)
+    left.set_title(
+        f"whole calls, {result.device['name']}, bfloat16, E = 128, K = 8",
+        loc="left",
+        color=theme.ink,
+        fontsize=9,
+    )
     _ratios(right, result, theme)
     return figure
 
 
 def _ratios(axes: Axes, result: Result, theme: Theme) -> None:
     for way, published in PUBLISHED_A100.items():
-        rows = [row for row in result.rows if row.way == way and not row.ours and row.rounds]
+        rows = [
+            row
+            for row in result.rows
+            if row.implementation == way and not row.is_backend and row.rounds
+        ]
         ratios = [result.slowdown(row) or 0.0 for row in rows]
         colour = theme.others[way]
-        axes.plot([row.case.tokens for row in rows], ratios, marker="o", markersize=4, linewidth=1.4, color=colour, label=way)
+        axes.plot(
+            [row.case.tokens for row in rows],
+            ratios,
+            marker="o",
+            markersize=4,
+            linewidth=1.4,
+            color=colour,
+            label=way,
+        )
         axes.axhline(published, linestyle="--", linewidth=1, color=colour)
-    axes.plot([], [], "--", color=theme.ink, linewidth=1, label="published, A100: times the full sort")
+    axes.plot(
+        [], [], "--", color=theme.ink, linewidth=1, label="published, A100: times the full sort"
+    )
     axes.set_ylim(bottom=1)
-    style_axes(axes, theme, "times ours")
+    style_axes(axes, theme, "times the first backend")
     axes.set_title("how many times our time", loc="left", color=theme.ink, fontsize=9)
 
 
 def figures() -> Iterator[tuple[str, Figure]]:
     """Draw everything, light and dark."""
     for suffix, plain in (("", LIGHT), ("-dark", DARK)):
-        more = {"full sort": plain.others["baseline"], "fastest peer": plain.others["compile-default"]}
+        more = {
+            "full sort": plain.others["baseline"],
+            "fastest peer": plain.others["compile-default"],
+        }
         theme = plain._replace(others={**plain.others, **more})
         yield f"h200-kernels{suffix}", draw_kernels(kernels(), theme)
         yield f"h200-torch{suffix}", draw_torch(with_compile(), theme)

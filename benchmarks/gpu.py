@@ -1,9 +1,13 @@
-"""Time routing on a CUDA device against the full-sort kernel, eager PyTorch and torch.compile; write one JSON.
+"""Time routing on a CUDA device against the full-sort kernel, eager PyTorch and torch.compile.
 
-Run from the repository's root: ``python benchmarks/gpu.py OUT.json [--quick] [--kernels]``. Microseconds a call: the median
-of CUDA-graph replays that rotate over 4 to 16 input sets, as in a serving engine, alone and behind a linear layer; and host
-time of a plain call. Every case is checked against the float64 oracle before it is timed. Kernels are compiled before that,
-in as many processes as there are cores. ``--kernels`` leaves out whole calls against torch.compile, which take minutes.
+Write one JSON.
+
+Run from the repository's root: ``python benchmarks/gpu.py OUT.json [--quick] [--kernels]``.
+Microseconds a call: the median of CUDA-graph replays that rotate over 4 to 16 input sets, as in a
+serving engine, alone and behind a linear layer; and host time of a plain call. Every case is
+checked against the float64 oracle before it is timed. Kernels are compiled before that, in as many
+processes as there are cores. ``--kernels`` leaves out whole calls against torch.compile, which take
+minutes.
 """
 
 from __future__ import annotations
@@ -50,9 +54,18 @@ SPECS = {
 FLOAT = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ALL = (1, 16, 64, 512, 4096, 16384, 65536, 250_000)
 FEW = (1, 64, 4096, 65536)
-SIZES = [("gemma4", 128, 8, ALL), ("gemma4", 256, 8, FEW), ("gemma4", 512, 10, FEW), ("gemma4", 160, 6, FEW)]
+SIZES = [
+    ("gemma4", 128, 8, ALL),
+    ("gemma4", 256, 8, FEW),
+    ("gemma4", 512, 10, FEW),
+    ("gemma4", 160, 6, FEW),
+]
 OTHERS = [(name, 128, 8, FEW) for name in SPECS if name not in ("gemma4", "deepseek_v3")]
-OTHERS += [("deepseek_v3", 256, 8, FEW), ("sigmoid_bias", 256, 8, FEW), ("sigmoid_bias", 384, 8, FEW)]
+OTHERS += [
+    ("deepseek_v3", 256, 8, FEW),
+    ("sigmoid_bias", 256, 8, FEW),
+    ("sigmoid_bias", 384, 8, FEW),
+]
 HIDDEN = 2816
 """Width of the linear layer in front of Gemma4's routing."""
 
@@ -99,7 +112,10 @@ def case(  # noqa: PLR0913 -- what a case is
     route = Router(spec, backend="triton")
     inputs = [torch.randn(tokens, experts, device="cuda").to(FLOAT[dtype]) for _ in range(sets)]
     outs = [
-        RoutingOutput(torch.full((tokens, k), torch.nan, device="cuda"), torch.full((tokens, k), -7, device="cuda").int())
+        RoutingOutput(
+            torch.full((tokens, k), torch.nan, device="cuda"),
+            torch.full((tokens, k), -7, device="cuda").int(),
+        )
         for _ in range(sets)
     ]
     scale = torch.rand(experts, device="cuda") + 0.5
@@ -112,7 +128,14 @@ def case(  # noqa: PLR0913 -- what a case is
     part = min(tokens, 4096)
     first = RoutingOutput(outs[0].weights[:part], outs[0].ids[:part])
     found = compare(spec, inputs[0][:part], k, first, **operands)
-    row: dict[str, Any] = {"spec": name, "dtype": dtype, "E": experts, "K": k, "T": tokens, "wrong": found.problems[:3]}
+    row: dict[str, Any] = {
+        "spec": name,
+        "dtype": dtype,
+        "E": experts,
+        "K": k,
+        "T": tokens,
+        "wrong": found.problems[:3],
+    }
     row["us"] = graph_time(lambda i: route(inputs[i], k, **operands, out=outs[i]), sets)
     if baseline:
         row["full_sort_us"] = graph_time(lambda i: full_sort(inputs[i], k, scale, outs[i]), sets)
@@ -120,12 +143,18 @@ def case(  # noqa: PLR0913 -- what a case is
 
 
 def behind_linear(tokens: int) -> dict[str, Any]:
-    """Time the linear layer that gives Gemma4's logits, alone and with routing behind it, in turns; bfloat16."""
+    """Time the linear layer that gives Gemma4's logits, alone and with routing behind it, in turns.
+
+    Bfloat16.
+    """
     sets = 16 if tokens <= 64 else 4  # noqa: PLR2004 -- as many as fit a graph of a millisecond
     weight = torch.randn(128, HIDDEN, device="cuda", dtype=torch.bfloat16) / HIDDEN**0.5
     inputs = [torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
     outs = [
-        RoutingOutput(torch.empty(tokens, 8, device="cuda"), torch.empty(tokens, 8, device="cuda").int()) for _ in range(sets)
+        RoutingOutput(
+            torch.empty(tokens, 8, device="cuda"), torch.empty(tokens, 8, device="cuda").int()
+        )
+        for _ in range(sets)
     ]
     scale, route = torch.rand(128, device="cuda") + 0.5, Router(GEMMA4, backend="triton")
     linear = torch.nn.functional.linear
@@ -140,7 +169,10 @@ def behind_linear(tokens: int) -> dict[str, Any]:
 
 def against_torch(tokens: int) -> dict[str, Any]:
     """Time whole calls, allocation included, of the router and of PyTorch's ways, E = 128, K = 8, bfloat16."""
-    logits, scale = torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16), torch.rand(128, device="cuda")
+    logits, scale = (
+        torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16),
+        torch.rand(128, device="cuda"),
+    )
     route = Router(GEMMA4, backend="triton")
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: route(logits, 8, scale),
@@ -165,12 +197,24 @@ def sized() -> list[tuple[str, int, int, tuple[int, ...], bool]]:
 
 
 def compile_share(part: int, parts: int) -> None:
-    """Compile a share of the kernels by a call each; the other processes of ``compile_all`` do the rest."""
+    """Compile a share of the kernels by a call each.
+
+    The other processes of ``compile_all`` do the rest.
+    """
     every = [(dtype, size, tokens) for dtype in FLOAT for size in sized() for tokens in size[3]]
     for dtype, (name, experts, k, _, baseline), tokens in every[part::parts]:
-        logits, vector = torch.zeros(tokens, experts, device="cuda", dtype=FLOAT[dtype]), torch.ones(experts, device="cuda")
+        logits, vector = (
+            torch.zeros(tokens, experts, device="cuda", dtype=FLOAT[dtype]),
+            torch.ones(experts, device="cuda"),
+        )
         spec = SPECS[name]
-        operands = {"per_expert_scale": vector} if spec.per_expert_scale else {"bias": vector} if spec.needs_bias else {}
+        operands = (
+            {"per_expert_scale": vector}
+            if spec.per_expert_scale
+            else {"bias": vector}
+            if spec.needs_bias
+            else {}
+        )
         out = Router(spec, backend="triton")(logits, k, **operands)
         if baseline:
             full_sort(logits, k, vector, out)
@@ -213,7 +257,10 @@ def main() -> None:
     for tokens in (1, 16, 64, 512, 4096):
         results["behind_linear"].append(behind_linear(tokens))
         print(results["behind_linear"][-1], flush=True)
-    logits, scale = torch.randn(1, 128, device="cuda", dtype=torch.bfloat16), torch.rand(128, device="cuda")
+    logits, scale = (
+        torch.randn(1, 128, device="cuda", dtype=torch.bfloat16),
+        torch.rand(128, device="cuda"),
+    )
     route = Router(GEMMA4, backend="triton")
     out = route(logits, 8, scale)
     results["host_us"] = {

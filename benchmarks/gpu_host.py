@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_host.py OUT.json [--old DIR]
 
-`--old` names a checkout of another version, whose host times are measured in the same run, in processes that take turns with
-this one's. Host times: medians over blocks of 50 calls between synchronisations, so that the queue is never full.
-Gradients: the fused kernel beside the closed form in PyTorch, replayed in CUDA graphs, and whole calls of both. Compiled
-callers: a function with our operator beside the same function with a Triton kernel of the user's own, both compiled.
+`--old` names a checkout of another version, whose host times are measured in the same run, in
+processes that take turns with this one's. Host times: medians over blocks of 50 calls between
+synchronisations, so that the queue is never full. Gradients: the fused kernel beside the closed
+form in PyTorch, replayed in CUDA graphs, and whole calls of both. Compiled callers: a function with
+our operator beside the same function with a Triton kernel of the user's own, both compiled.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def host(call: Callable[[], object]) -> float:
 
 def calls() -> dict[str, float]:
     """Time whole calls of the router at T = 1."""
-    logits, scale = torch.randn(1, E, device="cuda", dtype=torch.bfloat16), torch.rand(E, device="cuda")
+    logits, scale = (
+        torch.randn(1, E, device="cuda", dtype=torch.bfloat16),
+        torch.rand(E, device="cuda"),
+    )
     route = moe_routing.get_router("gemma4", backend="triton")
     plain = moe_routing.get_router("sigmoid_bias_topk", backend="triton")
     bias = torch.randn(E, device="cuda")
@@ -59,8 +63,12 @@ def calls() -> dict[str, float]:
         return {
             "route(logits, 8, scale)": host(lambda: route(logits, K, scale)),
             "route(logits, 8, scale, out=out)": host(lambda: route(logits, K, scale, out=out)),
-            "sigmoid_bias_topk: route(logits, 8, bias=bias)": host(lambda: plain(logits, K, bias=bias)),
-            "the bound kernel with out=": host(lambda: bound(logits, per_expert_scale=scale, out=out)),
+            "sigmoid_bias_topk: route(logits, 8, bias=bias)": host(
+                lambda: plain(logits, K, bias=bias)
+            ),
+            "the bound kernel with out=": host(
+                lambda: bound(logits, per_expert_scale=scale, out=out)
+            ),
         }
 
 
@@ -68,7 +76,10 @@ def parts() -> dict[str, float]:
     """Time what a call is made of."""
     from moe_routing_backends.triton.runtime import launcher as direct
 
-    logits, scale = torch.randn(1, E, device="cuda", dtype=torch.bfloat16), torch.rand(E, device="cuda")
+    logits, scale = (
+        torch.randn(1, E, device="cuda", dtype=torch.bfloat16),
+        torch.rand(E, device="cuda"),
+    )
     route = moe_routing.get_router("gemma4", backend="triton")
     out = route(logits, K, scale)
     bound: Any = route.resolve("cuda", logits.dtype, E, K).kernel
@@ -79,12 +90,20 @@ def parts() -> dict[str, float]:
     return {
         "the launch alone": host(lambda: ready(1, stream, arguments)),
         "two allocations": host(
-            lambda: (direct.empty((1, K), (K, 1), torch.float32), direct.empty((1, K), (K, 1), torch.int32))
+            lambda: (
+                direct.empty((1, K), (K, 1), torch.float32),
+                direct.empty((1, K), (K, 1), torch.int32),
+            )
         ),
         "two torch.empty": host(
-            lambda: (torch.empty(1, K, device="cuda"), torch.empty(1, K, device="cuda", dtype=torch.int32))
+            lambda: (
+                torch.empty(1, K, device="cuda"),
+                torch.empty(1, K, device="cuda", dtype=torch.int32),
+            )
         ),
-        "current device and stream": host(lambda: (direct.current_device(), direct.current_stream(0))),
+        "current device and stream": host(
+            lambda: (direct.current_device(), direct.current_stream(0))
+        ),
         "an empty function": host(lambda: None),
     }
 
@@ -110,21 +129,33 @@ def gradient(model: str, experts: int, tokens: int) -> dict[str, Any]:
     }
     fused, formula = (way() for way in ways.values())
     again = bound.backward(grad, logits, ids, scale)
-    off = [float((a.float() - b.float()).abs().max()) for a, b in zip(fused, formula, strict=True) if a.numel()]
+    off = [
+        float((a.float() - b.float()).abs().max())
+        for a, b in zip(fused, formula, strict=True)
+        if a.numel()
+    ]
     row: dict[str, Any] = {
         "model": model, "E": experts, "K": K, "T": tokens, "dtype": "bfloat16",
         "same bits again": all(torch.equal(a, b) for a, b in zip(fused, again, strict=True)), "largest difference": max(off),
     }  # fmt: skip
     for way, call in ways.items():
-        row[f"{way}, in a graph"] = round(do_bench_cudagraph(call, rep=10, return_mode="median") * 1e3, 2)
-        row[f"{way}, called"] = round(do_bench(call, warmup=5, rep=20, return_mode="median") * 1e3, 2)
+        row[f"{way}, in a graph"] = round(
+            do_bench_cudagraph(call, rep=10, return_mode="median") * 1e3, 2
+        )
+        row[f"{way}, called"] = round(
+            do_bench(call, warmup=5, rep=20, return_mode="median") * 1e3, 2
+        )
     return row
 
 
 def gradients() -> list[dict[str, Any]]:
     """Time gradients of one spec of each kind: a scale, a softmax over the row, groups."""
     models = (("gemma4", 128), ("qwen2_moe", 128), ("deepseek_v3", 256))
-    return [gradient(model, experts, tokens) for model, experts in models for tokens in (64, 4096, 65536)]
+    return [
+        gradient(model, experts, tokens)
+        for model, experts in models
+        for tokens in (64, 4096, 65536)
+    ]
 
 
 def compiled_callers() -> dict[str, float]:
@@ -132,7 +163,10 @@ def compiled_callers() -> dict[str, float]:
     from moe_routing.bench.full_sort import full_sort
 
     route = moe_routing.get_router("gemma4", backend="triton")
-    logits, scale = torch.randn(1, E, device="cuda", dtype=torch.bfloat16), torch.rand(E, device="cuda")
+    logits, scale = (
+        torch.randn(1, E, device="cuda", dtype=torch.bfloat16),
+        torch.rand(E, device="cuda"),
+    )
 
     def ours(logits: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, ids = route(logits * 2, K, scale)
@@ -150,7 +184,9 @@ def compiled_callers() -> dict[str, float]:
         operator = torch.ops.moe_routing.route.default
         text = route.spec.to_json()
         found["the operator, called"] = host(
-            lambda: operator(logits, scale, None, None, None, None, None, text, K, SMALL_IDS, "triton")
+            lambda: operator(
+                logits, scale, None, None, None, None, None, text, K, SMALL_IDS, "triton"
+            )
         )
         for mode in ("default", "reduce-overhead"):
             for name, function in (("our operator", ours), ("a user's Triton kernel", theirs)):
@@ -178,7 +214,9 @@ def elsewhere(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print, keep the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out")
     parser.add_argument("--old", type=Path)
     parser.add_argument("--calls", action="store_true", help=argparse.SUPPRESS)
@@ -192,7 +230,11 @@ def main() -> None:
         measured["calls"].append(elsewhere(here))
         if arguments.old:
             measured["calls, old"].append(elsewhere(arguments.old))
-    for name, part in (("parts", parts), ("gradients", gradients), ("compiled callers", compiled_callers)):
+    for name, part in (
+        ("parts", parts),
+        ("gradients", gradients),
+        ("compiled callers", compiled_callers),
+    ):
         measured[name] = part()
         print(name, json.dumps(measured[name], indent=1), flush=True)
     print(json.dumps({name: measured[name] for name in ("calls", "calls, old")}, indent=1))
@@ -201,7 +243,14 @@ def main() -> None:
 
     info = moe_routing.probe("cuda")
     what = "host time of a call at T = 1, gradients, compiled callers; microseconds"
-    about.write(Path(arguments.out), what, device=info.name, driver=info.driver, triton=triton.__version__, **measured)
+    about.write(
+        Path(arguments.out),
+        what,
+        device=info.name,
+        driver=info.driver,
+        triton=triton.__version__,
+        **measured,
+    )
 
 
 if __name__ == "__main__":

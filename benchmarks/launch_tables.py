@@ -3,12 +3,13 @@
     python benchmarks/launch_tables.py measure KINDS OUT.json TABLE.json   # rules of the device's table, measured again
     python benchmarks/launch_tables.py cliffs KINDS OUT.json               # the table in use; exit code 1 where a time falls
 
-KINDS are those of rules, with commas (``logits,row_sum``), or ``all``. ``measure`` does for every rule what
-``moe-routing tune`` does for one problem, and writes a table with these rules in TABLE.json; rules that it does not
-measure stay. ``cliffs`` times the launch that the table gives for each of ``TOKENS``, three times, and prints the
-worst places: a call that gets more than 10 % faster when the number of tokens grows by a quarter is served by a wrong
-launch. Microseconds a call: the median of CUDA-graph replays over rotating inputs. Kernels are compiled first, in as
-many processes as there are cores.
+KINDS are those of rules, with commas (``logits,row_sum``), or ``all``. ``measure`` does for every
+rule what ``moe-routing tune`` does for one problem, and writes a table with these rules in
+TABLE.json; rules that it does not measure stay. ``cliffs`` times the launch that the table gives
+for each of ``TOKENS``, three times, and prints the worst places: a call that gets more than 10 %
+faster when the number of tokens grows by a quarter is served by a wrong launch. Microseconds a
+call: the median of CUDA-graph replays over rotating inputs. Kernels are compiled first, in as many
+processes as there are cores.
 """
 
 from __future__ import annotations
@@ -60,15 +61,27 @@ WORST = 20
 
 
 def problems(kinds: str) -> list[RoutingProblem]:
-    """Return a problem for each rule of these kinds: the sizes that models have, and those of the table in use."""
-    asked = {(kind, bits, *size) for kind, bits, size in product(SPECS, (16, 32), SIZES) if kind != "bias"}
-    asked |= {(kind, bits, experts, 8 if width == 8 else 10) for kind, bits, experts, width in _table().rules}  # noqa: PLR2004 -- the short list
+    """Return a problem for each rule of these kinds.
+
+    The sizes that models have, and those of the table in use.
+    """
+    asked = {
+        (kind, bits, *size)
+        for kind, bits, size in product(SPECS, (16, 32), SIZES)
+        if kind != "bias"
+    }
+    asked |= {
+        (kind, bits, experts, 8 if width == 8 else 10)  # noqa: PLR2004 -- the short list
+        for kind, bits, experts, width in _table().rules
+    }
     found = {}
     for kind, bits, experts, topk in sorted(asked):
         dtype = "float32" if bits == 32 else "bfloat16"  # noqa: PLR2004 -- bits of float32
         problem = RoutingProblem(spec=SPECS[kind], num_experts=experts, topk=topk, dtype=dtype)
         found.setdefault(key_of(problem), problem)
-    return [problem for key, problem in found.items() if kinds == "all" or key[0] in kinds.split(",")]
+    return [
+        problem for key, problem in found.items() if kinds == "all" or key[0] in kinds.split(",")
+    ]
 
 
 def _table() -> Any:  # noqa: ANN401 -- a launch table
@@ -99,17 +112,25 @@ def graphed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def compile_share(mode: str, kinds: str, part: int, parts: int) -> None:
-    """Compile a share of the kernels by a call each; the other processes of ``compile_all`` do the rest."""
+    """Compile a share of the kernels by a call each.
+
+    The other processes of ``compile_all`` do the rest.
+    """
     device = probe("cuda:0")
     every = []
     for problem in problems(kinds):
         used = [step.launch for step in table_for(device, problem).steps(problem)]
         every += [
-            (problem, launch) for launch in dict.fromkeys([*used, *(candidates(problem, device) if mode == "measure" else ())])
+            (problem, launch)
+            for launch in dict.fromkeys(
+                [*used, *(candidates(problem, device) if mode == "measure" else ())]
+            )
         ]
     for problem, launch in every[part::parts]:
         try:
-            _Inputs(problem, device, 2)._routed(TritonRouter(problem, device, (Step(math.inf, launch),)))  # noqa: SLF001 -- as tune does
+            _Inputs(problem, device, 2)._routed(  # noqa: SLF001 -- as tune does
+                TritonRouter(problem, device, (Step(math.inf, launch),))
+            )
         except Exception as error:  # noqa: BLE001, PERF203 -- what does not compile is named when it is measured
             print(f"{problem}: {shown(launch)}: {type(error).__name__}", file=sys.stderr)
 
@@ -154,12 +175,20 @@ def cliffs(kinds: str, out: Path) -> bool:
     for problem in problems(kinds):
         router = TritonRouter(problem, device)
         runs = [
-            {T: graphed(_Inputs(problem, device, T).turns(router), torch.device("cuda:0")) for T in TOKENS} for _ in range(3)
+            {
+                T: graphed(_Inputs(problem, device, T).turns(router), torch.device("cuda:0"))
+                for T in TOKENS
+            }
+            for _ in range(3)
         ]
         times = {T: statistics.median(run[T] for run in runs) for T in TOKENS}
         results.append({"rule": named(problem), "us": {T: round(us, 3) for T, us in times.items()}})
-        # Below 16 tokens the next size is more than a quarter away; a larger T that is faster is a wrong step there too.
-        steps += [(times[b] / times[a], named(problem), a, b, times[a], times[b]) for a, b in zip(TOKENS, TOKENS[1:])]  # noqa: B905, RUF007 -- neighbours
+        # Below 16 tokens the next size is more than a quarter away; a larger T that is faster is a
+        # wrong step there too.
+        steps += [
+            (times[b] / times[a], named(problem), a, b, times[a], times[b])
+            for a, b in zip(TOKENS, TOKENS[1:])  # noqa: B905, RUF007 -- neighbours
+        ]
     steps.sort()
     for share, name, a, b, before, after in steps[:WORST]:
         print(f"{share:.3f}  {name}: T = {a} takes {before:.2f} us, T = {b} {after:.2f} us")

@@ -1,7 +1,9 @@
-"""Write the tables of README and of docs/performance.md that say what was measured: part of ``make figures``.
+"""Write the tables of README and of docs/performance.md that say what was measured.
 
-``python benchmarks/tables.py`` writes each between its marks; with ``--check`` it names the pages that are not as the kept
-results say, and exits with 1.
+Part of ``make figures``.
+
+``python benchmarks/tables.py`` writes each between its marks; with ``--check`` it names the pages
+that are not as the kept results say, and exits with 1.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ def peers() -> dict[str, Any]:
 
 
 def fastest_peer(row: dict[str, Any]) -> float:
-    """Return the least time of a row of ``peers``; the full sort is not a peer, but what ours is timed beside."""
+    """Return the least time of a row of ``peers``.
+
+    The full sort is not a peer, but what ours is timed beside.
+    """
     return min(time for name, time in row["us"].items() if name != "full sort")
 
 
@@ -78,15 +83,26 @@ def shown(case: dict[str, Any]) -> str:
 
 
 def in_readme() -> Iterable[str]:
-    """Yield each peer's time, the full sort's in the same run as ours, and ours; likewise on an H100."""
-    yield "| logits | T | ours | full sort | " + " | ".join(PEERS) + " | ours, H100 | full sort, H100 |"
+    """Yield each peer's time, the full sort's in the same run as ours, and ours.
+
+    Likewise on an H100.
+    """
+    yield (
+        "| logits | T | ours | full sort | "
+        + " | ".join(PEERS)
+        + " | ours, H100 | full sort, H100 |"
+    )
     yield "|---|" + "---|" * (5 + len(PEERS))
     timed, on_h100 = ours(), ours_on_h100()
     for peer in peers()["rows"]:
         if (peer["E"], peer["K"]) == (128, 8) and peer["T"] in IN_README:
             case = timed["gemma4", peer["dtype"], 128, 8, peer["T"]]
             other = on_h100["gemma4", peer["dtype"], 128, 8, peer["T"]]
-            times = [f"**{shown(case)}**", f"{case['full_sort_us']:.2f}", *(f"{peer['us'][name]:.2f}" for name in PEERS)]
+            times = [
+                f"**{shown(case)}**",
+                f"{case['full_sort_us']:.2f}",
+                *(f"{peer['us'][name]:.2f}" for name in PEERS),
+            ]
             times += [f"**{shown(other)}**", f"{other['full_sort_us']:.2f}"]
             yield f"| {peer['dtype']} | {peer['T']:,} | " + " | ".join(times) + " |"
 
@@ -98,7 +114,13 @@ def against_peers() -> Iterable[str]:
     yield "| logits | E / K | T | floor | best peer | target | full sort | ours, before | full sort, H100 | ours, H100 | met |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for row in held["rows"]:
-        dtype, experts, k, tokens, target = row["dtype"], row["E"], row["K"], row["T"], row["target"]
+        dtype, experts, k, tokens, target = (
+            row["dtype"],
+            row["E"],
+            row["K"],
+            row["T"],
+            row["target"],
+        )
         before, case = (cases["gemma4", dtype, experts, k, tokens] for cases in (timed, on_h100))
         moved = tokens * (experts * (2 if dtype == "bfloat16" else 4) + k * 8)
         best = fastest_peer(row)
@@ -106,8 +128,17 @@ def against_peers() -> Iterable[str]:
         met += is_met
         met_before += before["us"] <= target
         ahead += max(case["us"], before["us"]) < best
-        cells = [f"{moved / held['copy_bytes_per_second'] * 1e6:.2f}", f"{best:.2f}", f"{target:.2f}"]
-        cells += [f"{before['full_sort_us']:.2f}", shown(before), f"{case['full_sort_us']:.2f}", f"**{shown(case)}**"]
+        cells = [
+            f"{moved / held['copy_bytes_per_second'] * 1e6:.2f}",
+            f"{best:.2f}",
+            f"{target:.2f}",
+        ]
+        cells += [
+            f"{before['full_sort_us']:.2f}",
+            shown(before),
+            f"{case['full_sort_us']:.2f}",
+            f"**{shown(case)}**",
+        ]
         cells.append("yes" if is_met else f"no, {case['us'] / target:.2f} times")
         yield f"| {dtype} | {experts} / {k} | {tokens:,} | " + " | ".join(cells) + " |"
     yield ""
@@ -121,16 +152,27 @@ def of_families() -> Iterable[str]:
     """Yield each family's time, and its ratio to gemma4's of the same sizes in the same run."""
     timed = ours_on_h100()
     ratios: list[float] = []
-    yield "| family | logits | E / K | " + " | ".join(f"T = {T:,}" if T == 1 else f"{T:,}" for T in OF_FAMILIES) + " |"
+    yield (
+        "| family | logits | E / K | "
+        + " | ".join(f"T = {T:,}" if T == 1 else f"{T:,}" for T in OF_FAMILIES)
+        + " |"
+    )
     yield "|---|---|---|" + "---|" * len(OF_FAMILIES)
     for dtype in ("bfloat16", "float32"):
-        for spec, experts, k in dict.fromkeys((key[0], key[2], key[3]) for key in timed if key[0] != "gemma4"):
+        for spec, experts, k in dict.fromkeys(
+            (key[0], key[2], key[3]) for key in timed if key[0] != "gemma4"
+        ):
             sizes = [(dtype, experts, k, T) for T in OF_FAMILIES]
             if any(("gemma4", *size) not in timed for size in sizes):
                 continue
             cases = [timed[(spec, *size)] for size in sizes]
-            beside = [case["us"] / timed[("gemma4", *size)]["us"] for case, size in zip(cases, sizes, strict=True)]
-            cells = " | ".join(f"{shown(case)} ({ratio:.2f})" for case, ratio in zip(cases, beside, strict=True))
+            beside = [
+                case["us"] / timed[("gemma4", *size)]["us"]
+                for case, size in zip(cases, sizes, strict=True)
+            ]
+            cells = " | ".join(
+                f"{shown(case)} ({ratio:.2f})" for case, ratio in zip(cases, beside, strict=True)
+            )
             ratios += beside
             yield f"| `{spec}` | {dtype} | {experts} / {k} | {cells} |"
 
@@ -148,9 +190,15 @@ def compiled_ahead() -> Iterable[str]:
     for case in cases:
         waves = f" / {case['occupancy']}" if "occupancy" in case else ""
         key = (f"{case['spec']} {case['E']}/{case['K']}", case["dtype"], case["kernel"])
-        rows.setdefault(key, {})[case["target"]] = f"{case['registers']} / {case['instructions']:,}{waves}"
+        rows.setdefault(key, {})[case["target"]] = (
+            f"{case['registers']} / {case['instructions']:,}{waves}"
+        )
     for key in sorted(rows):
-        yield f"| {' | '.join(key)} | " + " | ".join(rows[key].get(target, "") for target in targets) + " |"
+        yield (
+            f"| {' | '.join(key)} | "
+            + " | ".join(rows[key].get(target, "") for target in targets)
+            + " |"
+        )
 
 
 TABLES = {

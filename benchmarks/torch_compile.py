@@ -1,9 +1,12 @@
-"""Time the torch-compile backend on a CUDA device against compiling the reference formula; write one JSON.
+"""Time the torch-compile backend on a CUDA device against compiling the reference formula.
 
-Run from the repository's root: ``python benchmarks/torch_compile.py OUT.json``. E = 128, K = 8, bfloat16, whole calls with
-allocation: by ``triton.testing.do_bench`` (the device's clock, with the cache flushed before each call, during which the host
-runs ahead), and by the host's clock over 100 calls back to back. Also one router for several kinds of devices, and doctor's
-verification of the backend for some seconds.
+Write one JSON.
+
+Run from the repository's root: ``python benchmarks/torch_compile.py OUT.json``. E = 128, K = 8,
+bfloat16, whole calls with allocation: by ``triton.testing.do_bench`` (the device's clock, with the
+cache flushed before each call, during which the host runs ahead), and by the host's clock over 100
+calls back to back. Also one router for several kinds of devices, and doctor's verification of the
+backend for some seconds.
 """
 
 from __future__ import annotations
@@ -46,13 +49,21 @@ def host_clock(call: Callable[[], object]) -> dict[str, float]:
             call()
         torch.cuda.synchronize()
         samples.append((time.perf_counter() - start) / 100 * 1e6)
-    return {"median": round(statistics.median(samples), 2), "least": round(min(samples), 2), "most": round(max(samples), 2)}
+    return {
+        "median": round(statistics.median(samples), 2),
+        "least": round(min(samples), 2),
+        "most": round(max(samples), 2),
+    }
 
 
 def device_clock(call: Callable[[], object]) -> dict[str, float]:
     """Return microseconds a call by ``do_bench``: median, and the 20 and 80 per cent quantiles."""
     low, median, high = triton.testing.do_bench(call, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
-    return {"median": round(median * 1e3, 2), "q20": round(low * 1e3, 2), "q80": round(high * 1e3, 2)}
+    return {
+        "median": round(median * 1e3, 2),
+        "q20": round(low * 1e3, 2),
+        "q80": round(high * 1e3, 2),
+    }
 
 
 def timed(call: Callable[[], object]) -> dict[str, Any]:
@@ -64,7 +75,10 @@ def timed(call: Callable[[], object]) -> dict[str, Any]:
 
 def case(route: Router, tokens: int) -> dict[str, Any]:
     """Check and time our backend and every mode of the reference, for one number of tokens."""
-    logits, scale = torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16), torch.rand(128, device="cuda")
+    logits, scale = (
+        torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16),
+        torch.rand(128, device="cuda"),
+    )
     out = route(logits, 8, scale)
     out = route(logits, 8, scale)  # the second call of a kind goes another way: this one is timed
     part = RoutingOutput(out.weights[:CHECKED], out.ids[:CHECKED])

@@ -1,7 +1,10 @@
-"""Draw docs/figures/layers.svg from the imports in the code: `python docs/layers.py`; a test holds the picture to the code.
+"""Draw docs/figures/layers.svg from the imports in the code: `python docs/layers.py`.
 
-Each box is a package; the modules at the top of `moe_routing` are two boxes. An arrow means "imports". Arrows that follow
-from others are left out. A box stands above everything that it imports, so an import that goes up is an error here.
+A test holds the picture to the code.
+
+Each box is a package; the modules at the top of `moe_routing` are two boxes. An arrow means
+"imports". Arrows that follow from others are left out. A box stands above everything that it
+imports, so an import that goes up is an error here.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "figures" / "layers.svg"
-SOURCES = {"moe_routing": ROOT, "moe_routing_backends": ROOT / "backends", "moe_routing_registry": ROOT / "registry"}
+SOURCES = {
+    "moe_routing": ROOT,
+    "moe_routing_backends": ROOT / "backends",
+    "moe_routing_registry": ROOT / "registry",
+}
 LAYERS = (
     ("cli",),
     ("report",),
@@ -54,9 +61,15 @@ TOP = {
     "kernel": "kernel",
     "private_api": "kernel",
 }
-"""Modules at the top of `moe_routing` that do not belong to the router. `_html` needs nothing, and is not worth a box."""
+"""Modules at the top of `moe_routing` that do not belong to the router.
+
+`_html` needs nothing, and is not worth a box.
+"""
 LATE = {("models", "registry()"), ("registry()", "models")}
-"""The registry reserves the models' names; a configuration of a plug-in's model asks the registry, inside a function."""
+"""The registry reserves the models' names.
+
+A configuration of a plug-in's model asks the registry, inside a function.
+"""
 FONT = 'font-family="sans-serif"'
 WIDTH, HEIGHT, GAP, ROW, MARGIN = 206, 46, 26, 92, 20
 
@@ -127,9 +140,7 @@ def picture() -> str:
             place[box] = (left + column * (WIDTH + GAP), MARGIN + number * ROW)
     height = 2 * MARGIN + (len(LAYERS) - 1) * ROW + HEIGHT
     tip = '<path d="M0 0 8 4 0 8z" fill="#57606a"/>'
-    marker = (
-        f'<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">{tip}</marker>'
-    )
+    marker = f'<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">{tip}</marker>'
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {FONT} text-anchor="middle">',
         f"<defs>{marker}</defs>",

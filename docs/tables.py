@@ -1,6 +1,9 @@
-"""Writes what is generated in the docs as Markdown: tables from the specs, and the clauses of the contract.
+"""Writes what is generated in the docs as Markdown.
 
-``python docs/tables.py`` writes the clauses into ``contract.md`` again; a test holds that page to them.
+Tables from the specs, and the clauses of the contract.
+
+``python docs/tables.py`` writes the clauses into ``contract.md`` again; a test holds that page to
+them.
 """
 
 from __future__ import annotations
@@ -20,25 +23,50 @@ if TYPE_CHECKING:
 def write(folder: Path) -> None:
     """Write ``families.md``, ``models.md`` and ``not_expressed.md`` into the folder."""
     folder.mkdir(exist_ok=True)
-    families = [(f"`{name}`", f"`{spec.spec.formula}`", spec.source) for name, spec in FAMILIES.items()]
+    families = [
+        (f"`{name}`", f"`{spec.spec.formula}`", spec.source) for name, spec in FAMILIES.items()
+    ]
     models = [
-        (f"`{name}`", f"`{preset.spec.family}`", preset.num_experts, preset.topk, f"`{preset.spec.formula}`", preset.source)
+        (
+            f"`{name}`",
+            f"`{preset.spec.family}`",
+            preset.num_experts,
+            preset.topk,
+            f"`{preset.spec.formula}`",
+            preset.source,
+        )
         for name, preset in MODELS.items()
     ]
-    (folder / "families.md").write_text(_table(("family", "formula (defaults)", "source"), families))
-    (folder / "models.md").write_text(_table(("model_type", "family", "E", "K", "formula (defaults)", "notes"), models))
+    (folder / "families.md").write_text(
+        _table(("family", "formula (defaults)", "source"), families)
+    )
+    (folder / "models.md").write_text(
+        _table(("model_type", "family", "E", "K", "formula (defaults)", "notes"), models)
+    )
     (folder / "not_expressed.md").write_text(
-        _table(("model_type", "why not"), [(f"`{name}`", reason) for name, reason in NOT_EXPRESSED.items()])
+        _table(
+            ("model_type", "why not"),
+            [(f"`{name}`", reason) for name, reason in NOT_EXPRESSED.items()],
+        )
     )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
+            for line in lines
+        )
+        + "\n"
+    )
 
 
 CONTRACT = Path(__file__).with_name("contract.md")
-_BEGIN, _END = "<!-- written by docs/tables.py from moe_routing/conformance/clauses.py -->", "<!-- until here -->"
+_BEGIN, _END = (
+    "<!-- written by docs/tables.py from moe_routing/conformance/clauses.py -->",
+    "<!-- until here -->",
+)
 
 
 def contract() -> str:
@@ -48,9 +76,18 @@ def contract() -> str:
     before, _, rest = CONTRACT.read_text(encoding="utf-8").partition(_BEGIN)
     parts = [_BEGIN]
     for clause in CLAUSES.values():
-        names = ", ".join(f"`{check.name}`" for check in ROUTE.checks if check.clause == clause.number)
-        text = textwrap.fill(f"{clause.text} *Why:* {clause.reason}", 110, break_long_words=False, break_on_hyphens=False)
-        checks = textwrap.fill(f"Checks: {names}.", 110, break_long_words=False, break_on_hyphens=False)
+        names = ", ".join(
+            f"`{check.name}`" for check in ROUTE.checks if check.clause == clause.number
+        )
+        text = textwrap.fill(
+            f"{clause.text} *Why:* {clause.reason}",
+            110,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        checks = textwrap.fill(
+            f"Checks: {names}.", 110, break_long_words=False, break_on_hyphens=False
+        )
         parts.append(f"### {clause.number}. {clause.title}\n\n{text}\n\n{checks}")
     return before + "\n\n".join(parts) + "\n\n" + _END + rest.partition(_END)[2]
 

@@ -1,9 +1,9 @@
 """Route a real mixture-of-experts model of transformers twice: by its own code and by moe-routing.
 
-``make demo``, or ``python examples/demo.py --model gemma4|deepseek_v3|qwen3_moe|gpt_oss``. The model has its real class and
-random weights: nothing is downloaded. Every layer's router logits are captured while the model runs, routed with
-``moe_routing.get_router(...)``, and compared with what the model's own router returned. Exit code 0: they agree,
-1: they do not, 2: something is missing.
+``make demo``, or ``python examples/demo.py --model gemma4|deepseek_v3|qwen3_moe|gpt_oss``. The
+model has its real class and random weights: nothing is downloaded. Every layer's router logits are
+captured while the model runs, routed with ``moe_routing.get_router(...)``, and compared with what
+the model's own router returned. Exit code 0: they agree, 1: they do not, 2: something is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 EXPERTS, TOPK, HIDDEN, VOCABULARY = 16, 4, 128, 512
 TOLERANCE = 1e-5
-"""Largest difference of two weights that float32 rounding explains; both sides compute in float32 from the same logits."""
+"""Largest difference of two weights that float32 rounding explains.
+
+Both sides compute in float32 from the same logits.
+"""
 BARS = 40
 console = Console(width=min(Console().width, 80), highlight=False)
 
@@ -38,7 +41,8 @@ class Recipe:
     """A small model: its classes in transformers, its settings, and where its router keeps things.
 
     :ivar logits: computes the router's logits from its input, as the router itself does.
-    :ivar operands: the further operands of the maths, by the names that ``Router.__call__`` gives them.
+    :ivar operands: the further operands of the maths, by the names that ``Router.__call__`` gives
+        them.
     """
 
     model: str
@@ -78,7 +82,9 @@ RECIPES = {
             "global_head_dim": 64,
             "num_kv_shared_layers": 0,
         },
-        logits=lambda router, hidden: router.proj(router.norm(hidden) * router.scale * router.scalar_root_size),
+        logits=lambda router, hidden: router.proj(
+            router.norm(hidden) * router.scale * router.scalar_root_size
+        ),
         operands=lambda router: {"per_expert_scale": router.per_expert_scale},
     ),
     "deepseek_v3": Recipe(
@@ -96,7 +102,9 @@ RECIPES = {
             "qk_rope_head_dim": 32,
             "v_head_dim": 32,
         },
-        logits=lambda router, hidden: nn.functional.linear(hidden.view(-1, HIDDEN).float(), router.weight.float()),
+        logits=lambda router, hidden: nn.functional.linear(
+            hidden.view(-1, HIDDEN).float(), router.weight.float()
+        ),
         operands=lambda router: {"bias": router.e_score_correction_bias},
     ),
     "qwen3_moe": Recipe(
@@ -126,7 +134,10 @@ class Call(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What came out for a layer: tokens with equal ids, the largest weight difference, both times, the experts' load."""
+    """What came out for a layer.
+
+    Tokens with equal ids, the largest weight difference, both times, the experts' load.
+    """
 
     same_ids: int
     difference: float
@@ -142,7 +153,12 @@ def build(recipe: Recipe, device: str) -> nn.Module:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = getattr(transformers, recipe.config)(**{**SIZES, **recipe.settings})
-    model: nn.Module = getattr(transformers, recipe.model)(config).to(device).eval().requires_grad_(requires_grad=False)
+    model: nn.Module = (
+        getattr(transformers, recipe.model)(config)
+        .to(device)
+        .eval()
+        .requires_grad_(requires_grad=False)
+    )
     for router in routers(model, recipe):
         for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
             if name.endswith("per_expert_scale"):
@@ -165,7 +181,9 @@ def run(model: nn.Module, recipe: Recipe, tokens: Tensor) -> list[Call]:
     """Run the model, and note every call of a router."""
     calls: list[Call] = []
     hooks = [
-        router.register_forward_hook(lambda router, args, output: calls.append(Call(router, args[0], *output[1:3])))
+        router.register_forward_hook(
+            lambda router, args, output: calls.append(Call(router, args[0], *output[1:3]))
+        )
         for router in routers(model, recipe)
     ]
     model(input_ids=tokens)
@@ -208,12 +226,16 @@ def headline(text: str) -> None:
     console.rule(text, align="left")
 
 
-def show_model(name: str, recipe: Recipe, model: nn.Module, tokens: Tensor, route: moe_routing.Router) -> None:
+def show_model(
+    name: str, recipe: Recipe, model: nn.Module, tokens: Tensor, route: moe_routing.Router
+) -> None:
     """Say what is compared."""
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     headline(f"[bold]moe-routing · {name}")
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", f"transformers' {recipe.model}, random weights, {parameters:.1f} M parameters")
+    facts.add_row(
+        "model", f"transformers' {recipe.model}, random weights, {parameters:.1f} M parameters"
+    )
     facts.add_row("experts", f"E = {EXPERTS}, K = {TOPK}, {len(routers(model, recipe))} layers")
     facts.add_row("tokens", f"{tokens.shape[0]} sequences of {tokens.shape[1]}, on {tokens.device}")
     facts.add_row("router", f'route = moe_routing.get_router("{name}")')
@@ -225,7 +247,13 @@ def show_agreement(layers: list[Layer], num_tokens: int) -> bool:
     """Print the layers' table; return whether all of them agree."""
     headline("[bold]The model's own router and moe-routing, on the same logits")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("layer", "tokens with\nequal ids", "largest weight\ndifference", "its own\ntime", "moe-routing's\ntime"):
+    for heading in (
+        "layer",
+        "tokens with\nequal ids",
+        "largest weight\ndifference",
+        "its own\ntime",
+        "moe-routing's\ntime",
+    ):
         table.add_column(heading, justify="right")
     table.add_column("")
     agree = [layer.same_ids == num_tokens and layer.difference <= TOLERANCE for layer in layers]
@@ -239,7 +267,10 @@ def show_agreement(layers: list[Layer], num_tokens: int) -> bool:
             "[green]agree" if ok else "[bold red]DIFFER",
         )
     table.add_section()
-    total = [f"{sum(getattr(layer, side) for layer in layers):.0f} µs" for side in ("theirs_us", "ours_us")]
+    total = [
+        f"{sum(getattr(layer, side) for layer in layers):.0f} µs"
+        for side in ("theirs_us", "ours_us")
+    ]
     table.add_row("all", "", f"{max(layer.difference for layer in layers):.1e}", *total, "")
     console.print(table)
     console.print("[dim]Times: from the router's input to weights and ids, projection included.")
@@ -274,9 +305,16 @@ def show_load(layers: list[Layer]) -> None:
 def main() -> int:
     """Build, run, compare, show."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", choices=RECIPES, default="gemma4", help="which model to build (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        choices=RECIPES,
+        default="gemma4",
+        help="which model to build (default: %(default)s)",
+    )
     parser.add_argument("--device", default="cpu", help="where to run it (default: %(default)s)")
-    parser.add_argument("--backend", help="name of the backend to use (default: the best for the device)")
+    parser.add_argument(
+        "--backend", help="name of the backend to use (default: the best for the device)"
+    )
     arguments = parser.parse_args()
     recipe = RECIPES[arguments.model]
     try:
@@ -286,8 +324,12 @@ def main() -> int:
     try:
         model = build(recipe, arguments.device)
     except (ImportError, AttributeError) as error:
-        console.print(f"[bold red]transformers with {recipe.model} is missing:[/] {escape(str(error))}")
-        console.print("fix it in this checkout with:  [cyan]python -m pip install -e '.\\[transformers]'[/]")
+        console.print(
+            f"[bold red]transformers with {recipe.model} is missing:[/] {escape(str(error))}"
+        )
+        console.print(
+            "fix it in this checkout with:  [cyan]python -m pip install -e '.\\[transformers]'[/]"
+        )
         return 2
     tokens = torch.randint(3, VOCABULARY, (4, 64), device=arguments.device)
     show_model(arguments.model, recipe, model, tokens, route)

@@ -8,8 +8,9 @@ tensor([[1, 3]], dtype=torch.int32)
 >>> route.backend
 'eager'
 
-Importing this package imports neither torch nor a backend; the first use of a name below does. Once both this package and
-torch are imported, in whichever order, the operators that exported programs call are registered.
+Importing this package imports neither torch nor a backend; the first use of a name below does. Once
+both this package and torch are imported, in whichever order, the operators that exported programs
+call are registered.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from moe_routing._router import Router
     from moe_routing.kernel import Kernel, Operands, RoutingOutput
     from moe_routing.probing import AbsentDeviceError, UnknownDeviceError, devices, probe
-    from moe_routing_registry import BackendUnavailableError, ResolutionReport, RoutingSpec, UnknownNameError
+    from moe_routing_registry import (
+        BackendUnavailableError,
+        ResolutionReport,
+        RoutingSpec,
+        UnknownNameError,
+    )
     from moe_routing_registry.errors import DowngradeWarning, MoeRoutingWarning, PluginWarning
 
 _HOME = {

@@ -1,8 +1,9 @@
 """Gradients of routing: what a plain call records, what ``torch.func`` transforms, and the derivative of the gradient.
 
-The weights are differentiable in the logits and in ``per_expert_scale``; the selection is a constant. The first derivative is
-the kernel's own backward or the closed form ``moe_routing.formula.weights_backward``. All further derivatives, forward ones
-too, are those of the closed form, which is made of PyTorch operations: they are the same on every backend.
+The weights are differentiable in the logits and in ``per_expert_scale``; the selection is a
+constant. The first derivative is the kernel's own backward or the closed form
+``moe_routing.formula.weights_backward``. All further derivatives, forward ones too, are those of
+the closed form, which is made of PyTorch operations: they are the same on every backend.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Rule(NamedTuple):
     """How to go back through a call.
 
     :ivar spec: the maths, for the derivatives that the closed form serves.
-    :ivar topk: K; the columns after the K selected belong to shared experts, whose weights are constants.
+    :ivar topk: K; the columns after the K selected belong to shared experts, whose weights are
+        constants.
     :ivar backward: returns the first derivative.
     """
 
@@ -49,7 +51,9 @@ def recorded(rule: Rule, route: Prepared) -> Prepared:
 
     def call(operands: Operands) -> RoutingOutput:
         logits, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
-        output: tuple[Tensor, Tensor] = Routing.apply(rule, route, logits, scale, bias, token_ids, expert_table, valid)
+        output: tuple[Tensor, Tensor] = Routing.apply(
+            rule, route, logits, scale, bias, token_ids, expert_table, valid
+        )
         if expert_map is not None:
             return RoutingOutput(output[0], apply_map(output[1], expert_map))
         return _tuple(RoutingOutput, output)
@@ -85,19 +89,34 @@ class Routing(torch.autograd.Function):
         """Go back through the weights."""
         logits, scale, ids = ctx.saved_tensors
         topk = ctx.rule.topk
-        if ids.shape[1] > topk:  # a slice of everything is an alias, for which `is_grads_batched` has no rule
+        if (
+            ids.shape[1] > topk
+        ):  # a slice of everything is an alias, for which `is_grads_batched` has no rule
             grad_weights, ids = grad_weights[:, :topk], ids[:, :topk]
         grad_logits, grad_scale = RoutingBackward.apply(ctx.rule, grad_weights, logits, ids, scale)
-        return None, None, grad_logits, None if scale is None else grad_scale, None, None, None, None
+        return (
+            None,
+            None,
+            grad_logits,
+            None if scale is None else grad_scale,
+            None,
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:  # noqa: ANN401 -- a bag by design
         """Return the tangent of the weights."""
         logits, scale, ids = ctx.saved_tensors
         chosen = ids[:, : ctx.rule.topk]
-        directions = (_or_zeros(tangents[2], logits), logits.new_empty(0) if scale is None else _or_zeros(tangents[3], scale))
+        directions = (
+            _or_zeros(tangents[2], logits),
+            logits.new_empty(0) if scale is None else _or_zeros(tangents[3], scale),
+        )
 
-        # The gradient is linear in the gradient of the weights, and its matrix is the transpose of the one wanted here.
+        # The gradient is linear in the gradient of the weights, and its matrix is the transpose of
+        # the one wanted here.
         def gradient(grad_weights: Tensor) -> Gradients:
             return weights_backward(ctx.rule.spec, grad_weights, logits, chosen, scale)
 
@@ -107,11 +126,31 @@ class Routing(torch.autograd.Function):
         return torch.cat([tangent, constant], dim=-1), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, route: Prepared, *operands: Any) -> Any:  # noqa: ANN401 -- torch's protocol
-        """Route a batch of calls: at once if only operands with a row for each token are batched, otherwise one by one."""
-        size, dims, (logits, scale, bias, token_ids, expert_table, valid) = info.batch_size, in_dims[2:], operands
+    def vmap(
+        info: Any,  # noqa: ANN401 -- torch's protocol
+        in_dims: tuple[Any, ...],
+        rule: Rule,
+        route: Prepared,
+        *operands: Any,  # noqa: ANN401 -- likewise
+    ) -> Any:  # noqa: ANN401 -- torch's protocol
+        """Route a batch of calls.
+
+        At once if only operands with a row for each token are batched, otherwise one by one.
+        """
+        size, dims, (logits, scale, bias, token_ids, expert_table, valid) = (
+            info.batch_size,
+            in_dims[2:],
+            operands,
+        )
         if valid is None and dims[1] is dims[2] is dims[4] is None:
-            flat = (_flat(size, logits, dims[0]), scale, bias, _flat(size, token_ids, dims[3]), expert_table, None)
+            flat = (
+                _flat(size, logits, dims[0]),
+                scale,
+                bias,
+                _flat(size, token_ids, dims[3]),
+                expert_table,
+                None,
+            )
             return tuple(_unflat(size, t) for t in Routing.apply(rule, route, *flat)), (0, 0)
         return _one_by_one(size, dims, operands, partial(Routing.apply, rule, route))
 
@@ -120,9 +159,17 @@ class RoutingBackward(torch.autograd.Function):
     """``grad_logits, grad_scale = RoutingBackward.apply(rule, grad_weights, logits, ids, per_expert_scale)``."""
 
     @staticmethod
-    def forward(rule: Rule, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None) -> Gradients:
+    def forward(
+        rule: Rule,
+        grad_weights: Tensor,
+        logits: Tensor,
+        ids: Tensor,
+        per_expert_scale: Tensor | None,
+    ) -> Gradients:
         """Return the first derivative."""
-        return rule.backward(grad_weights.resolve_neg().contiguous(), logits, ids.contiguous(), per_expert_scale)
+        return rule.backward(
+            grad_weights.resolve_neg().contiguous(), logits, ids.contiguous(), per_expert_scale
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:  # noqa: ARG004, ANN401 -- torch's protocol
@@ -147,7 +194,10 @@ class RoutingBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, *operands: Any) -> Any:  # noqa: ANN401 -- torch's protocol
-        """Go back through a batch: at once without a scale, whose gradient is a sum over the tokens of one call."""
+        """Go back through a batch.
+
+        At once without a scale, whose gradient is a sum over the tokens of one call.
+        """
         size, dims = info.batch_size, in_dims[1:]
         if operands[3] is None:
             flat = (_flat(size, t, d) for t, d in zip(operands[:3], dims[:3], strict=True))
@@ -157,7 +207,9 @@ class RoutingBackward(torch.autograd.Function):
 
 
 def double_backward(
-    spec: RoutingSpec, saved: tuple[Tensor, Tensor, Tensor, Tensor | None], directions: tuple[Tensor | None, ...]
+    spec: RoutingSpec,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    directions: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``grad_weights``, ``logits``, ``ids`` and ``per_expert_scale`` through the first derivative.
 
@@ -171,7 +223,11 @@ def double_backward(
 
 
 def _as_function(
-    spec: RoutingSpec, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
+    spec: RoutingSpec,
+    grad_weights: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    per_expert_scale: Tensor | None,
 ) -> tuple[Callable[..., Gradients], tuple[Tensor, ...]]:
     """Return the closed form as a function of its differentiable inputs, and those."""
 
@@ -190,14 +246,21 @@ def _flat(batch: int, operand: Tensor | None, dim: int | None) -> Tensor | None:
     """Turn ``[B, T, ...]``, or ``[T, ...]`` that is the same for the whole batch, into ``[B * T, ...]``."""
     if operand is None:
         return None
-    return (operand.expand(batch, *operand.shape) if dim is None else operand.movedim(dim, 0)).flatten(0, 1)
+    return (
+        operand.expand(batch, *operand.shape) if dim is None else operand.movedim(dim, 0)
+    ).flatten(0, 1)
 
 
 def _unflat(batch: int, result: Tensor) -> Tensor:
     return result.view(batch, len(result) // batch, *result.shape[1:])
 
 
-def _one_by_one(batch: int, dims: tuple[Any, ...], operands: tuple[Any, ...], call: Callable[..., Any]) -> Any:  # noqa: ANN401 -- torch's protocol
+def _one_by_one(
+    batch: int, dims: tuple[Any, ...], operands: tuple[Any, ...], call: Callable[..., Any]
+) -> Any:  # noqa: ANN401 -- torch's protocol
     """Call for each element of a batch, and stack the results."""
-    results = [call(*(o if d is None else o.select(d, b) for o, d in zip(operands, dims, strict=True))) for b in range(batch)]
+    results = [
+        call(*(o if d is None else o.select(d, b) for o, d in zip(operands, dims, strict=True)))
+        for b in range(batch)
+    ]
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0)

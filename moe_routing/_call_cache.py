@@ -1,8 +1,11 @@
-"""The call cache of a router: a call like one that passed the checks skips the checks and the choice of a kernel.
+"""The call cache of a router.
 
-Most calls are like the one before, and one comparison of all their tensors recognises them: the guard with which Dynamo's
-compiled functions begin. It is private to PyTorch. If this PyTorch has another, or none, a call is described by a tuple and
-looked up instead; a call unlike the one before is looked up in any case.
+A call like one that passed the checks skips the checks and the choice of a kernel.
+
+Most calls are like the one before, and one comparison of all their tensors recognises them: the
+guard with which Dynamo's compiled functions begin. It is private to PyTorch. If this PyTorch has
+another, or none, a call is described by a tuple and looked up instead; a call unlike the one before
+is looked up in any case.
 """
 
 from __future__ import annotations
@@ -26,11 +29,20 @@ if TYPE_CHECKING:
     Matches = Callable[[Operands, int | None, torch.dtype | None], bool]
 
 ABSENT = tuple(torch.empty(0, device="cpu") for _ in range(8))
-"""Stand for operands that a call does not bring. None is like an operand of a call that is kept, which has elements."""
+"""Stand for operands that a call does not bring.
+
+None is like an operand of a call that is kept, which has elements.
+"""
 UNREADABLE = (AttributeError, RuntimeError, TypeError, ValueError)
-"""What reading a wrong argument raises: a list has no dtype, a sparse tensor no strides, a set no hash."""
+"""What reading a wrong argument raises.
+
+A list has no dtype, a sparse tensor no strides, a set no hash.
+"""
 ORDINARY = (Tensor, torch.nn.Parameter)
-"""Types of tensors that kernels take. Others (DTensor, fake tensors) know themselves what an operator does with them."""
+"""Types of tensors that kernels take.
+
+Others (DTensor, fake tensors) know themselves what an operator does with them.
+"""
 
 
 class CachedCall(NamedTuple):
@@ -52,25 +64,42 @@ def never(_operands: Operands, _topk: int | None, _ids_dtype: torch.dtype | None
 
 
 def matcher(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
-    """Return what tells whether a call is like this one: in its tensors' types, dtypes, devices, shapes and strides,
+    """Return what tells whether a call is like this one.
+
+    In its tensors' types, dtypes, devices, shapes and strides,
     in whether gradients are wanted, and in that ``out``, if it is given, overlaps nothing.
 
     :param topk: as the caller wrote it, like ``ids_dtype``.
-    """  # noqa: D205 -- one sentence
+    """
     extras = any(operand is not None for operand in operands[3:7])
-    return _with_extras(operands, topk, ids_dtype) if extras else _without_extras(operands, topk, ids_dtype)
+    return (
+        _with_extras(operands, topk, ids_dtype)
+        if extras
+        else _without_extras(operands, topk, ids_dtype)
+    )
 
 
 def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
     """Match calls of logits, scale, bias and out alone: the fewest comparisons."""
     logits, scale, bias, *_, out = operands
     no_scale, no_bias, *nowhere = ABSENT[:4]
-    alike = tensor_guard([logits, no_scale if scale is None else scale, no_bias if bias is None else bias, *(out or nowhere)])
+    alike = tensor_guard(
+        [
+            logits,
+            no_scale if scale is None else scale,
+            no_bias if bias is None else bias,
+            *(out or nowhere),
+        ]
+    )
     if alike is None:
         return never
     form, preferred, grads = type(out), preference.get(), _grad_mode(operands)
     weights_span, ids_span = (0, 0) if out is None else map(span, out)
-    logits_span, scale_span, bias_span = (0 if t is None else span(t) for t in (logits, scale, bias))
+    logits_span, scale_span, bias_span = (
+        0 if t is None else span(t) for t in (logits, scale, bias)
+    )
+
+    seen = [scale, bias]
 
     def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
         logits, scale, bias, token_ids, table, valid, expert_map, out = operands
@@ -85,14 +114,23 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
             or preference.get() != preferred
             or (grads is not None and is_grad_enabled() is not grads)
             or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
+            or logits.is_nested
+            or (scale is not seen[0] and _is_nested(scale, 0, seen))
+            or (bias is not seen[1] and _is_nested(bias, 1, seen))
         ):
             return False
-        weights, places = nowhere if out is None else out
-        if not alike(logits, no_scale if scale is None else scale, no_bias if bias is None else bias, weights, places):
-            return False
+        scale_, bias_ = no_scale if scale is None else scale, no_bias if bias is None else bias
         if out is None:
-            return True
-        # As `_overlap.lies_apart`, written out: calls with outputs are made by those who count microseconds.
+            return alike(logits, scale_, bias_, *nowhere)
+        weights, places = out
+        if (
+            weights.is_nested
+            or places.is_nested
+            or not alike(logits, scale_, bias_, weights, places)
+        ):
+            return False
+        # As `_overlap.lies_apart`, written out: calls with outputs are made by those who count
+        # microseconds.
         a, b, x = weights.data_ptr(), places.data_ptr(), logits.data_ptr()
         return not (
             -weights_span < a - b < ids_span
@@ -100,22 +138,46 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
             or -ids_span < b - x < logits_span
             or (
                 scale is not None
-                and (-weights_span < a - (x := scale.data_ptr()) < scale_span or -ids_span < b - x < scale_span)
+                and (
+                    -weights_span < a - (x := scale.data_ptr()) < scale_span
+                    or -ids_span < b - x < scale_span
+                )
             )
-            or (bias is not None and (-weights_span < a - (x := bias.data_ptr()) < bias_span or -ids_span < b - x < bias_span))
+            or (
+                bias is not None
+                and (
+                    -weights_span < a - (x := bias.data_ptr()) < bias_span
+                    or -ids_span < b - x < bias_span
+                )
+            )
         )
 
     return matches
 
 
+def _is_nested(tensor: Tensor | None, index: int, seen: list[Tensor | None]) -> bool:
+    """Tell nested tensors, of which the guard must not be asked: it wants strides, and ends the process.
+
+    :param seen: the vectors that came last, which mostly come again: they are not asked again.
+    """
+    if tensor is None or not tensor.is_nested:
+        seen[index] = tensor
+        return False
+    return True
+
+
 def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
-    """Match calls with any operands. The number of valid tokens, if it is an int, may have any value from 0 to T."""
+    """Match calls with any operands.
+
+    The number of valid tokens, if it is an int, may have any value from 0 to T.
+    """
     alike = tensor_guard(_tensors(operands))
     if alike is None:
         return never
     form, preferred, grads = type(operands.out), preference.get(), _grad_mode(operands)
     apart = None if operands.out is None else lies_apart(operands)
     counted, tokens = type(operands.num_valid_tokens) is int, operands.logits.shape[0]
+    seen: list[Tensor | None] = [*ABSENT, None]
 
     def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
         valid = operands.num_valid_tokens
@@ -130,7 +192,11 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
             or forward_ad._current_level >= 0  # noqa: SLF001 -- likewise
         ):
             return False
-        return alike(*_tensors(operands)) and (apart is None or apart(operands))
+        tensors = _tensors(operands)
+        for index, tensor in enumerate(tensors):
+            if tensor is not seen[index] and _is_nested(tensor, index, seen):
+                return False
+        return alike(*tensors) and (apart is None or apart(operands))
 
     return matches
 
@@ -151,13 +217,22 @@ def _tensors(operands: Operands) -> tuple[Tensor, ...]:
 
 
 def _grad_mode(operands: Operands) -> bool | None:
-    """Return the grad mode if the call depends on it: gradients are wanted, or an output could not be written."""
+    """Return the grad mode if the call depends on it.
+
+    Gradients are wanted, or an output could not be written.
+    """
     logits, scale, *_, out = operands
-    needed = logits.requires_grad or (scale is not None and scale.requires_grad) or (out is not None and out[0].requires_grad)
+    needed = (
+        logits.requires_grad
+        or (scale is not None and scale.requires_grad)
+        or (out is not None and out[0].requires_grad)
+    )
     return is_grad_enabled() if needed else None
 
 
-def described(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> tuple[object, ...]:
+def described(
+    operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+) -> tuple[object, ...]:
     """Describe a call, for looking it up.
 
     :raises UNREADABLE: an argument is not what it should be.
@@ -174,7 +249,17 @@ def described(operands: Operands, topk: int | None, ids_dtype: torch.dtype | Non
 def _described(operand: Tensor | None) -> tuple[object, ...] | None:
     if operand is None:
         return None
-    # The dispatch keys tell lazy negation, functorch's wrappers and all else that is no plain memory.
+    # The dispatch keys tell lazy negation, functorch's wrappers and all else that is no plain
+    # memory.
     keys = dispatch_keys(operand).raw_repr()
     shape, strides = operand.shape, operand.stride()
-    return type(operand), operand.dtype, operand.device, operand.layout, shape, strides, keys, operand.requires_grad
+    return (
+        type(operand),
+        operand.dtype,
+        operand.device,
+        operand.layout,
+        shape,
+        strides,
+        keys,
+        operand.requires_grad,
+    )

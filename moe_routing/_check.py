@@ -1,4 +1,7 @@
-"""Every argument of a routing call, checked before anything is launched; errors name argument, value and expectation."""
+"""Every argument of a routing call, checked before anything is launched.
+
+Errors name argument, value and expectation.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,14 @@ if TYPE_CHECKING:
     from moe_routing_registry import RoutingSpec
 
 LOGITS_DTYPES = frozenset(
-    {torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2},
+    {
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    }
 )
 IDS_DTYPES = frozenset({torch.int32, torch.int64})
 PACKED = torch.float4_e2m1fn_x2
@@ -31,7 +41,9 @@ def _wrong(error: type[Exception], argument: str, expected: str, got: object) ->
 
 
 def integer(argument: str, value: object, expected: str = "an int") -> int:
-    """Return an integer of any type (NumPy's for example) as Python's; no bool, and no tensor, whose value may be elsewhere.
+    """Return an integer of any type (NumPy's for example) as Python's.
+
+    No bool, and no tensor, whose value may be elsewhere.
 
     >>> integer("topk", True)
     Traceback (most recent call last):
@@ -51,17 +63,30 @@ def integer(argument: str, value: object, expected: str = "an int") -> int:
 
 
 def check_operands(
-    spec: RoutingSpec, operands: Operands, topk: int, ids_dtype: torch.dtype, *, num_experts: int | None = None
+    spec: RoutingSpec,
+    operands: Operands,
+    topk: int,
+    ids_dtype: torch.dtype,
+    *,
+    num_experts: int | None = None,
 ) -> None:
-    """Check all that a call brings; ``num_valid_tokens`` is ``counted``'s and ``out`` is ``as_output``'s already.
+    """Check all that a call brings.
+
+    ``num_valid_tokens`` is ``counted``'s and ``out`` is ``as_output``'s already.
 
     :param num_experts: E as a configuration says it, if one does.
     """
     logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+    check_dense(operands)
     check_logits(logits)
     num_tokens, columns = logits.shape
     if num_experts is not None and columns != num_experts:
-        _wrong(ValueError, "logits", f"num_experts = {num_experts} columns, as the configuration says", columns)
+        _wrong(
+            ValueError,
+            "logits",
+            f"num_experts = {num_experts} columns, as the configuration says",
+            columns,
+        )
     spec.check_size(columns, topk)
     by_table = spec.selection == "token_table"
     if scale is not None or spec.per_expert_scale:
@@ -80,16 +105,45 @@ def check_operands(
         check_out(out, topk + spec.shared_experts, logits)
 
 
+def check_dense(operands: Operands) -> None:
+    """Require dense tensors: sparse, nested and other layouts have no strides that a kernel could read by."""
+    given = {**operands._asdict(), "weights of out": None, "ids of out": None}
+    if operands.out is not None:
+        given["weights of out"], given["ids of out"] = operands.out
+    for argument, value in given.items():
+        if isinstance(value, Tensor) and not is_dense(value):
+            expected = (
+                "a dense tensor [T, E] of rank 2" if argument == "logits" else "a dense tensor"
+            )
+            layout = "nested" if value.is_nested else value.layout
+            _wrong(ValueError, argument, expected, f"{shown(value)}, layout {layout}")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor has a shape and strides."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def check_writable(out: RoutingOutput) -> None:
-    """Require outputs that may be written in this mode: outside inference mode nothing writes what was made inside."""
+    """Require outputs that may be written in this mode.
+
+    Outside inference mode nothing writes what was made inside.
+    """
     if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in out):
-        _wrong(ValueError, "out", "tensors that can be written here", "inference tensors, outside torch.inference_mode()")
+        _wrong(
+            ValueError,
+            "out",
+            "tensors that can be written here",
+            "inference tensors, outside torch.inference_mode()",
+        )
 
 
 def check_addresses(operands: Operands) -> None:
     """Require that ``out`` shares no memory, neither within itself nor with an operand."""
     if both := overlap(operands):
-        _wrong(ValueError, "out", "tensors that share no memory with each other or an operand", both)
+        _wrong(
+            ValueError, "out", "tensors that share no memory with each other or an operand", both
+        )
 
 
 def check_logits(logits: object) -> None:
@@ -99,22 +153,39 @@ def check_logits(logits: object) -> None:
     if logits.dtype not in LOGITS_DTYPES:
         names = ", ".join(sorted(str(dtype) for dtype in LOGITS_DTYPES))
         _wrong(TypeError, "logits", f"a dtype among {names}", logits.dtype)
-    if logits.dim() != _MATRIX or logits.layout is not torch.strided:
-        _wrong(ValueError, "logits", "a dense tensor [T, E] of rank 2", f"{shown(logits)}, layout {logits.layout}")
+    if logits.dim() != _MATRIX:
+        _wrong(
+            ValueError,
+            "logits",
+            "a dense tensor [T, E] of rank 2",
+            f"{shown(logits)}, layout {logits.layout}",
+        )
 
 
 def check_vector(  # noqa: PLR0913 -- said once for every vector operand
-    argument: str, value: object, length: int, logits: Tensor, *, integer: bool = False, wanted: bool = True
+    argument: str,
+    value: object,
+    length: int,
+    logits: Tensor,
+    *,
+    integer: bool = False,
+    wanted: bool = True,
 ) -> None:
     """Require a one-dimensional operand of that length on the logits' device, or none where the spec takes none."""
     if value is None and not wanted:
         return
     kind = "an int32 or int64" if integer else "a float"
     if not wanted:
-        _wrong(ValueError, argument, "None, because this router's spec does not take it", shown(value))
+        _wrong(
+            ValueError, argument, "None, because this router's spec does not take it", shown(value)
+        )
     if not isinstance(value, Tensor):
         _wrong(TypeError, argument, f"{kind} tensor [{length}]", shown(value))
-    if (value.dtype not in IDS_DTYPES) if integer else (not value.dtype.is_floating_point or value.dtype == PACKED):
+    if (
+        (value.dtype not in IDS_DTYPES)
+        if integer
+        else (not value.dtype.is_floating_point or value.dtype == PACKED)
+    ):
         _wrong(TypeError, argument, f"{kind} dtype", value.dtype)
     if value.dim() != 1 or value.shape[0] != length:
         _wrong(ValueError, argument, f"shape [{length}]", list(value.shape))
@@ -128,9 +199,19 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
     if value is None and not wanted:
         return
     if not wanted:
-        _wrong(ValueError, "expert_table", "None, because this router's spec does not take it", shown(value))
+        _wrong(
+            ValueError,
+            "expert_table",
+            "None, because this router's spec does not take it",
+            shown(value),
+        )
     if not isinstance(value, Tensor):
-        _wrong(TypeError, "expert_table", f"an int32 or int64 tensor [vocabulary, {topk}]", shown(value))
+        _wrong(
+            TypeError,
+            "expert_table",
+            f"an int32 or int64 tensor [vocabulary, {topk}]",
+            shown(value),
+        )
     if value.dtype not in IDS_DTYPES:
         _wrong(TypeError, "expert_table", "dtype int32 or int64", value.dtype)
     if value.dim() != _MATRIX or value.shape[1] != topk:
@@ -142,7 +223,9 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
 
 
 def counted(operands: Operands) -> Operands:
-    """Give a number of valid tokens that is no tensor the form in which kernels take it: an int from 0 to T, for more are all.
+    """Give a number of valid tokens that is no tensor the form in which kernels take it.
+
+    An int from 0 to T, for more are all.
 
     The logits have not been checked yet.
     """
@@ -152,7 +235,9 @@ def counted(operands: Operands) -> Operands:
     number = integer("num_valid_tokens", valid, "an int or an integer tensor")
     if number < 0:
         _wrong(ValueError, "num_valid_tokens", "a number >= 0", number)
-    rows = logits.shape[0] if isinstance(logits, Tensor) and logits.dim() else 0
+    rows = (
+        logits.shape[0] if isinstance(logits, Tensor) and is_dense(logits) and logits.dim() else 0
+    )
     return operands._replace(num_valid_tokens=min(number, rows))
 
 
@@ -179,7 +264,12 @@ def as_output(out: object) -> RoutingOutput:
         _wrong(TypeError, "out", "a pair of tensors (weights, ids)", shown(out))
     weights, ids = out
     if weights.dtype is not torch.float32 or ids.dtype not in IDS_DTYPES:
-        _wrong(TypeError, "out", "float32 weights and int32 or int64 ids", f"{weights.dtype} and {ids.dtype}")
+        _wrong(
+            TypeError,
+            "out",
+            "float32 weights and int32 or int64 ids",
+            f"{weights.dtype} and {ids.dtype}",
+        )
     return RoutingOutput(weights, ids)
 
 
@@ -187,6 +277,11 @@ def check_out(out: RoutingOutput, columns: int, logits: Tensor) -> None:
     """Require contiguous outputs of the right shape on the logits' device."""
     for tensor in out:
         if tuple(tensor.shape) != (logits.shape[0], columns) or not tensor.is_contiguous():
-            _wrong(ValueError, "out", f"contiguous tensors of shape [{logits.shape[0]}, {columns}]", shown(tensor))
+            _wrong(
+                ValueError,
+                "out",
+                f"contiguous tensors of shape [{logits.shape[0]}, {columns}]",
+                shown(tensor),
+            )
         if tensor.device != logits.device:
             _wrong(ValueError, "out", f"the logits' device {logits.device}", tensor.device)

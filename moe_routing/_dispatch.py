@@ -1,8 +1,10 @@
-"""``Dispatcher``: from a call to its kernel. One serves the plain, traced and training calls of a spec and a backend name.
+"""``Dispatcher``: from a call to its kernel.
 
-A choice is made once for each device, dtype, E, K, ids dtype, layout, ``training`` and preference. A kernel is built once for
-each backend and problem, whoever asks: ``training`` is part of the choice, but one kernel serves calls with and without
-gradients.
+One serves the plain, traced and training calls of a spec and a backend name.
+
+A choice is made once for each device, dtype, E, K, ids dtype, layout, ``training`` and preference.
+A kernel is built once for each backend and problem, whoever asks: ``training`` is part of the
+choice, but one kernel serves calls with and without gradients.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from moe_routing.kernel import Differentiates, HasNotes, Operands, RoutingOutput
 from moe_routing.private_api import unset_fake_temporarily
 from moe_routing.probing import probe
 from moe_routing.python_warnings import not_raised
-from moe_routing_registry import BackendUnavailableError, RejectCode, Request, RoutingProblem, RoutingSpec, Verdict
+from moe_routing_registry import (
+    BackendUnavailableError,
+    RejectCode,
+    Request,
+    RoutingProblem,
+    RoutingSpec,
+    Verdict,
+)
 from moe_routing_registry.errors import DowngradeWarning, FactoryError
 from moe_routing_registry.locks import ForkSafeLock
 from moe_routing_registry.report import Rejection
@@ -46,7 +55,8 @@ Key = tuple[torch.device, torch.dtype, int, int, torch.dtype, bool, bool, "str |
 class Resolved(NamedTuple):
     """A kernel, and the report of how its backend was chosen.
 
-    :ivar backward: the gradients of logits and scale, by the kernel if it has a backward; see ``Differentiates.backward``.
+    :ivar backward: the gradients of logits and scale, by the kernel if it has a backward; see
+        ``Differentiates.backward``.
     """
 
     kernel: Kernel
@@ -56,7 +66,10 @@ class Resolved(NamedTuple):
 
     def report_with_notes(self) -> ResolutionReport:
         """Return the report with the kernel's own notes, which may change with every call."""
-        notes = (*self.report.notes, *(self.kernel.notes if isinstance(self.kernel, HasNotes) else ()))
+        notes = (
+            *self.report.notes,
+            *(self.kernel.notes if isinstance(self.kernel, HasNotes) else ()),
+        )
         return dataclasses.replace(self.report, notes=tuple(dict.fromkeys(notes)))
 
     def route(self, operands: Operands, shadow: Shadow | None = None) -> RoutingOutput:
@@ -84,19 +97,30 @@ class Resolved(NamedTuple):
         problem, device = self.problem, self.report.device
         if device is None:
             return
-        place = torch.device(device.type) if device.index is None else torch.device(device.type, device.index)
+        place = (
+            torch.device(device.type)
+            if device.index is None
+            else torch.device(device.type, device.index)
+        )
         dtype: torch.dtype = getattr(torch, problem.dtype)
         step = 1 if problem.layout == "rows" else 2
         logits = torch.zeros(1, problem.num_experts * step, dtype=dtype, device=place)[:, ::step]
         ids = torch.arange(problem.topk, device=place)[None].to(getattr(torch, problem.ids_dtype))
         grad = torch.zeros(1, problem.topk, device=place)
         for vectors in {torch.float32, dtype} if problem.spec.per_expert_scale else {None}:
-            scale = None if vectors is None else torch.ones(problem.num_experts, dtype=vectors, device=place)
+            scale = (
+                None
+                if vectors is None
+                else torch.ones(problem.num_experts, dtype=vectors, device=place)
+            )
             self.backward(grad, logits, ids, scale)
 
 
 class Dispatcher:
-    """Chooses and builds for one spec and, where the user names one, one backend. ``dispatcher_of`` returns it."""
+    """Chooses and builds for one spec and, where the user names one, one backend.
+
+    ``dispatcher_of`` returns it.
+    """
 
     def __init__(self, spec: RoutingSpec, requested: str | None) -> None:
         """Keep the maths and the backend's name; nothing is chosen yet."""
@@ -114,7 +138,16 @@ class Dispatcher:
     ) -> Resolved:
         """Return the kernel for logits that have been checked; T is not 0."""
         rows = logits.stride(1) == 1 or num_experts == 1
-        key = (logits.device, logits.dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
+        key = (
+            logits.device,
+            logits.dtype,
+            num_experts,
+            topk,
+            ids_dtype,
+            rows,
+            training,
+            preference.get(),
+        )
         return self._resolved.get(key) or self._resolve(key)
 
     def resolve(  # noqa: PLR0913 -- the fields of a RoutingProblem
@@ -172,7 +205,11 @@ class Dispatcher:
                 if report.winner is None:
                     raise BackendUnavailableError(report.why, report) from error
                 continue
-            backward = kernel.backward if isinstance(kernel, Differentiates) else partial(weights_backward, self.spec)
+            backward = (
+                kernel.backward
+                if isinstance(kernel, Differentiates)
+                else partial(weights_backward, self.spec)
+            )
             _warn_of_downgrade(report, request)
             return Resolved(kernel, report, problem, backward)
         raise BackendUnavailableError(report.why, report)
@@ -196,7 +233,9 @@ def dispatcher_of(spec: str, requested: str | None) -> Dispatcher:
         _start_anew()
     found = _dispatchers.get((spec, requested))
     if found is None:
-        found = _dispatchers.setdefault((spec, requested), Dispatcher(RoutingSpec.from_json(spec), requested))
+        found = _dispatchers.setdefault(
+            (spec, requested), Dispatcher(RoutingSpec.from_json(spec), requested)
+        )
     return found
 
 
@@ -209,7 +248,10 @@ def _start_anew() -> None:
 
 
 def _lock_for(key: Hashable) -> ForkSafeLock:
-    """Return the lock of one choice or one kernel: a factory may route, and must find the locks of other problems free."""
+    """Return the lock of one choice or one kernel.
+
+    A factory may route, and must find the locks of other problems free.
+    """
     return _locks.setdefault(key, ForkSafeLock())
 
 
@@ -218,7 +260,9 @@ _building: ContextVar[tuple[Hashable, ...]] = ContextVar("moe_routing_building",
 
 
 def _kernel(name: str, problem: RoutingProblem, device: DeviceInfo) -> Kernel:
-    """Return the backend's kernel for the problem, with or without gradients; build it if it is the first.
+    """Return the backend's kernel for the problem, with or without gradients.
+
+    Build it if it is the first.
 
     :raises FactoryError: the factory raised, or returned no callable.
     """
@@ -231,7 +275,8 @@ def _kernel(name: str, problem: RoutingProblem, device: DeviceInfo) -> Kernel:
             raise RuntimeError(msg)
         token = _building.set((*_building.get(), key))
         try:
-            # Whatever the caller is in the middle of, a kernel and the tensors that it keeps are real.
+            # Whatever the caller is in the middle of, a kernel and the tensors that it keeps are
+            # real.
             with not_raised(), unset_fake_temporarily(), torch.inference_mode(mode=False):
                 kernel: Kernel = registry().build(name, problem, device)
         finally:
@@ -255,7 +300,9 @@ def _require_closed_form(name: str, problem: RoutingProblem) -> None:
         return
     reason = f"its kernel has no `backward`, and the built-in gradient does not know {beyond}"
     verdict = Verdict.no(RejectCode.TRAINING, reason)
-    raise FactoryError(Rejection(name=name, verdict=verdict, distribution=registry().distribution(name)))
+    raise FactoryError(
+        Rejection(name=name, verdict=verdict, distribution=registry().distribution(name))
+    )
 
 
 def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:
@@ -282,7 +329,9 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def empty_output(spec: RoutingSpec, logits: Tensor, topk: int, ids_dtype: torch.dtype) -> RoutingOutput:
+def empty_output(
+    spec: RoutingSpec, logits: Tensor, topk: int, ids_dtype: torch.dtype
+) -> RoutingOutput:
     """Allocate outputs for the logits, unfilled."""
     shape = (logits.shape[0], topk + spec.shared_experts)
     return RoutingOutput(

@@ -1,8 +1,9 @@
 """Logits that are DTensors: rows are routed where they are, and nothing else is.
 
-A row's result depends on no other row, so row-sharded logits give row-sharded outputs without communication, and replicated
-logits replicated ones. Other placements (the experts sharded, partial sums) are replicated first. So are rows if some of them
-are padding: ``num_valid_tokens`` counts rows of the whole tensor.
+A row's result depends on no other row, so row-sharded logits give row-sharded outputs without
+communication, and replicated logits replicated ones. Other placements (the experts sharded, partial
+sums) are replicated first. So are rows if some of them are padding: ``num_valid_tokens`` counts
+rows of the whole tensor.
 """
 
 from __future__ import annotations
@@ -25,20 +26,26 @@ ROWS = Shard(0)
 
 
 def route(config: CallConfig, operands: Operands, columns: int, *, training: bool) -> RoutingOutput:
-    """Route checked operands of which the logits are a DTensor; a plain tensor among the others counts as replicated.
+    """Route checked operands of which the logits are a DTensor.
+
+    A plain tensor among the others counts as replicated.
 
     :param columns: of the outputs.
     :raises ValueError: an operand is a DTensor on another mesh, or ``out`` is given.
     """
     logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
     if not isinstance(logits, DTensor):
-        msg = f"logits: expected a DTensor, since another operand is one, got {type(logits).__name__}"
+        msg = (
+            f"logits: expected a DTensor, since another operand is one, got {type(logits).__name__}"
+        )
         raise TypeError(msg)
     if out is not None:
         msg = "out: expected None with logits that are a DTensor, got tensors"
         raise ValueError(msg)
     mesh = logits.device_mesh
-    rows: list[Placement] = [p if valid is None and p in (ROWS, Replicate()) else Replicate() for p in logits.placements]
+    rows: list[Placement] = [
+        p if valid is None and p in (ROWS, Replicate()) else Replicate() for p in logits.placements
+    ]
     everywhere: list[Placement] = [Replicate()] * mesh.ndim
 
     def local(name: str, operand: Tensor | None, placements: list[Placement]) -> Tensor | None:
@@ -49,8 +56,12 @@ def route(config: CallConfig, operands: Operands, columns: int, *, training: boo
         elif operand.device_mesh != mesh:
             msg = f"{name}: expected the logits' mesh {mesh}, got {operand.device_mesh}"
             raise ValueError(msg)
-        # Each rank adds up the gradient over its own rows: what is replicated has a partial sum of it.
-        partial = [Partial() if p == ROWS and q != ROWS else q for p, q in zip(rows, placements, strict=True)]
+        # Each rank adds up the gradient over its own rows: what is replicated has a partial sum of
+        # it.
+        partial = [
+            Partial() if p == ROWS and q != ROWS else q
+            for p, q in zip(rows, placements, strict=True)
+        ]
         return operand.redistribute(placements=placements).to_local(grad_placements=partial)
 
     shard = Operands(
@@ -64,5 +75,8 @@ def route(config: CallConfig, operands: Operands, columns: int, *, training: boo
     )
     output = _operators.call(config, shard, training=training)
     shape = torch.Size((logits.shape[0], columns))
-    weights, ids = (DTensor.from_local(t, mesh, rows, run_check=False, shape=shape, stride=(columns, 1)) for t in output)
+    weights, ids = (
+        DTensor.from_local(t, mesh, rows, run_check=False, shape=shape, stride=(columns, 1))
+        for t in output
+    )
     return RoutingOutput(weights, ids)

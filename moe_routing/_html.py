@@ -1,4 +1,7 @@
-"""The shell of every page that is written here: one file, no scripts, light and dark, from a phone's width up."""
+"""The shell of every page that is written here.
+
+One file, no scripts, light and dark, from a phone's width up.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ footer { margin-top: 3rem; color: var(--declined); font-size: .85rem; }
 
 
 def escape(text: object) -> str:
-    """Return a value's text, safe between tags and in attributes: the one way for text from outside into a page."""
+    """Return a value's text, safe between tags and in attributes.
+
+    The one way for text from outside into a page.
+    """
     return html.escape(printable(str(text)))
 
 
@@ -69,5 +75,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     "<div class='scroll'><table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table></div>"
     """
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

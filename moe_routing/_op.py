@@ -1,10 +1,13 @@
-"""The operators ``moe_routing::route``, ``route_training`` and ``route_backward``: what tracing, tensor subclasses and
+"""The operators ``moe_routing::route``, ``route_training`` and ``route_backward``.
+
+What tracing, tensor subclasses and
 exported programs call.
 
-A plain call never comes here: going through an operator costs more than choosing the backend. The spec travels as its
-canonical JSON, so that an exported program can be loaded in another process, where ``import moe_routing`` runs this file. It
-only registers, in a few milliseconds; what the operators do is in ``_operators``, imported when one is called.
-"""  # noqa: D205 -- one sentence
+A plain call never comes here: going through an operator costs more than choosing the backend. The
+spec travels as its canonical JSON, so that an exported program can be loaded in another process,
+where ``import moe_routing`` runs this file. It only registers, in a few milliseconds; what the
+operators do is in ``_operators``, imported when one is called.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 # So that torch.export.save can write down a program that returns what routing returns.
 _pytree._register_namedtuple(RoutingOutput, serialized_type_name="moe_routing.RoutingOutput")  # noqa: SLF001 -- torch.export's error message names it
 
-# `int64_ids` rather than a ScalarType: a dtype takes the dispatcher longest of all types of arguments.
+# `int64_ids` rather than a ScalarType: a dtype takes the dispatcher longest of all types of
+# arguments.
 _LIBRARY = torch.library.Library("moe_routing", "DEF")
 _SCHEMA = (
     "(Tensor logits, Tensor? per_expert_scale, Tensor? bias, Tensor? token_ids, Tensor? expert_table, "
@@ -74,11 +78,18 @@ _LIBRARY.impl("route_backward", _route_backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("moe_routing::route_backward", lib=_LIBRARY)
 def _route_backward_fake(
-    _grad_weights: Tensor, logits: Tensor, _ids: Tensor, per_expert_scale: Tensor | None, _spec: str, _backend: str | None
+    _grad_weights: Tensor,
+    logits: Tensor,
+    _ids: Tensor,
+    per_expert_scale: Tensor | None,
+    _spec: str,
+    _backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     scale = logits.new_empty(0) if per_expert_scale is None else per_expert_scale
     contiguous = torch.contiguous_format
-    return torch.empty_like(logits, memory_format=contiguous), torch.empty_like(scale, memory_format=contiguous)
+    return torch.empty_like(logits, memory_format=contiguous), torch.empty_like(
+        scale, memory_format=contiguous
+    )
 
 
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -103,14 +114,26 @@ def _backward(ctx: Any, grad_weights: Tensor, _grad_ids: None) -> tuple[Tensor |
     return grad_logits, (None if per_expert_scale is None else grad_scale), *nothing
 
 
-def _save_backward(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001 -- torch's protocol
+def _save_backward(
+    ctx: FunctionCtx,
+    inputs: tuple[Any, ...],
+    output: tuple[Tensor, Tensor],  # noqa: ARG001 -- torch's protocol
+) -> None:
     ctx.spec = inputs[4]  # type: ignore[attr-defined]  # a bag by design
     ctx.save_for_backward(*inputs[:4])
 
 
 def _double_backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- a bag by design
-    return (*_operators().route_double_backward(ctx.spec, ctx.saved_tensors, directions), None, None)
+    return (
+        *_operators().route_double_backward(ctx.spec, ctx.saved_tensors, directions),
+        None,
+        None,
+    )
 
 
-torch.library.register_autograd("moe_routing::route_training", _backward, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("moe_routing::route_backward", _double_backward, setup_context=_save_backward, lib=_LIBRARY)
+torch.library.register_autograd(
+    "moe_routing::route_training", _backward, setup_context=_save, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "moe_routing::route_backward", _double_backward, setup_context=_save_backward, lib=_LIBRARY
+)

@@ -23,7 +23,8 @@ class CallConfig(NamedTuple):
 
     :ivar spec: the spec's canonical JSON.
     :ivar backend: the backend that the user named, if any.
-    :ivar shadow: the key of what watches the router's calls, if anything does (``moe_routing.reference.shadow``).
+    :ivar shadow: the key of what watches the router's calls, if anything does
+        (``moe_routing.reference.shadow``).
     """
 
     spec: str
@@ -34,7 +35,10 @@ class CallConfig(NamedTuple):
 
 
 def call(config: CallConfig, operands: Operands, *, training: bool) -> RoutingOutput:
-    """Call an operator with checked arguments; the one with an autograd formula, which costs more, only for gradients."""
+    """Call an operator with checked arguments.
+
+    The one with an autograd formula, which costs more, only for gradients.
+    """
     valid, expert_map, out = operands[5:]
     if valid is not None and not isinstance(valid, Tensor):
         valid = operands.logits.new_full((1,), valid, dtype=torch.int64)
@@ -81,7 +85,16 @@ def route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     if not num_tokens:
         return empty_output(dispatcher.spec, logits, topk, ids_dtype)
     resolved = dispatcher.resolve_for(logits, num_experts, topk, ids_dtype, training)
-    operands = (logits, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, None)
+    operands = (
+        logits,
+        per_expert_scale,
+        bias,
+        token_ids,
+        expert_table,
+        num_valid_tokens,
+        expert_map,
+        None,
+    )
     watch = None if shadow is None else _shadow(shadow)
     weights, ids = resolved.route(_tuple(Operands, operands), watch)
     # A third party's kernel may return a view; compiled code has been told that it is contiguous.
@@ -97,23 +110,34 @@ def _shadow(key: str) -> Shadow | None:
 def route_fake(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 -- the operator's schema
     """Return outputs of the right shapes for fake tensors."""
     spec, topk, int64_ids = others[6:9]
-    return empty_output(dispatcher_of(spec, None).spec, logits, topk, torch.int64 if int64_ids else torch.int32)
+    return empty_output(
+        dispatcher_of(spec, None).spec, logits, topk, torch.int64 if int64_ids else torch.int32
+    )
 
 
 def route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
-    grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None, spec: str, backend: str | None
+    grad_weights: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    per_expert_scale: Tensor | None,
+    spec: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     dispatcher = dispatcher_of(spec, backend)
     if logits.shape[0]:
         resolved = dispatcher.resolve_for(logits, logits.shape[1], ids.shape[1], ids.dtype, True)  # noqa: FBT003 -- training
-        gradients = resolved.backward(grad_weights.contiguous(), logits, ids.contiguous(), per_expert_scale)
+        gradients = resolved.backward(
+            grad_weights.contiguous(), logits, ids.contiguous(), per_expert_scale
+        )
     else:
         gradients = weights_backward(dispatcher.spec, grad_weights, logits, ids, per_expert_scale)
     return gradients[0].contiguous(), gradients[1].contiguous()
 
 
 def route_double_backward(
-    spec: str, saved: tuple[Tensor, Tensor, Tensor, Tensor | None], directions: tuple[Tensor | None, ...]
+    spec: str,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    directions: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the tensors that ``route_backward`` took."""
     return double_backward(dispatcher_of(spec, None).spec, saved, directions)

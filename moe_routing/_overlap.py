@@ -1,8 +1,10 @@
-"""Whether the outputs that a call brings share memory: with each other, or with what the kernel reads.
+"""Whether the outputs that a call brings share memory.
 
-Only addresses tell. Two views of one storage may lie apart, and tensors of two storages may share memory that somebody else
-owns, a NumPy array's for example. What is compared is the range from a tensor's first byte to its last, which is exact for
-outputs, since they are contiguous.
+With each other, or with what the kernel reads.
+
+Only addresses tell. Two views of one storage may lie apart, and tensors of two storages may share
+memory that somebody else owns, a NumPy array's for example. What is compared is the range from a
+tensor's first byte to its last, which is exact for outputs, since they are contiguous.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def overlap(operands: Operands) -> str:
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             pairs += [(f"weights and {name}", weights, value), (f"ids and {name}", ids, value)]
-    return next((f"{named} that overlap" for named, one, other in pairs if _overlap(one, other)), "")
+    return next(
+        (f"{named} that overlap" for named, one, other in pairs if _overlap(one, other)), ""
+    )
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
@@ -39,7 +43,10 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    """Return where a tensor begins; 0 for one without elements or memory, a fake or a meta tensor for example."""
+    """Return where a tensor begins.
+
+    0 for one without elements or memory, a fake or a meta tensor for example.
+    """
     try:
         return tensor.data_ptr()
     except RuntimeError:
@@ -48,19 +55,23 @@ def _address(tensor: Tensor) -> int:
 
 def span(tensor: Tensor) -> int:
     """Return the bytes from a tensor's first element to the end of its last; it has elements."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return (last + 1) * tensor.element_size()
 
 
 def lies_apart(operands: Operands) -> Callable[[Operands], bool]:
     """Return what tells whether ``out`` overlaps nothing, for calls whose tensors have these types, shapes and strides.
 
-    It costs an address for each tensor and two comparisons for each input: the spans are known. Of tensors without memory it
-    says no.
+    It costs an address for each tensor and two comparisons for each input: the spans are known. Of
+    tensors without memory it says no.
     """
     assert operands.out is not None  # noqa: S101 -- for mypy: the caller has looked
     of_weights, of_ids = (span(tensor) for tensor in operands.out)
-    spans = tuple((n, span(value)) for n, value in enumerate(operands[:_INPUTS]) if isinstance(value, Tensor))
+    spans = tuple(
+        (n, span(value)) for n, value in enumerate(operands[:_INPUTS]) if isinstance(value, Tensor)
+    )
 
     def apart(operands: Operands) -> bool:
         weights, ids = operands[_INPUTS]  # type: ignore[misc] # the calls bring outputs

@@ -1,4 +1,7 @@
-"""The functions that users call: get a router, list what there is, explain a choice, prefer a backend."""
+"""The functions that users call.
+
+Get a router, list what there is, explain a choice, prefer a backend.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,14 @@ from moe_routing._router import Router
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED, from_config
 from moe_routing.probing import probe
-from moe_routing_registry import Problem, Request, ResolutionReport, RoutingProblem, RoutingSpec, UnknownNameError
+from moe_routing_registry import (
+    Problem,
+    Request,
+    ResolutionReport,
+    RoutingProblem,
+    RoutingSpec,
+    UnknownNameError,
+)
 from moe_routing_registry.request import preferring, verify_rate
 from moe_routing_registry.text import refusal
 
@@ -28,17 +38,24 @@ _routers: dict[tuple[object, ...], Router] = {}
 
 
 def get_router(
-    router: str | RoutingSpec | object, *, backend: str | None = None, verify: float | bool | None = None
+    router: str | RoutingSpec | object,
+    *,
+    backend: str | None = None,
+    verify: float | bool | None = None,
 ) -> Router:
     """Return the router of a model, a family, a spec or a configuration.
 
-    The same arguments give the same router, from any thread. Nothing is probed or built before its first call. Inside a
-    compiled function the call is a constant, and costs nothing when the function runs.
+    The same arguments give the same router, from any thread. Nothing is probed or built before its
+    first call. Inside a compiled function the call is a constant, and costs nothing when the
+    function runs.
 
-    :param router: a model name (transformers' ``model_type``), a family name, a ``RoutingSpec``, or a configuration
-        object or dict with a ``model_type``, from which E, K, groups, scaling and renormalisation are read.
-    :param backend: name of the backend to use, or an error; ``None`` to choose the best for each device.
-    :param verify: ``True``, or the share of calls, to compare with the float64 oracle in shadow; see ``Router.health``.
+    :param router: a model name (transformers' ``model_type``), a family name, a ``RoutingSpec``, or
+        a configuration object or dict with a ``model_type``, from which E, K, groups, scaling and
+        renormalisation are read.
+    :param backend: name of the backend to use, or an error; ``None`` to choose the best for each
+        device.
+    :param verify: ``True``, or the share of calls, to compare with the float64 oracle in shadow;
+        see ``Router.health``.
     :raises UnknownNameError: no such router or backend; near matches are named.
     :raises ValueError: the configuration lacks an attribute, or has an impossible value.
 
@@ -76,7 +93,13 @@ def _traced_router(router: object, backend: str | None, verify: float | bool | N
     if isinstance(router, str):
         return Router(spec_named(router), backend=backend, verify=verify)
     configured = from_config(router)
-    return Router(configured.spec, topk=configured.topk, num_experts=configured.num_experts, backend=backend, verify=verify)
+    return Router(
+        configured.spec,
+        topk=configured.topk,
+        num_experts=configured.num_experts,
+        backend=backend,
+        verify=verify,
+    )
 
 
 def _look_up(router: object) -> tuple[RoutingSpec, int | None, int | None]:
@@ -111,13 +134,17 @@ def named(router: str) -> RoutingSpec:
 
 
 def list_routers() -> Mapping[str, RoutingSpec]:
-    """Return every name that ``get_router`` takes, with its spec: families, models, and those of plug-ins.
+    """Return every name that ``get_router`` takes, with its spec.
+
+    Families, models, and those of plug-ins.
 
     >>> list_routers()["mixtral"].formula
     'ids = topk(l); w = softmax(l[ids])'
     """
     plugins = registry().families
-    brought = {name: spec for family_spec in plugins.values() for name, spec in family_spec.models.items()}
+    brought = {
+        name: spec for family_spec in plugins.values() for name, spec in family_spec.models.items()
+    }
     return {
         **{name: family_spec.spec for name, family_spec in plugins.items()},
         **brought,
@@ -147,11 +174,12 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
 ) -> ResolutionReport:
     """Say which backend a call would get, and why; builds and launches nothing, and never raises.
 
-    :param router: as for ``get_router``; or a problem of any operation, which has a size and dtype of its own.
+    :param router: as for ``get_router``; or a problem of any operation, which has a size and dtype
+        of its own.
     :param num_experts: E; 128 where neither it nor a configuration says.
     :param topk: K; 8 (at most E) where neither it nor a configuration says.
-    :returns: a report; where an argument is wrong (no such router, dtype or device; an E or K that cannot be) its ``error``
-        says what came and what was expected.
+    :returns: a report; where an argument is wrong (no such router, dtype or device; an E or K that
+        cannot be) its ``error`` says what came and what was expected.
 
     >>> explain("gemma4", num_experts=128, topk=8).winner
     'eager'
@@ -164,13 +192,21 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
         spec, configured_topk, configured_experts = _look_up(router)
         num_experts = num_experts if num_experts is not None else configured_experts or 128
         num_experts = _experts(num_experts)
-        topk = _check.integer("topk", topk if topk is not None else configured_topk or min(8, num_experts))
+        topk = _check.integer(
+            "topk", topk if topk is not None else configured_topk or min(8, num_experts)
+        )
         spec.check_size(num_experts, topk)
         known = {dtype_name(each) for each in _check.LOGITS_DTYPES}
         if not isinstance(dtype, (str, torch.dtype)) or dtype_name(dtype) not in known:
             expected = f"one of {', '.join(sorted(known))}"
             raise ValueError(refusal("dtype", expected, dtype))  # noqa: TRY301 -- the report carries it, like what the calls above raise
-        problem = RoutingProblem(spec=spec, num_experts=num_experts, topk=topk, dtype=dtype_name(dtype), training=training)
+        problem = RoutingProblem(
+            spec=spec,
+            num_experts=num_experts,
+            topk=topk,
+            dtype=dtype_name(dtype),
+            training=training,
+        )
     except Exception as error:  # noqa: BLE001 -- the promise is never to raise: the report carries what went wrong
         return ResolutionReport(requested=backend, error=f"{type(error).__name__}: {error}")
     return _explain(problem, device, backend)
@@ -188,7 +224,12 @@ def _explain(problem: Problem, device: torch.device | str, backend: str | None) 
     try:
         return registry().resolve(problem, info, request)
     except Exception as error:  # noqa: BLE001 -- likewise
-        return ResolutionReport(problem=problem, device=info, requested=backend, error=f"{type(error).__name__}: {error}")
+        return ResolutionReport(
+            problem=problem,
+            device=info,
+            requested=backend,
+            error=f"{type(error).__name__}: {error}",
+        )
 
 
 def _experts(num_experts: object) -> int:
@@ -201,7 +242,8 @@ def _experts(num_experts: object) -> int:
 def prefer(backend: str) -> AbstractContextManager[None]:
     """Use that backend for every call inside the block, in this thread or task, unless the router names its own.
 
-    What it returns may be used for several blocks, one after another, inside each other or in several threads.
+    What it returns may be used for several blocks, one after another, inside each other or in
+    several threads.
 
     :raises UnknownNameError: no such backend.
 

@@ -18,5 +18,8 @@ _registry = Registry(BUILT_IN, reserved={*FAMILIES, *MODELS}, operations=OPERATI
 
 
 def registry() -> Registry:
-    """Return the process-wide registry; plug-ins are loaded when it is first asked for something."""
+    """Return the process-wide registry.
+
+    Plug-ins are loaded when it is first asked for something.
+    """
     return _registry

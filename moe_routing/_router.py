@@ -1,4 +1,7 @@
-"""``Router``: checks the arguments, finds the kernel, and calls it; a call like an earlier one goes straight to the kernel."""
+"""``Router``: checks the arguments, finds the kernel, and calls it.
+
+A call like an earlier one goes straight to the kernel.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,12 @@ from moe_routing._call_cache import ORDINARY, UNREADABLE, CachedCall, described,
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._operators import CallConfig
 from moe_routing.kernel import Operands, Prepares, RoutingOutput, WarmsUp
-from moe_routing.private_api import carries_tangents, is_fake_mode, is_functorch_wrapped_tensor, is_zero_tensor
+from moe_routing.private_api import (
+    carries_tangents,
+    is_fake_mode,
+    is_functorch_wrapped_tensor,
+    is_zero_tensor,
+)
 from moe_routing_registry import RoutingSpec
 from moe_routing_registry.request import verify_rate
 from moe_routing_registry.text import refusal
@@ -34,19 +42,23 @@ _tuple = tuple.__new__
 
 
 class Router:
-    """Routes tokens to experts: ``weights, ids = route(logits, topk)``. Get one from ``moe_routing.get_router``.
+    """Routes tokens to experts: ``weights, ids = route(logits, topk)``.
 
-    The backend is chosen at the first call for each (device, dtype, E, K, layout) and kept; later calls cost one
-    comparison of their tensors. A router may be used from any number of threads. It is a value: it may be copied, pickled and
-    sent to other processes, which choose for themselves; what it has seen (``report``, ``health``) stays here.
+    Get one from ``moe_routing.get_router``.
+
+    The backend is chosen at the first call for each (device, dtype, E, K, layout) and kept; later
+    calls cost one comparison of their tensors. A router may be used from any number of threads. It
+    is a value: it may be copied, pickled and sent to other processes, which choose for themselves;
+    what it has seen (``report``, ``health``) stays here.
 
     :ivar spec: the maths.
     :ivar num_experts: E for a router of a configuration, else ``None``.
     :ivar topk: K for a router of a configuration, else ``None``; then every call names it.
 
-    ``verify=True`` compares every call with the float64 oracle, ``verify=0.01`` one in a hundred, without ever changing a
-    result or raising: ``health()`` and the logger ``moe_routing.verify`` tell. ``MOE_ROUTING_VERIFY=sample:0.01`` does so
-    for every router. Calls inside compiled functions are compared too.
+    ``verify=True`` compares every call with the float64 oracle, ``verify=0.01`` one in a hundred,
+    without ever changing a result or raising: ``health()`` and the logger ``moe_routing.verify``
+    tell. ``MOE_ROUTING_VERIFY=sample:0.01`` does so for every router. Calls inside compiled
+    functions are compared too.
 
     >>> route = Router(RoutingSpec(family="topk_softmax", renormalize=True))
     >>> weights, ids = route(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
@@ -67,13 +79,19 @@ class Router:
             raise TypeError(refusal("spec", "a RoutingSpec", spec))
         self.spec = spec
         self.topk = None if topk is None else _check.integer("topk", topk)
-        self.num_experts = None if num_experts is None else _check.integer("num_experts", num_experts)
+        self.num_experts = (
+            None if num_experts is None else _check.integer("num_experts", num_experts)
+        )
         self._requested = backend
         self._verify = verify
         if is_dynamo_compiling():
             from moe_routing._traced import shared_shadow_key, text_of
 
-            self._text, self._shadow, self._shadow_key = text_of(spec), None, shared_shadow_key(verify)
+            self._text, self._shadow, self._shadow_key = (
+                text_of(spec),
+                None,
+                shared_shadow_key(verify),
+            )
         else:
             self._text, self._shadow = spec.to_json(), _shadow(verify)
             self._shadow_key = None if self._shadow is None else self._shadow.key
@@ -100,23 +118,30 @@ class Router:
     ) -> RoutingOutput:
         """Select ``topk`` experts for every token and weigh them.
 
-        :param logits: ``[T, E]``, any float dtype (float64 is rounded to float32), any strides; T may be 0. A DTensor that
-            is sharded by rows or replicated is routed on each rank, and the outputs are placed like it.
+        :param logits: ``[T, E]``, any float dtype (float64 is rounded to float32), any strides; T
+            may be 0. A DTensor that is sharded by rows or replicated is routed on each rank, and
+            the outputs are placed like it.
         :param topk: K, 1 <= K <= E; may be left out for a router of a configuration.
-        :param per_expert_scale: ``[E]``, any float dtype; for specs with ``per_expert_scale`` (Gemma4), and only those.
-        :param bias: ``[E]``, any float dtype; for specs whose selection adds a bias, and only those.
+        :param per_expert_scale: ``[E]``, any float dtype; for specs with ``per_expert_scale``
+            (Gemma4), and only those.
+        :param bias: ``[E]``, any float dtype; for specs whose selection adds a bias, and only
+            those.
         :param token_ids: ``[T]``, int32 or int64; for token-table selection, and only that.
-        :param expert_table: ``[vocabulary, K]``, int32 or int64; likewise. A token whose id is not in the table, or whose
-            entries are not all in [0, E), counts as padding.
-        :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0, more than T are all; an integer,
-            or an int32 or int64 tensor of shape [] or [1] on the logits' device, which is never read on the host.
-        :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert. Experts may share a physical
-            id, and one that is elsewhere has -1; the weights stay as they are.
+        :param expert_table: ``[vocabulary, K]``, int32 or int64; likewise. A token whose id is not
+            in the table, or whose entries are not all in [0, E), counts as padding.
+        :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0, more
+            than T are all; an integer, or an int32 or int64 tensor of shape [] or [1] on the
+            logits' device, which is never read on the host.
+        :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.
+            Experts may share a physical id, and one that is elsewhere has -1; the weights stay as
+            they are.
         :param ids_dtype: ``torch.int32`` (default) or ``torch.int64``.
-        :param out: ``(weights, ids)`` to write into: contiguous, ``[T, K + shared_experts]``, not with gradients, and of
-            memory that they share neither with each other nor with an operand.
-        :returns: ``RoutingOutput(weights, ids)``: float32 and ``ids_dtype``, both ``[T, K + shared_experts]`` and contiguous,
-            ordered by descending selection score, equal scores by ascending id.
+        :param out: ``(weights, ids)`` to write into: contiguous, ``[T, K + shared_experts]``, not
+            with gradients, and of memory that they share neither with each other nor with an
+            operand.
+        :returns: ``RoutingOutput(weights, ids)``: float32 and ``ids_dtype``, both ``[T, K +
+            shared_experts]`` and contiguous, ordered by descending selection score, equal scores by
+            ascending id.
         :raises TypeError: an argument has the wrong type or dtype.
         :raises ValueError: an argument has the wrong value, shape or device.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
@@ -129,7 +154,17 @@ class Router:
         if type(out) is tuple and len(out) == 2:  # noqa: PLR2004 -- a pair
             out = _tuple(RoutingOutput, out)
         operands = _tuple(
-            Operands, (logits, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, out)
+            Operands,
+            (
+                logits,
+                per_expert_scale,
+                bias,
+                token_ids,
+                expert_table,
+                num_valid_tokens,
+                expert_map,
+                out,
+            ),
         )
         latest = self._latest
         try:
@@ -138,7 +173,9 @@ class Router:
             known = False
         return latest.route(operands) if known else self._dispatch(operands, topk, ids_dtype)  # type: ignore[union-attr] # known
 
-    def _dispatch(self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> RoutingOutput:
+    def _dispatch(
+        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+    ) -> RoutingOutput:
         """Route a call unlike the one before: look it up, or check it."""
         key: tuple[object, ...] | None = None
         found = None
@@ -154,7 +191,11 @@ class Router:
         return found.route(operands)
 
     def _first(
-        self, key: tuple[object, ...] | None, asked: Operands, asked_topk: int | None, asked_ids: torch.dtype | None
+        self,
+        key: tuple[object, ...] | None,
+        asked: Operands,
+        asked_topk: int | None,
+        asked_ids: torch.dtype | None,
     ) -> RoutingOutput:
         """Check a call, choose what serves it, and cache that for later calls like it."""
         operands, topk, ids_dtype = self._checked(asked, asked_topk, asked_ids)
@@ -169,14 +210,20 @@ class Router:
                 return _operators.call(config, operands, training=True)
             return operands.out or empty_output(self.spec, operands.logits, topk, ids_dtype)
         dispatcher = dispatcher_of(self._text, self._requested)
-        resolved = dispatcher.resolve_for(operands.logits, operands.logits.shape[1], topk, ids_dtype, differentiable)
+        resolved = dispatcher.resolve_for(
+            operands.logits, operands.logits.shape[1], topk, ids_dtype, differentiable
+        )
         route = self._general_route(resolved)
         rule = Rule(self.spec, topk, resolved.backward)
         call = recorded(rule, route) if differentiable else route
         output = call(operands)
         matches: Matches = never
         if key is not None and all(t.numel() for t in _tensors(operands)):
-            if self._shadow is None and _vectors_are_contiguous(operands) and isinstance(resolved.kernel, Prepares):
+            if (
+                self._shadow is None
+                and _vectors_are_contiguous(operands)
+                and isinstance(resolved.kernel, Prepares)
+            ):
                 plain = operands._replace(expert_map=None, out=None) if differentiable else operands
                 route = resolved.kernel.prepared(plain) or route
                 call = recorded(rule, route) if differentiable else route
@@ -190,10 +237,15 @@ class Router:
     def _general_route(self, resolved: Resolved) -> Prepared:
         """Return what calls the kernel with any operands, watched in shadow mode."""
         shadow = self._shadow
-        return resolved.route if shadow is None else lambda operands: resolved.route(operands, shadow)
+        return (
+            resolved.route if shadow is None else lambda operands: resolved.route(operands, shadow)
+        )
 
     def _differentiable(self, operands: Operands) -> bool:
-        """Tell whether the weights need derivatives; refuse ``out`` if they do, or if it cannot be written."""
+        """Tell whether the weights need derivatives.
+
+        Refuse ``out`` if they do, or if it cannot be written.
+        """
         differentiable = (
             (is_grad_enabled() and _requires_grad(operands))
             or carries_tangents()
@@ -204,21 +256,32 @@ class Router:
             _check.check_writable(operands.out)
         return differentiable
 
-    def _unordinary(self, config: CallConfig, operands: Operands, *, differentiable: bool) -> RoutingOutput:
-        """Route tensors that are no plain memory: the operator and PyTorch's own rules know what to do with each."""
+    def _unordinary(
+        self, config: CallConfig, operands: Operands, *, differentiable: bool
+    ) -> RoutingOutput:
+        """Route tensors that are no plain memory.
+
+        The operator and PyTorch's own rules know what to do with each.
+        """
         if any(_is_dtensor(t) for t in _tensors(operands)):
             return self._sharded(config, operands, training=differentiable)
         if any(is_functorch_wrapped_tensor(t) for t in _tensors(operands)):
             rule = Rule(self.spec, config.topk, _operator_backward(config))
-            return recorded(rule, lambda some: _operators.call(config, some, training=False))(operands)
+            return recorded(rule, lambda some: _operators.call(config, some, training=False))(
+                operands
+            )
         return _operators.call(config, operands, training=differentiable)
 
     def _sharded(self, config: CallConfig, operands: Operands, *, training: bool) -> RoutingOutput:
         from moe_routing import _dtensor
 
-        return _dtensor.route(config, operands, config.topk + self.spec.shared_experts, training=training)
+        return _dtensor.route(
+            config, operands, config.topk + self.spec.shared_experts, training=training
+        )
 
-    def _traced(self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> RoutingOutput:
+    def _traced(
+        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+    ) -> RoutingOutput:
         """Put the operator into the graph that Dynamo is making."""
         operands, topk, ids_dtype = self._checked(_check.counted(operands), topk, ids_dtype)
         training = is_grad_enabled() and _requires_grad(operands)
@@ -242,7 +305,8 @@ class Router:
         """Choose and build ahead of the first call; the same kernel serves later calls.
 
         :param rows: whether the experts of a row are adjacent in memory.
-        :returns: ``(kernel, report)``: the kernel, whose arguments nobody checks, and how it was chosen.
+        :returns: ``(kernel, report)``: the kernel, whose arguments nobody checks, and how it was
+            chosen.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
         return dispatcher_of(self._text, self._requested).resolve(
@@ -261,7 +325,8 @@ class Router:
     ) -> ResolutionReport:
         """Choose, build and compile before the first call (and before a CUDA graph is captured).
 
-        Plain calls, calls inside compiled functions and, with ``training=True``, calls with gradients are then warm.
+        Plain calls, calls inside compiled functions and, with ``training=True``, calls with
+        gradients are then warm.
 
         :returns: the report of the choice.
         """
@@ -274,7 +339,9 @@ class Router:
             self.resolve(device, dtype, num_experts, topk, ids_dtype=ids_dtype, training=wanted)
             for wanted in ((False, True) if training else (False,))
         ]
-        for kernel in {id(resolved.kernel): resolved.kernel for resolved in choices}.values():  # mostly it is one
+        for kernel in {
+            id(resolved.kernel): resolved.kernel for resolved in choices
+        }.values():  # mostly it is one
             if isinstance(kernel, WarmsUp):
                 kernel.warmup()
         if training:
@@ -293,12 +360,17 @@ class Router:
 
     @property
     def report(self) -> ResolutionReport | None:
-        """How the backend of the latest call was chosen, ``None`` before the first call; see ``backend``."""
+        """How the backend of the latest call was chosen, ``None`` before the first call.
+
+        See ``backend``.
+        """
         resolved = self._latest.resolved if self._latest else None
         return resolved.report_with_notes() if resolved else None
 
     def health(self) -> Health:
-        """Return what shadow mode has seen of this router's calls: how many were compared, near ties, and what was wrong.
+        """Return what shadow mode has seen of this router's calls.
+
+        How many were compared, near ties, and what was wrong.
 
         >>> route = Router(RoutingSpec(family="topk_softmax", renormalize=True), verify=True)
         >>> _ = route(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
@@ -313,7 +385,11 @@ class Router:
         """Show the spec, and what the router was made for."""
         extras = [
             f"{name}={value!r}"
-            for name, value in (("topk", self.topk), ("num_experts", self.num_experts), ("backend", self._requested))
+            for name, value in (
+                ("topk", self.topk),
+                ("num_experts", self.num_experts),
+                ("backend", self._requested),
+            )
             if value is not None
         ]
         return f"Router({', '.join([repr(self.spec.family), *extras])}): {self.spec.formula}"
@@ -352,7 +428,9 @@ def _rebuilt(
 def _operator_backward(config: CallConfig) -> Backward:
     """Return the first derivative through the operator, of tensors of any type."""
 
-    def backward(grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None) -> Gradients:
+    def backward(
+        grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
+    ) -> Gradients:
         gradients: Gradients = torch.ops.moe_routing.route_backward(
             grad_weights, logits, ids, per_expert_scale, config.spec, config.backend
         )

@@ -1,4 +1,6 @@
-"""What Dynamo cannot trace: JSON, locks, the registry. What these functions return is a constant of the graph.
+"""What Dynamo cannot trace: JSON, locks, the registry.
+
+What these functions return is a constant of the graph.
 
 Imported while Dynamo traces, never before: the decorator imports all of Dynamo.
 """
@@ -29,18 +31,22 @@ def _text(*values: Any) -> str:  # noqa: ANN401 -- the fields of a spec
 
 def spec_named(router: str) -> RoutingSpec:
     """Return the spec of a model or family, inside a compiled function."""
-    # One field at a time: Dynamo takes strings and numbers as constants, and no objects. It cannot guard their types, so each
-    # becomes the result of an operation that does not change it.
+    # One field at a time: Dynamo takes strings and numbers as constants, and no objects. It cannot
+    # guard their types, so each becomes the result of an operation that does not change it.
     values: dict[str, Any] = {}
     for name in FIELDS:
         value = _field_of(router, name)
         if value is not None:
-            values[name] = value is True if name in _FLAGS else value + "" if name in _TEXTS else value + 0
+            values[name] = (
+                value is True if name in _FLAGS else value + "" if name in _TEXTS else value + 0
+            )
     return RoutingSpec(**values)
 
 
 _FLAGS = tuple(f.name for f in dataclasses.fields(RoutingSpec) if f.type == "bool")
-_TEXTS = tuple(f.name for f in dataclasses.fields(RoutingSpec) if f.type in ("str", "Selection", "GroupScore"))
+_TEXTS = tuple(
+    f.name for f in dataclasses.fields(RoutingSpec) if f.type in ("str", "Selection", "GroupScore")
+)
 
 
 @assume_constant_result
@@ -63,7 +69,8 @@ def check_backend(backend: str) -> None:
 def shared_shadow_key(verify: float | bool | None) -> str | None:  # noqa: FBT001 -- True is what users write
     """Return the key of what watches the routers that compiled functions make.
 
-    Such a router is gone when its function returns, so all with one rate share a watch, which reports to the logger.
+    Such a router is gone when its function returns, so all with one rate share a watch, which
+    reports to the logger.
     """
     rate = verify_rate(verify)
     if not rate:

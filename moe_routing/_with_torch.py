@@ -1,8 +1,9 @@
 """Registers the operators as soon as torch is there, whichever of ``import torch`` and ``import moe_routing`` comes first.
 
-``torch.export.load`` finds an operator only if it is registered, and a process that loads a program may use nothing else of
-this package. So importing the package is enough; but it does not import torch, which takes seconds, for a command line that
-prints its help or a pytest plug-in that is not used.
+``torch.export.load`` finds an operator only if it is registered, and a process that loads a program
+may use nothing else of this package. So importing the package is enough; but it does not import
+torch, which takes seconds, for a command line that prints its help or a pytest plug-in that is not
+used.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class WhenTorchIsImported(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            # What fails here fails again, and is told, when something of this package is used; torch itself is fine.
+            # What fails here fails again, and is told, when something of this package is used;
+            # torch itself is fine.
             with contextlib.suppress(Exception):
                 importlib.import_module(OPERATORS)
 

@@ -41,7 +41,12 @@ _ROWS = (
         "and its float32 value saturates",
     ),
     FamilySpec(
-        spec=RoutingSpec(family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias", renormalize=True),
+        spec=RoutingSpec(
+            family="sigmoid_bias_topk",
+            score="sigmoid",
+            selection="scores_plus_bias",
+            renormalize=True,
+        ),
         source="loss-free balancing (Wang et al. 2024, arXiv:2408.15664) without groups: MiniMax-M2, AFMoE, LFM2-MoE, "
         "GLM-4.5, Kimi-K2",
     ),
@@ -63,11 +68,21 @@ _ROWS = (
         source="DeepSeek-V2 (arXiv:2405.04434, section 2.2), 'group_limited_greedy'; its c is 16",
     ),
     FamilySpec(
-        spec=RoutingSpec(family="sqrtsoftplus_bias", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True),
+        spec=RoutingSpec(
+            family="sqrtsoftplus_bias",
+            score="sqrtsoftplus",
+            selection="scores_plus_bias",
+            renormalize=True,
+        ),
         source="DeepSeek-V4; its c is 1.5",
     ),
     FamilySpec(
-        spec=RoutingSpec(family="hash_sqrtsoftplus", score="sqrtsoftplus", selection="token_table", renormalize=True),
+        spec=RoutingSpec(
+            family="hash_sqrtsoftplus",
+            score="sqrtsoftplus",
+            selection="token_table",
+            renormalize=True,
+        ),
         source="first layers of DeepSeek-V4, after hash layers (Roller et al. 2021, arXiv:2106.04426); its c is 1.5",
     ),
     FamilySpec(
@@ -79,18 +94,24 @@ _ROWS = (
         source="SparseMixer-v2 as Phi-3.5-MoE uses it (arXiv:2409.12136), evaluation mode",
     ),
     FamilySpec(
-        spec=RoutingSpec(family="partitioned_softmax", renormalize=True, num_groups=8, topk_per_group=True),
+        spec=RoutingSpec(
+            family="partitioned_softmax", renormalize=True, num_groups=8, topk_per_group=True
+        ),
         source="Intern-S1-Pro: the same number of experts from each group",
     ),
     FamilySpec(
-        spec=RoutingSpec(family="logit_bias_sigmoid", score="sigmoid", selection="logits_plus_bias"),
+        spec=RoutingSpec(
+            family="logit_bias_sigmoid", score="sigmoid", selection="logits_plus_bias"
+        ),
         source="Kolibri 1: the bias is added to the logit, not to the score",
     ),
 )
 
 FAMILIES: Mapping[str, FamilySpec] = MappingProxyType({row.spec.family: row for row in _ROWS})
-"""Every built-in family by its name: its maths with the defaults below, and where the formula comes from.
+"""Every built-in family by its name.
 
-A yes/no that models of one family answer differently (``renormalize`` of ``softmax_topk``) is no here, and the factor
-``c`` is 1: a model name, or ``RoutingSpec.replace``, says otherwise.
+Its maths with the defaults below, and where the formula comes from.
+
+A yes/no that models of one family answer differently (``renormalize`` of ``softmax_topk``) is no
+here, and the factor ``c`` is 1: a model name, or ``RoutingSpec.replace``, says otherwise.
 """

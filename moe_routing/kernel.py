@@ -1,8 +1,8 @@
 """What a call hands to a kernel, what a kernel is, and what routing returns.
 
-A backend's factory returns a ``Kernel``: any callable with that signature, a plain function too. What else a kernel can do is
-optional. Each of the other protocols here is one method or attribute, and a kernel that has it has the ability; no base class
-is needed.
+A backend's factory returns a ``Kernel``: any callable with that signature, a plain function too.
+What else a kernel can do is optional. Each of the other protocols here is one method or attribute,
+and a kernel that has it has the ability; no base class is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class RoutingOutput(NamedTuple):
     """Weights and ids of the experts of each token.
 
     :ivar weights: float32 ``[T, K]``, in the order of ``ids``.
-    :ivar ids: int32 or int64 ``[T, K]``, by descending selection score, equal scores by ascending id.
+    :ivar ids: int32 or int64 ``[T, K]``, by descending selection score, equal scores by ascending
+        id.
 
     With shared experts both have ``K + shared_experts`` columns. Both are contiguous.
     """
@@ -34,7 +35,8 @@ class RoutingOutput(NamedTuple):
 class Operands(NamedTuple):
     """The tensors of one routing call, in the order in which every part of this package passes them.
 
-    ``Router.__call__`` describes each of them; ``Kernel.__call__`` takes the same names as keyword arguments.
+    ``Router.__call__`` describes each of them; ``Kernel.__call__`` takes the same names as keyword
+    arguments.
     """
 
     logits: Tensor
@@ -50,9 +52,10 @@ class Operands(NamedTuple):
 class Kernel(Protocol):
     """A kernel for one ``RoutingProblem`` on one device, for any number of tokens T >= 1.
 
-    The router has checked every argument before it calls: shapes, dtypes and devices fit, operands that the spec does
-    not take are ``None``, one-dimensional operands are contiguous, and T is not 0. ``logits`` may have any strides
-    that ``RoutingProblem.layout`` allows. One kernel serves calls with and without gradients, from any number of threads.
+    The router has checked every argument before it calls: shapes, dtypes and devices fit, operands
+    that the spec does not take are ``None``, one-dimensional operands are contiguous, and T is not
+    0. ``logits`` may have any strides that ``RoutingProblem.layout`` allows. One kernel serves
+    calls with and without gradients, from any number of threads.
     """
 
     def __call__(  # noqa: PLR0913 -- one argument an operand of the maths; keywords, so that a reader sees which
@@ -72,11 +75,14 @@ class Kernel(Protocol):
         :param per_expert_scale: ``[E]``, any float dtype, for specs with ``per_expert_scale``.
         :param bias: ``[E]``, any float dtype, for specs with ``needs_bias``.
         :param token_ids: ``[T]``, int32 or int64, for specs with ``selection == "token_table"``.
-        :param expert_table: ``[vocabulary, K]``, int32 or int64, likewise. Nothing is read outside it; a row whose token id
-            is outside, or one of whose entries is outside [0, E), gets ids -1 and weights 0.
-        :param num_valid_tokens: rows at or past it get ids -1 and weights 0; an int from 0 to T, or a 0-d or 1-element
-            integer tensor on the device of any value, which must be read there, without a host sync.
-        :param expert_map: ``[E + shared_experts]``, int32 or int64: the physical id of each logical expert.
+        :param expert_table: ``[vocabulary, K]``, int32 or int64, likewise. Nothing is read outside
+            it; a row whose token id is outside, or one of whose entries is outside [0, E), gets ids
+            -1 and weights 0.
+        :param num_valid_tokens: rows at or past it get ids -1 and weights 0; an int from 0 to T, or
+            a 0-d or 1-element integer tensor on the device of any value, which must be read there,
+            without a host sync.
+        :param expert_map: ``[E + shared_experts]``, int32 or int64: the physical id of each logical
+            expert.
         :param out: contiguous outputs to write into.
         :returns: contiguous outputs, or ``out``.
         """
@@ -94,8 +100,9 @@ class Prepares(Protocol):
     def prepared(self, operands: Operands) -> Prepared | None:
         """Return a function for later calls of the same shapes, strides, dtypes and devices, or ``None``.
 
-        :param operands: what was routed. Later calls bring the same operands, contiguous where they are vectors; ``out``
-            may come or not, and an int ``num_valid_tokens`` may have another value.
+        :param operands: what was routed. Later calls bring the same operands, contiguous where they
+            are vectors; ``out`` may come or not, and an int ``num_valid_tokens`` may have another
+            value.
         """
         ...
 
@@ -111,7 +118,10 @@ class WarmsUp(Protocol):
 
 @runtime_checkable
 class Differentiates(Protocol):
-    """A kernel with a backward of its own; the others use the closed form in ``moe_routing.formula``."""
+    """A kernel with a backward of its own.
+
+    The others use the closed form in ``moe_routing.formula``.
+    """
 
     def backward(
         self, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None

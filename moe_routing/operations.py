@@ -1,11 +1,16 @@
-"""The built-in operations. A new one is an entry here, a problem, an oracle and a contract; the registry does not change."""
+"""The built-in operations.
+
+A new one is an entry here, a problem, an oracle and a contract; the registry does not change.
+"""
 
 from __future__ import annotations
 
 from moe_routing.families import FAMILIES
 from moe_routing_registry import OperationSpec, RoutingProblem
 
-ROUTE_EXAMPLE = RoutingProblem(spec=FAMILIES["gemma4"].spec, num_experts=128, topk=8, dtype="bfloat16")
+ROUTE_EXAMPLE = RoutingProblem(
+    spec=FAMILIES["gemma4"].spec, num_experts=128, topk=8, dtype="bfloat16"
+)
 
 OPERATIONS = (
     OperationSpec(

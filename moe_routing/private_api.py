@@ -1,7 +1,9 @@
-"""Interfaces of PyTorch and Triton that neither documents. Each is used here alone, with what happens where it is missing.
+"""Interfaces of PyTorch and Triton that neither documents.
 
-Nothing here belongs to this package's interface. Every entry has a test in ``tests/test_private_api.py``, which fails first
-when an upgrade changes one of them.
+Each is used here alone, with what happens where it is missing.
+
+Nothing here belongs to this package's interface. Every entry has a test in
+``tests/test_private_api.py``, which fails first when an upgrade changes one of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Launcher = Callable[[int, int, tuple[Any, ...]], object]
-    """``launcher(blocks, stream, arguments)``; the arguments are the kernel's own before its constants."""
+    """``launcher(blocks, stream, arguments)``.
+
+    The arguments are the kernel's own before its constants.
+    """
 
 __all__ = [
     "carries_tangents", "compile_by_inductor", "current_device", "current_stream", "dispatch_keys", "empty", "is_fake_mode",
@@ -31,7 +36,8 @@ __all__ = [
 NO_DEVICE = -1
 
 if torch.cuda.is_available():
-    # What torch.cuda.current_device and Inductor's generated code call; the public functions take ten times as long.
+    # What torch.cuda.current_device and Inductor's generated code call; the public functions take
+    # ten times as long.
     current_device = torch._C._cuda_getDevice  # noqa: SLF001 -- this file's purpose
     current_stream = torch._C._cuda_getCurrentRawStream  # noqa: SLF001 -- likewise
     empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]  # noqa: SLF001 -- likewise; no stub has it
@@ -55,8 +61,8 @@ def tensor_guard(examples: Sequence[Tensor]) -> Callable[..., bool] | None:
 
     It is the guard with which Dynamo's compiled functions begin.
 
-    :returns: ``None`` if this PyTorch has no such guard, or one that takes other arguments. Only host time is lost then: the
-        caller describes a call that it cannot recognise.
+    :returns: ``None`` if this PyTorch has no such guard, or one that takes other arguments. Only
+        host time is lost then: the caller describes a call that it cannot recognise.
 
     >>> alike = tensor_guard([torch.zeros(2, 3)])
     >>> alike(torch.ones(2, 3)), alike(torch.ones(3, 2).t()), alike(torch.ones(2, 3, requires_grad=True))
@@ -107,7 +113,9 @@ _triton_runtime: Any = None
 
 
 def is_observed() -> bool:
-    """Tell whether somebody watches launches: a profiler of PyTorch, or a launch hook of Triton, as Proton sets them.
+    """Tell whether somebody watches launches.
+
+    A profiler of PyTorch, or a launch hook of Triton, as Proton sets them.
 
     Triton's hooks are read only once Triton is imported, for a launch alone can ask: about 0.1 us.
     """
@@ -128,15 +136,21 @@ def has_launch_hook() -> bool:
         return enter is not None or leave is not None
 
 
-NEEDED = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+NEEDED = (
+    "launch",
+    "launch_cooperative_grid",
+    "launch_pdl",
+    "global_scratch_size",
+    "profile_scratch_size",
+)
 
 
 def launcher_of(compiled: Any, constants: tuple[Any, ...]) -> tuple[Launcher, str]:  # noqa: ANN401 -- Triton's own object
     """Return the cheapest launcher for a kernel that Triton compiled, and why it is not the direct one (or ``""``).
 
-    The direct launcher calls the C function that Triton's own launcher calls in the end. Its arguments have one of two known
-    shapes (Triton 3.6, and 3.7 to 3.9). For any other shape the compiled kernel's ``run`` is called, whose arguments are the
-    same in all of these versions.
+    The direct launcher calls the C function that Triton's own launcher calls in the end. Its
+    arguments have one of two known shapes (Triton 3.6, and 3.7 to 3.9). For any other shape the
+    compiled kernel's ``run`` is called, whose arguments are the same in all of these versions.
     """
     run = compiled.run
     function, metadata = compiled.function, compiled.packed_metadata
@@ -152,11 +166,35 @@ def launcher_of(compiled: Any, constants: tuple[Any, ...]) -> tuple[Launcher, st
     launch = run.launch
     head: tuple[Any, ...]
     if hasattr(run, "kernel_signature"):
-        head = (function, run.launch_cooperative_grid, run.launch_pdl, metadata, None, None, None, None, None)
+        head = (
+            function,
+            run.launch_cooperative_grid,
+            run.launch_pdl,
+            metadata,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
         head = (*head, run.arg_annotations, run.kernel_signature)
-        return lambda blocks, stream, arguments: launch(blocks, 1, 1, stream, *head, arguments + constants), ""
-    head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
-    return lambda blocks, stream, arguments: launch(blocks, 1, 1, stream, *head, *arguments, *constants), ""
+        return lambda blocks, stream, arguments: launch(
+            blocks, 1, 1, stream, *head, arguments + constants
+        ), ""
+    head = (
+        function,
+        run.launch_cooperative_grid,
+        run.launch_pdl,
+        None,
+        None,
+        metadata,
+        None,
+        None,
+        None,
+    )
+    return lambda blocks, stream, arguments: launch(
+        blocks, 1, 1, stream, *head, *arguments, *constants
+    ), ""
 
 
 def why_not_direct(run: Any) -> str:  # noqa: ANN401 -- Triton's own object

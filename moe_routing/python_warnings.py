@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class _Count:
     """How many blocks are open in all threads, and what the first of them changed.
 
-    :ivar undo: restores the filters; set by the first block that opens, called by the last one that closes.
+    :ivar undo: restores the filters; set by the first block that opens, called by the last one that
+        closes.
     """
 
     def __init__(self) -> None:
@@ -31,9 +32,10 @@ _count = _Count()
 def not_raised() -> Iterator[None]:
     """Show warnings inside the block where the filters in force (``python -W error``, pytest's) would raise them.
 
-    Filters belong to the process, so a block in one thread counts for warnings of all threads while it is open. They are
-    changed by the first block that opens and restored by the last one that closes; no lock is held in between, for a block
-    may compile for a minute and may open another one. What the filters ignore stays ignored.
+    Filters belong to the process, so a block in one thread counts for warnings of all threads while
+    it is open. They are changed by the first block that opens and restored by the last one that
+    closes; no lock is held in between, for a block may compile for a minute and may open another
+    one. What the filters ignore stays ignored.
 
     >>> with warnings.catch_warnings(record=True) as shown:
     ...     warnings.simplefilter("error")
@@ -45,7 +47,9 @@ def not_raised() -> Iterator[None]:
     with _count.lock:
         if _count.entered == 0 and any(f[0] == "error" for f in warnings.filters):
             _count.undo.enter_context(warnings.catch_warnings())
-            warnings.filters = [("default" if f[0] == "error" else f[0], *f[1:]) for f in warnings.filters]
+            warnings.filters = [
+                ("default" if f[0] == "error" else f[0], *f[1:]) for f in warnings.filters
+            ]
         _count.entered += 1
     try:
         yield

@@ -1,4 +1,7 @@
-"""Fixtures for every test: real plug-in distributions on disk, a clean environment, and one seed for all random numbers."""
+"""Fixtures for every test.
+
+Real plug-in distributions on disk, a clean environment, and one seed for all random numbers.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,9 @@ ROOT = Path(__file__).parents[1]
 SEED = "--hypothesis-seed"
 """The option that repeats a run: hypothesis, torch and random start from it."""
 
-# The same on every machine. In CI hypothesis would load a profile of its own, which tries the same examples each time.
-# A deadline and the health check `too_slow` measure wall-clock time, so both are off.
+# The same on every machine. In CI hypothesis would load a profile of its own, which tries the same
+# examples each time. A deadline and the health check `too_slow` measure wall-clock time, so both
+# are off.
 settings.register_profile(
     "moe-routing",
     settings.get_profile("default"),
@@ -31,14 +35,23 @@ settings.register_profile(
 )
 settings.load_profile("moe-routing")
 
-VARIABLES = ("MOE_ROUTING_BACKEND", "MOE_ROUTING_BLOCK", "MOE_ROUTING_STRICT", "MOE_ROUTING_VERIFY", "MOE_ROUTING_VLLM")
+VARIABLES = (
+    "MOE_ROUTING_BACKEND",
+    "MOE_ROUTING_BLOCK",
+    "MOE_ROUTING_STRICT",
+    "MOE_ROUTING_VERIFY",
+    "MOE_ROUTING_VLLM",
+)
 WIDTH = "COLUMNS"
 """Of the terminal, which lines are wrapped to."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    """Draw a seed unless the command line names one, before hypothesis reads the option. A worker of pytest-xdist gets it."""
+    """Draw a seed unless the command line names one, before hypothesis reads the option.
+
+    A worker of pytest-xdist gets it.
+    """
     worker = getattr(config, "workerinput", None)
     if worker is not None:
         config.option.hypothesis_seed = worker["seed"]
@@ -59,7 +72,9 @@ def repeat(config):
     """Return the command that repeats this run."""
     python, seed = os.path.relpath(sys.executable), f"{SEED}={config.getoption(SEED)}"
     given = [argument for argument in map(str, config.invocation_params.args) if argument != seed]
-    return shlex.join([sys.executable if python.startswith("..") else python, "-m", "pytest", *given, seed])
+    return shlex.join(
+        [sys.executable if python.startswith("..") else python, "-m", "pytest", *given, seed]
+    )
 
 
 def pytest_report_header(config):
@@ -72,8 +87,13 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
 
 
 def pytest_ignore_collect(collection_path):
-    """Only test files hold tests; the others are what they run in processes of their own, and not for a doctest's import."""
-    return (collection_path.suffix == ".py" and not collection_path.name.startswith("test_")) or None
+    """Only test files hold tests.
+
+    The others are what they run in processes of their own, and not for a doctest's import.
+    """
+    return (
+        collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
+    ) or None
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +104,10 @@ def _no_settings_from_outside(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _seeded(request):
-    """Start torch's and Python's random numbers of each test from the run's seed; hypothesis does so by itself."""
+    """Start torch's and Python's random numbers of each test from the run's seed.
+
+    Hypothesis does so by itself.
+    """
     seed = zlib.crc32(str(request.config.getoption(SEED)).encode())
     torch.manual_seed(seed)
     random.seed(seed)
@@ -92,7 +115,10 @@ def _seeded(request):
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before():
-    """Forget what a test compiled: from the ninth router on, Dynamo runs `Router.__call__` as it is, in later tests too."""
+    """Forget what a test compiled.
+
+    From the ninth router on, Dynamo runs `Router.__call__` as it is, in later tests too.
+    """
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
@@ -108,8 +134,12 @@ def install_plugin(tmp_path, monkeypatch):
         site = tmp_path / distribution
         info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[moe_routing.backends]\n{entry_point or module} = {module}\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n"
+        )
+        (info / "entry_points.txt").write_text(
+            f"[moe_routing.backends]\n{entry_point or module} = {module}\n"
+        )
         (site / f"{module}.py").write_text(textwrap.dedent(body))
         monkeypatch.syspath_prepend(str(site))
         importlib.invalidate_caches()
@@ -139,7 +169,9 @@ def install_backend(install_plugin):
 
     def install(name, extra="priority=10", *, distribution=None, more=""):
         module = f"plugin_{name}_{(distribution or 'x').replace('-', '_')}"
-        body = textwrap.dedent(CARD).format(name=name, module=module, extra=extra) + textwrap.dedent(more)
+        body = textwrap.dedent(CARD).format(
+            name=name, module=module, extra=extra
+        ) + textwrap.dedent(more)
         return install_plugin(module, body, distribution=distribution, entry_point=name)
 
     return install

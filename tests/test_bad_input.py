@@ -29,7 +29,11 @@ def router(**fields):
 @pytest.fixture(autouse=True)
 def _never_launch():
     """Fail if bad input gets as far as a backend."""
-    registry().register(BackendSpec(name="never", factories={"route": f"{__name__}:build_never"}, targets=(Target("*"),)))
+    registry().register(
+        BackendSpec(
+            name="never", factories={"route": f"{__name__}:build_never"}, targets=(Target("*"),)
+        )
+    )
     yield
     registry().unregister("never")
 
@@ -37,16 +41,51 @@ def _never_launch():
 META = torch.zeros(E, device="meta")
 CASES = {
     "logits is no tensor": ({}, {"logits": [[1.0]]}, TypeError, "logits: expected a tensor"),
-    "logits are integers": ({}, {"logits": torch.zeros(T, E, dtype=torch.int64)}, TypeError, "logits: expected a dtype among"),
-    "logits of rank 1": ({}, {"logits": torch.zeros(E)}, ValueError, r"logits: expected a dense tensor \[T, E\]"),
-    "logits of rank 3": ({}, {"logits": torch.zeros(1, T, E)}, ValueError, r"logits: expected a dense tensor \[T, E\]"),
-    "sparse logits": ({}, {"logits": torch.zeros(T, E).to_sparse()}, ValueError, "logits: expected a dense tensor"),
+    "logits are integers": (
+        {},
+        {"logits": torch.zeros(T, E, dtype=torch.int64)},
+        TypeError,
+        "logits: expected a dtype among",
+    ),
+    "logits of rank 1": (
+        {},
+        {"logits": torch.zeros(E)},
+        ValueError,
+        r"logits: expected a dense tensor \[T, E\]",
+    ),
+    "logits of rank 3": (
+        {},
+        {"logits": torch.zeros(1, T, E)},
+        ValueError,
+        r"logits: expected a dense tensor \[T, E\]",
+    ),
+    "sparse logits": (
+        {},
+        {"logits": torch.zeros(T, E).to_sparse()},
+        ValueError,
+        "logits: expected a dense tensor",
+    ),
     "no topk": ({}, {"topk": None}, TypeError, "topk: expected an int"),
     "topk is a float": ({}, {"topk": 2.0}, TypeError, "topk: expected an int, got 2.0"),
     "topk is a bool": ({}, {"topk": True}, TypeError, "topk: expected an int, got True"),
-    "topk is 0": ({}, {"topk": 0}, ValueError, r"topk: expected 1 <= topk <= num_experts \(8\), got 0"),
-    "topk is negative": ({}, {"topk": -1}, ValueError, r"topk: expected 1 <= topk <= num_experts \(8\), got -1"),
-    "topk above E": ({}, {"topk": 9}, ValueError, r"topk: expected 1 <= topk <= num_experts \(8\), got 9"),
+    "topk is 0": (
+        {},
+        {"topk": 0},
+        ValueError,
+        r"topk: expected 1 <= topk <= num_experts \(8\), got 0",
+    ),
+    "topk is negative": (
+        {},
+        {"topk": -1},
+        ValueError,
+        r"topk: expected 1 <= topk <= num_experts \(8\), got -1",
+    ),
+    "topk above E": (
+        {},
+        {"topk": 9},
+        ValueError,
+        r"topk: expected 1 <= topk <= num_experts \(8\), got 9",
+    ),
     "groups that do not divide E": (
         {"num_groups": 3},
         {},
@@ -102,17 +141,37 @@ CASES = {
         ValueError,
         "per_expert_scale: expected None, because this router's spec",
     ),
-    "bias is missing": ({"selection": "scores_plus_bias"}, {}, TypeError, "bias: expected a float tensor"),
-    "bias is a list": ({"selection": "scores_plus_bias"}, {"bias": [0.0] * E}, TypeError, "bias: expected a float tensor"),
+    "bias is missing": (
+        {"selection": "scores_plus_bias"},
+        {},
+        TypeError,
+        "bias: expected a float tensor",
+    ),
+    "bias is a list": (
+        {"selection": "scores_plus_bias"},
+        {"bias": [0.0] * E},
+        TypeError,
+        "bias: expected a float tensor",
+    ),
     "bias is too long": (
         {"selection": "scores_plus_bias"},
         {"bias": torch.zeros(9)},
         ValueError,
         r"bias: expected shape \[8\], got \[9\]",
     ),
-    "bias elsewhere": ({"selection": "scores_plus_bias"}, {"bias": META}, ValueError, "bias: expected the logits' device"),
+    "bias elsewhere": (
+        {"selection": "scores_plus_bias"},
+        {"bias": META},
+        ValueError,
+        "bias: expected the logits' device",
+    ),
     "bias nobody takes": ({}, {"bias": SCALE}, ValueError, "bias: expected None"),
-    "token ids are missing": ({"selection": "token_table"}, {}, TypeError, "token_ids: expected an int32 or int64 tensor"),
+    "token ids are missing": (
+        {"selection": "token_table"},
+        {},
+        TypeError,
+        "token_ids: expected an int32 or int64 tensor",
+    ),
     "token ids of floats": (
         {"selection": "token_table"},
         {"token_ids": torch.zeros(T)},
@@ -133,7 +192,10 @@ CASES = {
     ),
     "table with K + 1 columns": (
         {"selection": "token_table"},
-        {"token_ids": torch.zeros(T, dtype=torch.int64), "expert_table": torch.zeros(5, K + 1, dtype=torch.int64)},
+        {
+            "token_ids": torch.zeros(T, dtype=torch.int64),
+            "expert_table": torch.zeros(5, K + 1, dtype=torch.int64),
+        },
         ValueError,
         r"expert_table: expected shape \[vocabulary, 2\], got \[5, 3\]",
     ),
@@ -149,8 +211,18 @@ CASES = {
         ValueError,
         "expert_table: expected None",
     ),
-    "valid tokens is a float": ({}, {"num_valid_tokens": 1.5}, TypeError, "num_valid_tokens: expected an int"),
-    "valid tokens is negative": ({}, {"num_valid_tokens": -1}, ValueError, "num_valid_tokens: expected a number >= 0, got -1"),
+    "valid tokens is a float": (
+        {},
+        {"num_valid_tokens": 1.5},
+        TypeError,
+        "num_valid_tokens: expected an int",
+    ),
+    "valid tokens is negative": (
+        {},
+        {"num_valid_tokens": -1},
+        ValueError,
+        "num_valid_tokens: expected a number >= 0, got -1",
+    ),
     "valid tokens has two elements": (
         {},
         {"num_valid_tokens": torch.zeros(2, dtype=torch.int32)},
@@ -181,7 +253,12 @@ CASES = {
         ValueError,
         r"expert_map: expected shape \[8\], got \[7\]",
     ),
-    "map of floats": ({}, {"expert_map": SCALE}, TypeError, "expert_map: expected an int32 or int64 dtype"),
+    "map of floats": (
+        {},
+        {"expert_map": SCALE},
+        TypeError,
+        "expert_map: expected an int32 or int64 dtype",
+    ),
     "map without the shared experts": (
         {"shared_experts": 2},
         {"expert_map": torch.zeros(8, dtype=torch.int32)},
@@ -194,7 +271,12 @@ CASES = {
         TypeError,
         "ids_dtype: expected torch.int32 or torch.int64, got torch.int16",
     ),
-    "out is one tensor": ({}, {"out": (torch.zeros(T, K),)}, TypeError, "out: expected a pair of tensors"),
+    "out is one tensor": (
+        {},
+        {"out": (torch.zeros(T, K),)},
+        TypeError,
+        "out: expected a pair of tensors",
+    ),
     "out of the wrong shape": (
         {},
         {"out": (torch.zeros(T, K + 1), torch.zeros(T, K, dtype=torch.int32))},
@@ -215,13 +297,19 @@ CASES = {
     ),
     "out against ids_dtype": (
         {},
-        {"out": (torch.zeros(T, K), torch.zeros(T, K, dtype=torch.int32)), "ids_dtype": torch.int64},
+        {
+            "out": (torch.zeros(T, K), torch.zeros(T, K, dtype=torch.int32)),
+            "ids_dtype": torch.int64,
+        },
         ValueError,
         "out: expected ids of dtype torch.int64",
     ),
     "out with gradients": (
         {},
-        {"logits": torch.zeros(T, E, requires_grad=True), "out": (torch.zeros(T, K), torch.zeros(T, K, dtype=torch.int32))},
+        {
+            "logits": torch.zeros(T, E, requires_grad=True),
+            "out": (torch.zeros(T, K), torch.zeros(T, K, dtype=torch.int32)),
+        },
         ValueError,
         "out: expected None where gradients are wanted",
     ),
@@ -249,7 +337,9 @@ def test_bad_input_is_refused_when_the_kernel_is_bound_already(case):
 TENSORS = st.builds(
     torch.zeros,
     st.lists(st.sampled_from([0, 1, 2, T, 4, E]), max_size=3),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.bool, torch.complex64]),
+    dtype=st.sampled_from(
+        [torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.bool, torch.complex64]
+    ),
 )
 ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2),
@@ -264,7 +354,9 @@ ARGUMENTS = (
 @given(argument=st.sampled_from(ARGUMENTS), value=ANYTHING)
 @example(argument="num_valid_tokens", value=torch.tensor([[1]]))
 @settings(max_examples=300)
-def test_whatever_comes_the_answer_is_right_or_a_type_or_value_error_naming_an_argument(argument, value):
+def test_whatever_comes_the_answer_is_right_or_a_type_or_value_error_naming_an_argument(
+    argument, value
+):
     route = Router(RoutingSpec(family="f", renormalize=True))
     given_arguments = {"logits": LOGITS, "topk": K, argument: value}
     refusal = None
@@ -273,14 +365,62 @@ def test_whatever_comes_the_answer_is_right_or_a_type_or_value_error_naming_an_a
     except (TypeError, ValueError) as error:
         refusal = str(error)
     if refusal is None:
-        operands = {name: given_arguments.pop(name, None) for name in ("num_valid_tokens", "expert_map")}
-        expected = oracle.route(route.spec, given_arguments["logits"], given_arguments["topk"], **operands)
+        operands = {
+            name: given_arguments.pop(name, None) for name in ("num_valid_tokens", "expert_map")
+        }
+        expected = oracle.route(
+            route.spec, given_arguments["logits"], given_arguments["topk"], **operands
+        )
         assert weights.dtype is torch.float32
         torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
         assert torch.equal(ids.long(), expected.ids)
-        named = value.ids.dtype if isinstance(value, RoutingOutput) else value if isinstance(value, torch.dtype) else None
+        named = (
+            value.ids.dtype
+            if isinstance(value, RoutingOutput)
+            else value
+            if isinstance(value, torch.dtype)
+            else None
+        )
         assert ids.dtype is (named or torch.int32)
     else:
         message = re.match(r"(\w+): expected .+, got ", refusal, re.DOTALL)
         assert message, refusal
         assert message[1] in {argument, "topk"}
+
+
+def operands_of_every_kind():
+    """Return a spec with a call of it for each operand that is a tensor."""
+    table = {"selection": "token_table"}
+    biased = {"selection": "scores_plus_bias", "score": "sigmoid"}
+    return {
+        "logits": ({}, torch.zeros(T, E)),
+        "per_expert_scale": ({"per_expert_scale": True}, torch.ones(E)),
+        "bias": (biased, torch.ones(E)),
+        "token_ids": (table, torch.zeros(T, dtype=torch.int64)),
+        "expert_table": (table, torch.zeros(3, 2, dtype=torch.int64)),
+        "num_valid_tokens": ({}, torch.ones(1, dtype=torch.int64)),
+        "expert_map": ({}, torch.arange(E)),
+        "out": ({}, torch.zeros(T, 2)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", ["sparse", "strided nested", "jagged nested"])
+@pytest.mark.parametrize("argument", operands_of_every_kind())
+def test_operands_of_other_layouts_are_refused_by_name(argument, layout):
+    every = operands_of_every_kind()
+    fields, right = every[argument]
+    if layout == "sparse":
+        wrong = right.to_sparse()
+    else:
+        kind = torch.strided if layout.startswith("strided") else torch.jagged
+        wrong = torch.nested.nested_tensor(
+            list(right.reshape(1, -1)), layout=kind, dtype=right.dtype
+        )
+    call = {"logits": torch.zeros(T, E), "topk": 2}
+    call |= {name: value for name, (needs, value) in every.items() if needs == fields and needs}
+    call[argument] = (wrong, torch.zeros(T, 2, dtype=torch.int32)) if argument == "out" else wrong
+    with pytest.raises(
+        ValueError, match=f"^(weights of )?{argument}: expected a dense tensor.*layout"
+    ):
+        Router(RoutingSpec(family="f", **fields))(**call)

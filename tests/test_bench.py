@@ -20,8 +20,14 @@ from moe_routing.bench import Case, Result, Row, Settings, _clock, losses
 from moe_routing.bench._check import problems
 from moe_routing.bench._clock import refusal
 from moe_routing.bench._formulas import formula_of, one_hot
+from moe_routing.bench._implementations import (
+    Implementation,
+    NotMeasuredError,
+    _own,
+    backend,
+    comparison,
+)
 from moe_routing.bench._inputs import MOST_SETS, make
-from moe_routing.bench._ways import NotMeasuredError, Way, _own, backend, comparison
 from moe_routing.cli._app import run
 from moe_routing.families import FAMILIES
 from moe_routing_registry import BackendSpec, Target
@@ -81,7 +87,10 @@ MEASURED = 7.0
 
 @pytest.fixture
 def _steady_clock(monkeypatch):
-    """Run what is to be timed, and say that it took the same time: no test depends on how busy the machine is."""
+    """Run what is to be timed, and say that it took the same time.
+
+    No test depends on how busy the machine is.
+    """
 
     def call(work, _device):
         work()
@@ -105,13 +114,15 @@ def test_importing_it_imports_no_torch_triton_or_matplotlib():
 
 def test_a_run_holds_time_spread_bandwidth_and_floors_of_every_configuration(kept):
     held = json.loads(kept.read_text())
-    assert [(row["tokens"], row["way"], row["ours"]) for row in held["rows"]] == [
+    assert [(row["tokens"], row["implementation"], row["is_backend"]) for row in held["rows"]] == [
         (1, "eager", True), (1, "eager", False), (16, "eager", True), (16, "eager", False),
     ]  # fmt: skip
     for row in held["rows"]:
         assert len(row["rounds"]) == 5
         assert min(row["rounds"]) <= row["microseconds"] <= max(row["rounds"])
-        assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["microseconds"] * 1e6, rel=1e-3)
+        assert row["bytes_per_second"] == pytest.approx(
+            row["bytes"] / row["microseconds"] * 1e6, rel=1e-3
+        )
         assert row["microseconds"] > 0
     assert held["copy_bytes_per_second"] > 0
     assert held["launch_floor_us"]["call"] > 0
@@ -123,7 +134,7 @@ def test_a_run_reads_back_as_it_was_written(kept):
     assert Result.read(kept).to_dict() == json.loads(kept.read_text())
 
 
-def test_the_table_has_a_line_for_every_way_and_says_what_was_not_measured(cli):
+def test_the_table_has_a_line_for_every_implementation_and_says_what_was_not_measured(cli):
     code, out, err = cli(f"{SHORT} --tokens 1 --compare eager,baseline")
     assert (code, err) == (0, "")
     assert "gemma4, float32 logits, E = 32, K = 4, mode call" in out
@@ -152,7 +163,10 @@ def build(problem, device):
 
 @pytest.fixture
 def spoilt(tmp_path, monkeypatch):
-    """Register the eager backend, spoilt by a line, under a name of its own: routers are kept by their names."""
+    """Register the eager backend, spoilt by a line, under a name of its own.
+
+    Routers are kept by their names.
+    """
     from moe_routing._registry import registry
 
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -161,7 +175,9 @@ def spoilt(tmp_path, monkeypatch):
     def register(line):
         name = f"spoilt_{tmp_path.name.replace('-', '_')}"
         (tmp_path / f"{name}.py").write_text(WRONG.format(spoil=line))
-        registry().register(BackendSpec(name=name, factories={"route": f"{name}:build"}, targets=(Target("cpu"),)))
+        registry().register(
+            BackendSpec(name=name, factories={"route": f"{name}:build"}, targets=(Target("cpu"),))
+        )
         registered.append(name)
         return name
 
@@ -176,8 +192,13 @@ def spoilt(tmp_path, monkeypatch):
         ("weights[-1, 0] *= 1.00001", "weight of id"),
         pytest.param("ids[0, :2] = ids[0, :2].flip(0)", "stands before id", marks=pytest.mark.slow),
         pytest.param("ids[0, 0] = ids[0, 1]", "are not unique", marks=pytest.mark.slow),
-        pytest.param("weights[0, 0] = float('nan')", "not written, or not finite", marks=pytest.mark.slow),
-        ("weights = weights if out is not None else 2 * weights", "with outputs that it allocates itself"),
+        pytest.param(
+            "weights[0, 0] = float('nan')", "not written, or not finite", marks=pytest.mark.slow
+        ),
+        (
+            "weights = weights if out is not None else 2 * weights",
+            "with outputs that it allocates itself",
+        ),
     ],
 )
 def test_a_wrong_backend_gets_no_number_and_exit_code_1(cli, spoilt, line, said):
@@ -185,7 +206,7 @@ def test_a_wrong_backend_gets_no_number_and_exit_code_1(cli, spoilt, line, said)
     code, out, _ = cli(f"{SHORT} --tokens 16 --backend {name},eager --compare none --json")
     wrong, right = json.loads(out)["rows"]
     assert code == 1
-    assert (wrong["way"], wrong["microseconds"], wrong["rounds"]) == (name, None, [])
+    assert (wrong["implementation"], wrong["microseconds"], wrong["rounds"]) == (name, None, [])
     assert said in wrong["wrong"][0]
     assert right["microseconds"] > 0
 
@@ -206,7 +227,9 @@ def test_rows_that_are_not_written_are_seen_although_memory_holds_the_right_answ
     inputs = make(Case("gemma4", "float32", 8, 2, 10), CPU, 1)
     right = backend("eager", inputs)
     right.into(inputs.logits[0], inputs.outs[0])
-    assert problems(right._replace(into=lambda _logits, _out: None), inputs) == ["row 0: not written, or not finite"]
+    assert problems(right._replace(into=lambda _logits, _out: None), inputs) == [
+        "row 0: not written, or not finite"
+    ]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -223,12 +246,24 @@ def test_the_formula_in_plain_pytorch_computes_what_the_oracle_computes(family, 
 
 def test_a_comparison_that_computes_something_else_is_wrong():
     inputs = make(Case("gemma4", "float32", 64, 8, 300), CPU, 1)
-    way = comparison("eager", inputs)
-    assert problems(way._replace(call=lambda logits: way.call(-logits)), inputs)
-    assert problems(way._replace(call=lambda logits: (way.call(logits)[0] * 1.01, way.call(logits)[1])), inputs)
+    implementation = comparison("eager", inputs)
+    assert problems(
+        implementation._replace(call=lambda logits: implementation.call(-logits)), inputs
+    )
+    assert problems(
+        implementation._replace(
+            call=lambda logits: (
+                implementation.call(logits)[0] * 1.01,
+                implementation.call(logits)[1],
+            )
+        ),
+        inputs,
+    )
 
 
-@pytest.mark.parametrize(("tokens", "cache", "sets"), [(1, 1 << 26, MOST_SETS), (4096, 1 << 20, 4), (1024, 1 << 22, 15)])
+@pytest.mark.parametrize(
+    ("tokens", "cache", "sets"), [(1, 1 << 26, MOST_SETS), (4096, 1 << 20, 4), (1024, 1 << 22, 15)]
+)
 def test_inputs_rotate_over_twice_the_cache_where_256_sets_are_enough(tokens, cache, sets):
     inputs = make(Case("gemma4", "float32", 128, 8, tokens), CPU, cache)
     assert len(inputs.logits) == len(inputs.outs) == sets
@@ -236,18 +271,23 @@ def test_inputs_rotate_over_twice_the_cache_where_256_sets_are_enough(tokens, ca
     assert len({logits.data_ptr() for logits in inputs.logits}) == sets
 
 
-def test_a_way_that_makes_its_own_graphs_is_not_captured_in_another():
-    way = Way(name="compile-reduce-overhead", ours=False, call=lambda logits: (logits, logits), captures=False)
-    assert "makes CUDA graphs of its own" in refusal("graph", way)
-    assert refusal("call", way) == ""
+def test_an_implementation_that_makes_its_own_graphs_is_not_captured_in_another():
+    implementation = Implementation(
+        name="compile-reduce-overhead",
+        is_backend=False,
+        call=lambda logits: (logits, logits),
+        captures=False,
+    )
+    assert "makes CUDA graphs of its own" in refusal("graph", implementation)
+    assert refusal("call", implementation) == ""
 
 
 @pytest.mark.slow
 def test_torch_compile_is_a_comparison():
     inputs = make(Case("softmax_topk", "float32", 8, 2, 2), CPU, 1)
-    way = comparison("compile-default", inputs)
-    assert way.captures
-    assert problems(way, inputs) == []
+    implementation = comparison("compile-default", inputs)
+    assert implementation.captures
+    assert problems(implementation, inputs) == []
 
 
 def test_what_is_compiled_for_one_shape_is_not_counted_as_a_recompilation_of_another():
@@ -281,7 +321,9 @@ def test_a_loss_is_more_than_the_noise_of_both_runs(kept, factor, lost):
     before = Result.read(kept)
     row = dataclasses.replace(before.rows[0], rounds=(100.0, 105.0, 110.0))
     before.rows, before.settings = [row], dataclasses.replace(before.settings, tokens=(1,))
-    now = dataclasses.replace(before, rows=[dataclasses.replace(row, rounds=tuple(factor * each for each in row.rounds))])
+    now = dataclasses.replace(
+        before, rows=[dataclasses.replace(row, rounds=tuple(factor * each for each in row.rounds))]
+    )
     assert len(losses(before, now)) == lost
 
 
@@ -296,7 +338,9 @@ def test_a_loss_is_more_than_the_noise_of_both_runs(kept, factor, lost):
         (lambda held: held.pop("rows"), "", "expected what `moe-routing bench --json` prints"),
     ],
 )
-def test_against_another_device_or_configuration_is_exit_code_2(cli, other_than, change, options, said):
+def test_against_another_device_or_configuration_is_exit_code_2(
+    cli, other_than, change, options, said
+):
     code, out, err = cli(f"bench --against {other_than(change)} {options}")
     assert (code, out) == (2, "")
     assert err.startswith("moe-routing: --against: ")
@@ -306,7 +350,11 @@ def test_against_another_device_or_configuration_is_exit_code_2(cli, other_than,
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        ("--mode graph", 2, "--mode: expected call on the CPU, which has no graphs and is its own host, got graph"),
+        (
+            "--mode graph",
+            2,
+            "--mode: expected call on the CPU, which has no graphs and is its own host, got graph",
+        ),
         ("--mode host", 2, "--mode: expected call on the CPU"),
         ("--mode fast", 2, "--mode: expected one of graph, call, host, got 'fast'"),
         ("--dtype bf61", 2, "--dtype: expected one of bfloat16, float16, float32, got 'bf61'"),
@@ -317,7 +365,11 @@ def test_against_another_device_or_configuration_is_exit_code_2(cli, other_than,
         ("--backend eagre", 2, "unknown backend 'eagre': did you mean 'eager'?"),
         ("--backend triton", 1, "backend 'triton' cannot be used here"),
         ("--device cuda:7", 1, "device: 'cuda:7' is not on this machine"),
-        ("--plot here.gif", 2, "--plot: expected a name that ends in .png or .html, got 'here.gif'"),
+        (
+            "--plot here.gif",
+            2,
+            "--plot: expected a name that ends in .png or .html, got 'here.gif'",
+        ),
         ("--against nowhere.json", 2, "No such file"),
     ],
 )
@@ -335,23 +387,37 @@ def test_json_and_csv_at_once_are_refused_as_json(cli):
 
 
 def test_a_plot_without_matplotlib_names_the_extra():
-    script = "import sys; sys.modules['matplotlib'] = None; from moe_routing.cli import main; main()"
+    script = (
+        "import sys; sys.modules['matplotlib'] = None; from moe_routing.cli import main; main()"
+    )
     done = process(script, "bench", "--plot", "x.png")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "moe-routing: --plot: matplotlib is not installed: pip install 'moe-routing[bench]'\n"
+    assert (
+        done.stderr
+        == "moe-routing: --plot: matplotlib is not installed: pip install 'moe-routing[bench]'\n"
+    )
 
 
 @pytest.mark.slow
 def test_csv_has_a_line_for_every_row_and_plots_are_a_picture_and_a_page_of_its_own(cli, tmp_path):
     threads = torch.get_num_threads()
-    code, out, err = cli(f"{SHORT} --tokens 1,16 --csv --plot {tmp_path}/a.png --plot {tmp_path}/a.html --compare none")
+    code, out, err = cli(
+        f"{SHORT} --tokens 1,16 --csv --plot {tmp_path}/a.png --plot {tmp_path}/a.html --compare none"
+    )
     assert (code, err) == (0, "")
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert [(row["tokens"], row["way"]) for row in rows] == [("1", "eager"), ("16", "eager")]
+    assert [(row["tokens"], row["implementation"]) for row in rows] == [
+        ("1", "eager"),
+        ("16", "eager"),
+    ]
     assert all(float(row["microseconds"]) > 0 for row in rows)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "a.html").read_text()
-    assert page.count("src='data:image/svg+xml;base64,") == page.count("media='(prefers-color-scheme: dark)'") == 1
+    assert (
+        page.count("src='data:image/svg+xml;base64,")
+        == page.count("media='(prefers-color-scheme: dark)'")
+        == 1
+    )
     assert "http" not in page
     assert torch.get_num_threads() == threads  # one timed it
 
@@ -363,7 +429,13 @@ def test_a_drawing_shows_every_way_and_both_floors(kept):
     result = Result.read(kept)
     (facet,) = facets(result)
     light, dark = svg(result, facet, LIGHT), svg(result, facet, DARK)
-    for label in ("backend: eager", "comparison: eager", "a copy of the same bytes", "the smallest launch", "tokens T"):
+    for label in (
+        "backend: eager",
+        "comparison: eager",
+        "a copy of the same bytes",
+        "the smallest launch",
+        "tokens T",
+    ):
         assert f">{label}</text>" in light
     assert LIGHT.ink in light
     assert LIGHT.ink not in dark
@@ -388,25 +460,42 @@ torch.testing.assert_close(weights, out[0])
 
 
 def test_a_row_knows_its_rounds():
-    row = Row(case=Case("gemma4", "float32", 8, 2, 1), mode="call", way="eager", ours=True, rounds=(3.0, 1.0, 2.0), bytes=10)
+    row = Row(
+        case=Case("gemma4", "float32", 8, 2, 1),
+        mode="call",
+        implementation="eager",
+        is_backend=True,
+        rounds=(3.0, 1.0, 2.0),
+        bytes=10,
+    )
     assert (row.microseconds, row.spread, row.bytes_per_second) == (2.0, 1.0, 5e6)
 
 
 def test_settings_come_back_from_json():
-    settings = Settings(routers=("gemma4", "mixtral"), sizes=((128, 8), (8, 2)), tokens=(1, 2), compare=())
+    settings = Settings(
+        routers=("gemma4", "mixtral"), sizes=((128, 8), (8, 2)), tokens=(1, 2), compare=()
+    )
     assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     assert moe_routing.list_routers()["mixtral"]
 
 
 @pytest.mark.slow
 def test_the_figures_are_drawn_from_the_kept_runs(tmp_path):
-    done = subprocess.run([sys.executable, FIGURES, tmp_path], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, FIGURES, tmp_path], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     names = {"h200-kernels.svg", "h200-kernels-dark.svg", "h200-torch.svg", "h200-torch-dark.svg"}
-    assert {path.name for path in tmp_path.iterdir()} == names <= {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    assert (
+        {path.name for path in tmp_path.iterdir()}
+        == names
+        <= {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    )
 
 
 def test_the_tables_of_the_pages_say_what_the_kept_runs_say():
     script = FIGURES.with_name("tables.py")
-    done = subprocess.run([sys.executable, script, "--check"], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, "--check"], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

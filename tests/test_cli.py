@@ -42,7 +42,9 @@ def process(*command, **environment):
     inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     sources = os.pathsep.join(map(str, (ROOT, ROOT / "registry", ROOT / "backends")))
     environment = inherited | {"PYTHONPATH": sources, "PYTHONIOENCODING": "utf-8"} | environment
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, check=False)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, check=False
+    )
 
 
 @pytest.fixture
@@ -56,7 +58,11 @@ def picky():
         return Verdict.yes()
 
     spec = BackendSpec(
-        name="picky", factories={"route": "picky:build"}, targets=(Target("cpu"),), priority=3, supports=supports
+        name="picky",
+        factories={"route": "picky:build"},
+        targets=(Target("cpu"),),
+        priority=3,
+        supports=supports,
     )
     registry().register(spec)
     yield spec
@@ -64,7 +70,9 @@ def picky():
 
 
 def test_importing_the_command_line_imports_no_torch():
-    script = "import sys, moe_routing.cli._app; print(sorted({'torch', 'triton'} & set(sys.modules)))"
+    script = (
+        "import sys, moe_routing.cli._app; print(sorted({'torch', 'triton'} & set(sys.modules)))"
+    )
     done = process("-c", script)
     assert done.stdout.decode().strip() == "[]"
 
@@ -92,7 +100,11 @@ def test_help_teaches_with_examples_that_fit_80_columns(cli, command):
 @pytest.mark.parametrize("command", ["doctor", "list", "explain"])
 def test_every_example_of_the_help_is_a_command_line_that_parses(cli, command):
     _, out, _ = cli(f"{command} --help")
-    lines = [line for line in out.partition("Examples\n")[2].splitlines() if line.startswith("  moe-routing ")]
+    lines = [
+        line
+        for line in out.partition("Examples\n")[2].splitlines()
+        if line.startswith("  moe-routing ")
+    ]
     assert lines
     for line in lines:
         if "--verify" not in line:
@@ -133,7 +145,10 @@ def test_list_of_a_text_shows_only_names_with_it_and_their_source(cli):
 def test_list_of_a_text_that_nothing_contains_is_wrong_usage(cli):
     code, out, err = cli("list zebra")
     assert (code, out) == (2, "")
-    assert err == "moe-routing: no family or model has 'zebra' in its name; `moe-routing list` shows all\n"
+    assert (
+        err
+        == "moe-routing: no family or model has 'zebra' in its name; `moe-routing list` shows all\n"
+    )
 
 
 def test_explain_shows_the_choice_and_why(cli):
@@ -155,7 +170,11 @@ def test_explain_takes_e_k_dtype_and_backend_from_its_options(cli):
     report = json.loads(out)
     problem = report["problem"]
     assert (problem["num_experts"], problem["topk"], problem["dtype"]) == (60, 4, "float16")
-    assert (report["requested"], report["asked_by"], report["winner"]) == ("eager", "argument", "eager")
+    assert (report["requested"], report["asked_by"], report["winner"]) == (
+        "eager",
+        "argument",
+        "eager",
+    )
 
 
 @pytest.mark.usefixtures("picky")
@@ -186,7 +205,10 @@ def test_a_device_that_is_not_here_is_exit_code_1(cli):
         ("explain gema4", "unknown router 'gema4': did you mean 'gemma4'"),
         ("explain gemma4 --backend eagre", "unknown backend 'eagre': did you mean 'eager'?"),
         ("explain gemma4 --device cuba", "device: expected a device that torch knows, got 'cuba'"),
-        ("explain gemma4 --dtype int8", "'int8' is not one of 'float16', 'bfloat16', 'float32', 'float64'"),
+        (
+            "explain gemma4 --dtype int8",
+            "'int8' is not one of 'float16', 'bfloat16', 'float32', 'float64'",
+        ),
         ("explain gemma4 -e 4 -k 5", "topk"),
         ("explain gemma4 -e zero", "expected an integer >= 1, got 'zero'"),
         ("explain gemma4 -k 0", "expected an integer >= 1, got '0'"),
@@ -216,7 +238,10 @@ def test_explain_beside_a_broken_torch_is_one_line_and_exit_code_1(tmp_path):
     sources = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "registry", ROOT / "backends")))
     done = process("-m", "moe_routing", "explain", "gemma4", PYTHONPATH=sources)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert b"torch cannot be used (OSError: libtorch_cpu.so is missing); `moe-routing doctor` says more\n" in done.stderr
+    assert (
+        b"torch cannot be used (OSError: libtorch_cpu.so is missing); `moe-routing doctor` says more\n"
+        in done.stderr
+    )
     assert done.stderr.count(b"\n") == 1
 
 
@@ -249,7 +274,10 @@ def test_a_backend_in_the_environment_that_cannot_be_used_is_exit_code_1(cli, mo
     assert cli("doctor --device cpu")[0] == 0
     code, out, _ = cli("doctor --device meta")
     assert code == 1
-    assert "backend 'picky' cannot be used here: it is for cpu, the device is meta [platform]" in flat(out)
+    assert (
+        "backend 'picky' cannot be used here: it is for cpu, the device is meta [platform]"
+        in flat(out)
+    )
 
 
 @pytest.mark.slow
@@ -260,14 +288,22 @@ def test_piped_output_is_not_wrapped_at_all():
     assert done.returncode == 0
 
 
-def test_a_plug_in_that_fails_or_prints_leaves_json_intact_and_is_one_line_on_stderr(install_plugin):
-    site = install_plugin("noisy", "print('hello from a plug-in')\nraise OSError('no luck')\n", distribution="moe-noisy")
+def test_a_plug_in_that_fails_or_prints_leaves_json_intact_and_is_one_line_on_stderr(
+    install_plugin,
+):
+    site = install_plugin(
+        "noisy",
+        "print('hello from a plug-in')\nraise OSError('no luck')\n",
+        distribution="moe-noisy",
+    )
     sources = os.pathsep.join(map(str, (site, ROOT, ROOT / "registry", ROOT / "backends")))
     done = process("-m", "moe_routing", "list", "mixtral", "--json", PYTHONPATH=sources)
     warnings = [line for line in done.stderr.decode().splitlines() if "hello" not in line]
     assert json.loads(done.stdout)["routers"][0]["name"] == "mixtral"
     assert len(warnings) == 1
-    assert warnings[0].startswith("moe-routing: warning: plug-in 'noisy' of moe-noisy 1.0 is not used")
+    assert warnings[0].startswith(
+        "moe-routing: warning: plug-in 'noisy' of moe-noisy 1.0 is not used"
+    )
 
 
 def test_every_command_is_documented(cli):

@@ -1,4 +1,7 @@
-"""The command line where the ground is bad: stdout closed or full, files that cannot be written, sizes that cannot be."""
+"""The command line where the ground is bad.
+
+Stdout closed or full, files that cannot be written, sizes that cannot be.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,26 @@ COMMANDS = ["--help", "--version", "list", "list --json"]
 
 
 def shell(line, *path, **environment):
-    """Run a command line of a shell in which ``M`` is the program; return exit code, stdout and stderr."""
+    """Run a command line of a shell in which ``M`` is the program.
+
+    Return exit code, stdout and stderr.
+    """
     sources = os.pathsep.join(map(str, (*path, *SOURCES)))
     environment = os.environ | {"PYTHONPATH": sources, "PYTHONIOENCODING": "utf-8"} | environment
     script = f'M() {{ "{sys.executable}" -m moe_routing "$@"; }}\nset -o pipefail\n{line}'
-    done = subprocess.run(["/bin/bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["/bin/bash", "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     ("to", "said"),
-    [(">&-", "stdout is closed, so there is nowhere to print to"), ("> /dev/full", "[Errno 28] No space left on device")],
+    [
+        (">&-", "stdout is closed, so there is nowhere to print to"),
+        ("> /dev/full", "[Errno 28] No space left on device"),
+    ],
 )
 def test_a_stdout_that_is_closed_or_full_is_one_line_and_exit_code_1(command, to, said):
     assert shell(f"M {command} {to}") == (1, "", f"moe-routing: {said}\n")
@@ -65,7 +76,11 @@ def test_torchs_warning_without_numpy_does_not_precede_the_answer(tmp_path):
     plain = "import warnings; warnings.simplefilter('always'); import torch; torch.zeros(1)"
     sources = {"PYTHONPATH": str(tmp_path)}
     warned = subprocess.run(
-        [sys.executable, "-c", plain], env=os.environ | sources, capture_output=True, text=True, check=True
+        [sys.executable, "-c", plain],
+        env=os.environ | sources,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "Failed to initialize NumPy" in warned.stderr
     for line in ("explain gemma4", "doctor --device cpu"):
@@ -98,9 +113,15 @@ def cli(capsys, monkeypatch, tmp_path):
     ("line", "said"),
     [
         ("bench --tokens 99999999999999", "--tokens: expected a problem that fits"),
-        ("bench --tokens 999999999999999999999999", "--tokens: expected an integer of at most 18 digits"),
+        (
+            "bench --tokens 999999999999999999999999",
+            "--tokens: expected an integer of at most 18 digits",
+        ),
         ("bench --tokens 1 --experts 99999999999999", "--tokens: expected a problem that fits"),
-        ("bench --tokens 1 --router deepseek_v4_hash --experts 999999999", "--tokens: expected a problem that fits"),
+        (
+            "bench --tokens 1 --router deepseek_v4_hash --experts 999999999",
+            "--tokens: expected a problem that fits",
+        ),
         ("explain gemma4 -e " + "9" * 5000, "expected an integer of at most 18 digits"),
         (
             "conformance eager --report nodir/x.html",
@@ -110,18 +131,45 @@ def cli(capsys, monkeypatch, tmp_path):
             "conformance eager --report folder.html",
             "--report: expected a file that can be written, got 'folder.html': Is a dir",
         ),
-        ("conformance eager --report /proc/x.html", "--report: expected a file that can be written, got '/proc/x.html'"),
-        ("conformance eager --report x.pdf", "--report: expected a name that ends in .html, .json, .xml, got 'x.pdf'"),
-        ("bench --plot nodir/x.png", "--plot: expected a file that can be written, got 'nodir/x.png'"),
-        ("bench --plot folder.png", "--plot: expected a file that can be written, got 'folder.png'"),
+        (
+            "conformance eager --report /proc/x.html",
+            "--report: expected a file that can be written, got '/proc/x.html'",
+        ),
+        (
+            "conformance eager --report x.pdf",
+            "--report: expected a name that ends in .html, .json, .xml, got 'x.pdf'",
+        ),
+        (
+            "bench --plot nodir/x.png",
+            "--plot: expected a file that can be written, got 'nodir/x.png'",
+        ),
+        (
+            "bench --plot folder.png",
+            "--plot: expected a file that can be written, got 'folder.png'",
+        ),
         ("report --out nodir/x.html", "--out: expected a file that can be written"),
         ("report --out folder.html", "--out: expected a file that can be written"),
-        ("bench --against deep.json", "deep.json: expected what `moe-routing bench --json` prints, got RecursionError"),
-        ("bench --against wrong.json", "wrong.json: expected what `moe-routing bench --json` prints"),
-        ("bench --against endless.json", "endless.json: expected what `moe-routing bench --json` prints, got more than"),
-        ("bench --against /dev/zero", "/dev/zero: expected a file that `moe-routing bench --json` has written"),
+        (
+            "bench --against deep.json",
+            "deep.json: expected what `moe-routing bench --json` prints, got RecursionError",
+        ),
+        (
+            "bench --against wrong.json",
+            "wrong.json: expected what `moe-routing bench --json` prints",
+        ),
+        (
+            "bench --against endless.json",
+            "endless.json: expected what `moe-routing bench --json` prints, got more than",
+        ),
+        (
+            "bench --against /dev/zero",
+            "/dev/zero: expected a file that `moe-routing bench --json` has written",
+        ),
         ("bench --against .", ".: expected a file that `moe-routing bench --json` has written"),
-        ("conformance eager --device cuba", "device: expected a device that torch knows, got 'cuba'"),
+        (
+            "conformance eager --device cuba",
+            "device: expected a device that torch knows, got 'cuba'",
+        ),
         ("new-backend eager x", "name: expected one that is free, got 'eager'"),
         ("new-backend triton-xpu x", "name: expected one that is free, got 'triton-xpu'"),
         ("new-backend all x", "name: expected one that is free, got 'all'"),
@@ -166,7 +214,10 @@ def test_with_json_a_failure_is_json_too(cli, line, code):
 
 def test_a_variable_that_cannot_be_is_named(cli, monkeypatch):
     monkeypatch.setenv("MOE_ROUTING_STRICT", "perhaps")
-    assert cli("explain", "gemma4")[::2] == (2, "moe-routing: MOE_ROUTING_STRICT: expected 1 or 0, got 'perhaps'\n")
+    assert cli("explain", "gemma4")[::2] == (
+        2,
+        "moe-routing: MOE_ROUTING_STRICT: expected 1 or 0, got 'perhaps'\n",
+    )
 
 
 # What the disk does not take after the work is shown all the same
@@ -204,8 +255,19 @@ from moe_routing.cli import main
 main()
 """
     sources = {"PYTHONPATH": os.pathsep.join(map(str, SOURCES))}
-    command = [sys.executable, "-c", script, "report", "--device", "cpu", "--out", str(tmp_path / "x.html")]
-    done = subprocess.run(command, env=os.environ | sources, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "report",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "x.html"),
+    ]
+    done = subprocess.run(
+        command, env=os.environ | sources, capture_output=True, text=True, check=False
+    )
     page = (tmp_path / "x.html").read_text()
     assert (done.returncode, done.stderr) == (0, "")
     assert "no drawing: drawing raised ModuleNotFoundError" in page
@@ -229,7 +291,9 @@ def test_a_name_of_a_plug_in_is_taken_too(install_backend):
 # At 40 columns
 
 
-@pytest.mark.parametrize("command", ["", "bench", "tune", "doctor", "conformance", "report", "explain", "list"])
+@pytest.mark.parametrize(
+    "command", ["", "bench", "tune", "doctor", "conformance", "report", "explain", "list"]
+)
 @pytest.mark.parametrize("width", ["40", "60"])
 def test_help_loses_no_word_where_it_is_narrow(cli, monkeypatch, command, width):
     texts = {}
@@ -250,12 +314,19 @@ def test_a_width_that_cannot_be_loses_nothing(cli, monkeypatch, columns):
     assert "explicit_only" in out
 
 
-@pytest.mark.parametrize("line", ["explain gemma4", "list", "doctor --device cpu", "bench --tokens 1 --compare none"])
+@pytest.mark.parametrize(
+    "line", ["explain gemma4", "list", "doctor --device cpu", "bench --tokens 1 --compare none"]
+)
 def test_at_40_columns_no_name_code_or_reason_is_lost(cli, monkeypatch, line):
     monkeypatch.setenv("COLUMNS", "40")
     _, out, _ = cli(*line.split())
     assert "…" not in out
     if line.startswith(("explain", "doctor --")):
         flat = " ".join(out.split())
-        for text in ("torch-compile", "explicit_only", "fits, but is only used when it is named", "is for cuda and rocm"):
+        for text in (
+            "torch-compile",
+            "explicit_only",
+            "fits, but is only used when it is named",
+            "is for cuda and rocm",
+        ):
             assert text in flat

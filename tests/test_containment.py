@@ -1,4 +1,7 @@
-"""A plug-in costs only itself: every way in which a distribution on disk can be broken, and what a backend spec may hold."""
+"""A plug-in costs only itself.
+
+Every way in which a distribution on disk can be broken, and what a backend spec may hold.
+"""
 
 from __future__ import annotations
 
@@ -70,15 +73,21 @@ def test_whatever_an_import_raises_costs_only_the_plug_in(install_plugin, instal
     install_plugin("broken", body)
     install_backend("fine")
     known = registry()
-    with pytest.warns(PluginWarning, match="'broken' of broken-dist 1.0 is not used: its import raised"):
+    with pytest.warns(
+        PluginWarning, match="'broken' of broken-dist 1.0 is not used: its import raised"
+    ):
         report = resolve(known)
     assert report.winner == "fine"
     assert report.rejection("broken").verdict.code is RejectCode.IMPORT_FAILED
     assert "Traceback" in report.rejection("broken").traceback
 
 
-def test_a_keyboard_interrupt_is_the_users_and_the_next_call_loads_again(install_plugin, monkeypatch):
-    install_plugin("slow_import", "import os\nif not os.environ.get('GO_ON'): raise KeyboardInterrupt")
+def test_a_keyboard_interrupt_is_the_users_and_the_next_call_loads_again(
+    install_plugin, monkeypatch
+):
+    install_plugin(
+        "slow_import", "import os\nif not os.environ.get('GO_ON'): raise KeyboardInterrupt"
+    )
     known = registry()
     with pytest.raises(KeyboardInterrupt):
         resolve(known)
@@ -93,19 +102,34 @@ HOOKS = {
         "def moe_routing_backends(): pass",
         "moe_routing_backends: expected a sequence of BackendSpec, got None",
     ),
-    "returns a spec alone": ("def moe_routing_backends(): return SPEC", "expected a sequence of BackendSpec, got BackendSpec"),
-    "returns text": ("def moe_routing_backends(): return 'acme'", "expected a sequence of BackendSpec, got 'acme'"),
+    "returns a spec alone": (
+        "def moe_routing_backends(): return SPEC",
+        "expected a sequence of BackendSpec, got BackendSpec",
+    ),
+    "returns text": (
+        "def moe_routing_backends(): return 'acme'",
+        "expected a sequence of BackendSpec, got 'acme'",
+    ),
     "returns a number": (
         "def moe_routing_families(): return 3",
         "moe_routing_families: expected a sequence of FamilySpec, got 3",
     ),
-    "returns the other kind": ("def moe_routing_families(): return [SPEC]", "expected a sequence of FamilySpec"),
+    "returns the other kind": (
+        "def moe_routing_families(): return [SPEC]",
+        "expected a sequence of FamilySpec",
+    ),
     "returns a subclass": (
         "def moe_routing_backends(own=type('Own', (BackendSpec,), {})): return [own(name='a', factories=ROUTE, targets=T)]",
         "expected a sequence of BackendSpec",
     ),
-    "wants an argument": ("def moe_routing_backends(wrong): pass", "its registration raised PluginValidationError"),
-    "panics": ("def moe_routing_backends(): raise BaseException('rust')", "its registration raised BaseException: rust"),
+    "wants an argument": (
+        "def moe_routing_backends(wrong): pass",
+        "its registration raised PluginValidationError",
+    ),
+    "panics": (
+        "def moe_routing_backends(): raise BaseException('rust')",
+        "its registration raised BaseException: rust",
+    ),
     "wrong field": (
         "def moe_routing_backends(): return [BackendSpec(name='a', factories=ROUTE, targets=T, priority='9')]",
         "priority: expected an integer, got '9'",
@@ -122,7 +146,10 @@ HOOKS = {
         "def moe_routing_families(s=RoutingSpec(family='a')): return [FamilySpec(spec=s, source='', models={'mixtral': s})]",
         "'mixtral' is the name of a built-in family or model",
     ),
-    "one backend twice": ("def moe_routing_backends(): return [SPEC, SPEC]", "'acme' is the name of two of its backends"),
+    "one backend twice": (
+        "def moe_routing_backends(): return [SPEC, SPEC]",
+        "'acme' is the name of two of its backends",
+    ),
     "one name twice": (
         "def moe_routing_families(): return [FamilySpec(spec=RoutingSpec(family='acme_route'), source='x')] * 2",
         "'acme_route' is the name of a family or model of broken-dist 1.0 already",
@@ -131,7 +158,9 @@ HOOKS = {
 
 
 @pytest.mark.parametrize(("hook", "said"), HOOKS.values(), ids=HOOKS)
-def test_a_wrong_hook_or_spec_is_named_and_costs_only_the_plug_in(install_plugin, install_backend, hook, said):
+def test_a_wrong_hook_or_spec_is_named_and_costs_only_the_plug_in(
+    install_plugin, install_backend, hook, said
+):
     own = "SPEC = BackendSpec(name='acme', factories=ROUTE, targets=T, priority=99)\n"
     install_plugin("broken", f"{HEAD}{own}@hookimpl\n{hook}\n")
     install_backend("fine")
@@ -146,12 +175,17 @@ def test_a_wrong_hook_or_spec_is_named_and_costs_only_the_plug_in(install_plugin
 
 def test_a_plug_in_without_a_hook_is_named(install_plugin):
     install_plugin("hookless", "def moe_routing_backends(): return []  # not marked with hookimpl")
-    with pytest.warns(PluginWarning, match="it implements none of the hooks moe_routing_backends, moe_routing_families"):
+    with pytest.warns(
+        PluginWarning,
+        match="it implements none of the hooks moe_routing_backends, moe_routing_families",
+    ):
         assert resolve(registry()).winner == "eager"
 
 
 def test_a_plug_ins_wrapper_sees_only_its_own_hooks(install_plugin, install_backend):
-    wrapper = f"{HEAD}@hookimpl(wrapper=True)\ndef moe_routing_backends():\n    yield\n    return [[]]\n"
+    wrapper = (
+        f"{HEAD}@hookimpl(wrapper=True)\ndef moe_routing_backends():\n    yield\n    return [[]]\n"
+    )
     install_plugin("wrapping", wrapper)
     install_backend("fine")
     assert {"fine", "eager"} <= set(registry().backends)
@@ -197,25 +231,40 @@ def test_two_plug_ins_with_one_family_leave_the_first(install_plugin):
     install_plugin("one", HEAD + hook)
     install_plugin("two", HEAD + hook)
     known = registry()
-    with pytest.warns(PluginWarning, match="'acme_route' is the name of a family or model of (one|two)-dist 1.0 already"):
+    with pytest.warns(
+        PluginWarning,
+        match="'acme_route' is the name of a family or model of (one|two)-dist 1.0 already",
+    ):
         assert known.families["acme_route"].source in {"one", "two"}
     assert len(known.failures) == 1
 
 
-@pytest.mark.parametrize(("oracle", "named"), [("", False), ("lowest:oracle", False), ("lowest:oracle", True)])
-def test_a_family_with_an_oracle_of_its_own_is_for_backends_that_name_it(install_plugin, install_backend, oracle, named):
+@pytest.mark.parametrize(
+    ("oracle", "named"), [("", False), ("lowest:oracle", False), ("lowest:oracle", True)]
+)
+def test_a_family_with_an_oracle_of_its_own_is_for_backends_that_name_it(
+    install_plugin, install_backend, oracle, named
+):
     family = f"FamilySpec(spec=RoutingSpec(family='acme_lowest'), source='', oracle={oracle!r})"
     install_plugin("lowest", f"{HEAD}@hookimpl\ndef moe_routing_families(): return [{family}]")
-    install_backend("another", "families=frozenset({'acme_lowest'}), priority=10" if named else "priority=10")
-    problem = RoutingProblem(spec=RoutingSpec(family="acme_lowest"), num_experts=8, topk=2, dtype="float32")
+    install_backend(
+        "another", "families=frozenset({'acme_lowest'}), priority=10" if named else "priority=10"
+    )
+    problem = RoutingProblem(
+        spec=RoutingSpec(family="acme_lowest"), num_experts=8, topk=2, dtype="float32"
+    )
     report = resolve(registry(), problem=problem)
     assert report.winner == ("another" if named or not oracle else None)
     declined = {r.name for r in report.rejected if r.verdict.code is RejectCode.FAMILY}
-    assert declined == (({"eager"} if named else {"eager", "another"}) | {"torch-compile"} if oracle else set())
+    assert declined == (
+        ({"eager"} if named else {"eager", "another"}) | {"torch-compile"} if oracle else set()
+    )
 
 
 @pytest.mark.parametrize("file", ["entry_points.txt", "METADATA"])
-def test_metadata_that_cannot_be_decoded_costs_only_its_distribution(tmp_path, monkeypatch, install_backend, file):
+def test_metadata_that_cannot_be_decoded_costs_only_its_distribution(
+    tmp_path, monkeypatch, install_backend, file
+):
     info = tmp_path / "mangled" / "mangled-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mangled\nVersion: 1.0\n")
@@ -229,7 +278,8 @@ def test_metadata_that_cannot_be_decoded_costs_only_its_distribution(tmp_path, m
         assert resolve(known).winner == "fine"
         return
     with pytest.warns(
-        PluginWarning, match=r"'mangled' of mangled 1\.0 is not used: reading its entry_points.txt raised Unicode"
+        PluginWarning,
+        match=r"'mangled' of mangled 1\.0 is not used: reading its entry_points.txt raised Unicode",
     ):
         report = resolve(known)
     assert report.winner == "fine"
@@ -242,10 +292,10 @@ def test_metadata_that_cannot_be_decoded_costs_only_its_distribution(tmp_path, m
 def with_backend(install_plugin, body, **extra):
     """Install a backend ``acme`` whose spec is ordinary but for ``extra``, with ``body`` in its module."""
     fields = "".join(f", {name}={value}" for name, value in extra.items())
-    spec = (
-        f"BackendSpec(name='acme', factories={{'route': 'acme_plugin:build'}}, targets=(Target('cpu'),), priority=99{fields})"
+    spec = f"BackendSpec(name='acme', factories={{'route': 'acme_plugin:build'}}, targets=(Target('cpu'),), priority=99{fields})"
+    install_plugin(
+        "acme_plugin", f"{HEAD}{body}\n@hookimpl\ndef moe_routing_backends(): return [{spec}]\n"
     )
-    install_plugin("acme_plugin", f"{HEAD}{body}\n@hookimpl\ndef moe_routing_backends(): return [{spec}]\n")
 
 
 PANIC = "class Panic(BaseException): pass\ndef rule(problem, device): raise Panic('rust')"
@@ -260,7 +310,9 @@ def test_a_support_rule_that_panics_costs_only_its_backend(install_plugin, backe
 
 
 @pytest.mark.parametrize("answer", ["None", "True", "'yes'", "type('Own', (Verdict,), {})()"])
-def test_a_support_rule_that_answers_with_something_else_costs_only_its_backend(install_plugin, answer):
+def test_a_support_rule_that_answers_with_something_else_costs_only_its_backend(
+    install_plugin, answer
+):
     with_backend(install_plugin, f"def rule(problem, device): return {answer}", supports="rule")
     report = resolve(registry())
     assert report.winner == "eager"
@@ -271,9 +323,18 @@ def test_a_support_rule_that_answers_with_something_else_costs_only_its_backend(
     ("body", "note"),
     [
         (PANIC, "its notes raised Panic: rust"),
-        ("def rule(problem, device): return 'one'", "its notes returned 'one', not a tuple of strings"),
-        ("def rule(problem, device): return (1,)", "its notes returned (1,), not a tuple of strings"),
-        ("def rule(problem, device): return None", "its notes returned None, not a tuple of strings"),
+        (
+            "def rule(problem, device): return 'one'",
+            "its notes returned 'one', not a tuple of strings",
+        ),
+        (
+            "def rule(problem, device): return (1,)",
+            "its notes returned (1,), not a tuple of strings",
+        ),
+        (
+            "def rule(problem, device): return None",
+            "its notes returned None, not a tuple of strings",
+        ),
     ],
 )
 def test_notes_that_raise_or_are_none_are_a_note(install_plugin, body, note):
@@ -285,7 +346,10 @@ def test_notes_that_raise_or_are_none_are_a_note(install_plugin, body, note):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("def build(problem, device): raise BaseException('rust')", "its factory raised BaseException: rust"),
+        (
+            "def build(problem, device): raise BaseException('rust')",
+            "its factory raised BaseException: rust",
+        ),
         ("def build(problem, device): return 3", "its factory returned 3, not a callable"),
         ("build = None", "its factory raised TypeError"),
         ("del build", "its factory raised AttributeError"),
@@ -298,7 +362,15 @@ def test_a_factory_that_fails_is_a_factory_error(install_plugin, body, said):
 
 
 @pytest.mark.parametrize(
-    "requirement", ["not valid !", "torch; no_such_marker == '1'", "torch @ file:///nowhere", "torch[", "", "torch<0"]
+    "requirement",
+    [
+        "not valid !",
+        "torch; no_such_marker == '1'",
+        "torch @ file:///nowhere",
+        "torch[",
+        "",
+        "torch<0",
+    ],
 )
 def test_no_requirement_takes_routing_down(install_plugin, requirement):
     with_backend(install_plugin, "", requirements=(requirement,))
@@ -310,10 +382,31 @@ def test_no_requirement_takes_routing_down(install_plugin, requirement):
 HERE = (Target("cpu"),)
 BACKEND = {"name": "acme", "factories": {"route": "acme:build"}, "targets": HERE}
 WRONG_BACKENDS = [
-    *(("name", value) for value in (None, 3, "", "Upper", "with space", "a,b", "<b>", "a\x1b[31m", "é", "a" * 101, "a\n")),
+    *(
+        ("name", value)
+        for value in (
+            None,
+            3,
+            "",
+            "Upper",
+            "with space",
+            "a,b",
+            "<b>",
+            "a\x1b[31m",
+            "é",
+            "a" * 101,
+            "a\n",
+        )
+    ),
     *(("factories", value) for value in (None, 3, "", "a:b", {}, {"Route": "a:b"}, {3: "a:b"})),
-    *(("factories", {"route": v}) for v in (None, 3, "", "acme", ":build", "acme:", "a b:c", "acme:build:x", "a:b\x1b")),
-    *(("targets", value) for value in (None, (), [], list(HERE), Target("cpu"), "cpu", ("cpu",), (*HERE, None))),
+    *(
+        ("factories", {"route": v})
+        for v in (None, 3, "", "acme", ":build", "acme:", "a b:c", "acme:build:x", "a:b\x1b")
+    ),
+    *(
+        ("targets", value)
+        for value in (None, (), [], list(HERE), Target("cpu"), "cpu", ("cpu",), (*HERE, None))
+    ),
     *(("api_version", value) for value in (None, "1", 1.0, True)),
     *(("families", value) for value in (3, "mixtral", ["mixtral"], {"mixtral"}, frozenset({3}))),
     *(("requirements", value) for value in (None, "torch", ["torch"], (5,), (None,))),
@@ -321,20 +414,39 @@ WRONG_BACKENDS = [
     *(("supports", value) for value in (3, "rule", True)),
     *(("notes", value) for value in (3, "rule", ())),
     *(("summary", value) for value in (None, 3, ["x"])),
-    *(("tuners", value) for value in (None, 3, "acme", {"route": "a:b:c"}, {"route": ""}, {"sort": "a:b"})),
-    *(("gaps", value) for value in (None, 3, ["dtype"], {"dtype": ""}, {"dtype": 3}, {"speed": "slow"}, {3: "x"})),
+    *(
+        ("tuners", value)
+        for value in (None, 3, "acme", {"route": "a:b:c"}, {"route": ""}, {"sort": "a:b"})
+    ),
+    *(
+        ("gaps", value)
+        for value in (None, 3, ["dtype"], {"dtype": ""}, {"dtype": 3}, {"speed": "slow"}, {3: "x"})
+    ),
 ]
 FAMILY = {"spec": RoutingSpec(family="acme_route"), "source": "ACME"}
 WRONG_FAMILIES = [
     *(("spec", value) for value in (None, "acme_route", {"family": "acme_route"})),
     *(("source", value) for value in (None, 3)),
-    *(("models", value) for value in (None, ["a"], {"<b>": FAMILY["spec"]}, {3: FAMILY["spec"]}, {"a": None}, {"a": SPEC})),
+    *(
+        ("models", value)
+        for value in (
+            None,
+            ["a"],
+            {"<b>": FAMILY["spec"]},
+            {3: FAMILY["spec"]},
+            {"a": None},
+            {"a": SPEC},
+        )
+    ),
     *(("oracle", value) for value in (None, 3, "oracle", "a b:c")),
 ]
 WRONG_TARGETS = [
     *(("platform", value) for value in (None, 3, "", "CUDA", "cuda:0", "a b")),
     *(("archs", value) for value in (None, "gfx942", ["gfx942"], {"gfx942"}, frozenset({9}))),
-    *(("min_capability", value) for value in (9, 9.0, "9.0", (9,), (9, 0, 0), (9.0, 0), [9, 0], (True, 0))),
+    *(
+        ("min_capability", value)
+        for value in (9, 9.0, "9.0", (9,), (9, 0, 0), (9.0, 0), [9, 0], (True, 0))
+    ),
     *(("max_capability", value) for value in (9, "9.0", ("9", "0"))),
     *(("explicit", value) for value in (None, 1, "no")),
 ]
@@ -349,7 +461,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "fields", "field"), WRONG, ids=[f"{k.__name__}-{f}-{v[f]!r}" for k, v, f in WRONG])
+@pytest.mark.parametrize(
+    ("kind", "fields", "field"), WRONG, ids=[f"{k.__name__}-{f}-{v[f]!r}" for k, v, f in WRONG]
+)
 def test_a_backend_or_family_spec_refuses_a_wrong_field_by_name(kind, fields, field):
     with pytest.raises((TypeError, ValueError), match=rf"^{field}: expected .*, got "):
         kind(**fields)
@@ -370,16 +484,33 @@ WRONG_SPECS = [
     *(("renormalize", value) for value in ("no", "True", 1, 0, None, 1.0)),
     *(("per_expert_scale", value) for value in ("yes", 1, None, [1.0])),
     *(("topk_per_group", value) for value in ("no", 2)),
-    *(("renorm_epsilon", value) for value in (-1.0, 1e-46, 1e-39, 1e39, float("nan"), float("inf"), "0", None, True)),
+    *(
+        ("renorm_epsilon", value)
+        for value in (-1.0, 1e-46, 1e-39, 1e39, float("nan"), float("inf"), "0", None, True)
+    ),
     *(("renorm_floor", value) for value in (-1.0, 1e-46, 1e39, float("nan"), 1j)),
     *(
         ("scale", value)
-        for value in ("2.5", 1e39, -1e39, 1e-46, float("nan"), float("-inf"), 10**400, None, False, TORCH_SCALAR)
+        for value in (
+            "2.5",
+            1e39,
+            -1e39,
+            1e-46,
+            float("nan"),
+            float("-inf"),
+            10**400,
+            None,
+            False,
+            TORCH_SCALAR,
+        )
     ),
     *(("num_groups", value) for value in (-1, 0, 2.0, "8", None, True, 2**31, 10**5000)),
     *(("topk_groups", value) for value in (0, 2, 1.0, None, True)),
     *(("group_score", value) for value in (None, "mean", 3)),
-    *(("logit_softcap", value) for value in (0, 0.0, -1.0, 1e-31, 1e31, 1e300, float("nan"), "30", True)),
+    *(
+        ("logit_softcap", value)
+        for value in (0, 0.0, -1.0, 1e-31, 1e31, 1e300, float("nan"), "30", True)
+    ),
     *(("logit_multiplier", value) for value in (0, -1.0, 1e-31, 1e31, 1e300, None, "1")),
     *(("shared_experts", value) for value in (-1, 1.5, "1", None, True, 2**40)),
     *(("zero_experts", value) for value in (-1, 0.0, None, False)),
@@ -387,7 +518,9 @@ WRONG_SPECS = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), WRONG_SPECS, ids=[f"{f}-{type(v).__name__}" for f, v in WRONG_SPECS])
+@pytest.mark.parametrize(
+    ("field", "value"), WRONG_SPECS, ids=[f"{f}-{type(v).__name__}" for f, v in WRONG_SPECS]
+)
 def test_a_spec_refuses_a_wrong_type_or_a_number_that_float32_cannot_hold_by_name(field, value):
     with pytest.raises((TypeError, ValueError), match=rf"^{field}: expected .*, got "):
         RoutingSpec(**{"family": "f", field: value})
@@ -395,7 +528,8 @@ def test_a_spec_refuses_a_wrong_type_or_a_number_that_float32_cannot_hold_by_nam
 
 def test_an_error_shows_the_shape_of_a_tensor_and_never_its_elements():
     with pytest.raises(
-        TypeError, match=r"scale: expected a number, got a Tensor of shape \[3\], dtype torch.float32, device "
+        TypeError,
+        match=r"scale: expected a number, got a Tensor of shape \[3\], dtype torch.float32, device ",
     ):
         RoutingSpec(family="f", scale=torch.full((3,), 7.25))
 
@@ -414,13 +548,18 @@ def test_numpys_scalars_become_pythons():
     plain = RoutingSpec(family="f", **{name: value.item() for name, value in given.items()})
     spec = RoutingSpec(family="f", **given)
     assert (spec, hash(spec), spec.to_json()) == (plain, hash(plain), plain.to_json())
-    assert [type(getattr(spec, name)) for name in given] == [type(getattr(plain, name)) for name in given]
+    assert [type(getattr(spec, name)) for name in given] == [
+        type(getattr(plain, name)) for name in given
+    ]
     assert RoutingSpec.from_json(spec.to_json()) == spec
 
 
 @pytest.mark.parametrize(("one", "other"), [(2, 2.0), (-0.0, 0.0)])
 def test_equal_specs_have_equal_texts(one, other):
-    assert RoutingSpec(family="f", scale=one).to_json() == RoutingSpec(family="f", scale=other).to_json()
+    assert (
+        RoutingSpec(family="f", scale=one).to_json()
+        == RoutingSpec(family="f", scale=other).to_json()
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,7 +569,10 @@ def test_equal_specs_have_equal_texts(one, other):
         ("[" * 100_000, "spec: expected the JSON text of a RoutingSpec, got RecursionError"),
         ("[1]", r"spec: expected a JSON object, got \[1\]"),
         ("{}", "spec: expected the field family, got none"),
-        ('{"family": "f", "colour": "red"}', "'colour': no field of a RoutingSpec, which has family, score"),
+        (
+            '{"family": "f", "colour": "red"}',
+            "'colour': no field of a RoutingSpec, which has family, score",
+        ),
         ('{"family": "f", "scale": NaN}', "scale: expected a number"),
         ('{"family": "f", "scale": 1e999}', "scale: expected a number"),
     ],
@@ -444,7 +586,10 @@ def test_a_spec_can_be_made_inside_a_compiled_function():
     def scaled(x):
         return x * RoutingSpec(family="f", scale=2.5, renormalize=True, num_groups=4).scale
 
-    assert torch.compile(scaled, fullgraph=True, backend="eager")(torch.ones(2)).tolist() == [2.5, 2.5]
+    assert torch.compile(scaled, fullgraph=True, backend="eager")(torch.ones(2)).tolist() == [
+        2.5,
+        2.5,
+    ]
 
 
 # Preferences
@@ -518,8 +663,12 @@ BACKWARD = "    def backward(self, grad_weights, logits, ids, scale): return tor
     ],
     ids=["a score of its own", "an oracle of its own"],
 )
-def test_training_is_refused_by_name_where_only_the_kernel_could_have_gradients(install_plugin, spec, oracle, known):
-    site = install_plugin("acme_family", FAMILY_PLUGIN.format(spec=spec, oracle=oracle, backward=""))
+def test_training_is_refused_by_name_where_only_the_kernel_could_have_gradients(
+    install_plugin, spec, oracle, known
+):
+    site = install_plugin(
+        "acme_family", FAMILY_PLUGIN.format(spec=spec, oracle=oracle, backward="")
+    )
     said = run(TRAIN, site)
     assert "its kernel has no `backward`" in said
     assert known in said

@@ -26,7 +26,10 @@ def _one_thread():
 
 @pytest.fixture
 def demo(monkeypatch, capsys):
-    """Run the demo in this process, in a terminal of 80 columns; return its exit code and what it printed."""
+    """Run the demo in this process, in a terminal of 80 columns.
+
+    Return its exit code and what it printed.
+    """
 
     def run(*arguments):
         monkeypatch.setenv("COLUMNS", "80")
@@ -40,7 +43,14 @@ def demo(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "model", ["gemma4", *(pytest.param(model, marks=pytest.mark.slow) for model in ("deepseek_v3", "qwen3_moe", "gpt_oss"))]
+    "model",
+    [
+        "gemma4",
+        *(
+            pytest.param(model, marks=pytest.mark.slow)
+            for model in ("deepseek_v3", "qwen3_moe", "gpt_oss")
+        ),
+    ],
 )
 def test_demo_agrees_with_the_model_in_every_layer_and_fits_80_columns(demo, model):
     code, shown = demo("--model", model)
@@ -54,7 +64,9 @@ def test_demo_agrees_with_the_model_in_every_layer_and_fits_80_columns(demo, mod
 @pytest.mark.slow
 def test_demo_fails_where_the_routers_disagree(demo, monkeypatch):
     right = moe_routing.get_router("gpt_oss").spec
-    monkeypatch.setattr(moe_routing, "get_router", lambda _model, **_: moe_routing.Router(right.replace(scale=1.01)))
+    monkeypatch.setattr(
+        moe_routing, "get_router", lambda _model, **_: moe_routing.Router(right.replace(scale=1.01))
+    )
     code, shown = demo("--model", "gpt_oss")
     assert code == 1
     assert shown.count("DIFFER") == 6

@@ -1,4 +1,7 @@
-"""One dispatcher for plain, traced and training calls: what is built, how often, and what a warm call costs."""
+"""One dispatcher for plain, traced and training calls.
+
+What is built, how often, and what a warm call costs.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,11 @@ def add_backend():
     added = []
 
     def add(name, factory):
-        registry().register(BackendSpec(name=name, factories={"route": f"{__name__}:{factory}"}, targets=(Target("cpu"),)))
+        registry().register(
+            BackendSpec(
+                name=name, factories={"route": f"{__name__}:{factory}"}, targets=(Target("cpu"),)
+            )
+        )
         added.append(name)
 
     BUILT.clear()
@@ -80,7 +87,12 @@ def add_backend():
 
 
 def operands(tokens=5, **changes):
-    return {"logits": torch.randn(tokens, E), "topk": K, "per_expert_scale": torch.rand(E), **changes}
+    return {
+        "logits": torch.randn(tokens, E),
+        "topk": K,
+        "per_expert_scale": torch.rand(E),
+        **changes,
+    }
 
 
 def test_a_problem_is_built_once_for_plain_traced_and_training_calls(add_backend):
@@ -91,7 +103,11 @@ def test_a_problem_is_built_once_for_plain_traced_and_training_calls(add_backend
     route(**given)
     torch.compile(route.__call__, fullgraph=True, backend="aot_eager")(**given)
     scale = given["per_expert_scale"].clone().requires_grad_()
-    for call in (route, torch.compile(route.__call__, fullgraph=True, backend="aot_eager"), Router(SPEC, backend="noted")):
+    for call in (
+        route,
+        torch.compile(route.__call__, fullgraph=True, backend="aot_eager"),
+        Router(SPEC, backend="noted"),
+    ):
         call(**{**given, "per_expert_scale": scale}).weights.sum().backward()
     torch.func.grad(lambda logits: route(logits, K, scale.detach()).weights.sum())(given["logits"])
     (kernel,) = BUILT
@@ -121,7 +137,11 @@ def test_a_backend_that_is_registered_again_is_built_again(add_backend):
     add_backend("noted", "build_noted")
     Router(SPEC, backend="noted")(**operands())
     registry().unregister("noted")
-    registry().register(BackendSpec(name="noted", factories={"route": f"{__name__}:build_noted"}, targets=(Target("cpu"),)))
+    registry().register(
+        BackendSpec(
+            name="noted", factories={"route": f"{__name__}:build_noted"}, targets=(Target("cpu"),)
+        )
+    )
     Router(SPEC, backend="noted")(**operands())
     assert len(BUILT) == 2
 
@@ -143,13 +163,20 @@ def test_a_factory_may_route(add_backend):
 
 def test_a_factory_that_routes_what_it_builds_fails_with_a_sentence(add_backend):
     add_backend("itself", "build_routing_itself")
-    with pytest.raises(BackendUnavailableError, match="routed dispatched E=16 K=4 float32, the problem that it is building"):
+    with pytest.raises(
+        BackendUnavailableError,
+        match="routed dispatched E=16 K=4 float32, the problem that it is building",
+    ):
         Router(SPEC, backend="itself")(**operands())
 
 
 def test_a_score_that_nobody_can_differentiate_is_refused_for_training_only(add_backend):
     add_backend("noted", "build_noted")
-    registry().register(BackendSpec(name="plain", factories={"route": f"{__name__}:build_plain"}, targets=(Target("cpu"),)))
+    registry().register(
+        BackendSpec(
+            name="plain", factories={"route": f"{__name__}:build_plain"}, targets=(Target("cpu"),)
+        )
+    )
     try:
         route = Router(RoutingSpec(family="cubic", score="cube"), backend="plain")
         route(torch.randn(3, E), K)
@@ -164,7 +191,8 @@ def test_a_score_that_nobody_can_differentiate_is_refused_for_training_only(add_
 
 def build_plain(problem, _device):
     return lambda logits, **_operands: RoutingOutput(
-        torch.ones(len(logits), problem.topk), torch.zeros(len(logits), problem.topk, dtype=torch.int32)
+        torch.ones(len(logits), problem.topk),
+        torch.zeros(len(logits), problem.topk, dtype=torch.int32),
     )
 
 
@@ -221,12 +249,17 @@ def build_ready(problem, device):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_warm_call_of_a_prepared_kernel_enters_two_functions_of_the_router(add_backend, gradients):
+def test_a_warm_call_of_a_prepared_kernel_enters_two_functions_of_the_router(
+    add_backend, gradients
+):
     add_backend("ready", "build_ready")
     route, given = Router(SPEC, backend="ready"), operands()
     given["logits"].requires_grad_(gradients)
     with torch.no_grad():
-        assert our_frames(lambda: route(**given)) == ["__call__", "matches"]  # and the kernel's own: 3
+        assert our_frames(lambda: route(**given)) == [
+            "__call__",
+            "matches",
+        ]  # and the kernel's own: 3
 
 
 def test_a_warm_training_step_enters_twenty_functions_or_fewer():
@@ -236,7 +269,9 @@ def test_a_warm_training_step_enters_twenty_functions_or_fewer():
     assert len(our_frames(lambda: route(logits, 8, scale).weights.backward(ones))) <= 20
 
 
-@pytest.mark.parametrize("extra", ["num_valid_tokens=tensor", "num_valid_tokens=int", "expert_map", "token table"])
+@pytest.mark.parametrize(
+    "extra", ["num_valid_tokens=tensor", "num_valid_tokens=int", "expert_map", "token table"]
+)
 def test_padding_tables_and_maps_are_checked_once(extra, monkeypatch):
     by_table = extra == "token table"
     spec = SOFTMAX.replace(selection="token_table") if by_table else SOFTMAX

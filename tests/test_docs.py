@@ -13,7 +13,13 @@ WRITTEN = sorted(
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"))
     if not {"_build", "_generated", ".venv"} & set(page.parts)
 )
-PAGES = ["README.md", "docs/quickstart.md", "docs/families.md", "docs/index.md", "docs/integrations.md"]
+PAGES = [
+    "README.md",
+    "docs/quickstart.md",
+    "docs/families.md",
+    "docs/index.md",
+    "docs/integrations.md",
+]
 
 
 def python_blocks(page):
@@ -48,7 +54,9 @@ def test_the_picture_of_the_layers_is_that_of_the_code(monkeypatch):
 LINKS = {page: re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()) for page in WRITTEN}
 
 
-@pytest.mark.parametrize("page", [page for page in WRITTEN if LINKS[page]], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in WRITTEN if LINKS[page]], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_links_between_pages_lead_somewhere(page):
     for target in LINKS[page]:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"

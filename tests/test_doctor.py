@@ -28,15 +28,22 @@ from moe_routing_registry import BackendSpec, Target
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [str(ROOT), str(ROOT / "registry"), str(ROOT / "backends")]
-OURS = dict.fromkeys(("MOE_ROUTING_BACKEND", "MOE_ROUTING_BLOCK", "MOE_ROUTING_STRICT", "COLUMNS"), "")
+OURS = dict.fromkeys(
+    ("MOE_ROUTING_BACKEND", "MOE_ROUTING_BLOCK", "MOE_ROUTING_STRICT", "COLUMNS"), ""
+)
 
 
 def doctor(*arguments, path=(), flags=(), **environment):
     """Run the doctor in a process of its own, with ``path`` before everything else on sys.path."""
     inherited = {name: value for name, value in os.environ.items() if name not in OURS}
-    inherited |= {"PYTHONPATH": os.pathsep.join([*map(str, path), *SOURCES]), "PYTHONIOENCODING": "utf-8"}
+    inherited |= {
+        "PYTHONPATH": os.pathsep.join([*map(str, path), *SOURCES]),
+        "PYTHONIOENCODING": "utf-8",
+    }
     command = [sys.executable, *flags, "-m", "moe_routing", "doctor", *arguments]
-    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env=inherited | environment, capture_output=True, text=True, check=False
+    )
 
 
 def found(report, name):
@@ -81,7 +88,9 @@ def troubled(tmp_path_factory):
     write(site, "intel_extension_for_pytorch/__init__.py", "import os; os.exit(127)\n")
     write_distribution(site, "intel-extension-for-pytorch", "2.7.0")
     write(site, "exploding.py", "def deep():\n    raise RuntimeError('no fuel')\ndeep()\n")
-    write_distribution(site, "moe-exploding", "1.2.3", "[moe_routing.backends]\nexploding = exploding\n")
+    write_distribution(
+        site, "moe-exploding", "1.2.3", "[moe_routing.backends]\nexploding = exploding\n"
+    )
     write(site, "shaky.py", PLUGIN)
     write_distribution(site, "moe-shaky", "0.1", "[moe_routing.backends]\nshaky = shaky\n")
     return site
@@ -109,7 +118,11 @@ def test_what_is_only_a_pity_leaves_exit_code_0(troubled_json):
 def test_a_plug_in_that_raises_at_import_is_reported_with_its_traceback(troubled_json):
     _, report = troubled_json
     (failure,) = report["plugin_failures"]
-    assert (failure["name"], failure["distribution"], failure["code"]) == ("exploding", "moe-exploding 1.2.3", "import_failed")
+    assert (failure["name"], failure["distribution"], failure["code"]) == (
+        "exploding",
+        "moe-exploding 1.2.3",
+        "import_failed",
+    )
     assert "in deep" in failure["traceback"]
     assert "RuntimeError: no fuel" in failure["traceback"]
 
@@ -128,7 +141,10 @@ def test_a_plug_in_that_raises_comes_with_the_command_that_mends_it(troubled_jso
 def test_a_support_rule_that_raises_is_a_rejection_with_its_code(troubled_json):
     _, report = troubled_json
     states = {backend["name"]: backend["devices"]["cpu"] for backend in report["backends"]}
-    assert (states["shaky"]["state"], states["shaky"]["code"]) == ("rejected", "support_rule_failed")
+    assert (states["shaky"]["state"], states["shaky"]["code"]) == (
+        "rejected",
+        "support_rule_failed",
+    )
     assert "its rule divides by zero" in states["shaky"]["reason"]
 
 
@@ -208,7 +224,10 @@ def test_without_torch_it_still_lists_backends(without_torch):
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        ("raise OSError('libtorch_cpu.so: cannot open shared object file')", "OSError: libtorch_cpu.so: cannot open shared"),
+        (
+            "raise OSError('libtorch_cpu.so: cannot open shared object file')",
+            "OSError: libtorch_cpu.so: cannot open shared",
+        ),
         ("raise SystemExit('no licence')", "no licence"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "kills the process with SIGILL"),
         ("__version__ = '2.13.0'", "torch"),
@@ -257,7 +276,10 @@ def test_a_check_that_raises_is_itself_a_finding(monkeypatch):
 
     monkeypatch.setitem(CHECKS, "ipex", broken)
     (check,) = found(examine(device="cpu", checks=["ipex"]), "ipex")
-    assert (check["status"], check["summary"]) == ("problem", "this check itself raised ZeroDivisionError")
+    assert (check["status"], check["summary"]) == (
+        "problem",
+        "this check itself raised ZeroDivisionError",
+    )
 
 
 @pytest.mark.parametrize(
@@ -269,7 +291,9 @@ def test_a_check_that_raises_is_itself_a_finding(monkeypatch):
         ("MOE_ROUTING_BACKENDS", "eager", "did you mean 'MOE_ROUTING_BACKEND'"),
     ],
 )
-def test_a_wrong_environment_variable_is_a_problem_that_says_what_was_expected(monkeypatch, name, value, said):
+def test_a_wrong_environment_variable_is_a_problem_that_says_what_was_expected(
+    monkeypatch, name, value, said
+):
     monkeypatch.setenv(name, value)
     report = examine(device="cpu", checks=["environment"])
     (check,) = report["checks"]
@@ -278,7 +302,8 @@ def test_a_wrong_environment_variable_is_a_problem_that_says_what_was_expected(m
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("MOE_ROUTING_BACKEND", " eager "), ("MOE_ROUTING_BLOCK", ""), ("MOE_ROUTING_STRICT", "0")]
+    ("name", "value"),
+    [("MOE_ROUTING_BACKEND", " eager "), ("MOE_ROUTING_BLOCK", ""), ("MOE_ROUTING_STRICT", "0")],
 )
 def test_a_right_environment_variable_is_listed_and_no_problem(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
@@ -304,7 +329,9 @@ def machine(*files, build, triton=None):
     """A machine with recorded devices."""
     infos = []
     for file in files:
-        record = json.loads((Path(__file__).parent / "recorded_devices" / f"{file}.json").read_text())
+        record = json.loads(
+            (Path(__file__).parent / "recorded_devices" / f"{file}.json").read_text()
+        )
         seen = Observation(
             type=record["type"],
             index=record["index"],
@@ -324,8 +351,24 @@ def machine(*files, build, triton=None):
 
 
 def case(here, **changes):
-    given = {"device": None, "router": "gemma4", "verify": False, "backends": {}, "distributions": {}, "failures": ()}
-    return Case(machine=here, **given, duplicates=(), reports={}, operations={}, others={}, choosing_failure=None, **changes)
+    given = {
+        "device": None,
+        "router": "gemma4",
+        "verify": False,
+        "backends": {},
+        "distributions": {},
+        "failures": (),
+    }
+    return Case(
+        machine=here,
+        **given,
+        duplicates=(),
+        reports={},
+        operations={},
+        others={},
+        choosing_failure=None,
+        **changes,
+    )
 
 
 CUDA = TorchBuild(version="2.13.0", cuda="13.0")
@@ -341,19 +384,27 @@ def test_a_missing_triton_on_an_nvidia_gpu_is_a_warning_with_its_command():
 def test_nvidias_triton_on_an_intel_gpu_is_a_warning_that_says_what_it_lacks():
     triton = Triton(version="3.7.1", backends=("amd", "nvidia"))
     (check,) = _checks.triton(case(machine("intel_arc_pro_b60", build=XPU, triton=triton)))
-    assert (check.status, check.fix) == ("warning", "uv pip install --reinstall torch --torch-backend=xpu")
+    assert (check.status, check.fix) == (
+        "warning",
+        "uv pip install --reinstall torch --torch-backend=xpu",
+    )
     assert "carries amd, nvidia, not intel" in check.summary
 
 
 def test_two_cards_of_a_kind_need_one_line_about_triton():
     triton = Triton(version="3.7.1", backends=("amd", "nvidia"))
-    checks = _checks.triton(case(machine("nvidia_h200", "nvidia_a100_80gb_pcie", build=CUDA, triton=triton)))
+    checks = _checks.triton(
+        case(machine("nvidia_h200", "nvidia_a100_80gb_pcie", build=CUDA, triton=triton))
+    )
     assert [check.status for check in checks] == ["ok"]
 
 
 def test_a_runtime_that_no_device_needs_is_skipped():
     here = machine("nvidia_h200", build=CUDA)
-    assert [check.status for check in (*_checks.rocm(case(here)), *_checks.xpu(case(here)))] == ["skipped", "skipped"]
+    assert [check.status for check in (*_checks.rocm(case(here)), *_checks.xpu(case(here)))] == [
+        "skipped",
+        "skipped",
+    ]
 
 
 def test_torchs_own_xpu_is_found_for_an_intel_gpu():
@@ -368,7 +419,10 @@ def test_the_first_accelerator_is_the_main_device():
 def test_gpus_that_torch_does_not_see_are_found_in_the_files_of_the_system(tmp_path):
     write(tmp_path, "proc/driver/nvidia/version", "NVRM version")
     write(tmp_path, "dev/kfd", "")
-    for card, (vendor, device) in {"card0": ("0x1a03", "0x2000"), "card1": ("0x8086", "0xe211")}.items():
+    for card, (vendor, device) in {
+        "card0": ("0x1a03", "0x2000"),
+        "card1": ("0x8086", "0xe211"),
+    }.items():
         write(tmp_path, f"sys/class/drm/{card}/device/vendor", f"{vendor}\n")
         write(tmp_path, f"sys/class/drm/{card}/device/device", f"{device}\n")
     assert [vendor for vendor, _ in gpus_without_torch(tmp_path)] == ["NVIDIA", "AMD", "Intel"]
@@ -377,18 +431,32 @@ def test_gpus_that_torch_does_not_see_are_found_in_the_files_of_the_system(tmp_p
 @pytest.mark.parametrize(
     ("build", "hidden", "said", "fix"),
     [
-        (TorchBuild(version="2.13.0+cpu"), {}, "", "uv pip install --reinstall torch --torch-backend=auto"),
-        (CUDA, {"CUDA_VISIBLE_DEVICES": ""}, "; CUDA_VISIBLE_DEVICES may hide it", "unset CUDA_VISIBLE_DEVICES"),
+        (
+            TorchBuild(version="2.13.0+cpu"),
+            {},
+            "",
+            "uv pip install --reinstall torch --torch-backend=auto",
+        ),
+        (
+            CUDA,
+            {"CUDA_VISIBLE_DEVICES": ""},
+            "; CUDA_VISIBLE_DEVICES may hide it",
+            "unset CUDA_VISIBLE_DEVICES",
+        ),
         (CUDA, {}, ": the driver is too old", ""),
     ],
     ids=["another build", "hidden", "driver"],
 )
-def test_a_gpu_that_torch_does_not_see_is_a_warning_that_says_why(monkeypatch, build, hidden, said, fix):
+def test_a_gpu_that_torch_does_not_see_is_a_warning_that_says_why(
+    monkeypatch, build, hidden, said, fix
+):
     for name in HIDING:
         monkeypatch.delenv(name, raising=False)
     for name, value in hidden.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_checks, "gpus_without_torch", lambda: [("NVIDIA", "/proc/driver/nvidia/version")])
+    monkeypatch.setattr(
+        _checks, "gpus_without_torch", lambda: [("NVIDIA", "/proc/driver/nvidia/version")]
+    )
     here = dataclasses.replace(machine(build=build), remarks=("the driver is too old",))
     (check,) = _checks.torch(case(here))
     assert (check.status, check.fix) == ("warning", fix)
@@ -437,12 +505,21 @@ def test_verify_tells_a_backend_that_is_wrong_from_one_that_is_right(install_plu
     from moe_routing.conformance import quick
 
     monkeypatch.setattr(quick, "BUDGET_SECONDS", 20)
-    monkeypatch.setattr(quick, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # a tick for each case
+    monkeypatch.setattr(
+        quick, "time", SimpleNamespace(monotonic=itertools.count().__next__)
+    )  # a tick for each case
     install_plugin("liar", LIAR)
-    registry().register(BackendSpec(name="liar", factories={"route": "liar:build"}, targets=(Target("cpu"),), priority=1))
+    registry().register(
+        BackendSpec(
+            name="liar", factories={"route": "liar:build"}, targets=(Target("cpu"),), priority=1
+        )
+    )
     try:
         report = examine(device="cpu", verify=True, checks=["verify"])
     finally:
         registry().unregister("liar")
-    judged = {check["summary"].partition(" ")[0].rstrip(":"): check["status"] for check in report["checks"]}
+    judged = {
+        check["summary"].partition(" ")[0].rstrip(":"): check["status"]
+        for check in report["checks"]
+    }
     assert judged == {"liar": "problem", "eager": "ok"}

@@ -1,4 +1,7 @@
-"""What is the eager backend's own: three ways to select that must agree, and bits that do not depend on T."""
+"""What is the eager backend's own.
+
+Three ways to select that must agree, and bits that do not depend on T.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from moe_routing_backends.eager.route import CHUNK
 
 NEXT = 1 + 2.0**-23
 MOST = torch.finfo(torch.float32).max
-TIES = st.sampled_from([0.0, -0.0, 1.0, NEXT, -1.0, -NEXT, 2.0**-149, -(2.0**-149), MOST, -MOST, 0.1, 2.0, -torch.inf])
+TIES = st.sampled_from(
+    [0.0, -0.0, 1.0, NEXT, -1.0, -NEXT, 2.0**-149, -(2.0**-149), MOST, -MOST, 0.1, 2.0, -torch.inf]
+)
 """Ties, neighbours, both ends of float32, and what masks experts of a group that is not kept."""
 
 
@@ -24,7 +29,9 @@ def brute_force(row, k):
 
 
 @given(
-    rows=st.integers(1, 24).flatmap(lambda e: st.lists(st.lists(TIES, min_size=e, max_size=e), min_size=1, max_size=4)),
+    rows=st.integers(1, 24).flatmap(
+        lambda e: st.lists(st.lists(TIES, min_size=e, max_size=e), min_size=1, max_size=4)
+    ),
     data=st.data(),
 )
 @settings(max_examples=100, deadline=None)

@@ -1,4 +1,7 @@
-"""What an error shows of a value: its type and shape, never the elements of a tensor, in one line, whatever its text does."""
+"""What an error shows of a value.
+
+Its type and shape, never the elements of a tensor, in one line, whatever its text does.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,14 @@ class Lengthless(list):
 
 VALUES = {
     "a tensor": (TENSOR, "a Tensor of shape [3], dtype torch.float32, device cpu"),
-    "a tensor of no dimensions": (TENSOR[0], "a Tensor of shape [], dtype torch.float32, device cpu"),
-    "a parameter": (torch.nn.Parameter(TENSOR), "a Parameter of shape [3], dtype torch.float32, device cpu"),
+    "a tensor of no dimensions": (
+        TENSOR[0],
+        "a Tensor of shape [], dtype torch.float32, device cpu",
+    ),
+    "a parameter": (
+        torch.nn.Parameter(TENSOR),
+        "a Parameter of shape [3], dtype torch.float32, device cpu",
+    ),
     "a list of tensors": ([TENSOR, TENSOR], "a list of 2 items"),
     "a tuple of tensors": ((TENSOR,), "a tuple of 1 items"),
     "a dict of tensors": ({"a": TENSOR}, "a dict of 1 items"),
@@ -59,8 +68,15 @@ VALUES = {
     "a class": (Panics, "<class "),
 }
 """A value, and how its text begins."""
-ARGUMENTS = [value for name, (value, _) in VALUES.items() if name not in ("a number without end", "a length that raises")]
-"""Those that are no number and no list of one; nobody has to measure a list that cannot be measured."""
+ARGUMENTS = [
+    value
+    for name, (value, _) in VALUES.items()
+    if name not in ("a number without end", "a length that raises")
+]
+"""Those that are no number and no list of one.
+
+Nobody has to measure a list that cannot be measured.
+"""
 
 
 @pytest.mark.parametrize(("value", "text"), VALUES.values(), ids=VALUES)
@@ -126,7 +142,9 @@ def test_every_refusal_names_the_argument_and_shows_no_elements(argument, value)
     assert argument in said
 
 
-@pytest.mark.parametrize("argument", ["router", "device", "num_experts", "topk", "dtype", "backend"])
+@pytest.mark.parametrize(
+    "argument", ["router", "device", "num_experts", "topk", "dtype", "backend"]
+)
 def test_explain_reports_whatever_comes(argument):
     for value in ARGUMENTS:
         report = moe_routing.explain(**{"router": "mixtral", argument: value})

@@ -1,4 +1,7 @@
-"""The built-in families: complete, named as documented, and related to each other as their formulas say."""
+"""The built-in families.
+
+Complete, named as documented, and related to each other as their formulas say.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,11 @@ def test_gemma4_with_scales_of_one_is_topk_softmax(logits):
 
 @pytest.mark.parametrize(
     ("biased", "plain"),
-    [("sigmoid_bias_topk", "sigmoid_topk"), ("softmax_bias_topk", "softmax_topk"), ("logit_bias_sigmoid", "topk_sigmoid")],
+    [
+        ("sigmoid_bias_topk", "sigmoid_topk"),
+        ("softmax_bias_topk", "softmax_topk"),
+        ("logit_bias_sigmoid", "topk_sigmoid"),
+    ],
 )
 def test_a_bias_of_zero_selects_as_no_bias_does(logits, biased, plain):
     with_bias = FAMILIES[biased].spec
@@ -103,7 +110,8 @@ def test_a_bias_of_zero_selects_as_no_bias_does(logits, biased, plain):
 
 
 @pytest.mark.parametrize(
-    ("grouped", "plain"), [("grouped_sigmoid_bias", "sigmoid_bias_topk"), ("grouped_softmax", "softmax_topk")]
+    ("grouped", "plain"),
+    [("grouped_sigmoid_bias", "sigmoid_bias_topk"), ("grouped_softmax", "softmax_topk")],
 )
 def test_groups_that_are_all_kept_limit_nothing(logits, grouped, plain):
     spec = FAMILIES[grouped].spec
@@ -115,13 +123,20 @@ def test_groups_that_are_all_kept_limit_nothing(logits, grouped, plain):
 
 def test_hash_routing_with_the_selected_ids_in_its_table_weighs_as_scored_routing(logits):
     scored = route(FAMILIES["sqrtsoftplus_bias"].spec, logits, bias=torch.zeros(32))
-    hashed = route(FAMILIES["hash_sqrtsoftplus"].spec, logits, token_ids=torch.arange(64), expert_table=scored.ids)
+    hashed = route(
+        FAMILIES["hash_sqrtsoftplus"].spec,
+        logits,
+        token_ids=torch.arange(64),
+        expert_table=scored.ids,
+    )
     assert_same(hashed, scored)
 
 
 def test_partitioned_softmax_takes_as_many_experts_from_each_group(logits):
     ids = route(FAMILIES["partitioned_softmax"].spec, logits, 16).ids
-    assert torch.equal((ids // 4).sort().values, torch.arange(8).repeat_interleave(2).expand(64, 16))
+    assert torch.equal(
+        (ids // 4).sort().values, torch.arange(8).repeat_interleave(2).expand(64, 16)
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,6 +153,9 @@ def test_partitioned_softmax_takes_as_many_experts_from_each_group(logits):
     ],
 )
 def test_a_field_that_a_selection_has_no_use_for_is_refused(selection, field, value):
-    with pytest.raises(ValueError, match=f"^{field}: expected .*, because selection '{selection}' has no use for it, got "):
+    with pytest.raises(
+        ValueError,
+        match=f"^{field}: expected .*, because selection '{selection}' has no use for it, got ",
+    ):
         RoutingSpec(family="f", selection=selection, **{field: value})
     RoutingSpec(family="f", **{field: value})

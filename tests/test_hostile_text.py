@@ -1,4 +1,7 @@
-"""Text from outside (names, reasons, fixes, messages, devices) through every page and every table: it stays text."""
+"""Text from outside (names, reasons, fixes, messages, devices) through every page and every table.
+
+It stays text.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,16 @@ import pytest
 from moe_routing._html import page
 from moe_routing.bench import Case, Result, Row, Settings
 from moe_routing.bench.page import to_html as bench_page
-from moe_routing.cli import _bench, _catalogue, _conformance, _explain, _list, _show, _transformers, _tune
+from moe_routing.cli import (
+    _bench,
+    _catalogue,
+    _conformance,
+    _explain,
+    _list,
+    _show,
+    _transformers,
+    _tune,
+)
 from moe_routing.cli._app import run
 from moe_routing.cli._render_doctor import render
 from moe_routing.conformance import report as reports
@@ -33,7 +45,9 @@ MARKUP = "[red]r[/red] [/nope] [link=http://evil]x[/link] :boom: $x^{$ "
 HOSTILE = f"<script>alert(1)</script><img/src=x/onerror='alert(2)'>\"'&amp; </pre></td> {MARKUP}{STEERING}"
 KEPT = {"status", "state", "code", "winner", "type", "index"}
 """Keys of words from closed lists."""
-DRIVEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+DRIVEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def poisoned(value, key=""):
@@ -72,7 +86,9 @@ def doctor():
     report = examine(device="cpu")
     for backend in report["backends"]:
         backend["devices"]["cpu"] |= {"fix": "fix", "reason": "reason"}
-    report["environment"].append({"name": "V", "value": "value", "meaning": "meaning", "problem": ""})
+    report["environment"].append(
+        {"name": "V", "value": "value", "meaning": "meaning", "problem": ""}
+    )
     report["plugin_failures"].append({"name": "n", "distribution": "d", "reason": "r"})
     return poisoned(json.loads(json.dumps(report)))
 
@@ -80,9 +96,17 @@ def doctor():
 @pytest.fixture
 def conformance():
     result = runner.Result(
-        clause=1, check=HOSTILE, case=HOSTILE, family=HOSTILE, status="failed", message=f"{HOSTILE}\nsecond {HOSTILE}"
+        clause=1,
+        check=HOSTILE,
+        case=HOSTILE,
+        family=HOSTILE,
+        status="failed",
+        message=f"{HOSTILE}\nsecond {HOSTILE}",
     )
-    others = [dataclasses.replace(result, status=status) for status in ("passed", "gap", "declined", "not_applicable")]
+    others = [
+        dataclasses.replace(result, status=status)
+        for status in ("passed", "gap", "declined", "not_applicable")
+    ]
     return runner.Report(
         backend=HOSTILE, operation=HOSTILE, clauses=CLAUSES,
         distribution=HOSTILE, device=HOSTILE, profile=HOSTILE, seed=7, versions={HOSTILE: HOSTILE},
@@ -93,8 +117,14 @@ def conformance():
 @pytest.fixture
 def bench():
     case = Case(HOSTILE, "bfloat16", 8, 2, 1)
-    row = Row(case=case, mode="call", way=HOSTILE, ours=True, rounds=(1.0, 2.0), bytes=8)
-    rows = [row, dataclasses.replace(row, rounds=(), wrong=(HOSTILE,)), dataclasses.replace(row, rounds=(), skipped=HOSTILE)]
+    row = Row(
+        case=case, mode="call", implementation=HOSTILE, is_backend=True, rounds=(1.0, 2.0), bytes=8
+    )
+    rows = [
+        row,
+        dataclasses.replace(row, rounds=(), wrong=(HOSTILE,)),
+        dataclasses.replace(row, rounds=(), skipped=HOSTILE),
+    ]
     device = {"name": HOSTILE, "platform": HOSTILE, "arch": HOSTILE, "threads": 1, "cache": 1}
     versions = {HOSTILE: HOSTILE}
     return Result(
@@ -112,7 +142,13 @@ RESOLUTION = ResolutionReport(
     device=DeviceInfo(type="cpu", platform="cpu", name=HOSTILE, arch=HOSTILE),
     winner=HOSTILE,
     eligible=(Candidate(name=HOSTILE, priority=1, distribution=HOSTILE),),
-    rejected=(Rejection(name=HOSTILE, verdict=Verdict.no(RejectCode.SHAPE, HOSTILE, HOSTILE), distribution=HOSTILE),),
+    rejected=(
+        Rejection(
+            name=HOSTILE,
+            verdict=Verdict.no(RejectCode.SHAPE, HOSTILE, HOSTILE),
+            distribution=HOSTILE,
+        ),
+    ),
     notes=(HOSTILE,),
 )
 
@@ -121,7 +157,9 @@ RESOLUTION = ResolutionReport(
 
 def test_the_report_page(doctor, conformance, bench):
     for parts in ((conformance, bench), (Failure(HOSTILE, HOSTILE), Failure(HOSTILE, HOSTILE))):
-        check_page(to_html(Gathered(doctor=doctor, device=HOSTILE, conformance=parts[0], bench=parts[1])))
+        check_page(
+            to_html(Gathered(doctor=doctor, device=HOSTILE, conformance=parts[0], bench=parts[1]))
+        )
 
 
 def test_the_conformance_page(conformance):
@@ -129,7 +167,9 @@ def test_the_conformance_page(conformance):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # the title is longer than the picture
+@pytest.mark.filterwarnings(
+    "ignore:constrained_layout not applied"
+)  # the title is longer than the picture
 def test_the_bench_page_and_its_picture(bench, tmp_path):
     check_page(bench_page(bench))
     _bench._draw(bench, tmp_path / "x.png")
@@ -192,8 +232,19 @@ def test_the_explain_table(screen):
 def test_the_tune_table(screen):
     launch = {"variant": HOSTILE, "block_t": 1, "lanes": 1, "num_warps": 1}
     timed = {"tokens": 1, "launch": launch, "us": 1.0, "launch_before": launch, "us_before": 1.0}
-    one = {"router": HOSTILE, "num_experts": 8, "topk": 2, "dtype": HOSTILE, "timed": [timed], "wrong": [HOSTILE]}
-    screen(lambda console: _tune._show({**one, "unusable": [HOSTILE], "before": HOSTILE, "table": HOSTILE}, console))
+    one = {
+        "router": HOSTILE,
+        "num_experts": 8,
+        "topk": 2,
+        "dtype": HOSTILE,
+        "timed": [timed],
+        "wrong": [HOSTILE],
+    }
+    screen(
+        lambda console: _tune._show(
+            {**one, "unusable": [HOSTILE], "before": HOSTILE, "table": HOSTILE}, console
+        )
+    )
 
 
 class Patched:
@@ -235,7 +286,9 @@ def test_a_report_as_text_is_stripped_for_those_who_print_it():
     assert not DRIVEN.search(str(RESOLUTION))
 
 
-@pytest.mark.parametrize("text", ["plain", "tab\tand\nnewline", "façade 日本 ✓ 👍", "no\u00a0break"])
+@pytest.mark.parametrize(
+    "text", ["plain", "tab\tand\nnewline", "façade 日本 ✓ 👍", "no\u00a0break"]
+)
 def test_ordinary_text_is_left_alone(text):
     assert printable(text).replace("\u00a0", " ") == text.replace("\u00a0", " ")
 
@@ -248,13 +301,26 @@ def test_a_table_loses_no_word_at_any_width(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     rows = [
         ("torch-compile", "rejected", "explicit_only", "fits, but is only used when it is named"),
-        ("triton", "rejected", "toolchain", "needs a Triton that compiles for cuda: /usr/lib/python3/dist-packages/triton"),
+        (
+            "triton",
+            "rejected",
+            "toolchain",
+            "needs a Triton that compiles for cuda: /usr/lib/python3/dist-packages/triton",
+        ),
         ("x" * 30, "", "", "y" * 130),
     ]
     stream = io.StringIO()
     token = _show._answer.set(stream)
     _show.console().print(
-        _show.table("A title of some words", "Name", "State", "Code", "Why", rows=rows, whole=("Name", "State", "Code"))
+        _show.table(
+            "A title of some words",
+            "Name",
+            "State",
+            "Code",
+            "Why",
+            rows=rows,
+            whole=("Name", "State", "Code"),
+        )
     )
     _show._answer.reset(token)
     text = stream.getvalue()
@@ -263,5 +329,9 @@ def test_a_table_loses_no_word_at_any_width(width, monkeypatch):
     letters = re.sub(r"[\s─]", "", text)
     for row in [("A title of some words", "Name", "Why"), *rows]:
         for word in " ".join(row).split():
-            assert word in text or word in letters or all(letters.count(c) >= word.count(c) for c in set(word))
+            assert (
+                word in text
+                or word in letters
+                or all(letters.count(c) >= word.count(c) for c in set(word))
+            )
             assert word in text or len(word) > 20 or width < 40

@@ -12,11 +12,16 @@ import moe_routing_registry
 ROOT = Path(__file__).parents[1]
 
 MOST_MODULES = 80
-"""Upper limit of the modules that the first router loads in addition to torch. It loads 59; no time is measured."""
+"""Upper limit of the modules that the first router loads in addition to torch.
+
+It loads 59; no time is measured.
+"""
 
 
 def python(script):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], check=True, capture_output=True, text=True
+    )
     return json.loads(done.stdout)
 
 
@@ -34,11 +39,23 @@ initialized = [device for device in ("cuda", "xpu") if getattr(torch, device).is
 print(json.dumps({"import": by_import, "router": by_router, "initialized": initialized}))
 """
     found = python(script)
-    # The operators, for programs that torch.export.load loads; what they do is imported when one is called.
-    assert found["import"] == ["moe_routing", "moe_routing._op", "moe_routing._with_torch", "moe_routing.kernel"]
+    # The operators, for programs that torch.export.load loads; what they do is imported when one is
+    # called.
+    assert found["import"] == [
+        "moe_routing",
+        "moe_routing._op",
+        "moe_routing._with_torch",
+        "moe_routing.kernel",
+    ]
     assert "moe_routing._router" in found["router"]
     packages = {name.partition(".")[0] for name in found["router"]}
-    assert packages <= {"moe_routing", "moe_routing_registry", "moe_routing_backends", "pluggy", "packaging"}
+    assert packages <= {
+        "moe_routing",
+        "moe_routing_registry",
+        "moe_routing_backends",
+        "pluggy",
+        "packaging",
+    }
     assert len(found["router"]) <= MOST_MODULES
     assert found["initialized"] == []
 
@@ -79,7 +96,11 @@ def test_no_package_imports_a_private_module_of_another():
             package = ".".join(path.parent.relative_to(root).parts)
             for name in imports(path):
                 owner, private, _ = name.partition("._")
-                if private and name.startswith("moe_routing") and not f"{package}.".startswith(f"{owner}."):
+                if (
+                    private
+                    and name.startswith("moe_routing")
+                    and not f"{package}.".startswith(f"{owner}.")
+                ):
                     wrong.append(f"{path}: {name}")
     assert not wrong
 

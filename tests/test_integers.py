@@ -1,4 +1,7 @@
-"""Integers that callers bring: of any type that is one, of any size, in plain, compiled and exported calls."""
+"""Integers that callers bring.
+
+Of any type that is one, of any size, in plain, compiled and exported calls.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,13 @@ class Three:
         return 3
 
 
-SOME = {"int": 3, "np.int64": np.int64(3), "np.uint8": np.uint8(3), "array": np.array(3), "object": Three()}
+SOME = {
+    "int": 3,
+    "np.int64": np.int64(3),
+    "np.uint8": np.uint8(3),
+    "array": np.array(3),
+    "object": Three(),
+}
 ALL = {
     "T": T,
     "T + 1": T + 1,
@@ -34,7 +43,14 @@ ALL = {
     "2**70": 2**70,
     "uint64": np.uint64(2**63),
 }
-NO_INTEGERS = {"bool": True, "np.bool": np.bool_(1), "float": 3.0, "np.float64": np.float64(3), "text": "3", "list": [3]}
+NO_INTEGERS = {
+    "bool": True,
+    "np.bool": np.bool_(1),
+    "float": 3.0,
+    "np.float64": np.float64(3),
+    "text": "3",
+    "list": [3],
+}
 BACKENDS = ["eager", pytest.param("torch-compile", marks=pytest.mark.slow)]
 
 
@@ -48,7 +64,13 @@ def test_any_integer_is_a_number_of_valid_tokens_and_more_than_t_are_all(backend
     for valid in (*SOME.values(), *SOME.values(), 0, *ALL.values(), *ALL.values(), 3):
         assert rows(route, valid) == min(valid.__index__(), T)
     tensors = [torch.tensor(v, dtype=d) for v in (3, 2**31 - 1) for d in (torch.int32, torch.int64)]
-    for valid in (*tensors, torch.tensor([2**63 - 1]), torch.tensor([0]), torch.tensor(-1), torch.tensor([-(2**63)])):
+    for valid in (
+        *tensors,
+        torch.tensor([2**63 - 1]),
+        torch.tensor([0]),
+        torch.tensor(-1),
+        torch.tensor([-(2**63)]),
+    ):
         assert rows(route, valid) == min(max(int(valid), 0), T)
 
 
@@ -56,7 +78,9 @@ def test_any_integer_is_a_number_of_valid_tokens_and_more_than_t_are_all(backend
 def test_what_is_no_integer_is_no_number_of_valid_tokens_in_later_calls_either(valid):
     route = Router(SPEC)
     for _ in range(2):
-        with pytest.raises(TypeError, match=r"^num_valid_tokens: expected an int or an integer tensor, got "):
+        with pytest.raises(
+            TypeError, match=r"^num_valid_tokens: expected an int or an integer tensor, got "
+        ):
             route(LOGITS, K, num_valid_tokens=valid)
         rows(route, 3)
 
@@ -65,14 +89,19 @@ def test_what_is_no_integer_is_no_number_of_valid_tokens_in_later_calls_either(v
 def test_a_negative_number_of_valid_tokens_is_refused_in_later_calls_too(valid):
     route = Router(SPEC)
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"^num_valid_tokens: expected a number >= 0, got {int(valid)}$"):
+        with pytest.raises(
+            ValueError, match=rf"^num_valid_tokens: expected a number >= 0, got {int(valid)}$"
+        ):
             route(LOGITS, K, num_valid_tokens=valid)
         rows(route, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float32])
 def test_a_tensor_of_another_dtype_is_refused_and_its_dtype_named(dtype):
-    with pytest.raises(ValueError, match=rf"^num_valid_tokens: expected an int, or an int32 or int64 tensor .*dtype {dtype}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^num_valid_tokens: expected an int, or an int32 or int64 tensor .*dtype {dtype}",
+    ):
         Router(SPEC)(LOGITS, K, num_valid_tokens=torch.ones((), dtype=dtype))
 
 
@@ -80,7 +109,10 @@ def test_a_tensor_of_another_dtype_is_refused_and_its_dtype_named(dtype):
 def test_a_compiled_function_takes_any_number_of_valid_tokens(dynamic):
     route = Router(SPEC)
     compiled = torch.compile(
-        lambda x, n: route(x, K, num_valid_tokens=n).ids, fullgraph=True, backend="eager", dynamic=dynamic
+        lambda x, n: route(x, K, num_valid_tokens=n).ids,
+        fullgraph=True,
+        backend="eager",
+        dynamic=dynamic,
     )
     for valid in (3, 4, 0, 2**63, 2**70):
         assert (compiled(LOGITS, valid) >= 0).any(-1).sum() == min(valid, T)
@@ -106,7 +138,9 @@ def build_counting(problem, device):
 
 @pytest.mark.parametrize("door", ["plain", "with gradients", "compiled", "vmap", "watched"])
 def test_a_kernel_gets_a_number_of_valid_tokens_from_0_to_t(door):
-    spec = BackendSpec(name="counting", factories={"route": f"{__name__}:build_counting"}, targets=(Target("cpu"),))
+    spec = BackendSpec(
+        name="counting", factories={"route": f"{__name__}:build_counting"}, targets=(Target("cpu"),)
+    )
     registry().register(spec)
     COUNTED.clear()
     try:
@@ -119,13 +153,17 @@ def test_a_kernel_gets_a_number_of_valid_tokens_from_0_to_t(door):
             if door == "vmap":
                 ids = torch.vmap(lambda x, n=valid: call(x, n).ids)(LOGITS[None])[0]
             elif door == "compiled":
-                ids = torch.compile(call, fullgraph=True, backend="eager")(LOGITS, valid.__index__()).ids
+                ids = torch.compile(call, fullgraph=True, backend="eager")(
+                    LOGITS, valid.__index__()
+                ).ids
             else:
                 ids = call(LOGITS.clone().requires_grad_(door == "with gradients"), valid).ids
             assert (ids >= 0).any(-1).sum() == min(valid.__index__(), T)
         assert len(COUNTED) >= 6
         assert {int(valid) for valid in COUNTED} == {3, T}
-        assert {type(valid) for valid in COUNTED} == {torch.Tensor if door in ("compiled", "vmap") else int}
+        assert {type(valid) for valid in COUNTED} == {
+            torch.Tensor if door in ("compiled", "vmap") else int
+        }
     finally:
         registry().unregister(spec.name)
 
@@ -142,7 +180,12 @@ def test_an_exported_program_takes_any_number_of_valid_tokens(valid):
 
 
 @pytest.mark.parametrize(
-    "valid", [torch.ones(1, 1, dtype=torch.int64), torch.ones(2, dtype=torch.int64), torch.ones((), dtype=torch.int16)]
+    "valid",
+    [
+        torch.ones(1, 1, dtype=torch.int64),
+        torch.ones(2, dtype=torch.int64),
+        torch.ones((), dtype=torch.int16),
+    ],
 )
 def test_tensors_that_are_no_number_are_refused_where_functions_are_compiled_and_exported(valid):
     said = r"num_valid_tokens: expected an int, or an int32 or int64 tensor of shape \[\] or \[1\], got "
@@ -152,7 +195,9 @@ def test_tensors_that_are_no_number_are_refused_where_functions_are_compiled_and
         torch.compile(Module(), backend="eager")(LOGITS, valid)
 
 
-@pytest.mark.parametrize("topk", [np.int64(2), np.uint8(2), np.array(2), type("Two", (), {"__index__": lambda _: 2})()])
+@pytest.mark.parametrize(
+    "topk", [np.int64(2), np.uint8(2), np.array(2), type("Two", (), {"__index__": lambda _: 2})()]
+)
 def test_k_and_e_may_be_integers_of_any_type(topk):
     route, expected = Router(SPEC), Router(SPEC)(LOGITS, 2)
     for _ in range(2):
@@ -164,7 +209,9 @@ def test_k_and_e_may_be_integers_of_any_type(topk):
     assert (type(problem.num_experts), type(problem.topk), problem.topk) == (int, int, 2)
 
 
-@pytest.mark.parametrize("value", [*NO_INTEGERS.values(), torch.tensor(2)], ids=[*NO_INTEGERS, "tensor"])
+@pytest.mark.parametrize(
+    "value", [*NO_INTEGERS.values(), torch.tensor(2)], ids=[*NO_INTEGERS, "tensor"]
+)
 def test_what_is_no_integer_is_no_k_and_no_e(value):
     route = Router(SPEC)
     for name, call in {
@@ -177,10 +224,19 @@ def test_what_is_no_integer_is_no_k_and_no_e(value):
         with pytest.raises(TypeError, match=rf"^{name.strip()}: expected an int, got "):
             call()
     for name in ("topk", "num_experts"):
-        assert moe_routing.explain(SPEC, **{name: value}).error.startswith(f"TypeError: {name}: expected an int, got ")
+        assert moe_routing.explain(SPEC, **{name: value}).error.startswith(
+            f"TypeError: {name}: expected an int, got "
+        )
 
 
 def test_explain_reports_numbers_and_dtypes_that_cannot_be():
-    assert moe_routing.explain("mixtral", num_experts=0).error == "ValueError: num_experts: expected an int >= 1, got 0"
-    assert moe_routing.explain("mixtral", num_experts=8, topk=0).error.startswith("ValueError: topk: expected 1 <= topk")
-    assert moe_routing.explain("mixtral", dtype="float33").error.startswith("ValueError: dtype: expected one of bfloat16, ")
+    assert (
+        moe_routing.explain("mixtral", num_experts=0).error
+        == "ValueError: num_experts: expected an int >= 1, got 0"
+    )
+    assert moe_routing.explain("mixtral", num_experts=8, topk=0).error.startswith(
+        "ValueError: topk: expected 1 <= topk"
+    )
+    assert moe_routing.explain("mixtral", dtype="float33").error.startswith(
+        "ValueError: dtype: expected one of bfloat16, "
+    )

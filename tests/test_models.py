@@ -52,22 +52,37 @@ def said(name):
     if name == "deepseek_v4_hash":
         return {**default("deepseek_v4").to_dict(), "model_type": name}
     if name in BAILING:
-        return LING | {"model_type": name} if name == "bailing_moe" else LING_2 | {"model_type": name}
+        return (
+            LING | {"model_type": name} if name == "bailing_moe" else LING_2 | {"model_type": name}
+        )
     if name.startswith("kimi"):
-        kimi = {"model_type": name, "n_routed_experts": 384, "num_experts_per_tok": 8, "routed_scaling_factor": 2.827}
+        kimi = {
+            "model_type": name,
+            "n_routed_experts": 384,
+            "num_experts_per_tok": 8,
+            "routed_scaling_factor": 2.827,
+        }
         return (
             kimi
             | {"norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
             | {"n_group": 1, "topk_group": 1}
         )
-    return {"model_type": name, "num_experts": 512, "num_experts_per_tok": 8, "norm_topk_prob": True, "router_n_groups": 8}
+    return {
+        "model_type": name,
+        "num_experts": 512,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "router_n_groups": 8,
+    }
 
 
 def without(config, path):
     """Return a copy of a dict without the item at a dotted path."""
     name, _, rest = path.partition(".")
     return {
-        key: without(value, rest) if rest and key == name else value for key, value in config.items() if rest or key != name
+        key: without(value, rest) if rest and key == name else value
+        for key, value in config.items()
+        if rest or key != name
     }
 
 
@@ -93,11 +108,19 @@ def test_a_dict_is_read_as_its_object(name):
 @pytest.mark.parametrize("name", TEXT_OF)
 def test_a_model_of_several_parts_has_the_preset_of_its_text_model(name):
     preset, text = MODELS[name], MODELS[TEXT_OF[name]]
-    assert (preset.spec, preset.reads, preset.choices, preset.source) == (text.spec, text.reads, text.choices, text.source)
+    assert (preset.spec, preset.reads, preset.choices, preset.source) == (
+        text.spec,
+        text.reads,
+        text.choices,
+        text.source,
+    )
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(TEXT_OF) - NOT_IN_TRANSFORMERS - {name for name in TEXT_OF if TEXT_OF[name] in REQUIRED})
+    "name",
+    sorted(
+        set(TEXT_OF) - NOT_IN_TRANSFORMERS - {name for name in TEXT_OF if TEXT_OF[name] in REQUIRED}
+    ),
 )
 def test_the_configuration_of_a_model_of_several_parts_is_read_in_its_text_model(name):
     assert from_config(CONFIG_MAPPING[name]()) == from_config(CONFIG_MAPPING[TEXT_OF[name]]())
@@ -107,7 +130,12 @@ def test_the_configuration_of_a_model_of_several_parts_is_read_in_its_text_model
 def test_every_attribute_that_a_preset_reads_must_be_there(name):
     config = said(name)
     preset = MODELS[name]
-    fixed = {field for options in preset.choices.values() for changes in options.values() for field in changes}
+    fixed = {
+        field
+        for options in preset.choices.values()
+        for changes in options.values()
+        for field in changes
+    }
     required = [
         *(n for n in preset.choices if n not in preset.defaults),
         *(names for field, names in preset.reads.items() if field not in fixed),
@@ -132,7 +160,9 @@ def moe_configuration_classes():
             module = importlib.import_module(f"transformers.models.{folder.name}.{path.stem}")
             for value in vars(module).values():
                 if not (
-                    isinstance(value, type) and issubclass(value, PretrainedConfig) and value.__module__ == module.__name__
+                    isinstance(value, type)
+                    and issubclass(value, PretrainedConfig)
+                    and value.__module__ == module.__name__
                 ):
                     continue
                 names = {*getattr(value, "__dataclass_fields__", {}), *(value.attribute_map or {})}
@@ -141,7 +171,9 @@ def moe_configuration_classes():
 
 
 def test_no_model_type_of_transformers_with_experts_is_forgotten():
-    found = {model_type for _, model_type in moe_configuration_classes()} | {"dbrx"}  # whose experts are in a nested part
+    found = {model_type for _, model_type in moe_configuration_classes()} | {
+        "dbrx"
+    }  # whose experts are in a nested part
     assert found - set(MODELS) - set(NOT_EXPRESSED) == set()
     assert len(found) > 60
 
@@ -153,7 +185,11 @@ def test_no_modeling_file_of_transformers_that_calls_experts_is_forgotten():
         for path in folder.glob("modeling_*.py")
         if "self.experts(" in path.read_text()
     }
-    known = {folder for folder, model_type in moe_configuration_classes() if model_type in {*MODELS, *NOT_EXPRESSED}}
+    known = {
+        folder
+        for folder, model_type in moe_configuration_classes()
+        if model_type in {*MODELS, *NOT_EXPRESSED}
+    }
     assert calling - known - {"dbrx"} == set()
     assert len(calling) > 60
 
@@ -171,7 +207,9 @@ def test_every_preset_is_a_router_by_its_name(name):
 
 
 def test_gemma4s_router_is_read_from_its_text_model():
-    config = CONFIG_MAPPING["gemma4"](text_config={"enable_moe_block": True, "num_experts": 16, "top_k_experts": 4})
+    config = CONFIG_MAPPING["gemma4"](
+        text_config={"enable_moe_block": True, "num_experts": 16, "top_k_experts": 4}
+    )
     assert from_config(config) == ("gemma4_text", FAMILIES["gemma4"].spec, 16, 4)
 
 
@@ -182,7 +220,10 @@ def test_qwen3_omnis_thinker_is_read_and_its_talker_on_request():
 
 
 def test_a_text_model_without_a_type_of_its_own_is_read_as_its_parents():
-    config = {"model_type": "llama4", "text_config": {"num_local_experts": 16, "num_experts_per_tok": 1}}
+    config = {
+        "model_type": "llama4",
+        "text_config": {"num_local_experts": 16, "num_experts_per_tok": 1},
+    }
     assert from_config(config) == ("llama4", MODELS["llama4"].spec, 16, 1)
 
 
@@ -196,9 +237,14 @@ def test_deepseek_v4s_hashed_layers_are_read_from_the_same_configuration():
 
 
 def test_layers_that_differ_are_refused_as_a_whole_and_read_one_by_one():
-    config = CONFIG_MAPPING["mixtral"](num_hidden_layers=3, per_layer_config={1: {"num_local_experts": 4}})
+    config = CONFIG_MAPPING["mixtral"](
+        num_hidden_layers=3, per_layer_config={1: {"num_local_experts": 4}}
+    )
     for whole in (config, config.to_dict()):
-        with pytest.raises(ValueError, match=r"^num_local_experts: expected one value for all layers.*per_layer_config\[i\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"^num_local_experts: expected one value for all layers.*per_layer_config\[i\]",
+        ):
             from_config(whole)
     assert from_config(config.per_layer_config[1]).num_experts == 4
 
@@ -210,25 +256,57 @@ def test_a_list_that_differs_by_layer_is_refused():
 
 
 def test_numpys_scalars_are_read_as_pythons():
-    numbers = {"n_group": np.int64(8), "topk_group": np.int32(4), "routed_scaling_factor": np.float32(2.5)}
+    numbers = {
+        "n_group": np.int64(8),
+        "topk_group": np.int32(4),
+        "routed_scaling_factor": np.float32(2.5),
+    }
     assert from_config(said("deepseek_v3") | numbers) == from_config(said("deepseek_v3"))
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("deepseek_v3", {"routed_scaling_factor": 10**400}, r"^routed_scaling_factor: expected a finite number, got 1000+"),
-        ("mixtral", {"num_local_experts": 0}, r"^num_local_experts: expected an integer >= 1, got 0$"),
-        ("mixtral", {"num_local_experts": None}, r"^num_local_experts: expected an integer >= 1, got None$"),
-        ("mixtral", {"num_local_experts": 8.0}, r"^num_local_experts: expected an integer >= 1, got 8\.0$"),
-        ("mixtral", {"num_experts_per_tok": True}, r"^num_experts_per_tok: expected an integer >= 1, got True$"),
+        (
+            "deepseek_v3",
+            {"routed_scaling_factor": 10**400},
+            r"^routed_scaling_factor: expected a finite number, got 1000+",
+        ),
+        (
+            "mixtral",
+            {"num_local_experts": 0},
+            r"^num_local_experts: expected an integer >= 1, got 0$",
+        ),
+        (
+            "mixtral",
+            {"num_local_experts": None},
+            r"^num_local_experts: expected an integer >= 1, got None$",
+        ),
+        (
+            "mixtral",
+            {"num_local_experts": 8.0},
+            r"^num_local_experts: expected an integer >= 1, got 8\.0$",
+        ),
+        (
+            "mixtral",
+            {"num_experts_per_tok": True},
+            r"^num_experts_per_tok: expected an integer >= 1, got True$",
+        ),
         (
             "mixtral",
             {"num_experts_per_tok": 9},
             r"^topk: expected 1 <= topk <= num_experts \(8\), got 9; read from .*num_experts_per_tok",
         ),
-        ("qwen3_moe", {"norm_topk_prob": "yes"}, r"^norm_topk_prob: expected True or False, got 'yes'$"),
-        ("longcat_flash", {"zero_expert_num": -1}, r"^zero_expert_num: expected an integer >= 0, got -1$"),
+        (
+            "qwen3_moe",
+            {"norm_topk_prob": "yes"},
+            r"^norm_topk_prob: expected True or False, got 'yes'$",
+        ),
+        (
+            "longcat_flash",
+            {"zero_expert_num": -1},
+            r"^zero_expert_num: expected an integer >= 0, got -1$",
+        ),
         (
             "deepseek_v3",
             {"routed_scaling_factor": float("nan")},
@@ -239,7 +317,11 @@ def test_numpys_scalars_are_read_as_pythons():
             {"n_group": 7},
             r"^num_groups: expected a divisor of num_experts \(256\), got 7; .*num_groups=n_group",
         ),
-        ("deepseek_v3", {"topk_group": 9}, r"^topk_groups: expected 1 <= .*, got 9; read from .*topk_groups=topk_group"),
+        (
+            "deepseek_v3",
+            {"topk_group": 9},
+            r"^topk_groups: expected 1 <= .*, got 9; read from .*topk_groups=topk_group",
+        ),
         (
             "deepseek_v3",
             {"n_group": 128, "topk_group": 2},
@@ -255,15 +337,31 @@ def test_numpys_scalars_are_read_as_pythons():
             {"norm_topk_prob": True},
             r"^norm_topk_prob: expected False in a configuration of 'deepseek_v2', got True$",
         ),
-        ("deepseek_v4", {"scoring_func": "gelu"}, r"^scoring_func: expected 'sqrtsoftplus' or 'sigmoid' .*got 'gelu'$"),
-        ("gemma4_text", {"enable_moe_block": False}, r"^enable_moe_block: expected True .*got False$"),
-        ("laguna", {"moe_router_logit_softcapping": -1.0}, r"^logit_softcap: .*logit_softcap=moe_router_logit_softcapping"),
+        (
+            "deepseek_v4",
+            {"scoring_func": "gelu"},
+            r"^scoring_func: expected 'sqrtsoftplus' or 'sigmoid' .*got 'gelu'$",
+        ),
+        (
+            "gemma4_text",
+            {"enable_moe_block": False},
+            r"^enable_moe_block: expected True .*got False$",
+        ),
+        (
+            "laguna",
+            {"moe_router_logit_softcapping": -1.0},
+            r"^logit_softcap: .*logit_softcap=moe_router_logit_softcapping",
+        ),
         (
             "dbrx",
             {"ffn_config": {"moe_normalize_expert_weights": 2}},
             r"^ffn_config.moe_normalize_expert_weights: expected 1 or None",
         ),
-        ("interns1_pro", {"num_experts_per_tok": 12}, r"^topk: expected a multiple of num_groups \(8\), got 12; "),
+        (
+            "interns1_pro",
+            {"num_experts_per_tok": 12},
+            r"^topk: expected a multiple of num_groups \(8\), got 12; ",
+        ),
     ],
 )
 def test_an_impossible_value_is_refused_and_its_attribute_named(name, changes, message):
@@ -302,24 +400,32 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("name", "attribute", "value", "expected"), CONTRADICTIONS)
-def test_a_setting_that_a_preset_would_not_follow_is_refused_by_name(name, attribute, value, expected):
+def test_a_setting_that_a_preset_would_not_follow_is_refused_by_name(
+    name, attribute, value, expected
+):
     preset = re.escape(MODELS[name].spec.formula.partition(";")[0][:8])
-    message = (
-        rf"^{attribute}: expected {expected} in a configuration of '{name}', whose preset computes {preset}.*got {value!r}$"
-    )
+    message = rf"^{attribute}: expected {expected} in a configuration of '{name}', whose preset computes {preset}.*got {value!r}$"
     with pytest.raises(ValueError, match=message):
         from_config(said(name) | {attribute: value})
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_preset_refuses_another_score_another_renormalisation_and_another_scale(name):
-    config = said(name) | REQUIRED.get(name, {}) if name in NOT_IN_TRANSFORMERS | OTHER_DEFAULTS else said(name)
+    config = (
+        said(name) | REQUIRED.get(name, {})
+        if name in NOT_IN_TRANSFORMERS | OTHER_DEFAULTS
+        else said(name)
+    )
     if name in TEXT_OF and name not in NOT_IN_TRANSFORMERS | OTHER_DEFAULTS:
         config = said(TEXT_OF[name]) | {"model_type": name}
     spec = from_config(config).spec
     read = {
         *MODELS[name].choices,
-        *(n for names in MODELS[name].reads.values() for n in ([names] if isinstance(names, str) else names)),
+        *(
+            n
+            for names in MODELS[name].reads.values()
+            for n in ([names] if isinstance(names, str) else names)
+        ),
     }
     other = {
         "score_function": "sigmoid" if spec.score == "softmax" else "softmax",
@@ -342,11 +448,20 @@ def test_every_preset_refuses_another_score_another_renormalisation_and_another_
 @pytest.mark.parametrize("part", ["text_config", "llm_config", "language_config", "thinker_config"])
 def test_the_text_model_is_found_in_every_usual_part(part):
     mixtral = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
-    assert from_config({"model_type": "somebodys_vision_model", part: mixtral}) == from_config(mixtral)
-    assert from_config({"model_type": "outer", "text_config": None, part: mixtral}) == from_config(mixtral)
+    assert from_config({"model_type": "somebodys_vision_model", part: mixtral}) == from_config(
+        mixtral
+    )
+    assert from_config({"model_type": "outer", "text_config": None, part: mixtral}) == from_config(
+        mixtral
+    )
 
 
-LING = {"model_type": "bailing_moe", "num_experts": 256, "num_experts_per_tok": 8, "norm_topk_prob": True}
+LING = {
+    "model_type": "bailing_moe",
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
 LING_2 = LING | {
     "score_function": "sigmoid", "moe_router_enable_expert_bias": True, "n_group": 8, "topk_group": 4,
     "routed_scaling_factor": 2.5,
@@ -358,7 +473,9 @@ def test_ling_1_takes_a_softmax_and_ling_2_a_sigmoid_under_the_same_name():
     assert first.spec == MODELS["mixtral"].spec
     assert second.spec == MODELS["deepseek_v3"].spec
     assert (second.num_experts, second.topk) == (256, 8)
-    assert from_config(LING_2 | {"n_group": 1, "topk_group": 1}).spec == MODELS["kimi_k2"].spec.replace(scale=2.5)
+    assert from_config(LING_2 | {"n_group": 1, "topk_group": 1}).spec == MODELS[
+        "kimi_k2"
+    ].spec.replace(scale=2.5)
     for refused in ({"score_function": "gelu"}, {"moe_router_enable_expert_bias": False}):
         with pytest.raises(ValueError, match=f"^{next(iter(refused))}: expected "):
             from_config(LING_2 | refused)
@@ -370,25 +487,35 @@ def test_every_ling_2_and_ring_2_is_read(name):
 
 
 def test_an_unknown_model_type_is_refused_with_near_matches():
-    with pytest.raises(UnknownNameError, match="unknown model_type 'mixtrall': did you mean 'mixtral'"):
+    with pytest.raises(
+        UnknownNameError, match="unknown model_type 'mixtrall': did you mean 'mixtral'"
+    ):
         from_config({"model_type": "mixtrall"})
 
 
 def test_a_model_that_cannot_be_expressed_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"^model_type: the routing of 'doge' cannot be expressed: .*product keys"):
+    with pytest.raises(
+        ValueError, match=r"^model_type: the routing of 'doge' cannot be expressed: .*product keys"
+    ):
         from_config(CONFIG_MAPPING["doge"]())
 
 
 @pytest.mark.parametrize("config", [None, 3, {}, {"num_experts": 8}, {"model_type": 7}])
 def test_what_is_no_configuration_is_a_type_error(config):
-    with pytest.raises(TypeError, match=r"^config: expected an object or dict with a model_type, got "):
+    with pytest.raises(
+        TypeError, match=r"^config: expected an object or dict with a model_type, got "
+    ):
         from_config(config)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_interns1_pro_routes_by_the_formula_of_vllm(renormalize):
     torch.manual_seed(0)
-    config = said("interns1_pro") | {"num_experts": 32, "norm_topk_prob": renormalize, "router_n_groups": 4}
+    config = said("interns1_pro") | {
+        "num_experts": 32,
+        "norm_topk_prob": renormalize,
+        "router_n_groups": 4,
+    }
     routing = from_config(config)
     logits = torch.randn(64, 32)
     best = logits.softmax(-1).view(64, 4, 8).topk(2, dim=-1)
@@ -397,4 +524,6 @@ def test_interns1_pro_routes_by_the_formula_of_vllm(renormalize):
     weights = weights / weights.sum(-1, keepdim=True) if renormalize else weights
     ours = oracle.route(routing.spec, logits, routing.topk)
     expected = torch.zeros(64, 32).scatter(1, ids, weights)
-    torch.testing.assert_close(torch.zeros(64, 32).scatter(1, ours.ids, ours.weights.float()), expected)
+    torch.testing.assert_close(
+        torch.zeros(64, 32).scatter(1, ours.ids, ours.weights.float()), expected
+    )

@@ -1,13 +1,19 @@
 """The contract on the first CUDA device, in the smallest profile; `make test-gpu` runs this."""
 
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from mutants import MUTANTS, registered
+from mutants.on_cuda import Eager
 
-from moe_routing.conformance import run
+from moe_routing.conformance import checks, drawn, run
+from moe_routing.conformance.runner import backend_under_test, evaluate
 
 
 @pytest.mark.gpu
@@ -21,6 +27,38 @@ def test_a_backend_conforms_on_the_gpu(backend):
 @pytest.mark.gpu
 def test_device_functions_do_what_they_say_when_they_are_compiled():
     script = Path(__file__).parent / "triton" / "device_functions.py"
-    done = subprocess.run([sys.executable, str(script), "gpu"], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(script), "gpu"], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert not any(json.loads(done.stdout)["wrong"].values())
+
+
+def evaluated(backend, check):
+    """Run one check on gemma4's cases."""
+    under_test = backend_under_test(backend, "cuda:0")
+    for item in checks.named(check).items("smoke"):
+        if getattr(item.case, "variant", None) == "gemma4":
+            yield evaluate(item, under_test)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "mutant", [m for m in MUTANTS if issubclass(m.factory, Eager)], ids=lambda mutant: mutant.name
+)
+def test_a_mutant_that_is_wrong_on_cuda_alone_is_caught_and_eager_is_not(mutant):
+    if mutant.only_on == "two devices" and torch.cuda.device_count() == 1:
+        pytest.skip("needs two devices")
+    with drawn.seeded(random.getrandbits(32)):
+        assert [
+            result.message
+            for result in evaluated("eager", mutant.caught_by)
+            if result.status != "passed"
+        ] == []
+        with registered(mutant) as name:
+            said = [
+                result.message
+                for result in evaluated(name, mutant.caught_by)
+                if result.status == "failed"
+            ]
+    assert any(re.search(mutant.saying, message) for message in said), said

@@ -1,4 +1,7 @@
-"""Tracing, fake tensors and gradients: contract points 14 and 15, and what they cost nobody else."""
+"""Tracing, fake tensors and gradients.
+
+Contract points 14 and 15, and what they cost nobody else.
+"""
 
 from __future__ import annotations
 
@@ -98,11 +101,19 @@ def test_gradients_are_those_of_autograd_through_the_reference(name):
         torch.testing.assert_close(scale.grad.double(), scale64.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gemma4", "sigmoid_bias_topk", "sqrtsoftplus_bias", "softmax_bias_topk"])
+@pytest.mark.parametrize(
+    "name", ["gemma4", "sigmoid_bias_topk", "sqrtsoftplus_bias", "softmax_bias_topk"]
+)
 def test_gradients_are_finite_and_zero_at_nan_and_inf(name):
     spec = SPECS[name]
     logits = torch.randn(T, E)
-    logits[0], logits[1, 3], logits[2, 5], logits[3], logits[4] = torch.nan, torch.inf, torch.nan, -torch.inf, -200.0
+    logits[0], logits[1, 3], logits[2, 5], logits[3], logits[4] = (
+        torch.nan,
+        torch.inf,
+        torch.nan,
+        -torch.inf,
+        -200.0,
+    )
     logits.requires_grad_()
     weights, _ = Router(spec)(logits, K, **operands(spec))
     weights.sum().backward()
@@ -115,7 +126,11 @@ def test_padding_has_no_gradient_and_an_expert_map_does_not_disturb_it():
     plain, _ = route(logits, K, scale)
     (plain[:3] ** 2).sum().backward()
     expected = logits.grad
-    for mapped in (torch.randperm(E), torch.arange(E) // 2, torch.where(torch.arange(E) % 2 == 0, -1, torch.arange(E))):
+    for mapped in (
+        torch.randperm(E),
+        torch.arange(E) // 2,
+        torch.where(torch.arange(E) % 2 == 0, -1, torch.arange(E)),
+    ):
         logits.grad = None
         weights, ids = route(logits, K, scale, num_valid_tokens=3, expert_map=mapped)
         (weights**2).sum().backward()
@@ -176,7 +191,9 @@ def test_inductor_compiles_a_call_with_out():
 
 def test_a_module_that_routes_exports_with_a_dynamic_number_of_tokens():
     gate = Gate(Router(GEMMA)).requires_grad_(requires_grad=False)
-    exported = torch.export.export(gate, (torch.randn(5, 8),), dynamic_shapes=({0: torch.export.Dim("T")},))
+    exported = torch.export.export(
+        gate, (torch.randn(5, 8),), dynamic_shapes=({0: torch.export.Dim("T")},)
+    )
     hidden = torch.randn(9, 8)
     for ours, traced in zip(gate(hidden), exported.module()(hidden), strict=True):
         assert torch.equal(ours, traced)
@@ -185,29 +202,51 @@ def test_a_module_that_routes_exports_with_a_dynamic_number_of_tokens():
 def test_fake_and_meta_tensors_give_shapes():
     with FakeTensorMode():
         weights, ids = Router(GEMMA)(torch.empty(3, E), K, torch.empty(E), ids_dtype=torch.int64)
-        assert (weights.shape, ids.shape, weights.dtype, ids.dtype) == ((3, K), (3, K), torch.float32, torch.int64)
+        assert (weights.shape, ids.shape, weights.dtype, ids.dtype) == (
+            (3, K),
+            (3, K),
+            torch.float32,
+            torch.int64,
+        )
     weights, ids = Router(GEMMA)(torch.empty(3, E, device="meta"), K, torch.empty(E, device="meta"))
     assert (weights.shape, ids.device.type) == ((3, K), "meta")
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.15's own look
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # torch 2.15's own look
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("int64_ids", [False, True])
-@pytest.mark.parametrize("tokens", [2, *(pytest.param(t, marks=pytest.mark.slow) for t in (1, 5, 300))])
-@pytest.mark.parametrize("name", ["gemma4", "grouped_sigmoid_bias", "hash_sqrtsoftplus", "zero and shared"])
+@pytest.mark.parametrize(
+    "tokens", [2, *(pytest.param(t, marks=pytest.mark.slow) for t in (1, 5, 300))]
+)
+@pytest.mark.parametrize(
+    "name", ["gemma4", "grouped_sigmoid_bias", "hash_sqrtsoftplus", "zero and shared"]
+)
 def test_opcheck_passes(name, tokens, int64_ids, training):
     spec = SPECS[name]
-    given = {"per_expert_scale": None, "bias": None, "token_ids": None, "expert_table": None, **operands(spec)}
+    given = {
+        "per_expert_scale": None,
+        "bias": None,
+        "token_ids": None,
+        "expert_table": None,
+        **operands(spec),
+    }
     if given["token_ids"] is not None:
         given["token_ids"] = torch.arange(tokens) % T
     logits = torch.randn(tokens, E, requires_grad=training)
     num_valid = torch.tensor([4])
-    opcheck(TRAIN if training else ROUTE, (logits, *given.values(), num_valid, None, spec.to_json(), K, int64_ids, None))
+    opcheck(
+        TRAIN if training else ROUTE,
+        (logits, *given.values(), num_valid, None, spec.to_json(), K, int64_ids, None),
+    )
 
 
 def test_opcheck_of_the_backward_passes():
     ids = torch.randn(T, E).topk(K).indices.int()
-    opcheck(BACKWARD, (torch.randn(T, K), torch.randn(T, E), ids, torch.rand(E), GEMMA.to_json(), None))
+    opcheck(
+        BACKWARD, (torch.randn(T, K), torch.randn(T, E), ids, torch.rand(E), GEMMA.to_json(), None)
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -221,7 +260,9 @@ def test_few_tokens_compile_with_ids_that_are_flattened(backend, ids_dtype):
     for tokens in (1, 2, 3, 7, 130):
         torch.compiler.reset()
         logits, scale = torch.randn(tokens, E), torch.rand(E)
-        assert torch.equal(torch.compile(flat, fullgraph=True, backend=backend)(logits, scale), flat(logits, scale))
+        assert torch.equal(
+            torch.compile(flat, fullgraph=True, backend=backend)(logits, scale), flat(logits, scale)
+        )
 
 
 EXPORTED = """
@@ -236,10 +277,11 @@ print(type(output).__name__, output.ids.tolist())
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "imports",
-    ["import moe_routing\nimport torch", "import torch\nimport moe_routing"],
+    "imports", ["import moe_routing\nimport torch", "import torch\nimport moe_routing"]
 )
-def test_an_exported_program_that_returns_routing_output_loads_where_only_the_package_was_imported(tmp_path, imports):
+def test_an_exported_program_that_returns_routing_output_loads_where_only_the_package_was_imported(
+    tmp_path, imports
+):
     class Module(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -251,7 +293,10 @@ def test_an_exported_program_that_returns_routing_output_loads_where_only_the_pa
     path = tmp_path / "program.pt2"
     torch.export.save(torch.export.export(Module(), (torch.randn(5, 16),)), path)
     done = subprocess.run(
-        [sys.executable, "-c", EXPORTED.format(imports=imports), str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", EXPORTED.format(imports=imports), str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout == f"RoutingOutput {[[0, 1]] * 5}\n", done.stderr
 

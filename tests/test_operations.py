@@ -1,4 +1,7 @@
-"""An operation from outside: registered with its oracle, resolved on two backends, and held to a clause of its own."""
+"""An operation from outside.
+
+Registered with its oracle, resolved on two backends, and held to a clause of its own.
+"""
 
 from __future__ import annotations
 
@@ -107,10 +110,16 @@ def copying(install_plugin, monkeypatch):
 
 def test_backends_of_an_operation_are_chosen_by_the_same_rules(copying):
     report = moe_routing.explain(copying.CopyProblem(4))
-    assert (report.winner, [c.name for c in report.eligible]) == ("double", ["double", "add", "triple"])
+    assert (report.winner, [c.name for c in report.eligible]) == (
+        "double",
+        ["double", "add", "triple"],
+    )
     assert report.to_dict()["problem"] == {"operation": "scaled_copy", "size": 4}
     assert report.rejection("eager").verdict.code is RejectCode.OPERATION
-    assert report.rejection("eager").verdict.reason == "has no factory for the operation 'scaled_copy'; it computes route"
+    assert (
+        report.rejection("eager").verdict.reason
+        == "has no factory for the operation 'scaled_copy'; it computes route"
+    )
     assert moe_routing.explain(copying.CopyProblem(9)).winner == "add"
     assert moe_routing.explain(copying.CopyProblem(4), backend="triple").winner == "triple"
     routed = moe_routing.explain("gemma4")
@@ -123,18 +132,32 @@ def test_a_backend_builds_its_kernel_for_the_operation(copying, name):
     import torch
 
     problem, device = copying.CopyProblem(3), moe_routing.probe("cpu")
-    assert registry().resolve(problem, device, Request(backend=name, asked_by="argument")).winner == name
-    assert registry().build(name, problem, device)(torch.tensor([1.0, 2.0, 3.0])).tolist() == [2.0, 4.0, 6.0]
+    assert (
+        registry().resolve(problem, device, Request(backend=name, asked_by="argument")).winner
+        == name
+    )
+    assert registry().build(name, problem, device)(torch.tensor([1.0, 2.0, 3.0])).tolist() == [
+        2.0,
+        4.0,
+        6.0,
+    ]
 
 
 @pytest.mark.usefixtures("copying")
 def test_the_kit_holds_backends_to_the_contract_of_the_operation():
-    doubles, adds, triples = (run(name, operation="scaled_copy") for name in ("double", "add", "triple"))
+    doubles, adds, triples = (
+        run(name, operation="scaled_copy") for name in ("double", "add", "triple")
+    )
     assert doubles.operation == "scaled_copy"
     assert doubles.verdict == "conforms: 1 checked, 1 declined (copies up to 8 numbers: 1)"
     assert adds.verdict == "conforms: 2 checked"
-    assert {r.message for r in triples.failed} == {"3 numbers are not doubled", "70 numbers are not doubled"}
-    assert doubles.to_dict()["clauses"] == {"1": {"name": "exact", "rule": "Each number is doubled, exactly."}}
+    assert {r.message for r in triples.failed} == {
+        "3 numbers are not doubled",
+        "70 numbers are not doubled",
+    }
+    assert doubles.to_dict()["clauses"] == {
+        "1": {"name": "exact", "rule": "Each number is doubled, exactly."}
+    }
 
 
 @pytest.mark.usefixtures("copying")
@@ -144,13 +167,17 @@ def test_the_commands_go_by_the_operation(capsys):
     assert command(["conformance", "add", "--operation", "scaled_copy", "--clause", "2"]) == 2
     assert "--clause: expected one of 1, got 2" in capsys.readouterr().err
     assert command(["conformance", "add", "--operation", "scale_copy"]) == 2
-    assert "unknown operation 'scale_copy': did you mean 'scaled_copy'?" in " ".join(capsys.readouterr().err.split())
+    assert "unknown operation 'scale_copy': did you mean 'scaled_copy'?" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 @pytest.mark.usefixtures("copying")
 def test_a_backend_without_the_operation_is_not_checked(capsys):
     assert command(["conformance", "eager", "--operation", "scaled_copy"]) == 2
-    assert "has no factory for the operation 'scaled_copy'" in " ".join(capsys.readouterr().out.split())
+    assert "has no factory for the operation 'scaled_copy'" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.usefixtures("copying")
@@ -162,21 +189,34 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
         "name": "scaled_copy",
         "summary": "twice each number",
         "backends": ["double", "add", "triple"],
-        "devices": {"cpu": {"problem": "4 numbers", "winner": "double", "why": "the best that fits this device"}},
+        "devices": {
+            "cpu": {
+                "problem": "4 numbers",
+                "winner": "double",
+                "why": "the best that fits this device",
+            }
+        },
     }
-    assert next(b for b in report["backends"] if b["name"] == "add")["operations"] == ["scaled_copy"]
+    assert next(b for b in report["backends"] if b["name"] == "add")["operations"] == [
+        "scaled_copy"
+    ]
     command(["doctor", "--device", "cpu"])
     assert "scaled_copy" in capsys.readouterr().out
 
 
 def test_an_unknown_operation_is_an_error_and_near_names_are_named(copying):
     problem = type("Problem", (copying.CopyProblem,), {"operation": "scale_copy"})(3)
-    with pytest.raises(UnknownNameError, match="unknown operation 'scale_copy': did you mean 'scaled_copy'"):
+    with pytest.raises(
+        UnknownNameError, match="unknown operation 'scale_copy': did you mean 'scaled_copy'"
+    ):
         registry().resolve(problem, moe_routing.probe("cpu"), Request())
 
 
 def test_an_operation_s_name_belongs_to_who_brought_it(install_plugin, monkeypatch):
     install_plugin("copying", PLUGIN.replace('name="scaled_copy"', 'name="route"'))
     monkeypatch.setattr(registry(), "_inventory", None)
-    with pytest.warns(moe_routing.PluginWarning, match="'route' is the name of an operation of moe-routing already"):
+    with pytest.warns(
+        moe_routing.PluginWarning,
+        match="'route' is the name of an operation of moe-routing already",
+    ):
         assert "double" not in registry().backends

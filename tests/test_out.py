@@ -1,4 +1,7 @@
-"""Outputs that the caller gives: what they may share memory with, and when they cannot be written."""
+"""Outputs that the caller gives.
+
+What they may share memory with, and when they cannot be written.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import torch
 from moe_routing import Router, RoutingOutput, RoutingSpec, get_router
 
 T, E, K = 4, 8, 2
-SPEC = RoutingSpec(family="f", renormalize=True, per_expert_scale=True, selection="scores_plus_bias")
+SPEC = RoutingSpec(
+    family="f", renormalize=True, per_expert_scale=True, selection="scores_plus_bias"
+)
 TABLE = RoutingSpec(family="f", selection="token_table")
 
 
@@ -21,7 +26,10 @@ def call(spec=SPEC, **changes):
     """Return the arguments of a call whose tensors share nothing."""
     arguments = {"logits": torch.randn(T, E), "topk": K, "out": outputs()}
     if spec.selection == "token_table":
-        arguments |= {"token_ids": torch.arange(T), "expert_table": torch.arange(T * K).view(T, K) % E}
+        arguments |= {
+            "token_ids": torch.arange(T),
+            "expert_table": torch.arange(T * K).view(T, K) % E,
+        }
     else:
         arguments |= {"per_expert_scale": torch.ones(E), "bias": torch.zeros(E)}
     return arguments | changes
@@ -32,7 +40,10 @@ def outputs(ids_dtype=torch.int32):
 
 
 def in_memory_of(value, output, *, behind=True):
-    """Return the value and the output in one memory: the first element of one is where the last of the other is."""
+    """Return the value and the output in one memory.
+
+    The first element of one is where the last of the other is.
+    """
     first, second = (value, output) if behind else (output, value)
     begin = (first.nbytes - 1) // second.element_size()
     memory = pages(first.dtype)
@@ -43,7 +54,9 @@ def in_memory_of(value, output, *, behind=True):
 
 
 def refused(route, both, **arguments):
-    with pytest.raises(ValueError, match=r"^out: expected tensors that share no memory .*, got ") as raised:
+    with pytest.raises(
+        ValueError, match=r"^out: expected tensors that share no memory .*, got "
+    ) as raised:
         route(**arguments)
     assert str(raised.value).endswith(f"got {both} that overlap")
 
@@ -51,7 +64,9 @@ def refused(route, both, **arguments):
 def test_weights_and_ids_in_one_memory_are_refused():
     route, logits, memory = get_router("mixtral"), torch.randn(T, E), torch.empty(T, K)
     for _ in range(2):
-        refused(route, "weights and ids", logits=logits, topk=K, out=(memory, memory.view(torch.int32)))
+        refused(
+            route, "weights and ids", logits=logits, topk=K, out=(memory, memory.view(torch.int32))
+        )
         route(logits, K, out=outputs())
 
 
@@ -59,7 +74,10 @@ def test_weights_and_ids_in_one_memory_are_refused():
 @pytest.mark.parametrize(
     ("spec", "operand"),
     [
-        *((SPEC, name) for name in ("logits", "per_expert_scale", "bias", "num_valid_tokens", "expert_map")),
+        *(
+            (SPEC, name)
+            for name in ("logits", "per_expert_scale", "bias", "num_valid_tokens", "expert_map")
+        ),
         *((TABLE, name) for name in ("token_ids", "expert_table")),
     ],
 )
@@ -81,7 +99,11 @@ def test_a_call_that_was_refused_is_not_remembered_as_good():
     route, arguments = Router(SPEC), call()
     shared, output = in_memory_of(arguments["logits"], arguments["out"][0])
     for _ in range(2):
-        refused(route, "weights and logits", **{**arguments, "logits": shared, "out": (output, arguments["out"][1])})
+        refused(
+            route,
+            "weights and logits",
+            **{**arguments, "logits": shared, "out": (output, arguments["out"][1])},
+        )
     route(**arguments)
 
 
@@ -110,7 +132,11 @@ def test_views_of_one_storage_that_lie_apart_are_written():
 def test_operands_may_share_memory_with_each_other():
     vector = torch.linspace(0.5, 1, E)
     route = Router(SPEC)
-    expected = route(**call(logits=vector.clone().expand(T, E), per_expert_scale=vector.clone(), bias=vector.clone()))
+    expected = route(
+        **call(
+            logits=vector.clone().expand(T, E), per_expert_scale=vector.clone(), bias=vector.clone()
+        )
+    )
     weights, ids = route(**call(logits=vector.expand(T, E), per_expert_scale=vector, bias=vector))
     assert torch.equal(weights, expected.weights)
     assert torch.equal(ids, expected.ids)
@@ -135,7 +161,10 @@ def test_weights_that_require_a_gradient_are_refused_by_name_unless_no_gradients
     for _ in range(2):  # a call like one that passed is checked again
         with torch.no_grad():
             assert route(logits, K, out=out).weights is out[0]
-        with pytest.raises(ValueError, match=r"^out: expected tensors that require no gradient, got weights that do; use"):
+        with pytest.raises(
+            ValueError,
+            match=r"^out: expected tensors that require no gradient, got weights that do; use",
+        ):
             route(logits, K, out=out)
 
 
@@ -146,7 +175,10 @@ def test_outputs_that_were_made_in_inference_mode_are_refused_by_name_outside():
     for _ in range(2):
         with torch.inference_mode():
             assert route(logits, K, out=out).weights is out[0]
-        with pytest.raises(ValueError, match=r"^out: expected tensors that can be written here, got inference tensors"):
+        with pytest.raises(
+            ValueError,
+            match=r"^out: expected tensors that can be written here, got inference tensors",
+        ):
             route(logits, K, out=out)
 
 
@@ -155,6 +187,8 @@ def test_a_compiled_function_writes_outputs_after_it_has_read_everything():
     expected = route(logits, K)
     memory = logits.clone()
     weights, ids = memory.view(-1)[: T * K].view(T, K), torch.empty(T, K, dtype=torch.int32)
-    torch.compile(lambda x, w, i: route(x, K, out=(w, i)), fullgraph=True, backend="aot_eager")(memory, weights, ids)
+    torch.compile(lambda x, w, i: route(x, K, out=(w, i)), fullgraph=True, backend="aot_eager")(
+        memory, weights, ids
+    )
     assert torch.equal(weights, expected.weights)
     assert torch.equal(ids, expected.ids)

@@ -1,4 +1,7 @@
-"""Plug-ins that hang, crash, print or patch, on disk and in real processes: doctor names each, and everything else goes on."""
+"""Plug-ins that hang, crash, print or patch, on disk and in real processes.
+
+Doctor names each, and everything else goes on.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,11 @@ def command(install_plugin):
         sources = os.pathsep.join(map(str, (site, ROOT, ROOT / "registry", ROOT / "backends")))
         environment = os.environ | {"PYTHONPATH": sources, "PYTHONIOENCODING": "utf-8"}
         return subprocess.run(
-            [sys.executable, "-c", DOCTOR, *arguments], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", DOCTOR, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     return run
@@ -50,10 +57,16 @@ def command(install_plugin):
 
 WAITS = {
     "its import hangs": ("time.sleep(3600)", f"does not end within {SECONDS} seconds"),
-    "its rule hangs": ("def rule(problem, device): time.sleep(3600)", f"does not end within {SECONDS} seconds"),
+    "its rule hangs": (
+        "def rule(problem, device): time.sleep(3600)",
+        f"does not end within {SECONDS} seconds",
+    ),
     "its import exits at once": ("os._exit(0)", "ends the process with exit code 0"),
     "its import crashes": ("os.abort()", "kills the process with SIGABRT"),
-    "its rule crashes": ("def rule(problem, device): os.kill(os.getpid(), 11)", "kills the process with SIGSEGV"),
+    "its rule crashes": (
+        "def rule(problem, device): os.kill(os.getpid(), 11)",
+        "kills the process with SIGSEGV",
+    ),
 }
 
 
@@ -62,7 +75,11 @@ def test_doctor_leaves_out_a_plug_in_that_does_not_come_back(command, body, said
     done = command(body, "doctor", "--device", "cpu", "--json")
     report = json.loads(done.stdout)
     (failure,) = report["plugin_failures"]
-    assert (failure["name"], failure["distribution"], failure["code"]) == ("odd", "odd-dist 1.0", "import_failed")
+    assert (failure["name"], failure["distribution"], failure["code"]) == (
+        "odd",
+        "odd-dist 1.0",
+        "import_failed",
+    )
     assert said in failure["reason"]
     assert failure["fix"] == "pip uninstall odd-dist"
     assert report["reports"]["cpu"]["winner"] == "eager"
@@ -72,23 +89,29 @@ def test_doctor_leaves_out_a_plug_in_that_does_not_come_back(command, body, said
 
 
 def test_doctor_says_what_a_plug_in_changed_of_torch(command):
-    body = (
-        "import torch\ndef topk(*arguments, **named): return None\ntorch.topk = topk\ntorch.set_default_dtype(torch.float64)"
-    )
+    body = "import torch\ndef topk(*arguments, **named): return None\ntorch.topk = topk\ntorch.set_default_dtype(torch.float64)"
     done = command(body, "doctor", "--device", "cpu", "--check", "plugins", "--json")
     said = [check["summary"] for check in json.loads(done.stdout)["checks"]]
     assert "loading the plug-ins changed torch.topk, which is now odd.topk" in said
     assert "loading the plug-ins changed torch's default dtype, which is now torch.float64" in said
 
 
-def test_where_metadata_that_cannot_be_decoded_takes_torch_down_doctor_names_its_distribution(tmp_path):
+def test_where_metadata_that_cannot_be_decoded_takes_torch_down_doctor_names_its_distribution(
+    tmp_path,
+):
     info = tmp_path / "mangled-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mangled\nVersion: 1.0\n")
     (info / "entry_points.txt").write_bytes(b"\xff\xfe")
     sources = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "registry", ROOT / "backends")))
     command = [sys.executable, "-m", "moe_routing", "doctor", "--device", "cpu", "--json"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": sources}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": sources},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert "UnicodeDecodeError" in checks["torch"]["summary"]
     assert checks["torch"]["fix"] == checks["plugins"]["fix"] == "pip uninstall mangled"

@@ -39,12 +39,17 @@ def test_a_pytorch_without_the_guard_gives_none(monkeypatch):
 
 def test_dispatch_keys_tell_lazy_negation():
     plain, negative = torch.ones(2), torch._neg_view(torch.ones(2))
-    assert private_api.dispatch_keys(plain).raw_repr() != private_api.dispatch_keys(negative).raw_repr()
+    assert (
+        private_api.dispatch_keys(plain).raw_repr()
+        != private_api.dispatch_keys(negative).raw_repr()
+    )
 
 
 def test_functorchs_wrappers_are_known():
     seen = []
-    torch.func.vmap(lambda x: seen.append(private_api.is_functorch_wrapped_tensor(x)) or x)(torch.ones(2, 2))
+    torch.func.vmap(lambda x: seen.append(private_api.is_functorch_wrapped_tensor(x)) or x)(
+        torch.ones(2, 2)
+    )
     assert seen == [True]
     assert not private_api.is_functorch_wrapped_tensor(torch.ones(2))
 
@@ -87,7 +92,10 @@ def test_inductor_compiles_a_graph_to_a_function_of_a_list():
     assert found.tolist() == [1, 1, 1]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA these are PyTorch's own; test_on_a_gpu.py launches with them")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="with CUDA these are PyTorch's own; test_on_a_gpu.py launches with them",
+)
 def test_without_cuda_no_device_is_current_and_nothing_asks_for_more():
     assert private_api.current_device() == -1
     with pytest.raises(AssertionError):

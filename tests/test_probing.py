@@ -28,22 +28,32 @@ TRITON = Triton(version="3.7.1", backends=("amd", "nvidia"))
 
 
 def fresh_process(script, path=None):
-    """Run Python in a process of its own; return its stdout. ``path`` goes before everything else on sys.path."""
+    """Run Python in a process of its own; return its stdout.
+
+    ``path`` goes before everything else on sys.path.
+    """
     here = [entry for entry in sys.path if entry]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), *here] if path else here)}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout
 
 
 def write_distribution(site, name, version, *, entry_points="", files=()):
-    """Write what pip would leave of a distribution: metadata, entry points, files and their record."""
+    """Write what pip would leave of a distribution.
+
+    Metadata, entry points, files and their record.
+    """
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     (info / "entry_points.txt").write_text(entry_points)
     digest = base64.urlsafe_b64encode(b"\0" * 32).decode().rstrip("=")
-    (info / "RECORD").write_text("".join(f"{file},sha256={digest},{len(text)}\n" for file, text in files))
+    (info / "RECORD").write_text(
+        "".join(f"{file},sha256={digest},{len(text)}\n" for file, text in files)
+    )
     for file, text in files:
         (site / file).parent.mkdir(parents=True, exist_ok=True)
         (site / file).write_text(text)
@@ -55,7 +65,11 @@ def write_triton(site, release, backends, library, *, announce=True):
     files = [("triton/__init__.py", "raise OSError('triton must not be imported to find out')\n")]
     files += [(f"triton/backends/{backend}/driver.py", "") for backend in backends]
     files += [("triton/_C/libtriton.so", library)]
-    points = "[triton.backends]\n" + "".join(f"{b} = triton.backends.{b}\n" for b in backends) if announce else ""
+    points = (
+        "[triton.backends]\n" + "".join(f"{b} = triton.backends.{b}\n" for b in backends)
+        if announce
+        else ""
+    )
     write_distribution(site, name, version, entry_points=points, files=files)
 
 
@@ -76,12 +90,21 @@ def recorded(file):
 def test_a_recorded_device_is_described_as_what_it_is(file):
     record, device = recorded(file)
     expected = record["expected"]
-    assert (device.type, device.index, device.name) == (record["type"], record["index"], record["properties"]["name"])
+    assert (device.type, device.index, device.name) == (
+        record["type"],
+        record["index"],
+        record["properties"]["name"],
+    )
     assert (device.platform, device.arch) == (expected["platform"], expected["arch"])
-    assert (device.compute_units, list(device.warp_sizes)) == (expected["compute_units"], expected["warp_sizes"])
+    assert (device.compute_units, list(device.warp_sizes)) == (
+        expected["compute_units"],
+        expected["warp_sizes"],
+    )
     assert device.capability == (tuple(expected["capability"]) if expected["capability"] else None)
     properties = record["properties"]
-    assert device.total_memory == properties.get("total_memory", properties.get("recommended_max_memory"))
+    assert device.total_memory == properties.get(
+        "total_memory", properties.get("recommended_max_memory")
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +120,9 @@ def test_a_recorded_device_is_described_as_what_it_is(file):
         (None, None, ""),
     ],
 )
-def test_an_intel_gpu_is_named_by_its_architecture_number_else_by_its_device_id(architecture, device_id, arch):
+def test_an_intel_gpu_is_named_by_its_architecture_number_else_by_its_device_id(
+    architecture, device_id, arch
+):
     assert intel_arch(architecture, device_id) == arch
 
 
@@ -205,7 +230,9 @@ def acme(tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     write_triton(site, "triton 3.7.1", ("amd", "nvidia"), "library")
     ipex = [("intel_extension_for_pytorch/__init__.py", "import os; os.exit(127)\n")]
-    write_distribution(site, "intel-extension-for-pytorch", "2.7.0", files=ipex)  # fits no torch: 2.8 fits torch 2.8
+    write_distribution(
+        site, "intel-extension-for-pytorch", "2.7.0", files=ipex
+    )  # fits no torch: 2.8 fits torch 2.8
     return json.loads(fresh_process(ACME, site))
 
 
@@ -235,7 +262,11 @@ def test_a_renamed_privateuse1_backend_is_its_own_platform(acme):
 
 
 def test_a_privateuse1_backend_without_a_module_is_still_described(acme):
-    assert (acme["nameless"]["platform"], acme["nameless"]["index"], acme["nameless"]["name"]) == ("acme", 5, "")
+    assert (acme["nameless"]["platform"], acme["nameless"]["index"], acme["nameless"]["name"]) == (
+        "acme",
+        5,
+        "",
+    )
 
 
 def test_the_given_device_is_probed_and_not_the_current_one(acme):
@@ -264,7 +295,9 @@ def test_triton_is_read_from_the_files_that_are_there(tmp_path):
 
 
 def test_a_triton_before_the_entry_points_is_read_from_its_folders(tmp_path):
-    write_triton(tmp_path, "triton-xpu 3.3.0b1", ("amd", "intel", "nvidia"), "library", announce=False)
+    write_triton(
+        tmp_path, "triton-xpu 3.3.0b1", ("amd", "intel", "nvidia"), "library", announce=False
+    )
     triton = Installed.read([str(tmp_path)]).triton
     assert (triton.distribution, triton.backends) == ("triton-xpu", ("amd", "intel", "nvidia"))
 
@@ -279,7 +312,10 @@ def test_a_triton_without_metadata_is_one_of_unknown_version(tmp_path):
 
 @pytest.fixture
 def overwritten(tmp_path):
-    """``pip install triton`` over triton-xpu: the folder of its backend stays, its compiled library does not."""
+    """``pip install triton`` over triton-xpu.
+
+    The folder of its backend stays, its compiled library does not.
+    """
     write_triton(tmp_path, "triton-xpu 3.7.2", ("intel",), "the library of XPU")
     write_triton(tmp_path, "triton 3.7.1", ("amd", "nvidia"), "library")
     return Installed.read([str(tmp_path)])
@@ -298,7 +334,10 @@ def test_a_backend_folder_that_an_overwritten_triton_left_behind_is_not_carried(
 def test_a_triton_broken_by_an_overwritten_one_is_unusable_and_says_how_to_mend_it(overwritten):
     triton = toolchains("cuda", CUDA_BUILD, overwritten)[1]
     assert not triton.usable
-    assert triton.fix == "pip uninstall --yes triton triton-xpu && pip install --force-reinstall 'triton>=3.6'"
+    assert (
+        triton.fix
+        == "pip uninstall --yes triton triton-xpu && pip install --force-reinstall 'triton>=3.6'"
+    )
 
 
 def test_two_tritons_that_carry_the_same_backends_do_no_harm(tmp_path):
@@ -324,7 +363,9 @@ def test_triton_is_usable_where_it_carries_the_platforms_backend(platform, usabl
     assert (triton.usable, triton.fix) == (usable, fix)
 
 
-@pytest.mark.parametrize(("platform", "fix"), [("cuda", "pip install --force-reinstall 'triton>=3.6'"), ("cpu", "")])
+@pytest.mark.parametrize(
+    ("platform", "fix"), [("cuda", "pip install --force-reinstall 'triton>=3.6'"), ("cpu", "")]
+)
 def test_a_missing_triton_is_to_be_mended_only_where_it_is_needed(platform, fix):
     triton = toolchains(platform, CPU_BUILD, Installed())[1]
     assert (triton.version, triton.usable, triton.fix) == (None, False, fix)
@@ -341,13 +382,16 @@ def test_a_missing_triton_is_to_be_mended_only_where_it_is_needed(platform, fix)
     ],
 )
 def test_the_version_of_triton_is_held_against_the_supported_range(version, usable, remark):
-    triton = toolchains("cuda", CUDA_BUILD, Installed(triton=Triton(version=version, backends=("nvidia",))))[1]
+    triton = toolchains(
+        "cuda", CUDA_BUILD, Installed(triton=Triton(version=version, backends=("nvidia",)))
+    )[1]
     assert triton.usable is usable
     assert remark in triton.detail
 
 
 @pytest.mark.parametrize(
-    ("version", "usable", "remark"), [("2.7.1", False, "too old"), ("2.8.0", True, ""), ("2.14.0.dev2026", True, "newer")]
+    ("version", "usable", "remark"),
+    [("2.7.1", False, "too old"), ("2.8.0", True, ""), ("2.14.0.dev2026", True, "newer")],
 )
 def test_the_version_of_torch_is_held_against_the_supported_range(version, usable, remark):
     found = toolchains("cpu", TorchBuild(version=version), Installed())[0]
@@ -367,10 +411,16 @@ def test_without_torch_everything_that_needs_it_is_unusable_and_torch_has_a_fix(
 def test_a_torch_that_cannot_be_imported_is_installed_all_the_same(tmp_path):
     write_distribution(tmp_path, "torch", "2.13.0+cpu")
     found = toolchains("cpu", None, Installed.read([str(tmp_path)]))[0]
-    assert (found.version, found.usable, found.detail) == ("2.13.0+cpu", False, "cannot be imported")
+    assert (found.version, found.usable, found.detail) == (
+        "2.13.0+cpu",
+        False,
+        "cannot be imported",
+    )
 
 
-@pytest.mark.parametrize(("build", "kind"), [(CPU_BUILD, "cpu"), (CUDA_BUILD, "cuda"), (XPU_BUILD, "xpu")])
+@pytest.mark.parametrize(
+    ("build", "kind"), [(CPU_BUILD, "cpu"), (CUDA_BUILD, "cuda"), (XPU_BUILD, "xpu")]
+)
 def test_a_build_of_torch_knows_what_it_was_built_for(build, kind):
     assert build.kind == kind
 
@@ -386,7 +436,9 @@ def test_a_build_of_torch_knows_what_it_was_built_for(build, kind):
         ("2.8.0", None, "cpu", False, "cannot be imported"),
     ],
 )
-def test_ipex_is_usable_only_as_the_retired_pair_and_a_mismatch_is_explained(version, build, platform, usable, why):
+def test_ipex_is_usable_only_as_the_retired_pair_and_a_mismatch_is_explained(
+    version, build, platform, usable, why
+):
     ipex = toolchains(platform, build, Installed(ipex=version))[4]
     assert ipex.usable is usable
     assert why in ipex.detail
@@ -410,10 +462,17 @@ def test_ipex_is_usable_only_as_the_retired_pair_and_a_mismatch_is_explained(ver
         ),
         (CUDA_BUILD, "proc/driver/nvidia/version", "something else\n", ""),
         (CUDA_BUILD, "sys/module/amdgpu/version", "6.10.5\n", ""),
-        (TorchBuild(version="2.13.0", hip="7.0"), "sys/module/amdgpu/version", "6.10.5\n", "6.10.5"),
+        (
+            TorchBuild(version="2.13.0", hip="7.0"),
+            "sys/module/amdgpu/version",
+            "6.10.5\n",
+            "6.10.5",
+        ),
     ],
 )
-def test_the_drivers_version_is_read_off_the_running_drivers_file(tmp_path, build, file, text, version):
+def test_the_drivers_version_is_read_off_the_running_drivers_file(
+    tmp_path, build, file, text, version
+):
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text(text)
     assert driver_version(build, tmp_path) == version

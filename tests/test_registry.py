@@ -35,14 +35,21 @@ from moe_routing_registry.request import flag, preferring
 ROOT = Path(__file__).parents[1]
 CPU = DeviceInfo(type="cpu", platform="cpu", arch="x86_64")
 HOPPER = DeviceInfo(type="cuda", index=0, platform="cuda", arch="sm_90", name="NVIDIA H200")
-PROBLEM = RoutingProblem(spec=RoutingSpec(family="topk_softmax", renormalize=True), num_experts=8, topk=2, dtype="float32")
+PROBLEM = RoutingProblem(
+    spec=RoutingSpec(family="topk_softmax", renormalize=True),
+    num_experts=8,
+    topk=2,
+    dtype="float32",
+)
 
 
 ON_CPU = (Target("cpu"),)
 
 
 def backend(name, *, priority=10, targets=ON_CPU, **fields):
-    return BackendSpec(name=name, factories={"route": "json:dumps"}, targets=targets, priority=priority, **fields)
+    return BackendSpec(
+        name=name, factories={"route": "json:dumps"}, targets=targets, priority=priority, **fields
+    )
 
 
 def registry_of(*backends):
@@ -79,7 +86,12 @@ def test_at_equal_priority_the_narrower_target_wins():
     platform = backend("c_platform", targets=(Target("cuda"),))
     narrow = backend("d_narrow", targets=(Target("cuda", min_capability=(9, 0)),))
     report = resolve(registry_of(wide, accelerator, platform, narrow), HOPPER)
-    assert [c.name for c in report.eligible] == ["d_narrow", "c_platform", "b_accelerator", "a_wide"]
+    assert [c.name for c in report.eligible] == [
+        "d_narrow",
+        "c_platform",
+        "b_accelerator",
+        "a_wide",
+    ]
 
 
 def test_at_equal_priority_and_target_the_name_decides():
@@ -87,7 +99,9 @@ def test_at_equal_priority_and_target_the_name_decides():
 
 
 def test_argument_beats_context_beats_environment_beats_priority(monkeypatch):
-    registry = registry_of(backend("best", priority=99), backend("arg"), backend("ctx"), backend("env"))
+    registry = registry_of(
+        backend("best", priority=99), backend("arg"), backend("ctx"), backend("env")
+    )
     assert resolve(registry).winner == "best"
     monkeypatch.setenv("MOE_ROUTING_BACKEND", "env")
     assert (resolve(registry).winner, resolve(registry).asked_by) == ("env", "environment")
@@ -99,7 +113,9 @@ def test_argument_beats_context_beats_environment_beats_priority(monkeypatch):
 
 
 def test_naming_a_backend_that_does_not_fit_leaves_no_winner():
-    report = resolve(registry_of(backend("gpu", targets=(Target("cuda"),)), backend("cpu")), backend="gpu")
+    report = resolve(
+        registry_of(backend("gpu", targets=(Target("cuda"),)), backend("cpu")), backend="gpu"
+    )
     assert report.winner is None
     assert "cannot be used" in report.why
     assert code_of(report, "gpu") is RejectCode.PLATFORM
@@ -124,25 +140,32 @@ def test_a_backend_may_be_explicit_only_on_one_kind_of_device():
 
 def test_a_blocked_backend_is_not_used(monkeypatch):
     monkeypatch.setenv("MOE_ROUTING_BLOCK", "fast, other")
-    report = resolve(registry_of(backend("fast", priority=99), backend("other", priority=50), backend("slow")))
+    report = resolve(
+        registry_of(backend("fast", priority=99), backend("other", priority=50), backend("slow"))
+    )
     assert report.winner == "slow"
     assert code_of(report, "fast") is code_of(report, "other") is RejectCode.BLOCKED
 
 
 @pytest.mark.parametrize("variable", ["MOE_ROUTING_BACKEND", "MOE_ROUTING_BLOCK"])
-def test_a_misspelt_backend_in_the_environment_is_an_error_that_names_variable_and_near_matches(monkeypatch, variable):
+def test_a_misspelt_backend_in_the_environment_is_an_error_that_names_variable_and_near_matches(
+    monkeypatch, variable
+):
     monkeypatch.setenv(variable, "tritn")
     with pytest.raises(UnknownNameError, match=rf"{variable} 'tritn': did you mean 'triton'"):
         resolve(registry_of(backend("triton")))
 
 
 def test_a_misspelt_backend_in_an_argument_lists_near_matches():
-    with pytest.raises(UnknownNameError, match=r"'eagr': did you mean 'eager'\? Known: eager, other"):
+    with pytest.raises(
+        UnknownNameError, match=r"'eagr': did you mean 'eager'\? Known: eager, other"
+    ):
         resolve(registry_of(backend("eager"), backend("other")), backend="eagr")
 
 
 @pytest.mark.parametrize(
-    ("value", "meant"), [("1", True), ("true", True), ("on", True), ("0", False), ("no", False), ("", False)]
+    ("value", "meant"),
+    [("1", True), ("true", True), ("on", True), ("0", False), ("no", False), ("", False)],
 )
 def test_a_flag_reads_zero_as_no(monkeypatch, value, meant):
     monkeypatch.setenv("MOE_ROUTING_STRICT", value)
@@ -167,7 +190,10 @@ def test_an_unclear_flag_is_an_error(monkeypatch):
         ({"requirements": ("no-such-distribution>=1",)}, RejectCode.REQUIREMENT_MISSING),
         ({"requirements": ("pluggy<0.1",)}, RejectCode.REQUIREMENT_VERSION),
         ({"requirements": ("not a requirement !",)}, RejectCode.REQUIREMENT_MISSING),
-        ({"supports": lambda _p, _d: Verdict.no(RejectCode.SHAPE, "too few experts")}, RejectCode.SHAPE),
+        (
+            {"supports": lambda _p, _d: Verdict.no(RejectCode.SHAPE, "too few experts")},
+            RejectCode.SHAPE,
+        ),
         ({"supports": lambda _p, _d: 1 // 0}, RejectCode.SUPPORT_RULE_FAILED),
         ({"supports": lambda _p, _d: True}, RejectCode.SUPPORT_RULE_FAILED),
     ],
@@ -218,7 +244,11 @@ def test_a_factory_that_raises_is_a_rejection_with_its_own_code():
 
 def test_after_a_factory_failed_the_next_one_wins_and_the_failure_is_kept():
     report = resolve(registry_of(backend("bad", priority=99), backend("good")))
-    after = report.without(Rejection(name="bad", verdict=Verdict.no(RejectCode.FACTORY_FAILED, "raised"), distribution="d"))
+    after = report.without(
+        Rejection(
+            name="bad", verdict=Verdict.no(RejectCode.FACTORY_FAILED, "raised"), distribution="d"
+        )
+    )
     assert (after.winner, after.missed) == ("good", "bad")
     assert code_of(after, "bad") is RejectCode.FACTORY_FAILED
 
@@ -276,12 +306,16 @@ def test_an_installed_plugin_is_found_with_its_distribution(install_backend):
     assert registry.distribution("acme") == "acme-routing 1.0"
 
 
-@pytest.mark.parametrize("raises", ["raise ImportError('no libacme.so')", "import sys; sys.exit(1)", "1 / 0"])
+@pytest.mark.parametrize(
+    "raises", ["raise ImportError('no libacme.so')", "import sys; sys.exit(1)", "1 / 0"]
+)
 def test_a_plugin_that_fails_at_import_costs_only_itself(install_plugin, install_backend, raises):
     install_plugin("broken", raises)
     install_backend("fine")
     registry = Registry(operations=OPERATIONS)
-    with pytest.warns(PluginWarning, match="'broken' of broken-dist 1.0 is not used: its import raised"):
+    with pytest.warns(
+        PluginWarning, match="'broken' of broken-dist 1.0 is not used: its import raised"
+    ):
         report = resolve(registry)
     assert report.winner == "fine"
     assert code_of(report, "broken") is RejectCode.IMPORT_FAILED
@@ -297,7 +331,9 @@ def test_a_plugin_that_fails_at_import_costs_only_itself(install_plugin, install
     ],
     ids=["raises", "returns no spec", "wrong signature"],
 )
-def test_a_plugin_that_fails_at_registration_costs_only_itself(install_plugin, install_backend, hook):
+def test_a_plugin_that_fails_at_registration_costs_only_itself(
+    install_plugin, install_backend, hook
+):
     install_plugin("broken", f"from moe_routing_registry import hookimpl\n@hookimpl\n{hook}\n")
     install_backend("fine")
     registry = Registry(operations=OPERATIONS)
@@ -341,7 +377,9 @@ def test_a_family_may_come_from_a_plugin(install_plugin):
 
 
 def test_the_report_is_json_all_the_way_down():
-    report = resolve(registry_of(backend("good"), backend("bad", requirements=("no-such-distribution",))))
+    report = resolve(
+        registry_of(backend("good"), backend("bad", requirements=("no-such-distribution",)))
+    )
     said = json.loads(json.dumps(report.to_dict()))
     assert said["winner"] == "good"
     assert said["rejected"][0]["code"] == "requirement_missing"
@@ -388,7 +426,11 @@ assert "eager" in registry().backends, registry().failures
 assert registry().distribution("eager") == "moe-routing (no metadata)"
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-S", "-W", "error", "-c", script], check=True, env={"PATH": os.environ["PATH"]})
+    subprocess.run(
+        [sys.executable, "-S", "-W", "error", "-c", script],
+        check=True,
+        env={"PATH": os.environ["PATH"]},
+    )
 
 
 def test_built_ins_are_the_entry_points_of_the_distribution():

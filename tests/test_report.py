@@ -59,7 +59,14 @@ def open_tags(page):
 def test_the_page_holds_doctors_tables_the_conformance_matrix_and_the_plots(everything):
     gathered, _ = everything
     page = to_html(gathered)
-    for heading in ("Checks", "Devices", "Toolchains", "Backends on cpu", "Conformance of eager on cpu", "Benchmark"):
+    for heading in (
+        "Checks",
+        "Devices",
+        "Toolchains",
+        "Backends on cpu",
+        "Conformance of eager on cpu",
+        "Benchmark",
+    ):
         assert f"<h2>{heading}</h2>" in page
     assert "class='matrix'" in page
     assert page.count("<img src='data:image/svg+xml;base64,") == 1
@@ -97,7 +104,12 @@ def test_what_raises_is_kept_on_the_page_and_the_rest_goes_on(monkeypatch):
     assert "RuntimeError: the device is on fire &lt;now&gt;" in page
     assert "class='matrix'" in page
     assert gathered.to_dict()["bench"] == {"error": "RuntimeError: the device is on fire <now>"}
-    assert to_html(dataclasses.replace(gathered, conformance=Failure("X: y", "Traceback"))).count("Traceback") >= 1
+    assert (
+        to_html(dataclasses.replace(gathered, conformance=Failure("X: y", "Traceback"))).count(
+            "Traceback"
+        )
+        >= 1
+    )
 
 
 @pytest.mark.slow
@@ -121,7 +133,10 @@ def test_json_holds_the_same_and_writes_no_page(capsys, in_an_empty_folder):
     ("options", "said"),
     [
         ("--out here.pdf", "--out: expected a name that ends in .html, got 'here.pdf'"),
-        ("--out nowhere/here.html", "--out: expected a file that can be written, got 'nowhere/here.html': No such file"),
+        (
+            "--out nowhere/here.html",
+            "--out: expected a file that can be written, got 'nowhere/here.html': No such file",
+        ),
         ("--device warp:9", "device: expected a device that torch knows, got 'warp:9'"),
     ],
 )

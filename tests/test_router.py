@@ -9,7 +9,14 @@ import torch
 import moe_routing
 from moe_routing import Router, RoutingSpec, _dispatch
 from moe_routing._registry import registry
-from moe_routing_registry import BackendSpec, BackendUnavailableError, RejectCode, Target, UnknownNameError, Verdict
+from moe_routing_registry import (
+    BackendSpec,
+    BackendUnavailableError,
+    RejectCode,
+    Target,
+    UnknownNameError,
+    Verdict,
+)
 from moe_routing_registry.errors import DowngradeWarning
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 5.0, -1.0, 5.0]])
@@ -24,7 +31,9 @@ def constant(value):
 
         def bound(logits, **_operands):
             shape = (logits.shape[0], problem.topk)
-            return moe_routing.RoutingOutput(torch.ones(shape), torch.full(shape, value, dtype=torch.int32))
+            return moe_routing.RoutingOutput(
+                torch.ones(shape), torch.full(shape, value, dtype=torch.int32)
+            )
 
         return bound
 
@@ -48,7 +57,11 @@ def add_backend():
     def add(name, factory, priority=-1, **fields):
         registry().register(
             BackendSpec(
-                name=name, factories={"route": f"{__name__}:{factory}"}, targets=(Target("cpu"),), priority=priority, **fields
+                name=name,
+                factories={"route": f"{__name__}:{factory}"},
+                targets=(Target("cpu"),),
+                priority=priority,
+                **fields,
             )
         )
         added.append(name)
@@ -129,7 +142,8 @@ def test_a_factory_that_fails_warns_once_and_the_next_backend_routes(add_backend
     add_backend("broken", "build_broken", priority=999)
     route = fresh_router()
     with pytest.warns(
-        DowngradeWarning, match=r"'eager', not with 'broken', which its factory raised RuntimeError: no compiler"
+        DowngradeWarning,
+        match=r"'eager', not with 'broken', which its factory raised RuntimeError: no compiler",
     ):
         assert route(LOGITS, 2).ids[0, 0] == 1
     assert route.report.rejection("broken").verdict.code is RejectCode.FACTORY_FAILED
@@ -167,7 +181,9 @@ def test_strict_turns_a_downgrade_into_an_error(add_backend, monkeypatch):
 
 
 def test_where_no_backend_fits_the_error_lists_every_reason(add_backend):
-    add_backend("picky", "build_seven", supports=lambda _p, _d: Verdict.no(RejectCode.SHAPE, "wants E = 3"))
+    add_backend(
+        "picky", "build_seven", supports=lambda _p, _d: Verdict.no(RejectCode.SHAPE, "wants E = 3")
+    )
     with pytest.raises(BackendUnavailableError, match="wants E = 3"):
         fresh_router(backend="picky")(LOGITS, 2)
 
@@ -199,7 +215,12 @@ def test_a_backend_is_asked_for_what_the_call_needs(add_backend):
     route = fresh_router(backend="seven")
     route(LOGITS.to(torch.bfloat16).t().contiguous().t(), 2, ids_dtype=torch.int64)
     problem, device = BUILT[-1]
-    assert (problem.num_experts, problem.topk, problem.dtype, problem.ids_dtype) == (4, 2, "bfloat16", "int64")
+    assert (problem.num_experts, problem.topk, problem.dtype, problem.ids_dtype) == (
+        4,
+        2,
+        "bfloat16",
+        "int64",
+    )
     assert (problem.layout, problem.training, device.type) == ("strided", False, "cpu")
 
 
@@ -225,7 +246,10 @@ def test_a_router_of_a_configuration_knows_topk_and_the_number_of_experts():
     config = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     route = moe_routing.get_router(config)
     assert route(LOGITS).ids.shape == (2, 2)
-    with pytest.raises(ValueError, match=r"logits: expected num_experts = 4 columns, as the configuration says, got 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"logits: expected num_experts = 4 columns, as the configuration says, got 3",
+    ):
         route(LOGITS[:, :3])
 
 
@@ -248,7 +272,8 @@ def test_lists_hold_what_get_router_takes():
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: moe_routing.get_router("mixtral", backend="eagr"), lambda: moe_routing.prefer("eagr")]
+    "call",
+    [lambda: moe_routing.get_router("mixtral", backend="eagr"), lambda: moe_routing.prefer("eagr")],
 )
 def test_a_misspelt_backend_is_an_error_at_once(call):
     with pytest.raises(UnknownNameError, match="did you mean 'eager'"):
@@ -261,7 +286,9 @@ def test_a_model_whose_routing_cannot_be_expressed_says_why():
 
 
 def test_a_misspelt_router_lists_near_matches():
-    with pytest.raises(UnknownNameError, match="unknown router 'qwen3_mo': did you mean 'qwen3_moe'"):
+    with pytest.raises(
+        UnknownNameError, match="unknown router 'qwen3_mo': did you mean 'qwen3_moe'"
+    ):
         moe_routing.get_router("qwen3_mo")
 
 
@@ -326,8 +353,12 @@ def test_a_known_call_that_wants_gradients_has_them():
 def test_a_call_like_the_one_before_takes_one_look_at_its_tensors(monkeypatch):
     route = Router(SCALED)
     route(LOGITS, 2, SCALE, out=KNOWN_OUT)
-    monkeypatch.setattr("moe_routing._router.described", lambda *_call: pytest.fail("the call was described"))
-    other = moe_routing.RoutingOutput(torch.empty(len(LOGITS), 2), torch.empty(len(LOGITS), 2, dtype=torch.int32))
+    monkeypatch.setattr(
+        "moe_routing._router.described", lambda *_call: pytest.fail("the call was described")
+    )
+    other = moe_routing.RoutingOutput(
+        torch.empty(len(LOGITS), 2), torch.empty(len(LOGITS), 2, dtype=torch.int32)
+    )
     assert route(LOGITS + 1, 2, SCALE, out=other) is other
     assert torch.equal(other.ids, KNOWN_OUT.ids)
 
@@ -378,16 +409,22 @@ class Preparing:
         self.prepared_for = []
 
     def __call__(self, logits, **_operands):
-        return moe_routing.RoutingOutput(torch.ones(len(logits), 2), torch.full((len(logits), 2), 1, dtype=torch.int32))
+        return moe_routing.RoutingOutput(
+            torch.ones(len(logits), 2), torch.full((len(logits), 2), 1, dtype=torch.int32)
+        )
 
     def prepared(self, operands):
-        self.prepared_for.append((tuple(operands.logits.shape), operands.per_expert_scale, operands.bias))
+        self.prepared_for.append(
+            (tuple(operands.logits.shape), operands.per_expert_scale, operands.bias)
+        )
         if len(operands.logits) == 1:
             return None
 
         def route(operands):
             logits = operands.logits
-            return moe_routing.RoutingOutput(torch.ones(len(logits), 2), torch.full((len(logits), 2), 2, dtype=torch.int32))
+            return moe_routing.RoutingOutput(
+                torch.ones(len(logits), 2), torch.full((len(logits), 2), 2, dtype=torch.int32)
+            )
 
         return route
 
@@ -407,7 +444,9 @@ def test_a_kernel_may_prepare_for_later_calls_of_a_kind(add_backend):
 
 def test_a_watched_router_sees_every_call_whatever_the_kernel_prepares(add_backend):
     add_backend("preparing", "build_preparing")
-    route = Router(RoutingSpec(family="topk_softmax", renormalize=True), backend="preparing", verify=True)
+    route = Router(
+        RoutingSpec(family="topk_softmax", renormalize=True), backend="preparing", verify=True
+    )
     for _ in range(3):
         route(LOGITS, 2)
     assert route.health().compared == 3
@@ -416,18 +455,32 @@ def test_a_watched_router_sees_every_call_whatever_the_kernel_prepares(add_backe
 @pytest.mark.parametrize("mapped", [False, True])
 def test_tokens_without_experts_have_no_gradient(mapped):
     spec = RoutingSpec(
-        family="f", score="sigmoid", selection="token_table", renormalize=True, per_expert_scale=True, shared_experts=1
+        family="f",
+        score="sigmoid",
+        selection="token_table",
+        renormalize=True,
+        per_expert_scale=True,
+        shared_experts=1,
     )
     table = torch.tensor([[0, 1], [2, 3], [3, 4], [1, 2**32 + 1]])
     logits, scale = torch.randn(5, 4, requires_grad=True), torch.ones(4, requires_grad=True)
     expert_map = torch.tensor([7, 5, 6, 8, 9]) if mapped else None
     tokens = torch.tensor([1, 4, -1, 2, 3])
-    weights, ids = Router(spec)(logits, 2, per_expert_scale=scale, token_ids=tokens, expert_table=table, expert_map=expert_map)
+    weights, ids = Router(spec)(
+        logits,
+        2,
+        per_expert_scale=scale,
+        token_ids=tokens,
+        expert_table=table,
+        expert_map=expert_map,
+    )
     (weights[:, :2] * torch.tensor([1.0, 2.0])).sum().backward()
     assert ids.tolist() == [[6, 8, 9] if mapped else [2, 3, 4]] + [[-1, -1, -1]] * 4
     assert weights[1:].eq(0).all()
     assert logits.grad[1:].eq(0).all()
     assert logits.grad[0, 2:].ne(0).all()
     assert scale.grad[:2].eq(0).all()
-    with pytest.raises(ValueError, match=r"expert_table: expected a vocabulary of at least 1 token, got \[0, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"expert_table: expected a vocabulary of at least 1 token, got \[0, 2\]"
+    ):
         Router(spec)(logits, 2, per_expert_scale=scale, token_ids=tokens, expert_table=table[:0])

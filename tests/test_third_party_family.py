@@ -1,4 +1,7 @@
-"""A family that the fields of RoutingSpec cannot say: a plug-in brings its spec, its oracle and its backend."""
+"""A family that the fields of RoutingSpec cannot say.
+
+A plug-in brings its spec, its oracle and its backend.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,9 @@ print("routed")
 def test_a_third_partys_family_is_routed_by_its_backend_and_held_to_its_oracle(install_plugin):
     site = install_plugin("acme_square", PLUGIN)
     script = f"import sys; sys.path.insert(0, {str(site)!r})\n{SCRIPT}"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "routed\n", done.stderr
 
 
@@ -92,7 +97,9 @@ print("read")
 def test_the_configuration_of_a_plugins_model_is_read(install_plugin):
     site = install_plugin("acme_square", PLUGIN)
     script = f"import sys; sys.path.insert(0, {str(site)!r})\n{CONFIGURATION}"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "read\n", done.stderr
 
 
@@ -155,9 +162,15 @@ print("routed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("own", "script", "said"), [("", NO_BACKEND, "refused"), (OWN_BACKEND, WITH_BACKENDS, "routed")])
-def test_a_family_with_an_oracle_of_its_own_is_routed_by_backends_that_know_of_it_alone(install_plugin, own, script, said):
+@pytest.mark.parametrize(
+    ("own", "script", "said"), [("", NO_BACKEND, "refused"), (OWN_BACKEND, WITH_BACKENDS, "routed")]
+)
+def test_a_family_with_an_oracle_of_its_own_is_routed_by_backends_that_know_of_it_alone(
+    install_plugin, own, script, said
+):
     site = install_plugin("acme_lowest", KNOWN_SCORE + own)
     script = f"import sys; sys.path.insert(0, {str(site)!r})\n{script}"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.stdout == f"{said}\n", done.stderr

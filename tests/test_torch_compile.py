@@ -1,4 +1,7 @@
-"""The torch-compile backend: on the CPU when named, on accelerators that nobody knows, and where nothing compiles."""
+"""The torch-compile backend.
+
+On the CPU when named, on accelerators that nobody knows, and where nothing compiles.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ def run(script, **environment):
 
 
 def choose(device):
-    problem = RoutingProblem(spec=FAMILIES["gemma4"].spec, num_experts=128, topk=8, dtype="bfloat16")
+    problem = RoutingProblem(
+        spec=FAMILIES["gemma4"].spec, num_experts=128, topk=8, dtype="bfloat16"
+    )
     return registry().resolve(problem, device, Request())
 
 
@@ -46,7 +51,10 @@ def test_on_the_cpu_it_is_used_only_when_named():
     report = moe_routing.explain("mixtral", device="cpu")
     assert report.winner == "eager"
     assert report.rejection("torch-compile").verdict.code is RejectCode.EXPLICIT_ONLY
-    assert moe_routing.explain("mixtral", device="cpu", backend="torch-compile").winner == "torch-compile"
+    assert (
+        moe_routing.explain("mixtral", device="cpu", backend="torch-compile").winner
+        == "torch-compile"
+    )
 
 
 @pytest.mark.parametrize("platform", ["mps", "hpu", "acmenpu"])
@@ -55,8 +63,13 @@ def test_an_accelerator_without_a_backend_of_its_own_gets_it(platform):
 
 
 def test_cuda_without_triton_gets_it():
-    torch_only = (Toolchain(name="torch", version="2.13.0", usable=True), Toolchain(name="triton", version=None, usable=False))
-    report = choose(DeviceInfo(type="cuda", index=0, platform="cuda", arch="sm_90", toolchains=torch_only))
+    torch_only = (
+        Toolchain(name="torch", version="2.13.0", usable=True),
+        Toolchain(name="triton", version=None, usable=False),
+    )
+    report = choose(
+        DeviceInfo(type="cuda", index=0, platform="cuda", arch="sm_90", toolchains=torch_only)
+    )
     assert report.winner == "torch-compile"
     assert report.missed == "triton"
     assert report.rejection("triton").verdict.code is RejectCode.TOOLCHAIN
@@ -65,7 +78,9 @@ def test_cuda_without_triton_gets_it():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_keys_select_as_a_stable_sort_does_among_all_16_bit_numbers(dtype):
     generator = torch.Generator().manual_seed(0)
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)  # NaN and infinities included
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(
+        dtype
+    )  # NaN and infinities included
     for experts in (8192, 60, 7):
         order = torch.randperm(2**16, generator=generator)[: 2**16 // experts * experts]
         t = finite(every[order].view(-1, experts))
@@ -88,7 +103,11 @@ def test_seven_batch_sizes_take_at_most_three_graphs_and_route_right(caplog):
         assert torch.equal(ids.long(), expected.ids)
         torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
     assert counters["stats"]["unique_graphs"] <= 3
-    assert [r for r in caplog.records if "compiled grouped_sigmoid_bias E=16 K=4 float32 for cpu in" in r.getMessage()]
+    assert [
+        r
+        for r in caplog.records
+        if "compiled grouped_sigmoid_bias E=16 K=4 float32 for cpu in" in r.getMessage()
+    ]
     padded = route(torch.randn(5, 16), 4, bias=bias, num_valid_tokens=2)
     assert (padded.ids[2:] == -1).all()
     assert (padded.weights[2:] == 0).all()
@@ -102,7 +121,10 @@ def test_the_second_call_of_a_kind_goes_past_dynamo_and_routes_what_it_is_given(
     for seed in range(3):
         torch.manual_seed(seed)
         logits, bias, scale = torch.randn(5, 16), torch.randn(16), torch.rand(16)
-        given = {"bias": bias, "per_expert_scale": bias if seed == 0 else scale}  # one tensor in two places, then two
+        given = {
+            "bias": bias,
+            "per_expert_scale": bias if seed == 0 else scale,
+        }  # one tensor in two places, then two
         weights, ids = route(logits, 4, **given)
         expected = oracle.route(spec, logits, 4, **given)
         assert torch.equal(ids.long(), expected.ids)
@@ -117,13 +139,17 @@ def test_a_prepared_call_hands_its_tensors_to_what_inductor_made_and_routes_righ
     route = Router(spec, backend="torch-compile")
     bound = route.resolve("cpu", torch.bfloat16, 16, 4).kernel
     first = torch.randn(tokens, 16).bfloat16(), torch.rand(16)
-    assert bound.prepared(Operands(torch.randn(7, 16).bfloat16(), first[1])) is None  # no call of this kind came
+    assert (
+        bound.prepared(Operands(torch.randn(7, 16).bfloat16(), first[1])) is None
+    )  # no call of this kind came
     for _ in range(2):
         bound(first[0], per_expert_scale=first[1])
     assert {type(direct.function) for direct in bound._direct.values()} == {CompiledFxGraph}
     prepared = bound.prepared(Operands(*first))
     logits, scale = torch.randn(tokens, 16).bfloat16(), torch.rand(16)
-    out = moe_routing.RoutingOutput(torch.zeros(tokens, 4), torch.zeros(tokens, 4, dtype=torch.int32))
+    out = moe_routing.RoutingOutput(
+        torch.zeros(tokens, 4), torch.zeros(tokens, 4, dtype=torch.int32)
+    )
     assert prepared(Operands(logits, scale, out=out)) is out
     fresh = prepared(Operands(logits, scale))
     expected = oracle.route(spec, logits, 4, per_expert_scale=scale)
@@ -165,7 +191,9 @@ def test_a_token_id_that_the_table_lacks_is_padding_and_no_memory_of_others():
     route = Router(FAMILIES["hash_sqrtsoftplus"].spec, backend="torch-compile")
     table = torch.arange(8)[None].expand(3, 8).contiguous()
     for stray in (3, -1, 2**40):
-        weights, ids = route(torch.randn(2, 16), 8, token_ids=torch.tensor([0, stray]), expert_table=table)
+        weights, ids = route(
+            torch.randn(2, 16), 8, token_ids=torch.tensor([0, stray]), expert_table=table
+        )
         assert ids[0].tolist() == list(range(8))
         assert ids[1].tolist() == [-1] * 8
         assert weights[1].tolist() == [0.0] * 8
@@ -181,14 +209,19 @@ def test_operands_that_do_not_compile_later_are_a_sentence_that_names_them(monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(bound, "_inductor", broken)
-    with pytest.raises(RuntimeError, match=r"cannot compile sigmoid_topk E=16 .* with expert_map: OSError: .*No space left"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"cannot compile sigmoid_topk E=16 .* with expert_map: OSError: .*No space left",
+    ):
         route(torch.randn(5, 16), 4, expert_map=torch.arange(16))
     route(torch.randn(5, 16), 4)
 
 
 @pytest.mark.slow
 def test_a_warning_while_it_compiles_late_is_no_error(monkeypatch):
-    route = Router(FAMILIES["sigmoid_topk"].spec.replace(scale=1.125), backend="torch-compile")  # no other test's kernel
+    route = Router(
+        FAMILIES["sigmoid_topk"].spec.replace(scale=1.125), backend="torch-compile"
+    )  # no other test's kernel
     bound = route.resolve("cpu", torch.float32, 16, 4).kernel
     compile_graph = bound._inductor
 
@@ -211,7 +244,9 @@ def test_sums_have_the_same_bits_in_every_order(dtype):
     order = torch.randperm(1024)
     weights = compile_._softmax(logits, -1, half_to_float=False)
     assert weights.dtype == dtype
-    assert torch.equal(weights[:, order], compile_._softmax(logits[:, order], -1, half_to_float=False))
+    assert torch.equal(
+        weights[:, order], compile_._softmax(logits[:, order], -1, half_to_float=False)
+    )
     torch.testing.assert_close(weights.double(), logits.double().softmax(-1), rtol=2e-6, atol=1e-12)
 
 
@@ -223,13 +258,23 @@ def test_rows_that_lie_apart_and_experts_that_do_too_route_right_in_a_few_graphs
     plain = torch.randn(16, 16)
     route(plain, 2)
     counters.clear()
-    wider = [torch.randn(tokens, 16 + more)[:, :16] for more, tokens in enumerate((5, 17, 18, 19, 6, 7, 8, 9, 4, 3), start=1)]
-    for logits in (*wider, torch.randn(1, 16).expand(9, 16), torch.randn(16, 9).t(), torch.randn(9, 1).expand(9, 16)):
+    wider = [
+        torch.randn(tokens, 16 + more)[:, :16]
+        for more, tokens in enumerate((5, 17, 18, 19, 6, 7, 8, 9, 4, 3), start=1)
+    ]
+    for logits in (
+        *wider,
+        torch.randn(1, 16).expand(9, 16),
+        torch.randn(16, 9).t(),
+        torch.randn(9, 1).expand(9, 16),
+    ):
         weights, ids = route(logits, 2)
         expected = oracle.route(spec, logits, 2)
         assert torch.equal(ids.long(), expected.ids)
         torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
-    assert counters["stats"]["unique_graphs"] <= 5  # apart: one stride, then any; repeated; and those of the strided problem
+    assert (
+        counters["stats"]["unique_graphs"] <= 5
+    )  # apart: one stride, then any; repeated; and those of the strided problem
 
 
 @pytest.mark.slow
@@ -258,7 +303,8 @@ def test_a_device_that_inductor_does_not_know_falls_to_eager_said_once_with_the_
         import torch
         from torch.utils import _pytree as pytree
 
-        # An accelerator of two dozen lines: its tensors are CPU tensors behind torch's privateuse1 device type.
+        # An accelerator of two dozen lines: its tensors are CPU tensors behind torch's privateuse1
+        # device type.
         torch.utils.backend_registration._setup_privateuseone_for_python_backend("acmenpu")
 
         def to_npu(cpu):

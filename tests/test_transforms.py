@@ -1,4 +1,7 @@
-"""torch.func, higher derivatives, DTensor, lazy negation and fake-tensor modes: right, or refused by name."""
+"""torch.func, higher derivatives, DTensor, lazy negation and fake-tensor modes.
+
+Right, or refused by name.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,18 @@ T, E, K = 4, 8, 2
 SPECS = {
     "softmax of the selected": RoutingSpec(family="t1", renormalize=True),
     "softmax of all": RoutingSpec(family="t2", scale=2.5),
-    "sigmoid with a bias": RoutingSpec(family="t3", score="sigmoid", selection="scores_plus_bias", renormalize=True),
-    "root of softplus, epsilon": RoutingSpec(family="t4", score="sqrtsoftplus", renormalize=True, renorm_epsilon=0.25),
-    "capped and scaled": RoutingSpec(family="t5", renormalize=True, logit_softcap=5.0, per_expert_scale=True),
-    "shared and zero experts": RoutingSpec(family="t6", score="sigmoid", shared_experts=2, zero_experts=3),
+    "sigmoid with a bias": RoutingSpec(
+        family="t3", score="sigmoid", selection="scores_plus_bias", renormalize=True
+    ),
+    "root of softplus, epsilon": RoutingSpec(
+        family="t4", score="sqrtsoftplus", renormalize=True, renorm_epsilon=0.25
+    ),
+    "capped and scaled": RoutingSpec(
+        family="t5", renormalize=True, logit_softcap=5.0, per_expert_scale=True
+    ),
+    "shared and zero experts": RoutingSpec(
+        family="t6", score="sigmoid", shared_experts=2, zero_experts=3
+    ),
 }
 
 
@@ -40,7 +51,11 @@ def given_for(spec):
 
 def reference(spec, ids, logits, per_expert_scale=None):
     """Write the weights at fixed ids with PyTorch's own operations."""
-    x = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap) if spec.logit_softcap else logits
+    x = (
+        spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
+        if spec.logit_softcap
+        else logits
+    )
     score = {
         "softmax": lambda x: x.softmax(-1),
         "sigmoid": torch.sigmoid,
@@ -90,7 +105,17 @@ def summed(f):
         lambda f: lambda l: torch.autograd.functional.hessian(summed(f), l),
         lambda f: lambda l: torch.autograd.functional.jacobian(f, l, vectorize=True),
     ],
-    ids=["grad", "jacrev", "jacfwd", "hessian", "jacrev twice", "jvp", "jvp of grad", "autograd's hessian", "vectorised"],
+    ids=[
+        "grad",
+        "jacrev",
+        "jacfwd",
+        "hessian",
+        "jacrev twice",
+        "jvp",
+        "jvp of grad",
+        "autograd's hessian",
+        "vectorised",
+    ],
 )
 def test_transforms_give_what_pytorchs_own_operations_give(case, transform):
     ours, theirs, logits = case
@@ -106,7 +131,13 @@ def test_vmap_routes_each_element(case):
 
 
 def test_vmap_over_other_operands_and_ids():
-    spec = RoutingSpec(family="t7", score="sigmoid", selection="scores_plus_bias", renormalize=True, per_expert_scale=True)
+    spec = RoutingSpec(
+        family="t7",
+        score="sigmoid",
+        selection="scores_plus_bias",
+        renormalize=True,
+        per_expert_scale=True,
+    )
     route = Router(spec)
     logits, biases, scales = torch.randn(T, E), torch.randn(3, E), torch.rand(3, E)
     valid = torch.tensor([[1], [2], [4]])
@@ -119,8 +150,13 @@ def test_vmap_over_other_operands_and_ids():
         expected = call(biases[n], scales[n], valid[n])
         assert torch.equal(ids[n], expected[1])
         assert torch.equal(weights[n], expected[0])
-    per_scale = vmap(grad(lambda s: route(logits, K, s, bias=biases[0]).weights.pow(2).sum()))(scales)
-    close(per_scale[1], grad(lambda s: route(logits, K, s, bias=biases[0]).weights.pow(2).sum())(scales[1]))
+    per_scale = vmap(grad(lambda s: route(logits, K, s, bias=biases[0]).weights.pow(2).sum()))(
+        scales
+    )
+    close(
+        per_scale[1],
+        grad(lambda s: route(logits, K, s, bias=biases[0]).weights.pow(2).sum())(scales[1]),
+    )
 
 
 def test_forward_mode_without_functorch_carries_tangents(case):
@@ -130,7 +166,11 @@ def test_forward_mode_without_functorch_carries_tangents(case):
     ours(logits)
     for f in (ours, theirs):
         with forward_ad.dual_level():
-            tangents.append(forward_ad.unpack_dual(f(forward_ad.make_dual(logits, torch.ones_like(logits)))).tangent)
+            tangents.append(
+                forward_ad.unpack_dual(
+                    f(forward_ad.make_dual(logits, torch.ones_like(logits)))
+                ).tangent
+            )
     close(*tangents)
 
 
@@ -152,23 +192,35 @@ def build_own(problem, _device):
     return OwnBackward(problem)
 
 
-@pytest.mark.parametrize("transform", [hessian, lambda f: lambda l: torch.autograd.functional.hessian(f, l)])
+@pytest.mark.parametrize(
+    "transform", [hessian, lambda f: lambda l: torch.autograd.functional.hessian(f, l)]
+)
 def test_a_backward_of_a_kernels_own_is_differentiated_by_the_closed_form(transform):
     spec = RoutingSpec(family="t8", renormalize=True)
     registry().register(
-        BackendSpec(name="own-backward", factories={"route": f"{__name__}:build_own"}, targets=(Target("cpu"),))
+        BackendSpec(
+            name="own-backward",
+            factories={"route": f"{__name__}:build_own"},
+            targets=(Target("cpu"),),
+        )
     )
     try:
         logits = torch.randn(T, E)
-        ours = transform(summed(lambda l: Router(spec, backend="own-backward")(l, K).weights))(logits)
-        close(ours, transform(summed(lambda l: Router(spec, backend="eager")(l, K).weights))(logits))
+        ours = transform(summed(lambda l: Router(spec, backend="own-backward")(l, K).weights))(
+            logits
+        )
+        close(
+            ours, transform(summed(lambda l: Router(spec, backend="eager")(l, K).weights))(logits)
+        )
     finally:
         registry().unregister("own-backward")
 
 
 def test_the_operators_gradient_has_a_derivative_too(case):
     ours, theirs, logits = case
-    compiled = torch.compile(ours, fullgraph=True, backend="eager")  # the operator itself, without AOTAutograd
+    compiled = torch.compile(
+        ours, fullgraph=True, backend="eager"
+    )  # the operator itself, without AOTAutograd
     second = []
     for f in (compiled, theirs):
         x = logits.clone().requires_grad_()
@@ -186,16 +238,28 @@ def negated(tensor):
 
 
 def test_lazily_negated_operands_count_with_their_sign():
-    spec = RoutingSpec(family="t9", score="sigmoid", selection="scores_plus_bias", renormalize=True, per_expert_scale=True)
+    spec = RoutingSpec(
+        family="t9",
+        score="sigmoid",
+        selection="scores_plus_bias",
+        renormalize=True,
+        per_expert_scale=True,
+    )
     route = Router(spec)
     logits, scale, bias = torch.randn(T, E), torch.rand(E), torch.randn(E)
     expected = route(logits, K, scale, bias=bias)
     for _ in range(2):
-        for l, s, b in ((negated(logits), scale, bias), (logits, negated(scale), bias), (logits, scale, negated(bias))):
+        for l, s, b in (
+            (negated(logits), scale, bias),
+            (logits, negated(scale), bias),
+            (logits, scale, negated(bias)),
+        ):
             got = route(l, K, s, bias=b)
             assert torch.equal(got.ids, expected.ids)
             assert torch.equal(got.weights, expected.weights)
-    out = moe_routing.RoutingOutput(negated(torch.zeros(T, K)), torch.zeros(T, K, dtype=torch.int32))
+    out = moe_routing.RoutingOutput(
+        negated(torch.zeros(T, K)), torch.zeros(T, K, dtype=torch.int32)
+    )
     if out.weights.is_contiguous():
         route(logits, K, scale, bias=bias, out=out)
         assert torch.equal(out.weights, expected.weights)
@@ -209,8 +273,12 @@ def test_lazily_negated_operands_count_with_their_sign():
 
 @pytest.mark.parametrize("first", ["fake", "real"])
 def test_a_call_inside_a_fake_mode_leaves_no_fakes_behind(first):
-    # 256 < T * E: eager selects by torch.topk, with a tensor that it keeps for the next call of that E.
-    logits, route = torch.randn(40, 56), Router(RoutingSpec(family=f"fake-{first}", renormalize=True))
+    # 256 < T * E: eager selects by torch.topk, with a tensor that it keeps for the next call of
+    # that E.
+    logits, route = (
+        torch.randn(40, 56),
+        Router(RoutingSpec(family=f"fake-{first}", renormalize=True)),
+    )
     if first == "real":
         route(logits, 3)
         route(logits, 3)
@@ -221,7 +289,9 @@ def test_a_call_inside_a_fake_mode_leaves_no_fakes_behind(first):
     with FakeTensorMode():
         Router(RoutingSpec(family="warm-fake", renormalize=True)).warmup(56, 3, dtype=torch.float32)
     for some in (route, Router(RoutingSpec(family="warm-fake", renormalize=True))):
-        assert torch.equal(some(logits, 3).ids.long(), logits.sort(descending=True, stable=True).indices[:, :3])
+        assert torch.equal(
+            some(logits, 3).ids.long(), logits.sort(descending=True, stable=True).indices[:, :3]
+        )
 
 
 SHARDED = """
@@ -290,7 +360,10 @@ def test_row_sharded_and_replicated_dtensors_are_routed_on_two_processes(tmp_pat
     script.write_text(textwrap.dedent(SHARDED))
     command = [sys.executable, str(script)]
     ranks = [
-        subprocess.Popen([*command, str(r), port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in (0, 1)
+        subprocess.Popen(
+            [*command, str(r), port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for r in (0, 1)
     ]
     said = [rank.communicate() for rank in ranks]
     assert [out for out, _ in said] == ["same\n"] * 2, "\n".join(err[-3000:] for _, err in said)

@@ -9,7 +9,15 @@ import pytest
 from moe_routing._registry import registry
 from moe_routing.cli import _tune
 from moe_routing.cli._app import run
-from moe_routing_registry import BackendSpec, DeviceInfo, Request, RoutingProblem, RoutingSpec, Target, Toolchain
+from moe_routing_registry import (
+    BackendSpec,
+    DeviceInfo,
+    Request,
+    RoutingProblem,
+    RoutingSpec,
+    Target,
+    Toolchain,
+)
 
 ASKED = []
 LAUNCH = {"variant": "lanes", "block_t": 1, "lanes": 1, "num_warps": 1}
@@ -21,7 +29,13 @@ class Tuned:
     wrong = ()
 
     def to_dict(self):
-        timed = {"tokens": 4096, "launch": LAUNCH, "us": 2.5, "launch_before": LAUNCH, "us_before": 3.25}
+        timed = {
+            "tokens": 4096,
+            "launch": LAUNCH,
+            "us": 2.5,
+            "launch_before": LAUNCH,
+            "us_before": 3.25,
+        }
         return {
             "table": "/cache/t.json", "before": "launch parameters from nowhere", "timed": [timed], "steps": [],
             "wrong": list(self.wrong), "unusable": ["rows: too big"],
@@ -82,7 +96,12 @@ def test_it_tunes_gemma4_where_nothing_is_named_and_shows_before_and_after(cli):
     code, out, _ = cli("tune --device cpu")
     assert code == 0
     [(problem, device, tokens)] = ASKED
-    assert (problem.spec.family, problem.num_experts, problem.topk, problem.dtype) == ("gemma4", 128, 8, "bfloat16")
+    assert (problem.spec.family, problem.num_experts, problem.topk, problem.dtype) == (
+        "gemma4",
+        128,
+        8,
+        "bfloat16",
+    )
     assert (device.type, tokens) == ("cpu", "the tuner's own")
     for shown in (
         "4,096",
@@ -98,7 +117,9 @@ def test_it_tunes_gemma4_where_nothing_is_named_and_shows_before_and_after(cli):
 
 @pytest.mark.usefixtures("tunable")
 def test_every_model_and_dtype_that_is_named_is_tuned_with_its_own_size_as_json(cli):
-    code, out, _ = cli("tune --device cpu --model deepseek_v3,mixtral --dtype bf16,fp32 --tokens 1,64 --json")
+    code, out, _ = cli(
+        "tune --device cpu --model deepseek_v3,mixtral --dtype bf16,fp32 --tokens 1,64 --json"
+    )
     report = json.loads(out)
     assert (code, report["schema_version"]) == (0, 1)
     asked = [(p.spec.family, p.num_experts, p.topk, p.dtype, tokens) for p, _, tokens in ASKED]
@@ -163,7 +184,14 @@ def test_a_machine_without_such_a_device_is_refused_with_what_to_do(cli):
 def test_a_gpu_without_triton_is_refused_with_the_command_that_installs_it():
     fix = "pip install 'moe-routing[triton]'"
     missing = Toolchain(name="triton", version=None, usable=False, detail="not installed", fix=fix)
-    device = DeviceInfo(type="cuda", platform="cuda", index=0, arch="sm_90", name="NVIDIA H200", toolchains=(missing,))
+    device = DeviceInfo(
+        type="cuda",
+        platform="cuda",
+        index=0,
+        arch="sm_90",
+        name="NVIDIA H200",
+        toolchains=(missing,),
+    )
     problem = RoutingProblem(spec=RoutingSpec(family="f"), num_experts=8, topk=2, dtype="bfloat16")
     said = _tune._refusal(registry().resolve(problem, device, Request()))
     assert said.startswith("nothing to tune on cuda:0 (NVIDIA H200, sm_90): ")

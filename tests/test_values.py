@@ -23,7 +23,12 @@ class Layer(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
         self.gate = torch.nn.Linear(8, 16, bias=False)
-        self.route = Router(RoutingSpec(family="copied", renormalize=True, scale=2.5), topk=2, num_experts=16, **options)
+        self.route = Router(
+            RoutingSpec(family="copied", renormalize=True, scale=2.5),
+            topk=2,
+            num_experts=16,
+            **options,
+        )
 
     def forward(self, hidden):
         return self.route(self.gate(hidden))
@@ -48,7 +53,10 @@ COPIES = {
 @pytest.mark.parametrize("warm", ["cold", "plain", "training", "compiled", "watched"])
 @pytest.mark.parametrize("way", COPIES)
 def test_a_module_with_a_router_is_copied_and_the_copy_routes_alike(way, warm):
-    layer, hidden = Layer(backend="eager", verify=True if warm == "watched" else None), torch.randn(3, 8)
+    layer, hidden = (
+        Layer(backend="eager", verify=True if warm == "watched" else None),
+        torch.randn(3, 8),
+    )
     if warm == "compiled":
         torch.compile(layer, fullgraph=True, backend="eager")(hidden)
     elif warm != "cold":
@@ -60,7 +68,9 @@ def test_a_module_with_a_router_is_copied_and_the_copy_routes_alike(way, warm):
     for ours, theirs in zip(layer(hidden), made(hidden), strict=True):
         assert torch.equal(ours, theirs)
     if warm == "watched" and way != "copy":
-        assert made.route.health().calls == 1  # its own, not those of the router that it was made from
+        assert (
+            made.route.health().calls == 1
+        )  # its own, not those of the router that it was made from
 
 
 def test_specs_and_outputs_are_values_too():
@@ -77,7 +87,9 @@ def test_specs_and_outputs_are_values_too():
 
 
 def run(script):
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -100,15 +112,20 @@ def test_a_spawned_process_gets_a_router_that_routes(tmp_path):
                 print(pool.apply(work, (route, logits)))
         """)
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "([[1, 3]], 'eager')\n", done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("during", ["the factory", "probing", "loading the plug-ins", "shadow mode", "nothing"])
+@pytest.mark.parametrize(
+    "during", ["the factory", "probing", "loading the plug-ins", "shadow mode", "nothing"]
+)
 def test_a_process_that_is_forked_during_another_threads_first_call_routes(during):
-    # The other thread stops inside, holding whatever it holds there, until the parent has seen the child end.
+    # The other thread stops inside, holding whatever it holds there, until the parent has seen the
+    # child end.
     said = run(
         f"""
         import faulthandler, os, sys, threading, warnings

@@ -22,7 +22,9 @@ def shown():
 
 
 def test_a_warning_inside_is_shown_and_before_and_after_it_is_raised(shown):
-    for _ in range(2):  # the second block shows it too: nothing of the first one is left in the module's registry
+    for _ in range(
+        2
+    ):  # the second block shows it too: nothing of the first one is left in the module's registry
         filters = list(warnings.filters)
         with pytest.raises(UserWarning, match="remark"):
             warn()

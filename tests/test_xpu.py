@@ -44,12 +44,18 @@ def recorded(file, triton=INTELS, ipex=None, **properties):
 
 
 def resolved(device, dtype="bfloat16"):
-    return registry().resolve(RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype=dtype), device, Request())
+    return registry().resolve(
+        RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype=dtype), device, Request()
+    )
 
 
 def test_an_arc_pro_b60_is_what_intel_says_it_is():
     b60 = recorded("intel_arc_pro_b60")
-    assert (b60.platform, b60.arch, b60.name) == ("xpu", "bmg-g21", "Intel(R) Arc(TM) Pro B60 Graphics")
+    assert (b60.platform, b60.arch, b60.name) == (
+        "xpu",
+        "bmg-g21",
+        "Intel(R) Arc(TM) Pro B60 Graphics",
+    )
     assert b60.total_memory == 24480 * 2**20
     assert b60.compute_units * 8 == 160  # execution units, 8 of them an Xe core
     assert b60.warp_sizes == (16, 32)
@@ -75,24 +81,40 @@ def test_an_intel_gpu_with_intels_triton_gets_triton_xpu(file, properties):
 def test_without_intels_triton_torch_compile_routes_and_the_way_to_mend_it_is_said(triton):
     report = resolved(recorded("intel_arc_pro_b60", triton))
     verdict = report.rejection("triton-xpu").verdict
-    assert (report.winner, report.missed, verdict.code) == ("torch-compile", "triton-xpu", RejectCode.TOOLCHAIN)
+    assert (report.winner, report.missed, verdict.code) == (
+        "torch-compile",
+        "triton-xpu",
+        RejectCode.TOOLCHAIN,
+    )
     assert verdict.fix == "uv pip install --reinstall torch --torch-backend=xpu"
 
 
 def test_the_retired_pair_of_torch_and_ipex_2_8_is_recognised_and_gets_triton_xpu_too():
-    device = recorded("intel_max_1100", Triton(distribution="triton-xpu", version="3.4.0", backends=("intel",)), "2.8.10+xpu")
+    device = recorded(
+        "intel_max_1100",
+        Triton(distribution="triton-xpu", version="3.4.0", backends=("intel",)),
+        "2.8.10+xpu",
+    )
     assert device.toolchain("ipex").usable
     assert resolved(device).winner == "triton-xpu"
 
 
 def test_a_device_without_the_tables_sub_groups_is_declined_by_its_arch():
-    verdict = resolved(recorded("intel_arc_pro_b60", sub_group_sizes=[8, 16])).rejection("triton-xpu").verdict
-    assert (verdict.code, verdict.reason) == (RejectCode.ARCH, "needs sub-groups of 16 and 32 lanes, the device has 8, 16")
+    verdict = (
+        resolved(recorded("intel_arc_pro_b60", sub_group_sizes=[8, 16]))
+        .rejection("triton-xpu")
+        .verdict
+    )
+    assert (verdict.code, verdict.reason) == (
+        RejectCode.ARCH,
+        "needs sub-groups of 16 and 32 lanes, the device has 8, 16",
+    )
 
 
 def test_on_an_xpu_its_own_table_applies_and_says_that_it_was_not_measured():
     found = choose.table_for(
-        recorded("intel_arc_pro_b60"), RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype="bfloat16")
+        recorded("intel_arc_pro_b60"),
+        RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype="bfloat16"),
     )
     assert found.source.endswith("xpu.json")
     assert "not measured" in found.provenance
@@ -134,7 +156,9 @@ class From3Dot6:
     warp_size: int = 32
 
 
-@pytest.mark.parametrize(("options", "name"), [(Until3Dot5(), "threads_per_warp"), (From3Dot6(), "warp_size")])
+@pytest.mark.parametrize(
+    ("options", "name"), [(Until3Dot5(), "threads_per_warp"), (From3Dot6(), "warp_size")]
+)
 def test_the_sub_group_goes_by_the_name_that_the_installed_triton_takes(options, name):
     assert in_sub_groups(options, 1, 32) == {"num_warps": 1, name: 32}
 
@@ -165,7 +189,11 @@ def test_one_router_gets_the_right_backend_on_every_kind_of_device(monkeypatch):
         record = json.loads((HERE / "recorded_devices" / "nvidia_h200.json").read_text())
         properties, build = SimpleNamespace(**record["properties"]), TorchBuild(**record["torch"])
         installed = Installed(triton=NVIDIAS if index == 0 else None)
-        return describe(Observation(type="cuda", index=index, properties=properties, build=build, installed=installed))
+        return describe(
+            Observation(
+                type="cuda", index=index, properties=properties, build=build, installed=installed
+            )
+        )
 
     here = {
         "cuda:0": cuda(0),
@@ -193,6 +221,9 @@ def test_one_router_gets_the_right_backend_on_every_kind_of_device(monkeypatch):
         "meta": "eager",
     }
     with pytest.warns(match="routes with 'torch-compile', not with 'triton'"):
-        chosen = {device: route.resolve(device, torch.bfloat16, 128, 8).report.winner for device in expected}
+        chosen = {
+            device: route.resolve(device, torch.bfloat16, 128, 8).report.winner
+            for device in expected
+        }
     assert chosen == expected
     assert built == list(expected.values())  # each once

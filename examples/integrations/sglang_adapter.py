@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 
 
 def adapt(model: nn.Module, router: str) -> int:
-    """Route a loaded model's plain TopK layers by a model name, ``"qwen3_moe"`` for example; return how many."""
+    """Route a loaded model's plain TopK layers by a model name, ``"qwen3_moe"`` for example.
+
+    Return how many.
+    """
     spec = moe_routing.get_router(router).spec
-    routes = {said: moe_routing.get_router(spec.replace(renormalize=said)) for said in (True, False)}
+    routes = {
+        said: moe_routing.get_router(spec.replace(renormalize=said)) for said in (True, False)
+    }
 
     def custom_routing_function(
         hidden_states: Tensor,  # noqa: ARG001 -- SGLang passes it by name
@@ -23,14 +28,18 @@ def adapt(model: nn.Module, router: str) -> int:
         topk: int,
         renormalize: bool,  # noqa: FBT001 -- SGLang's signature
     ) -> tuple[Tensor, Tensor]:
-        return routes[renormalize](gating_output, topk)  # float32 and int32, as SGLang's kernels return them
+        return routes[renormalize](
+            gating_output, topk
+        )  # float32 and int32, as SGLang's kernels return them
 
     plain = [
         layer.topk_config
         for layer in model.modules()
         if isinstance(layer, TopK)
-        if layer.topk_config.custom_routing_function is None and layer.topk_config.correction_bias is None
-        if not layer.topk_config.use_grouped_topk and not layer.topk_config.shared_experts.num_fused_shared_experts
+        if layer.topk_config.custom_routing_function is None
+        and layer.topk_config.correction_bias is None
+        if not layer.topk_config.use_grouped_topk
+        and not layer.topk_config.shared_experts.num_fused_shared_experts
         if not layer.topk_config.fused_gate_packed_ids
         if layer.topk_config.scoring_func == spec.score
     ]

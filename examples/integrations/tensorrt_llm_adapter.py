@@ -1,4 +1,7 @@
-"""TensorRT-LLM's PyTorch backend: a routing method that routes through moe_routing; give it to ``create_moe``."""
+"""TensorRT-LLM's PyTorch backend: a routing method that routes through moe_routing.
+
+Give it to ``create_moe``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class MoeRoutingMethod(BaseMoeRoutingMethod):
-    """Route by a model name; ``bias`` fetches the selection bias at each call, as TensorRT-LLM's own methods do."""
+    """Route by a model name.
+
+    ``bias`` fetches the selection bias at each call, as TensorRT-LLM's own methods do.
+    """
 
     def __init__(self, router: str, top_k: int, bias: Callable[[], Tensor] | None = None) -> None:
         """Look the router up."""

@@ -18,12 +18,20 @@ class Router(TokenChoiceTopKRouter):
 
     route: moe_routing.Router
 
-    def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x_BLD: Tensor, expert_bias_E: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return weights ``[B, L, K]`` in float32, ids ``[B, L, K]`` in int64, and the scores ``[B, L, E]``."""
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits: Tensor = self.gate(x_BLD)
-        bias = torch.zeros(self.num_experts, device=logits.device) if expert_bias_E is None else expert_bias_E
-        weights, ids = self.route(logits.flatten(0, -2), self.top_k, bias=bias, ids_dtype=torch.int64)
+        bias = (
+            torch.zeros(self.num_experts, device=logits.device)
+            if expert_bias_E is None
+            else expert_bias_E
+        )
+        weights, ids = self.route(
+            logits.flatten(0, -2), self.top_k, bias=bias, ids_dtype=torch.int64
+        )
         scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(dim=-1)
         shape = (*logits.shape[:-1], self.top_k)
         return weights.view(shape), ids.view(shape), scores

@@ -1,4 +1,7 @@
-"""Time acme against eager: `python benchmark.py [T ...]`. Prints acme's time, and how many times as fast as eager that is."""
+"""Time acme against eager: `python benchmark.py [T ...]`.
+
+Prints acme's time, and how many times as fast as eager that is.
+"""
 
 import sys
 import time
@@ -10,7 +13,11 @@ import moe_routing
 RUNS = 9
 
 
-def best_of(route: moe_routing.Router, arguments: tuple[torch.Tensor, int], operands: dict[str, torch.Tensor]) -> float:
+def best_of(
+    route: moe_routing.Router,
+    arguments: tuple[torch.Tensor, int],
+    operands: dict[str, torch.Tensor],
+) -> float:
     """Return the shortest of some calls, in microseconds."""
     route(*arguments, **operands)
     times = []
@@ -24,14 +31,20 @@ def best_of(route: moe_routing.Router, arguments: tuple[torch.Tensor, int], oper
 def compare(router: str, num_tokens: int, num_experts: int, topk: int) -> list[float]:
     """Return the best times of acme and eager on the same logits."""
     logits = torch.randn(num_tokens, num_experts)
-    operands = {"bias": torch.randn(num_experts)} if moe_routing.get_router(router).spec.needs_bias else {}
+    operands = (
+        {"bias": torch.randn(num_experts)} if moe_routing.get_router(router).spec.needs_bias else {}
+    )
     routers = [moe_routing.get_router(router, backend=name) for name in ("acme", "eager")]
     return [best_of(route, (logits, topk), operands) for route in routers]
 
 
 if __name__ == "__main__":
     tokens = [int(argument) for argument in sys.argv[1:]] or [1, 256, 4096, 65536]
-    for router, num_experts, topk in (("topk_softmax", 128, 8), ("softmax_topk", 64, 8), ("sigmoid_bias_topk", 256, 8)):
+    for router, num_experts, topk in (
+        ("topk_softmax", 128, 8),
+        ("softmax_topk", 64, 8),
+        ("sigmoid_bias_topk", 256, 8),
+    ):
         for num_tokens in tokens:
             acme, eager = compare(router, num_tokens, num_experts, topk)
             size = f"E={num_experts:<4} K={topk} T={num_tokens:<6}"

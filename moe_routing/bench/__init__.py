@@ -1,4 +1,7 @@
-"""Measuring routing: ``moe-routing bench``. Importing this imports neither torch nor triton nor matplotlib."""
+"""Measuring routing: ``moe-routing bench``.
+
+Importing this imports neither torch nor triton nor matplotlib.
+"""
 
 from __future__ import annotations
 

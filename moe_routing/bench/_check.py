@@ -1,4 +1,7 @@
-"""Whether a way computes what it should: asked before anything is timed, on the inputs that are timed."""
+"""Whether an implementation computes what it should.
+
+Asked before anything is timed, on the inputs that are timed.
+"""
 
 from __future__ import annotations
 
@@ -12,37 +15,46 @@ from moe_routing.reference import oracle
 from moe_routing.reference.compare import compare
 
 if TYPE_CHECKING:
+    from moe_routing.bench._implementations import Implementation
     from moe_routing.bench._inputs import Inputs
-    from moe_routing.bench._ways import Way
 
 SAMPLE = 2048
 """Rows looked at, at each end: launches go wrong at the last rows, if anywhere."""
 SHOWN = 3
 
 
-def problems(way: Way, inputs: Inputs) -> list[str]:
-    """Say what is wrong, a sentence each; a backend is held to the contract, a comparison to its own arithmetic."""
+def problems(implementation: Implementation, inputs: Inputs) -> list[str]:
+    """Say what is wrong, a sentence each.
+
+    A backend is held to the contract, a comparison to its own arithmetic.
+    """
     logits, out = inputs.logits[0], inputs.outs[0]
-    if way.into is None:
-        output = RoutingOutput(*(tensor.clone() for tensor in way.call(logits)))
+    if implementation.into is None:
+        output = RoutingOutput(*(tensor.clone() for tensor in implementation.call(logits)))
     else:
         out.weights.fill_(torch.nan)  # what stays so was not written
         out.ids.fill_(-7)
-        way.into(logits, out)
+        implementation.into(logits, out)
         output = out
     if not bool(output.weights.isfinite().all()) or bool((output.ids < 0).any()):
         rows = ~output.weights.isfinite().all(-1) | (output.ids < 0).any(-1)
         return [f"row {int(rows.nonzero()[0])}: not written, or not finite"]
     for part in _ends(len(logits)):
-        found = _of_backend(inputs, output, part) if way.ours else _of_comparison(inputs, output, part)
+        found = (
+            _of_backend(inputs, output, part)
+            if implementation.is_backend
+            else _of_comparison(inputs, output, part)
+        )
         if found:
             return [f"rows from {part.start}: {sentence}" for sentence in found[:SHOWN]]
-    return [] if way.into is None else _differences(way, logits, output)
+    return [] if implementation.into is None else _differences(implementation, logits, output)
 
 
-def _differences(way: Way, logits: torch.Tensor, output: RoutingOutput) -> list[str]:
+def _differences(
+    implementation: Implementation, logits: torch.Tensor, output: RoutingOutput
+) -> list[str]:
     """Hold the call that allocates its outputs to the one that was compared."""
-    weights, ids = way.call(logits)
+    weights, ids = implementation.call(logits)
     if torch.equal(weights, output.weights) and torch.equal(ids, output.ids):
         return []
     return ["with outputs that it allocates itself it computes something else"]
@@ -55,11 +67,17 @@ def _ends(tokens: int) -> list[slice]:
 
 
 def _operands(inputs: Inputs, part: slice) -> dict[str, Any]:
-    return {name: value[part] if name == "token_ids" else value for name, value in inputs.operands.items()}
+    return {
+        name: value[part] if name == "token_ids" else value
+        for name, value in inputs.operands.items()
+    }
 
 
 def _of_backend(inputs: Inputs, output: RoutingOutput, part: slice) -> list[str]:
-    """Compare with the float64 oracle; where selection is exact, the eager backend's ids are the only right ones too."""
+    """Compare with the float64 oracle.
+
+    Where selection is exact, the eager backend's ids are the only right ones too.
+    """
     logits, operands, topk = inputs.logits[0][part], _operands(inputs, part), inputs.case.topk
     mine = RoutingOutput(output.weights[part], output.ids[part])
     found = compare(inputs.spec, logits, topk, mine, **operands)
@@ -72,17 +90,35 @@ def _of_backend(inputs: Inputs, output: RoutingOutput, part: slice) -> list[str]
 
 
 def _of_comparison(inputs: Inputs, output: RoutingOutput, part: slice) -> list[str]:
-    """Ties may fall either way, and weights may be as coarse as the logits' dtype: model code's are."""
+    """Ties may fall either implementation, and weights may be as coarse as the logits' dtype.
+
+    Model code's are.
+    """
     spec, logits, operands = inputs.spec, inputs.logits[0][part], _operands(inputs, part)
     ids, weights = output.ids[part].long(), output.weights[part].double()
     keys = oracle.selection_keys(spec, logits, bias=operands.get("bias"))
     exact = oracle.select(spec, logits, inputs.case.topk, bias=operands.get("bias"))
-    far = ~torch.isclose(keys.gather(1, ids).sort(-1).values, keys.gather(1, exact).sort(-1).values, rtol=1e-5, atol=1e-6)
+    far = ~torch.isclose(
+        keys.gather(1, ids).sort(-1).values,
+        keys.gather(1, exact).sort(-1).values,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     if spec.grouped:
         groups = oracle.group_scores(spec, keys).sort(-1, descending=True).values
-        far[groups[:, spec.topk_groups - 1] == groups[:, spec.topk_groups]] = False  # either group may be kept
-    found = [f"row {row}: other experts than the oracle" for row in far.any(-1).nonzero().flatten()[:SHOWN].tolist()]
-    expected = oracle.weights_at(spec, logits, ids, per_expert_scale=operands.get("per_expert_scale"))
+        far[groups[:, spec.topk_groups - 1] == groups[:, spec.topk_groups]] = (
+            False  # either group may be kept
+        )
+    found = [
+        f"row {row}: other experts than the oracle"
+        for row in far.any(-1).nonzero().flatten()[:SHOWN].tolist()
+    ]
+    expected = oracle.weights_at(
+        spec, logits, ids, per_expert_scale=operands.get("per_expert_scale")
+    )
     coarse = 1e-4 if logits.dtype == torch.float32 else 4 * torch.finfo(logits.dtype).eps
     off = ~torch.isclose(weights, expected, rtol=coarse, atol=1e-6)
-    return found + [f"row {row}: other weights than the oracle" for row in off.any(-1).nonzero().flatten()[:SHOWN].tolist()]
+    return found + [
+        f"row {row}: other weights than the oracle"
+        for row in off.any(-1).nonzero().flatten()[:SHOWN].tolist()
+    ]

@@ -1,4 +1,7 @@
-"""One round of timing, for each mode; what ``triton.testing`` and ``torch.utils.benchmark`` time, they time."""
+"""One round of timing, for each mode.
+
+What ``triton.testing`` and ``torch.utils.benchmark`` time, they time.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,14 @@ from moe_routing.bench._inputs import turns
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moe_routing.bench._implementations import Implementation
     from moe_routing.bench._inputs import Inputs
-    from moe_routing.bench._ways import Way
 
 ROUNDS = 5
-"""Rounds of a configuration; those of different ways take turns, so that a noisy moment meets all of them."""
+"""Rounds of a configuration.
+
+Those of different implementations take turns, so that a noisy moment meets all of them.
+"""
 GRAPH_MILLISECONDS = 4
 CALL_MILLISECONDS = 20
 CPU_SECONDS = 0.05
@@ -29,19 +35,23 @@ COPIED = {"cpu": 1 << 26}
 _MICROSECONDS = 1e6
 
 
-def refusal(mode: str, way: Way) -> str:
-    """Say why a way is not timed in a mode, ``""`` where it is."""
-    return "makes CUDA graphs of its own: see mode call" if mode == "graph" and not way.captures else ""
+def refusal(mode: str, implementation: Implementation) -> str:
+    """Say why an implementation is not timed in a mode, ``""`` where it is."""
+    return (
+        "makes CUDA graphs of its own: see mode call"
+        if mode == "graph" and not implementation.captures
+        else ""
+    )
 
 
-def round_of(mode: str, way: Way, inputs: Inputs) -> float:
+def round_of(mode: str, implementation: Implementation, inputs: Inputs) -> float:
     """Return the median microseconds of a call in one round."""
     device = inputs.logits[0].device
     if mode == "graph":
-        return graph(_rotating(way, inputs), device)
+        return graph(_rotating(implementation, inputs), device)
     if mode == "host":
-        return host(_one(way, inputs))
-    return call(_rotating_calls(way, inputs), device)
+        return host(_one(implementation, inputs))
+    return call(_rotating_calls(implementation, inputs), device)
 
 
 def graph(work: Callable[[], object], device: torch.device) -> float:
@@ -49,11 +59,17 @@ def graph(work: Callable[[], object], device: torch.device) -> float:
     from triton import testing
 
     with torch.cuda.device(device):
-        return float(testing.do_bench_cudagraph(work, rep=GRAPH_MILLISECONDS, return_mode="median")) * 1e3
+        return (
+            float(testing.do_bench_cudagraph(work, rep=GRAPH_MILLISECONDS, return_mode="median"))
+            * 1e3
+        )
 
 
 def call(work: Callable[[], object], device: torch.device) -> float:
-    """Time whole calls: on a GPU by its own clock, its cache emptied before each; on a CPU by the wall's."""
+    """Time whole calls: on a GPU by its own clock, its cache emptied before each.
+
+    On a CPU by the wall's.
+    """
     if device.type in ("cuda", "xpu"):
         try:
             from triton import testing
@@ -61,14 +77,26 @@ def call(work: Callable[[], object], device: torch.device) -> float:
             pass  # Timer synchronises the device itself
         else:
             with torch.get_device_module(device).device(device):
-                return float(testing.do_bench(work, warmup=5, rep=CALL_MILLISECONDS, return_mode="median")) * 1e3
+                return (
+                    float(
+                        testing.do_bench(
+                            work, warmup=5, rep=CALL_MILLISECONDS, return_mode="median"
+                        )
+                    )
+                    * 1e3
+                )
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=CPU_SECONDS).median * _MICROSECONDS
 
 
 def host(work: Callable[[], object]) -> float:
     """Time the calls as the host sees them: nobody waits for the device while the clock runs."""
-    timer = Timer("work()", globals={"work": work}, timer=time.perf_counter, num_threads=torch.get_num_threads())
+    timer = Timer(
+        "work()",
+        globals={"work": work},
+        timer=time.perf_counter,
+        num_threads=torch.get_num_threads(),
+    )
     blocks = []
     for _ in range(HOST_BLOCKS):
         torch.accelerator.synchronize()
@@ -77,7 +105,10 @@ def host(work: Callable[[], object]) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Return the bytes a second that a copy on the device reads and writes: no routing can move its bytes faster."""
+    """Return the bytes a second that a copy on the device reads and writes.
+
+    No routing can move its bytes faster.
+    """
     size = COPIED.get(device.type, 1 << 30)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -86,31 +117,39 @@ def copy_rate(device: torch.device) -> float:
 
 
 def launch_floor(mode: str, device: torch.device) -> float:
-    """Return the microseconds of the smallest launch: an empty kernel in a graph, else PyTorch's operation on one element."""
+    """Return the microseconds of the smallest launch.
+
+    An empty kernel in a graph, else PyTorch's operation on one element.
+    """
     one = torch.ones(1, device=device)
     if mode == "graph":
         from moe_routing.bench.full_sort import empty_kernel
 
         times = [graph(lambda: empty_kernel[1,](num_warps=1), device) for _ in range(ROUNDS)]
     else:
-        times = [host(one.neg_) if mode == "host" else call(one.neg_, device) for _ in range(ROUNDS)]
+        times = [
+            host(one.neg_) if mode == "host" else call(one.neg_, device) for _ in range(ROUNDS)
+        ]
     return median(times)
 
 
-def _one(way: Way, inputs: Inputs) -> Callable[[], object]:
+def _one(implementation: Implementation, inputs: Inputs) -> Callable[[], object]:
     logits = inputs.logits[0]
-    return lambda: way.call(logits)
+    return lambda: implementation.call(logits)
 
 
-def _rotating(way: Way, inputs: Inputs) -> Callable[[], object]:
-    """Write outputs that are there, where the way can: the time is the kernels' alone."""
+def _rotating(implementation: Implementation, inputs: Inputs) -> Callable[[], object]:
+    """Write outputs that are there, where the implementation can.
+
+    The time is the kernels' alone.
+    """
     round_the_sets = turns(inputs)
-    into = way.into
+    into = implementation.into
     if into is None:
-        return lambda: way.call(next(round_the_sets)[0])
+        return lambda: implementation.call(next(round_the_sets)[0])
     return lambda: into(*next(round_the_sets))
 
 
-def _rotating_calls(way: Way, inputs: Inputs) -> Callable[[], object]:
+def _rotating_calls(implementation: Implementation, inputs: Inputs) -> Callable[[], object]:
     round_the_sets = turns(inputs)
-    return lambda: way.call(next(round_the_sets)[0])
+    return lambda: implementation.call(next(round_the_sets)[0])

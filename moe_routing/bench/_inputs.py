@@ -42,7 +42,10 @@ class Inputs:
 
 
 def check_memory(case: Case, device: DeviceInfo) -> None:
-    """Raise ``ValueError`` for a case that the device's memory cannot hold, before anything of it is allocated."""
+    """Refuse a case that the device's memory cannot hold, before anything of it is allocated.
+
+    :raises ValueError: the case needs more memory than the device has.
+    """
     spec = moe_routing.get_router(case.router).spec
     dtype: torch.dtype = getattr(torch, case.dtype)
     logits, outputs = case.num_experts * dtype.itemsize, (case.topk + spec.shared_experts) * 8
@@ -52,12 +55,18 @@ def check_memory(case: Case, device: DeviceInfo) -> None:
         needed += _VOCABULARY * case.num_experts * 12  # random numbers and their order
     if device.total_memory and needed > device.total_memory:
         has = f"{device.total_memory / _GIB:,.0f} GiB, which {device} has"
-        msg = f"tokens: expected a problem that fits {has}, got {case}, which needs {needed / _GIB:,.0f}"
+        msg = (
+            f"tokens: expected a problem that fits {has}, got {case}, "
+            f"which needs {needed / _GIB:,.0f}"
+        )
         raise ValueError(msg)
 
 
 def make(case: Case, device: torch.device, cache: int) -> Inputs:
-    """Make the sets: enough for twice the cache, where that takes no more than 256; a few rows are in a cache always."""
+    """Make the sets: enough for twice the cache, where that takes no more than 256.
+
+    A few rows are in a cache always.
+    """
     spec = moe_routing.get_router(case.router).spec
     dtype: torch.dtype = getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -69,7 +78,10 @@ def make(case: Case, device: torch.device, cache: int) -> Inputs:
     return Inputs(
         case,
         spec,
-        [torch.randn(case.tokens, case.num_experts, device=device, generator=generator).to(dtype) for _ in range(sets)],
+        [
+            torch.randn(case.tokens, case.num_experts, device=device, generator=generator).to(dtype)
+            for _ in range(sets)
+        ],
         [
             RoutingOutput(
                 torch.empty(case.tokens, columns, device=device),
@@ -94,14 +106,22 @@ def cache_of(device: torch.device) -> int:
     return CPU_CACHE
 
 
-def _operands(spec: RoutingSpec, case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+def _operands(
+    spec: RoutingSpec, case: Case, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
     operands: dict[str, Any] = {}
     if spec.per_expert_scale:
-        operands["per_expert_scale"] = torch.rand(case.num_experts, device=device, generator=generator) + 0.5
+        operands["per_expert_scale"] = (
+            torch.rand(case.num_experts, device=device, generator=generator) + 0.5
+        )
     if spec.needs_bias:
         operands["bias"] = torch.randn(case.num_experts, device=device, generator=generator) * 0.1
     if spec.selection == "token_table":
-        order = torch.rand(_VOCABULARY, case.num_experts, device=device, generator=generator).argsort(-1)
+        order = torch.rand(
+            _VOCABULARY, case.num_experts, device=device, generator=generator
+        ).argsort(-1)
         operands["expert_table"] = order[:, : case.topk].contiguous()
-        operands["token_ids"] = torch.randint(_VOCABULARY, (case.tokens,), device=device, generator=generator)
+        operands["token_ids"] = torch.randint(
+            _VOCABULARY, (case.tokens,), device=device, generator=generator
+        )
     return operands

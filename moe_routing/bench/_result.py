@@ -1,4 +1,7 @@
-"""``Result``: what was measured, on what; reading and writing it, and finding what got slower. Imports no torch."""
+"""``Result``: what was measured, on what; reading and writing it, and finding what got slower.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Key = tuple[Case, str, str, bool]
-"""Case, mode, way and whether it is a backend: what makes two rows of two runs the same configuration."""
+"""Case, mode, implementation and whether it is a backend.
+
+What makes two rows of two runs the same configuration.
+"""
 OPERATION = "route"
 """What is timed."""
 SCHEMA_VERSION = 1
-"""Grows whenever a key is renamed, removed or changes its meaning; new keys may come at any time."""
+"""Grows whenever a key is renamed, removed or changes its meaning.
+
+New keys may come at any time.
+"""
 _MOST_BYTES = 1 << 26
 """Of a kept run's file; a run of a thousand rows has 300 KiB."""
 _DEVICE = ("name", "platform", "arch", "threads")
@@ -30,11 +39,12 @@ _DEVICE = ("name", "platform", "arch", "threads")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way to route one case, timed in one mode; or why it was not.
+    """One implementation on one case, timed in one mode; or why it was not.
 
-    :ivar way: name of a backend, or of a comparison.
-    :ivar ours: whether it is a backend.
-    :ivar rounds: microseconds a call, the median of each round; rounds of different ways took turns.
+    :ivar implementation: name of a backend, or of a comparison.
+    :ivar is_backend: whether it is a backend.
+    :ivar rounds: microseconds a call, the median of each round; rounds of different implementations
+        took turns.
     :ivar bytes: that a call must move: logits and operands once, weights and ids once.
     :ivar wrong: what is wrong with what it computed; then nothing was timed.
     :ivar skipped: why nothing was timed otherwise.
@@ -42,8 +52,8 @@ class Row:
 
     case: Case
     mode: str
-    way: str
-    ours: bool
+    implementation: str
+    is_backend: bool
     rounds: tuple[float, ...] = ()
     bytes: int = 0
     wrong: tuple[str, ...] = ()
@@ -52,12 +62,12 @@ class Row:
     @property
     def key(self) -> Key:
         """What makes two rows of two runs the same configuration."""
-        return (self.case, self.mode, self.way, self.ours)
+        return (self.case, self.mode, self.implementation, self.is_backend)
 
     @property
     def label(self) -> str:
-        """Name the way: a backend and a comparison may have the same name."""
-        return f"{'backend' if self.ours else 'comparison'}: {self.way}"
+        """Name the implementation: a backend and a comparison may have the same name."""
+        return f"{'backend' if self.is_backend else 'comparison'}: {self.implementation}"
 
     @property
     def microseconds(self) -> float | None:
@@ -80,8 +90,8 @@ class Row:
         return {
             **self.case._asdict(),
             "mode": self.mode,
-            "way": self.way,
-            "ours": self.ours,
+            "implementation": self.implementation,
+            "is_backend": self.is_backend,
             "microseconds": None if time is None else round(time, 4),
             "spread": round(self.spread, 4),
             "rounds": [round(each, 4) for each in self.rounds],
@@ -98,7 +108,10 @@ class Row:
             case=Case(**{name: values[name] for name in Case._fields}),
             rounds=tuple(float(time) for time in values["rounds"]),
             wrong=tuple(values["wrong"]),
-            **{name: values[name] for name in ("mode", "way", "ours", "bytes", "skipped")},
+            **{
+                name: values[name]
+                for name in ("mode", "implementation", "is_backend", "bytes", "skipped")
+            },
         )
 
 
@@ -106,7 +119,8 @@ class Row:
 class Result:
     """A run.
 
-    :ivar device: ``name``, ``platform``, ``arch``, ``threads`` (of the CPU, 0 on others) and ``cache`` in bytes.
+    :ivar device: ``name``, ``platform``, ``arch``, ``threads`` (of the CPU, 0 on others) and
+        ``cache`` in bytes.
     :ivar versions: of Python, torch, triton and moe-routing.
     :ivar copy_rate: bytes read and written a second by a large copy on the device itself.
     :ivar launch_floor: microseconds that the smallest launch takes, by mode.
@@ -131,7 +145,9 @@ class Result:
 
     def slowdown(self, row: Row) -> float | None:
         """How many times the time of the first backend a row takes, in the same case and mode."""
-        own = next((r.microseconds for r in self.rows if r.ours and r.key[:2] == row.key[:2]), None)
+        own = next(
+            (r.microseconds for r in self.rows if r.is_backend and r.key[:2] == row.key[:2]), None
+        )
         return row.microseconds / own if own and row.microseconds else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,13 +179,18 @@ class Result:
         with path.open("rb") as file:
             text = file.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
-            msg = f"{path}: expected what `moe-routing bench --json` prints, got more than {_MOST_BYTES} bytes"
+            msg = (
+                f"{path}: expected what `moe-routing bench --json` prints, "
+                f"got more than {_MOST_BYTES} bytes"
+            )
             raise ValueError(msg)
         try:
             held = json.loads(text)
             if held["schema_version"] != SCHEMA_VERSION:
-                msg = f"expected schema_version {SCHEMA_VERSION}, got {held['schema_version']!r:.100}"
-                raise ValueError(msg)  # noqa: TRY301 -- what is wrong with the file, said like everything else below
+                msg = (
+                    f"expected schema_version {SCHEMA_VERSION}, got {held['schema_version']!r:.100}"
+                )
+                raise ValueError(msg)  # noqa: TRY301 -- said below, like all that is wrong with it
             return cls(
                 settings=Settings.from_dict(held["settings"]),
                 device=held["device"],
@@ -179,27 +200,42 @@ class Result:
                 launch_floor=held["launch_floor_us"],
                 rows=[Row.from_dict(row) for row in held["rows"]],
             )
-        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            msg = f"{path}: expected what `moe-routing bench --json` prints, got {type(error).__name__}: {error}"
+        except (
+            AttributeError,
+            KeyError,
+            OverflowError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            msg = (
+                f"{path}: expected what `moe-routing bench --json` prints, "
+                f"got {type(error).__name__}: {error}"
+            )
             raise ValueError(msg) from error
 
     def to_csv(self) -> str:
         """Return the rows as a table for other programs."""
         text = io.StringIO()
         lists = ("rounds", "wrong")
-        writer = csv.DictWriter(text, [name for name in _columns() if name not in lists], extrasaction="ignore")
+        writer = csv.DictWriter(
+            text, [name for name in _columns() if name not in lists], extrasaction="ignore"
+        )
         writer.writeheader()
         writer.writerows(row.to_dict() for row in self.rows)
         return text.getvalue()
 
 
 def _columns() -> list[str]:
-    empty = Row(case=Case("", "", 0, 0, 0), mode="", way="", ours=True)
+    empty = Row(case=Case("", "", 0, 0, 0), mode="", implementation="", is_backend=True)
     return list(empty.to_dict())
 
 
 class Loss(NamedTuple):
-    """A configuration that got slower by more than the noise of both runs: no round is as fast as the slowest before."""
+    """A configuration that got slower by more than the noise of both runs.
+
+    No round is as fast as the slowest before.
+    """
 
     row: Row
     before: Row
@@ -208,7 +244,8 @@ class Loss(NamedTuple):
         """Say it in a line."""
         then, now = self.before.microseconds or 0.0, self.row.microseconds or 0.0
         return (
-            f"{self.row.case} {self.row.mode} {self.row.label}: {now:,.2f} us ({min(self.row.rounds):,.2f} at best), "
+            f"{self.row.case} {self.row.mode} {self.row.label}: "
+            f"{now:,.2f} us ({min(self.row.rounds):,.2f} at best), "
             f"before {then:,.2f} ({max(self.before.rounds):,.2f} at worst): {now / then:.2f} times"
         )
 
@@ -216,7 +253,8 @@ class Loss(NamedTuple):
 def losses(before: Result, now: Result) -> list[Loss]:
     """Return what got slower since a run on the same device.
 
-    :raises ValueError: the runs are of different devices, or ``now`` holds a configuration that ``before`` lacks.
+    :raises ValueError: the runs are of different devices, or ``now`` holds a configuration that
+        ``before`` lacks.
     """
     refuse_another_run(before, now.device, now.settings)
     known = {row.key: row for row in before.rows if row.rounds}
@@ -224,7 +262,10 @@ def losses(before: Result, now: Result) -> list[Loss]:
     for row in now.rows:
         old = known.get(row.key)
         if row.rounds and old is None:
-            msg = f"against: expected a run of the same configurations, got one without {row.case} {row.mode} {row.label}"
+            msg = (
+                "against: expected a run of the same configurations, "
+                f"got one without {row.case} {row.mode} {row.label}"
+            )
             raise ValueError(msg)
         if row.rounds and old is not None and min(row.rounds) > max(old.rounds):
             found.append(Loss(row, old))
@@ -232,7 +273,11 @@ def losses(before: Result, now: Result) -> list[Loss]:
 
 
 def refuse_another_run(before: Result, device: dict[str, Any], settings: Settings) -> None:
-    """Raise ``ValueError`` unless the run was of this kind of device, used in this way, and measured all of these cases."""
+    """Refuse an earlier run that is not comparable to these settings.
+
+    :raises ValueError: the run was on another kind of device, used its device in another way, or
+        did not measure all of these cases.
+    """
     for name in _DEVICE:
         if before.device.get(name) != device.get(name):
             here, there = shown(device.get(name)), shown(before.device.get(name))
@@ -242,7 +287,10 @@ def refuse_another_run(before: Result, device: dict[str, Any], settings: Setting
     for case in settings.cases:
         for mode in settings.modes:
             if (case, mode) not in known:
-                msg = f"against: expected a run of the same configurations, got one without {case} {mode}"
+                msg = (
+                    "against: expected a run of the same configurations, "
+                    f"got one without {case} {mode}"
+                )
                 raise ValueError(msg)
 
 

@@ -43,11 +43,14 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is to be measured: every router, dtype, number of tokens, mode and way with every other.
+    """What is to be measured.
+
+    Every router, dtype, number of tokens, mode and implementation with every other.
 
     :ivar routers: model or family names.
     :ivar sizes: E and K for each of the routers.
-    :ivar backends: names of backends; empty: the one that the device gets; ``("all",)``: each that fits.
+    :ivar backends: names of backends; empty: the one that the device gets; ``("all",)``: each that
+        fits.
     :ivar tokens: T.
     :ivar dtypes: of the logits: ``"bfloat16"``, ``"float16"``, ``"float32"``.
     :ivar device: ``"cpu"``, ``"cuda:0"``, ...
@@ -71,18 +74,30 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
-        for name, known in (("modes", MODES), ("compare", COMPARISONS), ("dtypes", DTYPES.values())):
+        for name, known in (
+            ("modes", MODES),
+            ("compare", COMPARISONS),
+            ("dtypes", DTYPES.values()),
+        ):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(refusal(name, f"one of {', '.join(known)}", value))
-        if not self.tokens or not all(isinstance(count, int) and count >= 1 for count in self.tokens):
+        if not self.tokens or not all(
+            isinstance(count, int) and count >= 1 for count in self.tokens
+        ):
             raise ValueError(refusal("tokens", "integers >= 1", self.tokens))
         unlike = set(self.modes) - {"call"}
         if self.device.partition(":")[0] == "cpu" and unlike:
-            msg = f"modes: expected call on the CPU, which has no graphs and is its own host, got {', '.join(sorted(unlike))}"
+            msg = (
+                "modes: expected call on the CPU, which has no graphs and is its own host, "
+                f"got {', '.join(sorted(unlike))}"
+            )
             raise ValueError(msg)
         if "graph" in self.modes and self.device.partition(":")[0] != "cuda":
-            msg = f"modes: expected call or host on {self.device}, got graph: only CUDA and ROCm devices have CUDA graphs"
+            msg = (
+                f"modes: expected call or host on {self.device}, "
+                "got graph: only CUDA and ROCm devices have CUDA graphs"
+            )
             raise ValueError(msg)
 
     @property
@@ -98,7 +113,9 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
-            name: [list(item) if isinstance(item, tuple) else item for item in value] if isinstance(value, tuple) else value
+            name: [list(item) if isinstance(item, tuple) else item for item in value]
+            if isinstance(value, tuple)
+            else value
             for name, value in dataclasses.asdict(self).items()
         }
 

@@ -1,4 +1,4 @@
-"""``measure``: check every way, time those that are right, in turns."""
+"""``measure``: check every implementation, time those that are right, in turns."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 import moe_routing
 from moe_routing.bench import _clock
 from moe_routing.bench._check import problems
+from moe_routing.bench._implementations import NotMeasuredError, backend, comparison, fitting
 from moe_routing.bench._inputs import cache_of, check_memory, make
 from moe_routing.bench._result import Result, Row
-from moe_routing.bench._ways import NotMeasuredError, backend, comparison, fitting
 from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from moe_routing.bench._implementations import Implementation
     from moe_routing.bench._inputs import Inputs
     from moe_routing.bench._settings import Case, Settings
-    from moe_routing.bench._ways import Way
 
 
 def measure(
@@ -35,8 +35,10 @@ def measure(
     """Measure everything that the settings name.
 
     :param cases: only these of the settings' cases.
-    :param on_case: called after each case with the result so far, how many cases are done, and how many there are.
-    :raises ValueError: the device is not here, its memory is too small, or triton, which times graphs, is not here.
+    :param on_case: called after each case with the result so far, how many cases are done, and how
+        many there are.
+    :raises ValueError: the device is not here, its memory is too small, or triton, which times
+        graphs, is not here.
     :raises UnknownNameError: no such router or backend.
     :raises BackendUnavailableError: no backend fits, or one that was named does not.
     """
@@ -45,7 +47,10 @@ def measure(
         check_memory(case, info)
     device = torch.empty(0, device=settings.device).device
     if "graph" in settings.modes and importlib.util.find_spec("triton") is None:
-        msg = "modes: expected call or host without triton, which times graphs, got graph; pip install 'moe-routing[triton]'"
+        msg = (
+            "modes: expected call or host without triton, which times graphs, got graph; "
+            "pip install 'moe-routing[triton]'"
+        )
         raise ValueError(msg)
     with _one_thread(device), torch.no_grad():
         return _measure(settings, device, settings.cases if cases is None else cases, on_case)
@@ -60,7 +65,8 @@ def described(device: torch.device | str) -> dict[str, Any]:
     device = torch.empty(0, device=device).device
     threads = 1 if device.type == "cpu" else 0
     return {
-        "name": info.name, "platform": info.platform, "arch": info.arch, "threads": threads, "cache": cache_of(device)
+        "name": info.name, "platform": info.platform, "arch": info.arch, "threads": threads,
+        "cache": cache_of(device),
     }  # fmt: skip
 
 
@@ -94,7 +100,10 @@ def _measure(
 
 @contextlib.contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """Use one thread on a CPU, as ``torch.utils.benchmark`` does: on a busy machine several wait for each other, long."""
+    """Use one thread on a CPU, as ``torch.utils.benchmark`` does.
+
+    On a busy machine several wait for each other, long.
+    """
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -104,48 +113,66 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _rows(case: Case, names: list[str], settings: Settings, device: torch.device, cache: int) -> list[Row]:
+def _rows(
+    case: Case, names: list[str], settings: Settings, device: torch.device, cache: int
+) -> list[Row]:
     """Check and time one case: backends first, then what they are compared with."""
     inputs = make(case, device, cache)
     asked = [*((name, True) for name in names), *((name, False) for name in settings.compare)]
-    ways: list[Way] = []
+    implementations: list[Implementation] = []
     rows: list[Row] = []
-    for name, ours in asked:
+    for name, is_backend in asked:
         wrong, skipped = [], ""
         try:
             with contained("it", NotMeasuredError):
-                way = backend(name, inputs) if ours else comparison(name, inputs)
-                wrong = problems(way, inputs)
+                implementation = backend(name, inputs) if is_backend else comparison(name, inputs)
+                wrong = problems(implementation, inputs)
         except NotMeasuredError as error:
             skipped = str(error)
         except PluginFailure as failure:  # compilers raise anything; the row says it
             skipped = failure.sentence.removeprefix("it raised ")
-            wrong = [f"raised {skipped}"] if ours else []
+            wrong = [f"raised {skipped}"] if is_backend else []
         if wrong or skipped:
             rows += [
-                Row(case=case, mode=mode, way=name, ours=ours, wrong=tuple(wrong), skipped="" if wrong else skipped)
+                Row(
+                    case=case,
+                    mode=mode,
+                    implementation=name,
+                    is_backend=is_backend,
+                    wrong=tuple(wrong),
+                    skipped="" if wrong else skipped,
+                )
                 for mode in settings.modes
             ]
         else:
-            ways.append(way)
-    rows += _timed(ways, inputs, settings)
-    return sorted(rows, key=lambda row: (settings.modes.index(row.mode), asked.index((row.way, row.ours))))
+            implementations.append(implementation)
+    rows += _timed(implementations, inputs, settings)
+    return sorted(
+        rows,
+        key=lambda row: (
+            settings.modes.index(row.mode),
+            asked.index((row.implementation, row.is_backend)),
+        ),
+    )
 
 
-def _timed(ways: list[Way], inputs: Inputs, settings: Settings) -> list[Row]:
+def _timed(implementations: list[Implementation], inputs: Inputs, settings: Settings) -> list[Row]:
     rows = []
     for mode in settings.modes:
-        refused = [_clock.refusal(mode, way) for way in ways]
-        rounds: list[list[float]] = [[] for _ in ways]
+        refused = [_clock.refusal(mode, implementation) for implementation in implementations]
+        rounds: list[list[float]] = [[] for _ in implementations]
         for _ in range(_clock.ROUNDS):
-            for way, why_not, times in zip(ways, refused, rounds, strict=True):
+            for implementation, why_not, times in zip(
+                implementations, refused, rounds, strict=True
+            ):
                 if not why_not:
-                    times.append(round(_clock.round_of(mode, way, inputs), 4))
+                    times.append(round(_clock.round_of(mode, implementation, inputs), 4))
         rows += [
             Row(
-                case=inputs.case, mode=mode, way=way.name, ours=way.ours, rounds=tuple(times), bytes=inputs.bytes,
-                skipped=why_not,
+                case=inputs.case, mode=mode,
+                implementation=implementation.name, is_backend=implementation.is_backend,
+                rounds=tuple(times), bytes=inputs.bytes, skipped=why_not,
             )
-            for way, why_not, times in zip(ways, refused, rounds, strict=True)
+            for implementation, why_not, times in zip(implementations, refused, rounds, strict=True)
         ]  # fmt: skip
     return rows

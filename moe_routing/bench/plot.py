@@ -1,6 +1,7 @@
-"""Drawing a ``Result``: time against T on logarithmic axes, with the floors that no routing gets under.
+"""Drawings of a ``Result``: time against T on logarithmic axes.
 
-matplotlib is the extra ``bench``; it is imported here and nowhere else.
+A drawing also has the floors that no routing gets under. matplotlib is the extra ``bench``; it is
+imported here and nowhere else.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ class Theme(NamedTuple):
     paper: str
     ink: str
     line: str
-    ours: tuple[str, ...]
+    backends: tuple[str, ...]
     others: dict[str, str]
 
 
 LIGHT = Theme(
     "#ffffff", "#1b1f24", "#d0d7de", ("#0969da", "#0a3069", "#54aeff"),
     {
-        "baseline": "#bc4c00", "eager": "#57606a", "compile-default": "#1a7f37", "compile-reduce-overhead": "#8250df",
-        "compile-max-autotune": "#bf3989",
+        "baseline": "#bc4c00", "eager": "#57606a", "compile-default": "#1a7f37",
+        "compile-reduce-overhead": "#8250df", "compile-max-autotune": "#bf3989",
     },
 )  # fmt: skip
 DARK = Theme(
     "#0d1117", "#e6edf3", "#30363d", ("#58a6ff", "#a5d6ff", "#1f6feb"),
     {
-        "baseline": "#f0883e", "eager": "#8b949e", "compile-default": "#3fb950", "compile-reduce-overhead": "#bc8cff",
-        "compile-max-autotune": "#f778ba",
+        "baseline": "#f0883e", "eager": "#8b949e", "compile-default": "#3fb950",
+        "compile-reduce-overhead": "#bc8cff", "compile-max-autotune": "#f778ba",
     },
 )  # fmt: skip
 
@@ -68,7 +69,10 @@ class Facet(NamedTuple):
 
     def __str__(self) -> str:
         """Say it in a line."""
-        return f"{self.router}, {self.dtype} logits, E = {self.num_experts}, K = {self.topk}, mode {self.mode}"
+        return (
+            f"{self.router}, {self.dtype} logits, "
+            f"E = {self.num_experts}, K = {self.topk}, mode {self.mode}"
+        )
 
 
 def facets(result: Result) -> dict[Facet, list[Row]]:
@@ -101,33 +105,45 @@ def save_png(result: Result, path: Path) -> None:
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     with mpl.rc_context(STYLE):
-        figure: Figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained", facecolor=LIGHT.paper)
+        figure: Figure = Figure(
+            figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained", facecolor=LIGHT.paper
+        )
         all_axes = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (facet, facet_rows) in zip(all_axes, shown.items(), strict=False):
             draw(axes, result, facet, facet_rows, LIGHT)
-            axes.set_title(printable(f"{facet}\n{result.device['name']}"), loc="left", color=LIGHT.ink, fontsize=9)
+            axes.set_title(
+                printable(f"{facet}\n{result.device['name']}"),
+                loc="left",
+                color=LIGHT.ink,
+                fontsize=9,
+            )
         for axes in list(all_axes)[len(shown) :]:
             axes.set_axis_off()
         figure.savefig(path, dpi=150)
 
 
 def draw(axes: Axes, result: Result, facet: Facet, rows: Iterable[Row], theme: Theme) -> None:
-    """Draw one facet: a line for each way, the copy floor and the launch floor."""
+    """Draw one facet: a line for each implementation, the copy floor and the launch floor."""
     timed = [row for row in rows if row.microseconds is not None]
-    ways: dict[str, list[Row]] = {}
+    implementations: dict[str, list[Row]] = {}
     for row in timed:
-        ways.setdefault(row.label, []).append(row)
-    ours = 0
-    for number, (label, of_way) in enumerate(ways.items()):
-        if of_way[0].ours:
-            colour, width = theme.ours[ours % len(theme.ours)], 2.2
-            ours += 1
+        implementations.setdefault(row.label, []).append(row)
+    backends = 0
+    for number, (label, drawn_rows) in enumerate(implementations.items()):
+        if drawn_rows[0].is_backend:
+            colour, width = theme.backends[backends % len(theme.backends)], 2.2
+            backends += 1
         else:
-            colour, width = theme.others.get(of_way[0].way, theme.ink), 1.4
-        tokens, times = [row.case.tokens for row in of_way], [row.microseconds or 0.0 for row in of_way]
+            colour, width = theme.others.get(drawn_rows[0].implementation, theme.ink), 1.4
+        tokens, times = (
+            [row.case.tokens for row in drawn_rows],
+            [row.microseconds or 0.0 for row in drawn_rows],
+        )
         axes.errorbar(
-            tokens, times, yerr=[row.spread for row in of_way], label=printable(label), color=colour, linewidth=width,
-            marker=_MARKERS[number % len(_MARKERS)], markersize=4, capsize=2, elinewidth=1, zorder=3 if of_way[0].ours else 2,
+            tokens, times, yerr=[row.spread for row in drawn_rows],
+            label=printable(label), color=colour, linewidth=width,
+            marker=_MARKERS[number % len(_MARKERS)], markersize=4, capsize=2, elinewidth=1,
+            zorder=3 if drawn_rows[0].is_backend else 2,
         )  # fmt: skip
     moved = {row.case.tokens: row.bytes for row in timed}
     floor = [moved[tokens] / result.copy_rate * 1e6 for tokens in sorted(moved)]
@@ -153,8 +169,10 @@ def style_axes(axes: Axes, theme: Theme, what: str) -> None:
     for spine in axes.spines.values():
         spine.set_color(theme.line)
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda at: labels[at] in _FLOORS)  # the ways first, as they were measured
+    # Implementations first, as they were measured.
+    order = sorted(range(len(labels)), key=lambda at: labels[at] in _FLOORS)
     axes.legend(
         [handles[at] for at in order], [labels[at] for at in order],
-        loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2, frameon=False, labelcolor=theme.ink, fontsize=8,
+        loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2,
+        frameon=False, labelcolor=theme.ink, fontsize=8,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""The command line, ``moe-routing``. Importing it imports no torch, and it works where torch is missing or broken."""
+"""The command line, ``moe-routing``.
+
+Importing it imports no torch, and it works where torch is missing or broken.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 fine, 1 something that was asked for is unusable, 2 wrong usage, 130 interrupted.
+    """Run the command line and exit.
+
+    0 fine, 1 something that was asked for is unusable, 2 wrong usage, 130 interrupted.
 
     :param arguments: what follows the program's name; ``sys.argv[1:]`` where ``None``.
     """
@@ -22,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from moe_routing.cli._show import leave_stdout
 
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
+        # A name that the terminal's encoding lacks is no error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = run(sys.argv[1:] if arguments is None else arguments)
     if sys.stdout is not None:
         leave_stdout()

@@ -31,8 +31,11 @@ from moe_routing_registry.text import printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Newer versions of typer carry their own copy of click, older ones import it: this finds the class that they raise.
-_ParserError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+# Newer versions of typer carry their own copy of click, older ones import it: this finds the class
+# that they raise.
+_ParserError: type[Exception] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
 _USAGE = 2
 _INTERRUPTED = 130
 
@@ -65,10 +68,16 @@ def _root(
 app.command(
     "doctor",
     cls=taught(
-        ("moe-routing doctor --device cuda:0 --verify", "does every backend compute right on this device?"),
+        (
+            "moe-routing doctor --device cuda:0 --verify",
+            "does every backend compute right on this device?",
+        ),
         ("moe-routing doctor --router deepseek_v3", "judge the backends by that model's routing"),
         ("moe-routing doctor --check torch --check triton", "only these checks"),
-        ("moe-routing doctor --json | jq .checks", "for programs; exit code 0 fine, 1 unusable, 2 wrong usage"),
+        (
+            "moe-routing doctor --json | jq .checks",
+            "for programs; exit code 0 fine, 1 unusable, 2 wrong usage",
+        ),
     ),
 )(doctor)
 app.command(
@@ -83,22 +92,40 @@ app.command(
     "explain",
     cls=taught(
         ("moe-routing explain gemma4", "on the CPU"),
-        ("moe-routing explain deepseek_v3 --device cuda:0 --dtype float32", "with E = 256 and K = 8, the model's own"),
-        ("moe-routing explain softmax_topk -e 64 -k 6 --backend eager", "can this backend do it? exit code 1 if not"),
+        (
+            "moe-routing explain deepseek_v3 --device cuda:0 --dtype float32",
+            "with E = 256 and K = 8, the model's own",
+        ),
+        (
+            "moe-routing explain softmax_topk -e 64 -k 6 --backend eager",
+            "can this backend do it? exit code 1 if not",
+        ),
     ),
 )(explain)
 app.command(
     "conformance",
     cls=taught(
-        ("moe-routing conformance acme --report acme.html", "the whole contract, and a page to publish"),
-        ("moe-routing conformance acme --device cuda:0 --full", "every size and dtype, before a release"),
-        ("moe-routing conformance acme --clause 10 --clause 11", "only batch invariance and determinism"),
+        (
+            "moe-routing conformance acme --report acme.html",
+            "the whole contract, and a page to publish",
+        ),
+        (
+            "moe-routing conformance acme --device cuda:0 --full",
+            "every size and dtype, before a release",
+        ),
+        (
+            "moe-routing conformance acme --clause 10 --clause 11",
+            "only batch invariance and determinism",
+        ),
     ),
 )(conformance)
 app.command(
     "transformers",
     cls=taught(
-        ("moe-routing transformers mixtral", "which layers of such a model patch() replaces, by what"),
+        (
+            "moe-routing transformers mixtral",
+            "which layers of such a model patch() replaces, by what",
+        ),
         (
             "moe-routing transformers ./checkpoint --json",
             "by a checkpoint's config.json, for programs; exit code 1 if one is left",
@@ -107,7 +134,12 @@ app.command(
 )(transformers)
 app.command(
     "new-backend",
-    cls=taught(("moe-routing new-backend acme moe-routing-acme", "a distribution to install, check and fill with a kernel")),
+    cls=taught(
+        (
+            "moe-routing new-backend acme moe-routing-acme",
+            "a distribution to install, check and fill with a kernel",
+        )
+    ),
 )(new_backend)
 app.command(
     "bench",
@@ -117,9 +149,15 @@ app.command(
             "moe-routing bench --backend all --dtype bf16,fp32 --plot bench.html",
             "every backend that fits, and a page to look at",
         ),
-        ("moe-routing bench --mode call --compare eager,compile-default", "whole calls, and PyTorch and torch.compile"),
+        (
+            "moe-routing bench --mode call --compare eager,compile-default",
+            "whole calls, and PyTorch and torch.compile",
+        ),
         ("moe-routing bench --json > before.json", "keep a run"),
-        ("moe-routing bench --against before.json", "exit code 1 if a backend got slower by more than the noise"),
+        (
+            "moe-routing bench --against before.json",
+            "exit code 1 if a backend got slower by more than the noise",
+        ),
     ),
 )(bench)
 app.command(
@@ -132,22 +170,38 @@ app.command(
 app.command(
     "tune",
     cls=taught(
-        ("moe-routing tune", "which launch serves how many tokens best, for Gemma4's routing; a minute, with a progress bar"),
-        ("moe-routing tune --model deepseek_v3,qwen3_moe --dtype bf16,fp32", "several models, with their own E and K"),
-        ("moe-routing tune --router softmax_topk --experts 64 --topk 6 --tokens 1,8,64", "the sizes that you serve"),
+        (
+            "moe-routing tune",
+            (
+                "which launch serves how many tokens best, for Gemma4's routing; "
+                "a minute, with a progress bar"
+            ),
+        ),
+        (
+            "moe-routing tune --model deepseek_v3,qwen3_moe --dtype bf16,fp32",
+            "several models, with their own E and K",
+        ),
+        (
+            "moe-routing tune --router softmax_topk --experts 64 --topk 6 --tokens 1,8,64",
+            "the sizes that you serve",
+        ),
     ),
 )(tune)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line; return its exit code. What goes wrong is one line on stderr, never a traceback."""
+    """Run a command line; return its exit code.
+
+    What goes wrong is one line on stderr, never a traceback.
+    """
     if sys.stdout is None:  # Python's way to say that file descriptor 1 is closed
         return _fail("stdout is closed, so there is nowhere to print to", 1)
     with warnings.catch_warnings():
         warnings.showwarning = _say
         warnings.filterwarnings("ignore", message=NUMPY_WARNING)
         try:
-            code = copy_context().run(_run, list(arguments))  # whether there was an answer is a matter of this command
+            # In a context of its own: whether there was an answer concerns this command alone.
+            code = copy_context().run(_run, list(arguments))
             sys.stdout.flush()
         except BrokenPipeError:  # whoever read has read enough
             drop_stdout()
@@ -213,5 +267,6 @@ def _fail(text: str, code: int) -> int:
 
 
 def _print_on_stderr(text: str) -> None:
-    with suppress(AttributeError, OSError, ValueError):  # stderr is closed, or cannot be written: nothing is left to say it on
+    # If stderr is closed or cannot be written, nothing is left to say it on.
+    with suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(f"moe-routing: {printable(' '.join(text.split()))}\n")

@@ -41,46 +41,71 @@ _OPTIONS = {"modes": "--mode", "dtypes": "--dtype"}
 
 def bench(  # noqa: PLR0913 -- the options of the command
     *,
-    router: Annotated[list[str] | None, typer.Option(metavar="NAME,...", help="Models or families; gemma4.")] = None,
-    backend: Annotated[
-        list[str] | None, typer.Option(metavar="NAME,...|all", help="Backends, or all that fit; the one that the device gets.")
+    router: Annotated[
+        list[str] | None, typer.Option(metavar="NAME,...", help="Models or families; gemma4.")
     ] = None,
-    tokens: Annotated[list[str] | None, typer.Option(metavar="T,...", help="Numbers of tokens; 1,16,256,4096,65536.")] = None,
-    experts: Annotated[int | None, typer.Option(parser=count, metavar="E", help="Experts; the model's own, else 128.")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,...|all", help="Backends, or all that fit; the one that the device gets."
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T,...", help="Numbers of tokens; 1,16,256,4096,65536."),
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(parser=count, metavar="E", help="Experts; the model's own, else 128."),
+    ] = None,
     topk: Annotated[
-        int | None, typer.Option(parser=count, metavar="K", help="Experts a token; the model's own, else 8.")
+        int | None,
+        typer.Option(parser=count, metavar="K", help="Experts a token; the model's own, else 8."),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(metavar="DTYPE,...", help="Of the logits: bf16, fp16, fp32; bf16.")
+        list[str] | None,
+        typer.Option(metavar="DTYPE,...", help="Of the logits: bf16, fp16, fp32; bf16."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, xpu, ...; the first accelerator, else the CPU.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda:0, xpu, ...; the first accelerator, else the CPU.")
+    ] = None,
     mode: Annotated[
         list[str] | None,
         typer.Option(
             metavar="MODE,...",
-            help="graph: the kernels, in CUDA graphs; call: whole calls; host: what a call takes of the CPU. "
-            "graph where there are graphs, else call.",
+            help="graph: the kernels, in CUDA graphs; call: whole calls; "
+            "host: what a call takes of the CPU. graph where there are graphs, else call.",
         ),
     ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME,...|none",
-            help="What to compare with: baseline (a Triton kernel that sorts rows), eager (the formula in plain PyTorch), "
+            help="What to compare with: baseline (a Triton kernel that sorts rows), "
+            "eager (the formula in plain PyTorch), "
             "compile-default, compile-reduce-overhead, compile-max-autotune; eager.",
         ),
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="RUN.json", help="Measure a kept run's backends again; exit code 1 if one lost beyond noise."),
+        typer.Option(
+            metavar="RUN.json",
+            help="Measure a kept run's backends again; exit code 1 if one lost beyond noise.",
+        ),
     ] = None,
     plot: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Draw it: NAME.png or NAME.html; may be repeated.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Draw it: NAME.png or NAME.html; may be repeated."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs and for --against.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, for programs and for --against.")
+    ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Benchmark routing on this machine against alternatives; an incorrect one gets no time, and exit code 1."""
+    """Benchmark routing on this machine against alternatives.
+
+    An incorrect one gets no time, and exit code 1.
+    """
     if as_json and as_csv:
         msg = "--csv: expected one of --json and --csv, got both"
         raise UsageError(msg)
@@ -90,7 +115,9 @@ def bench(  # noqa: PLR0913 -- the options of the command
     settings = _settings(given, before.settings if before else None)
     result, slower = _run(settings, before)
     if as_json:
-        print_json({**result.to_dict(), **({"losses": [str(loss) for loss in slower]} if before else {})})
+        print_json(
+            {**result.to_dict(), **({"losses": [str(loss) for loss in slower]} if before else {})}
+        )
     elif as_csv:
         stdout().write(printable(result.to_csv()))
     else:
@@ -140,7 +167,10 @@ def _read(path: Path) -> Result:
 
 
 def _settings(given: _Given, kept: Settings | None) -> Settings:
-    """Put together what to measure: what was given, else what the kept run measured, else the defaults."""
+    """Put together what to measure.
+
+    What was given, else what the kept run measured, else the defaults.
+    """
     from moe_routing.bench import DTYPES, Settings, best_mode
 
     device = given.device or (kept.device if kept else main_device())
@@ -186,9 +216,14 @@ def _size(name: str, given: _Given) -> tuple[int, int]:
 
 
 def _usage(error: ValueError) -> UsageError:
-    """Name the option instead of the field; what is no field, an environment variable for example, keeps its name."""
+    """Name the option instead of the field.
+
+    What is no field, an environment variable for example, keeps its name.
+    """
     field, colon, rest = str(error).partition(": ")
-    option = _OPTIONS.get(field, f"--{field}") if field.islower() and field.isidentifier() else field
+    option = (
+        _OPTIONS.get(field, f"--{field}") if field.islower() and field.isidentifier() else field
+    )
     return UsageError(f"{option}{colon}{rest}")
 
 
@@ -203,12 +238,18 @@ def _device_names() -> list[str]:
     try:
         return device_names()
     except Exception as error:  # a broken torch raises anything at import
-        msg = f"torch cannot be used ({type(error).__name__}: {error}); `moe-routing doctor` says more"
+        msg = (
+            f"torch cannot be used ({type(error).__name__}: {error}); "
+            "`moe-routing doctor` says more"
+        )
         raise Unusable(msg) from error
 
 
 def _run(settings: Settings, before: Result | None) -> tuple[Result, list[Loss]]:
-    """Measure with a progress bar; what seems to have got slower is measured once more before it is said."""
+    """Measure with a progress bar.
+
+    What seems to have got slower is measured once more before it is said.
+    """
     from moe_routing.bench import losses, merged, refuse_another_run
     from moe_routing.bench.measuring import described, measure
 
@@ -261,7 +302,7 @@ def _show(result: Result, screen: Console) -> None:
     for facet, rows in facets(result).items():
         timed = [
             tuple(
-                Text(cell, justify="left" if column == "way" else "right")
+                Text(cell, justify="left" if column == "implementation" else "right")
                 for column, cell in zip(COLUMNS, cells(result, row), strict=True)
             )
             for row in rows
@@ -280,4 +321,9 @@ def _show_losses(result: Result, slower: Sequence[Loss], screen: Console) -> Non
     compared = sum(bool(row.rounds) for row in result.rows)
     for loss in slower:
         screen.print(Text.assemble(("slower: ", STATUS_STYLES["problem"]), str(loss)))
-    screen.print(Text(f"{compared} configurations compared, {len(slower)} slower than the noise of both runs", style="bold"))
+    screen.print(
+        Text(
+            f"{compared} configurations compared, {len(slower)} slower than the noise of both runs",
+            style="bold",
+        )
+    )

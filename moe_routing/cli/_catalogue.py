@@ -1,4 +1,7 @@
-"""Every name that ``get_router`` takes, with its formula and source, found without importing torch."""
+"""Every name that ``get_router`` takes, with its formula and source.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
 class Entry(NamedTuple):
     """A name that ``get_router`` takes.
 
-    ``kind`` is ``"family"`` or ``"model"``; ``num_experts`` and ``topk`` are the defaults of the model's configuration.
+    ``kind`` is ``"family"`` or ``"model"``; ``num_experts`` and ``topk`` are the defaults of the
+    model's configuration.
     """
 
     name: str
@@ -52,10 +56,19 @@ def catalogue() -> dict[str, Entry]:
     for family, family_spec in known.families.items():
         entries[family] = Entry(family, "family", family_spec.spec, family_spec.source)
         brought_by = known.distribution(family, kind="family")
-        entries |= {name: Entry(name, "model", spec, f"plug-in {brought_by}") for name, spec in family_spec.models.items()}
-    entries |= {name: Entry(name, "family", family_spec.spec, family_spec.source) for name, family_spec in FAMILIES.items()}
+        entries |= {
+            name: Entry(name, "model", spec, f"plug-in {brought_by}")
+            for name, spec in family_spec.models.items()
+        }
+    entries |= {
+        name: Entry(name, "family", family_spec.spec, family_spec.source)
+        for name, family_spec in FAMILIES.items()
+    }
     # A model may be called like its family, as Gemma4 is; `get_router` then gives the model.
-    entries |= {p.name: Entry(p.name, "model", p.spec, p.source, p.num_experts, p.topk) for p in MODELS.values()}
+    entries |= {
+        p.name: Entry(p.name, "model", p.spec, p.source, p.num_experts, p.topk)
+        for p in MODELS.values()
+    }
     return dict(sorted(entries.items(), key=lambda item: (item[1].kind, item[0])))
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 10
 NOTHING_CHECKED = 2
-"""Exit code where the backend cannot be used on the device, or nothing that was asked for could be checked."""
+"""Exit code if the backend cannot be used on the device, or if nothing could be checked."""
 _NOTHING = {"checked": 0, "declined": 0, "not_run": 0}
 _STYLES = {
     "passed": STATUS_STYLES["ok"],
@@ -40,23 +40,41 @@ _STYLES = {
 
 
 def conformance(  # noqa: PLR0913 -- the options of the command
-    backend: Annotated[str, typer.Argument(help="Name of the backend, as `moe-routing doctor` lists it.")],
+    backend: Annotated[
+        str, typer.Argument(help="Name of the backend, as `moe-routing doctor` lists it.")
+    ],
     *,
-    device: Annotated[str, typer.Option(help="The device to check it on: cpu, cuda:0, xpu, ...")] = "cpu",
-    operation: Annotated[str, typer.Option(help="The operation whose contract is checked.")] = "route",
-    full: Annotated[bool, typer.Option("--full", help="All sizes and dtypes, not a pairwise sample of them.")] = False,
+    device: Annotated[
+        str, typer.Option(help="The device to check it on: cpu, cuda:0, xpu, ...")
+    ] = "cpu",
+    operation: Annotated[
+        str, typer.Option(help="The operation whose contract is checked.")
+    ] = "route",
+    full: Annotated[
+        bool, typer.Option("--full", help="All sizes and dtypes, not a pairwise sample of them.")
+    ] = False,
     clause: Annotated[
-        list[int] | None, typer.Option(help="Only this clause of the contract (route: 0 to 15); repeatable.")
+        list[int] | None,
+        typer.Option(help="Only this clause of the contract (route: 0 to 15); repeatable."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Draw the cases that are in no list from this seed, not from a new one.")
+        int | None,
+        typer.Option(help="Draw the cases that are in no list from this seed, not from a new one."),
     ] = None,
     report: Annotated[
-        list[Path] | None, typer.Option(help="Write a report: NAME.html, NAME.json or NAME.xml (JUnit); may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            help="Write a report: NAME.html, NAME.json or NAME.xml (JUnit); may be repeated."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON report, for programs.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON report, for programs.")
+    ] = False,
 ) -> None:
-    """Check a backend against the whole contract; exit code 0 if it conforms, 1 if not, 2 if nothing was checked."""
+    """Check a backend against the whole contract.
+
+    Exit code 0 if it conforms, 1 if not, 2 if nothing was checked.
+    """
     from moe_routing.conformance.contract import contract_of
     from moe_routing.conformance.report import WRITERS, write
 
@@ -71,7 +89,9 @@ def conformance(  # noqa: PLR0913 -- the options of the command
             msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {str(path)!r}"
             raise UsageError(msg)
         check_writable("--report", path)
-    outcome = _run(backend, device, operation, "full" if full else "quick", clause, seed, as_json=as_json)
+    outcome = _run(
+        backend, device, operation, "full" if full else "quick", clause, seed, as_json=as_json
+    )
     screen = console()
     if as_json:
         print_json(outcome.to_dict())
@@ -89,7 +109,14 @@ def conformance(  # noqa: PLR0913 -- the options of the command
 
 
 def _run(  # noqa: PLR0913, PLR0917 -- the options of the command
-    backend: str, device: str, operation: str, profile: Profile, clauses: list[int] | None, seed: int | None, *, as_json: bool
+    backend: str,
+    device: str,
+    operation: str,
+    profile: Profile,
+    clauses: list[int] | None,
+    seed: int | None,
+    *,
+    as_json: bool,
 ) -> Report:
     import moe_routing
     from moe_routing.conformance.runner import NotUsableError
@@ -99,14 +126,27 @@ def _run(  # noqa: PLR0913, PLR0917 -- the options of the command
         return _with_progress(backend, device, operation, profile, clauses, seed)
     except NotUsableError as error:
         if as_json:
-            print_json({"ok": False, "backend": backend, "device": device, "verdict": str(error), "counts": _NOTHING})
+            print_json(
+                {
+                    "ok": False,
+                    "backend": backend,
+                    "device": device,
+                    "verdict": str(error),
+                    "counts": _NOTHING,
+                }
+            )
         else:
             console().print(str(error), soft_wrap=True)
         raise typer.Exit(NOTHING_CHECKED) from error
 
 
 def _with_progress(  # noqa: PLR0913, PLR0917 -- the options of the command
-    backend: str, device: str, operation: str, profile: Profile, clauses: list[int] | None, seed: int | None
+    backend: str,
+    device: str,
+    operation: str,
+    profile: Profile,
+    clauses: list[int] | None,
+    seed: int | None,
 ) -> Report:
     from moe_routing.conformance.runner import run
 
@@ -114,11 +154,24 @@ def _with_progress(  # noqa: PLR0913, PLR0917 -- the options of the command
         task = bar.add_task("conformance", total=None)
 
         def advance(result: Result, done: int, total: int) -> None:
-            bar.update(task, description=f"{result.clause:2d} {result.check:<48}", completed=done, total=total)
+            bar.update(
+                task,
+                description=f"{result.clause:2d} {result.check:<48}",
+                completed=done,
+                total=total,
+            )
             if result.status == "failed" and not bar.disable:
                 bar.console.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
 
-        return run(backend, device, operation=operation, profile=profile, clauses=clauses, seed=seed, on_result=advance)
+        return run(
+            backend,
+            device,
+            operation=operation,
+            profile=profile,
+            clauses=clauses,
+            seed=seed,
+            on_result=advance,
+        )
 
 
 def _show(report: Report, screen: Console) -> None:
@@ -129,7 +182,10 @@ def _show(report: Report, screen: Console) -> None:
         (
             str(number),
             report.clauses[number].rule,
-            *(Text(str(report.count(s, clause=number) or ""), style=_STYLES[s], justify="right") for s in shown),
+            *(
+                Text(str(report.count(s, clause=number) or ""), style=_STYLES[s], justify="right")
+                for s in shown
+            ),
         )
         for number in sorted({result.clause for result in report.results})
     ]
@@ -140,7 +196,9 @@ def _show(report: Report, screen: Console) -> None:
         screen.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
         screen.print(f"    {result.message.partition(chr(10))[0]}", soft_wrap=True)
     if len(report.failed) > _SHOWN:
-        screen.print(f"and {len(report.failed) - _SHOWN} more; --report failures.html lists them all")
+        screen.print(
+            f"and {len(report.failed) - _SHOWN} more; --report failures.html lists them all"
+        )
     for capability, reason in report.gaps.items():
         screen.print(Text(f"gap: {capability}: {reason}", style=_STYLES["gap"]))
     screen.print(Text(f"{report.backend} {report.verdict}", style="bold"), soft_wrap=True)

@@ -14,11 +14,21 @@ from moe_routing_registry import UnknownNameError
 
 def doctor(  # noqa: PLR0913 -- the options of the command
     *,
-    device: Annotated[str | None, typer.Option(help="Only this device, which must be here: cpu, cuda:0, xpu, ...")] = None,
-    router: Annotated[str | None, typer.Option(help="Judge backends by this model or family, instead of gemma4.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare every available backend with the oracle.")] = False,
-    check: Annotated[list[str] | None, typer.Option(help="Run only this check; may be repeated.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also tracebacks, and checks that do not apply.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Only this device, which must be here: cpu, cuda:0, xpu, ...")
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option(help="Judge backends by this model or family, instead of gemma4.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every available backend with the oracle.")
+    ] = False,
+    check: Annotated[
+        list[str] | None, typer.Option(help="Run only this check; may be repeated.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also tracebacks, and checks that do not apply.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Examine devices, toolchains, backends and plug-ins; say what to fix, and how."""

@@ -11,7 +11,17 @@ from rich.padding import Padding
 from rich.text import Text
 
 from moe_routing.cli._catalogue import look_up
-from moe_routing.cli._show import STATE_STYLES, Unusable, UsageError, command, console, count, mark, print_json, table
+from moe_routing.cli._show import (
+    STATE_STYLES,
+    Unusable,
+    UsageError,
+    command,
+    console,
+    count,
+    mark,
+    print_json,
+    table,
+)
 from moe_routing.probing import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import Request, RoutingProblem
 
@@ -34,14 +44,31 @@ class Dtype(str, Enum):
 
 
 def explain(  # noqa: PLR0913 -- the options of the command
-    router: Annotated[str, typer.Argument(metavar="ROUTER", help="A model or family; `moe-routing list` shows them.")],
+    router: Annotated[
+        str,
+        typer.Argument(metavar="ROUTER", help="A model or family; `moe-routing list` shows them."),
+    ],
     *,
     device: Annotated[str, typer.Option(help="The device: cpu, cuda:0, xpu, mps, ...")] = "cpu",
     num_experts: Annotated[
-        int | None, typer.Option("--num-experts", "-e", parser=count, metavar="E", help="Experts; the model's own, else 128.")
+        int | None,
+        typer.Option(
+            "--num-experts",
+            "-e",
+            parser=count,
+            metavar="E",
+            help="Experts; the model's own, else 128.",
+        ),
     ] = None,
     topk: Annotated[
-        int | None, typer.Option("--topk", "-k", parser=count, metavar="K", help="Experts a token; the model's own, else 8.")
+        int | None,
+        typer.Option(
+            "--topk",
+            "-k",
+            parser=count,
+            metavar="K",
+            help="Experts a token; the model's own, else 8.",
+        ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the logits.")] = Dtype.BFLOAT16,
     backend: Annotated[str | None, typer.Option(help="This backend or none.")] = None,
@@ -51,9 +78,18 @@ def explain(  # noqa: PLR0913 -- the options of the command
     entry = look_up(router)
     if backend is not None:
         _require_backend(backend)
-    report = _ask(entry, device, num_experts or entry.num_experts, topk or entry.topk, dtype.value, backend)
+    report = _ask(
+        entry, device, num_experts or entry.num_experts, topk or entry.topk, dtype.value, backend
+    )
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "router": router, "formula": entry.spec.formula, **report.to_dict()})
+        print_json(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "router": router,
+                "formula": entry.spec.formula,
+                **report.to_dict(),
+            }
+        )
     else:
         _show(console(), entry, device, report)
     raise typer.Exit(0 if report.winner else 1)
@@ -66,7 +102,12 @@ def _require_backend(name: str) -> None:
 
 
 def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command
-    entry: Entry, device: str, num_experts: int | None, topk: int | None, dtype: str, backend: str | None
+    entry: Entry,
+    device: str,
+    num_experts: int | None,
+    topk: int | None,
+    dtype: str,
+    backend: str | None,
 ) -> ResolutionReport:
     import moe_routing
 
@@ -76,9 +117,14 @@ def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command
     except UnknownDeviceError:
         raise
     except Exception as error:  # a broken torch raises anything at import
-        msg = f"torch cannot be used ({type(error).__name__}: {error}); `moe-routing doctor` says more"
+        msg = (
+            f"torch cannot be used ({type(error).__name__}: {error}); "
+            "`moe-routing doctor` says more"
+        )
         raise Unusable(msg) from error
-    report = moe_routing.explain(entry.name, device=device, num_experts=num_experts, topk=topk, dtype=dtype, backend=backend)
+    report = moe_routing.explain(
+        entry.name, device=device, num_experts=num_experts, topk=topk, dtype=dtype, backend=backend
+    )
     if report.problem is None:
         kind, _, sentence = report.error.partition(": ")
         if kind == "ValueError":  # E, K and the family do not go together
@@ -102,13 +148,27 @@ def _show(screen: Console, entry: Entry, device: str, report: ResolutionReport) 
     rows = [
         (name, Text(state, style=STATE_STYLES[state]), code, reason)
         for name, state, code, reason in (
-            *((c.name, "selected", "", report.why) for c in report.eligible if c.name == report.winner),
+            *(
+                (c.name, "selected", "", report.why)
+                for c in report.eligible
+                if c.name == report.winner
+            ),
             *((c.name, "available", "", "") for c in report.eligible if c.name != report.winner),
-            *((r.name, "rejected", r.verdict.code.value if r.verdict.code else "", r.verdict.reason) for r in report.rejected),
+            *(
+                (
+                    r.name,
+                    "rejected",
+                    r.verdict.code.value if r.verdict.code else "",
+                    r.verdict.reason,
+                )
+                for r in report.rejected
+            ),
         )
     ]
     if rows:
-        screen.print(table(None, "Name", "State", "Code", "Why", rows=rows, whole=("Name", "State", "Code")))
+        screen.print(
+            table(None, "Name", "State", "Code", "Why", rows=rows, whole=("Name", "State", "Code"))
+        )
     for rejection in report.rejected:
         if rejection.verdict.fix:
             screen.print(Text(f"to use {rejection.name}:"))

@@ -20,18 +20,23 @@ Examples = tuple[tuple[str, str], ...]
 class Group(TyperGroup):
     """The program itself."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- click's classes, or typer's copy of them
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- click's or typer's
         """Print the help and the examples."""
         examples = (
             ("moe-routing doctor", "what is here, what is missing, and the command that fixes it"),
             ("moe-routing list deepseek", "the names that get_router takes, with their formulas"),
-            ("moe-routing explain gemma4 --device cuda:0", "which backend would route there, and why"),
+            (
+                "moe-routing explain gemma4 --device cuda:0",
+                "which backend would route there, and why",
+            ),
         )
         _teach(self, super().format_help, ctx, formatter, examples)
 
 
 def taught(*examples: tuple[str, str]) -> type[TyperCommand]:
-    """Return a class of command whose help ends in these examples: pairs of a command line and what it is for.
+    """Return a class of command whose help ends in these examples.
+
+    Pairs of a command line and what it is for.
 
     While such a command runs, stdout is reserved for its answer.
     """
@@ -54,10 +59,17 @@ def _teach(
     formatter: Any,  # noqa: ANN401 -- likewise
     examples: Examples,
 ) -> None:
-    """Print the help, then the examples, each command whole on its own line, what it is for on the next."""
+    """Print the help, then the examples.
+
+    Each command is on one line, unbroken; its purpose is on the next line.
+    """
     lines = [
         "Examples",
-        *(f"{indent}{text}" for pair in examples for indent, text in zip(("  ", "      "), pair, strict=True)),
+        *(
+            f"{indent}{text}"
+            for pair in examples
+            for indent, text in zip(("  ", "      "), pair, strict=True)
+        ),
         "",
     ]
     screen = console()

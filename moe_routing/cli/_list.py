@@ -21,9 +21,13 @@ SCHEMA_VERSION = 1
 
 
 def list_routers(
-    containing: Annotated[str, typer.Argument(metavar="[TEXT]", help="Only names that contain this.")] = "",
+    containing: Annotated[
+        str, typer.Argument(metavar="[TEXT]", help="Only names that contain this.")
+    ] = "",
     *,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also where each model's formula comes from.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also where each model's formula comes from.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """List families and model names with their formula and source."""
@@ -32,7 +36,9 @@ def list_routers(
         msg = f"no family or model has {containing!r} in its name; `moe-routing list` shows all"
         raise UsageError(msg)
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "routers": [entry.to_dict() for entry in found]})
+        print_json(
+            {"schema_version": SCHEMA_VERSION, "routers": [entry.to_dict() for entry in found]}
+        )
         return
     screen = console()
     families = [entry for entry in found if entry.kind == "family"]
@@ -45,7 +51,10 @@ def list_routers(
         screen.print(Text("Models, by formula", style="bold underline"))
         for names, formula, sources in _by_formula(models):
             _block(screen, names, formula, *(sources if verbose or containing else ()))
-    screen.print("In formulas: l logits, b selection bias, E experts, K top-k, w weights, ids the experts chosen.")
+    screen.print(
+        "In formulas: l logits, b selection bias, E experts, K top-k, w weights, "
+        "ids the experts chosen."
+    )
 
 
 def _by_formula(models: list[Entry]) -> list[tuple[str, str, list[str]]]:
@@ -53,7 +62,11 @@ def _by_formula(models: list[Entry]) -> list[tuple[str, str, list[str]]]:
     for entry in models:
         groups[entry.spec.family, entry.spec.formula].append(entry)
     return [
-        (", ".join(e.name for e in group), formula, [f"{e.name}: {e.source}" for e in group if e.source])
+        (
+            ", ".join(e.name for e in group),
+            formula,
+            [f"{e.name}: {e.source}" for e in group if e.source],
+        )
         for (_, formula), group in sorted(groups.items())
     ]
 

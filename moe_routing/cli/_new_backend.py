@@ -13,8 +13,12 @@ _RESERVED = ("all", "none")
 
 
 def new_backend(
-    name: Annotated[str, typer.Argument(help="Name of the backend: lower case words joined by hyphens.")],
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where to write it: a new or an empty directory.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of the backend: lower case words joined by hyphens.")
+    ],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="Where to write it: a new or an empty directory.")
+    ],
 ) -> None:
     """Write a distribution with a backend that works and conforms, to start from."""
     from moe_routing._registry import registry
@@ -22,7 +26,10 @@ def new_backend(
 
     known = registry()
     if name in {*known.backends, *(failure.name for failure in known.failures), *_RESERVED}:
-        msg = f"name: expected one that is free, got {name!r}, which is taken; `moe-routing doctor` lists the backends"
+        msg = (
+            f"name: expected one that is free, got {name!r}, which is taken; "
+            "`moe-routing doctor` lists the backends"
+        )
         raise UsageError(msg)
     try:
         written = write(name, directory)
@@ -32,5 +39,9 @@ def new_backend(
     for path in written:
         screen.print(str(path), soft_wrap=True)
     screen.print("Next:")
-    for line in (f"pip install -e {directory}", "moe-routing doctor", f"moe-routing conformance {name}"):
+    for line in (
+        f"pip install -e {directory}",
+        "moe-routing doctor",
+        f"moe-routing conformance {name}",
+    ):
         command(screen, line, indent=2)

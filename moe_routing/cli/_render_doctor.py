@@ -1,6 +1,7 @@
-"""Show an examination: tables of what is here, then every check with the command that fixes it on the next line.
+"""Show an examination: tables of what is here, then every check.
 
-Commands and tracebacks are never wrapped, so that they can be copied; in tables long words fold, none is cut off.
+The command that fixes a check is on the line after it. Commands and tracebacks are never wrapped,
+so that they can be copied; in tables long words fold, none is cut off.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 _GIB = 2**30
 
 
-def render(report: dict[str, Any], console: Console, *, verbose: bool = False, tables: bool = True) -> None:
+def render(
+    report: dict[str, Any], console: Console, *, verbose: bool = False, tables: bool = True
+) -> None:
     """Print the report.
 
     :param report: what ``examine`` returned.
@@ -51,7 +54,9 @@ def _devices(report: dict[str, Any], console: Console) -> None:
     ]
     if rows:
         columns = ("Device", "Name", "Arch", "Memory", "Units", "Warp")
-        console.print(table("Devices", *columns, rows=rows, whole=("Device", "Arch", "Memory", "Warp")))
+        console.print(
+            table("Devices", *columns, rows=rows, whole=("Device", "Arch", "Memory", "Warp"))
+        )
 
 
 def _toolchains(report: dict[str, Any], console: Console) -> None:
@@ -64,25 +69,49 @@ def _toolchains(report: dict[str, Any], console: Console) -> None:
         )
         for toolchain in report["toolchains"]
     ]
-    console.print(table("Toolchains", "Name", "Installed", "Usable", "What", rows=rows, whole=("Name", "Installed", "Usable")))
+    console.print(
+        table(
+            "Toolchains",
+            "Name",
+            "Installed",
+            "Usable",
+            "What",
+            rows=rows,
+            whole=("Name", "Installed", "Usable"),
+        )
+    )
 
 
 def _backends(report: dict[str, Any], console: Console) -> None:
     places = list(report["reports"])
     if not places:
-        known = [(backend["name"], backend["distribution"], backend["summary"]) for backend in report["backends"]]
+        known = [
+            (backend["name"], backend["distribution"], backend["summary"])
+            for backend in report["backends"]
+        ]
         console.print(table("Backends", "Name", "From", "What", rows=known, whole=("Name",)))
         return
     for place in places:
         problem = report["reports"][place]["problem"] or {}
-        size = f" with E={problem['num_experts']} K={problem['topk']} {problem['dtype']}" if problem else ""
+        size = (
+            f" with E={problem['num_experts']} K={problem['topk']} {problem['dtype']}"
+            if problem
+            else ""
+        )
         states = [(backend["name"], backend["devices"][place]) for backend in report["backends"]]
         rows = [
-            (name, Text(state["state"], style=STATE_STYLES[state["state"]]), state["code"] or "", state["reason"])
+            (
+                name,
+                Text(state["state"], style=STATE_STYLES[state["state"]]),
+                state["code"] or "",
+                state["reason"],
+            )
             for name, state in states
         ]
         title = f"Backends for {report['router']}{size} on {place}"
-        console.print(table(title, "Name", "State", "Code", "Why", rows=rows, whole=("Name", "State", "Code")))
+        console.print(
+            table(title, "Name", "State", "Code", "Why", rows=rows, whole=("Name", "State", "Code"))
+        )
         for name, state in states:
             if state["fix"]:
                 console.print(Text(f"to use {name}:"))
@@ -102,9 +131,14 @@ def _operations(report: dict[str, Any], console: Console) -> None:
 
 
 def _environment(report: dict[str, Any], console: Console) -> None:
-    rows = [(variable["name"], variable["value"], variable["meaning"]) for variable in report["environment"]]
+    rows = [
+        (variable["name"], variable["value"], variable["meaning"])
+        for variable in report["environment"]
+    ]
     if rows:
-        console.print(table("Environment variables", "Name", "Value", "Meaning", rows=rows, whole=("Name",)))
+        console.print(
+            table("Environment variables", "Name", "Value", "Meaning", rows=rows, whole=("Name",))
+        )
 
 
 def _checks(report: dict[str, Any], console: Console, *, verbose: bool) -> None:
@@ -113,7 +147,9 @@ def _checks(report: dict[str, Any], console: Console, *, verbose: bool) -> None:
         status = check["status"]
         if status == "skipped" and not verbose:
             continue
-        console.print(mark(console, status) + Text.assemble((f"{check['name']}: ", "bold"), check["summary"]))
+        console.print(
+            mark(console, status) + Text.assemble((f"{check['name']}: ", "bold"), check["summary"])
+        )
         if check["fix"]:
             command(console, check["fix"])
         if verbose and check["details"]:
@@ -128,6 +164,11 @@ def _summary(report: dict[str, Any], *, verbose: bool) -> str:
     if not problems and not warnings:
         return "No problems."
     counts = ((problems, "problem"), (warnings, "warning"))
-    said = ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts if count) + "."
-    hidden = not verbose and any(check["details"] for check in report["checks"] if check["status"] in ("problem", "warning"))
+    said = (
+        ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts if count)
+        + "."
+    )
+    hidden = not verbose and any(
+        check["details"] for check in report["checks"] if check["status"] in ("problem", "warning")
+    )
     return said + (" More with --verbose." if hidden else "")

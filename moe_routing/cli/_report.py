@@ -8,18 +8,35 @@ from typing import Annotated
 import typer
 
 from moe_routing.cli._render_doctor import render
-from moe_routing.cli._show import Unusable, UsageError, check_writable, console, print_json, progress
+from moe_routing.cli._show import (
+    Unusable,
+    UsageError,
+    check_writable,
+    console,
+    print_json,
+    progress,
+)
 
 
 def report(
     *,
-    out: Annotated[Path, typer.Option(metavar="FILE.html", help="Where to write the page.")] = Path("moe-routing-report.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="Where to write the page.")] = Path(
+        "moe-routing-report.html"
+    ),
     device: Annotated[
-        str | None, typer.Option(help="The device to try: cpu, cuda:0, ...; the first accelerator, else the CPU.")
+        str | None,
+        typer.Option(
+            help="The device to try: cpu, cuda:0, ...; the first accelerator, else the CPU."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs, instead of writing the page.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, for programs, instead of writing the page.")
+    ] = False,
 ) -> None:
-    """Write a page about this machine: doctor's findings, conformance, a short benchmark. Takes a minute or two."""
+    """Write a page about this machine: doctor's findings, conformance, a short benchmark.
+
+    Takes a minute or two.
+    """
     from moe_routing.report import gather, to_html
 
     if not as_json:
@@ -29,7 +46,12 @@ def report(
         check_writable("--out", out)
     with progress() as bar:
         task = bar.add_task("report", total=None)
-        gathered = gather(device, lambda what, done, total: bar.update(task, description=what, completed=done, total=total))
+        gathered = gather(
+            device,
+            lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )
     if as_json:
         print_json(gathered.to_dict())
     else:

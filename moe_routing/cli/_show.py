@@ -59,10 +59,18 @@ class Unusable(Exception):  # noqa: N818 -- the tool works; what was asked for d
 
 
 class _Console(Console):
-    """A console on which text is text: no markup in it is read, and nothing in it steers the terminal."""
+    """A console on which text is text.
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render; what plug-ins, files and devices say reaches the terminal here, without its control characters."""
+    No markup in it is read, and nothing in it steers the terminal.
+    """
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render without the control characters of what plug-ins, files and devices say.
+
+        All that they say reaches the terminal here.
+        """
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
@@ -73,10 +81,12 @@ class _Console(Console):
 
 @contextmanager
 def reserved_stdout() -> Iterator[None]:
-    """Keep stdout for the answer: what plug-ins, torch and compilers print meanwhile goes to stderr.
+    """Keep stdout for the answer.
 
-    That includes what goes past ``sys.stdout`` to file descriptor 1, from C++ or from processes that are started. Who asks
-    for input meanwhile reads the end of a file.
+    What plug-ins, torch and compilers print meanwhile goes to stderr.
+
+    That includes what goes past ``sys.stdout`` to file descriptor 1, from C++ or from processes
+    that are started. Who asks for input meanwhile reads the end of a file.
     """
     answer, kept, stdin = sys.stdout, None, sys.stdin
     answer.flush()
@@ -103,19 +113,29 @@ def reserved_stdout() -> Iterator[None]:
 
 
 def _point_stdout_to(stream: TextIO | None) -> None:
-    with Path(os.devnull).open("w", encoding="utf-8") if stream is None else nullcontext(stream) as target:
+    with (
+        Path(os.devnull).open("w", encoding="utf-8")
+        if stream is None
+        else nullcontext(stream) as target
+    ):
         os.dup2(target.fileno(), _STDOUT)
 
 
 def drop_stdout() -> None:
-    """Throw away what stdout still holds and cannot write, so that the end of the process does not try again."""
+    """Drop what stdout still holds and cannot write.
+
+    Otherwise Python would try to write it again at the end of the process.
+    """
     with suppress(OSError, ValueError):
         if sys.stdout.fileno() == _STDOUT:
             _point_stdout_to(None)
 
 
 def leave_stdout() -> None:
-    """Point stdout to stderr for the rest of the process: what plug-ins print at its end is no part of the answer."""
+    """Point stdout to stderr for the rest of the process.
+
+    What plug-ins print at its end is no part of the answer.
+    """
     with suppress(OSError, ValueError):
         if sys.stdout.fileno() == _STDOUT:
             _point_stdout_to(sys.stderr)
@@ -128,7 +148,9 @@ def stdout() -> TextIO:
 
 
 def console() -> Console:
-    """Return a console on stdout: as wide as the terminal, or without limit where the output goes to a program.
+    """Return a console on stdout.
+
+    As wide as the terminal, or without limit where the output goes to a program.
 
     ``COLUMNS`` sets the width of both, from 20 on.
     """
@@ -142,23 +164,39 @@ def console() -> Console:
 def progress() -> Progress:
     """Return a progress bar on stderr, shown where that is a terminal."""
     on = _Console(stderr=True, highlight=False, markup=False, emoji=False)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=on, transient=True, disable=not on.is_terminal)
 
 
 class _Rows:
-    """A table; where the screen is too narrow for it, each row under its first cell, a line or more for each other cell."""
+    """A table, or a list where the screen is too narrow for the table.
+
+    In the list, each row stands under its first cell; each other cell has a line or more.
+    """
 
     def __init__(
-        self, title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], whole: Sequence[str]
+        self,
+        title: str | None,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[str | Text]],
+        whole: Sequence[str],
     ) -> None:
         self._title, self._columns, self._whole = title, columns, whole
-        self._rows = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+        self._rows = [
+            [Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
+        ]
 
     def __rich_console__(self, screen: Console, options: ConsoleOptions) -> RenderResult:
         needed = [["x" * width for width in map(self._least, range(len(self._columns)))]]
         if (
-            Measurement.get(screen, options.update(max_width=_UNLIMITED), self._table(needed, self._columns)).minimum
+            Measurement.get(
+                screen, options.update(max_width=_UNLIMITED), self._table(needed, self._columns)
+            ).minimum
             <= options.max_width
         ):
             yield self._table(self._rows, self._whole)
@@ -175,7 +213,12 @@ class _Rows:
     def _table(self, rows: Iterable[Sequence[str | Text]], whole: Sequence[str]) -> Table:
         title = Text(self._title) if self._title else None
         built = Table(
-            title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
         for column in self._columns:
             built.add_column(Text(column), overflow="fold", no_wrap=column in whole)
@@ -184,15 +227,30 @@ class _Rows:
         return built
 
     def _least(self, at: int) -> int:
-        """Return the width that a column needs: its longest cell, or its longest word where it may be wrapped."""
+        """Return the width that a column needs.
+
+        Its longest cell, or its longest word where it may be wrapped.
+        """
         cells = [row[at].plain for row in self._rows]
         if self._columns[at] in self._whole:
             return max(map(cell_len, [self._columns[at], *cells]))
-        return max(min(cell_len(word), _WORD) for text in [self._columns[at], *cells] for word in text.split() or [""])
+        return max(
+            min(cell_len(word), _WORD)
+            for text in [self._columns[at], *cells]
+            for word in text.split() or [""]
+        )
 
 
-def table(title: str | None, *columns: str, rows: Iterable[Sequence[str | Text]], whole: Sequence[str] = ()) -> RenderableType:
-    """Build a table in which no word is lost; columns in ``whole`` are not broken at all, in the others long words fold."""
+def table(
+    title: str | None,
+    *columns: str,
+    rows: Iterable[Sequence[str | Text]],
+    whole: Sequence[str] = (),
+) -> RenderableType:
+    """Build a table in which no word is lost.
+
+    Columns in ``whole`` are not broken at all, in the others long words fold.
+    """
     return _Rows(title, columns, rows, whole)
 
 
@@ -209,24 +267,36 @@ def check_writable(option: str, path: Path) -> None:
         else:
             tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        msg = f"{option}: expected a file that can be written, got {str(path)!r}: {getattr(error, 'strerror', None) or error}"
+        msg = (
+            f"{option}: expected a file that can be written, got {str(path)!r}: "
+            f"{getattr(error, 'strerror', None) or error}"
+        )
         raise UsageError(msg) from error
 
 
 def words(given: list[str] | None) -> tuple[str, ...]:
-    """Take apart an option that holds a list and may be repeated: words between commas and spaces, each once.
+    """Take apart an option that holds a list and may be repeated.
+
+    Words between commas and spaces, each once.
 
     >>> words(["a,b", "b c"])
     ('a', 'b', 'c')
     """
-    return tuple(dict.fromkeys(word for part in given or () for word in part.replace(",", " ").split()))
+    return tuple(
+        dict.fromkeys(word for part in given or () for word in part.replace(",", " ").split())
+    )
 
 
 def count(text: str) -> int:
-    """Read an integer >= 1; typer's own words for it depend on its version and leave out what came."""
+    """Read an integer >= 1.
+
+    typer's own message depends on the version of typer and leaves out what came.
+    """
     if text.isdecimal() and len(text) <= _DIGITS and int(text) >= 1:
         return int(text)
-    expected = "an integer >= 1" if len(text) <= _DIGITS else f"an integer of at most {_DIGITS} digits"
+    expected = (
+        "an integer >= 1" if len(text) <= _DIGITS else f"an integer of at most {_DIGITS} digits"
+    )
     msg = f"expected {expected}, got {text!r:.60}"
     raise typer.BadParameter(msg)
 
@@ -237,7 +307,10 @@ def command(screen: Console, text: str, indent: int = 4) -> None:
 
 
 def mark(screen: Console, status: str) -> Text:
-    """Return ``[✓]``, ``[!]``, ``[✗]`` or ``[-]``, in ASCII where the output can hold nothing else."""
+    """Return ``[✓]``, ``[!]``, ``[✗]`` or ``[-]``.
+
+    The mark is in ASCII where the output can hold nothing else.
+    """
     marks = _MARKS if screen.encoding.lower().startswith("utf") else _ASCII_MARKS
     return Text.assemble("[", (marks[status], STATUS_STYLES[status]), "] ")
 
@@ -264,4 +337,6 @@ def shortened(error: UnknownNameError) -> str:
     text = str(error)
     if error.kind != "router" or len(error.known) <= _FEW:
         return text
-    return f"{text.partition('Known: ')[0].rstrip()} `moe-routing list` shows all {len(error.known)}"
+    return (
+        f"{text.partition('Known: ')[0].rstrip()} `moe-routing list` shows all {len(error.known)}"
+    )

@@ -20,12 +20,17 @@ if TYPE_CHECKING:
 def transformers(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A model_type of transformers, or a folder with a config.json."),
+        typer.Argument(
+            metavar="MODEL", help="A model_type of transformers, or a folder with a config.json."
+        ),
     ],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Show what patch() would replace in a model of transformers, layer by layer; no weights are read or made."""
+    """Show what patch() would replace in a model of transformers, layer by layer.
+
+    No weights are read or made.
+    """
     report = _patched(model)
     if as_json:
         print_json({"model": model, **report.to_dict()})
@@ -65,7 +70,10 @@ def _config(model: str) -> Any:  # noqa: ANN401 -- a configuration of transforme
     if model in CONFIG_MAPPING:
         return CONFIG_MAPPING[model]()
     if not (Path(model) / "config.json").is_file():
-        msg = f"MODEL: expected a model_type of transformers or a folder with a config.json, got {model!r}"
+        msg = (
+            "MODEL: expected a model_type of transformers or a folder with a config.json, "
+            f"got {model!r}"
+        )
         raise UsageError(msg)
     return AutoConfig.from_pretrained(model)
 
@@ -73,10 +81,17 @@ def _config(model: str) -> Any:  # noqa: ANN401 -- a configuration of transforme
 def _show(screen: Console, model: str, report: PatchReport) -> None:
     if not report.layers:
         screen.print(
-            mark(screen, "problem") + Text(f"{model} has no mixture-of-experts layer with its configuration's values")
+            mark(screen, "problem")
+            + Text(f"{model} has no mixture-of-experts layer with its configuration's values")
         )
         return
     ok = not report.left
-    screen.print(mark(screen, "ok" if ok else "problem") + Text(f"{model}: {str(report).partition(chr(10))[0]}"))
-    rows = [(names, first.router, first.routing or "its own code", first.reason) for names, first in report.runs()]
+    screen.print(
+        mark(screen, "ok" if ok else "problem")
+        + Text(f"{model}: {str(report).partition(chr(10))[0]}")
+    )
+    rows = [
+        (names, first.router, first.routing or "its own code", first.reason)
+        for names, first in report.runs()
+    ]
     screen.print(table(None, "Layers", "Router", "Now", "Why", rows=rows))

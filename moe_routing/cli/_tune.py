@@ -37,22 +37,32 @@ SCHEMA_VERSION = 1
 def tune(  # noqa: PLR0913 -- the options of the command
     *,
     router: Annotated[
-        list[str] | None, typer.Option("--router", "--model", metavar="NAME,...", help="Models or families; gemma4.")
+        list[str] | None,
+        typer.Option("--router", "--model", metavar="NAME,...", help="Models or families; gemma4."),
     ] = None,
-    experts: Annotated[int | None, typer.Option(parser=count, metavar="E", help="Experts; the model's own, else 128.")] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(parser=count, metavar="E", help="Experts; the model's own, else 128."),
+    ] = None,
     topk: Annotated[
-        int | None, typer.Option(parser=count, metavar="K", help="Experts a token; the model's own, else 8.")
+        int | None,
+        typer.Option(parser=count, metavar="K", help="Experts a token; the model's own, else 8."),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(metavar="DTYPE,...", help="Of the logits: bf16, fp16, fp32; bf16.")
+        list[str] | None,
+        typer.Option(metavar="DTYPE,...", help="Of the logits: bf16, fp16, fp32; bf16."),
     ] = None,
     tokens: Annotated[
-        list[str] | None, typer.Option(metavar="T,...", help="Numbers of tokens; a quarter apart, 1 to 250000.")
+        list[str] | None,
+        typer.Option(metavar="T,...", help="Numbers of tokens; a quarter apart, 1 to 250000."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda:0, ...; the first accelerator.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Measure which launch serves how many tokens best on this device, and keep it; exit code 1 if one computed wrong."""
+    """Measure which launch serves how many tokens best on this device, and keep it.
+
+    Exit code 1 if one computed wrong.
+    """
     found: list[dict[str, Any]] = []
     place = None
     try:
@@ -60,16 +70,27 @@ def tune(  # noqa: PLR0913 -- the options of the command
         names = words(router) or ("gemma4",)
         dtypes = [_dtype(word) for word in words(dtype)] or ["bfloat16"]
         sizes = [_tokens(word) for word in words(tokens)]
-        asked = [(name, _chosen(name, place, experts, topk, kind)) for name in names for kind in dtypes]
+        asked = [
+            (name, _chosen(name, place, experts, topk, kind)) for name in names for kind in dtypes
+        ]
         place = str(asked[0][1].device)
         _measure(asked, sizes, found)
     except Exception as error:
         if as_json:
             said = shortened(error) if isinstance(error, UnknownNameError) else str(error)
-            print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": said})
+            print_json(
+                {
+                    "schema_version": SCHEMA_VERSION,
+                    "device": place,
+                    "problems": found,
+                    "error": said,
+                }
+            )
         raise
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": ""})
+        print_json(
+            {"schema_version": SCHEMA_VERSION, "device": place, "problems": found, "error": ""}
+        )
     else:
         screen = console()
         for one in found:
@@ -94,7 +115,9 @@ def _tokens(word: str) -> int:
         raise UsageError(msg) from error
 
 
-def _chosen(name: str, device: str, experts: int | None, topk: int | None, dtype: str) -> ResolutionReport:
+def _chosen(
+    name: str, device: str, experts: int | None, topk: int | None, dtype: str
+) -> ResolutionReport:
     """Ask which backend routes this; it must be one that can be tuned."""
     import moe_routing
     from moe_routing._registry import registry
@@ -102,10 +125,15 @@ def _chosen(name: str, device: str, experts: int | None, topk: int | None, dtype
     entry = look_up(name)
     moe_routing.probe(device)  # a device that is not here is an error of its own
     experts = experts or entry.num_experts
-    report = moe_routing.explain(name, device=device, num_experts=experts, topk=topk or entry.topk, dtype=dtype)
+    report = moe_routing.explain(
+        name, device=device, num_experts=experts, topk=topk or entry.topk, dtype=dtype
+    )
     if report.problem is None:
         raise UsageError(report.error.partition(": ")[2] or report.error)
-    if report.winner is None or report.problem.operation not in registry().backends[report.winner].tuners:
+    if (
+        report.winner is None
+        or report.problem.operation not in registry().backends[report.winner].tuners
+    ):
         raise Unusable(_refusal(report))
     return report
 
@@ -119,38 +147,73 @@ def _refusal(report: ResolutionReport) -> str:
         for backend in registry().backends.values()
         if report.problem and report.problem.operation in backend.tuners
     ]
-    routes = f"{report.winner} routes, which has nothing to tune" if report.winner else "no backend routes"
+    routes = (
+        f"{report.winner} routes, which has nothing to tune"
+        if report.winner
+        else "no backend routes"
+    )
     missed = [rejection for name in tunable if (rejection := report.rejection(name)) is not None]
     reasons = "; ".join(f"{rejection.name} {rejection.verdict.reason}" for rejection in missed)
-    fixes = [rejection.verdict.fix for rejection in missed if rejection.verdict.fix] or ["moe-routing doctor"]
-    return f"nothing to tune on {report.device}: {routes}; {reasons or 'no backend can be tuned'}; try: {fixes[0]}"
+    fixes = [rejection.verdict.fix for rejection in missed if rejection.verdict.fix] or [
+        "moe-routing doctor"
+    ]
+    return (
+        f"nothing to tune on {report.device}: {routes}; "
+        f"{reasons or 'no backend can be tuned'}; try: {fixes[0]}"
+    )
 
 
-def _measure(asked: Sequence[tuple[str, ResolutionReport]], sizes: Sequence[int], found: list[dict[str, Any]]) -> None:
+def _measure(
+    asked: Sequence[tuple[str, ResolutionReport]], sizes: Sequence[int], found: list[dict[str, Any]]
+) -> None:
     """Tune one problem after another; what was measured before one fails stays in ``found``."""
     from moe_routing._registry import registry
 
     with progress() as bar:
         for router, report in asked:
-            assert isinstance(report.problem, RoutingProblem)  # noqa: S101 -- for mypy: `_chosen` saw to it
-            assert report.winner is not None  # noqa: S101 -- likewise
+            assert isinstance(report.problem, RoutingProblem)  # noqa: S101 -- `_chosen` saw to it
+            assert report.winner is not None  # noqa: S101 -- for mypy
             problem = report.problem
             name = f"{router} {problem.num_experts}/{problem.topk} {problem.dtype}"
             task = bar.add_task(name, total=None)
 
-            def advance(what: str, done: int, total: int, *, task: Any = task, name: str = name) -> None:  # noqa: ANN401 -- rich's id
+            def advance(
+                what: str,
+                done: int,
+                total: int,
+                *,
+                task: Any = task,  # noqa: ANN401 -- rich's id
+                name: str = name,
+            ) -> None:
                 bar.update(task, description=f"{name}, {what}", completed=done, total=total)
 
             try:
                 with contained("its tuner"):
                     measure: Callable[..., Any] = registry().tuner(report.winner, problem.operation)
-                    tuned = measure(problem, report.device, **({"tokens": sizes} if sizes else {}), on_step=advance)
+                    tuned = measure(
+                        problem,
+                        report.device,
+                        **({"tokens": sizes} if sizes else {}),
+                        on_step=advance,
+                    )
                     measured = tuned.to_dict()
             except PluginFailure as failure:
                 msg = f"{name} on {report.device}: {report.winner}: {failure.sentence}"
                 raise Unusable(msg) from failure
-            shape = {"num_experts": problem.num_experts, "topk": problem.topk, "dtype": problem.dtype}
-            found.append({"operation": problem.operation, "router": router, **shape, "backend": report.winner, **measured})
+            shape = {
+                "num_experts": problem.num_experts,
+                "topk": problem.topk,
+                "dtype": problem.dtype,
+            }
+            found.append(
+                {
+                    "operation": problem.operation,
+                    "router": router,
+                    **shape,
+                    "backend": report.winner,
+                    **measured,
+                }
+            )
 
 
 def _show(one: dict[str, Any], screen: Console) -> None:
@@ -164,7 +227,10 @@ def _show(one: dict[str, Any], screen: Console) -> None:
         )
         for timed in one["timed"]
     ]
-    title = f"{one['router']}, E={one['num_experts']} K={one['topk']} {one['dtype']}, microseconds in a CUDA graph"
+    title = (
+        f"{one['router']}, E={one['num_experts']} K={one['topk']} {one['dtype']}, "
+        "microseconds in a CUDA graph"
+    )
     columns = ("T", "fastest", "us", "before", "us before")
     screen.print(table(title, *columns, rows=rows, whole=("T", "us", "us before")))
     for kind, status in (("wrong", "problem"), ("unusable", "skipped")):

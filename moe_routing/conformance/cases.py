@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from moe_routing.reference.compare import Operands
     from moe_routing_registry import RoutingSpec
 
-Layout = Literal["contiguous", "sliced", "offset", "transposed", "every_second", "repeated_row", "constant_row"]
+Layout = Literal[
+    "contiguous", "sliced", "offset", "transposed", "every_second", "repeated_row", "constant_row"
+]
 LAYOUTS: tuple[Layout, ...] = (
     "contiguous", "sliced", "offset", "transposed", "every_second", "repeated_row", "constant_row",
 )  # fmt: skip
 Profile = Literal["smoke", "quick", "full"]
-"""``smoke`` is for doctor and for the mutants (seconds), ``quick`` for every change, ``full`` for a release."""
+"""Which cases run.
+
+``smoke`` is for doctor and for the mutants (seconds), ``quick`` for every change, ``full`` for a
+release.
+"""
 
 _VOCABULARY = 97
 _OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -72,9 +78,21 @@ class Case:
     def id(self) -> str:
         """A name for test ids: only what differs from the usual is in it."""
         tokens = f"T{self.num_tokens}" if self.kind == "ordinary" else self.kind
-        words = [self.variant.replace("/", "."), f"E{self.num_experts}", f"K{self.topk}", tokens, self.dtype]
-        words += [word for word in (self.layout, self.ids_dtype) if word not in ("contiguous", "int32")]
-        words += [f"valid_{self.valid}"] * (self.valid != "all") + ["mapped"] * self.mapped + ["out"] * self.out
+        words = [
+            self.variant.replace("/", "."),
+            f"E{self.num_experts}",
+            f"K{self.topk}",
+            tokens,
+            self.dtype,
+        ]
+        words += [
+            word for word in (self.layout, self.ids_dtype) if word not in ("contiguous", "int32")
+        ]
+        words += (
+            [f"valid_{self.valid}"] * (self.valid != "all")
+            + ["mapped"] * self.mapped
+            + ["out"] * self.out
+        )
         words += [] if self.seed is None else [f"seed{self.seed}"]
         return "-".join(words)
 
@@ -95,7 +113,10 @@ class Case:
         )
 
     def generator(self) -> torch.Generator:
-        """Return a generator seeded by the case's words, hence the same on every machine and in every order."""
+        """Return a generator that is seeded by the case's id.
+
+        So it is the same on every machine and in every order.
+        """
         return torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
 
     def logits(self, generator: torch.Generator) -> tuple[Tensor, list[str]]:
@@ -123,7 +144,10 @@ class Case:
 
 @dataclass(slots=True)
 class Call:
-    """The arguments of one routing call; ``labels`` names the kind of each row, where rows are of a kind."""
+    """The arguments of one routing call.
+
+    ``labels`` names the kind of each row, where rows are of a kind.
+    """
 
     spec: RoutingSpec
     logits: Tensor
@@ -145,7 +169,9 @@ class Call:
     def exact(self) -> RoutingOutput:
         """Route in float64."""
         home = exact_device(self.logits)
-        return oracle.route(self.spec, self.logits.detach().to(home), self.topk, **on_device(self.operands, home))
+        return oracle.route(
+            self.spec, self.logits.detach().to(home), self.topk, **on_device(self.operands, home)
+        )
 
 
 def on_device(operands: Operands, device: torch.device | str) -> Operands:
@@ -155,34 +181,49 @@ def on_device(operands: Operands, device: torch.device | str) -> Operands:
 
 
 def make_operands(case: Case, num_tokens: int, generator: torch.Generator) -> Operands:
-    """Return what the case's spec takes; float operands come in several dtypes, from case to case."""
+    """Return what the case's spec takes.
+
+    Float operands come in several dtypes, from case to case.
+    """
     spec, num_experts = case.spec, case.num_experts
     dtype = _OPERAND_DTYPES[int(torch.randint(3, (1,), generator=generator))]
     integer = (torch.int32, torch.int64)[int(torch.randint(2, (1,), generator=generator))]
     operands: Operands = {}
     if spec.needs_bias:
-        # Of the order of the differences between scores, so that it changes some selections and not all.
-        spread = 1 / num_experts if spec.score == "softmax" and spec.selection == "scores_plus_bias" else 0.3
+        # Of the order of the differences between scores, so that it changes some selections and not
+        # all.
+        spread = (
+            1 / num_experts
+            if spec.score == "softmax" and spec.selection == "scores_plus_bias"
+            else 0.3
+        )
         operands["bias"] = (torch.randn(num_experts, generator=generator) * spread).to(dtype)
     if spec.per_expert_scale:
-        operands["per_expert_scale"] = (0.25 + 1.5 * torch.rand(num_experts, generator=generator)).to(dtype)
+        operands["per_expert_scale"] = (
+            0.25 + 1.5 * torch.rand(num_experts, generator=generator)
+        ).to(dtype)
     if spec.selection == "token_table":
         order = torch.rand(_VOCABULARY, num_experts, generator=generator).argsort(-1)
         operands["expert_table"] = order[:, : case.topk].to(integer).contiguous()
-        operands["token_ids"] = torch.randint(_VOCABULARY, (num_tokens,), generator=generator).to(integer)
+        operands["token_ids"] = torch.randint(_VOCABULARY, (num_tokens,), generator=generator).to(
+            integer
+        )
     if case.mapped:
         slots = num_experts + spec.shared_experts
         operands["expert_map"] = torch.randperm(2 * slots, generator=generator)[:slots].to(integer)
     if case.valid != "all":
         valid = int(torch.randint(num_tokens + 1, (1,), generator=generator))
-        operands["num_valid_tokens"] = valid if case.valid == "int" else torch.tensor([valid], dtype=integer)
+        operands["num_valid_tokens"] = (
+            valid if case.valid == "int" else torch.tensor([valid], dtype=integer)
+        )
     return operands
 
 
 def laid_out(logits: Tensor, layout: Layout) -> Tensor:
     """Return the same values in memory laid out in that way, among values that must not be read.
 
-    ``"repeated_row"`` and ``"constant_row"`` keep only the first row, or the first column, and expand it.
+    ``"repeated_row"`` and ``"constant_row"`` keep only the first row, or the first column, and
+    expand it.
     """
     num_tokens, num_experts = logits.shape
     if layout == "contiguous":
@@ -199,7 +240,9 @@ def laid_out(logits: Tensor, layout: Layout) -> Tensor:
         "offset": ((num_tokens + 5, num_experts), (slice(5, None), slice(None))),
         "every_second": ((num_tokens, 2 * num_experts), (slice(None), slice(None, None, 2))),
     }[layout]
-    around = torch.full(shape, torch.finfo(logits.dtype).max, dtype=logits.dtype, device=logits.device)
+    around = torch.full(
+        shape, torch.finfo(logits.dtype).max, dtype=logits.dtype, device=logits.device
+    )
     inside = around[view]
     inside.copy_(logits)
     return inside

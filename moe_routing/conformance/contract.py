@@ -1,4 +1,7 @@
-"""``Contract``: the clauses of one operation, and the checks that hold a backend to them. Imports no torch."""
+"""``Contract``: the clauses of one operation, and the checks that hold a backend to them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +77,8 @@ class Contract:
     """What every backend that has a factory for an operation must pass.
 
     :ivar clauses: the clauses by number.
-    :ivar problems: returns problems of ordinary sizes. A backend that declines each of them, and not for its family, dtype,
-        size, layout or gradients, cannot be used on the device at all.
+    :ivar problems: returns problems of ordinary sizes. A backend that declines each of them, and
+        not for its family, dtype, size, layout or gradients, cannot be used on the device at all.
     :ivar checks: what ``check`` entered.
 
     >>> contract = Contract({}, list)
@@ -92,12 +95,18 @@ class Contract:
 
     def check(
         self, clause: int, cases: Callable[[Profile], Iterable[Named]], *, capability: str = ""
-    ) -> Callable[[Callable[[BackendUnderTest, Any], None]], Callable[[BackendUnderTest, Any], None]]:
+    ) -> Callable[
+        [Callable[[BackendUnderTest, Any], None]], Callable[[BackendUnderTest, Any], None]
+    ]:
         """Enter a function as a check of a clause."""
 
-        def enter(function: Callable[[BackendUnderTest, Any], None]) -> Callable[[BackendUnderTest, Any], None]:
+        def enter(
+            function: Callable[[BackendUnderTest, Any], None],
+        ) -> Callable[[BackendUnderTest, Any], None]:
             sentence = (function.__doc__ or "").partition("\n")[0]
-            self.checks.append(Check(clause, function.__name__, sentence, function, cases, capability))
+            self.checks.append(
+                Check(clause, function.__name__, sentence, function, cases, capability)
+            )
             return function
 
         return enter

@@ -1,7 +1,7 @@
 """Cases that are in no list: sizes, dtypes and layouts drawn at random, from one seed for a run.
 
-The seed is new in every run, unless it is given, and it is in the id of every drawn case and in the report. The same seed
-draws the same cases with the same values.
+The seed is new in every run, unless it is given, and it is in the id of every drawn case and in the
+report. The same seed draws the same cases with the same values.
 """
 
 from __future__ import annotations

@@ -30,13 +30,17 @@ def files(name: str) -> dict[str, str]:
         "tests/test_conformance.py": "test_conformance.py.txt",
     }
     return {
-        place: Template((_TEMPLATE / source).read_text(encoding="utf-8")).substitute(name=name, package=package)
+        place: Template((_TEMPLATE / source).read_text(encoding="utf-8")).substitute(
+            name=name, package=package
+        )
         for place, source in places.items()
     }
 
 
 def write(name: str, directory: str | Path) -> list[Path]:
-    """Write the distribution into a directory that does not exist yet, or is empty; return the files written.
+    """Write the distribution into a directory that does not exist yet, or is empty.
+
+    Return the files written.
 
     :raises ValueError: the name cannot be, or there is something in the directory.
     """

@@ -1,6 +1,7 @@
-"""The pytest plug-in: four options, and which backend ``pytest --pyargs moe_routing.conformance`` is about.
+"""The pytest plug-in: the four options of ``pytest --pyargs moe_routing.conformance``.
 
-Everybody who has this distribution installed loads this file in every run of pytest, so it imports next to nothing.
+``--moe-backend`` names the backend that is checked. Everybody who has this distribution installed
+loads this file in every run of pytest, so it imports next to nothing.
 """
 
 from __future__ import annotations
@@ -17,14 +18,30 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--moe-backend``, ``--moe-device``, ``--moe-full`` and ``--moe-seed``."""
     group = parser.getgroup("moe-routing", "conformance of a routing backend (moe-routing)")
-    group.addoption("--moe-backend", metavar="NAME", help="the backend that moe_routing.conformance checks")
-    group.addoption("--moe-device", metavar="DEVICE", help="the device that it is checked on (default: cpu)")
-    group.addoption("--moe-full", action="store_true", help="all sizes and dtypes, not a pairwise sample of them")
-    group.addoption("--moe-seed", type=int, metavar="N", help="draws the cases that are in no list (default: a new one)")
+    group.addoption(
+        "--moe-backend", metavar="NAME", help="the backend that moe_routing.conformance checks"
+    )
+    group.addoption(
+        "--moe-device", metavar="DEVICE", help="the device that it is checked on (default: cpu)"
+    )
+    group.addoption(
+        "--moe-full",
+        action="store_true",
+        help="all sizes and dtypes, not a pairwise sample of them",
+    )
+    group.addoption(
+        "--moe-seed",
+        type=int,
+        metavar="N",
+        help="draws the cases that are in no list (default: a new one)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Draw the seed unless it is given; all processes of pytest-xdist draw the same, from the name that it gives the run."""
+    """Draw the seed unless it is given.
+
+    All processes of pytest-xdist draw the same, from the name that it gives the run.
+    """
     if config.option.moe_seed is None:
         run = getattr(config, "workerinput", {}).get("testrunuid")
         numbers = random.SystemRandom() if run is None else random.Random(run)  # noqa: S311 -- not a secret
@@ -36,5 +53,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if collection_path.name != "test_named_backend.py" or config.getoption("--moe-backend"):
         return None
     return (
-        True if collection_path.parent.name == "conformance" and collection_path.parent.parent.name == "moe_routing" else None
+        True
+        if collection_path.parent.name == "conformance"
+        and collection_path.parent.parent.name == "moe_routing"
+        else None
     )

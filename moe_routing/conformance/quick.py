@@ -1,4 +1,7 @@
-"""The kit's quick part: a few seconds a backend, for ``moe-routing doctor --verify``; needs no pytest."""
+"""The kit's quick part: a few seconds a backend, for ``moe-routing doctor --verify``.
+
+Needs no pytest.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Finding:
 
 
 CHECKS = (
-    "it_serves_the_families_on_its_card",
+    "it_serves_the_families_that_its_spec_names",
     "ids_come_in_exact_order",
     "equal_scores_go_to_the_lower_id",
     "nan_and_inf_follow_the_rule",
@@ -46,9 +49,12 @@ CHECKS = (
 
 
 def verify(backend: str, device: str = "cpu") -> list[Finding]:
-    """Check the backend against the oracle on one device, in under 5 seconds; never raises for a wrong backend.
+    """Check the backend against the oracle on one device, in under 5 seconds.
 
-    A finding's sentence says on how many cases its check was made. ``dataclasses.asdict`` makes JSON of a finding.
+    Never raises for a wrong backend.
+
+    A finding's sentence says on how many cases its check was made. ``dataclasses.asdict`` makes
+    JSON of a finding.
 
     :raises UnknownNameError: there is no such backend.
 

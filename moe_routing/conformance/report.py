@@ -17,8 +17,22 @@ if TYPE_CHECKING:
     from moe_routing.conformance.runner import Report, Result, Status
 
 STATUSES: tuple[Status, ...] = ("passed", "failed", "gap", "declined", "not_run", "not_applicable")
-_WORST_FIRST: tuple[Status, ...] = ("failed", "gap", "passed", "declined", "not_run", "not_applicable")
-_MARKS = {"passed": "✓", "failed": "✗", "gap": "△", "declined": "-", "not_run": "○", "not_applicable": "·"}
+_WORST_FIRST: tuple[Status, ...] = (
+    "failed",
+    "gap",
+    "passed",
+    "declined",
+    "not_run",
+    "not_applicable",
+)
+_MARKS = {
+    "passed": "✓",
+    "failed": "✗",
+    "gap": "△",
+    "declined": "-",
+    "not_run": "○",
+    "not_applicable": "·",
+}
 _WORDS = {
     "passed": "passed",
     "failed": "failed",
@@ -50,7 +64,9 @@ def to_json(report: Report) -> str:
 
 def to_junit(report: Report) -> str:
     """Return JUnit's XML: a test suite a clause, a test case a check and case."""
-    root = ET.Element("testsuites", name=f"moe-routing conformance {report.backend}", time=f"{report.seconds:.3f}")
+    root = ET.Element(
+        "testsuites", name=f"moe-routing conformance {report.backend}", time=f"{report.seconds:.3f}"
+    )
     for clause, results in sorted(_by(report.results, lambda r: r.clause).items()):
         suite = ET.SubElement(
             root,
@@ -65,15 +81,25 @@ def to_junit(report: Report) -> str:
         )
         for result in results:
             case = ET.SubElement(
-                suite, "testcase", classname=f"{report.backend}.{result.check}", name=result.id, time=f"{result.seconds:.6f}"
+                suite,
+                "testcase",
+                classname=f"{report.backend}.{result.check}",
+                name=result.id,
+                time=f"{result.seconds:.6f}",
             )
             if result.status == "failed":
-                ET.SubElement(case, "failure", message=result.message.partition("\n")[0]).text = result.message
+                ET.SubElement(
+                    case, "failure", message=result.message.partition("\n")[0]
+                ).text = result.message
             elif result.status != "passed":
                 ET.SubElement(case, "skipped", message=f"{result.status}: {result.message}")
     ET.indent(root)
     # What XML cannot hold is left out: a message may quote a device's bytes.
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + printable(ET.tostring(root, encoding="unicode")) + "\n"
+    return (
+        '<?xml version="1.0" encoding="utf-8"?>\n'
+        + printable(ET.tostring(root, encoding="unicode"))
+        + "\n"
+    )
 
 
 Key = TypeVar("Key")
@@ -87,11 +113,17 @@ def _by(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, li
 
 
 def to_html(report: Report) -> str:
-    """Return one page without scripts, pictures or links to elsewhere: summary, matrix, and everything that did not pass."""
+    """Return one page without scripts, pictures or links to elsewhere.
+
+    Summary, matrix, and everything that did not pass.
+    """
     verdict, style = report.verdict.partition(":")[0], "passed" if report.ok else "failed"
     title = f"{report.backend}: moe-routing conformance"
     parts = [
-        f"<h1>{escape(report.backend)} <span class='verdict' style='background:var(--{style})'>{verdict}</span></h1>",
+        (
+            f"<h1>{escape(report.backend)} "
+            f"<span class='verdict' style='background:var(--{style})'>{verdict}</span></h1>"
+        ),
         _summary(report),
         "<h2>Families and clauses of the contract</h2>",
         matrix(report),
@@ -100,9 +132,14 @@ def to_html(report: Report) -> str:
         _gaps(report),
         _reasons("Declined by the backend", [r for r in report.results if r.status == "declined"]),
         _reasons("Cannot be run here", [r for r in report.results if r.status == "not_run"]),
-        _reasons("Nothing to check here", [r for r in report.results if r.status == "not_applicable"]),
+        _reasons(
+            "Nothing to check here", [r for r in report.results if r.status == "not_applicable"]
+        ),
         _checks(report),
-        f"<footer>Written by moe-routing {escape(report.versions.get('moe-routing', ''))}, {escape(report.started)}.</footer>",
+        (
+            f"<footer>Written by moe-routing {escape(report.versions.get('moe-routing', ''))}, "
+            f"{escape(report.started)}.</footer>"
+        ),
     ]
     return page(title, parts)
 
@@ -120,14 +157,22 @@ def _summary(report: Report) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         "time": f"{report.seconds:.1f} s, begun {report.started}",
     }
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items()) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items())
+        + "</dl>"
+    )
 
 
 def matrix(report: Report) -> str:
     """Return the table of families and clauses."""
     cells = _by(report.results, lambda r: (r.family, r.clause))
     families = sorted({r.family for r in report.results if r.family})
-    clauses = [clause for clause in report.clauses.values() if any(r.clause == clause.number for r in report.results)]
+    clauses = [
+        clause
+        for clause in report.clauses.values()
+        if any(r.clause == clause.number for r in report.results)
+    ]
     head = "".join(f"<th><abbr title='{escape(p.rule)}'>{p.number}</abbr></th>" for p in clauses)
     rows = [
         f"<tr><th>{escape(family) or '(any)'}</th>"
@@ -145,14 +190,22 @@ def _cell(results: list[Result]) -> str:
     count = {status: sum(r.status == status for r in results) for status in STATUSES}
     worst = next(status for status in _WORST_FIRST if count[status])
     title = ", ".join(f"{n} {_WORDS[status]}" for status, n in count.items() if n)
-    return f"<td class='{worst}' title='{escape(title)}'>{_MARKS[worst]} <small>{count[worst]}</small></td>"
+    return (
+        f"<td class='{worst}' title='{escape(title)}'>"
+        f"{_MARKS[worst]} <small>{count[worst]}</small></td>"
+    )
 
 
 def legend(report: Report) -> str:
     """Return what the marks of ``matrix`` mean, and the clauses."""
     marks = " &nbsp; ".join(f"<span class='{s}'>{_MARKS[s]}</span> {_WORDS[s]}" for s in STATUSES)
-    clauses = "".join(f"<tr><th>{p.number}</th><td>{escape(p.rule)}</td></tr>" for p in report.clauses.values())
-    return f"<p>{marks}</p><details open><summary>The clauses</summary><table>{clauses}</table></details>"
+    clauses = "".join(
+        f"<tr><th>{p.number}</th><td>{escape(p.rule)}</td></tr>" for p in report.clauses.values()
+    )
+    return (
+        f"<p>{marks}</p>"
+        f"<details open><summary>The clauses</summary><table>{clauses}</table></details>"
+    )
 
 
 def listing(title: str, results: list[Result], style: str) -> str:
@@ -160,7 +213,8 @@ def listing(title: str, results: list[Result], style: str) -> str:
     if not results:
         return ""
     items = "".join(
-        f"<details{' open' if n < _UNFOLDED else ''}><summary class='{style}'><code>{escape(r.id)}</code></summary>"
+        f"<details{' open' if n < _UNFOLDED else ''}>"
+        f"<summary class='{style}'><code>{escape(r.id)}</code></summary>"
         f"<pre>{escape(r.message)}</pre></details>"
         for n, r in enumerate(results)
     )
@@ -170,9 +224,14 @@ def listing(title: str, results: list[Result], style: str) -> str:
 def _gaps(report: Report) -> str:
     if not report.gaps:
         return ""
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(reason)}</td></tr>" for name, reason in report.gaps.items())
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(reason)}</td></tr>"
+        for name, reason in report.gaps.items()
+    )
     tried = [r for r in report.results if r.status == "gap"]
-    return f"<h2>Conscious gaps</h2><table>{rows}</table>" + listing("Checks that the gaps excuse", tried, "gap")
+    return f"<h2>Conscious gaps</h2><table>{rows}</table>" + listing(
+        "Checks that the gaps excuse", tried, "gap"
+    )
 
 
 def _reasons(title: str, results: list[Result]) -> str:
@@ -181,16 +240,22 @@ def _reasons(title: str, results: list[Result]) -> str:
         return ""
     reasons = _by(results, lambda r: (r.clause, r.check, r.message))
     rows = "".join(
-        f"<tr><td>{r[0].clause}</td><td><code>{escape(r[0].check)}</code></td><td>{escape(r[0].message)}</td><td>{len(r)}</td></tr>"
+        f"<tr><td>{r[0].clause}</td><td><code>{escape(r[0].check)}</code></td>"
+        f"<td>{escape(r[0].message)}</td><td>{len(r)}</td></tr>"
         for r in reasons.values()
     )
-    table = f"<table><thead><tr><th>clause</th><th>check</th><th>reason</th><th>cases</th></tr></thead>{rows}</table>"
-    return f"<h2>{escape(title)} ({len(results)})</h2><details><summary>{len(reasons)} reasons</summary>{table}</details>"
+    head = "<tr><th>clause</th><th>check</th><th>reason</th><th>cases</th></tr>"
+    return (
+        f"<h2>{escape(title)} ({len(results)})</h2>"
+        f"<details><summary>{len(reasons)} reasons</summary>"
+        f"<table><thead>{head}</thead>{rows}</table></details>"
+    )
 
 
 def _checks(report: Report) -> str:
     rows = "".join(
-        f"<tr><td>{r[0].clause}</td><td><code>{escape(r[0].check)}</code></td><td>{sum(x.status == 'passed' for x in r)}</td>"
+        f"<tr><td>{r[0].clause}</td><td><code>{escape(r[0].check)}</code></td>"
+        f"<td>{sum(x.status == 'passed' for x in r)}</td>"
         f"<td>{len(r)}</td><td>{sum(x.seconds for x in r):.2f}</td></tr>"
         for r in _by(report.results, lambda r: r.check).values()
     )

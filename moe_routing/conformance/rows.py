@@ -1,4 +1,7 @@
-"""Rows of logits: ordinary ones, and every awkward kind that broke some engine. Each kind has a name for messages."""
+"""Rows of logits: ordinary ones, and every awkward kind that broke some engine.
+
+Each kind has a name for messages.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,13 @@ if TYPE_CHECKING:
 _INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def ordinary(num_tokens: int, num_experts: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return ``[T, E]`` normal logits of standard deviation 2, rounded to ``dtype``; bfloat16 ones tie now and then."""
+def ordinary(
+    num_tokens: int, num_experts: int, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """Return ``[T, E]`` normal logits of standard deviation 2, rounded to ``dtype``.
+
+    Bfloat16 ones tie now and then.
+    """
     return (torch.randn(num_tokens, num_experts, generator=generator) * 2).to(dtype)
 
 
@@ -26,10 +34,16 @@ def _shuffled(row: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def ties(num_experts: int, topk: int, dtype: torch.dtype, generator: torch.Generator) -> Kinds:
-    """Return equal logits: all of them, across the boundary of the K best, on few levels, and both zeros."""
+    """Return rows with equal logits.
+
+    A row is equal everywhere, across the boundary of the K best, on few levels, or zeros of both
+    signs.
+    """
     place = torch.arange(num_experts)
-    across = torch.where((place - topk).abs() <= 2, -float(topk), -place.double())  # noqa: PLR2004 -- two on either side
-    zeros = torch.zeros(num_experts).masked_fill(torch.rand(num_experts, generator=generator) < 0.5, -0.0)  # noqa: PLR2004 -- half
+    near = (place - topk).abs() <= 2  # noqa: PLR2004 -- two on either side
+    across = torch.where(near, -float(topk), -place.double())
+    half = torch.rand(num_experts, generator=generator) < 0.5  # noqa: PLR2004 -- half
+    zeros = torch.zeros(num_experts).masked_fill(half, -0.0)
     levels = torch.randint(0, 3, (num_experts,), generator=generator)
     rows = {
         "all equal to 0": torch.zeros(num_experts),
@@ -47,15 +61,23 @@ def ties(num_experts: int, topk: int, dtype: torch.dtype, generator: torch.Gener
 
 
 def not_a_number(num_experts: int, dtype: torch.dtype, *, negative: bool, payload: int) -> Tensor:
-    """Return a row of NaNs of that sign, whose fraction bits are all ones above ``payload`` zeros."""
+    """Return a row of NaNs of that sign.
+
+    Their fraction bits are all ones above ``payload`` zeros.
+    """
     bits = torch.full((num_experts,), torch.nan, dtype=dtype).view(_INT_OF_SIZE[dtype.itemsize])
     fraction_bits = round(-torch.tensor(torch.finfo(dtype).eps, dtype=torch.float64).log2().item())
     bits |= ((1 << fraction_bits) - 1) >> payload << payload
     return (bits | torch.iinfo(bits.dtype).min if negative else bits).view(dtype)
 
 
-def non_finite(num_experts: int, topk: int, dtype: torch.dtype, generator: torch.Generator) -> Kinds:
-    """Return rows with NaN of both signs and several payloads, and with infinities, from one to all of them."""
+def non_finite(
+    num_experts: int, topk: int, dtype: torch.dtype, generator: torch.Generator
+) -> Kinds:
+    """Return rows with NaN of both signs and several payloads, and rows with infinities.
+
+    Of a row's logits, between one and all are such.
+    """
     base = ordinary(1, num_experts, dtype, generator)[0]
     place = torch.randperm(num_experts, generator=generator)
     inf = torch.full_like(base, torch.inf)
@@ -65,7 +87,11 @@ def non_finite(num_experts: int, topk: int, dtype: torch.dtype, generator: torch
         "one NaN": torch.where(place == 0, nan, base),
         "one NaN with the sign bit": torch.where(place == 0, minus_nan, base),
         "half NaN": torch.where(place % 2 == 0, nan, base),
-        "half NaN of both signs": torch.where(place % 4 == 0, nan, torch.where(place % 4 == 2, minus_nan, base)),  # noqa: PLR2004
+        "half NaN of both signs": torch.where(
+            place % 4 == 0,
+            nan,
+            torch.where(place % 4 == 2, minus_nan, base),  # noqa: PLR2004 -- half
+        ),
         "fewer than K not NaN": torch.where(place < topk - 1, base, nan),
         "all NaN": nan,
         "all NaN with the sign bit": minus_nan,
@@ -76,14 +102,19 @@ def non_finite(num_experts: int, topk: int, dtype: torch.dtype, generator: torch
         "fewer than K not -inf": torch.where(place < topk - 1, base, -inf),
         "all -inf": -inf,
         "NaN and -inf": torch.where(place % 2 == 0, nan, -inf),
-        "NaN, +inf and -inf": torch.where(place % 3 == 0, nan, torch.where(place % 3 == 1, inf, -inf)),
+        "NaN, +inf and -inf": torch.where(
+            place % 3 == 0, nan, torch.where(place % 3 == 1, inf, -inf)
+        ),
         "+inf among the largest": torch.where(place == 0, inf, torch.finfo(dtype).max),
         "NaN among the lowest": torch.where(place % 2 == 0, nan, torch.finfo(dtype).min),
     }
 
 
 def close(num_experts: int, _topk: int, dtype: torch.dtype, generator: torch.Generator) -> Kinds:
-    """Return logits that only exact selection tells apart: a unit in the last place, saturated scores, subnormals."""
+    """Return logits that only exact selection tells apart.
+
+    A unit in the last place, saturated scores, subnormals.
+    """
     order = torch.randperm(num_experts, generator=generator)
     one = torch.ones(num_experts, dtype=dtype).view(_INT_OF_SIZE[dtype.itemsize])
     integers = _INT_OF_SIZE[dtype.itemsize]

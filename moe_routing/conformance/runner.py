@@ -16,7 +16,12 @@ import torch
 from moe_routing._registry import registry
 from moe_routing.conformance import drawn
 from moe_routing.conformance.contract import contract_of
-from moe_routing.conformance.under_test import BackendUnderTest, DeclinedError, NotApplicableError, NotRunError
+from moe_routing.conformance.under_test import (
+    BackendUnderTest,
+    DeclinedError,
+    NotApplicableError,
+    NotRunError,
+)
 from moe_routing.probing import probe
 from moe_routing_registry import Request
 from moe_routing_registry.containment import PluginFailure, contained
@@ -45,8 +50,9 @@ class Result:
     :ivar check: the check's name.
     :ivar case: the case's name.
     :ivar family: the family, or ``""`` where it is about none.
-    :ivar status: ``"passed"``; ``"failed"``; ``"gap"``: it fails, and the spec gives a reason; ``"declined"``: the backend
-        declines the problem; ``"not_run"``: it needs what is not here; ``"not_applicable"``: there is nothing to check.
+    :ivar status: ``"passed"``; ``"failed"``; ``"gap"``: it fails, and the spec gives a reason;
+        ``"declined"``: the backend declines the problem; ``"not_run"``: it needs what is not here;
+        ``"not_applicable"``: there is nothing to check.
     :ivar message: why, unless it passed.
     :ivar seconds: how long it took.
     """
@@ -94,22 +100,42 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The verdict in a sentence, with its counts: how much was checked, declined and not run, and why.
+        """The verdict in a sentence, with its counts.
+
+        How much was checked, declined and not run, and why.
 
         >>> run("eager", profile="smoke", clauses=[9]).verdict
         'conforms: 30 checked'
         """
         counts = self.counts
-        word = "does not conform" if self.failed else "conforms" if counts["checked"] else "nothing was checked"
+        word = (
+            "does not conform"
+            if self.failed
+            else "conforms"
+            if counts["checked"]
+            else "nothing was checked"
+        )
         parts = [f"{counts['checked']} checked"]
         parts += [f"{len(self.failed)} failed"] if self.failed else []
-        parts += [f"{counts['declined']} declined ({self._reasons('declined', 'gap')})"] if counts["declined"] else []
-        parts += [f"{counts['not_run']} not run here ({self._reasons('not_run')})"] if counts["not_run"] else []
+        parts += (
+            [f"{counts['declined']} declined ({self._reasons('declined', 'gap')})"]
+            if counts["declined"]
+            else []
+        )
+        parts += (
+            [f"{counts['not_run']} not run here ({self._reasons('not_run')})"]
+            if counts["not_run"]
+            else []
+        )
         return f"{word}: {', '.join(parts)}"
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many were checked, declined by the backend (or excused by a gap of its spec), and cannot be run here."""
+        """The numbers of cases that were checked, declined, and not run.
+
+        The backend declines a case, or a gap of its spec excuses it; a case that is not run cannot
+        be run here.
+        """
         return {
             "checked": self.count("passed") + len(self.failed),
             "declined": self.count("declined") + self.count("gap"),
@@ -118,7 +144,9 @@ class Report:
 
     def _reasons(self, *statuses: Status) -> str:
         """Return the most frequent reasons, each with how often it was given."""
-        given = Counter(r.message.partition("\n")[0] for r in self.results if r.status in statuses).most_common()
+        given = Counter(
+            r.message.partition("\n")[0] for r in self.results if r.status in statuses
+        ).most_common()
         more = [f"and {len(given) - REASONS} more reasons"] if len(given) > REASONS else []
         return "; ".join([*(f"{reason}: {count}" for reason, count in given[:REASONS]), *more])
 
@@ -129,7 +157,10 @@ class Report:
 
     def count(self, status: Status, *, clause: int | None = None, family: str | None = None) -> int:
         """Count results, of one clause and one family where given."""
-        return sum(r.status == status and clause in (None, r.clause) and family in (None, r.family) for r in self.results)
+        return sum(
+            r.status == status and clause in (None, r.clause) and family in (None, r.family)
+            for r in self.results
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -155,14 +186,19 @@ class Report:
 
 
 class NotUsableError(Exception):
-    """The backend cannot be used on the device at all, so that there is nothing to check; ``rejection`` says why."""
+    """The backend cannot be used on the device at all, so that there is nothing to check.
+
+    ``rejection`` says why.
+    """
 
     def __init__(self, under_test: BackendUnderTest, rejection: Rejection) -> None:
         """Say why, and what would change it."""
         self.rejection = rejection
         verdict = rejection.verdict
         fix = f"; {verdict.fix}" if verdict.fix else ""
-        super().__init__(f"{under_test.backend} was not checked on {under_test.device}: it {verdict.reason}{fix}")
+        super().__init__(
+            f"{under_test.backend} was not checked on {under_test.device}: it {verdict.reason}{fix}"
+        )
 
 
 def run(  # noqa: PLR0913 -- the options of the command
@@ -180,7 +216,8 @@ def run(  # noqa: PLR0913 -- the options of the command
     :param operation: the operation whose contract is checked.
     :param clauses: only these clauses; all of them where ``None``.
     :param seed: draws the cases that are in no list; a new one where ``None``. The report has it.
-    :param on_result: called after each check with its result, how many are done, and how many there are.
+    :param on_result: called after each check with its result, how many are done, and how many there
+        are.
     :raises UnknownNameError: there is no such backend, or no such operation.
     :raises NotUsableError: the backend is not for the device, or cannot be used on it.
     """
@@ -201,7 +238,11 @@ def run(  # noqa: PLR0913 -- the options of the command
         device=str(probe(under_test.device)),
         profile=profile,
         seed=seed,
-        versions={"python": platform.python_version(), "torch": torch.__version__, "moe-routing": _version()},
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "moe-routing": _version(),
+        },
         gaps=dict(under_test.spec.gaps),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -248,12 +289,18 @@ def evaluate(item: Item, under_test: BackendUnderTest) -> Result:
 
 @contextlib.contextmanager
 def _threads_for(item: Item, under_test: BackendUnderTest) -> Iterator[None]:
-    """Use one thread of torch's for a few rows on a CPU: on a busy machine, threads wait for each other there, long.
+    """Use one thread of torch's for a few rows on a CPU.
+
+    On a busy machine, threads wait for each other there, long.
 
     Cases with many rows keep all threads, so that what goes wrong between threads can go wrong.
     """
     threads = torch.get_num_threads()
-    if under_test.device.type != "cpu" or threads == 1 or getattr(item.case, "num_tokens", 0) >= MANY_ROWS:
+    if (
+        under_test.device.type != "cpu"
+        or threads == 1
+        or getattr(item.case, "num_tokens", 0) >= MANY_ROWS
+    ):
         yield
         return
     torch.set_num_threads(1)

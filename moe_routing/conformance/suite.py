@@ -1,4 +1,7 @@
-"""``RouterConformance``: the contract as a test class, a method a clause. Importing this imports neither torch nor pytest."""
+"""``RouterConformance``: the contract as a test class, a method a clause.
+
+Importing this imports neither torch nor pytest.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ class RouterConformance:
     :cvar device: the device, ``"cpu"`` unless this or ``--moe-device`` says otherwise.
     :cvar profile: ``"quick"``, ``"smoke"`` or ``"full"``; the option ``--moe-full`` overrides it.
 
-    A check that the backend declines, that its ``gaps`` excuse, or that makes no sense on the device, is a skip
-    with the reason; ``moe-routing conformance`` writes the same into a report.
+    A check that the backend declines, that its ``gaps`` excuse, or that makes no sense on the
+    device, is a skip with the reason; ``moe-routing conformance`` writes the same into a report.
     """
 
     backend: ClassVar[str] = ""
@@ -39,7 +42,10 @@ class RouterConformance:
         option = metafunc.config.getoption
         backend = cls.backend or option("--moe-backend", default=None)
         if not backend:
-            message = f"{cls.__name__}: name a backend, as the class attribute `backend` or with --moe-backend"
+            message = (
+                f"{cls.__name__}: name a backend, "
+                "as the class attribute `backend` or with --moe-backend"
+            )
             raise ValueError(message)
         from moe_routing.conformance import drawn
         from moe_routing.conformance.checks import ROUTE
@@ -55,7 +61,9 @@ class RouterConformance:
         with drawn.seeded(option("--moe-seed", default=None)):
             items = [item for item in ROUTE.items(profile) if item.check.clause == clause]
         names = [f"{item.id}-{backend}-{device}" for item in items]
-        metafunc.parametrize(("item", "under_test"), [(item, (backend, device)) for item in items], ids=names)
+        metafunc.parametrize(
+            ("item", "under_test"), [(item, (backend, device)) for item in items], ids=names
+        )
 
     @staticmethod
     def _hold(item: Item, under_test: tuple[str, str]) -> None:
@@ -66,13 +74,19 @@ class RouterConformance:
         __tracebackhide__ = True
         result = evaluate(item, backend_under_test(*under_test))
         if result.status == "failed":
-            pytest.fail(_FAILED.format(id=result.id, sentence=item.check.sentence, message=result.message), pytrace=False)
+            pytest.fail(
+                _FAILED.format(id=result.id, sentence=item.check.sentence, message=result.message),
+                pytrace=False,
+            )
         if result.status != "passed":
             pytest.skip(f"{result.status}: {result.message}")
 
 
 def _method(clause: Clause) -> Callable[[RouterConformance, Item, tuple[str, str]], None]:
-    """Return the test method of a clause: pytest names a test by the function, so each clause has its own."""
+    """Return the test method of a clause.
+
+    Pytest names a test by the function, so each clause has its own.
+    """
 
     def test(self: RouterConformance, item: Item, under_test: tuple[str, str]) -> None:
         self._hold(item, under_test)

@@ -1,4 +1,7 @@
-"""What ``moe-routing doctor`` finds out, and how it shows it. Works where torch is missing or broken."""
+"""What ``moe-routing doctor`` finds out, and how it shows it.
+
+Works where torch is missing or broken.
+"""
 
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._examine import CHECKS, SCHEMA_VERSION, examine

@@ -35,7 +35,8 @@ class Case:
     :ivar failures: plug-ins that failed.
     :ivar duplicates: names that two distributions claim.
     :ivar reports: the choice on each device for the router, by the device's name.
-    :ivar others: the choice on each device for the example of each operation but ``route``, by operation and device.
+    :ivar others: the choice on each device for the example of each operation but ``route``, by
+        operation and device.
     :ivar choosing_failure: why there are no reports, where that is not torch's fault.
     :ivar patched: what loading the plug-ins changed of torch, a sentence each.
     """
@@ -65,15 +66,20 @@ def take(device: str | None, router: str | None, *, verify: bool) -> Case:
     leave_out_what_does_not_end(machine.devices)
     with quietly():  # a plug-in's failure is reported below, not as a warning
         torch_before = torch_state()
-        backends = dict(sorted(known.backends.items(), key=lambda item: (-item[1].priority, item[0])))
+        backends = dict(
+            sorted(known.backends.items(), key=lambda item: (-item[1].priority, item[0]))
+        )
         patched = changed(torch_before, torch_state())
         reports: dict[str, ResolutionReport] = {}
         others: dict[str, dict[str, ResolutionReport]] = {}
         failure = None
         try:
-            with contained("choosing"):  # `explain` never raises; importing it may, with a torch that is broken
+            # `explain` never raises; importing it may, with a torch that is broken.
+            with contained("choosing"):
                 reports = {place(info): _choose(router, info) for info in machine.devices}
-                others = {name: _choose_for(name, machine) for name in known.operations if name != "route"}
+                others = {
+                    name: _choose_for(name, machine) for name in known.operations if name != "route"
+                }
         except PluginFailure as raised:
             failure = Failure.of(raised.error)
     return Case(
@@ -106,7 +112,10 @@ def _choose(router: str, info: DeviceInfo) -> ResolutionReport:
 
 
 def _choose_for(operation: str, machine: Machine) -> dict[str, ResolutionReport]:
-    """Let the registry choose for an operation's example. If its import raises, the reports carry the error."""
+    """Let the registry choose for an operation's example.
+
+    If its import raises, the reports carry the error.
+    """
     import moe_routing
     from moe_routing._registry import registry
     from moe_routing_registry import ResolutionReport
@@ -114,12 +123,19 @@ def _choose_for(operation: str, machine: Machine) -> dict[str, ResolutionReport]
     try:
         problem = registry().example(operation)
     except PluginFailure as failure:
-        return {place(info): ResolutionReport(device=info, error=failure.sentence) for info in machine.devices}
-    return {place(info): moe_routing.explain(problem, device=place(info)) for info in machine.devices}
+        return {
+            place(info): ResolutionReport(device=info, error=failure.sentence)
+            for info in machine.devices
+        }
+    return {
+        place(info): moe_routing.explain(problem, device=place(info)) for info in machine.devices
+    }
 
 
 def model_size(router: str) -> tuple[int | None, int | None]:
-    """Return E and K by the defaults of a model's configuration; ``None`` for a family, or where it has no default.
+    """Return E and K by the defaults of a model's configuration.
+
+    ``None`` for a family, or where it has no default.
 
     >>> model_size("softmax_topk")
     (None, None)

@@ -13,8 +13,8 @@ class Check:
     """What one check found.
 
     :ivar name: name of the check, which ``doctor --check`` takes.
-    :ivar status: ``"ok"``; ``"warning"``: works, but not as well as it could; ``"problem"``: something that was asked
-        for cannot be used; ``"skipped"``: does not apply here.
+    :ivar status: ``"ok"``; ``"warning"``: works, but not as well as it could; ``"problem"``:
+        something that was asked for cannot be used; ``"skipped"``: does not apply here.
     :ivar summary: a sentence.
     :ivar fix: the command that fixes it, or ``""``.
     :ivar details: lines for ``--verbose``: a traceback, or what was checked one by one.

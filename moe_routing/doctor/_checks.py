@@ -32,11 +32,17 @@ def python(_case: Case) -> list[Check]:
     oldest, newest = (".".join(map(str, end)) for end in PYTHON_RANGE)
     if sys.version_info[:2] <= PYTHON_RANGE[1]:
         return [Check(name="python", status="ok", summary=f"Python {here}")]
-    return [Check(name="python", status="warning", summary=f"Python {here} is untested; {oldest} to {newest} are tested")]
+    return [
+        Check(
+            name="python",
+            status="warning",
+            summary=f"Python {here} is untested; {oldest} to {newest} are tested",
+        )
+    ]
 
 
 def torch(case: Case) -> list[Check]:
-    """Judge whether torch can be imported, is new enough, and was built for the GPUs that are here."""
+    """Judge whether torch can be imported, is new enough, and was built for the GPUs here."""
     machine = case.machine
     failure = machine.torch_failure
     found = machine.toolchains[0]
@@ -44,24 +50,43 @@ def torch(case: Case) -> list[Check]:
         fix = found.fix
         culprits = backend_autoloaders()
         if culprits and "TORCH_DEVICE_BACKEND_AUTOLOAD" in failure.traceback:
-            fix = f"pip uninstall --yes {shlex.join(culprits)}"  # torch imports them, and they raised
-        unreadable = [f.verdict.fix for f in case.failures if f.verdict.reason.startswith("reading its entry_points.txt")]
+            # torch imports these, and they raised.
+            fix = f"pip uninstall --yes {shlex.join(culprits)}"
+        unreadable = [
+            f.verdict.fix
+            for f in case.failures
+            if f.verdict.reason.startswith("reading its entry_points.txt")
+        ]
         if unreadable and "entry_points" in failure.traceback:
             fix = unreadable[0]  # torch reads all of them at its import
         missing = failure.sentence.startswith("ModuleNotFoundError: No module named 'torch'")
-        summary = "torch is not installed" if missing else f"torch cannot be imported: {failure.sentence}"
-        return [Check(name="torch", status="problem", summary=summary, fix=fix, details=failure.traceback)]
+        summary = (
+            "torch is not installed" if missing else f"torch cannot be imported: {failure.sentence}"
+        )
+        return [
+            Check(
+                name="torch", status="problem", summary=summary, fix=fix, details=failure.traceback
+            )
+        ]
     details = "\n".join(machine.remarks)
     summary = f"torch {found.version}, {found.detail}"
     if not found.usable:
-        return [Check(name="torch", status="problem", summary=summary, fix=found.fix, details=details)]
+        return [
+            Check(name="torch", status="problem", summary=summary, fix=found.fix, details=details)
+        ]
     unseen = _unseen_gpus(case)
     if not unseen:
         return [Check(name="torch", status="ok", summary=summary, details=details)]
     shown = " and ".join(f"{vendor}'s driver is loaded ({evidence})" for vendor, evidence in unseen)
     why, fix = _why_unseen(case, {vendor for vendor, _ in unseen})
     return [
-        Check(name="torch", status="warning", summary=f"{summary}; it sees no GPU, but {shown}{why}", fix=fix, details=details)
+        Check(
+            name="torch",
+            status="warning",
+            summary=f"{summary}; it sees no GPU, but {shown}{why}",
+            fix=fix,
+            details=details,
+        )
     ]
 
 
@@ -72,7 +97,10 @@ def _unseen_gpus(case: Case) -> list[tuple[str, str]]:
 
 
 def _why_unseen(case: Case, vendors: set[str]) -> tuple[str, str]:
-    """Say why torch sees none of the GPUs of these vendors, and how to fix it: hidden, another build, or the driver."""
+    """Say why torch sees none of the GPUs of these vendors, and how to fix it.
+
+    Hidden, another build, or the driver.
+    """
     hidden = [name for name in HIDING if name in os.environ]
     build = case.machine.build
     if build is None or not vendors & _VENDORS.get(build.kind, set()):
@@ -85,12 +113,20 @@ def _why_unseen(case: Case, vendors: set[str]) -> tuple[str, str]:
 def devices(case: Case) -> list[Check]:
     """Judge whether every device can be probed, and whether the one that was asked for is here."""
     if case.machine.build is None:
-        return [Check(name="devices", status="problem" if case.device else "skipped", summary="unknown without torch")]
+        return [
+            Check(
+                name="devices",
+                status="problem" if case.device else "skipped",
+                summary="unknown without torch",
+            )
+        ]
     found = [Check(name="devices", status="ok", summary=str(info)) for info in case.machine.devices]
     for name, failure in case.machine.device_failures.items():
         sentence = failure.sentence.removeprefix("AbsentDeviceError: ")
         summary = sentence if name in sentence else f"{name}: {sentence}"
-        found.append(Check(name="devices", status="problem", summary=summary, details=failure.traceback))
+        found.append(
+            Check(name="devices", status="problem", summary=summary, details=failure.traceback)
+        )
     return found
 
 
@@ -99,11 +135,17 @@ def triton(case: Case) -> list[Check]:
     found = _toolchain(case, "triton", platforms=("cuda", "rocm", "xpu"))
     if not triton_interprets():
         return found
-    summary = f"{INTERPRETER} is set: Triton interprets kernels on the CPU, for those who name one of its backends"
+    summary = (
+        f"{INTERPRETER} is set: Triton interprets kernels on the CPU, "
+        "for those who name one of its backends"
+    )
     if not any(info.is_accelerator for info in case.machine.devices):
         return [*found, Check(name="triton", status="ok", summary=summary)]
     summary += ", and compiles none"
-    return [*found, Check(name="triton", status="warning", summary=summary, fix=f"unset {INTERPRETER}")]
+    return [
+        *found,
+        Check(name="triton", status="warning", summary=summary, fix=f"unset {INTERPRETER}"),
+    ]
 
 
 def rocm(case: Case) -> list[Check]:
@@ -121,17 +163,35 @@ def ipex(case: Case) -> list[Check]:
     found = case.machine.toolchains[-1]
     if found.version is None:
         return [Check(name="ipex", status="skipped", summary=found.detail)]
-    return [Check(name="ipex", status="ok" if found.usable else "warning", summary=found.detail, fix=found.fix)]
+    return [
+        Check(
+            name="ipex",
+            status="ok" if found.usable else "warning",
+            summary=found.detail,
+            fix=found.fix,
+        )
+    ]
 
 
 def _toolchain(case: Case, name: str, *, platforms: tuple[str, ...]) -> list[Check]:
-    """Judge a toolchain for each platform that is here and could use it; two cards of a kind need one line."""
+    """Judge a toolchain for each platform that is here and could use it.
+
+    Two cards of a kind need one line.
+    """
     here = {info.platform: info for info in case.machine.devices if info.platform in platforms}
     if not here:
-        found = next(t for t in toolchains("cpu", case.machine.build, case.machine.installed) if t.name == name)
+        found = next(
+            t
+            for t in toolchains("cpu", case.machine.build, case.machine.installed)
+            if t.name == name
+        )
         broken = found.version is not None and not found.usable
         summary = f"{found.version or ''} {found.detail}".strip() + "; no device here needs it"
-        return [Check(name=name, status="warning" if broken else "skipped", summary=summary, fix=found.fix)]
+        return [
+            Check(
+                name=name, status="warning" if broken else "skipped", summary=summary, fix=found.fix
+            )
+        ]
     checks = []
     for platform, info in here.items():
         found = next(t for t in info.toolchains if t.name == name)
@@ -145,18 +205,35 @@ def plugins(case: Case) -> list[Check]:
     """Judge whether every plug-in loaded, and whether the names that they brought are unique."""
     found = []
     for failure in case.failures:
-        summary = f"plug-in {failure.name} of {failure.distribution}: {failure.verdict.reason} [{_code(failure.verdict.code)}]"
+        summary = (
+            f"plug-in {failure.name} of {failure.distribution}: "
+            f"{failure.verdict.reason} [{_code(failure.verdict.code)}]"
+        )
         found.append(
-            Check(name="plugins", status="warning", summary=summary, fix=failure.verdict.fix, details=failure.traceback)
+            Check(
+                name="plugins",
+                status="warning",
+                summary=summary,
+                fix=failure.verdict.fix,
+                details=failure.traceback,
+            )
         )
     for duplicate in case.duplicates:
         # Never advise to remove this package itself, or "(this process)".
-        removable = [d.partition(" ")[0] for d in duplicate.distributions if not d.startswith(("moe-routing ", "("))]
+        removable = [
+            d.partition(" ")[0]
+            for d in duplicate.distributions
+            if not d.startswith(("moe-routing ", "("))
+        ]
         fix = f"pip uninstall {shlex.quote(removable[-1])}" if removable else ""
         found.append(Check(name="plugins", status="problem", summary=str(duplicate), fix=fix))
-    found += [Check(name="plugins", status="warning", summary=sentence) for sentence in case.patched]
+    found += [
+        Check(name="plugins", status="warning", summary=sentence) for sentence in case.patched
+    ]
     names = ", ".join(case.backends) or "none"
-    return found or [Check(name="plugins", status="ok", summary=f"every plug-in loaded; backends: {names}")]
+    return found or [
+        Check(name="plugins", status="ok", summary=f"every plug-in loaded; backends: {names}")
+    ]
 
 
 def environment(case: Case) -> list[Check]:
@@ -164,7 +241,12 @@ def environment(case: Case) -> list[Check]:
     known = {*case.backends, *(failure.name for failure in case.failures)}
     found = variables(known)
     wrong = [
-        Check(name="environment", status="problem", summary=f"{v.name}={v.value}: {v.problem}", fix=f"unset {v.name}")
+        Check(
+            name="environment",
+            status="problem",
+            summary=f"{v.name}={v.value}: {v.problem}",
+            fix=f"unset {v.name}",
+        )
         for v in found
         if v.problem
     ]
@@ -173,15 +255,25 @@ def environment(case: Case) -> list[Check]:
 
 
 def backend(case: Case) -> list[Check]:
-    """Name the backend that would route on each device, and judge whether it is the best that the device could have."""
+    """Name the backend that would route on each device.
+
+    Judge whether it is the best that the device could have.
+    """
     if case.choosing_failure is not None:
         failure = case.choosing_failure
         summary = f"no backend can be chosen: {failure.sentence}"
         return [Check(name="backend", status="problem", summary=summary, details=failure.traceback)]
     if not case.reports:
-        return [Check(name="backend", status="skipped", summary="none can run without torch and a device")]
+        return [
+            Check(
+                name="backend", status="skipped", summary="none can run without torch and a device"
+            )
+        ]
     main = case.machine.main_device
-    return [_choice(case, name, report, asked=name == (main and place(main))) for name, report in case.reports.items()]
+    return [
+        _choice(case, name, report, asked=name == (main and place(main)))
+        for name, report in case.reports.items()
+    ]
 
 
 def _choice(case: Case, name: str, report: ResolutionReport, *, asked: bool) -> Check:
@@ -191,17 +283,27 @@ def _choice(case: Case, name: str, report: ResolutionReport, *, asked: bool) -> 
             f": it {refused.verdict.reason} [{_code(refused.verdict.code)}]" if refused else ""
         )
         fix = refused.verdict.fix if refused else ""
-        return Check(name="backend", status="problem" if asked else "warning", summary=summary, fix=fix, details=str(report))
+        return Check(
+            name="backend",
+            status="problem" if asked else "warning",
+            summary=summary,
+            fix=fix,
+            details=str(report),
+        )
     missed = report.rejection(report.missed) if report.missed else None
     if missed is None:
-        summary = "; ".join((f"{name} routes {case.router} with {report.winner}: {report.why}", *report.notes))
+        summary = "; ".join(
+            (f"{name} routes {case.router} with {report.winner}: {report.why}", *report.notes)
+        )
         return Check(name="backend", status="ok", summary=summary, details=str(report))
     summary = (
         f"{name} routes {case.router} with {report.winner}, not with {missed.name}, which "
         f"{missed.verdict.reason} [{_code(missed.verdict.code)}]"
     )
     status: Status = "problem" if _strict() else "warning"
-    return Check(name="backend", status=status, summary=summary, fix=missed.verdict.fix, details=str(report))
+    return Check(
+        name="backend", status=status, summary=summary, fix=missed.verdict.fix, details=str(report)
+    )
 
 
 def _strict() -> bool:
@@ -234,15 +336,30 @@ def _verified(name: str, device: str) -> Check:
             summary = f"{name} on {device} could not be compared: {failure.sentence}"
             return Check(name="verify", status="problem", summary=summary, details=failure.trace)
     if not findings:
-        return Check(name="verify", status="problem", summary=f"{name} on {device}: nothing could be compared in time")
+        return Check(
+            name="verify",
+            status="problem",
+            summary=f"{name} on {device}: nothing could be compared in time",
+        )
     wrong = [finding for finding in findings if not finding.ok]
-    details = "\n".join(f"{'right' if f.ok else 'WRONG'}: clause {f.clause}, {f.name}: {f.sentence}" for f in findings)
+    details = "\n".join(
+        f"{'right' if f.ok else 'WRONG'}: clause {f.clause}, {f.name}: {f.sentence}"
+        for f in findings
+    )
     if wrong:
-        summary = f"{name} on {device}: {len(wrong)} of {len(findings)} checks failed; first: {wrong[0].sentence}"
+        summary = (
+            f"{name} on {device}: {len(wrong)} of {len(findings)} checks failed; "
+            f"first: {wrong[0].sentence}"
+        )
         return Check(name="verify", status="problem", summary=summary, details=details)
     summary = f"{name} on {device} agrees with the oracle in {len(findings)} checks"
     ours = [remark for remark in said if remark.startswith("moe-routing")]
-    return Check(name="verify", status="warning" if ours else "ok", summary="; ".join((summary, *ours)), details=details)
+    return Check(
+        name="verify",
+        status="warning" if ours else "ok",
+        summary="; ".join((summary, *ours)),
+        details=details,
+    )
 
 
 def _code(code: object) -> str:

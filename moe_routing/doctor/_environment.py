@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moe_routing.integrations.vllm.patch_points import VARIABLE as VLLM_VARIABLE
 from moe_routing_registry import UnknownNameError
 from moe_routing_registry.device import INTERPRETER
-from moe_routing_registry.request import BACKEND_VARIABLE, BLOCK_VARIABLE, STRICT_VARIABLE, VERIFY_VARIABLE, flag, verify_rate
+from moe_routing_registry.request import (
+    BACKEND_VARIABLE,
+    BLOCK_VARIABLE,
+    STRICT_VARIABLE,
+    VERIFY_VARIABLE,
+    flag,
+    verify_rate,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -31,7 +38,10 @@ HIDING = {
 """Variables of others that decide which devices torch sees."""
 OTHERS = HIDING | {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0: torch imports no third-party device backends",
-    INTERPRETER: "1: triton interprets kernels on the CPU, for those who name its backends, and compiles none",
+    INTERPRETER: (
+        "1: triton interprets kernels on the CPU, for those who name its backends, "
+        "and compiles none"
+    ),
 }
 """Variables of others that change what is found here."""
 
@@ -52,8 +62,15 @@ def variables(backends: Collection[str]) -> list[Variable]:
     """
     ours = sorted((name, value) for name, value in os.environ.items() if name.startswith(PREFIX))
     return [
-        *(Variable(name, value, OURS.get(name, "unknown"), _judge(name, value, backends)) for name, value in ours),
-        *(Variable(name, os.environ[name], meaning, "") for name, meaning in OTHERS.items() if name in os.environ),
+        *(
+            Variable(name, value, OURS.get(name, "unknown"), _judge(name, value, backends))
+            for name, value in ours
+        ),
+        *(
+            Variable(name, os.environ[name], meaning, "")
+            for name, meaning in OTHERS.items()
+            if name in os.environ
+        ),
     ]
 
 
@@ -67,7 +84,9 @@ def _judge(name: str, value: str, backends: Collection[str]) -> str:
         return _refusal(verify_rate, None)
     if name == BACKEND_VARIABLE:
         meant = [value.strip()] if value.strip() else []
-    return "; ".join(str(UnknownNameError(kind, part, backends)) for part in meant if part not in backends)
+    return "; ".join(
+        str(UnknownNameError(kind, part, backends)) for part in meant if part not in backends
+    )
 
 
 def _refusal(read: Callable[[Any], object], argument: str | None) -> str:

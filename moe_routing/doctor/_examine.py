@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from moe_routing_registry import BackendSpec, OperationSpec, ResolutionReport
 
 SCHEMA_VERSION = 1
-"""Grows whenever a key of the report is renamed, removed or changes its meaning; new keys may come at any time."""
+"""Grows whenever a key of the report is renamed, removed or changes its meaning.
+
+New keys may come at any time.
+"""
 
 CHECKS: dict[str, Callable[[Case], list[Check]]] = {
     check.__name__: check
@@ -51,12 +54,13 @@ def examine(
     """Examine the machine; nothing on it that is missing, broken or raises stops this.
 
     :param device: look at this device only, and count it as a problem if it is not here.
-    :param router: judge backends by this model or family name, with its usual E and K; ``"gemma4"`` where ``None``.
+    :param router: judge backends by this model or family name, with its usual E and K; ``"gemma4"``
+        where ``None``.
     :param verify: compare every available backend with the oracle.
     :param checks: names of the checks to run; all of them where ``None``.
-    :returns: plain JSON values: ``schema_version``, ``ok`` (no check found a problem), ``versions``, ``router``,
-        ``devices``, ``toolchains``, ``backends``, ``operations``, ``plugin_failures``, ``environment``, ``reports``,
-        ``checks``.
+    :returns: plain JSON values: ``schema_version``, ``ok`` (no check found a problem),
+        ``versions``, ``router``, ``devices``, ``toolchains``, ``backends``, ``operations``,
+        ``plugin_failures``, ``environment``, ``reports``, ``checks``.
 
     :raises UnknownDeviceError: ``device`` is nothing that torch knows; a ``ValueError``.
 
@@ -65,12 +69,18 @@ def examine(
     (True, ['backend'])
     """
     case = take(device, router, verify=verify)
-    found = [result for name in CHECKS if checks is None or name in checks for result in _run(name, case)]
+    found = [
+        result for name in CHECKS if checks is None or name in checks for result in _run(name, case)
+    ]
     known = {*case.backends, *(failure.name for failure in case.failures)}
     return {
         "schema_version": SCHEMA_VERSION,
         "ok": all(check.status != "problem" for check in found),
-        "versions": {"moe-routing": _own_version(), "python": platform.python_version(), "system": platform.platform()},
+        "versions": {
+            "moe-routing": _own_version(),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+        },
         "router": case.router,
         "devices": [_plain(info.to_dict()) for info in case.machine.devices],
         "toolchains": [_plain(_fields(t)) for t in case.machine.toolchains],
@@ -110,7 +120,9 @@ def _operation(case: Case, spec: OperationSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "summary": spec.summary,
-        "backends": [backend.name for backend in case.backends.values() if spec.name in backend.factories],
+        "backends": [
+            backend.name for backend in case.backends.values() if spec.name in backend.factories
+        ],
         "devices": {
             name: {"problem": str(report.problem or ""), "winner": report.winner, "why": report.why}
             for name, report in reports.items()

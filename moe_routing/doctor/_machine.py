@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing.probing import NUMPY_WARNING, Installed, TorchBuild, UnknownDeviceError, intel_arch, toolchains
+from moe_routing.probing import (
+    NUMPY_WARNING,
+    Installed,
+    TorchBuild,
+    UnknownDeviceError,
+    intel_arch,
+    toolchains,
+)
 from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
@@ -61,7 +68,10 @@ class Machine:
     @property
     def main_device(self) -> DeviceInfo | None:
         """The first accelerator, else the CPU; ``None`` without torch."""
-        return next((device for device in self.devices if device.is_accelerator), next(iter(self.devices), None))
+        return next(
+            (device for device in self.devices if device.is_accelerator),
+            next(iter(self.devices), None),
+        )
 
     @property
     def toolchains(self) -> tuple[Toolchain, ...]:
@@ -95,7 +105,10 @@ def look(only: str | None = None) -> Machine:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[list[str]]:
-    """Collect warnings, each once, and send what others print to stderr: stdout belongs to the report."""
+    """Collect warnings, each once, and send what others print to stderr.
+
+    Stdout belongs to the report.
+    """
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("always")
@@ -105,7 +118,10 @@ def quietly() -> Iterator[list[str]]:
 
 
 def _import_torch() -> tuple[TorchBuild | None, Failure | None]:
-    """Import torch, in a process of its own first: a torch for another CPU, say, kills the process that imports it."""
+    """Import torch, in a process of its own first.
+
+    A torch for another CPU, say, kills the process that imports it.
+    """
     if "torch" not in sys.modules and importlib.util.find_spec("torch") is not None:
         failure = _import_elsewhere("torch")
         if failure is not None:
@@ -118,23 +134,34 @@ def _import_torch() -> tuple[TorchBuild | None, Failure | None]:
 
 
 def _import_elsewhere(module: str) -> Failure | None:
-    """Import a module in a process that looks where this one looks; report what it raised, a signal, or a hang."""
+    """Import a module in a process that looks where this one looks.
+
+    Report what it raised, a signal, or a hang.
+    """
     command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import {module}"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)  # noqa: S603 -- this Python
+        run = subprocess.run(  # noqa: S603 -- this Python
+            command, capture_output=True, text=True, check=False, timeout=_PATIENCE
+        )
     except subprocess.TimeoutExpired:
         return Failure(f"importing it does not end within {_PATIENCE} seconds", "")
     if run.returncode == 0:
         return None
     if run.returncode < 0:
-        return Failure(f"importing it kills the process with {signal.Signals(-run.returncode).name}", run.stderr)
+        return Failure(
+            f"importing it kills the process with {signal.Signals(-run.returncode).name}",
+            run.stderr,
+        )
     return Failure(_raised(run.stderr) or f"importing it exits with {run.returncode}", run.stderr)
 
 
 def _raised(printed: str) -> str:
-    r"""Return the first line of what was raised: the one at the margin after the last frame of a traceback.
+    r"""Return the first line of what was raised.
 
-    >>> _raised("Traceback (most recent call last):\n  File 'x.py'\n    f()\nOSError: no\nsuch luck")
+    The one at the margin after the last frame of a traceback.
+
+    >>> frames = "Traceback (most recent call last):\n  File 'x.py'\n    f()\n"
+    >>> _raised(frames + "OSError: no\nsuch luck")
     'OSError: no'
     """
     _, _, last = printed.rpartition("\n  File ")
@@ -155,7 +182,10 @@ def _probe_into(found: list[DeviceInfo], failures: dict[str, Failure], only: str
 
 
 def backend_autoloaders() -> list[str]:
-    """Name the distributions that ask torch to import them whenever torch is imported (``torch.backends``)."""
+    """Name the distributions that ask torch to import them whenever torch is imported.
+
+    Their entry points are in the group ``torch.backends``.
+    """
     try:
         with contained("reading metadata"):
             points = importlib.metadata.entry_points(group="torch.backends")
@@ -165,7 +195,10 @@ def backend_autoloaders() -> list[str]:
 
 
 def gpus_without_torch(root: Path = Path("/")) -> list[tuple[str, str]]:
-    """Name the GPUs that the operating system shows: vendor, and the file that says so. Asks no driver."""
+    """Name the GPUs that the operating system shows: vendor, and the file that says so.
+
+    Asks no driver.
+    """
     seen = [
         (vendor, f"/{file}")
         for vendor, file in (("NVIDIA", "proc/driver/nvidia/version"), ("AMD", "dev/kfd"))
@@ -173,6 +206,10 @@ def gpus_without_torch(root: Path = Path("/")) -> list[tuple[str, str]]:
     ]
     for file in sorted(root.glob("sys/class/drm/card*/device/device")):
         vendor = file.with_name("vendor")
-        if vendor.is_file() and vendor.read_text().strip() == "0x8086" and intel_arch(None, int(file.read_text(), 16)):
+        if (
+            vendor.is_file()
+            and vendor.read_text().strip() == "0x8086"
+            and intel_arch(None, int(file.read_text(), 16))
+        ):
             seen.append(("Intel", f"/{file.relative_to(root)}"))
     return seen

@@ -1,4 +1,7 @@
-"""Plug-ins are loaded in another process first: one that hangs or crashes must not take doctor with it."""
+"""Plug-ins are loaded in another process first.
+
+One that hangs or crashes must not take doctor with it.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,18 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo
 
 SECONDS = 60
-"""How long doctor waits for one plug-in: for its import and its hooks, and for each of its support rules."""
+"""How long doctor waits for one plug-in.
+
+For its import and its hooks, and for each of its support rules.
+"""
 _DONE = "done"
 
 
 def leave_out_what_does_not_end(devices: Sequence[DeviceInfo]) -> None:
-    """Leave out of this process the plug-ins that hang, or that end the process, when they are loaded or asked."""
+    """Leave out of this process the plug-ins that hang, or that end the process.
+
+    They do so when they are loaded or asked.
+    """
     known = registry()
     if known.loaded or all(plugin.built_in for plugin in known.plugins()):
         return
@@ -40,9 +49,14 @@ def leave_out_what_does_not_end(devices: Sequence[DeviceInfo]) -> None:
         known.leave_out(key, why)
 
 
-def _first_that_does_not_end(left_out: dict[str, str], devices: Sequence[DeviceInfo]) -> tuple[str, str] | None:
+def _first_that_does_not_end(
+    left_out: dict[str, str], devices: Sequence[DeviceInfo]
+) -> tuple[str, str] | None:
     """Load and ask all plug-ins but those left out, in a process that says which one comes next."""
-    script = f"import sys; sys.path[:] = {sys.path!r}; from moe_routing.doctor._plugins import load_and_ask; load_and_ask()"
+    script = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        "from moe_routing.doctor._plugins import load_and_ask; load_and_ask()"
+    )
     command, pipe = [sys.executable, "-c", script], subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)  # noqa: S603 -- this Python
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -59,7 +73,11 @@ def _first_that_does_not_end(left_out: dict[str, str], devices: Sequence[DeviceI
     except BrokenPipeError:
         return None  # the process ended before any plug-in: what is wrong is not theirs
     else:
-        return (at, f"loading or asking it {_ending(process.wait())}") if at and line != _DONE else None
+        return (
+            (at, f"loading or asking it {_ending(process.wait())}")
+            if at and line != _DONE
+            else None
+        )
     finally:
         process.kill()
         process.wait()
@@ -74,11 +92,18 @@ def _read(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[str]) -> No
 
 
 def _ending(code: int) -> str:
-    return f"kills the process with {signal.Signals(-code).name}" if code < 0 else f"ends the process with exit code {code}"
+    return (
+        f"kills the process with {signal.Signals(-code).name}"
+        if code < 0
+        else f"ends the process with exit code {code}"
+    )
 
 
 def load_and_ask() -> None:
-    """Load the plug-ins and ask their backends, in a process of its own; print the key of each before its turn."""
+    """Load the plug-ins and ask their backends, in a process of its own.
+
+    Print the key of each before its turn.
+    """
     left_out, devices = pickle.load(sys.stdin.buffer)  # noqa: S301 -- doctor wrote it
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what plug-ins print is not for doctor
@@ -93,12 +118,17 @@ def load_and_ask() -> None:
             for operation, device in itertools.product(backend.factories, devices):
                 print(plugin.key, file=channel, flush=True)
                 with contextlib.suppress(UnknownNameError, PluginFailure):  # which the report says
-                    known.resolve(known.example(operation), device, Request(name, "argument", others))
+                    known.resolve(
+                        known.example(operation), device, Request(name, "argument", others)
+                    )
     print(_DONE, file=channel, flush=True)
 
 
 def torch_state() -> dict[str, Any]:
-    """Return what plug-ins might change of torch: its functions and its global settings. Empty where torch is not usable."""
+    """Return what plug-ins might change of torch: its functions and its global settings.
+
+    Empty where torch is not usable.
+    """
     try:
         with contained("looking at torch"):
             return _torch_state(sys.modules["torch"])
@@ -114,7 +144,10 @@ def _torch_state(torch: Any) -> dict[str, Any]:  # noqa: ANN401 -- the module
         "torch.nn.functional": torch.nn.functional,
     }
     functions = {
-        f"{at}.{name}": value for at, owner in owners.items() for name, value in vars(owner).items() if callable(value)
+        f"{at}.{name}": value
+        for at, owner in owners.items()
+        for name, value in vars(owner).items()
+        if callable(value)
     }
     return functions | {
         "torch's default dtype": torch.get_default_dtype(),

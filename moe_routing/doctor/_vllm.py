@@ -1,4 +1,7 @@
-"""The check of the plug-in for vLLM: what it would do where vLLM starts, and what it did in this process."""
+"""The check of the plug-in for vLLM.
+
+What it would do where vLLM starts, and what it did in this process.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def vllm(_case: Case) -> list[Check]:
-    """Judge whether the plug-in fits the vLLM that is installed and would be called; say what it did in this process."""
+    """Judge whether the plug-in fits the vLLM that is installed and would be called.
+
+    Say what it did in this process.
+    """
     found = look()
     if found is None:
         return [_finding("skipped", "vLLM is not installed")]
@@ -25,25 +31,61 @@ def vllm(_case: Case) -> list[Check]:
     if found.problems:
         asked = _asked()
         summary = f"{here} is not known, so nothing of it is replaced: {found.problems[0]}"
-        return [_finding("warning" if asked else "ok", summary, f"unset {VARIABLE}" if asked else "", found.problems)]
-    signatures = tuple(f"{point.name}{point.parameters} in vllm/{point.file}" for point in PATCH_POINTS)
+        return [
+            _finding(
+                "warning" if asked else "ok",
+                summary,
+                f"unset {VARIABLE}" if asked else "",
+                found.problems,
+            )
+        ]
+    signatures = tuple(
+        f"{point.name}{point.parameters} in vllm/{point.file}" for point in PATCH_POINTS
+    )
     if not _asked():
-        return [_finding("ok", f"{here} is known and left alone; {VARIABLE}=1 has us route for it", details=signatures)]
+        return [
+            _finding(
+                "ok",
+                f"{here} is known and left alone; {VARIABLE}=1 has us route for it",
+                details=signatures,
+            )
+        ]
     if PLUGIN not in entry_points(group="vllm.general_plugins").names:
-        return [_finding("warning", f"{here} finds no plug-in {PLUGIN}: there is no metadata", "pip install moe-routing")]
+        return [
+            _finding(
+                "warning",
+                f"{here} finds no plug-in {PLUGIN}: there is no metadata",
+                "pip install moe-routing",
+            )
+        ]
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         fix = f"export VLLM_PLUGINS={','.join(filter(None, [allowed, PLUGIN]))}"
-        return [_finding("warning", f"{here} is told to leave {PLUGIN} out by VLLM_PLUGINS={allowed}", fix)]
+        return [
+            _finding(
+                "warning", f"{here} is told to leave {PLUGIN} out by VLLM_PLUGINS={allowed}", fix
+            )
+        ]
     sites = report().sites
-    did = tuple(f"{s.layers} x {s.router}, {s.calls} calls: {s.formula or f'left alone: {s.reason}'}" for s in sites)
+    did = tuple(
+        f"{s.layers} x {s.router}, {s.calls} calls: {s.formula or f'left alone: {s.reason}'}"
+        for s in sites
+    )
     replaced = sum(site.layers for site in sites if site.formula)
     kept = sum(site.layers for site in sites) - replaced
-    so_far = f"; in this process {replaced} routers were replaced, {kept} left alone" if sites else ""
-    unread = f"; the code of {len(found.unknown)} classes was not read, and they are left alone" if found.unknown else ""
+    so_far = (
+        f"; in this process {replaced} routers were replaced, {kept} left alone" if sites else ""
+    )
+    unread = (
+        f"; the code of {len(found.unknown)} classes was not read, and they are left alone"
+        if found.unknown
+        else ""
+    )
     summary = f"{here} routes through us where its routers are known{unread}{so_far}"
     fix = "pip install --upgrade moe-routing" if found.unknown else ""
-    return [_finding("warning" if unread else "ok", summary, fix, (*found.unknown, *did) or signatures)]
+    return [
+        _finding("warning" if unread else "ok", summary, fix, (*found.unknown, *did) or signatures)
+    ]
 
 
 def _asked() -> bool:

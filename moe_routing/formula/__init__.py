@@ -1,4 +1,7 @@
-"""The families' maths in plain PyTorch operations, for every backend that is made of them: selection, weights, gradient."""
+"""The families' maths in plain PyTorch operations, for every backend that is made of them.
+
+Selection, weights, gradient.
+"""
 
 from __future__ import annotations
 

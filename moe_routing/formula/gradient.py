@@ -1,7 +1,8 @@
 """The gradient of the weights in closed form; selection itself has none.
 
-One implementation for every backend that brings no kernel of its own. Below, ``w = scale * per_expert_scale[ids] * u``,
-``u = v / D`` where renormalised, ``v = score(x)[ids]``, and ``x`` is the activated logit.
+One implementation for every backend that brings no kernel of its own. Below, ``w = scale *
+per_expert_scale[ids] * u``, ``u = v / D`` where renormalised, ``v = score(x)[ids]``, and ``x`` is
+the activated logit.
 """
 
 from __future__ import annotations
@@ -19,11 +20,19 @@ _MAX = torch.finfo(torch.float32).max
 
 
 def weights_backward(
-    spec: RoutingSpec, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
+    spec: RoutingSpec,
+    grad_weights: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    per_expert_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``logits`` (in its dtype, 0 at NaN and inf) and of ``per_expert_scale`` (empty if none).
+    """Return the gradients of ``logits`` and of ``per_expert_scale``.
 
-    Only operations that PyTorch can differentiate, and none in place: the derivatives of the gradient come out of them.
+    The first has the logits' dtype, and is 0 at NaN and inf. The second is empty if there is no
+    scale.
+
+    Only operations that PyTorch can differentiate, and none in place: the derivatives of the
+    gradient come out of them.
 
     :param grad_weights: ``[T, K]``, of the K selected experts.
     :param ids: ``[T, K]``, logical ids; -1 in rows of padding.
@@ -33,7 +42,8 @@ def weights_backward(
         constant = constant | (ids >= logits.shape[1] - spec.zero_experts)
     grad = grad_u = grad_weights.float().masked_fill(constant, 0.0) * spec.scale
     if per_expert_scale is not None:
-        # What is constant has gradient 0 though its scale is infinite, and 0 times infinity is not 0.
+        # What is constant has gradient 0 though its scale is infinite, and 0 times infinity is not
+        # 0.
         grad_u = grad * per_expert_scale.float()[chosen].masked_fill(constant, 0.0)
     l = torch.nan_to_num(logits.float(), nan=-_MAX, posinf=_MAX, neginf=-_MAX)
     if spec.selection == "sparsemixer":
@@ -83,14 +93,18 @@ def _scored(spec: RoutingSpec, grad_u: Tensor, x: Tensor, chosen: Tensor) -> tup
 
 
 def _log_score(spec: RoutingSpec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log(score(x)) and its derivative; a constant that softmax drops is left out for ``softmax``."""
+    """Return log(score(x)) and its derivative.
+
+    A constant that softmax drops is left out for ``softmax``.
+    """
     if spec.score == "softmax":
         return x, torch.ones_like(x)
     log_sigmoid = torch.nn.functional.logsigmoid(x)
     if spec.score == "sigmoid":
         return log_sigmoid, (-x).sigmoid()
     softplus = -torch.nn.functional.logsigmoid(-x)
-    # log(softplus(x)) is x, and its derivative 1, to within float32 where softplus underflows or is about to.
+    # log(softplus(x)) is x, and its derivative 1, to within float32 where softplus underflows or is
+    # about to.
     tiny = x < -17.0  # noqa: PLR2004 -- exp(-17) is 4e-8, less than a rounding step of float32
     safe = softplus.masked_fill(tiny, 1.0)
     log_v = 0.5 * torch.where(tiny, x, safe.log())
@@ -108,7 +122,9 @@ def _renormalized(spec: RoutingSpec, grad_u: Tensor, v: Tensor) -> tuple[Tensor,
     return (grad_u - through_sum) / denominator, u
 
 
-def _sparsemixer(spec: RoutingSpec, grad_u: Tensor, l: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sparsemixer(
+    spec: RoutingSpec, grad_u: Tensor, l: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Go back through the K masked softmaxes; the masks are constants."""
     left, grad_x, weights = l, torch.zeros_like(l), []
     for k in range(chosen.shape[1]):

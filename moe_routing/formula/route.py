@@ -1,4 +1,7 @@
-"""Route rows with plain PyTorch operations: select, weigh the K selected, then scale, append, map and mask."""
+"""Route rows with plain PyTorch operations.
+
+Select, weigh the K selected, then scale, append, map and mask.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,12 @@ def route(  # noqa: PLR0913 -- Kernel's operands
     token_ids: Tensor | None = None,
     expert_table: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return float32 weights and int64 logical ids of the K selected experts, whole or in columns, as ``select`` does.
+    """Return float32 weights and int64 logical ids of the K selected experts.
 
-    Loops rather than comprehensions, and conditions rather than calls that do nothing: eager routes a few tokens in the time
-    of a few dozen Python calls, and each function here is one of them.
+    Both are whole or in columns, as ``select`` returns the ids.
+
+    Loops rather than comprehensions, and conditions rather than calls that do nothing: eager routes
+    a few tokens in the time of a few dozen Python calls, and each function here is one of them.
 
     The ids are -1 in rows to which a table gives no experts; ``finish`` makes padding of them.
 
@@ -46,7 +51,13 @@ def route(  # noqa: PLR0913 -- Kernel's operands
         weights, ids = ([part] for part in sparsemixer(spec, l, topk))
     else:
         x = l if spec.logit_multiplier == 1.0 and spec.logit_softcap is None else activated(spec, l)
-        t = l if bias is None else finite((score(spec, x) if spec.selection == "scores_plus_bias" else x) + bias.float())
+        t = (
+            l
+            if bias is None
+            else finite(
+                (score(spec, x) if spec.selection == "scores_plus_bias" else x) + bias.float()
+            )
+        )
         ids = select(spec, t, topk)
         weights = selected_weights(spec, x, ids)
     if per_expert_scale is not None:
@@ -71,7 +82,9 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
     num_valid_tokens: int | Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> RoutingOutput:
-    """Append shared experts, map logical to physical ids, mask padding, give the ids their dtype, and join the columns.
+    """Append shared experts, map logical to physical ids, and mask padding.
+
+    Then give the ids their dtype, and join the columns.
 
     Both outputs are contiguous: ids that a sort selected are a view of all E of them.
     """
@@ -82,7 +95,8 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
         ids = [*ids, shared.expand(num_tokens, -1)]
         weights = [*weights, weights[0].new_ones(num_tokens, spec.shared_experts)]
     if expert_map is not None:
-        ids = [expert_map[i] for i in ids]  # -1 is the last entry, and padding: it is -1 again below
+        # -1 takes the last entry, and is padding: it is -1 again below.
+        ids = [expert_map[i] for i in ids]
     if num_valid_tokens is not None:
         past_the_end = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
         padding = past_the_end if padding is None else padding | past_the_end
@@ -91,7 +105,9 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
         ids = [i.masked_fill(padding, -1) for i in ids]
     if len(ids) == 1:
         return _tuple(RoutingOutput, (weights[0].contiguous(), ids[0].to(ids_dtype).contiguous()))
-    return RoutingOutput(torch.cat(weights, dim=-1), torch.cat([i.to(ids_dtype) for i in ids], dim=-1))
+    return RoutingOutput(
+        torch.cat(weights, dim=-1), torch.cat([i.to(ids_dtype) for i in ids], dim=-1)
+    )
 
 
 _tuple = tuple.__new__

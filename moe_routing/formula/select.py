@@ -1,7 +1,8 @@
 """Exact selection in plain PyTorch: the K best of each row, equal scores to the lower expert id.
 
-``torch.topk`` breaks ties arbitrarily, so it never sees a score here: only a stable sort does, or integer keys of which no two
-are equal, because each holds its expert's id. There are several ways to the same ids; which is fast depends on the device.
+``torch.topk`` breaks ties arbitrarily, so it never sees a score here: only a stable sort does, or
+integer keys of which no two are equal, because each holds its expert's id. There are several ways
+to the same ids; which is fast depends on the device.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ _LOWEST_NARROW_KEY = torch.iinfo(torch.int32).min
 Top = Callable[["Tensor", int], "Tensor"]
 """``top(t [T, E], k) -> int64 ids [T, k]``, by descending score, equal scores by ascending id."""
 Select = Callable[["RoutingSpec", "Tensor", int], "list[Tensor]"]
-"""``select(spec, t [T, E], k) -> int64 ids``, under the spec's group rule: ``[T, K]`` whole, or K columns ``[T, 1]``."""
+"""``select(spec, t [T, E], k) -> int64 ids``, under the spec's group rule.
+
+``[T, K]`` whole, or K columns ``[T, 1]``.
+"""
 
 
 def finite(x: Tensor) -> Tensor:
@@ -35,11 +39,15 @@ def finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x.float(), nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX)
 
 
-def from_table(token_ids: Tensor, expert_table: Tensor, num_experts: int) -> tuple[list[Tensor], Tensor]:
-    """Look up each token's experts ``[T, K]``, and tell which tokens ``[T, 1]`` have none; the ids of those are valid too.
+def from_table(
+    token_ids: Tensor, expert_table: Tensor, num_experts: int
+) -> tuple[list[Tensor], Tensor]:
+    """Look up each token's experts ``[T, K]``, and tell which tokens ``[T, 1]`` have none.
 
-    A token has no experts where its id is outside the table, or one of its entries is outside [0, E). Whether any is, the host
-    never learns.
+    The ids of those are valid too.
+
+    A token has no experts where its id is outside the table, or one of its entries is outside [0,
+    E). Whether any is, the host never learns.
     """
     in_table = (token_ids >= 0) & (token_ids < expert_table.shape[0])
     ids = expert_table[token_ids.masked_fill(~in_table, 0)].long()
@@ -49,13 +57,17 @@ def from_table(token_ids: Tensor, expert_table: Tensor, num_experts: int) -> tup
 
 def whole(top: Top) -> Select:
     """Select all K at once, in that way."""
-    return lambda spec, t, topk: [top(t, topk) if spec.num_groups == 1 else _select(spec, t, topk, top)]
+    return lambda spec, t, topk: [
+        top(t, topk) if spec.num_groups == 1 else _select(spec, t, topk, top)
+    ]
 
 
 def _select(spec: RoutingSpec, t: Tensor, topk: int, top: Top) -> Tensor:
     if spec.topk_per_group and spec.num_groups > 1:
         per_group = t.unflatten(-1, (spec.num_groups, -1))
-        inside = top(per_group.flatten(0, 1), topk // spec.num_groups).view(t.shape[0], spec.num_groups, -1)
+        inside = top(per_group.flatten(0, 1), topk // spec.num_groups).view(
+            t.shape[0], spec.num_groups, -1
+        )
         first = torch.arange(0, t.shape[-1], per_group.shape[-1], device=t.device)
         # Group after group, and inside a group equal scores by id: a stable sort keeps both.
         ids = (inside + first[:, None]).flatten(1)
@@ -78,7 +90,8 @@ def _only_best_groups(spec: RoutingSpec, t: Tensor, top: Top) -> Tensor:
         score = finite(first + torch.where(is_best.sum(-1) > 1, first, next_best))
     kept = top(score, spec.topk_groups)
     dropped = torch.ones_like(score, dtype=torch.bool).scatter_(-1, kept, value=False)
-    # Scores are finite, so -inf is below all of them, and enough experts are left: none of these is ever selected.
+    # Scores are finite, so -inf is below all of them, and enough experts are left: none of these is
+    # ever selected.
     return torch.flatten(per_group.masked_fill(dropped[..., None], -torch.inf), -2)
 
 
@@ -88,7 +101,10 @@ def by_sort(t: Tensor, k: int) -> Tensor:
 
 
 def by_rounds(t: Tensor, k: int) -> Tensor:
-    """Take the maximum of each row's keys K times: a vectorised reduction that carries no index along."""
+    """Take the maximum of each row's keys K times.
+
+    A vectorised reduction that carries no index along.
+    """
     keys, rounds = ordered_keys(t), []
     for _ in range(k):
         winner = keys.amax(-1, keepdim=True)
@@ -98,18 +114,21 @@ def by_rounds(t: Tensor, k: int) -> Tensor:
 
 
 def by_narrow_rounds(spec: RoutingSpec, t: Tensor, topk: int) -> list[Tensor]:
-    """Take K maxima of int32 keys, a column each: for scores that bfloat16 or float16 hold exactly, and without groups.
+    """Take K maxima of int32 keys, a column each.
 
-    As float32 such a number has 13 low bits that are 0, where the complement of the id fits (``NARROW_UP_TO``). What
-    ``finite`` clamped has not, and stays outside all others without them.
+    For scores that bfloat16 or float16 hold exactly, and without groups.
+
+    As float32 such a number has 13 low bits that are 0, where the complement of the id fits
+    (``NARROW_UP_TO``). What ``finite`` clamped has not, and stays outside all others without them.
     """
     if spec.num_groups > 1:
         raise NotImplementedError(spec)
     places = (1 << (t.shape[-1] - 1).bit_length()) - 1
     bits = t.add(0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    # Inductor gives an index the width of its kernel's indices, int64 for large tensors, and drops a cast right after it. Only
-    # a cast of what was computed from an index (the mask changes no value) keeps the keys int32.
+    # Inductor gives an index the width of its kernel's indices, int64 for large tensors, and drops
+    # a cast right after it. Only a cast of what was computed from an index (the mask changes no
+    # value) keeps the keys int32.
     complement = (torch.arange(t.shape[-1] - 1, -1, -1, device=t.device) & places).to(torch.int32)
     keys = (ordered & ~places) | complement
     ids = []
@@ -121,7 +140,10 @@ def by_narrow_rounds(spec: RoutingSpec, t: Tensor, topk: int) -> list[Tensor]:
 
 
 def by_rounds_in_place(t: Tensor, k: int) -> Tensor:
-    """Do the same, striking one key of a row out at a time: on the CPU faster than a pass over all of them."""
+    """Do the same, striking one key of a row out at a time.
+
+    On the CPU faster than a pass over all of them.
+    """
     keys, rounds = ordered_keys(t), []
     for _ in range(k):
         winner = keys.amax(-1, keepdim=True)
@@ -131,11 +153,13 @@ def by_rounds_in_place(t: Tensor, k: int) -> Tensor:
 
 
 def by_topk(t: Tensor, k: int) -> Tensor:
-    """Let ``torch.topk`` find the largest of float64 keys, of which no two are equal; for devices that have float64.
+    """Let ``torch.topk`` find the largest of float64 keys, of which no two are equal.
 
-    A key is ``t + (|t| + s) c``: c counts down with the id in steps of 2**-50, so that equal scores move apart, up to 2**25
-    of them, by less than the 2**-24 that any other score is away; s is the least float32, for zeros. What is masked with -inf
-    stays below all others.
+    For devices that have float64.
+
+    A key is ``t + (|t| + s) c``: c counts down with the id in steps of 2**-50, so that equal scores
+    move apart, up to 2**25 of them, by less than the 2**-24 that any other score is away; s is the
+    least float32, for zeros. What is masked with -inf stays below all others.
     """
     keys = t.to(torch.float64).clamp_(min=_BELOW_ALL)
     place = (t.shape[-1], t.device)
@@ -149,9 +173,14 @@ _STEPS: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _steps(num_experts: int, device: torch.device) -> Tensor:
-    """Make the multiples of c, and keep them if they are real: the caller may be inside a mode that makes fake tensors."""
+    """Make the multiples of c, and keep them if they are real.
+
+    The caller may be inside a mode that makes fake tensors.
+    """
     with torch.inference_mode(mode=False):
-        steps = torch.arange(num_experts - 1, -1, -1, device=device, dtype=torch.float64).mul_(2.0**-50)
+        steps = torch.arange(num_experts - 1, -1, -1, device=device, dtype=torch.float64).mul_(
+            2.0**-50
+        )
     if type(steps) is torch.Tensor:
         _STEPS[num_experts, device] = steps
     return steps
@@ -160,10 +189,12 @@ def _steps(num_experts: int, device: torch.device) -> Tensor:
 def ordered_keys(t: Tensor) -> Tensor:
     """Map scores and ids to int64 keys of the same order: higher score first, then lower id.
 
-    A float's bits as a signed integer are in order where the float is positive; flipping all bits but the sign of the
-    negative ones puts those in order too. The complement of the id in the low half breaks ties.
+    A float's bits as a signed integer are in order where the float is positive; flipping all bits
+    but the sign of the negative ones puts those in order too. The complement of the id in the low
+    half breaks ties.
     """
-    bits = t.add(0.0).view(torch.int32)  # -0.0 + 0.0 == +0.0, whose bits are those of no other number
+    # -0.0 + 0.0 == +0.0, whose bits are those of no other number.
+    bits = t.add(0.0).view(torch.int32)
     ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
     complement = torch.arange(t.shape[-1] - 1, -1, -1, device=t.device)
     return torch.add(complement, ordered, alpha=1 << 32)

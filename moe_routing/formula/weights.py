@@ -1,8 +1,9 @@
 """The weights of the selected experts, in float32, with the same bits whatever the number of rows.
 
-Only operations whose result for an element does not depend on its place in the tensor are used: PyTorch's ``exp``,
-``log1p`` and ``softmax`` over the last dimension are such on the CPU, its ``sigmoid`` (another polynomial for the last few
-elements) and its ``sum`` (another order for other shapes) are not.
+Only operations whose result for an element does not depend on its place in the tensor are used:
+PyTorch's ``exp``, ``log1p`` and ``softmax`` over the last dimension are such on the CPU, its
+``sigmoid`` (another polynomial for the last few elements) and its ``sum`` (another order for other
+shapes) are not.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
 _SOFTPLUS_IS_EXP = -17.0
 """Below it log1p(exp(x)) is exp(x) to within 1e-8 of itself, half a float32 rounding step."""
 _SUMMED_UP_TO = 256
-"""Terms up to which PyTorch's softmax on the CPU sums within the contract's 2e-6: it adds every eighth to the same float32."""
+"""Terms up to which PyTorch's softmax on the CPU sums within the contract's 2e-6.
+
+It adds every eighth to the same float32.
+"""
 
 
 def activated(spec: RoutingSpec, l: Tensor) -> Tensor:
     """Apply the logit multiplier and the soft-cap; the result is finite.
 
-    On the CPU in float64: near a cap of 30 one rounding step of float32 is 2e-6, which an exponential turns into an error of
-    2e-6 in the weight. Not every accelerator has float64.
+    On the CPU in float64: near a cap of 30 one rounding step of float32 is 2e-6, which an
+    exponential turns into an error of 2e-6 in the weight. Not every accelerator has float64.
     """
     if l.device.type == "cpu" and (spec.logit_multiplier != 1.0 or spec.logit_softcap is not None):
         l = l.to(torch.float64)
@@ -49,7 +53,7 @@ def score(spec: RoutingSpec, x: Tensor) -> Tensor:
 
 
 def selected_weights(spec: RoutingSpec, x: Tensor, ids: list[Tensor]) -> list[Tensor]:
-    """Compute the float32 weights of the selected experts, renormalised and scaled as the spec says.
+    """Compute the selected experts' float32 weights, renormalised and scaled as the spec says.
 
     :param ids: ``[T, K]`` whole, or K columns ``[T, 1]``; the weights come likewise.
     """
@@ -58,8 +62,11 @@ def selected_weights(spec: RoutingSpec, x: Tensor, ids: list[Tensor]) -> list[Te
         weights = _softmax(x, ids, of_selected=exact_ratio)
     else:
         chosen = [x.gather(-1, i) for i in ids]
-        # A common factor exp(-shift) cancels in the ratio, and keeps the largest term away from underflow.
-        shift = _highest(chosen).clamp_(max=0.0) if exact_ratio else torch.zeros_like(chosen[0][:, :1])
+        # A common factor exp(-shift) cancels in the ratio, and keeps the largest term away from
+        # underflow.
+        shift = (
+            _highest(chosen).clamp_(max=0.0) if exact_ratio else torch.zeros_like(chosen[0][:, :1])
+        )
         of = _sigmoid if spec.score == "sigmoid" else _sqrtsoftplus
         weights = [of(c, shift) for c in chosen]
     total = None
@@ -98,8 +105,9 @@ def _highest(parts: list[Tensor]) -> Tensor:
 def _sum_in_order(parts: list[Tensor]) -> Tensor:
     """Add the K columns from the first to the last, with the same bits whatever T is.
 
-    On the CPU ``cumsum`` does that in one call, and in double precision. On CUDA it is a scan whose order depends on the
-    shape (T = 1 and T = 67 differ by a unit in the last place on an H200), so there each addition is written out.
+    On the CPU ``cumsum`` does that in one call, and in double precision. On CUDA it is a scan whose
+    order depends on the shape (T = 1 and T = 67 differ by a unit in the last place on an H200), so
+    there each addition is written out.
     """
     if len(parts) == 1:
         if parts[0].device.type == "cpu":
@@ -122,7 +130,8 @@ def _softplus(x: Tensor) -> Tensor:
 
 def _sqrtsoftplus(x: Tensor, shift: Tensor) -> Tensor:
     """Return sqrt(softplus(x)) * exp(-shift / 2), for a shift between the row's maximum and 0."""
-    # Where x is above the bound so is the shift, because x is at most the row's maximum: nothing overflows.
+    # Where x is above the bound so is the shift, because x is at most the row's maximum: nothing
+    # overflows.
     plain = _softplus(x).sqrt_() * (shift.clamp(min=_SOFTPLUS_IS_EXP) * -0.5).exp_()
     return torch.where(x < _SOFTPLUS_IS_EXP, ((x - shift) * 0.5).exp_(), plain)
 
@@ -132,7 +141,8 @@ def sparsemixer(spec: RoutingSpec, l: Tensor, topk: int) -> tuple[Tensor, Tensor
     left = l.clone()
     weights, ids = [], []
     for _ in range(topk):
-        # `max` returns the first of equal maxima on the CPU only, so the id is the smallest that holds the maximum.
+        # `max` returns the first of equal maxima on the CPU only, so the id is the smallest that
+        # holds the maximum.
         best = left.amax(-1, keepdim=True)
         places = torch.arange(l.shape[-1], device=l.device).expand_as(l)
         chosen = places.masked_fill(left != best, l.shape[-1]).amin(-1, keepdim=True)

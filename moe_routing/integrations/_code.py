@@ -23,7 +23,10 @@ def digest(bases: list[str], trees: Mapping[str, ast.AST]) -> str:
 
 
 def home_of(function: FunctionType) -> str:
-    """Return the module that a function was written in; ``functools.wraps`` cannot change this answer."""
+    """Return the module that a function was written in.
+
+    ``functools.wraps`` cannot change this answer.
+    """
     return str(function.__globals__.get("__name__", ""))
 
 
@@ -37,7 +40,11 @@ def described(value: object) -> str:
         value = value.func
     function = getattr(value, "__func__", value)
     if not isinstance(function, FunctionType):
-        return f"{type(value).__module__}.{type(value).__qualname__}" if not isinstance(value, type) else repr(value)
+        return (
+            f"{type(value).__module__}.{type(value).__qualname__}"
+            if not isinstance(value, type)
+            else repr(value)
+        )
     code = function.__code__
     name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the plain name only
     return f"{home_of(function) or code.co_filename}.{name}"
@@ -46,8 +53,18 @@ def described(value: object) -> str:
 def _plain(node: object) -> object:
     """Turn a syntax tree into lists and texts, without what changes nothing."""
     if isinstance(node, ast.AST):
-        fields = {name: value for name, value in ast.iter_fields(node) if name not in _IGNORED and value not in (None, [])}
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+        fields = {
+            name: value
+            for name, value in ast.iter_fields(node)
+            if name not in _IGNORED and value not in (None, [])
+        }
+        if (
+            isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             fields["body"] = node.body[1:]
-        return [type(node).__name__, [[name, _plain(value)] for name, value in sorted(fields.items())]]
+        return [
+            type(node).__name__,
+            [[name, _plain(value)] for name, value in sorted(fields.items())],
+        ]
     return [_plain(item) for item in node] if isinstance(node, list) else repr(node)

@@ -1,8 +1,8 @@
 """Settings of configurations that contradict a preset: each is refused by name, never ignored.
 
-A preset reads the attributes that its model's router reads. A configuration may say more: ``scoring_func: softmax`` in a
-configuration of ``deepseek_v3``, whose router takes the sigmoid whatever is written there. The attributes here mean the
-same in every model that has them.
+A preset reads the attributes that its model's router reads. A configuration may say more:
+``scoring_func: softmax`` in a configuration of ``deepseek_v3``, whose router takes the sigmoid
+whatever is written there. The attributes here mean the same in every model that has them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def _is_score(spec: RoutingSpec, value: object) -> bool:
 
 
 def _method(spec: RoutingSpec) -> str:
-    if spec.selection in {"scores_plus_bias", "logits_plus_bias"} and spec.family != "grouped_softmax":
+    if (
+        spec.selection in {"scores_plus_bias", "logits_plus_bias"}
+        and spec.family != "grouped_softmax"
+    ):
         return "noaux_tc"
     return "group_limited_greedy" if spec.grouped else "greedy"
 
@@ -45,7 +48,9 @@ def _is_method(spec: RoutingSpec, value: object) -> bool:
 
 
 def _is_number(value: object, expected: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value) == expected
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and float(value) == expected
+    )
 
 
 def _is_group_count(spec: RoutingSpec, value: object) -> bool:
@@ -112,7 +117,9 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def contradictions(spec: RoutingSpec, read: set[str], get: Callable[[str], object]) -> Iterator[tuple[str, object, object]]:
+def contradictions(
+    spec: RoutingSpec, read: set[str], get: Callable[[str], object]
+) -> Iterator[tuple[str, object, object]]:
     """Yield attribute, value and what the spec computes, for each attribute that says otherwise.
 
     :param read: the attributes that the preset follows; these cannot contradict it.

@@ -34,15 +34,19 @@ SIZES: Final = ("num_experts", "topk")
 class ModelPreset:
     """A model name, its routing with the defaults of its configuration class, and how a configuration changes it.
 
-    :ivar name: the ``model_type`` of transformers, or of the released configuration where transformers has none.
+    :ivar name: the ``model_type`` of transformers, or of the released configuration where
+        transformers has none.
     :ivar spec: the routing that the configuration class's defaults give.
     :ivar num_experts: E by the same defaults, ``None`` where the class has no default.
     :ivar topk: K likewise.
     :ivar source: whose code the preset follows, and where others disagree with it.
-    :ivar reads: field (``num_experts``, ``topk``, or one of ``RoutingSpec``) -> the attribute that holds it; of several
-        names for one thing the first that is there. ``num_experts`` is read without the zero experts.
-    :ivar choices: attribute -> value -> fields that this value fixes; a value that is not listed is refused.
-    :ivar defaults: attribute -> the value that it has where a configuration lacks it; all others must be there.
+    :ivar reads: field (``num_experts``, ``topk``, or one of ``RoutingSpec``) -> the attribute that
+        holds it; of several names for one thing the first that is there. ``num_experts`` is read
+        without the zero experts.
+    :ivar choices: attribute -> value -> fields that this value fixes; a value that is not listed is
+        refused.
+    :ivar defaults: attribute -> the value that it has where a configuration lacks it; all others
+        must be there.
     """
 
     name: str
@@ -81,7 +85,10 @@ def row(  # noqa: PLR0913 -- the columns of the table
     defaults: Changes | None = None,
     **changes: Any,  # noqa: ANN401 -- fields of RoutingSpec, checked by it
 ) -> list[ModelPreset]:
-    """Write a row of the table: models that share their configuration attributes, and the fields unlike the family's."""
+    """Write a row of the table.
+
+    Models that share their configuration attributes, and the fields unlike the family's.
+    """
     spec = FAMILIES[family].spec.replace(**changes)
     return [
         ModelPreset(

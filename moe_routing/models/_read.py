@@ -34,7 +34,14 @@ _ENTRIES = (bool, int, float)
 """Types of what a list may have for each layer."""
 _USUAL_SIZES: Reads = {
     "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
-    "topk": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
+    "topk": (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_top_k",
+        "moe_k",
+        "top_k_experts",
+    ),
 }
 """The usual names of E and K, for presets of plug-ins."""
 
@@ -42,7 +49,8 @@ _USUAL_SIZES: Reads = {
 class ConfiguredRouting(NamedTuple):
     """What a configuration says about routing.
 
-    :ivar model: the ``model_type`` that holds the router: ``"gemma4_text"`` for a configuration of ``"gemma4"``.
+    :ivar model: the ``model_type`` that holds the router: ``"gemma4_text"`` for a configuration of
+        ``"gemma4"``.
     :ivar spec: the maths.
     :ivar num_experts: E, the columns of the router's logits (zero experts are among them).
     :ivar topk: K.
@@ -57,16 +65,20 @@ class ConfiguredRouting(NamedTuple):
 def from_config(config: object) -> ConfiguredRouting:
     """Read E, K, groups, scaling, renormalisation and the like from a configuration.
 
-    :param config: an object or dict with a ``model_type``: what ``transformers.AutoConfig`` returns, or its ``to_dict()``.
-        Of a model with several parts the text model is read (``text_config``, ``llm_config``, ``language_config``, or
-        ``thinker_config``'s); pass another part, Qwen3-Omni's ``config.talker_config.text_config`` for example, to read that.
-        The ``model_type`` of a plug-in's preset is read too (``FamilySpec.models``): its spec as it is, E and K by their usual
-        names. DeepSeek-V4's configuration gives the
-        router of its scored layers; ``{**config.to_dict(), "model_type": "deepseek_v4_hash"}`` that of its hashed ones.
-        Layers that differ (``per_layer_config``) are read one by one, from ``config.per_layer_config[i]``.
-    :raises UnknownNameError: the ``model_type`` is none of ``MODELS`` and of no plug-in; near matches are named.
-    :raises ValueError: an attribute that changes the maths is missing or impossible, or says something else than the preset
-        computes; or the routing of this model is one that ``RoutingSpec`` cannot express.
+    :param config: an object or dict with a ``model_type``: what ``transformers.AutoConfig``
+        returns, or its ``to_dict()``. Of a model with several parts the text model is read
+        (``text_config``, ``llm_config``, ``language_config``, or ``thinker_config``'s); pass
+        another part, Qwen3-Omni's ``config.talker_config.text_config`` for example, to read that.
+        The ``model_type`` of a plug-in's preset is read too (``FamilySpec.models``): its spec as it
+        is, E and K by their usual names. DeepSeek-V4's configuration gives the router of its scored
+        layers; ``{**config.to_dict(), "model_type": "deepseek_v4_hash"}`` that of its hashed ones.
+        Layers that differ (``per_layer_config``) are read one by one, from
+        ``config.per_layer_config[i]``.
+    :raises UnknownNameError: the ``model_type`` is none of ``MODELS`` and of no plug-in; near
+        matches are named.
+    :raises ValueError: an attribute that changes the maths is missing or impossible, or says
+        something else than the preset computes; or the routing of this model is one that
+        ``RoutingSpec`` cannot express.
     :raises TypeError: there is no ``model_type``.
 
     >>> mixtral = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -87,9 +99,15 @@ def from_config(config: object) -> ConfiguredRouting:
         raise ValueError(msg)
     if model in MODELS:
         return _read(MODELS[model], part)
-    from moe_routing._registry import registry  # which imports the names of this package's models, to reserve them
+    from moe_routing._registry import (
+        registry,
+    )  # which imports the names of this package's models, to reserve them
 
-    brought = {name: spec for family in registry().families.values() for name, spec in family.models.items()}
+    brought = {
+        name: spec
+        for family in registry().families.values()
+        for name, spec in family.models.items()
+    }
     if model in brought:
         return _read(_preset_of_plugin(model, brought[model]), part)
     kind = "model_type"
@@ -97,8 +115,13 @@ def from_config(config: object) -> ConfiguredRouting:
 
 
 def _preset_of_plugin(name: str, spec: RoutingSpec) -> ModelPreset:
-    """Return a preset that reads E and K only: what else a plug-in's configuration says must be what its spec computes."""
-    [preset] = row(name, family="softmax_topk", size=(None, None), reads=_USUAL_SIZES, source="a plug-in")
+    """Return a preset that reads E and K only.
+
+    What else a plug-in's configuration says must be what its spec computes.
+    """
+    [preset] = row(
+        name, family="softmax_topk", size=(None, None), reads=_USUAL_SIZES, source="a plug-in"
+    )
     return replace(preset, spec=spec)
 
 
@@ -123,11 +146,14 @@ def spec_of(preset: ModelPreset, values: Mapping[str, object]) -> RoutingSpec:
     0.5
     """
     fields = [field for field in preset.reads if field not in SIZES]
-    return preset.spec.replace(**_said(preset, lambda names: (first(names), values[first(names)]), fields)[0])
+    said, _ = _said(preset, lambda names: (first(names), values[first(names)]), fields)
+    return preset.spec.replace(**said)
 
 
-def _said(preset: ModelPreset, find: Find, fields: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what these fields and those that choices fix are, and by which names the fields were found."""
+def _said(
+    preset: ModelPreset, find: Find, fields: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of these fields and of those that choices fix, and the names they have."""
     said: dict[str, Any] = {}
     for attribute, options in preset.choices.items():
         said.update(_chosen(preset, attribute, options, find(attribute)[1]))
@@ -154,7 +180,9 @@ def _read(preset: ModelPreset, config: object) -> ConfiguredRouting:
 
 
 def _refuse_contradictions(preset: ModelPreset, config: object, spec: RoutingSpec) -> None:
-    read = {*preset.choices}.union(*((names,) if isinstance(names, str) else names for names in preset.reads.values()))
+    read = {*preset.choices}.union(
+        *((names,) if isinstance(names, str) else names for names in preset.reads.values())
+    )
 
     def get(name: str) -> object:
         value = _get(config, name)
@@ -187,22 +215,33 @@ def _get(config: object, path: str) -> object:
     """Return the attribute or item at a dotted path."""
     try:
         for name in path.split("."):
-            config = config.get(name, _MISSING) if isinstance(config, Mapping) else getattr(config, name, _MISSING)
-    except RuntimeError as error:  # how transformers refuses to give one value for layers that differ
+            config = (
+                config.get(name, _MISSING)
+                if isinstance(config, Mapping)
+                else getattr(config, name, _MISSING)
+            )
+    except (
+        RuntimeError
+    ) as error:  # how transformers refuses to give one value for layers that differ
         msg = f"{path}: {_BY_LAYER}"
         raise ValueError(msg) from error
     return config
 
 
 def _refuse_if_said(layer: object, names: tuple[str, ...]) -> None:
-    """Do for a dict what transformers does for an object: never take the value of the whole for that of each layer."""
+    """Do for a dict what transformers does for an object.
+
+    Never take the value of the whole for that of each layer.
+    """
     for name in names:
         if isinstance(layer, Mapping) and name in layer:
             msg = f"{name}: {_BY_LAYER}"
             raise ValueError(msg)
 
 
-def _chosen(preset: ModelPreset, attribute: str, options: Mapping[object, Changes], value: object) -> Changes:
+def _chosen(
+    preset: ModelPreset, attribute: str, options: Mapping[object, Changes], value: object
+) -> Changes:
     for option, changes in options.items():
         if option is ANYTHING_ELSE or option == value:
             return changes
@@ -212,20 +251,25 @@ def _chosen(preset: ModelPreset, attribute: str, options: Mapping[object, Change
 
 def _valued(field: str, attribute: str, value: object) -> bool | int | float:
     """Check a value's type; a list with an entry for each layer counts as its entry where all are equal."""
-    if isinstance(value, (list, tuple)) and value and all(type(entry) in _ENTRIES and entry == value[0] for entry in value):
+    if (
+        isinstance(value, (list, tuple))
+        and value
+        and all(type(entry) in _ENTRIES and entry == value[0] for entry in value)
+    ):
         value = value[0]
+    number = None if isinstance(value, bool) else value
     if field == "renormalize":
         if isinstance(value, bool):
             return value
         expected = "True or False"
     elif field in _INTEGERS:
-        if not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= _INTEGERS[field]:
-            return int(value)
+        if isinstance(number, numbers.Integral) and int(number) >= _INTEGERS[field]:
+            return int(number)
         expected = f"an integer >= {_INTEGERS[field]}"
     else:
         with suppress(OverflowError):  # an integer beyond float64
-            if not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value):
-                return float(value)
+            if isinstance(number, numbers.Real) and math.isfinite(number):
+                return float(number)
         expected = "a finite number"
     raise ValueError(refusal(attribute, expected, value))
 

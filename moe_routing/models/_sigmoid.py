@@ -1,4 +1,7 @@
-"""Models whose experts are scored one by one. Each source names transformers' router, which the preset follows."""
+"""Models whose experts are scored one by one.
+
+Each source names transformers' router, which the preset follows.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,14 @@ from moe_routing.models._preset import ANYTHING_ELSE, row
 if TYPE_CHECKING:
     from moe_routing.models._preset import Changes, Choices, ModelPreset, Reads
 
-EXPERTS: Reads = {"num_experts": ("num_experts", "num_local_experts"), "topk": "num_experts_per_tok"}
-ROUTED: Reads = {"num_experts": ("n_routed_experts", "num_local_experts"), "topk": "num_experts_per_tok"}
+EXPERTS: Reads = {
+    "num_experts": ("num_experts", "num_local_experts"),
+    "topk": "num_experts_per_tok",
+}
+ROUTED: Reads = {
+    "num_experts": ("n_routed_experts", "num_local_experts"),
+    "topk": "num_experts_per_tok",
+}
 LOCAL: Reads = {"num_experts": ("num_local_experts", "num_experts"), "topk": "num_experts_per_tok"}
 
 DEEPSEEK: Reads = {
@@ -29,7 +38,12 @@ KIMI_LINEAR: Reads = {
     "scale": "routed_scaling_factor",
     "renormalize": ("moe_renormalize", "norm_topk_prob"),
 }
-UNGROUPED: Changes = {"family": "sigmoid_bias_topk", "num_groups": 1, "topk_groups": 1, "group_score": "max"}
+UNGROUPED: Changes = {
+    "family": "sigmoid_bias_topk",
+    "num_groups": 1,
+    "topk_groups": 1,
+    "group_score": "max",
+}
 GROUPED: Changes = {"family": "grouped_sigmoid_bias", "group_score": "top2_sum"}
 GROUPS: Choices = {"n_group": {None: UNGROUPED, 1: UNGROUPED, ANYTHING_ELSE: GROUPED}}
 KIMI_GROUPS: Choices = {"num_expert_group": {None: UNGROUPED, 1: UNGROUPED, ANYTHING_ELSE: GROUPED}}
@@ -75,7 +89,15 @@ def grouped(
     choices: Choices = GROUPS,
 ) -> list[ModelPreset]:
     """Write a row for DeepSeek-V3's router as it was released: 8 groups, of which 4 are kept."""
-    return row(*names, family="grouped_sigmoid_bias", size=size, reads=reads, choices=choices, scale=scale, source=source)
+    return row(
+        *names,
+        family="grouped_sigmoid_bias",
+        size=size,
+        reads=reads,
+        choices=choices,
+        scale=scale,
+        source=source,
+    )
 
 
 def ungrouped(  # noqa: PLR0913 -- the columns of the table
@@ -111,7 +133,13 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
     ),
     *grouped("deepseek_v32", size=(256, 8), scale=2.5, source="DeepseekV32TopkRouter."),
     *grouped("axk1", size=(192, 8), scale=2.5, source="AXK1TopkRouter."),
-    *grouped("beam", size=(256, 8), scale=2.5, reads=DEEPSEEK_EXPERTS, source="BeamTopKRouter; BeamMoE scales its sum by c."),
+    *grouped(
+        "beam",
+        size=(256, 8),
+        scale=2.5,
+        reads=DEEPSEEK_EXPERTS,
+        source="BeamTopKRouter; BeamMoE scales its sum by c.",
+    ),
     *grouped(
         "bailing_hybrid",
         size=(512, 8),
@@ -155,11 +183,15 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
     ),
     *ungrouped("dots1", size=(None, None), renormalize=False, source="Dots1TopkRouter."),
     *ungrouped("dots3_note", "dots3_note_text", size=(256, 8), source="Dots3NoteTextTopkRouter."),
-    *ungrouped("exaone_moe", size=(64, 8), scale=2.5, reads=DEEPSEEK_EXPERTS, source="ExaoneMoeTopkRouter."),
+    *ungrouped(
+        "exaone_moe", size=(64, 8), scale=2.5, reads=DEEPSEEK_EXPERTS, source="ExaoneMoeTopkRouter."
+    ),
     *ungrouped("glm4_moe", size=(128, 8), source="Glm4MoeTopkRouter."),
     *ungrouped("glm4_moe_lite", size=(64, 4), scale=1.8, source="Glm4MoeLiteTopkRouter."),
     *ungrouped("glm4v_moe", "glm4v_moe_text", size=(128, 8), source="Glm4vMoeTextTopkRouter."),
-    *ungrouped("glm5_next", "glm5_next_text", size=(288, 8), scale=2.5, source="Glm5NextTextTopkRouter."),
+    *ungrouped(
+        "glm5_next", "glm5_next_text", size=(288, 8), scale=2.5, source="Glm5NextTextTopkRouter."
+    ),
     *ungrouped("glm_moe_dsa", size=(256, 8), scale=2.5, source="GlmMoeDsaTopkRouter."),
     *ungrouped("hy_v4", size=(256, 8), scale=2.827, source="HYV4TopkRouter."),
     *ungrouped("hy_v4_vl", "hy_v4_vl_text", size=(256, 8), scale=2.827, source="HYV4VLTopkRouter."),
@@ -182,8 +214,18 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
     ),
     *ungrouped("mimo_v2_flash", size=(256, 8), source="MiMoV2FlashTopkRouter."),
     *ungrouped("nemotron_h", "nemotron_h_omni", size=(8, 2), source="NemotronHTopkRouter."),
-    *ungrouped("sarvam_mla", size=(128, 8), scale=2.5, source="DeepseekV3TopkRouter, which transformers builds for it."),
-    *ungrouped("sarvam_moe", size=(128, 6), scale=2.5, source="Glm4MoeTopkRouter, which transformers builds for it."),
+    *ungrouped(
+        "sarvam_mla",
+        size=(128, 8),
+        scale=2.5,
+        source="DeepseekV3TopkRouter, which transformers builds for it.",
+    ),
+    *ungrouped(
+        "sarvam_moe",
+        size=(128, 6),
+        scale=2.5,
+        source="Glm4MoeTopkRouter, which transformers builds for it.",
+    ),
     *ungrouped("solar_open", size=(128, 8), source="SolarOpenTopkRouter."),
 ]
 
@@ -196,7 +238,13 @@ BIASED: list[ModelPreset] = [
         renorm_epsilon=1e-20,
         source="AfmoeTokenChoiceRouter; the operand bias is AfmoeSparseMoeBlock.expert_bias.",
     ),
-    *row("minimax_m2", family="sigmoid_bias_topk", size=(256, 8), reads=LOCAL, source="MiniMaxM2TopKRouter."),
+    *row(
+        "minimax_m2",
+        family="sigmoid_bias_topk",
+        size=(256, 8),
+        reads=LOCAL,
+        source="MiniMaxM2TopKRouter.",
+    ),
     *row(
         "minimax_m3_vl",
         "minimax_m3_vl_text",
@@ -222,7 +270,11 @@ BIASED: list[ModelPreset] = [
         "laguna",
         family="sigmoid_bias_topk",
         size=(256, 8),
-        reads={**EXPERTS, "scale": "moe_routed_scaling_factor", "logit_softcap": "moe_router_logit_softcapping"},
+        reads={
+            **EXPERTS,
+            "scale": "moe_routed_scaling_factor",
+            "logit_softcap": "moe_router_logit_softcapping",
+        },
         choices={"moe_router_logit_softcapping": {0: {"logit_softcap": None}, ANYTHING_ELSE: {}}},
         source="LagunaTopKRouter; LagunaSparseMoeBlock scales the experts' sum by c, here it is in the weights.",
     ),
@@ -313,7 +365,10 @@ BIASED: list[ModelPreset] = [
         size=(256, 6),
         reads={**ROUTED, "scale": "routed_scaling_factor"},
         choices={
-            "scoring_func": {"sqrtsoftplus": {"score": "sqrtsoftplus"}, "sigmoid": {"score": "sigmoid"}},
+            "scoring_func": {
+                "sqrtsoftplus": {"score": "sqrtsoftplus"},
+                "sigmoid": {"score": "sigmoid"},
+            },
             "norm_topk_prob": {True: {}},
         },
         scale=1.5,
@@ -344,7 +399,11 @@ UNBIASED: list[ModelPreset] = [
         "phimoe",
         family="sparsemixer",
         size=(16, 2),
-        reads={"num_experts": "num_local_experts", "topk": "num_experts_per_tok", "jitter": "router_jitter_noise"},
+        reads={
+            "num_experts": "num_local_experts",
+            "topk": "num_experts_per_tok",
+            "jitter": "router_jitter_noise",
+        },
         source="sparsemixer of PhimoeTopKRouter in evaluation mode, which always selects 2.",
     ),
     *row(

@@ -1,4 +1,7 @@
-"""Models whose experts are scored by a softmax. Each source names transformers' router, which the preset follows."""
+"""Models whose experts are scored by a softmax.
+
+Each source names transformers' router, which the preset follows.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ if TYPE_CHECKING:
     from moe_routing.models._preset import Choices, ModelPreset, Reads
 
 # Some classes keep the attribute under another name than their published configuration files do.
-EXPERTS: Reads = {"num_experts": ("num_experts", "num_local_experts"), "topk": "num_experts_per_tok"}
+EXPERTS: Reads = {
+    "num_experts": ("num_experts", "num_local_experts"),
+    "topk": "num_experts_per_tok",
+}
 LOCAL: Reads = {"num_experts": ("num_local_experts", "num_experts"), "topk": "num_experts_per_tok"}
 NORM: Reads = {**EXPERTS, "renormalize": "norm_topk_prob"}
 DEEPSEEK_V2: Reads = {
@@ -27,11 +33,22 @@ GREEDY_OR_GROUPED: Choices = {
     }
 }
 MISTRAL: Reads = {**DEEPSEEK_V2, "num_experts": ("n_routed_experts", "num_local_experts")}
-# A group's score is the sum of two probabilities, which no order of the logits gives: select on scores plus a bias of 0.
+# A group's score is the sum of two probabilities, which no order of the logits gives: select on
+# scores plus a bias of 0.
 MISTRAL_GROUPS: Choices = {
     "n_group": {
-        1: {"family": "softmax_topk", "num_groups": 1, "topk_groups": 1, "selection": "logits", "group_score": "max"},
-        ANYTHING_ELSE: {"family": "grouped_softmax", "selection": "scores_plus_bias", "group_score": "top2_sum"},
+        1: {
+            "family": "softmax_topk",
+            "num_groups": 1,
+            "topk_groups": 1,
+            "selection": "logits",
+            "group_score": "max",
+        },
+        ANYTHING_ELSE: {
+            "family": "grouped_softmax",
+            "selection": "scores_plus_bias",
+            "group_score": "top2_sum",
+        },
     }
 }
 ERNIE: Reads = {
@@ -41,9 +58,25 @@ ERNIE: Reads = {
 }
 
 PLAIN: list[ModelPreset] = [
-    *row("mixtral", family="softmax_topk", size=(8, 2), reads=LOCAL, renormalize=True, source="MixtralTopKRouter."),
-    *row("minimax", family="softmax_topk", size=(8, 2), reads=LOCAL, renormalize=True, source="MiniMaxTopKRouter."),
-    *row("qwen2_moe", family="softmax_topk", size=(60, 4), reads=NORM, source="Qwen2MoeTopKRouter."),
+    *row(
+        "mixtral",
+        family="softmax_topk",
+        size=(8, 2),
+        reads=LOCAL,
+        renormalize=True,
+        source="MixtralTopKRouter.",
+    ),
+    *row(
+        "minimax",
+        family="softmax_topk",
+        size=(8, 2),
+        reads=LOCAL,
+        renormalize=True,
+        source="MiniMaxTopKRouter.",
+    ),
+    *row(
+        "qwen2_moe", family="softmax_topk", size=(60, 4), reads=NORM, source="Qwen2MoeTopKRouter."
+    ),
     *row(
         "qwen3_moe",
         family="softmax_topk",
@@ -51,7 +84,14 @@ PLAIN: list[ModelPreset] = [
         reads=NORM,
         source="Qwen3MoeTopKRouter. The class's default does not renormalise, the released checkpoints do.",
     ),
-    *row("qwen3_next", family="softmax_topk", size=(512, 10), reads=NORM, renormalize=True, source="Qwen3NextTopKRouter."),
+    *row(
+        "qwen3_next",
+        family="softmax_topk",
+        size=(512, 10),
+        reads=NORM,
+        renormalize=True,
+        source="Qwen3NextTopKRouter.",
+    ),
     *row(
         "qwen3_5_moe",
         "qwen3_5_moe_text",
@@ -98,14 +138,37 @@ PLAIN: list[ModelPreset] = [
     ),
     *row("olmoe", family="softmax_topk", size=(64, 8), reads=NORM, source="OlmoeTopKRouter."),
     *row("flex_olmo", family="softmax_topk", size=(7, 5), reads=NORM, source="FlexOlmoTopKRouter."),
-    *row("mellum", family="softmax_topk", size=(64, 8), reads=NORM, renormalize=True, source="MellumTopKRouter."),
-    *row("lara_mini", family="softmax_topk", size=(128, 4), reads=NORM, renormalize=True, source="LaraMiniTopKRouter."),
-    *row("jamba", family="softmax_topk", size=(16, 2), reads=EXPERTS, source="JambaTopKRouter, which never renormalises."),
+    *row(
+        "mellum",
+        family="softmax_topk",
+        size=(64, 8),
+        reads=NORM,
+        renormalize=True,
+        source="MellumTopKRouter.",
+    ),
+    *row(
+        "lara_mini",
+        family="softmax_topk",
+        size=(128, 4),
+        reads=NORM,
+        renormalize=True,
+        source="LaraMiniTopKRouter.",
+    ),
+    *row(
+        "jamba",
+        family="softmax_topk",
+        size=(16, 2),
+        reads=EXPERTS,
+        source="JambaTopKRouter, which never renormalises.",
+    ),
     *row(
         "hunyuan_v1_moe",
         family="softmax_topk",
         size=(1, 1),
-        reads={"num_experts": ("num_experts", "num_local_experts"), "topk": ("moe_topk", "num_experts_per_tok")},
+        reads={
+            "num_experts": ("num_experts", "num_local_experts"),
+            "topk": ("moe_topk", "num_experts_per_tok"),
+        },
         renormalize=True,
         source="HunYuanMoEV1Gate. Lists with a number for each layer are read where all layers agree.",
     ),
@@ -114,7 +177,12 @@ PLAIN: list[ModelPreset] = [
         family="softmax_topk",
         size=(4, 1),
         reads={"num_experts": "ffn_config.moe_num_experts", "topk": "ffn_config.moe_top_k"},
-        choices={"ffn_config.moe_normalize_expert_weights": {1: {"renormalize": True}, None: {"renormalize": False}}},
+        choices={
+            "ffn_config.moe_normalize_expert_weights": {
+                1: {"renormalize": True},
+                None: {"renormalize": False},
+            }
+        },
         renormalize=True,
         source="DbrxFFN, which rounds the softmax to the logits' dtype before it selects (here: selection on the logits). "
         "Its weights may be divided by any p-norm; p = 1, as released, or no norm at all can be expressed.",

@@ -1,4 +1,6 @@
-"""``MODELS``: every preset by name; ``NOT_EXPRESSED``: the models that ``RoutingSpec`` cannot say, and why.
+"""``MODELS``: every preset by name.
+
+``NOT_EXPRESSED``: the models that ``RoutingSpec`` cannot say, and why.
 
 >>> MODELS["deepseek_v3"].spec.scale, MODELS["deepseek_v3"].num_experts, MODELS["deepseek_v3"].topk
 (2.5, 256, 8)
@@ -27,8 +29,13 @@ _ROWS = (
     *_sigmoid.UNBIASED,
 )
 
-MODELS: Mapping[str, ModelPreset] = MappingProxyType({preset.name: preset for preset in sorted(_ROWS, key=lambda p: p.name)})
-"""Every preset by its model name. A model with several parts is there under its own name and its text model's."""
+MODELS: Mapping[str, ModelPreset] = MappingProxyType(
+    {preset.name: preset for preset in sorted(_ROWS, key=lambda p: p.name)}
+)
+"""Every preset by its model name.
+
+A model with several parts is there under its own name and its text model's.
+"""
 
 NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
     {
@@ -40,4 +47,7 @@ NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
         "vitpose_backbone": "there is no router: the caller names the expert of each image (dataset_index)",
     }
 )
-"""Models of transformers 5.24 with experts whose routing ``RoutingSpec`` cannot express: name -> why."""
+"""Models of transformers 5.24 with experts whose routing ``RoutingSpec`` cannot express.
+
+Name -> why.
+"""

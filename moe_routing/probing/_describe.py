@@ -1,4 +1,7 @@
-"""``describe``: from what torch answered to a ``DeviceInfo``. Pure: asks nobody, so that recorded answers can be fed in."""
+"""``describe``: from what torch answered to a ``DeviceInfo``.
+
+Pure: asks nobody, so that recorded answers can be fed in.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def describe(seen: Observation) -> DeviceInfo:
         type=seen.type,
         index=seen.index,
         platform=platform,
-        driver=str(getattr(seen.properties, "driver_version", "")) or seen.driver,  # torch tells that of Intel's only
+        driver=str(getattr(seen.properties, "driver_version", ""))
+        or seen.driver,  # torch tells that of Intel's only
         toolchains=toolchains(platform, seen.build, seen.installed),
         **facts,
     )
@@ -82,7 +86,10 @@ def _mps_facts(p: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def _unknown_facts(p: object) -> dict[str, Any]:
-    """Take what a foreign properties object has under the usual names; nothing is also an answer."""
+    """Take what a foreign properties object has under the usual names.
+
+    Nothing is also an answer.
+    """
     warp = getattr(p, "warp_size", None)
     return {
         "name": str(getattr(p, "name", "")),

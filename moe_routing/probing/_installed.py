@@ -1,6 +1,9 @@
-"""Which packages are installed, read from metadata and file names: nothing here is imported to find out.
+"""Which packages are installed, read from metadata and file names.
 
-``triton`` initialises drivers, and a mismatched IPEX raises anything at import, so neither may be imported just to look.
+Nothing here is imported to find out.
+
+``triton`` initialises drivers, and a mismatched IPEX raises anything at import, so neither may be
+imported just to look.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class Triton:
     :ivar version: its version, ``""`` where no metadata says.
     :ivar backends: what it really carries, ``("amd", "nvidia")`` for example.
     :ivar overwritten: distributions, with versions, whose files were overwritten by this one.
-    :ivar broken_by: backends that an overwritten distribution still announces; ``import triton.backends`` raises on them.
+    :ivar broken_by: backends that an overwritten distribution still announces; ``import
+        triton.backends`` raises on them.
     """
 
     distribution: str = "triton"
@@ -46,7 +50,8 @@ class Triton:
 class Installed:
     """The packages that metadata knows; ``None`` for what is not installed.
 
-    :ivar torch: version of torch by its metadata, which says nothing about whether it can be imported.
+    :ivar torch: version of torch by its metadata, which says nothing about whether it can be
+        imported.
     :ivar triton: the triton that an import would find.
     :ivar ipex: version of Intel's extension for PyTorch.
     """
@@ -71,22 +76,34 @@ class Installed:
 
 
 def _distribution(name: str, path: Sequence[str] | None) -> Distribution | None:
-    found = importlib.metadata.distributions(name=name, path=list(sys.path if path is None else path))
+    found = importlib.metadata.distributions(
+        name=name, path=list(sys.path if path is None else path)
+    )
     # A leftover folder of a removed package has no version.
-    return next((distribution for distribution in found if "Version" in distribution.metadata), None)
+    return next(
+        (distribution for distribution in found if "Version" in distribution.metadata), None
+    )
 
 
 def _triton(path: Sequence[str] | None) -> Triton | None:
-    """Find the triton on disk; where several distributions claim it, the one whose compiled library is there."""
-    spec = importlib.util.find_spec("triton") if path is None else PathFinder.find_spec("triton", path)
+    """Find the triton on disk.
+
+    Where several distributions claim it, the one whose compiled library is there.
+    """
+    spec = (
+        importlib.util.find_spec("triton") if path is None else PathFinder.find_spec("triton", path)
+    )
     places = [Path(place) for place in (spec.submodule_search_locations or () if spec else ())]
     if not places:
         return None
     claims = [found for found in (_distribution(name, path) for name in TRITONS) if found]
     owner = next((claim for claim in claims if len(claims) == 1 or _wrote(claim, places)), None)
-    # Since 3.6 triton asks the entry points, so a folder that another distribution left behind does not count.
+    # Since 3.6 triton asks the entry points, so a folder that another distribution left behind does
+    # not count.
     announced = set(_announced([owner])) if owner else set()
-    folders = {driver.parent.name for place in places for driver in place.glob("backends/*/driver.py")}
+    folders = {
+        driver.parent.name for place in places for driver in place.glob("backends/*/driver.py")
+    }
     carried = folders & announced if announced else folders
     others = [claim for claim in claims if claim is not owner]
     return Triton(
@@ -103,7 +120,12 @@ def _name(distribution: Distribution) -> str:
 
 
 def _announced(distributions: Iterable[Distribution]) -> list[str]:
-    return [point.name for d in distributions for point in d.entry_points if point.group == TRITON_BACKENDS_GROUP]
+    return [
+        point.name
+        for d in distributions
+        for point in d.entry_points
+        if point.group == TRITON_BACKENDS_GROUP
+    ]
 
 
 def _wrote(distribution: Distribution, places: Iterable[Path]) -> bool:

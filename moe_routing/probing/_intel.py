@@ -1,4 +1,7 @@
-"""Names of Intel's GPU generations, in the spelling of Intel's offline compiler: ``bmg-g21``, ``pvc``."""
+"""Names of Intel's GPU generations, in the spelling of Intel's offline compiler.
+
+``bmg-g21``, ``pvc``.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,11 @@ _DEVICE_IDS = {
 def intel_arch(architecture: int | None, device_id: int | None) -> str:
     """Name an Intel GPU's generation, ``""`` where it is not known.
 
-    SYCL's architecture number is the 32-bit GMD id shifted left by 8; the id packs architecture (10 bits), release
-    (8 bits) and, in its lowest 6 bits, a stepping that does not matter here.
+    SYCL's architecture number is the 32-bit GMD id shifted left by 8; the id packs architecture (10
+    bits), release (8 bits) and, in its lowest 6 bits, a stepping that does not matter here.
 
-    :param architecture: SYCL's architecture number, as ``torch.xpu.get_device_properties`` gives it, or ``None``.
+    :param architecture: SYCL's architecture number, as ``torch.xpu.get_device_properties`` gives
+        it, or ``None``.
     :param device_id: the PCI id of the part, or ``None``.
 
     >>> intel_arch(0x500400400, None)

@@ -1,4 +1,6 @@
-"""Everything that asks torch about a device. What it answers is an ``Observation``, which ``describe`` turns into words.
+"""Everything that asks torch about a device.
+
+What it answers is an ``Observation``, which ``describe`` turns into words.
 
 An ``Observation`` can also be written down: that is how devices that are not here are tested.
 """
@@ -67,7 +69,8 @@ class Observation:
 
     :ivar type: torch's device type.
     :ivar index: index of the device, or ``None`` where the type has only one.
-    :ivar properties: torch's properties object, ``HostProperties``, ``MpsProperties``, or ``None`` where nobody answers.
+    :ivar properties: torch's properties object, ``HostProperties``, ``MpsProperties``, or ``None``
+        where nobody answers.
     :ivar driver: version of the driver, as its files say, ``""`` where no file does.
     :ivar build: what the installed torch says of itself.
     :ivar installed: the packages next to it.
@@ -93,8 +96,17 @@ class HostProperties:
     @classmethod
     def read(cls) -> HostProperties:
         """Ask the operating system."""
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
-        return cls(name=_cpu_name(), machine=platform.machine(), threads=threads, total_memory=_host_memory())
+        threads = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 0
+        )
+        return cls(
+            name=_cpu_name(),
+            machine=platform.machine(),
+            threads=threads,
+            total_memory=_host_memory(),
+        )
 
 
 def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -128,7 +140,11 @@ class MpsProperties:
 
         ask_name = getattr(torch.backends.mps, "get_name", str)
         ask_cores = getattr(torch.backends.mps, "get_core_count", int)
-        return cls(name=ask_name(), core_count=ask_cores(), recommended_max_memory=torch.mps.recommended_max_memory())
+        return cls(
+            name=ask_name(),
+            core_count=ask_cores(),
+            recommended_max_memory=torch.mps.recommended_max_memory(),
+        )
 
 
 def locate(device: object) -> tuple[str, int | None]:
@@ -213,9 +229,14 @@ def _properties(kind: str, index: int | None) -> object:
 
 
 def driver_version(build: TorchBuild, root: Path = Path("/")) -> str:
-    """Read the version of NVIDIA's or AMD's driver off the file in which the running one says it; ``""`` without one."""
+    """Read the version of NVIDIA's or AMD's driver off the file in which the running one says it.
+
+    ``""`` without one.
+    """
     file = root / ("sys/module/amdgpu/version" if build.hip else "proc/driver/nvidia/version")
-    if not file.is_file():  # Windows, WSL, and AMD's driver as it comes with Linux, which has no version of its own
+    if (
+        not file.is_file()
+    ):  # Windows, WSL, and AMD's driver as it comes with Linux, which has no version of its own
         return ""
     text = file.read_text(encoding="utf-8", errors="replace")
     if build.hip:
@@ -236,5 +257,9 @@ def present() -> list[str]:
     names = ["cpu"]
     for kind in kinds:
         count = _count(_module(kind)) or 0
-        names += [kind][:count] if kind in _WITHOUT_INDEX else [f"{kind}:{index}" for index in range(count)]
+        names += (
+            [kind][:count]
+            if kind in _WITHOUT_INDEX
+            else [f"{kind}:{index}" for index in range(count)]
+        )
     return names

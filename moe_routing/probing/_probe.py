@@ -20,11 +20,12 @@ _lock = ForkSafeLock()
 def probe(device: torch.device | str) -> DeviceInfo:
     """Find out what a device is and which toolchains serve it.
 
-    The answer is about ``device`` itself, whichever device is current. ``"cuda"`` without an index is the device that
-    is current at that moment. Asked once for each device and remembered; safe from many threads.
+    The answer is about ``device`` itself, whichever device is current. ``"cuda"`` without an index
+    is the device that is current at that moment. Asked once for each device and remembered; safe
+    from many threads.
 
-    :param device: a ``torch.device``, or what ``torch.device`` takes: ``"cpu"``, ``"cuda:1"``, ``"xpu"``, ``"meta"``,
-        the name of a renamed privateuse1 backend.
+    :param device: a ``torch.device``, or what ``torch.device`` takes: ``"cpu"``, ``"cuda:1"``,
+        ``"xpu"``, ``"meta"``, the name of a renamed privateuse1 backend.
     :raises TypeError: for anything that is neither a ``torch.device`` nor a ``str``.
     :raises ValueError: for a device that torch does not know, or that is not on this machine.
 

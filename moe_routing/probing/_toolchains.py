@@ -1,4 +1,7 @@
-"""What can compile for a device: torch, triton, ROCm, XPU and IPEX, installed against usable, with the command that fixes."""
+"""What can compile for a device.
+
+Torch, triton, ROCm, XPU and IPEX, installed against usable, with the command that fixes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ TORCH_RANGE = ("2.8", "2.13")
 TRITON_RANGE = ("3.6", "3.9")
 """Oldest version that works and newest that was tested, both inclusive."""
 TRITON_XPU_RANGE = ("3.3", "3.9")
-"""Likewise of Triton-XPU, which is at 3.4 with torch 2.8; 3.3 is what the kernels were compiled by."""
+"""Likewise of Triton-XPU, which is at 3.4 with torch 2.8.
+
+3.3 is what the kernels were compiled by.
+"""
 
 _TRITON_BACKEND = {"cuda": "nvidia", "rocm": "amd", "xpu": "intel"}
 _TORCH_FOR = {
@@ -29,10 +35,13 @@ _INSTALL_TRITON = f"pip install --force-reinstall 'triton>={TRITON_RANGE[0]}'"
 _TRITON_FOR = _TORCH_FOR | dict.fromkeys(("cuda", "cpu", "meta"), _INSTALL_TRITON)
 
 
-def toolchains(platform: str, build: TorchBuild | None, installed: Installed) -> tuple[Toolchain, ...]:
+def toolchains(
+    platform: str, build: TorchBuild | None, installed: Installed
+) -> tuple[Toolchain, ...]:
     """Judge every toolchain for a device of that platform.
 
-    :param platform: ``DeviceInfo.platform``; for ``"cpu"`` and ``"meta"`` triton is usable when it carries any backend.
+    :param platform: ``DeviceInfo.platform``; for ``"cpu"`` and ``"meta"`` triton is usable when it
+        carries any backend.
     :param build: what torch says of itself, or ``None`` where torch cannot be imported.
     :param installed: the packages that metadata knows.
     """
@@ -50,7 +59,11 @@ def _torch(build: TorchBuild | None, version: str | None) -> Toolchain:
         fix = f"pip install --force-reinstall 'torch>={TORCH_RANGE[0]}'"
         detail = "cannot be imported" if version else "not installed"
         return Toolchain(name="torch", version=version, usable=False, detail=detail, fix=fix)
-    made_for = {"cuda": f"CUDA {build.cuda}", "hip": f"ROCm (HIP {build.hip})", "xpu": f"XPU (SYCL {build.xpu})"}
+    made_for = {
+        "cuda": f"CUDA {build.cuda}",
+        "hip": f"ROCm (HIP {build.hip})",
+        "xpu": f"XPU (SYCL {build.xpu})",
+    }
     too_old, remark = _age(build.version, TORCH_RANGE)
     return Toolchain(
         name="torch",
@@ -65,7 +78,13 @@ def _triton(platform: str, triton: Triton | None) -> Toolchain:
     needed = platform not in ("cpu", "meta")
     fix = _TRITON_FOR.get(platform, "")
     if triton is None:
-        return Toolchain(name="triton", version=None, usable=False, detail="not installed", fix=fix if needed else "")
+        return Toolchain(
+            name="triton",
+            version=None,
+            usable=False,
+            detail="not installed",
+            fix=fix if needed else "",
+        )
     version = triton.version or None
     overwrote = ""
     if triton.overwritten:
@@ -82,7 +101,9 @@ def _triton(platform: str, triton: Triton | None) -> Toolchain:
         name="triton",
         version=version,
         usable=fits and not too_old,
-        detail=_carries(triton, platform, wanted) + remark + (f"; {overwrote}" if overwrote else ""),
+        detail=_carries(triton, platform, wanted)
+        + remark
+        + (f"; {overwrote}" if overwrote else ""),
         fix="" if fits and not too_old else fix,
     )
 
@@ -98,8 +119,18 @@ def _carries(triton: Triton, platform: str, wanted: str | None) -> str:
 def _runtime(name: str, version: str | None, platform: str, build: TorchBuild | None) -> Toolchain:
     if version:
         return Toolchain(name=name, version=version, usable=True, detail="in torch")
-    why = "torch cannot be imported" if build is None else f"torch {build.version} is not built for it"
-    return Toolchain(name=name, version=None, usable=False, detail=why, fix=_TORCH_FOR[name] if platform == name else "")
+    why = (
+        "torch cannot be imported"
+        if build is None
+        else f"torch {build.version} is not built for it"
+    )
+    return Toolchain(
+        name=name,
+        version=None,
+        usable=False,
+        detail=why,
+        fix=_TORCH_FOR[name] if platform == name else "",
+    )
 
 
 def _ipex(platform: str, build: TorchBuild | None, version: str | None) -> Toolchain:
@@ -116,8 +147,12 @@ def _ipex(platform: str, build: TorchBuild | None, version: str | None) -> Toolc
     elif platform == "xpu" and "xpu" not in local:
         detail = f"{version} is the build for the CPU (PyPI has no other); torch's own XPU build does without it"
     else:
-        return Toolchain(name="ipex", version=version, usable=True, detail="the retired pair with torch 2.8")
-    return Toolchain(name="ipex", version=version, usable=False, detail=detail, fix=f"pip uninstall --yes {IPEX}")
+        return Toolchain(
+            name="ipex", version=version, usable=True, detail="the retired pair with torch 2.8"
+        )
+    return Toolchain(
+        name="ipex", version=version, usable=False, detail=detail, fix=f"pip uninstall --yes {IPEX}"
+    )
 
 
 def _is_2_8(version: str) -> bool:
@@ -133,4 +168,7 @@ def _age(version: str, supported: tuple[str, str]) -> tuple[bool, str]:
         return False, "; of unknown version"
     if release < oldest:
         return True, f"; too old, {supported[0]} or later is needed"
-    return False, f"; newer than {supported[1]}, the newest that was tested" if release > newest else ""
+    return (
+        False,
+        f"; newer than {supported[1]}, the newest that was tested" if release > newest else "",
+    )

@@ -1,9 +1,12 @@
-"""Comparing an output with the oracle: exact where no rounding is involved, elsewhere within the error bound of float32.
+"""Comparing an output with the oracle.
 
-A selection is right if it is the exact one, or if scores exist within the float32 error bound of the exact ones
-(``moe_routing.reference.error_bounds`` derives it) for which it would be. Selection on logits involves no rounding, so there
-nothing but the exact answer is right. Two experts with the same logit and the same bias have the same score in any
-arithmetic, so between them the lower id always comes first.
+Exact where no rounding is involved, elsewhere within the error bound of float32.
+
+A selection is right if it is the exact one, or if scores exist within the float32 error bound of
+the exact ones (``moe_routing.reference.error_bounds`` derives it) for which it would be. Selection
+on logits involves no rounding, so there nothing but the exact answer is right. Two experts with the
+same logit and the same bias have the same score in any arithmetic, so between them the lower id
+always comes first.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
     from moe_routing_registry import RoutingSpec
 
 RTOL = 2e-6
-"""The contract's relative tolerance of weights, against the oracle's at the ids that the backend chose."""
+"""The contract's relative tolerance of weights.
+
+They are compared with the oracle's weights at the ids that the backend chose.
+"""
 ATOL = 1e-12
 CHUNK = 1 << 22
 """Elements compared at a time: float64 copies of them stay below a few hundred MB."""
@@ -64,12 +70,20 @@ class Comparison:
         return not self.problems
 
 
-def compare(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput, **operands: Unpack[Operands]) -> Comparison:
+def compare(
+    spec: RoutingSpec,
+    logits: Tensor,
+    topk: int,
+    output: RoutingOutput,
+    **operands: Unpack[Operands],
+) -> Comparison:
     """Compare ``output`` with the oracle.
 
     :param logits: ``[T, E]``, any float dtype and strides.
-    :param output: what the backend returned: weights float32 and ids int32 or int64, ``[T, K + shared_experts]``.
-    :param operands: what else the backend was given; ``expert_map`` must map different experts to different ids.
+    :param output: what the backend returned: weights float32 and ids int32 or int64, ``[T, K +
+        shared_experts]``.
+    :param operands: what else the backend was given; ``expert_map`` must map different experts to
+        different ids.
     :raises ValueError: it does not.
 
     >>> from moe_routing_registry import RoutingSpec
@@ -97,17 +111,33 @@ def compare(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput,
 def _problems_with_theirs(
     spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput, operands: Operands
 ) -> Iterator[str]:
-    """Hold a third party's family to the oracle that came with it: nothing is known here of its near ties."""
+    """Hold a third party's family to the oracle that came with it.
+
+    Nothing is known here of its near ties.
+    """
     exact = oracle.route(spec, logits, topk, **operands)
-    for row in (output.ids.long() != exact.ids.to(output.ids.device)).any(-1).nonzero().flatten()[:MANY].tolist():
-        yield f"row {row}: ids {output.ids[row].tolist()}, its oracle says {exact.ids[row].tolist()}"
+    for row in (
+        (output.ids.long() != exact.ids.to(output.ids.device))
+        .any(-1)
+        .nonzero()
+        .flatten()[:MANY]
+        .tolist()
+    ):
+        yield (
+            f"row {row}: ids {output.ids[row].tolist()}, its oracle says {exact.ids[row].tolist()}"
+        )
     theirs = exact.weights.to(output.weights.device)
     far = ~torch.isclose(output.weights.double(), theirs, rtol=RTOL, atol=ATOL, equal_nan=True)
     for row in far.any(-1).nonzero().flatten()[:MANY].tolist():
-        yield f"row {row}: weights {output.weights[row].tolist()}, its oracle says {exact.weights[row].tolist()}"
+        yield (
+            f"row {row}: weights {output.weights[row].tolist()}, "
+            f"its oracle says {exact.weights[row].tolist()}"
+        )
 
 
-def _shape_problems(spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput) -> Iterator[str]:
+def _shape_problems(
+    spec: RoutingSpec, logits: Tensor, topk: int, output: RoutingOutput
+) -> Iterator[str]:
     shape = (len(logits), topk + spec.shared_experts)
     for name, tensor, dtypes in (
         ("weights", output.weights, (torch.float32,)),
@@ -122,9 +152,14 @@ def _shape_problems(spec: RoutingSpec, logits: Tensor, topk: int, output: Routin
 
 
 def _padding(spec: RoutingSpec, logits: Tensor, operands: Operands) -> Tensor:
-    """Tell which rows ``[T]`` are padding: those past ``num_valid_tokens``, and those to which the table gives no experts."""
+    """Tell which rows ``[T]`` are padding.
+
+    Those past ``num_valid_tokens``, and those to which the table gives no experts.
+    """
     num_tokens, valid = len(logits), operands.get("num_valid_tokens")
-    padding = torch.arange(num_tokens, device=logits.device) >= (num_tokens if valid is None else min(int(valid), num_tokens))
+    padding = torch.arange(num_tokens, device=logits.device) >= (
+        num_tokens if valid is None else min(int(valid), num_tokens)
+    )
     if spec.selection == "token_table":
         table = {name: operands.get(name) for name in ("token_ids", "expert_table")}
         padding |= (oracle.select(spec, logits, 0, **table) < 0).any(-1)  # type: ignore[arg-type] # two tensors
@@ -162,14 +197,21 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
         return
     ids, weights = ids[:, :topk], weights[:, :topk]
     bias, token_ids = _at(operands.get("bias"), home), _at(operands.get("token_ids"), home)
-    table, scale = _at(operands.get("expert_table"), home), _at(operands.get("per_expert_scale"), home)
+    table, scale = (
+        _at(operands.get("expert_table"), home),
+        _at(operands.get("per_expert_scale"), home),
+    )
     if scale is not None:
         scale = scale.float()  # PyTorch hardly computes in 8-bit formats
     tokens = None if token_ids is None else token_ids[part]
     exact = oracle.select(spec, l, topk, bias=bias, token_ids=tokens, expert_table=table)
     for row in (ids != exact).any(-1).nonzero().flatten().tolist():
         problem = _row_problem(
-            spec, l[row : row + 1].cpu(), _at(bias, torch.device("cpu")), ids[row].tolist(), exact[row].tolist()
+            spec,
+            l[row : row + 1].cpu(),
+            _at(bias, torch.device("cpu")),
+            ids[row].tolist(),
+            exact[row].tolist(),
         )
         if problem:
             found.problems.append(f"row {int(rows[row])}: {problem}")
@@ -202,7 +244,10 @@ def renaming_problems(plain: RoutingOutput, mapped: RoutingOutput, expert_map: T
 
 
 def exact_device(tensor: Tensor) -> torch.device:
-    """Return where float64 maths on the tensor is possible: its own device, or the CPU (Metal has no float64)."""
+    """Return where float64 maths on the tensor is possible.
+
+    Its own device, or the CPU (Metal has no float64).
+    """
     return tensor.device if tensor.device.type in ("cpu", "cuda", "xpu") else torch.device("cpu")
 
 
@@ -211,9 +256,12 @@ def _at(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def logical_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
-    """Undo ``expert_map``, whose physical ids may be any numbers; an id that no expert has becomes -1.
+    """Undo ``expert_map``, whose physical ids may be any numbers.
 
-    :raises ValueError: two experts have one physical id: then ids do not tell which it was (``renaming_problems`` does).
+    An id that no expert has becomes -1.
+
+    :raises ValueError: two experts have one physical id: then ids do not tell which it was
+        (``renaming_problems`` does).
     """
     if expert_map is None:
         return ids
@@ -221,14 +269,17 @@ def logical_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
     if (physical[1:] == physical[:-1]).any():
         different = len(physical.unique())
         msg = (
-            f"expert_map: expected a physical id of its own for each of {len(physical)} experts, got {different} different ids"
+            f"expert_map: expected a physical id of its own for each of {len(physical)} experts, "
+            f"got {different} different ids"
         )
         raise ValueError(msg)
     place = torch.searchsorted(physical, ids.contiguous()).clamp(max=len(physical) - 1)
     return torch.where(physical[place] == ids, logical[place], -1)
 
 
-def _id_problems(spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, rows: Tensor) -> Iterator[str]:
+def _id_problems(
+    spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, rows: Tensor
+) -> Iterator[str]:
     routed = ids[:, :topk]
     outside = ((routed < 0) | (routed >= num_experts)).any(-1)
     if outside.any():
@@ -246,14 +297,21 @@ def _id_problems(spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, ro
 
 def _shared_problems(spec: RoutingSpec, weights: Tensor, topk: int, rows: Tensor) -> Iterator[str]:
     if spec.shared_experts and (weights[:, topk:] != 1).any():
-        yield f"shared slots: expected weight 1 in rows from {int(rows[0])} on, got {weights[:, topk:].flatten()[:8].tolist()}"
+        yield (
+            f"shared slots: expected weight 1 in rows from {int(rows[0])} on, "
+            f"got {weights[:, topk:].flatten()[:8].tolist()}"
+        )
 
 
 def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arguments
     spec: RoutingSpec, l: Tensor, ids: Tensor, weights: Tensor, scale: Tensor | None, rows: Tensor
 ) -> Iterator[str]:
     exact = oracle.weights_at(spec, l, ids, per_expert_scale=scale)
-    scales = exact.new_full(exact.shape, abs(spec.scale)) if scale is None else abs(spec.scale) * scale.double().abs()[ids]
+    scales = (
+        exact.new_full(exact.shape, abs(spec.scale))
+        if scale is None
+        else abs(spec.scale) * scale.double().abs()[ids]
+    )
     tolerance = (
         ATOL * scales.masked_fill(~scales.isfinite(), 0.0)
         + (RTOL + error_bounds.weight_error(spec, l, ids)) * exact.abs()
@@ -261,10 +319,13 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     )
     low = high = exact
     if spec.selection == "sparsemixer":
-        # The mask compares a float32 quotient with a threshold: one subtraction, one division, the threshold's rounding.
+        # The mask compares a float32 quotient with a threshold: one subtraction, one division, the
+        # threshold's rounding.
         slack = (2 + error_bounds.FAST_DIVISION) * error_bounds.U
         others = [
-            oracle.weights_at(spec.replace(jitter=spec.jitter * factor), l, ids, per_expert_scale=scale)
+            oracle.weights_at(
+                spec.replace(jitter=spec.jitter * factor), l, ids, per_expert_scale=scale
+            )
             for factor in (1 - slack, 1 + slack)
         ]
         low, high = torch.minimum(*others), torch.maximum(*others)
@@ -272,13 +333,15 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     low, high = (_in_float32(end) for end in (low - tolerance, high + tolerance))
     wrong = ~((weights >= low) & (weights <= high))  # NaN is wrong
     if scale is not None and not scale.isfinite().all():
-        tiny = oracle.weights_at(spec, l, ids).abs() <= ATOL  # which float32 may take for 0, and 0 times infinity is NaN
+        # float32 may take such weights for 0, and 0 times infinity is NaN.
+        tiny = oracle.weights_at(spec, l, ids).abs() <= ATOL
         right = (weights == exact) | (weights.isnan() & (exact.isnan() | tiny))
         wrong = torch.where(exact.isfinite(), wrong, ~right)
     for row, k in wrong.nonzero()[:MANY].tolist():
         got, expected = float(weights[row, k]), float(exact[row, k])
         yield (
-            f"row {int(rows[row])}: weight of id {int(ids[row, k])} is {got:.9g}, exactly {expected:.9g}: "
+            f"row {int(rows[row])}: weight of id {int(ids[row, k])} is {got:.9g}, "
+            f"exactly {expected:.9g}: "
             f"off by {abs(got - expected):.3g}, allowed {float(tolerance[row, k]):.3g}"
         )
 
@@ -288,7 +351,9 @@ def _in_float32(x: Tensor) -> Tensor:
     return x.masked_fill(x > limit, torch.inf).masked_fill(x < -limit, -torch.inf)
 
 
-def _row_problem(spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: list[int], exact: list[int]) -> str:
+def _row_problem(
+    spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: list[int], exact: list[int]
+) -> str:
     """Say why ``ids`` are wrong for the one row ``l [1, E]``, or return ``""``."""
     if spec.selection == "token_table":
         return f"ids {ids} are not the table's {exact}"
@@ -300,7 +365,10 @@ def _row_problem(spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: list[in
     problems = [row.problem(ids, row.experts(groups)) for groups in row.possible_groups(ids)]
     if not problems:
         touched = sorted({i // row.group_size for i in ids})
-        return f"ids {ids} lie in groups {touched}, which are not among the best {spec.topk_groups}; exact ids are {exact}"
+        return (
+            f"ids {ids} lie in groups {touched}, which are not among the best {spec.topk_groups}; "
+            f"exact ids are {exact}"
+        )
     return min(problems, key=len)  # "" if any choice of groups explains the ids
 
 
@@ -324,9 +392,14 @@ class _Row:
         self.spec = spec
         self.keys: list[float] = keys[0].tolist()
         self.error: list[float] = error[0].tolist()
-        biases = [0.0] * len(self.keys) if bias is None else bias.float().nan_to_num(nan=-torch.inf).tolist()
+        biases = (
+            [0.0] * len(self.keys)
+            if bias is None
+            else bias.float().nan_to_num(nan=-torch.inf).tolist()
+        )
         self.same = [
-            (l, b) if abs(b) < torch.inf else (0.0, b) for l, b in zip(oracle.clean(l)[0].tolist(), biases, strict=True)
+            (l, b) if abs(b) < torch.inf else (0.0, b)
+            for l, b in zip(oracle.clean(l)[0].tolist(), biases, strict=True)
         ]
         """What determines an expert's score; equal entries have equal scores in any arithmetic."""
         self.group_size = len(self.keys) // spec.num_groups
@@ -335,13 +408,14 @@ class _Row:
         return [e for g in groups for e in range(g * self.group_size, (g + 1) * self.group_size)]
 
     def problem(self, ids: list[int], eligible: range | list[int]) -> str:
-        """Say why ``ids`` cannot be the best of the ``eligible`` experts in order, or return ``""``."""
+        """Say why ``ids`` cannot be the best ``eligible`` experts in order, or return ``""``."""
         position = {e: p for p, e in enumerate(ids)}
         last = len(ids)
         if any(e not in set(eligible) for e in ids):
             return f"ids {ids} are not all in the groups that were kept"
         order = ids + [e for e in eligible if e not in position]
-        lowest_above: int | None = None  # of the experts before, the one whose score may be least high
+        # Of the experts before, the one whose score may be least high.
+        lowest_above: int | None = None
         for place, e in enumerate(order):
             if lowest_above is not None and not self._may_precede(lowest_above, e):
                 return self._said(lowest_above, position[lowest_above], e)
@@ -351,7 +425,10 @@ class _Row:
         for e in sorted(eligible, key=lambda e: (position.get(e, last), e)):
             before = first_of.setdefault(self.same[e], e)
             if before > e:
-                return f"id {before} at position {position[before]} stands before id {e} although their scores are equal"
+                return (
+                    f"id {before} at position {position[before]} stands before id {e} "
+                    "although their scores are equal"
+                )
             first_of[self.same[e]] = max(before, e)
         return ""
 
@@ -364,7 +441,8 @@ class _Row:
     def _said(self, above: int, place: int, below: int) -> str:
         a, b = self.keys[above], self.keys[below]
         return (
-            f"id {above} at position {place} (score {a:.9g}) stands before id {below} (score {b:.9g}): "
+            f"id {above} at position {place} (score {a:.9g}) stands before "
+            f"id {below} (score {b:.9g}): "
             f"a gap of {b - a:.3g}, float32 blurs {self.error[above] + self.error[below]:.3g}"
         )
 
@@ -376,17 +454,31 @@ class _Row:
         if len(touched) > keep:
             return
         low, high = [b[0] for b in bounds_of], [b[1] for b in bounds_of]
-        content: list[object] = [sorted(self.same[e] for e in self.experts((g,))) for g in range(count)]
+        content: list[object] = [
+            sorted(self.same[e] for e in self.experts((g,))) for g in range(count)
+        ]
         if self.spec.group_score == "top2_sum":
-            # Sums that are known exactly, those that are clamped among them, are equal whatever they are sums of.
-            content = [bound[0] if bound[0] == bound[1] else same for bound, same in zip(bounds_of, content, strict=True)]
-        sure = {g for g in range(count) if sum(high[o] >= low[g] for o in range(count) if o != g) < keep} | touched
-        maybe = [g for g in range(count) if g not in sure and sum(low[o] > high[g] for o in range(count)) < keep]
+            # Sums that are known exactly, those that are clamped among them, are equal whatever
+            # they are sums of.
+            content = [
+                bound[0] if bound[0] == bound[1] else same
+                for bound, same in zip(bounds_of, content, strict=True)
+            ]
+        sure = {
+            g for g in range(count) if sum(high[o] >= low[g] for o in range(count) if o != g) < keep
+        } | touched
+        maybe = [
+            g
+            for g in range(count)
+            if g not in sure and sum(low[o] > high[g] for o in range(count)) < keep
+        ]
         for chosen in itertools.combinations(maybe, max(keep - len(sure), 0)):
             kept = tuple(sorted(sure | set(chosen)))
             left = [g for g in range(count) if g not in kept]
             feasible = not left or min(high[g] for g in kept) >= max(low[g] for g in left)
-            skips_an_equal = any(lower < g and content[lower] == content[g] for g in kept for lower in left)
+            skips_an_equal = any(
+                lower < g and content[lower] == content[g] for g in kept for lower in left
+            )
             if feasible and len(kept) == keep and not skips_an_equal:
                 yield kept
 

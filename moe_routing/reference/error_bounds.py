@@ -1,42 +1,45 @@
 r"""How far float32 may stray from the exact score: the derivation of the error bound.
 
-Write ``u = 2**-24`` for the unit roundoff of float32. What a backend is allowed, operation by operation:
+Write ``u = 2**-24`` for the unit roundoff of float32. What a backend is allowed, operation by
+operation:
 
-====================  ==========  ====================================================================
-operation             error       why
-====================  ==========  ====================================================================
-``+ - *``             ``u``       IEEE 754, rounded to nearest
-``/``, ``sqrt``       ``4 u``     2 units in the last place: the fast divisions of GPU compilers
-``exp2``              ``4 u``     2 units in the last place: ``ex2.approx`` and its like on other GPUs
-``log1p``, ``tanh``   ``8 u``     4 units in the last place
-subnormals            ``2**-126`` may be flushed to zero
-====================  ==========  ====================================================================
+====================  ==========
+==================================================================== operation             error
+why ====================  ==========
+==================================================================== ``+ - *``             ``u``
+IEEE 754, rounded to nearest ``/``, ``sqrt``       ``4 u``     2 units in the last place: the fast
+divisions of GPU compilers ``exp2``              ``4 u``     2 units in the last place:
+``ex2.approx`` and its like on other GPUs ``log1p``, ``tanh``   ``8 u``     4 units in the last
+place subnormals            ``2**-126`` may be flushed to zero ====================  ==========
+====================================================================
 
 Everything else follows by first-order error propagation; nothing in it is fitted to a backend.
 
-**exp(d)**, computed as ``exp2(d * log2(e))``: rounding ``d``, the constant and the product each move the exponent by
-``|d| u``, hence the relative error is ``(3 |d| + 4) u``.
+**exp(d)**, computed as ``exp2(d * log2(e))``: rounding ``d``, the constant and the product each
+move the exponent by ``|d| u``, hence the relative error is ``(3 |d| + 4) u``.
 
-**sigmoid**, ``1 / (1 + exp(-x))`` or ``exp(x) / (1 + exp(x))``: an error of the exponential counts with the factor
-``1 - s`` (the derivative of log s with respect to log exp), then one addition and one division:
-``(1 - s) (3 |x| + 4) u + 5 u``.
+**sigmoid**, ``1 / (1 + exp(-x))`` or ``exp(x) / (1 + exp(x))``: an error of the exponential counts
+with the factor ``1 - s`` (the derivative of log s with respect to log exp), then one addition and
+one division: ``(1 - s) (3 |x| + 4) u + 5 u``.
 
-**sqrtsoftplus**, with ``e = exp(-|x|)``: ``softplus = max(x, 0) + log1p(e)``, and the derivative of ``log1p`` is at most 1,
-so its absolute error is ``e (3 |x| + 4) u + 8 u softplus``. The root halves relative errors and adds its own:
-``(e (3 |x| + 4) / softplus + 8) u / 2 + 4 u``. Where softplus is subnormal it may be flushed to zero before the root is
-taken, and the score with it.
+**sqrtsoftplus**, with ``e = exp(-|x|)``: ``softplus = max(x, 0) + log1p(e)``, and the derivative of
+``log1p`` is at most 1, so its absolute error is ``e (3 |x| + 4) u + 8 u softplus``. The root halves
+relative errors and adds its own: ``(e (3 |x| + 4) / softplus + 8) u / 2 + 4 u``. Where softplus is
+subnormal it may be flushed to zero before the root is taken, and the score with it.
 
-**softmax**, ``exp(x - m) / Z``: the numerator as above with ``d = x - m``. The terms of ``Z`` are weighted by the
-probabilities ``p``, so their errors add up to ``sum(p (3 |d| + 4)) u``. Summing E positive terms in any order errs by at
-most ``(E - 1) u`` and, roundings being as good as independent, by no more than ``4 sqrt(E) u`` but once in a thousand rows
-at worst (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019, with lambda = 4); the smaller
-counts. Then one division: ``(3 |d| + 4 + sum(p (3 |d| + 4)) + min(E - 1, 4 sqrt(E)) + 4) u``.
+**softmax**, ``exp(x - m) / Z``: the numerator as above with ``d = x - m``. The terms of ``Z`` are
+weighted by the probabilities ``p``, so their errors add up to ``sum(p (3 |d| + 4)) u``. Summing E
+positive terms in any order errs by at most ``(E - 1) u`` and, roundings being as good as
+independent, by no more than ``4 sqrt(E) u`` but once in a thousand rows at worst (Higham and Mary,
+A New Approach to Probabilistic Rounding Error Analysis, 2019, with lambda = 4); the smaller counts.
+Then one division: ``(3 |d| + 4 + sum(p (3 |d| + 4)) + min(E - 1, 4 sqrt(E)) + 4) u``.
 
-**logit multiplier and soft-cap** move ``x`` itself before any of this: the product by ``2 u |x|`` (the constant is rounded
-too), and ``cap tanh(y / cap)`` by what the derivative ``1 - tanh^2`` passes on plus ``9 u |x|``.
+**logit multiplier and soft-cap** move ``x`` itself before any of this: the product by ``2 u |x|``
+(the constant is rounded too), and ``cap tanh(y / cap)`` by what the derivative ``1 - tanh^2``
+passes on plus ``9 u |x|``.
 
-**bias**: ``t = s + b`` is one rounding, ``u |t|``. So ``t`` may stray by ``error(s) + u |t| + 2**-126``, and a group's sum of
-two by theirs and ``u |sum|``.
+**bias**: ``t = s + b`` is one rounding, ``u |t|``. So ``t`` may stray by ``error(s) + u |t| +
+2**-126``, and a group's sum of two by theirs and ``u |sum|``.
 """
 
 from __future__ import annotations
@@ -89,15 +92,21 @@ def score_error(spec: RoutingSpec, l: Tensor) -> Tensor:
     exponential = (3 * x.abs() + EXP2) * U
     if spec.score == "sigmoid":
         return torch.sigmoid(-x) * (exponential + moved) + (1 + FAST_DIVISION) * U
-    softplus = torch.nn.functional.softplus(x, threshold=1000.0).clamp(min=torch.finfo(torch.float64).tiny)
+    softplus = torch.nn.functional.softplus(x, threshold=1000.0).clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
     small = (-x.abs()).exp()
-    slope = torch.where(x < 0, 1.0, torch.sigmoid(x) / softplus)  # d log softplus / dx is below 1 for x < 0
+    # d log softplus / dx is below 1 for x < 0.
+    slope = torch.where(x < 0, 1.0, torch.sigmoid(x) / softplus)
     relative = (small * exponential / softplus + LOG1P * U + slope * moved) / 2 + FAST_DIVISION * U
     return torch.where(softplus < 2 * FLUSHED, 1.0, relative)
 
 
 def key_error(spec: RoutingSpec, logits: Tensor, keys: Tensor) -> Tensor:
-    """Return the absolute error ``[T, E]`` that a float32 evaluation of the selection keys may have; 0 on logits."""
+    """Return the absolute error ``[T, E]`` that float32 may make in the selection keys.
+
+    It is 0 where selection is on logits.
+    """
     if not spec.needs_bias:
         return torch.zeros_like(keys)
     l = oracle.clean(logits)
@@ -105,17 +114,23 @@ def key_error(spec: RoutingSpec, logits: Tensor, keys: Tensor) -> Tensor:
     if spec.selection == "logits_plus_bias":
         base_error = transform_error(spec, l, x)
     else:
-        # Beyond |log s| = 100 a score is below 2**-126, whatever relative error the formula gives it.
-        base_error = oracle.log_scores(spec, x).clamp(min=-700.0).exp() * score_error(spec, l).clamp(max=1.0)
+        # Beyond |log s| = 100 a score is below 2**-126, whatever relative error the formula gives
+        # it.
+        base_error = oracle.log_scores(spec, x).clamp(min=-700.0).exp() * score_error(
+            spec, l
+        ).clamp(max=1.0)
     return base_error + U * keys.abs() + FLUSHED
 
 
 def weight_error(spec: RoutingSpec, logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the relative error ``[T, K]`` of the weights that multiplier and soft-cap cause; 0 without them.
+    """Return the relative error ``[T, K]`` of the weights that multiplier and soft-cap cause.
 
-    The contract's tolerance is about computing weights from ``x``; where ``x`` itself is a rounded float32, no
-    arithmetic on it can be closer than what its rounding moves. Unnormalised softmax passes on the error of its own
-    exponent and the mean of all, every other score at most that of its own; a renormalisation adds the selected' largest.
+    0 without them.
+
+    The contract's tolerance is about computing weights from ``x``; where ``x`` itself is a rounded
+    float32, no arithmetic on it can be closer than what its rounding moves. Unnormalised softmax
+    passes on the error of its own exponent and the mean of all, every other score at most that of
+    its own; a renormalisation adds the selected' largest.
     """
     l = oracle.clean(logits)
     x = oracle.transformed(spec, l)

@@ -1,8 +1,8 @@
 """The float64 oracle: what every backend is measured against, written for reading.
 
-One implementation serves all families, because a family is data. It follows the numbered semantics of
-``docs/contract.md`` step by step, in plain torch float64 operations, with no thought of speed. It is differentiable:
-autograd through ``route`` is the reference for gradients.
+One implementation serves all families, because a family is data. It follows the numbered semantics
+of ``docs/contract.md`` step by step, in plain torch float64 operations, with no thought of speed.
+It is differentiable: autograd through ``route`` is the reference for gradients.
 """
 
 from __future__ import annotations
@@ -44,23 +44,34 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
     Assumes arguments that ``Router`` would accept; it checks none of them.
 
     >>> from moe_routing_registry import RoutingSpec
-    >>> weights, ids = route(RoutingSpec(family="f", renormalize=True), torch.tensor([[0.0, 1.0, 1.0]]), 2)
+    >>> spec = RoutingSpec(family="f", renormalize=True)
+    >>> weights, ids = route(spec, torch.tensor([[0.0, 1.0, 1.0]]), 2)
     >>> ids.tolist(), weights.tolist()
     ([[1, 2]], [[0.5, 0.5]])
     """
     theirs = brought(spec.family)
     if theirs is not None:
         return theirs(
-            spec, logits, topk, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
-            num_valid_tokens=num_valid_tokens, expert_map=expert_map,
+            spec, logits, topk, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
+            expert_table=expert_table, num_valid_tokens=num_valid_tokens, expert_map=expert_map,
         )  # fmt: skip
     ids = select(spec, logits, topk, bias=bias, token_ids=token_ids, expert_table=expert_table)
     weights = weights_at(spec, logits, ids, per_expert_scale=per_expert_scale)
-    return finish(spec, weights, ids, logits.shape[1], num_valid_tokens=num_valid_tokens, expert_map=expert_map)
+    return finish(
+        spec,
+        weights,
+        ids,
+        logits.shape[1],
+        num_valid_tokens=num_valid_tokens,
+        expert_map=expert_map,
+    )
 
 
 def brought(family: str) -> Callable[..., RoutingOutput] | None:
-    """Return the oracle that a plug-in brought with its family, ``None`` where this module's is the one."""
+    """Return the oracle that a plug-in brought with its family.
+
+    ``None`` means that the family has the oracle of this module.
+    """
     family_spec = registry().families.get(family)
     if family_spec is None or not family_spec.oracle:
         return None
@@ -91,8 +102,13 @@ def select(  # noqa: PLR0913 -- the operands of selection
 
 
 def _from_table(token_ids: Tensor, expert_table: Tensor, num_experts: int) -> Tensor:
-    """Return the row of the table for each token; -1 for a token that is not in it, or whose row names no expert of ours."""
-    experts = torch.full((len(token_ids), expert_table.shape[1]), -1, dtype=torch.long, device=token_ids.device)
+    """Return the row of the table for each token.
+
+    -1 for a token that is not in it, or whose row names no expert of ours.
+    """
+    experts = torch.full(
+        (len(token_ids), expert_table.shape[1]), -1, dtype=torch.long, device=token_ids.device
+    )
     known = (token_ids >= 0) & (token_ids < len(expert_table))
     experts[known] = expert_table[token_ids[known].long()].long()
     outside = ((experts < 0) | (experts >= num_experts)).any(-1)
@@ -118,12 +134,20 @@ def clean(logits: Tensor) -> Tensor:
     Non-finite entries become constants, so no gradient flows to them.
     """
     l = logits.float().double()
-    return torch.where(l.isfinite(), l, l.detach().nan_to_num(nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX))
+    return torch.where(
+        l.isfinite(),
+        l,
+        l.detach().nan_to_num(nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX),
+    )
 
 
 def transformed(spec: RoutingSpec, l: Tensor) -> Tensor:
     """Return ``x``: ``l`` times the multiplier, clamped again, under the soft cap."""
-    x = (l * spec.logit_multiplier).clamp(-FLOAT32_MAX, FLOAT32_MAX) if spec.logit_multiplier != 1.0 else l
+    x = (
+        (l * spec.logit_multiplier).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+        if spec.logit_multiplier != 1.0
+        else l
+    )
     return x if spec.logit_softcap is None else spec.logit_softcap * (x / spec.logit_softcap).tanh()
 
 
@@ -138,35 +162,49 @@ def log_scores(spec: RoutingSpec, x: Tensor) -> Tensor:
         return torch.nn.functional.logsigmoid(x)
     if spec.score == "sqrtsoftplus":
         return 0.5 * _log_softplus(x)
-    msg = f"spec.score: the kit's oracle knows softmax, sigmoid and sqrtsoftplus, got {spec.score!r}"
+    msg = (
+        f"spec.score: the kit's oracle knows softmax, sigmoid and sqrtsoftplus, got {spec.score!r}"
+    )
     raise ValueError(msg)
 
 
 def _log_softplus(x: Tensor) -> Tensor:
-    """Return ``log(log(1 + e^x))``; below -40 it is x, because there log(1 + e^x) is e^x to float64's last bit."""
-    very_negative = x < -40.0  # noqa: PLR2004 -- e^-40 is 4e-18, below float64's unit roundoff 1.1e-16
+    """Return ``log(log(1 + e^x))``.
+
+    Below -40 it is x, because there log(1 + e^x) is e^x to float64's last bit: e^-40 is 4e-18,
+    below float64's unit roundoff 1.1e-16.
+    """
+    very_negative = x < -40.0  # noqa: PLR2004 -- see above
     usual = torch.where(very_negative, 0.0, x)
     return torch.where(very_negative, x, torch.logaddexp(usual, torch.zeros_like(usual)).log())
 
 
-def weights_at(spec: RoutingSpec, logits: Tensor, ids: Tensor, *, per_expert_scale: Tensor | None = None) -> Tensor:
-    """Return the float64 weights ``[T, K]`` of the logical ``ids``, whoever selected them; 0 in rows of -1.
+def weights_at(
+    spec: RoutingSpec, logits: Tensor, ids: Tensor, *, per_expert_scale: Tensor | None = None
+) -> Tensor:
+    """Return the float64 weights ``[T, K]`` of the logical ``ids``, whoever selected them.
 
-    A renormalisation without epsilon and floor is a ratio of exact scores, hence a softmax over their logarithms.
-    ``per_expert_scale`` is rounded to float32, and multiplies as IEEE 754 says: NaN and infinities come out as they are, and 0
-    times an infinity is NaN. A zero expert's weight is 0 whatever its scale.
+    0 in rows of -1.
+
+    A renormalisation without epsilon and floor is a ratio of exact scores, hence a softmax over
+    their logarithms. ``per_expert_scale`` is rounded to float32, and multiplies as IEEE 754 says:
+    NaN and infinities come out as they are, and 0 times an infinity is NaN. A zero expert's weight
+    is 0 whatever its scale.
     """
     x = transformed(spec, clean(logits))
     padding, ids = (ids < 0).any(-1, keepdim=True), ids.clamp(min=0)
     if spec.selection == "sparsemixer":
         weights = _sparsemixer_weights(spec, clean(logits), ids)
     elif spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor):
-        log_ratios = x if spec.score == "softmax" else log_scores(spec, x)  # softmax's own denominator cancels
+        # The denominator of softmax itself cancels.
+        log_ratios = x if spec.score == "softmax" else log_scores(spec, x)
         weights = torch.softmax(log_ratios.gather(1, ids), dim=-1)
     else:
         weights = log_scores(spec, x).gather(1, ids).exp()
         if spec.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + spec.renorm_epsilon).clamp(min=spec.renorm_floor)
+            weights = weights / (weights.sum(-1, keepdim=True) + spec.renorm_epsilon).clamp(
+                min=spec.renorm_floor
+            )
     weights = weights * spec.scale
     if per_expert_scale is not None:
         weights = weights * per_expert_scale.float().double()[ids]
@@ -174,12 +212,16 @@ def weights_at(spec: RoutingSpec, logits: Tensor, ids: Tensor, *, per_expert_sca
 
 
 def _sparsemixer_weights(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Tensor:
-    """Return the weight of each round: a softmax over the entries within ``2 * jitter`` of the round's best."""
+    """Return the weight of each round.
+
+    A softmax over the entries within ``2 * jitter`` of the round's best.
+    """
     weights = []
     for k in range(ids.shape[1]):
         left = l.scatter(1, ids[:, :k], -torch.inf)
         best = left.detach().amax(-1, keepdim=True)
-        ratio = (best - left.detach()) / left.detach().abs().maximum(best)  # 0/0 is NaN, which is not > 2 * jitter
+        # 0/0 is NaN, which is not > 2 * jitter.
+        ratio = (best - left.detach()) / left.detach().abs().maximum(best)
         masked = left.masked_fill(ratio > 2 * spec.jitter, -torch.inf)
         weights.append(torch.softmax(masked, dim=-1).gather(1, ids[:, k : k + 1]))
     return torch.cat(weights, dim=1)
@@ -203,32 +245,48 @@ def finish(  # noqa: PLR0913 -- the operands of the last steps
     if num_valid_tokens is not None:
         if not isinstance(num_valid_tokens, torch.Tensor):
             num_valid_tokens = min(num_valid_tokens, len(ids))  # which may be beyond int64
-        padding = padding | (torch.arange(len(ids), device=ids.device) >= num_valid_tokens).unsqueeze(1)
+        padding = padding | (
+            torch.arange(len(ids), device=ids.device) >= num_valid_tokens
+        ).unsqueeze(1)
     if expert_map is not None:
         ids = expert_map.long()[ids.clamp(min=0)]
     return RoutingOutput(weights.masked_fill(padding, 0.0), ids.masked_fill(padding, -1))
 
 
 def descending(keys: Tensor) -> Tensor:
-    """Return the positions of ``keys [T, N]`` by descending key, equal keys by ascending position, -0 equal to +0."""
-    return torch.sort(keys + 0.0, dim=-1, descending=True, stable=True).indices  # -0 + 0 is +0: radix sorts look at bits
+    """Return the positions of ``keys [T, N]`` by descending key.
+
+    Equal keys are in the order of their positions; -0 is equal to +0.
+    """
+    # -0 + 0 is +0: radix sorts look at bits.
+    return torch.sort(keys + 0.0, dim=-1, descending=True, stable=True).indices
 
 
 def group_scores(spec: RoutingSpec, keys: Tensor) -> Tensor:
-    """Return the score ``[T, G]`` of each group: its maximum, or the sum of its best two (of its one, if it has one).
+    """Return the score ``[T, G]`` of each group.
 
-    A sum is clamped to float32's finite range, as all that is selected on: groups whose sums are beyond it are equal.
+    Its maximum, or the sum of its best two (of its one, if it has one).
+
+    A sum is clamped to float32's finite range, as all that is selected on: groups whose sums are
+    beyond it are equal.
     """
     grouped = keys.reshape(len(keys), spec.num_groups, keys.shape[1] // spec.num_groups)
     best = 1 if spec.group_score == "max" else min(2, grouped.shape[-1])
-    return grouped.sort(dim=-1, descending=True).values[..., :best].sum(-1).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+    return (
+        grouped.sort(dim=-1, descending=True)
+        .values[..., :best]
+        .sum(-1)
+        .clamp(-FLOAT32_MAX, FLOAT32_MAX)
+    )
 
 
 def _keep_best_groups(spec: RoutingSpec, keys: Tensor) -> Tensor:
-    """Set the keys outside the best ``topk_groups`` groups to -inf, so that they can never be selected."""
+    """Set the keys outside the best ``topk_groups`` groups to -inf, so that none is selected."""
     kept = torch.zeros(len(keys), spec.num_groups, dtype=torch.bool, device=keys.device)
     kept.scatter_(1, descending(group_scores(spec, keys))[:, : spec.topk_groups], value=True)
-    return keys.masked_fill(~kept.repeat_interleave(keys.shape[1] // spec.num_groups, dim=1), -torch.inf)
+    return keys.masked_fill(
+        ~kept.repeat_interleave(keys.shape[1] // spec.num_groups, dim=1), -torch.inf
+    )
 
 
 def _keep_topk_of_each_group(keys: Tensor, num_groups: int, topk_of_each: int) -> Tensor:

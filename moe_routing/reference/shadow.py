@@ -1,14 +1,17 @@
 """Shadow mode: live calls are compared with the oracle, and never changed.
 
-``Router(spec, verify=True)`` compares every call, ``verify=0.01`` one in a hundred, ``MOE_ROUTING_VERIFY=sample:0.01`` does
-so for every router of the process. What is found goes to the logger ``moe_routing.verify`` and to ``route.health()``;
-neither a wrong backend nor a failing comparison raises in the caller's path.
+``Router(spec, verify=True)`` compares every call, ``verify=0.01`` one in a hundred,
+``MOE_ROUTING_VERIFY=sample:0.01`` does so for every router of the process. What is found goes to
+the logger ``moe_routing.verify`` and to ``route.health()``; neither a wrong backend nor a failing
+comparison raises in the caller's path.
 
-Ids that ``expert_map`` renamed do not tell which expert they were where experts share one. So a call with a map is routed
-again without it: that is compared, and what came out of the call must be the same, renamed.
+Ids that ``expert_map`` renamed do not tell which expert they were where experts share one. So a
+call with a map is routed again without it: that is compared, and what came out of the call must be
+the same, renamed.
 
-A comparison takes milliseconds and waits for the device. While a CUDA graph is captured none is made, and a graph that is
-replayed (``torch.compile(mode="reduce-overhead")`` too) runs no Python: its calls are not seen.
+A comparison takes milliseconds and waits for the device. While a CUDA graph is captured none is
+made, and a graph that is replayed (``torch.compile(mode="reduce-overhead")`` too) runs no Python:
+its calls are not seen.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class Health:
     :ivar calls: calls seen.
     :ivar compared: calls compared with the oracle.
     :ivar rows: rows compared.
-    :ivar near_ties: rows that differ from the exact selection where float32 cannot tell the scores apart: allowed.
+    :ivar near_ties: rows that differ from the exact selection where float32 cannot tell the scores
+        apart: allowed.
     :ivar wrong: calls that differ from the oracle in any other way.
     :ivar failures: comparisons that could not be made, because the kit itself raised.
     :ivar latest: what was wrong or failed last, or ``""``.
@@ -85,13 +89,21 @@ class Shadow:
         self._health = Health(rate=rate)
         self._lock = ForkSafeLock()
         _shadows[self.key] = self
-        self._sampling = random.Random()  # noqa: S311 -- sampling; its own, so that the caller's seeds stay as they are
+        # A generator of its own, so that the caller's seeds stay as they are.
+        self._sampling = random.Random()  # noqa: S311 -- sampling
 
     def health(self) -> Health:
         """Return the counts so far."""
         return self._health
 
-    def observe(self, spec: RoutingSpec, topk: int, operands: Operands, output: RoutingOutput, route: Prepared) -> None:
+    def observe(
+        self,
+        spec: RoutingSpec,
+        topk: int,
+        operands: Operands,
+        output: RoutingOutput,
+        route: Prepared,
+    ) -> None:
         """Compare the output of a call with the oracle, if the call is sampled; never raises.
 
         :param route: routes again.
@@ -105,9 +117,13 @@ class Shadow:
             with contained("comparing it"):
                 first = self._sampling.randrange(max(1, len(logits) - ROWS + 1))
                 found = _compare(spec, topk, operands, output, route, slice(first, first + ROWS))
-        except PluginFailure as failure:  # the caller's call has succeeded: nothing may come in its way
+        except (
+            PluginFailure
+        ) as failure:  # the caller's call has succeeded: nothing may come in its way
             self._count(failures=1, latest=failure.sentence)
-            _log.exception("a routing call of family %s could not be compared with the oracle", spec.family)
+            _log.exception(
+                "a routing call of family %s could not be compared with the oracle", spec.family
+            )
             return
         self._count(rows=found.rows, near_ties=found.near_ties)
         if not found.ok:
@@ -130,10 +146,12 @@ _shared: dict[float, Shadow] = {}
 
 
 def shadow_of(key: str) -> Shadow | None:
-    """Return what a router's calls are watched by, from inside an operator, which knows only its key.
+    """Return the shadow that watches the calls of a router.
 
-    A compiled or exported program outlives its router, and may have come from another process: then nothing watches it, and
-    the logger says so once.
+    An operator calls this function; it knows only the router's key.
+
+    A compiled or exported program outlives its router, and may have come from another process: then
+    nothing watches it, and the logger says so once.
     """
     found = _shadows.get(key)
     if found is None:
@@ -149,8 +167,8 @@ def shared(rate: float) -> Shadow:
 @cache
 def _say_unwatched(_key: str) -> None:
     _log.warning(
-        "a compiled or exported program asks for shadow mode (verify=), but the router that it was made from is gone or in "
-        "another process: its calls are not compared"
+        "a compiled or exported program asks for shadow mode (verify=), but the router that it was "
+        "made from is gone or in another process: its calls are not compared"
     )
 
 
@@ -160,7 +178,12 @@ def _capturing(logits: Tensor) -> bool:
 
 @torch.no_grad()
 def _compare(  # noqa: PLR0913, PLR0917 -- private; the caller's own arguments
-    spec: RoutingSpec, topk: int, operands: Operands, output: RoutingOutput, route: Prepared, rows: slice
+    spec: RoutingSpec,
+    topk: int,
+    operands: Operands,
+    output: RoutingOutput,
+    route: Prepared,
+    rows: slice,
 ) -> Comparison:
     part = operands._asdict()
     logits, expert_map, _ = part.pop("logits"), part.pop("expert_map"), part.pop("out")

@@ -1,4 +1,7 @@
-"""``gather``: doctor's examination, conformance and a short benchmark; what raises is kept, and the rest goes on."""
+"""``gather``: doctor's examination, conformance and a short benchmark.
+
+What raises is kept, and the rest goes on.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,17 @@ class Gathered:
         """Whether nothing is wrong."""
         from moe_routing.bench import Result
 
-        conforms = self.conformance is not None and not isinstance(self.conformance, Failure) and self.conformance.ok
-        return bool(self.doctor["ok"]) and conforms and isinstance(self.bench, Result) and not self.bench.wrong
+        conforms = (
+            self.conformance is not None
+            and not isinstance(self.conformance, Failure)
+            and self.conformance.ok
+        )
+        return (
+            bool(self.doctor["ok"])
+            and conforms
+            and isinstance(self.bench, Result)
+            and not self.bench.wrong
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -48,7 +60,10 @@ class Gathered:
             "ok": self.ok,
             "device": self.device,
             "doctor": self.doctor,
-            **{name: {"error": p.sentence} if isinstance(p, Failure) else p and p.to_dict() for name, p in parts.items()},
+            **{
+                name: {"error": p.sentence} if isinstance(p, Failure) else p and p.to_dict()
+                for name, p in parts.items()
+            },
         }
 
 
@@ -74,8 +89,12 @@ def gather(device: str | None, advance: Advance) -> Gathered:
 
 def _choice(doctor: dict[str, Any]) -> tuple[str, str] | None:
     """Return the main device and its backend: accelerators come after the CPU in the list."""
-    winners = [(place, report["winner"]) for place, report in doctor["reports"].items() if report["winner"]]
-    return next((choice for choice in winners if choice[0] != "cpu"), winners[0] if winners else None)
+    winners = [
+        (place, report["winner"]) for place, report in doctor["reports"].items() if report["winner"]
+    ]
+    return next(
+        (choice for choice in winners if choice[0] != "cpu"), winners[0] if winners else None
+    )
 
 
 def _kept(part: Callable[[], Any]) -> Any:  # noqa: ANN401 -- what the part returns, or its failure
@@ -89,13 +108,19 @@ def _kept(part: Callable[[], Any]) -> Any:  # noqa: ANN401 -- what the part retu
 def _conformance(backend: str, place: str, advance: Advance) -> Report:
     from moe_routing.conformance.runner import run
 
-    return run(backend, place, on_result=lambda _result, done, total: advance(f"conformance of {backend}", done, total))
+    return run(
+        backend,
+        place,
+        on_result=lambda _result, done, total: advance(f"conformance of {backend}", done, total),
+    )
 
 
 def _bench(place: str, advance: Advance) -> Result:
     from moe_routing.bench.measuring import measure
 
-    return measure(_settings(place), on_case=lambda _result, done, total: advance("bench", done, total))
+    return measure(
+        _settings(place), on_case=lambda _result, done, total: advance("bench", done, total)
+    )
 
 
 def _settings(place: str) -> Settings:

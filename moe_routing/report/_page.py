@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from moe_routing.report._gather import Gathered
 
 _GIB = 2**30
-_MARKS = {"ok": ("✓", "passed"), "warning": ("!", "gap"), "problem": ("✗", "failed"), "skipped": ("-", "declined")}
+_MARKS = {
+    "ok": ("✓", "passed"),
+    "warning": ("!", "gap"),
+    "problem": ("✗", "failed"),
+    "skipped": ("-", "declined"),
+}
 
 
 def to_html(gathered: Gathered) -> str:
@@ -58,9 +63,14 @@ def _machine(doctor: dict[str, Any]) -> Iterator[str]:
         for device in doctor["devices"]
     ]
     yield "<h2>Devices</h2>" + table(("device", "name", "arch", "memory", "units"), devices)
-    toolchains = [(t["name"], t["version"] or "no", "yes" if t["usable"] else "no", t["detail"]) for t in doctor["toolchains"]]
+    toolchains = [
+        (t["name"], t["version"] or "no", "yes" if t["usable"] else "no", t["detail"])
+        for t in doctor["toolchains"]
+    ]
     yield "<h2>Toolchains</h2>" + table(("name", "installed", "usable", "what"), toolchains)
-    variables = [(v["name"], v["value"], v["problem"] or v["meaning"]) for v in doctor["environment"]]
+    variables = [
+        (v["name"], v["value"], v["problem"] or v["meaning"]) for v in doctor["environment"]
+    ]
     if variables:
         yield "<h2>Environment variables</h2>" + table(("name", "value", "meaning"), variables)
 
@@ -68,9 +78,16 @@ def _machine(doctor: dict[str, Any]) -> Iterator[str]:
 def _backends(doctor: dict[str, Any]) -> Iterator[str]:
     for place in doctor["reports"]:
         states = [(backend["name"], backend["devices"][place]) for backend in doctor["backends"]]
-        rows = [(name, " ".join(filter(None, (state["state"], state["code"]))), state["reason"]) for name, state in states]
+        rows = [
+            (name, " ".join(filter(None, (state["state"], state["code"]))), state["reason"])
+            for name, state in states
+        ]
         yield f"<h2>Backends on {escape(place)}</h2>" + table(("name", "state", "why"), rows)
-        yield from (f"<div>to use {escape(name)}: <pre>{escape(s['fix'])}</pre></div>" for name, s in states if s["fix"])
+        yield from (
+            f"<div>to use {escape(name)}: <pre>{escape(s['fix'])}</pre></div>"
+            for name, s in states
+            if s["fix"]
+        )
     for failure in doctor["plugin_failures"]:
         yield f"<p class='failed'>plug-in {escape(failure['name'])}: {escape(failure['reason'])}</p>"
 

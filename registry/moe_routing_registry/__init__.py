@@ -1,6 +1,13 @@
 """What a routing backend is, and how one is found and chosen. Never imports torch."""
 
-from moe_routing_registry.backend_spec import ACCELERATOR, ANY, BackendSpec, FamilySpec, Target, knows_score
+from moe_routing_registry.backend_spec import (
+    ACCELERATOR,
+    ANY,
+    BackendSpec,
+    FamilySpec,
+    Target,
+    knows_score,
+)
 from moe_routing_registry.device import DeviceInfo, Toolchain
 from moe_routing_registry.errors import BackendUnavailableError, UnknownNameError
 from moe_routing_registry.hooks import hookimpl

@@ -1,4 +1,7 @@
-"""Checks of the fields of specs: each raises an error that names the field, what was expected and what came."""
+"""Checks of the fields of specs.
+
+Each raises an error that names the field, what was expected and what came.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 def require(name: str, value: object, kind: type, expected: str, *, of: type = object) -> None:
     """Raise ``TypeError`` unless the value is of that type, and its items of theirs."""
-    if not _is(value, kind) or (isinstance(value, Iterable) and not all(_is(item, of) for item in value)):
+    if not _is(value, kind) or (
+        isinstance(value, Iterable) and not all(_is(item, of) for item in value)
+    ):
         raise TypeError(refusal(name, expected, value))
 
 
@@ -33,7 +38,9 @@ def require_path(name: str, path: object, key: str = "") -> None:
 def require_paths(name: str, paths: object) -> None:
     """Raise unless the value maps names of operations to dotted paths."""
     if not isinstance(paths, Mapping):
-        raise TypeError(refusal(name, "a mapping of operations to 'package.module:attribute'", paths))
+        raise TypeError(
+            refusal(name, "a mapping of operations to 'package.module:attribute'", paths)
+        )
     for operation, path in paths.items():
         require_name(name, operation)
         require_path(name, path, operation)

@@ -74,12 +74,16 @@ class Inventory:
     failures: list[Rejection] = field(default_factory=list)
     duplicates: list[DuplicateNameError] = field(default_factory=list)
 
-    def fail(self, name: str, distribution: str, code: RejectCode, reason: str, trace: str = "") -> None:
+    def fail(
+        self, name: str, distribution: str, code: RejectCode, reason: str, trace: str = ""
+    ) -> None:
         """Keep a failure, for the warning and for doctor."""
         uninstall = code is RejectCode.IMPORT_FAILED and distribution != _UNKNOWN
         fix = f"pip uninstall {shlex.quote(distribution.partition(' ')[0])}" if uninstall else ""
         verdict = Verdict.no(code, reason, fix)
-        self.failures.append(Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace))
+        self.failures.append(
+            Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace)
+        )
 
     def add(self, spec: BackendSpec, distribution: str) -> None:
         """Add a backend, or the fact that its name is taken."""
@@ -121,7 +125,9 @@ def load(
     # Built-in plug-ins come first: their names are theirs.
     for plugin in sorted(discover(built_in, inventory), key=lambda plugin: not plugin.built_in):
         if plugin.key in left_out:
-            inventory.fail(plugin.name, plugin.distribution, RejectCode.IMPORT_FAILED, left_out[plugin.key])
+            inventory.fail(
+                plugin.name, plugin.distribution, RejectCode.IMPORT_FAILED, left_out[plugin.key]
+            )
         else:
             on_plugin(plugin)
             _load_one(plugin, inventory, reserved)
@@ -129,17 +135,28 @@ def load(
 
 
 def discover(built_in: Mapping[str, str], inventory: Inventory) -> list[Plugin]:
-    """Find the plug-ins without importing them; metadata that cannot be read is a failure in the inventory."""
+    """Find the plug-ins without importing them.
+
+    Metadata that cannot be read is a failure in the inventory.
+    """
     found: dict[str, Plugin] = {}
     for point in _entry_points(inventory):
-        # Two installations of one distribution on sys.path (a raw tree over a wheel) name the same plug-in twice.
+        # Two installations of one distribution on sys.path (a raw tree over a wheel) name the same
+        # plug-in twice.
         key = f"{point.name}={point.value}"
         brought_by = _name_of(point.dist) if point.dist else _UNKNOWN
-        found.setdefault(key, Plugin(key, point.name, brought_by, point.load, built_in.get(point.name) == point.value))
+        found.setdefault(
+            key,
+            Plugin(
+                key, point.name, brought_by, point.load, built_in.get(point.name) == point.value
+            ),
+        )
     for name, module in built_in.items():
         key = f"{name}={module}"
         importer = partial(importlib.import_module, module)
-        found.setdefault(key, Plugin(key, name, "moe-routing (no metadata)", importer, built_in=True))
+        found.setdefault(
+            key, Plugin(key, name, "moe-routing (no metadata)", importer, built_in=True)
+        )
     return list(found.values())
 
 
@@ -154,11 +171,22 @@ def _entry_points(inventory: Inventory) -> list[importlib.metadata.EntryPoint]:
         name = _name_of(distribution)
         try:
             with contained("reading its entry_points.txt"):
-                points = [point for point in distribution.entry_points if point.group == hooks.ENTRY_POINT_GROUP]
+                points = [
+                    point
+                    for point in distribution.entry_points
+                    if point.group == hooks.ENTRY_POINT_GROUP
+                ]
         except PluginFailure as failure:
-            inventory.fail(name.partition(" ")[0], name, RejectCode.IMPORT_FAILED, failure.sentence, failure.trace)
+            inventory.fail(
+                name.partition(" ")[0],
+                name,
+                RejectCode.IMPORT_FAILED,
+                failure.sentence,
+                failure.trace,
+            )
         else:
-            # As in `entry_points`, of two installations of a distribution the first on sys.path counts.
+            # As in `entry_points`, of two installations of a distribution the first on sys.path
+            # counts.
             found.setdefault(name.partition(" ")[0], points)
     return [point for points in found.values() for point in points]
 
@@ -177,20 +205,35 @@ def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -
         with contained("its import"), warnings.catch_warnings():
             module = plugin.importer()
     except PluginFailure as failure:
-        inventory.fail(plugin.name, plugin.distribution, RejectCode.IMPORT_FAILED, failure.sentence, failure.trace)
+        inventory.fail(
+            plugin.name,
+            plugin.distribution,
+            RejectCode.IMPORT_FAILED,
+            failure.sentence,
+            failure.trace,
+        )
         return
     try:
         with contained("its registration"):
             brought = _specs(module, plugin.key)
             _check_names(plugin, brought, inventory, reserved)
     except PluginFailure as failure:
-        inventory.fail(plugin.name, plugin.distribution, RejectCode.REGISTRATION_FAILED, failure.sentence, failure.trace)
+        inventory.fail(
+            plugin.name,
+            plugin.distribution,
+            RejectCode.REGISTRATION_FAILED,
+            failure.sentence,
+            failure.trace,
+        )
         return
     inventory.add_all_of(plugin, brought)
 
 
 def _specs(module: object, key: str) -> Brought:
-    """Call a plug-in's hooks. It has a manager of its own, so that neither its failure nor its wrappers reach another."""
+    """Call a plug-in's hooks.
+
+    It has a manager of its own, so that neither its failure nor its wrappers reach another.
+    """
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
     manager.register(module, name=key)
@@ -200,7 +243,12 @@ def _specs(module: object, key: str) -> Brought:
     if not any(each.get_hookimpls() for each in ours):
         msg = f"it implements none of the hooks {', '.join(each.name for each in ours)}"
         raise ValueError(msg)
-    return Brought(*(_called(each, kind) for each, kind in zip(ours, (BackendSpec, FamilySpec, OperationSpec), strict=True)))
+    return Brought(
+        *(
+            _called(each, kind)
+            for each, kind in zip(ours, (BackendSpec, FamilySpec, OperationSpec), strict=True)
+        )
+    )
 
 
 def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:
@@ -219,10 +267,7 @@ def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:
 
 
 def _check_names(
-    plugin: Plugin,
-    brought: Brought,
-    inventory: Inventory,
-    reserved: Collection[str],
+    plugin: Plugin, brought: Brought, inventory: Inventory, reserved: Collection[str]
 ) -> None:
     """Raise ``ValueError`` for a name that is built in, one that the distribution uses twice, or another's router's name."""
     own = [spec.name for spec in brought.backends]
@@ -231,17 +276,23 @@ def _check_names(
         if owner is not None and owner.built_in:
             msg = f"{name!r} is the name of a built-in backend; a plug-in's needs another"
             raise ValueError(msg)
-        if own.count(name) > 1 or (owner is not None and owner.distribution == plugin.distribution != _UNKNOWN):
+        if own.count(name) > 1 or (
+            owner is not None and owner.distribution == plugin.distribution != _UNKNOWN
+        ):
             msg = f"{name!r} is the name of two of its backends"
             raise ValueError(msg)
     taken = {name: other for other, row in inventory.families.items() for name in row.names}
     for row in brought.families:
         for name in sorted(row.names):
             if name in reserved:
-                msg = f"{name!r} is the name of a built-in family or model; a plug-in's needs another"
+                msg = (
+                    f"{name!r} is the name of a built-in family or model; a plug-in's needs another"
+                )
                 raise ValueError(msg)
             if name in taken:
-                brought_by = inventory.distributions.get(("family", taken[name]), plugin.distribution)
+                brought_by = inventory.distributions.get(
+                    ("family", taken[name]), plugin.distribution
+                )
                 msg = f"{name!r} is the name of a family or model of {brought_by} already"
                 raise ValueError(msg)
         taken |= dict.fromkeys(row.names, row.spec.family)

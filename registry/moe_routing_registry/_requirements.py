@@ -1,4 +1,7 @@
-"""Requirements of a backend spec, checked from installed metadata; nothing is imported to find out."""
+"""Requirements of a backend spec, checked from installed metadata.
+
+Nothing is imported to find out.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ def check(requirements: tuple[str, ...]) -> Verdict:
         try:
             with contained(f"checking its requirement {text!r}"):
                 verdict = _check_one(text)
-        except PluginFailure as failure:  # a marker that cannot be evaluated, metadata that cannot be read
+        except (
+            PluginFailure
+        ) as failure:  # a marker that cannot be evaluated, metadata that cannot be read
             return Verdict.no(RejectCode.REQUIREMENT_MISSING, failure.sentence)
         if not verdict:
             return verdict
@@ -28,12 +33,18 @@ def check(requirements: tuple[str, ...]) -> Verdict:
 
 
 def _check_one(text: str) -> Verdict:
-    from packaging.requirements import InvalidRequirement, Requirement  # 25 ms that most processes need not pay
+    from packaging.requirements import (
+        InvalidRequirement,
+        Requirement,
+    )  # 25 ms that most processes need not pay
 
     try:
         requirement = Requirement(text)
     except InvalidRequirement as error:
-        return Verdict.no(RejectCode.REQUIREMENT_MISSING, f"its requirement {text!r} is not valid PEP 508: {error}")
+        return Verdict.no(
+            RejectCode.REQUIREMENT_MISSING,
+            f"its requirement {text!r} is not valid PEP 508: {error}",
+        )
     if requirement.marker is not None and not requirement.marker.evaluate():
         return Verdict.yes()
     fix = f"pip install '{requirement.name}{requirement.specifier}'"
@@ -41,7 +52,9 @@ def _check_one(text: str) -> Verdict:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         return Verdict.no(
-            RejectCode.REQUIREMENT_MISSING, f"needs {requirement.name}{requirement.specifier}, which is not installed", fix
+            RejectCode.REQUIREMENT_MISSING,
+            f"needs {requirement.name}{requirement.specifier}, which is not installed",
+            fix,
         )
     if not requirement.specifier.contains(version, prereleases=True):
         reason = f"needs {requirement.name}{requirement.specifier}, {version} is installed"

@@ -1,4 +1,7 @@
-"""Cards that plug-ins hand in: ``BackendSpec`` for a backend, ``FamilySpec`` for a routing family."""
+"""Cards that plug-ins hand in.
+
+``BackendSpec`` for a backend, ``FamilySpec`` for a routing family.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ NotesRule = Callable[[Any, DeviceInfo], tuple[str, ...]]
 
 
 def knows_score(problem: RoutingProblem, _device: DeviceInfo | None = None) -> Verdict:
-    """Accept the score functions that every built-in backend knows: a support rule, or the start of one.
+    """Accept the score functions that every built-in backend knows.
+
+    A support rule, or the start of one.
 
     >>> from moe_routing_registry import RoutingProblem
     >>> problem = RoutingProblem(spec=RoutingSpec(family="f", score="square"), num_experts=8, topk=2, dtype="float32")
@@ -41,17 +46,21 @@ def knows_score(problem: RoutingProblem, _device: DeviceInfo | None = None) -> V
     """
     if problem.spec.score in SCORES:
         return Verdict.yes()
-    return Verdict.no(RejectCode.FAMILY, f"knows the score functions {', '.join(SCORES)}, not {problem.spec.score!r}")
+    return Verdict.no(
+        RejectCode.FAMILY,
+        f"knows the score functions {', '.join(SCORES)}, not {problem.spec.score!r}",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """A kind of device: a platform, and which generations of it.
 
-    CUDA's generations are ordered, so they are a range; ROCm's and Intel's are names without an order
-    (gfx1100 > gfx942 says nothing), so they are a set.
+    CUDA's generations are ordered, so they are a range; ROCm's and Intel's are names without an
+    order (gfx1100 > gfx942 says nothing), so they are a set.
 
-    :ivar platform: a ``DeviceInfo.platform``, ``"accelerator"`` for every one but the CPU and meta, or ``"*"`` for all.
+    :ivar platform: a ``DeviceInfo.platform``, ``"accelerator"`` for every one but the CPU and meta,
+        or ``"*"`` for all.
     :ivar archs: names of the archs; empty for all of them.
     :ivar min_capability: lowest CUDA compute capability, inclusive.
     :ivar max_capability: highest CUDA compute capability, inclusive.
@@ -95,11 +104,17 @@ class Target:
 
     def match(self, device: DeviceInfo) -> Verdict:
         """Say whether the device is of this kind."""
-        if self.platform not in (ANY, device.platform) and not (self.platform == ACCELERATOR and device.is_accelerator):
-            return Verdict.no(RejectCode.PLATFORM, f"is for {self.platform}, the device is {device.platform}")
+        if self.platform not in (ANY, device.platform) and not (
+            self.platform == ACCELERATOR and device.is_accelerator
+        ):
+            return Verdict.no(
+                RejectCode.PLATFORM, f"is for {self.platform}, the device is {device.platform}"
+            )
         if self.archs and device.arch not in self.archs:
             known = ", ".join(sorted(self.archs))
-            return Verdict.no(RejectCode.ARCH, f"is for {known}, the device is {device.arch or 'of unknown arch'}")
+            return Verdict.no(
+                RejectCode.ARCH, f"is for {known}, the device is {device.arch or 'of unknown arch'}"
+            )
         return self._match_capability(device)
 
     def _match_capability(self, device: DeviceInfo) -> Verdict:
@@ -107,20 +122,26 @@ class Target:
         if low is None and high is None:
             return Verdict.yes()
         if has is None:
-            return Verdict.no(RejectCode.ARCH, f"needs a known compute capability, the device has {device.arch!r}")
+            return Verdict.no(
+                RejectCode.ARCH, f"needs a known compute capability, the device has {device.arch!r}"
+            )
         if low is not None and has < low:
             return Verdict.no(
-                RejectCode.ARCH, f"needs compute capability {_dotted(low)} or later, the device has {_dotted(has)}"
+                RejectCode.ARCH,
+                f"needs compute capability {_dotted(low)} or later, the device has {_dotted(has)}",
             )
         if high is not None and has > high:
             return Verdict.no(
-                RejectCode.ARCH, f"knows compute capability up to {_dotted(high)}, the device has {_dotted(has)}"
+                RejectCode.ARCH,
+                f"knows compute capability up to {_dotted(high)}, the device has {_dotted(has)}",
             )
         return Verdict.yes()
 
     def __str__(self) -> str:
         """Name the target: ``cuda >= 8.0``, ``rocm gfx942, gfx950``."""
-        parts = [{ANY: "any device", ACCELERATOR: "any accelerator"}.get(self.platform, self.platform)]
+        parts = [
+            {ANY: "any device", ACCELERATOR: "any accelerator"}.get(self.platform, self.platform)
+        ]
         if self.archs:
             parts.append(", ".join(sorted(self.archs)))
         if self.min_capability:
@@ -138,31 +159,40 @@ def _dotted(version: tuple[int, int]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSpec:
-    """Describes a backend to the registry: everything that the choice needs, without importing the backend.
+    """Describes a backend to the registry.
+
+    Everything that the choice needs, without importing the backend.
 
     Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
 
-    :ivar name: what users write in ``get_router(backend=...)``: 1 to 100 of the characters a-z, 0-9, ``.``, ``_``, ``-``.
-    :ivar factories: name of each operation that it computes -> dotted path ``"package.module:attribute"`` of
-        ``factory(problem, device) -> kernel``, imported only when this backend is chosen. A factory that asks ``supports``
-        itself takes the keyword ``unsupported``: if it is True, the factory builds the problem all the same. Only the
+    :ivar name: what users write in ``get_router(backend=...)``: 1 to 100 of the characters a-z,
+        0-9, ``.``, ``_``, ``-``.
+    :ivar factories: name of each operation that it computes -> dotted path
+        ``"package.module:attribute"`` of ``factory(problem, device) -> kernel``, imported only when
+        this backend is chosen. A factory that asks ``supports`` itself takes the keyword
+        ``unsupported``: if it is True, the factory builds the problem all the same. Only the
         conformance kit passes it, to try what is declined.
     :ivar targets: the devices that it is for.
     :ivar api_version: the version of the plug-in interface that it was written for.
-    :ivar families: names of the families that it serves, or ``None`` for every one that ``supports`` accepts, except another
-        distribution's with an oracle of its own: only a backend that names such a family is known to compute what that says.
+    :ivar families: names of the families that it serves, or ``None`` for every one that
+        ``supports`` accepts, except another distribution's with an oracle of its own: only a
+        backend that names such a family is known to compute what that says.
     :ivar requirements: PEP 508 strings, checked against installed metadata, never by importing.
-    :ivar priority: higher is tried first. Below 0, which is the default, it is never chosen unless it is named: an
-        installed backend changes nothing until somebody chooses it. Built in: eager 0, torch-compile 50, Triton 100.
-    :ivar supports: the support rule, ``supports(problem, device) -> Verdict``: cheap, without side effects, and
-        without importing torch. It is asked about problems of every operation in ``factories``.
+    :ivar priority: higher is tried first. Below 0, which is the default, it is never chosen unless
+        it is named: an installed backend changes nothing until somebody chooses it. Built in: eager
+        0, torch-compile 50, Triton 100.
+    :ivar supports: the support rule, ``supports(problem, device) -> Verdict``: cheap, without side
+        effects, and without importing torch. It is asked about problems of every operation in
+        ``factories``.
     :ivar summary: one line for ``moe-routing doctor``.
-    :ivar notes: ``notes(problem, device)``: what is worth knowing where it is chosen, a line each, for ``explain`` and doctor;
-        as cheap as ``supports``.
-    :ivar tuners: name of an operation -> dotted path of what ``moe-routing tune`` calls, ``tuner(problem, device,
-        tokens=..., on_step=...)``; nothing for an operation that has nothing to tune.
-    :ivar gaps: what it consciously leaves out: one of ``CAPABILITIES`` -> the reason, for the conformance report. What
-        ``supports`` declines without a gap must really be impossible: the conformance kit tries it.
+    :ivar notes: ``notes(problem, device)``: what is worth knowing where it is chosen, a line each,
+        for ``explain`` and doctor; as cheap as ``supports``.
+    :ivar tuners: name of an operation -> dotted path of what ``moe-routing tune`` calls,
+        ``tuner(problem, device, tokens=..., on_step=...)``; nothing for an operation that has
+        nothing to tune.
+    :ivar gaps: what it consciously leaves out: one of ``CAPABILITIES`` -> the reason, for the
+        conformance report. What ``supports`` declines without a gap must really be impossible: the
+        conformance kit tries it.
     """
 
     name: str
@@ -183,7 +213,9 @@ class BackendSpec:
         require_name("name", self.name)
         require_paths("factories", self.factories)
         if not self.factories:
-            raise ValueError(refusal("factories", "a factory for at least one operation", self.factories))
+            raise ValueError(
+                refusal("factories", "a factory for at least one operation", self.factories)
+            )
         require("targets", self.targets, tuple, "a tuple of at least one Target", of=Target)
         if not self.targets:
             raise ValueError(refusal("targets", "a tuple of at least one Target", self.targets))
@@ -194,13 +226,19 @@ class BackendSpec:
         require("priority", self.priority, int, "an integer")
         for name in ("supports", "notes"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise TypeError(refusal(name, "a function (problem, device), or None", getattr(self, name)))
+                raise TypeError(
+                    refusal(name, "a function (problem, device), or None", getattr(self, name))
+                )
         require("summary", self.summary, str, "a string")
         require_paths("tuners", self.tuners)
         for operation in self.tuners:
             if operation not in self.factories:
                 raise ValueError(
-                    refusal("tuners", f"operations that it has a factory for: {', '.join(self.factories)}", operation)
+                    refusal(
+                        "tuners",
+                        f"operations that it has a factory for: {', '.join(self.factories)}",
+                        operation,
+                    )
                 )
         require("gaps", self.gaps, Mapping, "a mapping of capabilities to reasons")
         for capability, reason in self.gaps.items():
@@ -215,13 +253,14 @@ class FamilySpec:
 
     Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
 
-    :ivar spec: the family's defaults; its ``family`` is the name that users write, and no built-in name.
+    :ivar spec: the family's defaults; its ``family`` is the name that users write, and no built-in
+        name.
     :ivar source: paper, model or project that the formula comes from.
     :ivar models: model names (transformers' ``model_type``) that are this family with other values.
     :ivar oracle: ``"package.module:attribute"`` of a float64 oracle that is called like
-        ``moe_routing.reference.oracle.route``, for maths that the fields of ``RoutingSpec`` cannot say; ``""`` to use the
-        kit's own. With one, the family is routed by backends of the same distribution and by those that name it in
-        ``BackendSpec.families``, and by no others.
+        ``moe_routing.reference.oracle.route``, for maths that the fields of ``RoutingSpec`` cannot
+        say; ``""`` to use the kit's own. With one, the family is routed by backends of the same
+        distribution and by those that name it in ``BackendSpec.families``, and by no others.
     """
 
     spec: RoutingSpec
@@ -238,7 +277,13 @@ class FamilySpec:
             require_name("models", name)
             require("models", spec, RoutingSpec, f"a RoutingSpec for {name!r}")
             if spec.family != self.spec.family:
-                raise ValueError(refusal("models", f"specs of the family {self.spec.family!r}", f"{name}: {spec.family}"))
+                raise ValueError(
+                    refusal(
+                        "models",
+                        f"specs of the family {self.spec.family!r}",
+                        f"{name}: {spec.family}",
+                    )
+                )
         require("oracle", self.oracle, str, "a string")
         if self.oracle:
             require_path("oracle", self.oracle)

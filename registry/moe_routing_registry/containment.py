@@ -33,8 +33,9 @@ class PluginFailure(Exception):  # noqa: N818 -- a failure of other code, which 
 def contained(doing: str, *passing: type[BaseException]) -> Iterator[None]:
     """Turn whatever the block raises into a ``PluginFailure``.
 
-    That includes what is no ``Exception``: ``SystemExit``, ``pytest.skip``, ``asyncio.CancelledError``, the panic of an
-    extension in Rust. Only ``KeyboardInterrupt``, which comes from the user, passes.
+    That includes what is no ``Exception``: ``SystemExit``, ``pytest.skip``,
+    ``asyncio.CancelledError``, the panic of an extension in Rust. Only ``KeyboardInterrupt``, which
+    comes from the user, passes.
 
     :param doing: what the block does, for the sentence: ``"its import"``.
     :param passing: what passes too.
@@ -55,10 +56,17 @@ def contained(doing: str, *passing: type[BaseException]) -> Iterator[None]:
 
 
 def sentence(doing: str, error: BaseException) -> str:
-    """Say in one line what was raised; compilers raise pages, of which the traceback keeps every word."""
+    """Say in one line what was raised.
+
+    Compilers raise pages, of which the traceback keeps every word.
+    """
     try:
         said = str(error)
     except Exception:  # noqa: BLE001 -- an exception's own text may raise anything
         said = "(its message cannot be shown)"
-    text = f"{doing} raised {type(error).__name__}: {printable(said)}" if said else f"{doing} raised {type(error).__name__}"
+    text = (
+        f"{doing} raised {type(error).__name__}: {printable(said)}"
+        if said
+        else f"{doing} raised {type(error).__name__}"
+    )
     return textwrap.shorten(text, width=300, placeholder=" ...")

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 INTERPRETER = "TRITON_INTERPRET"
-"""The variable by which Triton interprets kernels, with NumPy on the CPU, and compiles none. It reads it at its import."""
+"""The variable by which Triton interprets kernels, with NumPy on the CPU, and compiles none.
+
+It reads it at its import.
+"""
 
 
 def triton_interprets() -> bool:
@@ -41,11 +44,14 @@ class DeviceInfo:
 
     :ivar type: torch's device type (``"cuda"`` also on ROCm).
     :ivar index: index of the device, or ``None`` where the type has only one.
-    :ivar platform: ``"cuda"``, ``"rocm"``, ``"xpu"``, ``"mps"``, ``"cpu"``, ``"meta"``, or the name of a privateuse1 backend.
-    :ivar arch: ``"sm_90"``, ``"gfx942"``, ``"bmg-g21"``, ``"x86_64"``, or ``""`` where nothing is known.
+    :ivar platform: ``"cuda"``, ``"rocm"``, ``"xpu"``, ``"mps"``, ``"cpu"``, ``"meta"``, or the name
+        of a privateuse1 backend.
+    :ivar arch: ``"sm_90"``, ``"gfx942"``, ``"bmg-g21"``, ``"x86_64"``, or ``""`` where nothing is
+        known.
     :ivar name: the vendor's name of the part.
     :ivar total_memory: bytes, 0 where nothing is known.
-    :ivar compute_units: multiprocessors, compute units, Xe cores or CPU threads; 0 where nothing is known.
+    :ivar compute_units: multiprocessors, compute units, Xe cores or CPU threads; 0 where nothing is
+        known.
     :ivar warp_sizes: warp, wavefront or sub-group sizes in lanes, smallest first.
     :ivar driver: version of the driver, ``"580.159.04"``, or ``""`` where nothing is known.
     :ivar toolchains: what was found other than torch.

@@ -39,7 +39,9 @@ class UnknownNameError(ValueError):
         self.known = tuple(sorted(known))
         near = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        super().__init__(f"unknown {kind} {shown(name)}: {hint}Known: {', '.join(self.known) or '(none)'}")
+        super().__init__(
+            f"unknown {kind} {shown(name)}: {hint}Known: {', '.join(self.known) or '(none)'}"
+        )
 
 
 class DuplicateNameError(RuntimeError):

@@ -24,8 +24,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def moe_routing_backends() -> Sequence[BackendSpec]:  # type: ignore[empty-body]
     """Return the specs of the backends that this plug-in provides.
 
-    Called once, when the registry is first used. Import neither torch nor the backend here: the spec names the
-    factory, which is imported when it is chosen.
+    Called once, when the registry is first used. Import neither torch nor the backend here: the
+    spec names the factory, which is imported when it is chosen.
     """
 
 

@@ -1,8 +1,8 @@
 """``ForkSafeLock``: a reentrant lock that is free in a forked child.
 
-``fork`` copies a lock that another thread holds, but not the thread that would release it: whoever takes it in the child waits
-for ever. Every lock of this project is of this type. What a lock guards is written in one step, so the child finds either all
-of it or nothing.
+``fork`` copies a lock that another thread holds, but not the thread that would release it: whoever
+takes it in the child waits for ever. Every lock of this project is of this type. What a lock guards
+is written in one step, so the child finds either all of it or nothing.
 """
 
 from __future__ import annotations
@@ -37,13 +37,19 @@ class ForkSafeLock:
         """Wait until no other thread holds the lock, and hold it."""
         self._lock.acquire()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Release the lock."""
         self._lock.release()
 
     def renew(self) -> None:
         """Release what another thread held when this process was forked."""
-        # In the child the forking thread is the only one. A lock that it holds is released by its own `with` statement.
+        # In the child the forking thread is the only one. A lock that it holds is released by its
+        # own `with` statement.
         if self._lock.acquire(blocking=False):
             self._lock.release()
         else:

@@ -11,7 +11,10 @@ from moe_routing_registry.text import require_name
 
 @runtime_checkable
 class Problem(Protocol):
-    """What a backend is asked to build: one operation, at one size. Problems are compared and hashed by value."""
+    """What a backend is asked to build: one operation, at one size.
+
+    Problems are compared and hashed by value.
+    """
 
     @property
     def operation(self) -> str:
@@ -20,7 +23,10 @@ class Problem(Protocol):
 
     @property
     def family(self) -> str:
-        """Name of the routing family whose formula is computed; ``""`` for an operation without one."""
+        """Name of the routing family whose formula is computed.
+
+        ``""`` for an operation without one.
+        """
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -36,13 +42,14 @@ class Problem(Protocol):
 class OperationSpec:
     """An operation: a name for users and backends, and where the parts are that only some tools import.
 
-    Each path is ``"package.module:attribute"``, imported when it is needed. Raises ``TypeError`` or ``ValueError`` that
-    names the field, what was expected and what came.
+    Each path is ``"package.module:attribute"``, imported when it is needed. Raises ``TypeError`` or
+    ``ValueError`` that names the field, what was expected and what came.
 
     :ivar name: the key in ``BackendSpec.factories``, and the ``operation`` of its problems.
     :ivar example: path of a problem, for which doctor asks every backend.
     :ivar oracle: path of the float64 oracle.
-    :ivar contract: path of a ``moe_routing.conformance.Contract``: its clauses and checks, which every backend must pass.
+    :ivar contract: path of a ``moe_routing.conformance.Contract``: its clauses and checks, which
+        every backend must pass.
     :ivar summary: one line for ``moe-routing doctor``.
     """
 

@@ -22,7 +22,8 @@ class RoutingProblem:
     :ivar dtype: dtype of the logits, ``"bfloat16"`` for example.
     :ivar ids_dtype: ``"int32"`` or ``"int64"``.
     :ivar training: whether gradients must flow from the weights.
-    :ivar layout: ``"rows"`` where the experts of a row lie next to each other (any row stride), else ``"strided"``.
+    :ivar layout: ``"rows"`` where the experts of a row lie next to each other (any row stride),
+        else ``"strided"``.
     """
 
     operation: ClassVar[str] = "route"

@@ -14,7 +14,12 @@ from moe_routing_registry import _requirements
 from moe_routing_registry._loading import Inventory, discover, load
 from moe_routing_registry.backend_spec import API_VERSION, BackendSpec
 from moe_routing_registry.containment import PluginFailure, contained
-from moe_routing_registry.errors import DuplicateNameError, FactoryError, PluginWarning, UnknownNameError
+from moe_routing_registry.errors import (
+    DuplicateNameError,
+    FactoryError,
+    PluginWarning,
+    UnknownNameError,
+)
 from moe_routing_registry.locks import ForkSafeLock
 from moe_routing_registry.report import Candidate, Rejection, ResolutionReport
 from moe_routing_registry.request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
@@ -37,10 +42,12 @@ _loading: ContextVar[bool] = ContextVar("moe_routing_loading", default=False)
 class Registry:
     """Backends and families from plug-ins, loaded on first use, once, whichever thread comes first.
 
-    :param built_in: name -> module of the plug-ins that are there even in a checkout without metadata.
+    :param built_in: name -> module of the plug-ins that are there even in a checkout without
+        metadata.
     :param reserved: names of the built-in families and models, which no plug-in may bring.
     :param operations: the built-in operations.
-    :ivar generation: how often ``register`` and ``unregister`` changed what there is; whoever keeps a choice compares it.
+    :ivar generation: how often ``register`` and ``unregister`` changed what there is; whoever keeps
+        a choice compares it.
     """
 
     def __init__(
@@ -159,7 +166,8 @@ class Registry:
     def register(self, spec: BackendSpec, distribution: str = "(this process)") -> None:
         """Add a backend by hand, for a notebook or a test; plug-ins use the hook.
 
-        Raises ``TypeError`` for what is no ``BackendSpec``, and ``DuplicateNameError`` if the name is taken.
+        Raises ``TypeError`` for what is no ``BackendSpec``, and ``DuplicateNameError`` if the name
+        is taken.
         """
         if type(spec) is not BackendSpec:
             raise TypeError(refusal("spec", "a BackendSpec", spec))
@@ -183,10 +191,11 @@ class Registry:
     def resolve(self, problem: Problem, device: DeviceInfo, request: Request) -> ResolutionReport:
         """Choose: who was named, else the best by priority, then narrower target, then name.
 
-        Nothing is imported or built, and a backend that does not fit is an entry in the report, not an exception.
+        Nothing is imported or built, and a backend that does not fit is an entry in the report, not
+        an exception.
 
-        Raises ``UnknownNameError`` for an unknown operation or a misspelt name in the request, and ``DuplicateNameError``
-        while two distributions claim a name that is not blocked.
+        Raises ``UnknownNameError`` for an unknown operation or a misspelt name in the request, and
+        ``DuplicateNameError`` while two distributions claim a name that is not blocked.
         """
         self.operation(problem.operation)
         self.check_names(request)
@@ -198,10 +207,15 @@ class Registry:
             distribution = self.distribution(name)
             if verdict:
                 fitting.append(
-                    (_rank(backend, device), Candidate(name=name, priority=backend.priority, distribution=distribution))
+                    (
+                        _rank(backend, device),
+                        Candidate(name=name, priority=backend.priority, distribution=distribution),
+                    )
                 )
                 continue
-            rejected.append(Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace))
+            rejected.append(
+                Rejection(name=name, verdict=verdict, distribution=distribution, traceback=trace)
+            )
             if verdict.code in FIXABLE and _chosen_by_itself(backend, device):
                 lost.append((_rank(backend, device), name))
         fitting.sort(key=itemgetter(0))
@@ -225,7 +239,9 @@ class Registry:
         if not isinstance(request.backend, (str, type(None))):
             raise TypeError(refusal("backend", "a name, or None", request.backend))
         if request.backend is not None and request.backend not in known:
-            kind = f"backend in {BACKEND_VARIABLE}" if request.asked_by == "environment" else "backend"
+            kind = (
+                f"backend in {BACKEND_VARIABLE}" if request.asked_by == "environment" else "backend"
+            )
             raise UnknownNameError(kind, request.backend, known)
         for name in sorted(request.blocked - known):
             msg = f"backend in {BLOCK_VARIABLE}"
@@ -234,8 +250,13 @@ class Registry:
             if duplicate.name not in request.blocked:
                 raise duplicate
 
-    def _judge(self, backend: BackendSpec, problem: Problem, device: DeviceInfo, request: Request) -> tuple[Verdict, str]:
-        """Go from the cheapest reason to the dearest; the second item is a traceback, mostly empty."""
+    def _judge(
+        self, backend: BackendSpec, problem: Problem, device: DeviceInfo, request: Request
+    ) -> tuple[Verdict, str]:
+        """Go from the cheapest reason to the dearest.
+
+        The second item is a traceback, mostly empty.
+        """
         cheap = (self._permitted, _offers, _matches, self._serves, _requires)
         for rule in cheap:
             verdict = rule(backend, problem, device, request)
@@ -244,19 +265,29 @@ class Registry:
         verdict, trace = self._ask(backend, problem, device)
         if verdict and request.backend != backend.name and not _chosen_by_itself(backend, device):
             fix = f"get_router(..., backend={backend.name!r})"
-            return Verdict.no(RejectCode.EXPLICIT_ONLY, "fits, but is only used when it is named", fix), ""
+            return Verdict.no(
+                RejectCode.EXPLICIT_ONLY, "fits, but is only used when it is named", fix
+            ), ""
         return verdict, trace
 
-    def _permitted(self, backend: BackendSpec, _problem: Problem, _device: DeviceInfo, request: Request) -> Verdict:
+    def _permitted(
+        self, backend: BackendSpec, _problem: Problem, _device: DeviceInfo, request: Request
+    ) -> Verdict:
         if backend.name in request.blocked:
-            return Verdict.no(RejectCode.BLOCKED, f"{BLOCK_VARIABLE} names it", f"unset {BLOCK_VARIABLE}")
+            return Verdict.no(
+                RejectCode.BLOCKED, f"{BLOCK_VARIABLE} names it", f"unset {BLOCK_VARIABLE}"
+            )
         if backend.api_version != API_VERSION:
-            reason = f"is written for plug-in interface {backend.api_version}, this is {API_VERSION}"
+            reason = (
+                f"is written for plug-in interface {backend.api_version}, this is {API_VERSION}"
+            )
             fix = f"pip install --upgrade moe-routing {shlex.quote(self.distribution(backend.name).partition(' ')[0])}"
             return Verdict.no(RejectCode.API_VERSION, reason, fix)
         return Verdict.yes()
 
-    def _serves(self, backend: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
+    def _serves(
+        self, backend: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request
+    ) -> Verdict:
         name = problem.family
         if not name:
             return Verdict.yes()
@@ -266,7 +297,11 @@ class Registry:
             reason = f"does not serve family {name!r}; serves {', '.join(sorted(backend.families))}"
             return Verdict.no(RejectCode.FAMILY, reason)
         family = self.families.get(name)
-        if family is None or not family.oracle or self.distribution(backend.name) == self.distribution(name, "family"):
+        if (
+            family is None
+            or not family.oracle
+            or self.distribution(backend.name) == self.distribution(name, "family")
+        ):
             return Verdict.yes()
         reason = f"computes what the fields of a spec say, and family {name!r} has an oracle of its own, which may say more"
         return Verdict.no(RejectCode.FAMILY, reason)
@@ -285,22 +320,30 @@ class Registry:
             return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, reason), ""
         return verdict, ""
 
-    def build(self, name: str, problem: Problem, device: DeviceInfo, *, unsupported: bool = False) -> Any:  # noqa: ANN401 -- typed as Kernel one layer up, where torch is
+    def build(
+        self, name: str, problem: Problem, device: DeviceInfo, *, unsupported: bool = False
+    ) -> Any:  # noqa: ANN401 -- typed as Kernel one layer up, where torch is
         """Import the backend's factory and build.
 
-        :param unsupported: tell a factory that takes this keyword to build what ``supports`` declines all the same.
-        :raises FactoryError: the factory cannot be imported, raises, or returns something that cannot be called.
+        :param unsupported: tell a factory that takes this keyword to build what ``supports``
+            declines all the same.
+        :raises FactoryError: the factory cannot be imported, raises, or returns something that
+            cannot be called.
         """
         try:
             with contained("its factory"):
-                factory: Callable[..., object] = resolve_name(self.backends[name].factories[problem.operation])
+                factory: Callable[..., object] = resolve_name(
+                    self.backends[name].factories[problem.operation]
+                )
                 told = {"unsupported": True} if unsupported and _takes_unsupported(factory) else {}
                 bound = factory(problem, device, **told)
         except PluginFailure as failure:
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
             raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
         if not callable(bound):
-            verdict = Verdict.no(RejectCode.FACTORY_FAILED, f"its factory returned {shown(bound)}, not a callable")
+            verdict = Verdict.no(
+                RejectCode.FACTORY_FAILED, f"its factory returned {shown(bound)}, not a callable"
+            )
             raise FactoryError(self._rejection(name, verdict, ""))
         return bound
 
@@ -328,7 +371,9 @@ class Registry:
             return resolve_name(path)
 
     def _rejection(self, name: str, verdict: Verdict, trace: str) -> Rejection:
-        return Rejection(name=name, verdict=verdict, distribution=self.distribution(name), traceback=trace)
+        return Rejection(
+            name=name, verdict=verdict, distribution=self.distribution(name), traceback=trace
+        )
 
 
 def _takes_unsupported(factory: Callable[..., object]) -> bool:
@@ -359,10 +404,16 @@ Rank = tuple[int, int, str]
 
 
 def _rank(backend: BackendSpec, device: DeviceInfo) -> Rank:
-    return -backend.priority, -max((t.narrowness for t in backend.targets if t.match(device)), default=0), backend.name
+    return (
+        -backend.priority,
+        -max((t.narrowness for t in backend.targets if t.match(device)), default=0),
+        backend.name,
+    )
 
 
-def _missed(request: Request, fitting: list[tuple[Rank, Candidate]], lost: list[tuple[Rank, str]]) -> str | None:
+def _missed(
+    request: Request, fitting: list[tuple[Rank, Candidate]], lost: list[tuple[Rank, str]]
+) -> str | None:
     """Name the backend that would have won if it were not for something that can be fixed."""
     if request.backend is not None or not lost:
         return None
@@ -370,18 +421,23 @@ def _missed(request: Request, fitting: list[tuple[Rank, Candidate]], lost: list[
     return name if not fitting or rank < fitting[0][0] else None
 
 
-def _offers(backend: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
+def _offers(
+    backend: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request
+) -> Verdict:
     if problem.operation in backend.factories:
         return Verdict.yes()
     reason = f"has no factory for the operation {problem.operation!r}; it computes {', '.join(backend.factories)}"
     return Verdict.no(RejectCode.OPERATION, reason)
 
 
-def _matches(backend: BackendSpec, _problem: Problem, device: DeviceInfo, _request: Request) -> Verdict:
+def _matches(
+    backend: BackendSpec, _problem: Problem, device: DeviceInfo, _request: Request
+) -> Verdict:
     verdicts = [target.match(device) for target in backend.targets]
     if any(verdicts):
         return Verdict.yes()
-    # The most telling one: a wrong generation of the right platform says more than a wrong platform.
+    # The most telling one: a wrong generation of the right platform says more than a wrong
+    # platform.
     generations = [verdict for verdict in verdicts if verdict.code is RejectCode.ARCH]
     platforms = " and ".join(dict.fromkeys(target.platform for target in backend.targets))
     return (
@@ -392,8 +448,12 @@ def _matches(backend: BackendSpec, _problem: Problem, device: DeviceInfo, _reque
 
 
 def _chosen_by_itself(backend: BackendSpec, device: DeviceInfo) -> bool:
-    return backend.priority >= 0 and any(t.match(device) and not t.explicit for t in backend.targets)
+    return backend.priority >= 0 and any(
+        t.match(device) and not t.explicit for t in backend.targets
+    )
 
 
-def _requires(backend: BackendSpec, _problem: Problem, _device: DeviceInfo, _request: Request) -> Verdict:
+def _requires(
+    backend: BackendSpec, _problem: Problem, _device: DeviceInfo, _request: Request
+) -> Verdict:
     return _requirements.check(backend.requirements)

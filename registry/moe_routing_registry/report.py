@@ -67,7 +67,8 @@ class Rejection:
 class ResolutionReport:
     """The outcome of a choice; ``str()`` is for people, ``to_dict()`` for programs.
 
-    :ivar problem: what was to be built; ``None`` where even that could not be said (``explain`` of nonsense).
+    :ivar problem: what was to be built; ``None`` where even that could not be said (``explain`` of
+        nonsense).
     :ivar device: for which device; ``None`` likewise.
     :ivar winner: name of the chosen backend, or ``None`` where none fits.
     :ivar asked_by: ``"argument"``, ``"context"``, ``"environment"`` or ``"probe"``.
@@ -76,7 +77,8 @@ class ResolutionReport:
     :ivar rejected: everyone who does not, with code, sentence and fix.
     :ivar missed: name of a better backend that this device could have had, or ``None``.
     :ivar error: why there is no winner, where it is not the backends' doing, or ``""``.
-    :ivar notes: what the winner says of itself, a line each (which launch table it uses, for example).
+    :ivar notes: what the winner says of itself, a line each (which launch table it uses, for
+        example).
     """
 
     problem: Problem | None = None
@@ -102,7 +104,10 @@ class ResolutionReport:
         return _ASKED[self.asked_by].format(name=self.winner)
 
     def without(self, rejection: Rejection) -> ResolutionReport:
-        """Return the report after the winner could not be built: the next one wins, unless this one was named."""
+        """Return the report after the winner could not be built.
+
+        The next one wins, unless this one was named.
+        """
         eligible = tuple(c for c in self.eligible if c.name != rejection.name)
         return dataclasses.replace(
             self,
@@ -128,7 +133,10 @@ class ResolutionReport:
             "missed": self.missed,
             "error": self.error,
             "notes": list(self.notes),
-            "eligible": [{"name": c.name, "priority": c.priority, "distribution": c.distribution} for c in self.eligible],
+            "eligible": [
+                {"name": c.name, "priority": c.priority, "distribution": c.distribution}
+                for c in self.eligible
+            ],
             "rejected": [rejection.to_dict() for rejection in self.rejected],
         }
 
@@ -138,8 +146,15 @@ class ResolutionReport:
         if self.problem is not None:
             lines.append(f"  for {self.problem} on {self.device}")
         lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  also fits: {c.name} (priority {c.priority})" for c in self.eligible if c.name != self.winner]
+        lines += [
+            f"  also fits: {c.name} (priority {c.priority})"
+            for c in self.eligible
+            if c.name != self.winner
+        ]
         for r in self.rejected:
             code = r.verdict.code.value if r.verdict.code else "?"
-            lines.append(f"  not {r.name}: {r.verdict.reason} [{code}]" + (f"; fix: {r.verdict.fix}" if r.verdict.fix else ""))
+            lines.append(
+                f"  not {r.name}: {r.verdict.reason} [{code}]"
+                + (f"; fix: {r.verdict.fix}" if r.verdict.fix else "")
+            )
         return "\n".join(printable(" ".join(line.split("\n"))) for line in lines)

@@ -29,7 +29,8 @@ _outer: ContextVar[tuple[str | None, ...]] = ContextVar("moe_routing_outer_prefe
 class preferring(ContextDecorator):  # noqa: N801 -- used like the functions of contextlib
     """Prefer the backend of that name inside the block, in this thread or task only.
 
-    The object may be used again, inside its own block and in several threads at once: it holds no state of a block.
+    The object may be used again, inside its own block and in several threads at once: it holds no
+    state of a block.
     """
 
     def __init__(self, name: str) -> None:
@@ -53,7 +54,8 @@ class Request:
     """What was asked for, and by whom.
 
     :ivar backend: the name asked for, or ``None``: the registry chooses.
-    :ivar asked_by: ``"argument"``, ``"context"``, ``"environment"``, or ``"probe"`` when nobody named one.
+    :ivar asked_by: ``"argument"``, ``"context"``, ``"environment"``, or ``"probe"`` when nobody
+        named one.
     :ivar blocked: names that must not be used.
     :ivar strict: whether a choice below the device's best is an error rather than a warning.
     """
@@ -65,7 +67,9 @@ class Request:
 
     @classmethod
     def gather(cls, argument: str | None = None) -> Request:
-        """Read argument, context and environment, in this order; the first that names a backend wins.
+        """Read argument, context and environment, in this order.
+
+        The first that names a backend wins.
 
         Raises ``ValueError`` for a value of ``MOE_ROUTING_STRICT`` that is neither yes nor no.
         """
@@ -82,7 +86,10 @@ class Request:
 
 
 def flag(variable: str) -> bool:
-    """Read a yes/no environment variable; ``"0"`` is no, and anything unclear is a ``ValueError``."""
+    """Read a yes/no environment variable.
+
+    ``"0"`` is no, and anything unclear is a ``ValueError``.
+    """
     value = os.environ.get(variable, "").strip().lower()
     if value in ("", "0", "false", "no", "off"):
         return False
@@ -98,10 +105,13 @@ def _said(value: object, name: str, expected: str) -> str:
 
 
 def verify_rate(verify: float | bool | None) -> float:  # noqa: FBT001 -- True is what users write
-    """Return the share of calls to compare: the argument's, or the environment's where it is ``None``.
+    """Return the share of calls to compare.
+
+    The argument's, or the environment's where it is ``None``.
 
     :raises TypeError: the argument is no number.
-    :raises ValueError: neither a share from 0 to 1, nor ``MOE_ROUTING_VERIFY`` as ``sample:SHARE``, ``1`` or ``0``.
+    :raises ValueError: neither a share from 0 to 1, nor ``MOE_ROUTING_VERIFY`` as ``sample:SHARE``,
+        ``1`` or ``0``.
 
     >>> verify_rate(True), verify_rate(0.25), verify_rate(False)
     (1.0, 0.25, 0.0)

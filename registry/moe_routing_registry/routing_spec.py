@@ -14,12 +14,24 @@ from moe_routing_registry.text import refusal, require_name, shown
 Selection = Literal["logits", "scores_plus_bias", "logits_plus_bias", "token_table", "sparsemixer"]
 GroupScore = Literal["max", "top2_sum"]
 
-SELECTIONS: tuple[Selection, ...] = ("logits", "scores_plus_bias", "logits_plus_bias", "token_table", "sparsemixer")
+SELECTIONS: tuple[Selection, ...] = (
+    "logits",
+    "scores_plus_bias",
+    "logits_plus_bias",
+    "token_table",
+    "sparsemixer",
+)
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
-"""The score functions that every built-in backend knows; a third party's family may name another."""
+"""The score functions that every built-in backend knows.
+
+A third party's family may name another.
+"""
 
 _TINY, _HUGE = 2.0**-126, (2 - 2**-23) * 2.0**127
-"""Least positive and largest number of float32 that no device flushes to 0 or rounds to inf: kernels compute in float32."""
+"""Least positive and largest number of float32 that no device flushes to 0 or rounds to inf.
+
+Kernels compute in float32.
+"""
 _MOST = 2**31 - 1
 """Largest count: ids are int32."""
 _NAMES = ("family", "score", "selection", "group_score")
@@ -30,7 +42,8 @@ _NUMBERS = {
     "renorm_epsilon": (0.0, _HUGE),
     "renorm_floor": (0.0, _HUGE),
     "scale": (-_HUGE, _HUGE),
-    # Beyond these a quotient by the cap, or a product with the factor, leaves float32 for ordinary logits.
+    # Beyond these a quotient by the cap, or a product with the factor, leaves float32 for ordinary
+    # logits.
     "logit_softcap": (1e-30, 1e30),
     "logit_multiplier": (1e-30, 1e30),
     "jitter": (0.0, _HUGE),
@@ -43,12 +56,17 @@ _UNUSED: dict[str, dict[str, object]] = {
     },
     "token_table": _NO_GROUPS,
 }  # fmt: skip
-"""Fields that a selection has no use for, with their defaults: any other value asks for maths that nobody would compute."""
+"""Fields that a selection has no use for, with their defaults.
+
+Any other value asks for maths that nobody would compute.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingSpec:
-    """How ``logits [T, E]`` become ``weights [T, K]`` and ``ids [T, K]``; one frozen row of data for each family.
+    """How ``logits [T, E]`` become ``weights [T, K]`` and ``ids [T, K]``.
+
+    One frozen row of data for each family.
 
     The steps, in order::
 
@@ -61,35 +79,43 @@ class RoutingSpec:
         w = w * scale * per_expert_scale[ids];  w = 0 for ids >= E - zero_experts
         ``shared_experts`` slots with ids E, E + 1, ... and weight 1 are appended
 
-    Where selection is monotonic in the logit it is made on the logit itself, never on a rounded score.
+    Where selection is monotonic in the logit it is made on the logit itself, never on a rounded
+    score.
 
     :ivar family: name of the family, ``"grouped_sigmoid_bias"`` for example.
-    :ivar score: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``; another name only for a third party's family.
-    :ivar selection: what top-k looks at; the two ``..._plus_bias`` kinds need the operand ``bias [E]``, and
-        ``"token_table"`` needs ``token_ids [T]`` and ``expert_table [vocabulary, K]``.
+    :ivar score: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``; another name only for a third
+        party's family.
+    :ivar selection: what top-k looks at; the two ``..._plus_bias`` kinds need the operand ``bias
+        [E]``, and ``"token_table"`` needs ``token_ids [T]`` and ``expert_table [vocabulary, K]``.
     :ivar renormalize: whether the selected weights are divided by their sum.
     :ivar renorm_epsilon: added to that sum (DeepSeek-V3: 1e-20).
     :ivar renorm_floor: lower bound of that sum (Ernie 4.5: 1e-12).
     :ivar scale: factor ``c`` on the weights after renormalisation (``routed_scaling_factor``).
-    :ivar per_expert_scale: whether the operand ``per_expert_scale [E]`` multiplies the weights (Gemma4).
+    :ivar per_expert_scale: whether the operand ``per_expert_scale [E]`` multiplies the weights
+        (Gemma4).
     :ivar num_groups: number of equal groups that the experts fall into; 1 means no groups.
     :ivar topk_groups: how many groups stay eligible.
     :ivar group_score: score of a group: its ``"max"`` or the sum of its best two, ``"top2_sum"``.
-    :ivar topk_per_group: select K / num_groups in each group instead of limiting groups (InternS1-Pro).
+    :ivar topk_per_group: select K / num_groups in each group instead of limiting groups
+        (InternS1-Pro).
     :ivar logit_softcap: cap of ``cap * tanh(x / cap)``, or ``None``.
     :ivar logit_multiplier: positive factor on the logits.
     :ivar shared_experts: number of always-on slots appended to the K selected.
-    :ivar zero_experts: how many of the last expert ids are experts that compute nothing (LongCat): weight 0.
+    :ivar zero_experts: how many of the last expert ids are experts that compute nothing (LongCat):
+        weight 0.
     :ivar jitter: threshold of sparsemixer's mask.
 
-    A selection has no use for some fields, and a spec that sets one of those is refused: sparsemixer for other scores,
-    renormalisation, groups, soft-cap and multiplier; a token table for groups.
+    A selection has no use for some fields, and a spec that sets one of those is refused:
+    sparsemixer for other scores, renormalisation, groups, soft-cap and multiplier; a token table
+    for groups.
 
-    Names are made of the characters of plug-in names: a-z, 0-9, ``.``, ``_`` and ``-``. Counts are at most 2**31 - 1.
-    Numbers are 0 or of float32's normal range, 2**-126 to 3.4e38, in which kernels compute; caps and multipliers are from
-    1e-30 to 1e30. NumPy's scalars are taken, and kept as Python's.
+    Names are made of the characters of plug-in names: a-z, 0-9, ``.``, ``_`` and ``-``. Counts are
+    at most 2**31 - 1. Numbers are 0 or of float32's normal range, 2**-126 to 3.4e38, in which
+    kernels compute; caps and multipliers are from 1e-30 to 1e30. NumPy's scalars are taken, and
+    kept as Python's.
 
-    Raises ``TypeError`` for a value of the wrong type and ``ValueError`` for one out of range; both name the field.
+    Raises ``TypeError`` for a value of the wrong type and ``ValueError`` for one out of range; both
+    name the field.
 
     >>> RoutingSpec(family="mixtral_like", renormalize=True).formula
     'ids = topk(l); w = softmax(l[ids])'
@@ -126,11 +152,19 @@ class RoutingSpec:
             if name != "logit_softcap" or self.logit_softcap is not None:
                 self._set(name, _number(name, getattr(self, name), least, most))
         if self.selection not in SELECTIONS:
-            raise ValueError(refusal("selection", f"one of {', '.join(SELECTIONS)}", self.selection))
+            raise ValueError(
+                refusal("selection", f"one of {', '.join(SELECTIONS)}", self.selection)
+            )
         if self.group_score not in ("max", "top2_sum"):
             raise ValueError(refusal("group_score", "'max' or 'top2_sum'", self.group_score))
         if self.topk_groups > self.num_groups:
-            raise ValueError(refusal("topk_groups", f"1 <= topk_groups <= num_groups ({self.num_groups})", self.topk_groups))
+            raise ValueError(
+                refusal(
+                    "topk_groups",
+                    f"1 <= topk_groups <= num_groups ({self.num_groups})",
+                    self.topk_groups,
+                )
+            )
         self._refuse_unused()
         self._set("_key", "")
 
@@ -138,7 +172,13 @@ class RoutingSpec:
         for name, usual in _UNUSED.get(self.selection, {}).items():
             value = getattr(self, name)
             if value != usual:
-                raise ValueError(refusal(name, f"{usual!r}, because selection {self.selection!r} has no use for it", value))
+                raise ValueError(
+                    refusal(
+                        name,
+                        f"{usual!r}, because selection {self.selection!r} has no use for it",
+                        value,
+                    )
+                )
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -161,19 +201,28 @@ class RoutingSpec:
         ...
         ValueError: topk: expected at most topk_groups * (num_experts / num_groups) = 2, got 3
         """
-        # No divmod: torch.compile(dynamic=True) traces this with a symbolic E, and cannot trace that.
+        # No divmod: torch.compile(dynamic=True) traces this with a symbolic E, and cannot trace
+        # that.
         group, left_over = num_experts // self.num_groups, num_experts % self.num_groups
         if not 1 <= topk <= num_experts:
             name, value, expected = "topk", topk, f"1 <= topk <= num_experts ({num_experts})"
         elif left_over:
-            name, value, expected = "num_groups", self.num_groups, f"a divisor of num_experts ({num_experts})"
+            name, value, expected = (
+                "num_groups",
+                self.num_groups,
+                f"a divisor of num_experts ({num_experts})",
+            )
         elif self.topk_per_group and topk % self.num_groups:
             name, value, expected = "topk", topk, f"a multiple of num_groups ({self.num_groups})"
         elif self.grouped and topk > self.topk_groups * group:
             most = f"topk_groups * (num_experts / num_groups) = {self.topk_groups * group}"
             name, value, expected = "topk", topk, f"at most {most}"
         elif self.zero_experts > num_experts:
-            name, value, expected = "zero_experts", self.zero_experts, f"at most num_experts ({num_experts})"
+            name, value, expected = (
+                "zero_experts",
+                self.zero_experts,
+                f"at most num_experts ({num_experts})",
+            )
         else:
             return
         msg = f"{name}: expected {expected}, got {value!r}"
@@ -184,7 +233,10 @@ class RoutingSpec:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
-        """Return the canonical text: equal specs give equal texts, and only fields unlike the defaults are in it."""
+        """Return the canonical text.
+
+        Equal specs give equal texts, and only fields unlike the defaults are in it.
+        """
         if not self._key:
             # Not on construction, which torch.compile traces: it stops at json.
             values = {
@@ -203,7 +255,8 @@ class RoutingSpec:
         >>> RoutingSpec.from_json(spec.to_json()) == spec
         True
 
-        :raises ValueError: the text is not JSON, not an object, or has a field that is unknown, missing or out of range.
+        :raises ValueError: the text is not JSON, not an object, or has a field that is unknown,
+            missing or out of range.
         :raises TypeError: a field has the wrong type.
         """
         try:
@@ -232,7 +285,10 @@ class RoutingSpec:
         if self.logit_softcap is not None:
             x = f"{self.logit_softcap:g}*tanh({x}/{self.logit_softcap:g})"
         score = f"{self.score}({x})"
-        steps = [f"ids = {self._selection_formula(x, score)}", f"w = {self._weight_formula(x, score)}"]
+        steps = [
+            f"ids = {self._selection_formula(x, score)}",
+            f"w = {self._weight_formula(x, score)}",
+        ]
         if self.zero_experts:
             steps.append(f"w = 0 where ids >= E-{self.zero_experts}")
         if self.shared_experts:
@@ -244,7 +300,9 @@ class RoutingSpec:
             return "table[token_id]"
         if self.selection == "sparsemixer":
             return f"K rounds of argmax(l), each without entries (m-l)/max(|l|,m) > {2 * self.jitter:g}"
-        what = {"scores_plus_bias": f"{score}+b", "logits_plus_bias": f"{x}+b"}.get(self.selection, "l")
+        what = {"scores_plus_bias": f"{score}+b", "logits_plus_bias": f"{x}+b"}.get(
+            self.selection, "l"
+        )
         if self.topk_per_group:
             return f"top K/{self.num_groups} of {what} in each of {self.num_groups} groups"
         if self.grouped:
@@ -254,7 +312,11 @@ class RoutingSpec:
     def _weight_formula(self, x: str, score: str) -> str:
         if self.selection == "sparsemixer":
             weight = "softmax(masked l)[id] of each round"
-        elif self.renormalize and self.score == "softmax" and not (self.renorm_epsilon or self.renorm_floor):
+        elif (
+            self.renormalize
+            and self.score == "softmax"
+            and not (self.renorm_epsilon or self.renorm_floor)
+        ):
             weight = f"softmax({x}[ids])"
         else:
             weight = f"{score}[ids]"
@@ -289,7 +351,9 @@ def _count(name: str, value: object, least: int) -> int:
 
 
 def _number(name: str, value: object, least: float, most: float) -> float:
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
         raise TypeError(refusal(name, "a number", value))
     try:
         number = float(value) + 0.0  # -0.0 equals 0.0, and must print like it

@@ -30,11 +30,15 @@ def require_name(field: str, value: object) -> str:
         raise TypeError(refusal(field, "a string", value))
     if _NAME.fullmatch(value) is None:
         raise ValueError(refusal(field, _NAME_RULE, value))
-    return value if type(value) is str else str.__str__(value)  # of a subclass, NumPy's for example, the plain string
+    return (
+        value if type(value) is str else str.__str__(value)
+    )  # of a subclass, NumPy's for example, the plain string
 
 
 def printable(text: str) -> str:
-    r"""Return the text without what steers a terminal: control characters, bidirectional overrides, lone surrogates.
+    r"""Return the text without what steers a terminal.
+
+    Control characters, bidirectional overrides, lone surrogates.
 
     Newlines and tabs stay; a space of another width becomes a space.
 
@@ -53,7 +57,9 @@ def _printable(c: str) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value as an error names it: short, in one line, and never the elements of a tensor or an array.
+    """Return a value as an error names it.
+
+    Short, in one line, and never the elements of a tensor or an array.
 
     >>> shown("a" * 300)[-5:], shown(2.5), shown([1, 2])
     ('a ...', '2.5', '[1, 2]')
@@ -63,7 +69,8 @@ def shown(value: object) -> str:
     try:
         text = _described(value)
     except BaseException as error:
-        # A value's own text, shape or length may raise anything; the error that shows it is about something else.
+        # A value's own text, shape or length may raise anything; the error that shows it is about
+        # something else.
         if isinstance(error, KeyboardInterrupt):
             raise
         text = f"a {type(value).__name__}"
@@ -74,14 +81,20 @@ def shown(value: object) -> str:
 def _described(value: object) -> str:
     name = type(value).__name__
     shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and not isinstance(value, numbers.Number):  # a tensor or an array; NumPy's scalars are numbers
+    if isinstance(shape, tuple) and not isinstance(
+        value, numbers.Number
+    ):  # a tensor or an array; NumPy's scalars are numbers
         known = {"dtype": getattr(value, "dtype", None), "device": getattr(value, "device", None)}
         more = "".join(f", {word} {said}" for word, said in known.items() if said is not None)
         return f"a {name} of shape {list(shape)}{more}"
     if isinstance(value, str):
         return repr(value[: 2 * _MOST])
     if isinstance(value, (list, tuple, set, frozenset, dict)):
-        plain = len(value) <= _FEW and all(type(item) in _PLAIN for item in value) and type(value) in (list, tuple)
+        plain = (
+            len(value) <= _FEW
+            and all(type(item) in _PLAIN for item in value)
+            and type(value) in (list, tuple)
+        )
         return repr(value) if plain else f"a {name} of {len(value)} items"
     return repr(value)
 

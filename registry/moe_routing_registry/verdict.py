@@ -12,7 +12,10 @@ class RejectCode(str, Enum):
     """Why a backend is not used. Tests and scripts rely on these, never on the sentences."""
 
     IMPORT_FAILED = "import_failed"
-    """The plug-in's module raised at import, or (for doctor) its import did not end; or metadata could not be read."""
+    """The plug-in's module raised at import, or (for doctor) its import did not end.
+
+    Or metadata could not be read.
+    """
     REGISTRATION_FAILED = "registration_failed"
     """The plug-in's hook raised, is misspelt, returned something other than specs, or a spec whose name is built in."""
     API_VERSION = "api_version"
@@ -64,7 +67,9 @@ FIXABLE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A backend's answer to a problem on a device; make one with ``Verdict.yes()`` or ``Verdict.no(...)``.
+    """A backend's answer to a problem on a device.
+
+    Make one with ``Verdict.yes()`` or ``Verdict.no(...)``.
 
     A rejection without a code cannot be constructed:
 

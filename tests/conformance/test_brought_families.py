@@ -61,9 +61,19 @@ PLUGIN = """
 
 def conformance(site, *clauses):
     code = "from moe_routing.cli import main; main()"
-    words = [sys.executable, "-c", code, "conformance", "softsign", "--json", *(f"--clause={clause}" for clause in clauses)]
+    words = [
+        sys.executable,
+        "-c",
+        code,
+        "conformance",
+        "softsign",
+        "--json",
+        *(f"--clause={clause}" for clause in clauses),
+    ]
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ran = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
+    ran = subprocess.run(
+        words, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
     assert ran.stdout, ran.stderr
     return json.loads(ran.stdout)["results"]
 
@@ -86,5 +96,9 @@ def test_a_backend_that_differs_from_the_brought_oracle_fails(install_plugin):
     body = textwrap.dedent(PLUGIN).replace(
         "with torch.no_grad():", "with torch.no_grad():\n            logits = logits.flip(1)"
     )
-    failed = {r["check"] for r in conformance(install_plugin("softsign_plugin", body), 1) if r["status"] == "failed"}
+    failed = {
+        r["check"]
+        for r in conformance(install_plugin("softsign_plugin", body), 1)
+        if r["status"] == "failed"
+    }
     assert "ids_come_in_exact_order" in failed

@@ -26,8 +26,12 @@ def test_every_pair_of_family_and_size_that_can_be_is_in_the_pairwise_sample():
         if fits(VARIANTS[variant], e, k or e)
     ]
     assert {(v, e) for v, e, _ in sizes} == {(c.variant, c.num_experts) for c in cases}
-    assert {(v, k) for v, _, k in sizes} <= {(c.variant, c.topk) for c in cases} | {(v, k) for v, e, k in sizes if e == k}
-    assert {(c.variant, d) for c in cases for d in module.DTYPES} == {(c.variant, c.dtype) for c in cases}
+    assert {(v, k) for v, _, k in sizes} <= {(c.variant, c.topk) for c in cases} | {
+        (v, k) for v, e, k in sizes if e == k
+    }
+    assert {(c.variant, d) for c in cases for d in module.DTYPES} == {
+        (c.variant, c.dtype) for c in cases
+    }
 
 
 def test_every_family_is_a_variant():
@@ -38,21 +42,30 @@ def test_every_family_is_a_variant():
 def test_the_full_list_has_every_size():
     cases = list(everything())
     assert len(cases) > 50_000
-    assert {(c.num_experts, c.num_tokens) for c in cases} >= set(itertools.product((1, 60, 1024), (1, 2048)))
+    assert {(c.num_experts, c.num_tokens) for c in cases} >= set(
+        itertools.product((1, 60, 1024), (1, 2048))
+    )
 
 
 def test_a_case_makes_the_same_tensors_every_time():
     case = Case(variant="gemma4", mapped=True, valid="tensor")
     first, second = case.make(), case.make()
     assert torch.equal(first.logits, second.logits)
-    assert set(first.operands) == set(second.operands) == {"per_expert_scale", "expert_map", "num_valid_tokens"}
+    assert (
+        set(first.operands)
+        == set(second.operands)
+        == {"per_expert_scale", "expert_map", "num_valid_tokens"}
+    )
     for name in first.operands:
         assert torch.equal(first.operands[name], second.operands[name])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_changes_strides_and_not_values(layout):
-    plain, laid = Case(variant="softmax_topk").make().logits, Case(variant="softmax_topk", layout=layout)
+    plain, laid = (
+        Case(variant="softmax_topk").make().logits,
+        Case(variant="softmax_topk", layout=layout),
+    )
     generator = laid.generator()
     expected = laid.logits(generator)[0]
     got = laid.make().logits

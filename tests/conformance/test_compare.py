@@ -11,7 +11,11 @@ from moe_routing.conformance.variants import VARIANTS
 from moe_routing.reference import error_bounds, oracle
 from moe_routing.reference.compare import compare
 
-BIASED = [name for name, spec in VARIANTS.items() if spec.selection == "scores_plus_bias" and spec.num_groups == 1]
+BIASED = [
+    name
+    for name, spec in VARIANTS.items()
+    if spec.selection == "scores_plus_bias" and spec.num_groups == 1
+]
 PLAIN = RoutingSpec(family="f", renormalize=True)
 
 
@@ -96,7 +100,9 @@ def test_selection_on_logits_has_no_tolerance(seed, dtype):
     logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
     ids = oracle.select(PLAIN, logits, 3)
     logits[0, ids[0, 1]] = logits[0, ids[0, 2]]
-    logits[0, ids[0, 1]] = torch.nextafter(logits[0, ids[0, 1]].float(), torch.tensor(99.0)).to(dtype)
+    logits[0, ids[0, 1]] = torch.nextafter(logits[0, ids[0, 1]].float(), torch.tensor(99.0)).to(
+        dtype
+    )
     ids = oracle.select(PLAIN, logits, 3)
     swapped = ids[:, [0, 2, 1]]
 
@@ -109,7 +115,9 @@ def test_experts_with_the_same_logit_and_bias_have_an_order(variant):
     spec = VARIANTS[variant].replace(shared_experts=0, zero_experts=0)
     logits, bias = torch.zeros(1, 4), torch.full((4,), 0.5)
     found = compare(spec, logits, 2, at(spec, logits, torch.tensor([[1, 0]])), bias=bias)
-    assert found.problems == ["row 0: id 1 at position 0 stands before id 0 although their scores are equal"]
+    assert found.problems == [
+        "row 0: id 1 at position 0 stands before id 0 although their scores are equal"
+    ]
     assert not compare(spec, logits, 2, at(spec, logits, torch.tensor([[0, 2]])), bias=bias).ok
 
 
@@ -145,7 +153,13 @@ def test_the_oracle_rounded_to_float32_is_right(variant):
     case = Case(variant=variant, topk=2 if "sparse" in variant else 8, mapped=True, valid="tensor")
     call = case.make()
     output = call.exact()
-    found = compare(call.spec, call.logits, call.topk, RoutingOutput(output.weights.float(), output.ids), **call.operands)
+    found = compare(
+        call.spec,
+        call.logits,
+        call.topk,
+        RoutingOutput(output.weights.float(), output.ids),
+        **call.operands,
+    )
     assert found.problems == []
     assert found.near_ties == 0
 
@@ -172,15 +186,25 @@ def test_padding_and_shared_slots_are_compared():
     spec = PLAIN.replace(shared_experts=1)
     logits = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     weights, ids = exact(spec, logits, 3)
-    assert "ids -1" in compare(spec, logits, 3, RoutingOutput(weights, ids), num_valid_tokens=1).problems[0]
-    assert "expected ids [8]" in compare(spec, logits, 3, RoutingOutput(weights, ids.clamp(max=7))).problems[0]
-    assert "expected weight 1" in compare(spec, logits, 3, RoutingOutput(weights * 1.5, ids)).problems[0]
+    assert (
+        "ids -1"
+        in compare(spec, logits, 3, RoutingOutput(weights, ids), num_valid_tokens=1).problems[0]
+    )
+    assert (
+        "expected ids [8]"
+        in compare(spec, logits, 3, RoutingOutput(weights, ids.clamp(max=7))).problems[0]
+    )
+    assert (
+        "expected weight 1"
+        in compare(spec, logits, 3, RoutingOutput(weights * 1.5, ids)).problems[0]
+    )
 
 
 def test_sparsemixers_mask_may_go_either_way_at_its_threshold():
     spec = VARIANTS["sparsemixer"]
     spec = spec.replace(jitter=0.1)
-    # (5 - 4) / 5 is 0.2, and whether a float32 0.2 is above the threshold is a matter of how that is rounded.
+    # (5 - 4) / 5 is 0.2, and whether a float32 0.2 is above the threshold is a matter of how that
+    # is rounded.
     logits, ids = torch.tensor([[5.0, 4.0, 1.0]]), torch.tensor([[0]])
     alone, two = (at(spec.replace(jitter=jitter), logits, ids) for jitter in (0.0999, 0.1001))
     assert alone.weights.item() == 1.0

@@ -1,4 +1,7 @@
-"""The eager backend conforms, whichever door one comes in by; reports, gaps, and the quick verification."""
+"""The eager backend conforms, whichever door one comes in by.
+
+Reports, gaps, and the quick verification.
+"""
 
 import dataclasses
 import itertools
@@ -35,13 +38,20 @@ def _without_a_budget(monkeypatch):
 
 
 TAKES_SECONDS = {1, 2, 6, 13, 14}
-"""Clauses whose checks take seconds in the smallest profile too; the mutants try most of these checks as well."""
+"""Clauses whose checks take seconds in the smallest profile too.
+
+The mutants try most of these checks as well.
+"""
 
 
 @pytest.mark.parametrize(
     ("clause", "profile"),
     [
-        pytest.param(clause, profile, marks=[pytest.mark.slow] * (profile == "quick" or clause in TAKES_SECONDS))
+        pytest.param(
+            clause,
+            profile,
+            marks=[pytest.mark.slow] * (profile == "quick" or clause in TAKES_SECONDS),
+        )
         for clause, profile in itertools.product(CLAUSES, ("smoke", "quick"))
     ],
 )
@@ -73,7 +83,12 @@ def test_a_suite_without_a_backend_is_told_so(tmp_path):
 @pytest.mark.slow
 def test_pytest_runs_the_kit_on_a_named_backend():
     ran = pytest_on(
-        "--pyargs", "moe_routing.conformance", "--moe-backend", "eager", "-k", "test_09_no_tokens and topk_softmax"
+        "--pyargs",
+        "moe_routing.conformance",
+        "--moe-backend",
+        "eager",
+        "-k",
+        "test_09_no_tokens and topk_softmax",
     )
     assert ran.returncode == 0, ran.stdout
     assert "2 passed" in ran.stdout
@@ -95,7 +110,9 @@ def test_the_quick_verification_finds_nothing_wrong_with_eager():
 
 def test_the_quick_verification_begins_no_case_after_its_budget(monkeypatch):
     monkeypatch.setattr(quick, "BUDGET_SECONDS", 1)
-    monkeypatch.setattr(quick, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # a second for each case
+    monkeypatch.setattr(
+        quick, "time", SimpleNamespace(monotonic=itertools.count().__next__)
+    )  # a second for each case
     (finding,) = verify("eager")
     assert finding.name == quick.CHECKS[0]
     assert "(1 of 1 cases)" in finding.sentence
@@ -112,7 +129,11 @@ def test_the_quick_verification_says_what_is_wrong():
 
 def only_float32(problem, device):
     del device
-    return Verdict.yes() if problem.dtype == "float32" else Verdict.no(RejectCode.DTYPE, "float32 only")
+    return (
+        Verdict.yes()
+        if problem.dtype == "float32"
+        else Verdict.no(RejectCode.DTYPE, "float32 only")
+    )
 
 
 @pytest.fixture
@@ -153,7 +174,9 @@ def test_declining_it_with_a_reason_on_the_card_is_a_gap_in_the_report(declining
 
 @pytest.mark.slow
 def test_a_gap_that_is_none_fails(declining):
-    report = run(declining(compile="cannot be traced", dtype="whatever"), profile="smoke", clauses=[0])
+    report = run(
+        declining(compile="cannot be traced", dtype="whatever"), profile="smoke", clauses=[0]
+    )
     failed = {result.case: result.message for result in report.failed}
     assert failed == {
         "compile": "declares a gap in compile, but passes every check of it",
@@ -163,7 +186,9 @@ def test_a_gap_that_is_none_fails(declining):
 
 def test_a_check_that_a_gap_excuses_is_not_a_failure(declining):
     wrong = next(m for m in MUTANTS if m.name == "mutant-int32-offsets").factory
-    report = run(declining(factory=wrong, large_sizes="32-bit offsets"), profile="smoke", clauses=[0, 8])
+    report = run(
+        declining(factory=wrong, large_sizes="32-bit offsets"), profile="smoke", clauses=[0, 8]
+    )
     gaps = [result for result in report.results if result.status == "gap"]
     assert {result.check for result in gaps} == {"offsets_past_2_31_are_read"}
     assert gaps[0].message.startswith("32-bit offsets (")
@@ -174,10 +199,21 @@ def test_a_check_that_a_gap_excuses_is_not_a_failure(declining):
 def report():
     results = [
         Result(clause=1, check="a", case="c1", family="gemma4", status="passed", seconds=0.5),
-        Result(clause=1, check="a", case="c2", family="gemma4", status="failed", message="row 0: <b>\x00 & more\nsecond line"),
+        Result(
+            clause=1,
+            check="a",
+            case="c2",
+            family="gemma4",
+            status="failed",
+            message="row 0: <b>\x00 & more\nsecond line",
+        ),
         Result(clause=2, check="b", case="c1", family="mixtral", status="declined", message="no"),
-        Result(clause=8, check="d", case="c1", family="mixtral", status="gap", message="32-bit (wrong)"),
-        Result(clause=12, check="c", case="c1", family="", status="not_applicable", message="no GPU"),
+        Result(
+            clause=8, check="d", case="c1", family="mixtral", status="gap", message="32-bit (wrong)"
+        ),
+        Result(
+            clause=12, check="c", case="c1", family="", status="not_applicable", message="no GPU"
+        ),
     ]
     return Report(
         backend="acme",
@@ -235,19 +271,32 @@ def test_nothing_passed_is_not_conforming(report):
 
 
 def test_a_verdict_says_what_was_checked_what_was_declined_and_what_was_not_run(report):
-    assert report.verdict == "does not conform: 2 checked, 1 failed, 2 declined (no: 1; 32-bit (wrong): 1)"
-    report.results[1:2] = [dataclasses.replace(report.results[4], status="not_run", message="needs a GPU")] * 3
-    assert report.verdict == "conforms: 1 checked, 2 declined (no: 1; 32-bit (wrong): 1), 3 not run here (needs a GPU: 3)"
+    assert (
+        report.verdict
+        == "does not conform: 2 checked, 1 failed, 2 declined (no: 1; 32-bit (wrong): 1)"
+    )
+    report.results[1:2] = [
+        dataclasses.replace(report.results[4], status="not_run", message="needs a GPU")
+    ] * 3
+    assert (
+        report.verdict
+        == "conforms: 1 checked, 2 declined (no: 1; 32-bit (wrong): 1), 3 not run here (needs a GPU: 3)"
+    )
     assert report.to_dict()["verdict"] == report.verdict
     assert report.to_dict()["counts"] == {"checked": 1, "declined": 2, "not_run": 3}
     assert report.verdict in reports.to_html(report)
-    others = [dataclasses.replace(report.results[1], status="declined", message=f"reason {n}") for n in range(9)]
+    others = [
+        dataclasses.replace(report.results[1], status="declined", message=f"reason {n}")
+        for n in range(9)
+    ]
     report.results += others
     assert "and 8 more reasons)" in report.verdict
 
 
 def test_a_backend_that_is_not_for_the_device_is_not_checked():
-    with pytest.raises(NotUsableError, match="triton-xpu was not checked on cpu: it is for xpu, the device is cpu"):
+    with pytest.raises(
+        NotUsableError, match="triton-xpu was not checked on cpu: it is for xpu, the device is cpu"
+    ):
         run("triton-xpu")
 
 
@@ -264,11 +313,19 @@ def build_panicking(_problem, _device):
 
 def test_a_kernel_that_panics_fails_its_checks_and_only_an_interrupt_ends_the_run():
     target = Target("cpu")
-    registry().register(BackendSpec(name="panicking", factories={"route": f"{__name__}:build_panicking"}, targets=(target,)))
+    registry().register(
+        BackendSpec(
+            name="panicking", factories={"route": f"{__name__}:build_panicking"}, targets=(target,)
+        )
+    )
     try:
         report = run("panicking", profile="smoke", clauses=[0, 3])
         assert len(report.failed) > 20
-        assert {result.status for result in report.results} <= {"failed", "not_applicable", "passed"}
+        assert {result.status for result in report.results} <= {
+            "failed",
+            "not_applicable",
+            "passed",
+        }
         said = {result.message.partition("\n")[0] for result in report.failed if result.clause == 3}
         assert said == {"a call in it raised Panic"}
         with pytest.raises(KeyboardInterrupt):

@@ -44,7 +44,11 @@ def test_a_check_that_is_not_about_some_variants_alone_runs_on_every_family():
         "wrong_arguments_raise_and_are_named": "one argument each, whatever the family",
         "wrong_specs_raise_and_name_the_field": "no family",
     }
-    on = {check.name: {item.case.family for item in check.items("quick")} for check in checks.ROUTE.checks if check.clause}
+    on = {
+        check.name: {item.case.family for item in check.items("quick")}
+        for check in checks.ROUTE.checks
+        if check.clause
+    }
     assert set(about_some) <= set(on)
     partly = {name for name, families in on.items() if not set(FAMILIES) <= families}
     assert partly == set(about_some)
@@ -78,17 +82,32 @@ def test_each_run_draws_a_seed_of_its_own():
 @pytest.mark.slow
 def test_a_run_draws_its_cases_from_the_seed_that_it_is_given():
     report = run("eager", profile="smoke", clauses=[1], seed=7)
-    drawn_cases = [result.case for result in report.results if result.check == "drawn_sizes_are_routed"]
+    drawn_cases = [
+        result.case for result in report.results if result.check == "drawn_sizes_are_routed"
+    ]
     assert drawn_cases == ids_of(7, "smoke")
     assert report.seed == 7
 
 
 @pytest.mark.slow
 def test_pytest_processes_draw_the_same_cases_and_take_a_seed():
-    words = ["-q", "-p", "no:cacheprovider", "--pyargs", "moe_routing.conformance", "--moe-backend", "eager"]
+    words = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--pyargs",
+        "moe_routing.conformance",
+        "--moe-backend",
+        "eager",
+    ]
     words += ["-k", "drawn_sizes and topk_softmax", "-rA"]
     drawn_anew, given = (
-        subprocess.run([sys.executable, "-m", "pytest", *words, *more], capture_output=True, text=True, check=False).stdout
+        subprocess.run(
+            [sys.executable, "-m", "pytest", *words, *more],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
         for more in (["-n", "2"], ["--moe-seed", "7"])
     )
     assert "2 passed" in drawn_anew
@@ -113,6 +132,7 @@ def test_physical_ids_are_undone_however_large_they_are(dtype):
 
 def test_physical_ids_that_experts_share_cannot_be_undone():
     with pytest.raises(
-        ValueError, match=r"^expert_map: expected a physical id of its own for each of 4 experts, got 3 different ids$"
+        ValueError,
+        match=r"^expert_map: expected a physical id of its own for each of 4 experts, got 3 different ids$",
     ):
         logical_ids(torch.tensor([[1]]), torch.tensor([5, -1, 1, -1]))

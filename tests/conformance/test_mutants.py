@@ -12,7 +12,10 @@ from moe_routing.conformance.clauses import CLAUSES
 from moe_routing.conformance.runner import backend_under_test, evaluate, run
 
 HERE = [mutant for mutant in MUTANTS if not mutant.only_on]
-NOTHING_FOR_THE_REFERENCE = ("what_it_declines_cannot_be_had", "what_is_prepared_serves_calls_with_and_without_out")
+NOTHING_FOR_THE_REFERENCE = (
+    "what_it_declines_cannot_be_had",
+    "what_is_prepared_serves_calls_with_and_without_out",
+)
 """Checks with nothing to check on the reference, which declines nothing and prepares nothing."""
 
 
@@ -43,7 +46,9 @@ def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
 
 @pytest.mark.parametrize("check", sorted({mutant.caught_by for mutant in HERE}))
 def test_what_catches_a_mutant_lets_the_right_backend_pass(check):
-    variants = tuple({variant for mutant in HERE if mutant.caught_by == check for variant in mutant.variants})
+    variants = tuple(
+        {variant for mutant in HERE if mutant.caught_by == check for variant in mutant.variants}
+    )
     found = list(results(Mutant(Reference, check, "", variants), check))
     assert [result.message for result in found if result.status == "failed"] == []
     if check not in NOTHING_FOR_THE_REFERENCE:

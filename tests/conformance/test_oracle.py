@@ -1,4 +1,7 @@
-"""The oracle against an independent brute force: enumeration of all selections, arithmetic of 50 digits."""
+"""The oracle against an independent brute force.
+
+Enumeration of all selections, arithmetic of 50 digits.
+"""
 
 import itertools
 import math
@@ -18,7 +21,9 @@ mp.dps = 50
 LARGEST = float(torch.finfo(torch.float32).max)
 E, K, VOCABULARY = 6, 2, 3
 
-LOGITS = st.sampled_from([-200.0, -3.0, -1.0, -0.5, -0.0, 0.0, 0.25, 1.0, 2.0, 5.0, 30.0, math.nan, math.inf, -math.inf])
+LOGITS = st.sampled_from(
+    [-200.0, -3.0, -1.0, -0.5, -0.0, 0.0, 0.25, 1.0, 2.0, 5.0, 30.0, math.nan, math.inf, -math.inf]
+)
 BIASES = st.sampled_from([-1.0, 0.0, 0.125, 0.5, 12.0, -1e4])
 
 
@@ -39,7 +44,11 @@ def clean(l):
 
 def activated(spec, l):
     x = mpf(min(max(l * spec.logit_multiplier, -LARGEST), LARGEST))
-    return x if spec.logit_softcap is None else spec.logit_softcap * mpmath.tanh(x / spec.logit_softcap)
+    return (
+        x
+        if spec.logit_softcap is None
+        else spec.logit_softcap * mpmath.tanh(x / spec.logit_softcap)
+    )
 
 
 def scores(spec, x):
@@ -58,8 +67,11 @@ def best_ordered(keys, among, count):
 
 
 def group_score(spec, keys, group):
-    pairs = itertools.combinations([keys[e] for e in group], 2 if spec.group_score == "top2_sum" else 1)
-    # Rounded once, like the keys: a sum with -3.4e38 in it swallows the other score, in float64 as in float32.
+    pairs = itertools.combinations(
+        [keys[e] for e in group], 2 if spec.group_score == "top2_sum" else 1
+    )
+    # Rounded once, like the keys: a sum with -3.4e38 in it swallows the other score, in float64 as
+    # in float32.
     return max(mpf(clean(float(sum(pair)))) for pair in pairs)
 
 
@@ -70,7 +82,11 @@ def selected(spec, keys, topk):
         among = [i for group in groups for i in best_ordered(keys, group, topk // spec.num_groups)]
     elif spec.num_groups > 1:
         values = [group_score(spec, keys, group) for group in groups]
-        among = [i for g in best_ordered(values, range(spec.num_groups), spec.topk_groups) for i in groups[g]]
+        among = [
+            i
+            for g in best_ordered(values, range(spec.num_groups), spec.topk_groups)
+            for i in groups[g]
+        ]
     else:
         among = range(E)
     return best_ordered(keys, among, topk)
@@ -81,7 +97,11 @@ def sparsemixer(spec, l, topk):
     for _ in range(topk):
         left = [e for e in range(E) if e not in ids]
         top = best_ordered(l, left, 1)[0]
-        near = [e for e in left if l[top] == l[e] or (l[top] - l[e]) / max(abs(l[e]), l[top]) <= 2 * spec.jitter]
+        near = [
+            e
+            for e in left
+            if l[top] == l[e] or (l[top] - l[e]) / max(abs(l[e]), l[top]) <= 2 * spec.jitter
+        ]
         weights.append(1 / mpmath.fsum(mpmath.exp(l[e] - l[top]) for e in near))
         ids.append(top)
     return ids, weights
@@ -96,8 +116,12 @@ def brute_force(spec, row, topk, *, bias, scale, table_row):  # noqa: PLR0913 --
     else:
         keys = {"scores_plus_bias": s, "logits_plus_bias": x}.get(spec.selection, l)
         if spec.needs_bias:
-            # Rounded once, to the oracle's precision: what float64 cannot tell apart is a tie there.
-            keys = [mpf(float(min(max(k + b, -LARGEST), LARGEST))) for k, b in zip(keys, bias, strict=True)]
+            # Rounded once, to the oracle's precision: what float64 cannot tell apart is a tie
+            # there.
+            keys = [
+                mpf(float(min(max(k + b, -LARGEST), LARGEST)))
+                for k, b in zip(keys, bias, strict=True)
+            ]
         ids = table_row if spec.selection == "token_table" else selected(spec, keys, topk)
         w = [s[i] for i in ids]
         if spec.renormalize:
@@ -160,4 +184,6 @@ def test_an_unknown_score_function_is_named():
 def test_more_valid_tokens_than_an_integer_of_torch_can_say_are_all():
     logits = torch.randn(3, 4)
     for valid in (3, 2**63 - 1, 2**63, 2**70):
-        assert (oracle.route(RoutingSpec(family="f"), logits, 2, num_valid_tokens=valid).ids >= 0).all()
+        assert (
+            oracle.route(RoutingSpec(family="f"), logits, 2, num_valid_tokens=valid).ids >= 0
+        ).all()

@@ -11,7 +11,9 @@ from moe_routing.conformance import pytest_plugin as plugin
 
 
 def python(code):
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
 
@@ -24,8 +26,15 @@ def test_loading_the_plugin_loads_four_modules_of_ours_and_nothing_else():
         import moe_routing.conformance.pytest_plugin
         print(json.dumps(sorted(set(sys.modules) - before)))
     """)
-    ours = ["moe_routing", "moe_routing._with_torch", "moe_routing.conformance", "moe_routing.conformance.pytest_plugin"]
-    assert [name for name in json.loads(loaded) if name.partition(".")[0] not in sys.stdlib_module_names] == ours
+    ours = [
+        "moe_routing",
+        "moe_routing._with_torch",
+        "moe_routing.conformance",
+        "moe_routing.conformance.pytest_plugin",
+    ]
+    assert [
+        name for name in json.loads(loaded) if name.partition(".")[0] not in sys.stdlib_module_names
+    ] == ours
 
 
 def test_the_plugin_and_the_class_import_no_torch():
@@ -40,7 +49,9 @@ def test_the_plugin_and_the_class_import_no_torch():
 
 @pytest.mark.slow
 def test_a_pytest_run_of_somebody_else_imports_no_torch(tmp_path):
-    (tmp_path / "test_theirs.py").write_text("import sys\ndef test_it():\n    assert 'torch' not in sys.modules\n")
+    (tmp_path / "test_theirs.py").write_text(
+        "import sys\ndef test_it():\n    assert 'torch' not in sys.modules\n"
+    )
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
         capture_output=True,

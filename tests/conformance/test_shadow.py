@@ -23,14 +23,19 @@ SPEC = VARIANTS["topk_softmax"]
 
 @pytest.fixture(autouse=True)
 def _seeded_sampling(monkeypatch):
-    """Let the sampling of calls and rows start from the run's seed: the product seeds its own from the operating system."""
+    """Let the sampling of calls and rows start from the run's seed.
+
+    The product seeds its own from the operating system.
+    """
     seed = random.getrandbits(32)
     monkeypatch.setattr(shadow, "random", SimpleNamespace(Random=lambda: random.Random(seed)))  # noqa: S311 -- sampling
 
 
 @pytest.fixture
 def wrong_backend():
-    with registered(next(m for m in MUTANTS if m.name == "mutant-weights-rounded-to-bfloat16")) as name:
+    with registered(
+        next(m for m in MUTANTS if m.name == "mutant-weights-rounded-to-bfloat16")
+    ) as name:
         yield name
 
 
@@ -44,7 +49,10 @@ def test_a_right_backend_is_healthy():
 
 
 def test_a_wrong_backend_is_told_and_its_result_left_alone(wrong_backend, caplog):
-    watched, plain = Router(SPEC, backend=wrong_backend, verify=True), Router(SPEC, backend=wrong_backend)
+    watched, plain = (
+        Router(SPEC, backend=wrong_backend, verify=True),
+        Router(SPEC, backend=wrong_backend),
+    )
     with caplog.at_level(logging.WARNING, "moe_routing.verify"):
         result = watched(LOGITS, 2)
     assert torch.equal(result.weights, plain(LOGITS, 2).weights)
@@ -102,14 +110,18 @@ def test_calls_that_want_gradients_are_watched():
 def test_calls_inside_a_compiled_function_are_watched(wrong_backend, training):
     for backend, wrong in (("eager", 0), (wrong_backend, 2)):
         route = Router(SPEC, backend=backend, verify=True)
-        compiled = torch.compile(lambda logits, route=route: route(logits, 2), fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(
+            lambda logits, route=route: route(logits, 2), fullgraph=True, backend="aot_eager"
+        )
         for _ in range(2):
             compiled(LOGITS.clone().requires_grad_(training))
         health = route.health()
         assert (health.calls, health.compared, health.wrong, health.failures) == (2, 2, wrong, 0)
 
 
-def test_a_router_that_a_compiled_function_makes_is_watched_and_the_logger_tells(wrong_backend, caplog):
+def test_a_router_that_a_compiled_function_makes_is_watched_and_the_logger_tells(
+    wrong_backend, caplog
+):
     def inside(logits):
         return get_router(SPEC, backend=wrong_backend, verify=True)(logits, 2)
 
@@ -157,7 +169,9 @@ def test_near_ties_are_counted_and_are_not_wrong():
     spec = VARIANTS["sigmoid_bias_topk"]
     logits, bias = torch.tensor([[30.0, 31.0, 0.0]]), torch.zeros(3)
     watching = shadow.Shadow(1.0)
-    in_float32 = RoutingOutput(torch.tensor([[0.5, 0.5]]), torch.tensor([[0, 1]]))  # both sigmoids are 1 there
+    in_float32 = RoutingOutput(
+        torch.tensor([[0.5, 0.5]]), torch.tensor([[0, 1]])
+    )  # both sigmoids are 1 there
     watching.observe(spec, 2, Operands(logits, bias=bias), in_float32, lambda _: in_float32)
     assert (watching.health().near_ties, watching.health().wrong) == (1, 0)
 
@@ -185,8 +199,15 @@ MAPS = {"elsewhere": [-1, 0] * 8, "shared": [7, 7, 2**31 - 1, 0] * 4, "all elsew
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("expert_map", MAPS.values(), ids=MAPS)
 def test_a_map_of_experts_that_share_an_id_or_are_elsewhere_is_watched(expert_map, compiled):
-    for mutant, wrong in ((None, 0), ("mutant-elsewhere-has-no-weight", 1 if -1 in expert_map else 0)):
-        with registered(next(m for m in MUTANTS if m.name == mutant)) if mutant else nullcontext("eager") as name:
+    for mutant, wrong in (
+        (None, 0),
+        ("mutant-elsewhere-has-no-weight", 1 if -1 in expert_map else 0),
+    ):
+        with (
+            registered(next(m for m in MUTANTS if m.name == mutant))
+            if mutant
+            else nullcontext("eager") as name
+        ):
             route = Router(SPEC, backend=name, verify=True)
 
             def call(logits, expert_map, route=route):

@@ -35,13 +35,17 @@ class Shell:
         venv.create(directory / "environment", with_pip=False, symlinks=True)
         packages = sysconfig.get_path("purelib", vars={"base": str(directory / "environment")})
         here = next(path for path in site.getsitepackages() if Path(path, "torch").exists())
-        # Stands in for `pip install moe-routing[test]`: this checkout, with the packages that the tests run with.
+        # Stands in for `pip install moe-routing[test]`: this checkout, with the packages that the
+        # tests run with.
         paths = [here, *(str(ROOT / source) for source in (".", "registry", "backends"))]
         lines = [f"import site; site.addsitedir({path!r})" for path in paths]
         Path(packages, "as_installed.pth").write_text("\n".join(lines) + "\n")
         for name, module in {"pip": "pip", "pytest": "pytest"}.items():
             self._script(name, f'exec "{self.bin}/python" -m {module} "$@"')
-        self._script("moe-routing", f'exec "{self.bin}/python" -c "from moe_routing.cli import main; main()" "$@"')
+        self._script(
+            "moe-routing",
+            f'exec "{self.bin}/python" -c "from moe_routing.cli import main; main()" "$@"',
+        )
 
     def _script(self, name, line):
         (self.bin / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -49,12 +53,18 @@ class Shell:
 
     def __call__(self, command):
         environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("MOE_ROUTING_") and k != "PYTHONPATH"},
+            **{
+                k: v
+                for k, v in os.environ.items()
+                if not k.startswith("MOE_ROUTING_") and k != "PYTHONPATH"
+            },
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }
         words = ["sh", "-c", command]
-        return subprocess.run(words, cwd=self.directory, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            words, cwd=self.directory, env=environment, capture_output=True, text=True, check=False
+        )
 
     def done(self, command):
         ran = self(command)
@@ -107,7 +117,9 @@ def test_doctor_shows_the_installed_skeleton(skeleton):
 def test_the_example_conforms(acme, shell):
     assert "acme conforms" in acme["moe-routing conformance acme --report acme.html"]
     assert "<td class='passed'" in (shell.directory / "acme.html").read_text()
-    assert " passed" in next(output for command, output in acme.items() if command.startswith("pytest"))
+    assert " passed" in next(
+        output for command, output in acme.items() if command.startswith("pytest")
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""What the tests of the integration share: the routers and models of the presets' tests, and how outputs compare."""
+"""What the tests of the integration share.
+
+The routers and models of the presets' tests, and how outputs compare.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from pathlib import Path
 import torch
 import transformers
 
-globals().update(runpy.run_path(str(Path(__file__).parents[1] / "test_models_against_transformers.py"), run_name="against"))
+globals().update(
+    runpy.run_path(
+        str(Path(__file__).parents[1] / "test_models_against_transformers.py"), run_name="against"
+    )
+)
 
 
 def is_here(case):
@@ -21,14 +28,30 @@ def is_here(case):
 
 
 def parts(output):
-    """Split an output into weights ``[T, K]``, ids ``[T, K]`` and the rest; dense scores and sorted pairs are all rest."""
-    ids = [item for item in output if isinstance(item, torch.Tensor) and item.dtype == torch.int64 and item.dim() > 1]
-    weights = [item for item in output if ids and item.is_floating_point() and item.shape == ids[0].shape]
-    return weights, ids, [item for item in output if not any(item is other for other in weights + ids)]
+    """Split an output into weights ``[T, K]``, ids ``[T, K]`` and the rest.
+
+    Dense scores and sorted pairs are all rest.
+    """
+    ids = [
+        item
+        for item in output
+        if isinstance(item, torch.Tensor) and item.dtype == torch.int64 and item.dim() > 1
+    ]
+    weights = [
+        item for item in output if ids and item.is_floating_point() and item.shape == ids[0].shape
+    ]
+    return (
+        weights,
+        ids,
+        [item for item in output if not any(item is other for other in weights + ids)],
+    )
 
 
 def in_order_of_ids(output):
-    """Return the output with each token's experts in ascending order: transformers leaves some unsorted."""
+    """Return the output with each token's experts in ascending order.
+
+    Transformers leaves some unsorted.
+    """
     weights, ids, rest = parts(output)
     if not ids:
         return rest

@@ -1,9 +1,9 @@
 """Compare ``fingerprints.json`` with releases of transformers, without importing them.
 
-``python tests/integrations/fingerprints.py FOLDER...``, each what ``pip install --no-deps --target FOLDER
-transformers==...`` made. Prints each router's code that the file does not know: class, fingerprint, source. Give it a recipe
-of ``_recipes.py`` that computes the same, or write one, and add the line; ``test_transformers_routers.py`` then holds it
-against the router.
+``python tests/integrations/fingerprints.py FOLDER...``, each what ``pip install --no-deps --target
+FOLDER transformers==...`` made. Prints each router's code that the file does not know: class,
+fingerprint, source. Give it a recipe of ``_recipes.py`` that computes the same, or write one, and
+add the line; ``test_transformers_routers.py`` then holds it against the router.
 """
 
 from __future__ import annotations
@@ -24,13 +24,23 @@ def of_release(site, path):
         return None, ""
     body = ast.parse(file.read_text()).body
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
-    found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    found = next(
+        (node for node in body if isinstance(node, ast.ClassDef) and node.name == name), None
+    )
     if found is None:
         return None, ""
-    trees = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef) and node.name != "__init__"}
-    named = {node.id for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    trees = {
+        node.name: node
+        for node in found.body
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__"
+    }
+    named = {
+        node.id for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.Name)
+    }
     bases = [ast.unparse(base).rpartition(".")[2] for base in found.bases]
-    return digest(bases, trees | {name: functions[name] for name in named & set(functions)}), ast.unparse(found)
+    return digest(
+        bases, trees | {name: functions[name] for name in named & set(functions)}
+    ), ast.unparse(found)
 
 
 def main(sites):

@@ -1,9 +1,10 @@
 """Route through SGLang's own ``TopK`` layers on a CPU, by SGLang and by us, and print what differs as JSON.
 
-``python route_sglang.py`` with sglang 0.5.23, the packages that it imports, and ``sglang_adapter`` on the path. SGLang is
-installed without torchvision, whose published builds do not load with a torch for CPUs ("operator torchvision::nms does not
-exist"): SGLang's image processors, which are imported on the way, get an empty module instead. SGLang's CPU engine needs
-kernels that are not in its wheel (``sgl_kernel``), so the layers route by ``forward_native``: plain torch, through the same
+``python route_sglang.py`` with sglang 0.5.23, the packages that it imports, and ``sglang_adapter``
+on the path. SGLang is installed without torchvision, whose published builds do not load with a
+torch for CPUs ("operator torchvision::nms does not exist"): SGLang's image processors, which are
+imported on the way, get an empty module instead. SGLang's CPU engine needs kernels that are not in
+its wheel (``sgl_kernel``), so the layers route by ``forward_native``: plain torch, through the same
 ``select_experts``.
 """
 
@@ -60,17 +61,27 @@ def main():
     }
     said = {"differences": {}, "equal ids": {}, "dtypes": {}, "padding": {}, "left": {}}
     with get_context().override_server_args(device="cpu"):
-        layers = {name: TopK(K, layer_id=0, **arguments) for name, arguments in (plain | others).items()}
+        layers = {
+            name: TopK(K, layer_id=0, **arguments) for name, arguments in (plain | others).items()
+        }
         with get_model().override(shared_experts=SharedExpertsConfig(num_fused_shared_experts=1)):
             layers["shared"] = TopK(K, layer_id=0)
-        functions = {name: layer.topk_config.custom_routing_function for name, layer in layers.items()}
+        functions = {
+            name: layer.topk_config.custom_routing_function for name, layer in layers.items()
+        }
         calls = {"plain": {}, "padded": {"num_token_non_padded": torch.tensor(20)}}
-        theirs = {(name, how): routed(layers[name], logits, **given) for name in plain for how, given in calls.items()}
+        theirs = {
+            (name, how): routed(layers[name], logits, **given)
+            for name in plain
+            for how, given in calls.items()
+        }
         said["adapted"] = sglang_adapter.adapt(torch.nn.ModuleList(layers.values()), "qwen3_moe")
         for (name, how), (weights, ids) in theirs.items():
             ours, our_ids = routed(layers[name], logits, **calls[how])
             key = f"{name}, {how}"
-            said["differences"][key] = ((ours - weights) / weights.clamp_min(1e-30)).abs().max().item()
+            said["differences"][key] = (
+                ((ours - weights) / weights.clamp_min(1e-30)).abs().max().item()
+            )
             said["equal ids"][key] = torch.equal(our_ids, ids)
             said["dtypes"][key] = [str(ours.dtype), str(our_ids.dtype)]
             said["padding"][key] = [(found[20:] == -1).all().item() for found in (our_ids, ids)]

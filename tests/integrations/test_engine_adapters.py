@@ -1,4 +1,7 @@
-"""The adapters of docs/integrations.md: type-checked against the engines' signatures, and called as the engines call them."""
+"""The adapters of docs/integrations.md.
+
+Type-checked against the engines' signatures, and called as the engines call them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ def load(monkeypatch):
     torch.manual_seed(0)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in {"sglang", "tensorrt_llm", "torchtitan"} or name.endswith("_adapter"):
+        if name.partition(".")[0] in {"sglang", "tensorrt_llm", "torchtitan"} or name.endswith(
+            "_adapter"
+        ):
             del sys.modules[name]
 
 
@@ -41,7 +46,9 @@ def test_adapters_pass_mypy_against_the_engines_signatures():
     assert len(files) == 3
     environment = {"MYPYPATH": str(ENGINES), "PATH": ""}
     command = [sys.executable, "-m", "mypy", *files]  # strict, by pyproject.toml
-    checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
@@ -51,7 +58,9 @@ def test_sglangs_plain_layers_route_through_us(load, renormalize):
     plain = topk.TopK(topk.TopKConfig(K, renormalize=renormalize))
     others = [
         topk.TopK(topk.TopKConfig(K, use_grouped_topk=True)),
-        topk.TopK(topk.TopKConfig(K, shared_experts=topk.SharedExpertsConfig(num_fused_shared_experts=1))),
+        topk.TopK(
+            topk.TopKConfig(K, shared_experts=topk.SharedExpertsConfig(num_fused_shared_experts=1))
+        ),
         topk.TopK(topk.TopKConfig(K, fused_gate_packed_ids=True)),
         topk.TopK(topk.TopKConfig(K, correction_bias=torch.zeros(E))),
         topk.TopK(topk.TopKConfig(K, scoring_func="sigmoid")),
@@ -80,14 +89,19 @@ def test_tensorrt_llms_modules_take_our_routing_method(load):
     torch.testing.assert_close(routing.run_moe(method, logits, experts), expected @ experts)
 
 
-@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # torchtitan asks for float32 so; here that is no autocast
+@pytest.mark.filterwarnings(
+    "ignore:In CPU autocast:UserWarning"
+)  # torchtitan asks for float32 so; here that is no autocast
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
-    ("groups", "score", "norm"), [(None, "softmax", False), (None, "sigmoid", True), (4, "sigmoid", True)]
+    ("groups", "score", "norm"),
+    [(None, "softmax", False), (None, "sigmoid", True), (4, "sigmoid", True)],
 )
 def test_torchtitans_layers_route_and_train_through_us(load, groups, score, norm, biased):
     titan = load("torchtitan.models.common.moe")
-    router = titan.TokenChoiceTopKRouter(H, E, groups, groups and 2, K, score, norm, 2.5, gate_bias=True)
+    router = titan.TokenChoiceTopKRouter(
+        H, E, groups, groups and 2, K, score, norm, 2.5, gate_bias=True
+    )
     moe = titan.MoE(router, torch.randn(E, H), torch.rand(E) if biased else None)
     x = torch.randn(2, T, H)
 
@@ -95,7 +109,12 @@ def test_torchtitans_layers_route_and_train_through_us(load, groups, score, norm
         moe.zero_grad()
         output, counts = moe(x)
         output.square().sum().backward()
-        return output.detach(), counts, router.gate.weight.grad.clone(), router.gate.bias.grad.clone()
+        return (
+            output.detach(),
+            counts,
+            router.gate.weight.grad.clone(),
+            router.gate.bias.grad.clone(),
+        )
 
     theirs = passed()
     assert load("torchtitan_adapter").adapt(moe) == 1
@@ -106,7 +125,9 @@ def test_torchtitans_layers_route_and_train_through_us(load, groups, score, norm
 
 def test_torchtitans_balanced_benchmark_router_is_left(load):
     titan = load("torchtitan.models.common.moe")
-    router = titan.TokenChoiceTopKRouter(H, E, None, None, K, "softmax", 0, 1.0, 0, _debug_force_load_balance=True)
+    router = titan.TokenChoiceTopKRouter(
+        H, E, None, None, K, "softmax", 0, 1.0, 0, _debug_force_load_balance=True
+    )
     assert load("torchtitan_adapter").adapt(torch.nn.ModuleList([router])) == 0
 
 
@@ -151,24 +172,39 @@ SGLANG = (
 
 def answer(script, packages, site):
     """Install packages without their requirements, run a script of this folder beside the adapters, and return its JSON."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), *packages]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(site),
+        *packages,
+    ]
     subprocess.run(command, check=True)
     path = os.pathsep.join([str(site), str(ADAPTERS), *sys.path])
     command = [sys.executable, str(Path(__file__).with_name(script))]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="torchtitan 0.3 is for Python 3.11 and later")
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="torchtitan 0.3 is for Python 3.11 and later"
+)
 def test_torchtitans_own_deepseek_v3_trains_to_the_same_losses_through_us(tmp_path):
     """A tiny DeepSeek-V3 of the installed torchtitan, ten steps, eager and compiled.
 
-    The biases, which follow from how many tokens each expert got in each step, are equal. The losses are equal at the first
-    step, and later within 0.1 %: torchtitan leaves the experts of a token unsorted, so their sum is rounded elsewhere, and its
-    experts compute in bfloat16, where a last bit of the hidden states changes a result by up to 0.4 %.
+    The biases, which follow from how many tokens each expert got in each step, are equal. The
+    losses are equal at the first step, and later within 0.1 %: torchtitan leaves the experts of a
+    token unsorted, so their sum is rounded elsewhere, and its experts compute in bfloat16, where a
+    last bit of the hidden states changes a result by up to 0.4 %.
     """
     runs = answer("train_torchtitan.py", TORCHTITAN, tmp_path)
     assert set(runs) == {"eager", "compiled"}
@@ -183,9 +219,14 @@ def test_torchtitans_own_deepseek_v3_trains_to_the_same_losses_through_us(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="what SGLang imports is pinned for Python 3.11 and later")
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="what SGLang imports is pinned for Python 3.11 and later"
+)
 def test_sglangs_own_layers_route_through_us(tmp_path):
-    """The installed SGLang's TopK layers and select_experts, on a CPU; ``route_sglang.py`` says by which of its ways."""
+    """The installed SGLang's TopK layers and select_experts, on a CPU.
+
+    ``route_sglang.py`` says by which of its ways.
+    """
     said = answer("route_sglang.py", SGLANG, tmp_path)
     assert said["adapted"] == 3
     assert len(said["differences"]) == 6
@@ -195,4 +236,6 @@ def test_sglangs_own_layers_route_through_us(tmp_path):
     assert {case: blanked for case, blanked in said["padding"].items() if "padded" in case} == {
         f"{name}, padded": [True, True] for name in ("renormalized", "not renormalized", "scaled")
     }  # SGLang blanks these rows after our function, as after its own
-    assert said["left"] == dict.fromkeys(("grouped", "biased", "sigmoid", "packed", "custom", "shared"), True)
+    assert said["left"] == dict.fromkeys(
+        ("grouped", "biased", "sigmoid", "packed", "custom", "shared"), True
+    )

@@ -1,4 +1,7 @@
-"""``torch.compile(fullgraph=True)`` of patched models: few tokens and many, every implementation of the experts, both ways."""
+"""``torch.compile(fullgraph=True)`` of patched models.
+
+Few tokens and many, every implementation of the experts, both ways.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,20 @@ MODELS = ("mixtral", "qwen3_moe", "deepseek_v3", "gemma4_text")
 NEEDS_A_GPU = {"deepgemm", "sonicmoe", "deepgemm_megamoe"}
 EXPERTS = sorted({"eager", *ALL_EXPERTS_FUNCTIONS} - NEEDS_A_GPU)
 TRACED_IN_PARTS = {"eager"}
-"""Experts that loop over those that got tokens, which Dynamo cannot trace as one graph: traced, but not compiled, here."""
+"""Experts that loop over those that got tokens, which Dynamo cannot trace as one graph.
+
+Traced, but not compiled, here.
+"""
 BY_INDUCTOR = {"grouped_mm"}
-"""Experts whose models are compiled to machine code; the others stop at AOTAutograd's graph, which takes less time."""
+"""Experts whose models are compiled to machine code.
+
+The others stop at AOTAutograd's graph, which takes less time.
+"""
 TO_MACHINE_CODE = {("inference", "one token"), ("training", "more tokens")}
-"""Of the four graphs of such a model, the two that Inductor compiles: both ways, and both kinds of shapes."""
+"""Of the four graphs of such a model, the two that Inductor compiles.
+
+Both ways, and both kinds of shapes.
+"""
 TOKENS = (1, 2, 3, 7, 130)
 
 pytestmark = [
@@ -43,9 +55,15 @@ def _one_thread_and_a_fresh_compiler():
 
 def built(model_type, experts):
     torch.manual_seed(sum(map(ord, model_type)))
-    sizes = AGAINST.SMALL | AGAINST.WHOLE[model_type] | {"max_position_embeddings": 256, "num_hidden_layers": 1}
+    sizes = (
+        AGAINST.SMALL
+        | AGAINST.WHOLE[model_type]
+        | {"max_position_embeddings": 256, "num_hidden_layers": 1}
+    )
     config = AGAINST.CONFIG_MAPPING[model_type](**sizes)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation=experts, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        config, experts_implementation=experts, attn_implementation="eager"
+    )
     for module in model.modules():
         if type(module).__name__ == AGAINST.BY_MODEL[model_type].router.rpartition(".")[2]:
             AGAINST.randomize(module, AGAINST.BY_MODEL[model_type].bias)
@@ -61,7 +79,9 @@ def passed(model, ids, *, training):
         return [logits]
     logits.float().square().mean().backward()
     named = [
-        (name, p.grad) for name, p in model.named_parameters() if "gate.weight" in name or "router" in name or "embed" in name
+        (name, p.grad)
+        for name, p in model.named_parameters()
+        if "gate.weight" in name or "router" in name or "embed" in name
     ]
     return [logits.detach(), *(gradient for _, gradient in named if gradient is not None)]
 
@@ -69,10 +89,17 @@ def passed(model, ids, *, training):
 def compiled_by_backend(model, experts):
     """Return a function from a kind of graph to the compiled model."""
     if experts in TRACED_IN_PARTS:
-        model.model.layers[0].compile(backend="eager")  # what surrounds the layer is traced for the other experts
+        model.model.layers[0].compile(
+            backend="eager"
+        )  # what surrounds the layer is traced for the other experts
         return lambda _: model
-    backends = {backend: torch.compile(model, fullgraph=True, backend=backend) for backend in ("inductor", "aot_eager")}
-    return lambda kind: backends["inductor" if experts in BY_INDUCTOR and kind in TO_MACHINE_CODE else "aot_eager"]
+    backends = {
+        backend: torch.compile(model, fullgraph=True, backend=backend)
+        for backend in ("inductor", "aot_eager")
+    }
+    return lambda kind: backends[
+        "inductor" if experts in BY_INDUCTOR and kind in TO_MACHINE_CODE else "aot_eager"
+    ]
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
@@ -85,9 +112,16 @@ def test_a_compiled_patched_model_computes_what_the_model_alone_does(model_type,
         model.train(training)
         stock.train(training)
         for tokens in TOKENS:
-            ids = torch.randint(3, AGAINST.VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(tokens))
-            kind = ("training" if training else "inference", "one token" if tokens == 1 else "more tokens")
-            ours, theirs = (passed(each, ids, training=training) for each in (compiled(kind), stock))
+            ids = torch.randint(
+                3, AGAINST.VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(tokens)
+            )
+            kind = (
+                "training" if training else "inference",
+                "one token" if tokens == 1 else "more tokens",
+            )
+            ours, theirs = (
+                passed(each, ids, training=training) for each in (compiled(kind), stock)
+            )
             assert len(ours) == len(theirs) >= (2 if training else 1)
             for mine, its in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(mine, its, rtol=2e-3, atol=2e-5)

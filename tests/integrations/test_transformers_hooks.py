@@ -1,4 +1,7 @@
-"""Patched models under the hooks, wrappers and copies of other libraries: the real ones, in every order."""
+"""Patched models under the hooks, wrappers and copies of other libraries.
+
+The real ones, in every order.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,14 @@ from moe_routing import MoeRoutingWarning
 from moe_routing.integrations.transformers import disable, enable, patch, patched, routers, unpatch
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks transformers for it
+    pytest.mark.filterwarnings(
+        "ignore:`is_gradient_checkpointing`:FutureWarning"
+    ),  # peft asks transformers for it
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
 ]
-MAPPING_WORKS = importlib.util.find_spec("torchvision") is not None or Version(transformers.__version__) >= Version("5.21")
+MAPPING_WORKS = importlib.util.find_spec("torchvision") is not None or Version(
+    transformers.__version__
+) >= Version("5.21")
 IDS = torch.arange(14).view(2, 7)
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -85,7 +92,9 @@ def assert_own(ours, theirs):
 def assert_no_mark(model):
     """Assert that nothing of ours is left in a model: no class, no attribute, no bound method."""
     for module in model.modules():
-        assert all("moe_routing" not in base.__module__ for base in type(module).__mro__), type(module)
+        assert all("moe_routing" not in base.__module__ for base in type(module).__mro__), type(
+            module
+        )
         assert not any("moe_routing" in name for name in vars(module))
         for value in vars(module).values():
             for called in (value, getattr(value, "__wrapped__", None)):
@@ -97,16 +106,27 @@ def assert_no_mark(model):
 
 
 def on_several_places(model, folder):
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "disk",
+    }
     places |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
-    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+    return accelerate.dispatch_model(
+        model, places, main_device="cpu", offload_dir=folder, force_hooks=True
+    )
 
 
 PLACED = {
-    "one place with hooks": lambda model, _: accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True),
+    "one place with hooks": lambda model, _: accelerate.dispatch_model(
+        model, {"": "cpu"}, force_hooks=True
+    ),
     "cpu and disk": on_several_places,
     "cpu_offload": lambda model, _: accelerate.cpu_offload(model, execution_device="cpu"),
-    "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder, execution_device="cpu"),
+    "disk_offload": lambda model, folder: accelerate.disk_offload(
+        model, folder, execution_device="cpu"
+    ),
 }
 
 
@@ -137,7 +157,9 @@ def test_patch_before_and_after_accelerates_hooks_and_unpatch_in_any_order(place
         for index, step in enumerate(order):
             steps[step](model)
             is_patched = {"patch": True, "unpatch": False}.get(step, is_patched)
-            if "remove" not in order[: index + 1] or ("offload" not in place and place != "cpu and disk"):
+            if "remove" not in order[: index + 1] or (
+                "offload" not in place and place != "cpu and disk"
+            ):
                 assert_own(logits(model), theirs)
                 assert routed(model) == 2 * is_patched, (order, step)
         assert_no_mark(model)
@@ -159,14 +181,21 @@ def test_the_report_says_which_backend_routes_where_weights_are_offloaded(tmp_pa
 def test_from_pretrained_with_a_device_map_of_cpu_and_disk(first, tmp_path):
     mixtral().save_pretrained(tmp_path / "model")
     theirs = logits(mixtral())
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+    }
     places |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
     if first == "enable":
         if not MAPPING_WORKS:
             pytest.skip("this transformers' patch mapping needs torchvision")
         enable()
     try:
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=places, offload_folder=tmp_path / "off"
+        )
     finally:
         disable()
     if first == "load":
@@ -186,7 +215,10 @@ def test_accelerates_hook_over_a_wrapper_is_named_with_the_way_out():
     gate.forward = lambda hidden: inner(hidden * 0.5)
     theirs = logits(model)
     accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    with pytest.warns(MoeRoutingWarning, match=r"accelerate's hook calls .*<lambda> in place of its forward; call accelerate"):
+    with pytest.warns(
+        MoeRoutingWarning,
+        match=r"accelerate's hook calls .*<lambda> in place of its forward; call accelerate",
+    ):
         report = patch(model)
     assert [layer.replaced for layer in report.layers] == [False, True]
     assert_own(logits(model), theirs)
@@ -199,7 +231,9 @@ def test_accelerates_hook_over_a_wrapper_is_named_with_the_way_out():
 LORA = {
     "target_parameters": {"target_parameters": ["mlp.gate.weight"], "target_modules": ["q_proj"]},
     "modules_to_save": {"modules_to_save": ["gate"], "target_modules": ["q_proj"]},
-    "experts and router": {"target_parameters": ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]},
+    "experts and router": {
+        "target_parameters": ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]
+    },
 }
 
 
@@ -211,7 +245,9 @@ def test_peft_on_the_router_trains_and_merges_as_without_us(lora, first):
         model = qwen()
         if ours and first == "patch":
             assert_replaced(patch(model))
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **LORA[lora]))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=4, init_lora_weights=False, **LORA[lora])
+        )
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -255,7 +291,9 @@ def test_a_data_parallel_replica_routes_by_its_own_weights():
     model = mixtral()
     patch(model)
     gate = gates(model)[0]
-    replica = gate._replicate_for_data_parallel()  # what nn.parallel.replicate does with each module
+    replica = (
+        gate._replicate_for_data_parallel()
+    )  # what nn.parallel.replicate does with each module
     replica.weight = gate.weight.detach().flip(0)
     hidden = torch.randn(5, 32)
     copied = mixtral().model.layers[0].mlp.gate
@@ -275,7 +313,10 @@ def test_a_parametrized_router(first):
     gate = gates(model)[0]
     stock = nn.utils.parametrize.register_parametrization(copy.deepcopy(gate), "weight", Doubled())
     hidden = torch.randn(5, 32)
-    steps = [lambda: patch(model), lambda: nn.utils.parametrize.register_parametrization(gate, "weight", Doubled())]
+    steps = [
+        lambda: patch(model),
+        lambda: nn.utils.parametrize.register_parametrization(gate, "weight", Doubled()),
+    ]
     for step in steps if first == "patch" else steps[::-1]:
         step()
     assert_replaced(patch(model))
@@ -382,14 +423,23 @@ EXPERT_PARALLEL = """
 
 
 def run_processes(code, tmp_path, *, number=1, **values):
-    """Run a script in new processes, each with a file for all and its rank; return what each printed."""
+    """Run a script in new processes, each with a file for all and its rank.
+
+    Return what each printed.
+    """
     text = textwrap.dedent(code)
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", repr(value))
     script = tmp_path / "script.py"
     script.write_text(text)
-    commands = [[sys.executable, "-W", "ignore", str(script), str(tmp_path / "store"), str(rank)] for rank in range(number)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    commands = [
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path / "store"), str(rank)]
+        for rank in range(number)
+    ]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
     outputs = [process.communicate() for process in running]
     for process, (_, errors) in zip(running, outputs, strict=True):
         assert process.returncode == 0, errors
@@ -404,7 +454,10 @@ def test_fsdp2_on_the_router_and_above_it(tmp_path):
 @pytest.mark.slow
 def test_transformers_expert_parallelism_before_and_after(tmp_path):
     mixtral().save_pretrained(tmp_path / "model")
-    said = {"folder": str(tmp_path / "model"), "enabled": (False, True) if MAPPING_WORKS else (False,)}
+    said = {
+        "folder": str(tmp_path / "model"),
+        "enabled": (False, True) if MAPPING_WORKS else (False,),
+    }
     assert run_processes(EXPERT_PARALLEL, tmp_path, number=2, **said) == ["held", "held"]
 
 
@@ -515,7 +568,10 @@ def test_every_supported_router_has_a_class_that_is_found_by_name():
 
 def test_a_class_whose_code_is_not_known_here_says_so_when_it_is_unpickled(monkeypatch):
     monkeypatch.setattr(MixtralTopKRouter, "forward", lambda _self, hidden: hidden)
-    with pytest.raises(ImportError, match=r"MixtralTopKRouter cannot route through moe_routing here: the forward of"):
+    with pytest.raises(
+        ImportError,
+        match=r"MixtralTopKRouter cannot route through moe_routing here: the forward of",
+    ):
         _ = routers.MixtralTopKRouter
 
 
@@ -551,7 +607,10 @@ def test_a_router_that_somebody_wrapped_before_is_left_with_who_and_the_way_out(
     model = mixtral()
     wrap(model)
     theirs, kept = logits(model), [gate.forward for gate in gates(model)]
-    with pytest.warns(MoeRoutingWarning, match=r"its forward was replaced before, by .*halved.*; take that off, call patch"):
+    with pytest.warns(
+        MoeRoutingWarning,
+        match=r"its forward was replaced before, by .*halved.*; take that off, call patch",
+    ):
         report = patch(model)
     assert len(report.left) == 2
     assert torch.equal(logits(model), theirs)
@@ -580,7 +639,10 @@ def test_a_router_replaced_after_patch_by_what_does_not_call_it_is_left():
     patch(model)
     with_bound_method(model)
     theirs = logits(model)
-    with pytest.warns(MoeRoutingWarning, match=r"its forward was replaced after patch, by .*halved_method, which does not"):
+    with pytest.warns(
+        MoeRoutingWarning,
+        match=r"its forward was replaced after patch, by .*halved_method, which does not",
+    ):
         patch(model)
     assert torch.equal(logits(model), theirs)
     assert_no_mark(model)
@@ -626,7 +688,10 @@ def test_a_class_that_somebody_wrapped_before_is_left_with_who_did(wrapper, monk
     monkeypatch.setattr(MixtralTopKRouter, "forward", WRAPPERS[wrapper])
     model = mixtral()
     theirs = logits(model)
-    with pytest.warns(MoeRoutingWarning, match=r"the forward of MixtralTopKRouter was replaced, by .*test_transformers_hooks"):
+    with pytest.warns(
+        MoeRoutingWarning,
+        match=r"the forward of MixtralTopKRouter was replaced, by .*test_transformers_hooks",
+    ):
         report = patch(model)
     assert len(report.left) == 2
     assert torch.equal(logits(model), theirs)
@@ -648,7 +713,10 @@ def test_a_class_that_somebody_wraps_after_patch_runs_the_wrapper_and_says_so(wr
     with monkeypatch.context() as patches:
         patches.setattr(MixtralTopKRouter, "forward", WRAPPERS[wrapper])
         theirs = logits(mixtral())
-        with pytest.warns(MoeRoutingWarning, match=r"the forward of MixtralTopKRouter was replaced after patch, by .*hooks"):
+        with pytest.warns(
+            MoeRoutingWarning,
+            match=r"the forward of MixtralTopKRouter was replaced after patch, by .*hooks",
+        ):
             ours = logits(model)
         assert torch.equal(ours, theirs)
         with pytest.warns(MoeRoutingWarning, match="was replaced, by"):
@@ -692,9 +760,13 @@ def test_a_wrapper_on_our_own_class_is_not_dropped_without_a_word(monkeypatch):
     cls = routers.MixtralTopKRouter
     inner = cls.forward
     monkeypatch.setattr(cls, "forward", lambda self, hidden: inner(self, hidden * 0.5))
-    with pytest.warns(MoeRoutingWarning, match=r"<lambda> replaced the forward of moe_routing's class"):
+    with pytest.warns(
+        MoeRoutingWarning, match=r"<lambda> replaced the forward of moe_routing's class"
+    ):
         unpatch(model)
-    with pytest.warns(MoeRoutingWarning, match=r"the forward of moe_routing's class was replaced, by .*<lambda>"):
+    with pytest.warns(
+        MoeRoutingWarning, match=r"the forward of moe_routing's class was replaced, by .*<lambda>"
+    ):
         assert len(patch(model).left) == 2
 
 
@@ -741,11 +813,16 @@ def test_a_setting_that_changes_after_patch_is_followed_at_the_next_call(build, 
         ("routed_scaling_factor", None, "routed_scaling_factor=None"),
     ],
 )
-def test_a_setting_that_cannot_be_followed_is_refused_by_name_and_leaves_only_its_layer(attribute, value, named):
+def test_a_setting_that_cannot_be_followed_is_refused_by_name_and_leaves_only_its_layer(
+    attribute, value, named
+):
     model = deepseek()
     patch(model)
     setattr(model.model.layers[1].mlp.gate, attribute, value)
-    with pytest.raises(ValueError, match=rf"^DeepseekV3TopkRouter: its settings .*{named}.*; unpatch\(model\) gives"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^DeepseekV3TopkRouter: its settings .*{named}.*; unpatch\(model\) gives",
+    ):
         logits(model)
     unpatch(model)
     with pytest.warns(MoeRoutingWarning, match=named):
@@ -773,24 +850,42 @@ def test_a_setting_that_changes_after_compiling_is_followed():
 # the report
 
 
-DOGE = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+DOGE = {
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+}
 
 
 def test_doges_blocks_are_left_with_the_reason():
     from transformers import DogeConfig
 
-    model = AutoModelForCausalLM.from_config(DogeConfig(**DOGE, is_moe=True, num_experts=16, num_experts_per_tok=2))
+    model = AutoModelForCausalLM.from_config(
+        DogeConfig(**DOGE, is_moe=True, num_experts=16, num_experts_per_tok=2)
+    )
     with pytest.warns(MoeRoutingWarning, match="two product keys"):
         report = patch(model)
-    assert [(layer.router, layer.replaced) for layer in report.layers] == [("doge.DogeCDMoE", False)] * 2
+    assert [(layer.router, layer.replaced) for layer in report.layers] == [
+        ("doge.DogeCDMoE", False)
+    ] * 2
     assert patch(AutoModelForCausalLM.from_config(DogeConfig(**DOGE, is_moe=False))).layers == ()
 
 
 def test_jetmoe_has_one_line_for_each_router():
     from transformers import JetMoeConfig
 
-    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "kv_channels": 8, "vocab_size": 32}
-    model = AutoModelForCausalLM.from_config(JetMoeConfig(**sizes, num_key_value_heads=2, num_local_experts=4)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "kv_channels": 8,
+        "vocab_size": 32,
+    }
+    model = AutoModelForCausalLM.from_config(
+        JetMoeConfig(**sizes, num_key_value_heads=2, num_local_experts=4)
+    ).eval()
     theirs = logits_of(model)
     report = patch(model)
     assert [layer.router for layer in report.layers] == ["jetmoe.JetMoeTopKGating"] * 4

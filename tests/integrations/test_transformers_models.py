@@ -25,7 +25,9 @@ AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 TWO = ("gemma4_text", "deepseek_v3")
 CASES = [
-    pytest.param(model, experts, marks=() if model in TWO and experts == "grouped_mm" else pytest.mark.slow)
+    pytest.param(
+        model, experts, marks=() if model in TWO and experts == "grouped_mm" else pytest.mark.slow
+    )
     for model in AGAINST.WHOLE
     for experts in EXPERTS
     if model != "llama4_text" or experts == "eager"
@@ -43,8 +45,13 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-MAPPING_WORKS = importlib.util.find_spec("torchvision") is not None or Version(transformers.__version__) >= Version("5.21")
-"""Up to 5.20 transformers' patch mapping cannot be used without torchvision; `make transformers-check` deselects its tests."""
+MAPPING_WORKS = importlib.util.find_spec("torchvision") is not None or Version(
+    transformers.__version__
+) >= Version("5.21")
+"""Up to 5.20 transformers' patch mapping cannot be used without torchvision.
+
+`make transformers-check` deselects its tests.
+"""
 
 
 @pytest.fixture
@@ -54,7 +61,9 @@ def _enabled():
     disable()
 
 
-def test_enable_says_where_transformers_mapping_cannot_be_used_and_leaves_nothing_behind(monkeypatch):
+def test_enable_says_where_transformers_mapping_cannot_be_used_and_leaves_nothing_behind(
+    monkeypatch,
+):
     if MAPPING_WORKS:  # elsewhere transformers itself raises this, in `make transformers-check`
         error = ModuleNotFoundError("No module named 'torchvision'")
         monkeypatch.setattr(monkey_patching, "apply_patches", Mock(side_effect=error))
@@ -66,7 +75,9 @@ def test_enable_says_where_transformers_mapping_cannot_be_used_and_leaves_nothin
 def built(model_type, experts="eager", **settings):
     """Build a model as loading does, with routers whose logits tell experts apart."""
     torch.manual_seed(sum(map(ord, model_type)))
-    config = AGAINST.CONFIG_MAPPING[model_type](**AGAINST.SMALL | AGAINST.WHOLE[model_type] | settings)
+    config = AGAINST.CONFIG_MAPPING[model_type](
+        **AGAINST.SMALL | AGAINST.WHOLE[model_type] | settings
+    )
     said = {} if model_type == "llama4_text" else {"experts_implementation": experts}
     model = AutoModelForCausalLM.from_config(config, **said).eval()
     for router in routers(model):
@@ -83,17 +94,24 @@ def routers(model):
 
 
 def is_patched(model):
-    """Whether all of a model's routers route through us; a model whose routers differ is an error."""
+    """Whether all of a model's routers route through us.
+
+    A model whose routers differ is an error.
+    """
     (patched_or_not,) = {type(router).__module__ == MADE for router in routers(model)}
     return patched_or_not
 
 
 def prompt(rows=2):
-    return torch.randint(3, AGAINST.VOCABULARY, (rows, 16), generator=torch.Generator().manual_seed(7))
+    return torch.randint(
+        3, AGAINST.VOCABULARY, (rows, 16), generator=torch.Generator().manual_seed(7)
+    )
 
 
 def greedy(model, **said):
-    return model.generate(prompt(), max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0, **said)
+    return model.generate(
+        prompt(), max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0, **said
+    )
 
 
 @pytest.mark.parametrize(("model_type", "experts"), CASES)
@@ -114,7 +132,8 @@ def test_patched_layers_route_the_same_input_the_same_way(model_type, experts):
     model = built(model_type, experts)
     calls = []
     hooks = [
-        r.register_forward_hook(lambda module, args, output: calls.append((module, args, output))) for r in routers(model)
+        r.register_forward_hook(lambda module, args, output: calls.append((module, args, output)))
+        for r in routers(model)
     ]
     model(input_ids=prompt())
     for hook in hooks:
@@ -122,7 +141,9 @@ def test_patched_layers_route_the_same_input_the_same_way(model_type, experts):
     patch(model)
     assert len(calls) == 2
     for router, args, output in calls:
-        AGAINST.assert_same_items(AGAINST.in_order_of_ids(router(*args)), AGAINST.in_order_of_ids(output))
+        AGAINST.assert_same_items(
+            AGAINST.in_order_of_ids(router(*args)), AGAINST.in_order_of_ids(output)
+        )
 
 
 @pytest.mark.parametrize("model_type", AGAINST.WHOLE)
@@ -163,7 +184,9 @@ def test_patched_model_generates_the_same_tokens_with_a_static_cache(model_type)
     model = built(model_type, "batched_mm")
     theirs = greedy(model, cache_implementation="static", disable_compile=True)
     with patched(model):
-        assert torch.equal(greedy(model, cache_implementation="static", disable_compile=True), theirs)
+        assert torch.equal(
+            greedy(model, cache_implementation="static", disable_compile=True), theirs
+        )
 
 
 @pytest.mark.slow
@@ -180,7 +203,9 @@ def test_patched_model_compiles_as_one_graph_and_both_ways_are_noticed():
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     theirs = compiled(input_ids=prompt(), use_cache=False).logits
     patch(compiled)
-    torch.testing.assert_close(compiled(input_ids=prompt(), use_cache=False).logits, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        compiled(input_ids=prompt(), use_cache=False).logits, theirs, rtol=1e-4, atol=1e-5
+    )
     assert operators == [0, 2]
     unpatch(compiled)
     assert torch.equal(compiled(input_ids=prompt(), use_cache=False).logits, theirs)
@@ -210,7 +235,9 @@ def test_the_auxiliary_loss_and_its_gradients_are_kept():
 
     def losses():
         model.zero_grad()
-        output = model(input_ids=prompt(), labels=prompt(), output_router_logits=True, use_cache=False)
+        output = model(
+            input_ids=prompt(), labels=prompt(), output_router_logits=True, use_cache=False
+        )
         output.loss.backward()
         return output.aux_loss.detach(), output.router_logits, routers(model)[0].weight.grad.clone()
 
@@ -229,7 +256,11 @@ def test_gemmas_probabilities_are_there_for_whoever_looks():
     patch(router)
     probabilities = router(hidden)[0]
     assert isinstance(probabilities, torch.Tensor)
-    assert (probabilities.shape, probabilities.dtype, probabilities.device) == (theirs.shape, theirs.dtype, theirs.device)
+    assert (probabilities.shape, probabilities.dtype, probabilities.device) == (
+        theirs.shape,
+        theirs.dtype,
+        theirs.device,
+    )
     assert torch.equal(probabilities, theirs)
     assert probabilities.tolist() == theirs.tolist()
     assert torch.equal(torch.cat([probabilities, theirs])[:5], theirs)
@@ -268,7 +299,8 @@ def test_enabled_loading_keeps_checkpoints_and_their_names(tmp_path):
     assert all(isinstance(router, type(routers(stock)[0])) for router in routers(model))
     assert model.state_dict().keys() == stock.state_dict().keys()
     assert torch.equal(
-        model(input_ids=prompt()).logits, AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=prompt()).logits
+        model(input_ids=prompt()).logits,
+        AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=prompt()).logits,
     )
     torch.testing.assert_close(model(input_ids=prompt()).logits, stock(input_ids=prompt()).logits)
 
@@ -280,7 +312,9 @@ def test_enabled_loading_keeps_checkpoints_and_their_names(tmp_path):
 def test_router_logits_are_recorded_with_and_without_our_routing_once_enabled():
     model = built("qwen3_moe")
     assert len(model(input_ids=prompt(), output_router_logits=True).router_logits) == 2
-    stock = type(model)(copy.deepcopy(model.config)).eval()  # the class itself: not through transformers' mapping
+    stock = type(model)(
+        copy.deepcopy(model.config)
+    ).eval()  # the class itself: not through transformers' mapping
     assert not is_patched(stock)
     assert len(stock(input_ids=prompt(), output_router_logits=True).router_logits) == 2
     disable()
@@ -302,9 +336,17 @@ def test_disabled_loading_is_transformers_own_and_enabling_twice_is_enabling_onc
 @pytest.mark.patch_mapping
 @pytest.mark.usefixtures("_enabled")
 def test_enable_says_which_router_it_leaves():
-    axk2 = AGAINST.SMALL | AGAINST.LATENT | {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}
-    config = AGAINST.CONFIG_MAPPING["axk2"](**axk2 | {"num_key_value_heads": 4, "first_k_dense_replace": 1})
-    with pytest.warns(MoeRoutingWarning, match=r"AXK2TopkRouter keeps its own routing: .* outside the kept groups"):
+    axk2 = (
+        AGAINST.SMALL
+        | AGAINST.LATENT
+        | {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}
+    )
+    config = AGAINST.CONFIG_MAPPING["axk2"](
+        **axk2 | {"num_key_value_heads": 4, "first_k_dense_replace": 1}
+    )
+    with pytest.warns(
+        MoeRoutingWarning, match=r"AXK2TopkRouter keeps its own routing: .* outside the kept groups"
+    ):
         model = AutoModelForCausalLM.from_config(config)
     assert any("AXK2TopkRouter" in type(module).__name__ for module in model.modules())
     assert not any(type(module).__module__ == MADE for module in model.modules())

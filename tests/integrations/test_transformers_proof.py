@@ -22,7 +22,13 @@ from moe_routing.integrations.transformers._fingerprint import RefusedError, fin
 from moe_routing.integrations.transformers._proof import known, recipe_of
 from moe_routing.integrations.transformers._recipes import RECIPES
 
-SIZES = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+SIZES = {
+    "vocab_size": 8,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 ROUTER = modeling_mixtral.MixtralTopKRouter
 
 
@@ -173,7 +179,12 @@ def test_fingerprint_is_of_what_is_computed(tmp_path):
     first = loaded(tmp_path, SOURCE, "one").Router
     assert fingerprint(loaded(tmp_path, SAME, "two").Another) == fingerprint(first)
     for index, (old, new) in enumerate(
-        [("+ self", "- self"), ("x * 2", "x * 3"), ("self.a\n", "self.b\n"), ("Router:", "Router(dict):")]
+        [
+            ("+ self", "- self"),
+            ("x * 2", "x * 3"),
+            ("self.a\n", "self.b\n"),
+            ("Router:", "Router(dict):"),
+        ]
     ):
         changed = loaded(tmp_path, SOURCE.replace(old, new), f"changed{index}").Router
         assert fingerprint(changed) != fingerprint(first), new
@@ -189,12 +200,19 @@ def test_a_class_without_source_is_refused():
 def test_the_name_alone_proves_nothing(tmp_path):
     source = "from torch import nn\nclass MixtralTopKRouter(nn.Module):\n    def forward(self, x):\n        return x, x, x\n"
     module = loaded(tmp_path, source, "transformers.models.mixtral.modeling_mixtral")
-    with pytest.raises(RefusedError, match=r"the code of mixtral.MixtralTopKRouter is none that is known"):
+    with pytest.raises(
+        RefusedError, match=r"the code of mixtral.MixtralTopKRouter is none that is known"
+    ):
         recipe_of(module.MixtralTopKRouter)
 
 
 @pytest.mark.parametrize(
-    "path", ["mixtral.MixtralTopKRouter", "longcat_flash.LongcatFlashTopkRouter", "phimoe.PhimoeTopKRouter"]
+    "path",
+    [
+        "mixtral.MixtralTopKRouter",
+        "longcat_flash.LongcatFlashTopkRouter",
+        "phimoe.PhimoeTopKRouter",
+    ],
 )
 def test_the_script_that_compares_releases_sees_what_the_proof_sees(path):
     script = Path(__file__).with_name("fingerprints.py")
@@ -203,7 +221,9 @@ def test_the_script_that_compares_releases_sees_what_the_proof_sees(path):
     spec.loader.exec_module(fingerprints)
     folder, _, name = path.partition(".")
     cls = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
-    assert fingerprints.of_release(Path(transformers.__file__).parents[1], path)[0] == fingerprint(cls)
+    assert fingerprints.of_release(Path(transformers.__file__).parents[1], path)[0] == fingerprint(
+        cls
+    )
     assert recipe_of(cls) is RECIPES[known()[path][fingerprint(cls)]]
 
 
@@ -266,4 +286,7 @@ def test_command_is_exit_code_1_where_a_router_is_left_or_there_is_none(cli):
 def test_command_is_exit_code_2_for_what_is_no_model(cli):
     code, _, said = cli("transformers", "nosuch")
     assert code == 2
-    assert said == "moe-routing: MODEL: expected a model_type of transformers or a folder with a config.json, got 'nosuch'\n"
+    assert (
+        said
+        == "moe-routing: MODEL: expected a model_type of transformers or a folder with a config.json, got 'nosuch'\n"
+    )

@@ -1,4 +1,7 @@
-"""Every router of transformers that a preset is proven against: its own code and ours, on the same input."""
+"""Every router of transformers that a preset is proven against.
+
+Its own code and ours, on the same input.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,11 @@ from moe_routing.integrations.transformers._recipes import RECIPES
 from moe_routing.models import MODELS
 
 AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
-parts, in_order_of_ids, assert_same = AGAINST.parts, AGAINST.in_order_of_ids, AGAINST.assert_same_items
+parts, in_order_of_ids, assert_same = (
+    AGAINST.parts,
+    AGAINST.in_order_of_ids,
+    AGAINST.assert_same_items,
+)
 HERE = [
     pytest.param(case, said, id=f"{case.model}-{index}")
     for case in AGAINST.CASES
@@ -34,7 +41,11 @@ LEFT = [parameters for parameters in HERE if parameters.id in {"axk2-0", "axk2-1
 REPLACED = [parameters for parameters in HERE if parameters not in LEFT]
 KEPT_IN_FLOAT32 = {"inkling2_text", "inkling2_loop_text"}
 """Models that keep their router's weights in float32, whatever the model's dtype."""
-TRAINED = [parameters for parameters in REPLACED if parameters.id.endswith("-0") or parameters.id == "axk2-3"]
+TRAINED = [
+    parameters
+    for parameters in REPLACED
+    if parameters.id.endswith("-0") or parameters.id == "axk2-3"
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,7 +63,10 @@ def made(case, said, dtype=torch.float32):
     router = AGAINST.built(case, AGAINST.configured(case, said))
     if case.model not in KEPT_IN_FLOAT32:
         router.to(dtype)
-    hidden, bias = torch.randn(AGAINST.T, AGAINST.H, dtype=dtype), torch.empty(AGAINST.E).uniform_(-0.3, 0.3)
+    hidden, bias = (
+        torch.randn(AGAINST.T, AGAINST.H, dtype=dtype),
+        torch.empty(AGAINST.E).uniform_(-0.3, 0.3),
+    )
     arguments = case.arguments(hidden.requires_grad_(), bias)
 
     def call():
@@ -83,12 +97,17 @@ def test_replaced_router_keeps_places_and_dtypes_in_bfloat16(case, said):
     patch(router)
     ours = call()
     described = [
-        [(item.dtype, item.shape) if isinstance(item, torch.Tensor) else type(item) for item in output]
+        [
+            (item.dtype, item.shape) if isinstance(item, torch.Tensor) else type(item)
+            for item in output
+        ]
         for output in (ours, theirs)
     ]
     assert described[0] == described[1]
     if parts(theirs)[1]:
-        assert_same(parts(ours)[2], parts(theirs)[2])  # logits or probabilities, to the bit of their linear
+        assert_same(
+            parts(ours)[2], parts(theirs)[2]
+        )  # logits or probabilities, to the bit of their linear
 
 
 @pytest.mark.slow
@@ -96,7 +115,10 @@ def test_replaced_router_keeps_places_and_dtypes_in_bfloat16(case, said):
 def test_gradients_are_those_of_its_own_code(case, said):
     router, hidden, call = made(case, said)
     router.requires_grad_()
-    leaves = [hidden, *(parameter for parameter in router.parameters() if parameter.is_floating_point())]
+    leaves = [
+        hidden,
+        *(parameter for parameter in router.parameters() if parameter.is_floating_point()),
+    ]
 
     def gradients():
         items = in_order_of_ids(call())
@@ -125,13 +147,17 @@ def test_routing_read_from_a_router_is_that_of_the_preset(case, said):
         "laguna": {"logit_softcap": None},  # returned with the cap, so routed with it
         "muse_spark_text": {"logit_multiplier": 1.0},  # likewise
     }
-    assert spec == expected.replace(**({"scale": 1.0} if case.factor else {}) | own.get(case.model, {}))
+    assert spec == expected.replace(
+        **({"scale": 1.0} if case.factor else {}) | own.get(case.model, {})
+    )
 
 
 OTHER_MATHS = {
     "family": lambda family: f"not_{family}",
     "score": lambda score: "sigmoid" if score == "softmax" else "softmax",
-    "selection": lambda selection: "logits" if selection == "logits_plus_bias" else "logits_plus_bias",
+    "selection": lambda selection: (
+        "logits" if selection == "logits_plus_bias" else "logits_plus_bias"
+    ),
     "renormalize": lambda renormalize: not renormalize,
     "renorm_epsilon": lambda epsilon: epsilon + 0.25,
     "renorm_floor": lambda floor: floor + 0.25,
@@ -157,7 +183,10 @@ def changed(spec, field):
 def stating(preset, field, value):
     """Return the preset with another value wherever it states that field."""
     choices = {
-        attribute: {option: said | {field: value} if field in said else said for option, said in options.items()}
+        attribute: {
+            option: said | {field: value} if field in said else said
+            for option, said in options.items()
+        }
         for attribute, options in preset.choices.items()
     }
     return replace(preset, spec=preset.spec.replace(**{field: value}), choices=choices)
@@ -168,7 +197,9 @@ def test_a_router_computes_what_its_preset_states_and_nothing_of_its_own(case, s
     router, _, _ = made(case, said)
     spec, recipe = install(router)
     settings = recipe.settings
-    others = {field: changed(spec, field) for field in OTHER_MATHS.keys() - settings.preset.reads.keys()}
+    others = {
+        field: changed(spec, field) for field in OTHER_MATHS.keys() - settings.preset.reads.keys()
+    }
     assert len([other for other in others.values() if other]) >= 8
     for field, other in others.items():
         if other is not None:
@@ -180,7 +211,9 @@ def test_a_router_computes_what_its_preset_states_and_nothing_of_its_own(case, s
 def test_a_recipe_names_the_preset_of_a_model_that_it_routes(name):
     routers = {path for path, recipes in known().items() if name in recipes.values()}
     preset = RECIPES[name].settings.preset.name
-    assert {preset, f"{preset}_text"} & {case.model for case in AGAINST.CASES if case.router in routers}
+    assert {preset, f"{preset}_text"} & {
+        case.model for case in AGAINST.CASES if case.router in routers
+    }
 
 
 KNOWN_SCORES = r"expected 'sqrtsoftplus' or 'sigmoid' in a configuration of 'deepseek_v4"
@@ -191,21 +224,68 @@ REFUSED = [
         torch.nn.ReLU(),
         rf"scoring_func: {KNOWN_SCORES}', got 'ReLU\(\)'; read from score_fn=ReLU\(\)",
     ),
-    ("deepseek_v4", "score_fn", torch.nn.Softmax(-1), rf"scoring_func: {KNOWN_SCORES}', got 'softmax'; read from score_fn="),
+    (
+        "deepseek_v4",
+        "score_fn",
+        torch.nn.Softmax(-1),
+        rf"scoring_func: {KNOWN_SCORES}', got 'softmax'; read from score_fn=",
+    ),
     ("deepseek_v4_hash", "score_fn", torch.nn.Linear(2, 2), r"read from score_fn=Linear"),
-    ("dbrx", "moe_normalize_expert_weights", 2.0, r"expert_weights: expected 1 or None in .*, got 2\.0; read from moe_norm"),
-    ("cohere2_moe", "expert_selection_fn", "gelu", r"expert_selection_fn: expected 'softmax' or 'sigmoid' in .*, got 'gelu'"),
-    ("deepseek_v2", "topk_method", "noaux_tc", r"topk_method: expected 'greedy' or 'group_limited_greedy' in .*'noaux_tc'"),
-    ("deepseek_v3", "num_group", 0, r"n_group: expected an integer >= 1, got 0; read from num_group=0"),
-    ("deepseek_v3", "num_group", torch.ones(2), r"num_group: expected a plain value, got a Tensor of shape \[2\]"),
-    ("deepseek_v3", "routed_scaling_factor", 10**400, r"routed_scaling_factor: expected a finite number, got 1000"),
-    ("lfm2_moe", "use_expert_bias", torch.ones(1), r"use_expert_bias: expected a plain value, got a Tensor of shape \[1\]"),
-    ("ernie4_5_moe", "norm_min", -1.0, r"renorm_floor: expected a number from .*, got -1\.0; read from norm_min=-1\.0"),
+    (
+        "dbrx",
+        "moe_normalize_expert_weights",
+        2.0,
+        r"expert_weights: expected 1 or None in .*, got 2\.0; read from moe_norm",
+    ),
+    (
+        "cohere2_moe",
+        "expert_selection_fn",
+        "gelu",
+        r"expert_selection_fn: expected 'softmax' or 'sigmoid' in .*, got 'gelu'",
+    ),
+    (
+        "deepseek_v2",
+        "topk_method",
+        "noaux_tc",
+        r"topk_method: expected 'greedy' or 'group_limited_greedy' in .*'noaux_tc'",
+    ),
+    (
+        "deepseek_v3",
+        "num_group",
+        0,
+        r"n_group: expected an integer >= 1, got 0; read from num_group=0",
+    ),
+    (
+        "deepseek_v3",
+        "num_group",
+        torch.ones(2),
+        r"num_group: expected a plain value, got a Tensor of shape \[2\]",
+    ),
+    (
+        "deepseek_v3",
+        "routed_scaling_factor",
+        10**400,
+        r"routed_scaling_factor: expected a finite number, got 1000",
+    ),
+    (
+        "lfm2_moe",
+        "use_expert_bias",
+        torch.ones(1),
+        r"use_expert_bias: expected a plain value, got a Tensor of shape \[1\]",
+    ),
+    (
+        "ernie4_5_moe",
+        "norm_min",
+        -1.0,
+        r"renorm_floor: expected a number from .*, got -1\.0; read from norm_min=-1\.0",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("model", "attribute", "value", "reason"), REFUSED)
-def test_a_setting_that_the_preset_cannot_have_leaves_the_router_and_is_named(model, attribute, value, reason):
+def test_a_setting_that_the_preset_cannot_have_leaves_the_router_and_is_named(
+    model, attribute, value, reason
+):
     case = AGAINST.BY_MODEL[model]
     router, _, _ = made(case, case.settings[0])
     router._modules.pop(attribute, None)
@@ -261,7 +341,13 @@ def test_every_preset_has_a_router_that_is_known():
 
 
 SHAPES = {"hidden_dim", "hidden_size", "num_experts", "n_routed_experts", "router_dim", "training"}
-READ_AT_EACH_CALL = {"top_k", "router_logit_softcapping", "output_multiplier", "scalar_root_size", "use_eda"}
+READ_AT_EACH_CALL = {
+    "top_k",
+    "router_logit_softcapping",
+    "output_multiplier",
+    "scalar_root_size",
+    "use_eda",
+}
 READ_AT_EACH_CALL |= {"num_router_classes", "router_states_scale"}
 """Settings that the recipes read for themselves: K, and what the logits are computed with."""
 TRAINING_ONLY = {"input_jitter_noise"}
@@ -270,22 +356,38 @@ TRAINING_ONLY = {"input_jitter_noise"}
 
 def plain_attributes_read(router):
     """Name the numbers, switches and words that a router's own code reads."""
-    methods = [value for value in vars(type(router)).values() if isinstance(value, types.FunctionType)]
-    trees = [ast.parse(textwrap.dedent(inspect.getsource(m.__code__))) for m in methods if m.__name__ != "__init__"]
+    methods = [
+        value for value in vars(type(router)).values() if isinstance(value, types.FunctionType)
+    ]
+    trees = [
+        ast.parse(textwrap.dedent(inspect.getsource(m.__code__)))
+        for m in methods
+        if m.__name__ != "__init__"
+    ]
     names = {
         node.attr
         for tree in trees
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
     }
-    return {name for name in names if isinstance(getattr(router, name, None), (int, float, str, bool, type(None)))}
+    return {
+        name
+        for name in names
+        if isinstance(getattr(router, name, None), (int, float, str, bool, type(None)))
+    }
 
 
-@pytest.mark.parametrize(("case", "said"), [parameters for parameters in REPLACED if parameters.id.endswith("-0")])
+@pytest.mark.parametrize(
+    ("case", "said"), [parameters for parameters in REPLACED if parameters.id.endswith("-0")]
+)
 def test_every_setting_that_a_routers_own_code_reads_is_read_at_each_call(case, said):
     router, _, _ = made(case, said)
     _, recipe = install(made(case, said)[0])
-    assert plain_attributes_read(router) - SHAPES - READ_AT_EACH_CALL - TRAINING_ONLY <= set(recipe.settings.names)
+    assert plain_attributes_read(router) - SHAPES - READ_AT_EACH_CALL - TRAINING_ONLY <= set(
+        recipe.settings.names
+    )
 
 
 OTHER = {

@@ -1,4 +1,7 @@
-"""The plug-in for vLLM where vLLM is missing, unknown, or looks as it was recorded: real processes, and packages on disk."""
+"""The plug-in for vLLM where vLLM is missing, unknown, or looks as it was recorded.
+
+Real processes, and packages on disk.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,10 @@ class FusedTopKRouter(BaseRouter):
         return fused_topk(router_logits, self.top_k)
 """,
 }
-"""A package that looks like vLLM to the plug-in, with one kind of router. ``tests/vllm`` has the real one."""
+"""A package that looks like vLLM to the plug-in, with one kind of router.
+
+``tests/vllm`` has the real one.
+"""
 ROUTER = "model_executor/layers/fused_moe/router/fused_topk_router.py"
 BASE = "model_executor/layers/fused_moe/router/base_router.py"
 NAME = "fused_topk_router.FusedTopKRouter"
@@ -103,12 +109,21 @@ def bodies():
     """The fingerprints of that package, as if it were a release that was read."""
     with tempfile.TemporaryDirectory() as site:
         root = write_vllm(Path(site)) / "vllm"
-        return {name: {_bodies.body(root, name).fingerprint: "0.33"} for name in _bodies.known().bodies}
+        return {
+            name: {_bodies.body(root, name).fingerprint: "0.33"} for name in _bodies.known().bodies
+        }
 
 
 def python(script, *path, flags=(), **environment):
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MOE_ROUTING_", "VLLM_"))}
-    inherited |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "BODIES": json.dumps(bodies())} | environment
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MOE_ROUTING_", "VLLM_"))
+    }
+    inherited |= {
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "BODIES": json.dumps(bodies()),
+    } | environment
     return subprocess.run(
         [sys.executable, "-W", "always::UserWarning", *flags, "-c", script],
         env=inherited, capture_output=True, text=True, check=False,
@@ -124,7 +139,10 @@ def result(script, *path, **environment):
 
 @pytest.fixture
 def doctor(monkeypatch):
-    """The doctor's findings by check, with a folder before everything else on sys.path; it imports nothing of vLLM."""
+    """The doctor's findings by check, with a folder before everything else on sys.path.
+
+    It imports nothing of vLLM.
+    """
 
     def examined(site, **environment):
         with monkeypatch.context() as patch:
@@ -156,13 +174,19 @@ def test_an_unclear_value_is_an_error_that_names_the_variable(tmp_path, doctor):
     run = python(START, write_vllm(tmp_path), MOE_ROUTING_VLLM="maybe")
     assert run.returncode == 1
     assert "ValueError: MOE_ROUTING_VLLM: expected 1 or 0, got 'maybe'" in run.stderr
-    assert doctor(write_vllm(tmp_path), MOE_ROUTING_VLLM="maybe")["environment"]["status"] == "problem"
+    assert (
+        doctor(write_vllm(tmp_path), MOE_ROUTING_VLLM="maybe")["environment"]["status"] == "problem"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["0.32.0", pytest.param("0.33.1rc2.dev3+gabc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "version", ["0.32.0", pytest.param("0.33.1rc2.dev3+gabc", marks=pytest.mark.slow)]
+)
 def test_a_known_vllm_is_routed_by_us(tmp_path, version):
-    said, warnings = result(START + ROUTE + SAY, write_vllm(tmp_path, version), MOE_ROUTING_VLLM="1")
+    said, warnings = result(
+        START + ROUTE + SAY, write_vllm(tmp_path, version), MOE_ROUTING_VLLM="1"
+    )
     assert warnings == 0
     site = {
         "router": "FusedTopKRouter",
@@ -175,7 +199,10 @@ def test_a_known_vllm_is_routed_by_us(tmp_path, version):
 
 
 def test_switching_it_on_imports_no_model_of_vllm(tmp_path):
-    script = START + "print(json.dumps([name for name in sys.modules if name.startswith('vllm.model_executor.models')]))"
+    script = (
+        START
+        + "print(json.dumps([name for name in sys.modules if name.startswith('vllm.model_executor.models')]))"
+    )
     assert result(script, write_vllm(tmp_path), MOE_ROUTING_VLLM="1") == ([], 0)
 
 
@@ -190,7 +217,9 @@ UNKNOWN = {
         "_compute_routing takes (self, logits), not (self, hidden_states",
     ),
     "default": (
-        {"router_factory": f"def create_fused_moe_router{FACTORY.replace('renormalize=True', 'renormalize=False')}: ..."},
+        {
+            "router_factory": f"def create_fused_moe_router{FACTORY.replace('renormalize=True', 'renormalize=False')}: ..."
+        },
         "create_fused_moe_router takes (top_k, global_num_experts, renormalize=False",
     ),
 }
@@ -198,7 +227,9 @@ UNKNOWN = {
 
 @pytest.mark.parametrize(("changes", "because"), UNKNOWN.values(), ids=UNKNOWN)
 def test_of_an_unknown_vllm_nothing_is_replaced_and_one_warning_says_so(tmp_path, changes, because):
-    said, warnings = result(START + UNTOUCHED + SAY, write_vllm(tmp_path, **changes), MOE_ROUTING_VLLM="1")
+    said, warnings = result(
+        START + UNTOUCHED + SAY, write_vllm(tmp_path, **changes), MOE_ROUTING_VLLM="1"
+    )
     assert warnings == 1
     assert not said["report"]["active"]
     assert because in said["report"]["refusal"]
@@ -214,7 +245,10 @@ def test_a_vllm_that_lost_a_function_or_a_file_is_unknown(tmp_path):
 
 
 CHANGED = {
-    "method": ("return fused_topk(router_logits, self.top_k)", "return fused_topk(-router_logits, self.top_k)"),
+    "method": (
+        "return fused_topk(router_logits, self.top_k)",
+        "return fused_topk(-router_logits, self.top_k)",
+    ),
     "helper": ("logits.topk(top_k)", "logits.topk(top_k, largest=False)"),
     "constructor": ("self.top_k, self.scoring_func", "self.scoring_func, self.top_k"),
     "parameters": ('scoring_func="softmax"', 'scoring_func="sigmoid"'),
@@ -234,18 +268,29 @@ def test_code_that_was_not_read_has_another_fingerprint(tmp_path, old, new):
 
 def test_comments_layout_annotations_and_other_functions_change_no_fingerprint(tmp_path):
     text = FILES[ROUTER].replace(
-        "def fused_topk(logits, top_k):", "def fused_topk(logits: object,\n        top_k: int):  # two"
+        "def fused_topk(logits, top_k):",
+        "def fused_topk(logits: object,\n        top_k: int):  # two",
     )
-    root = write_vllm(tmp_path, fused_topk_router=f"import torch\n{text}\ndef other():\n    return 1\n") / "vllm"
+    root = (
+        write_vllm(
+            tmp_path, fused_topk_router=f"import torch\n{text}\ndef other():\n    return 1\n"
+        )
+        / "vllm"
+    )
     assert text != FILES[ROUTER]
     assert _bodies.body(root, NAME).fingerprint in bodies()[NAME]
 
 
 def of_helper(site, text):
-    """Write a router that calls ``most`` of another module, with that text in the other module; return what is read of it."""
+    """Write a router that calls ``most`` of another module, with that text in the other module.
+
+    Return what is read of it.
+    """
     helper = f"from vllm.{_bodies.ROUTERS.replace('/', '.')}.base_router import most as best\n"
     changed = helper + FILES[ROUTER].replace("logits.topk(top_k)", "best(logits, top_k)")
-    return _bodies.body(write_vllm(site, fused_topk_router=changed, base_router=FILES[BASE] + text) / "vllm", NAME)
+    return _bodies.body(
+        write_vllm(site, fused_topk_router=changed, base_router=FILES[BASE] + text) / "vllm", NAME
+    )
 
 
 BLOCKS = {
@@ -270,7 +315,10 @@ def test_functions_from_other_router_modules_are_followed_into_every_block(tmp_p
     first = of_helper(tmp_path / "first", text)
     assert ("vllm.model_executor.layers.fused_moe.router.base_router", "most") in first.functions
     assert of_helper(tmp_path / "again", text).fingerprint == first.fingerprint
-    assert of_helper(tmp_path / "other", text.replace("(k)", "(k, largest=False)")).fingerprint != first.fingerprint
+    assert (
+        of_helper(tmp_path / "other", text.replace("(k)", "(k, largest=False)")).fingerprint
+        != first.fingerprint
+    )
 
 
 @pytest.mark.parametrize("outside", ["def f():\n {}", "async def f():\n {}", "class F:\n {}"])
@@ -288,7 +336,9 @@ assert "_compute_routing" not in vars(router)
 
 
 @pytest.mark.slow
-def test_a_router_whose_code_was_not_read_keeps_it_and_the_report_and_doctor_name_it(tmp_path, doctor):
+def test_a_router_whose_code_was_not_read_keeps_it_and_the_report_and_doctor_name_it(
+    tmp_path, doctor
+):
     changed = FILES[ROUTER].replace("logits.topk(top_k)", "(2 * logits).topk(top_k)")
     site = write_vllm(tmp_path, fused_topk_router=changed)
     said, warnings = result(START + ROUTE_THEIRS + SAY, site, MOE_ROUTING_VLLM="1")
@@ -309,9 +359,13 @@ from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 def fused_topk(logits, top_k): return logits.topk(top_k)
 fused_topk_router.fused_topk = fused_topk
 """
-    said, _ = result(START + replace + ROUTE_THEIRS + SAY, write_vllm(tmp_path), MOE_ROUTING_VLLM="1")
+    said, _ = result(
+        START + replace + ROUTE_THEIRS + SAY, write_vllm(tmp_path), MOE_ROUTING_VLLM="1"
+    )
     (left,) = said["report"]["sites"]
-    assert left["reason"].endswith("fused_topk_router.fused_topk was replaced, by __main__.fused_topk")
+    assert left["reason"].endswith(
+        "fused_topk_router.fused_topk was replaced, by __main__.fused_topk"
+    )
 
 
 def by_torch(function):
@@ -352,7 +406,10 @@ def test_doctor_says_what_the_plug_in_would_do(tmp_path, doctor):
         "ok",
         "vLLM 0.32.0 is known and left alone; MOE_ROUTING_VLLM=1 has us route for it",
     )
-    assert (on["status"], on["summary"]) == ("ok", "vLLM 0.32.0 routes through us where its routers are known")
+    assert (on["status"], on["summary"]) == (
+        "ok",
+        "vLLM 0.32.0 routes through us where its routers are known",
+    )
     assert on["details"].count("\n") == len(PATCH_POINTS) - 1
 
 

@@ -1,7 +1,7 @@
 """The cases that vLLM's own tests of its routing kernels go through, against a reference written here in plain torch.
 
-vLLM's order: by descending score, of equal scores the lower id first. The reference works in float64 on the widened logits,
-so it has no ties that the logits do not have.
+vLLM's order: by descending score, of equal scores the lower id first. The reference works in
+float64 on the widened logits, so it has no ties that the logits do not have.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def test_fused_top_k(score, renormalize, dtype):
         for num_experts in (6, 16):
             for topk in (3, 4):
                 logits = random(num_tokens, num_experts, dtype=dtype)
-                assert_same(route(logits, topk), reference(logits, score, topk, renormalize=renormalize))
+                assert_same(
+                    route(logits, topk), reference(logits, score, topk, renormalize=renormalize)
+                )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,7 +91,10 @@ def test_fused_top_k_with_a_bias(score, renormalize, dtype):
     for num_tokens in (1, 33, 56):
         for num_experts in (6, 16):
             logits, bias = random(num_tokens, num_experts, dtype=dtype), random(num_experts, seed=1)
-            assert_same(route(logits, 4, bias=bias), reference(logits, score, 4, bias=bias, renormalize=renormalize))
+            assert_same(
+                route(logits, 4, bias=bias),
+                reference(logits, score, 4, bias=bias, renormalize=renormalize),
+            )
 
 
 GROUPS = [(16, 2, 8, 2), (128, 2, 8, 2), (256, 8, 8, 4), (384, 8, 1, 1), (512, 22, 1, 1)]
@@ -102,12 +107,20 @@ GROUPS = [(16, 2, 8, 2), (128, 2, 8, 2), (256, 8, 8, 4), (384, 8, 1, 1), (512, 2
 @pytest.mark.parametrize("family", ["grouped_sigmoid_bias", "grouped_softmax"])
 def test_grouped_top_k(family, score, renormalize, scale, dtype):
     for num_experts, topk, groups, kept in GROUPS:
-        rule = {"score": score, "renormalize": renormalize, "scale": scale, "num_groups": groups, "topk_groups": kept}
+        rule = {
+            "score": score,
+            "renormalize": renormalize,
+            "scale": scale,
+            "num_groups": groups,
+            "topk_groups": kept,
+        }
         route = get_router(spec(family, **rule))
         for num_tokens in (1, 33, 64):
             logits = random(num_tokens, num_experts, dtype=dtype)
             bias = random(num_experts, seed=1) if family == "grouped_sigmoid_bias" else None
-            expected = grouped_reference(logits, score, topk, groups, kept, bias=bias, renormalize=renormalize, scale=scale)
+            expected = grouped_reference(
+                logits, score, topk, groups, kept, bias=bias, renormalize=renormalize, scale=scale
+            )
             assert_same(route(logits, topk, bias=bias), expected)
 
 
@@ -120,7 +133,9 @@ def test_softplus(num_experts, renormalize, scale, dtype):
     for num_tokens in (1, 33, 128):
         for topk in (6, 8, 16):
             logits, bias = random(num_tokens, num_experts, dtype=dtype), random(num_experts, seed=1)
-            expected = reference(logits, "sqrtsoftplus", topk, bias=bias, renormalize=renormalize, scale=scale)
+            expected = reference(
+                logits, "sqrtsoftplus", topk, bias=bias, renormalize=renormalize, scale=scale
+            )
             assert_same(route(logits, topk, bias=bias), expected)
 
 

@@ -1,12 +1,13 @@
 """Train torchtitan's own tiny DeepSeek-V3 for ten steps, routed by itself and by us, and print both as JSON.
 
-``python train_torchtitan.py`` with torchtitan 0.3.0 and ``torchtitan_adapter`` on the path. The model is torchtitan's
-``debugmodel``, three of its six layers: one dense, one that selects by softmax, as it comes, and one that selects by sigmoid
-in groups, as its 671B configuration does. Its balancing hook moves the biases, and its ``apply_compile`` compiles each layer.
+``python train_torchtitan.py`` with torchtitan 0.3.0 and ``torchtitan_adapter`` on the path. The
+model is torchtitan's ``debugmodel``, three of its six layers: one dense, one that selects by
+softmax, as it comes, and one that selects by sigmoid in groups, as its 671B configuration does. Its
+balancing hook moves the biases, and its ``apply_compile`` compiles each layer.
 
-Its attention is ``flex_attention``, which refuses gradients on a CPU ("FlexAttention does not support backward on CPU"). So
-each layer gets the other attention of the same package, ``ScaledDotProductAttention``, which its Flux model has; it is causal
-over the whole row.
+Its attention is ``flex_attention``, which refuses gradients on a CPU ("FlexAttention does not
+support backward on CPU"). So each layer gets the other attention of the same package,
+``ScaledDotProductAttention``, which its Flux model has; it is causal over the whole row.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ ALONE = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_s
 
 def build():
     config, largest = (
-        deepseekv3_configs[name](attn_backend="flex", moe_comm_backend="standard") for name in ("debugmodel", "671B")
+        deepseekv3_configs[name](attn_backend="flex", moe_comm_backend="standard")
+        for name in ("debugmodel", "671B")
     )
     del config.layers[3:]
     for layer in config.layers:
@@ -37,7 +39,10 @@ def build():
     router, published = config.layers[2].moe.router, largest.layers[-1].moe.router
     for name in ("score_func", "route_norm", "route_scale"):
         setattr(router, name, getattr(published, name))
-    router.num_expert_groups, router.num_limited_groups = 4, 2  # of 8 experts; the published one has 8 and 4, of 256
+    router.num_expert_groups, router.num_limited_groups = (
+        4,
+        2,
+    )  # of 8 experts; the published one has 8 and 4, of 256
     torch.manual_seed(0)
     model = config.build()
     model.init_states()
@@ -68,9 +73,14 @@ def train(*, ours, compiled):
 
 
 if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # the hook asks
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )  # the hook asks
     runs = {
-        mode: {who: train(ours=who == "ours", compiled=mode == "compiled") for who in ("ours", "theirs")}
+        mode: {
+            who: train(ours=who == "ours", compiled=mode == "compiled")
+            for who in ("ours", "theirs")
+        }
         for mode in ("eager", "compiled")
     }
     sys.stdout.write(json.dumps(runs))

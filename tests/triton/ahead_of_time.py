@@ -1,8 +1,11 @@
-"""Compile the kernels for GPUs that are not here; print registers, spills and shared memory as JSON.
+"""Compile the kernels for GPUs that are not here.
 
-A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed. Arguments: names of targets.
-A target is compiled for every size, but most for one dtype a size; ``--write`` compiles every case, and keeps what it found
-as the table that a test holds the kernels to.
+Print registers, spills and shared memory as JSON.
+
+A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed.
+Arguments: names of targets. A target is compiled for every size, but most for one dtype a size;
+``--write`` compiles every case, and keeps what it found as the table that a test holds the kernels
+to.
 """
 
 import json
@@ -42,18 +45,26 @@ DTYPES = ("bfloat16", "float32")
 
 def device_of(target):
     """Describe a device of the target as probing one would."""
-    platform, arch = {"cuda": ("cuda", f"sm_{target.arch}"), "hip": ("rocm", target.arch)}[target.backend]
+    platform, arch = {"cuda": ("cuda", f"sm_{target.arch}"), "hip": ("rocm", target.arch)}[
+        target.backend
+    ]
     return DeviceInfo(type="cuda", platform=platform, arch=arch, warp_sizes=(target.warp_size,))
 
 
 def launches(problem, name):
     """Return every launch that ships for the problem on a target."""
-    return list(dict.fromkeys(step.launch for step in shipped(device_of(TARGETS[name])).steps(problem)))
+    return list(
+        dict.fromkeys(step.launch for step in shipped(device_of(TARGETS[name])).steps(problem))
+    )
 
 
 def shown(launch, target):
     """Name a launch by its rows for 32 threads, so that one line of the table holds what is derived from one another."""
-    rows = launch.block_t if launch.variant == "cooperative" else launch.block_t * 32 // target.warp_size
+    rows = (
+        launch.block_t
+        if launch.variant == "cooperative"
+        else launch.block_t * 32 // target.warp_size
+    )
     return f"{launch.variant} {rows}x{launch.threads_per_row}" + (
         f" in {launch.num_warps} warps" if launch.num_warps > 1 else ""
     )
@@ -62,7 +73,8 @@ def shown(launch, target):
 def source_of(problem, launch, target, *, general=False):
     """Return a kernel with its constants, and its launch options.
 
-    :param general: rows may be any distance apart, padding is counted on the device, and experts are mapped.
+    :param general: rows may be any distance apart, padding is counted on the device, and experts
+        are mapped.
     """
     spec, experts, dtype = problem.spec, problem.num_experts, problem.dtype
     kernel = VARIANTS[launch.variant].kernel
@@ -85,9 +97,16 @@ def source_of(problem, launch, target, *, general=False):
     }  # fmt: skip
     signature = {name: "constexpr" if name in known else types[name] for name in kernel.arg_names}
     assert list(signature).index("SPEC") == RUNTIME_ARGUMENTS
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("logits", "weights", "ids")}
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name in ("logits", "weights", "ids")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
+    options = {
+        "num_warps": launch.num_warps,
+        "enable_fp_fusion": False,
+        **({"launch_pdl": True} if pdl else {}),
+    }
     return source, options
 
 
@@ -101,8 +120,14 @@ def read_back(binary, target):
     """Return what the compiler says of the binary."""
     if target.backend == "hip":
         text = binary.asm["amdgcn"]
-        names = {"registers": "vgpr_count", "spills": "vgpr_spill_count", "shared": "group_segment_fixed_size"}
-        numbers = {key: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for key, name in names.items()}
+        names = {
+            "registers": "vgpr_count",
+            "spills": "vgpr_spill_count",
+            "shared": "group_segment_fixed_size",
+        }
+        numbers = {
+            key: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for key, name in names.items()
+        }
         numbers["occupancy"] = int(re.search(r"; Occupancy: (\d+)", text)[1])
         numbers["instructions"] = len(re.findall(r"^\t[svdgb][a-z]*_", text, re.MULTILINE))
         return numbers
@@ -111,13 +136,19 @@ def read_back(binary, target):
         file.write(binary.asm["cubin"])
         file.flush()
         usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], check=True, capture_output=True, text=True
+            [tools / "cuobjdump", "-res-usage", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True).stdout
+        code = subprocess.run(
+            [tools / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True
+        ).stdout
     lines = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*)", code, re.MULTILINE)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + sum(" STL" in line or " LDL" in line for line in lines),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1])
+        + sum(" STL" in line or " LDL" in line for line in lines),
         "shared": binary.metadata.shared,
         "instructions": sum("NOP" not in line for line in lines),
         "waits": waits(lines),
@@ -125,17 +156,25 @@ def read_back(binary, target):
 
 
 def waits(lines):
-    """Say when machine code waits for the previous kernels: before it touches memory, after that, or never."""
-    touches = [number for number, line in enumerate(lines) if re.search(r"\b(LDG|STG|RED|ATOM)", line)]
+    """Say when machine code waits for the previous kernels.
+
+    Before it touches memory, after that, or never.
+    """
+    touches = [
+        number for number, line in enumerate(lines) if re.search(r"\b(LDG|STG|RED|ATOM)", line)
+    ]
     found = [number for number, line in enumerate(lines) if "ACQBULK" in line]
     return "never" if not found else "first" if found[0] < touches[0] else "late"
 
 
 def dtypes(name, place):
-    """Return the dtypes that a target is compiled for at a size: they take turns from size to size and from target to target.
+    """Return the dtypes that a target is compiled for at a size.
 
-    So a size in each dtype is compiled for one of the three targets that ship the same filters, and for one of AMD's, which
-    ship the same rows. The rows that sm_80 ships no other NVIDIA target does: it is compiled for both dtypes.
+    They take turns from size to size and from target to target.
+
+    So a size in each dtype is compiled for one of the three targets that ship the same filters, and
+    for one of AMD's, which ship the same rows. The rows that sm_80 ships no other NVIDIA target
+    does: it is compiled for both dtypes.
     """
     turn = list(TARGETS).index(name) + place
     return DTYPES if name == "sm_80" else DTYPES[turn % 2 :][:1]
@@ -148,7 +187,14 @@ def cases(names, dtypes):
             problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
             for launch in launches(problem, name):
                 kernel = shown(launch, TARGETS[name])
-                case = {"target": name, "spec": spec.family, "E": experts, "K": k, "dtype": dtype, "kernel": kernel}
+                case = {
+                    "target": name,
+                    "spec": spec.family,
+                    "E": experts,
+                    "K": k,
+                    "dtype": dtype,
+                    "kernel": kernel,
+                }
                 yield case, problem, launch
 
 
@@ -160,7 +206,8 @@ def every_dtype(name, place):  # noqa: ARG001 -- called as ``dtypes``
 def found_for(names, dtypes):
     """Compile the cases of the targets named."""
     return [
-        case | read_back(compiled(problem, launch, TARGETS[case["target"]]), TARGETS[case["target"]])
+        case
+        | read_back(compiled(problem, launch, TARGETS[case["target"]]), TARGETS[case["target"]])
         for case, problem, launch in cases(names, dtypes)
     ]
 
@@ -174,7 +221,10 @@ def write():
 def main(names):
     """Print what was found for the targets named, and what ships for them, compiled or not."""
     ships = [case for case, _, _ in cases(names, every_dtype)]
-    json.dump({"triton": triton.__version__, "ships": ships, "cases": found_for(names, dtypes)}, sys.stdout)
+    json.dump(
+        {"triton": triton.__version__, "ships": ships, "cases": found_for(names, dtypes)},
+        sys.stdout,
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The device functions that kernels share, each alone: print what is wrong, by function, as JSON.
 
-A process of its own, in Triton's interpreter, or with the argument ``gpu`` compiled and on the GPU. Networks are tried on
-every sequence of zeros and ones: what sorts those sorts everything (Knuth, The Art of Computer Programming 3, 5.3.4). Keys of
-16-bit numbers are tried for all 65,536 of them.
+A process of its own, in Triton's interpreter, or with the argument ``gpu`` compiled and on the GPU.
+Networks are tried on every sequence of zeros and ones: what sorts those sorts everything (Knuth,
+The Art of Computer Programming 3, 5.3.4). Keys of 16-bit numbers are tried for all 65,536 of them.
 """
 
 import json
@@ -13,7 +13,8 @@ from itertools import product
 
 ON_GPU = sys.argv[1:2] == ["gpu"]
 os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
-# The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities that the kernels mean.
+# The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities
+# that the kernels mean.
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
 import torch  # noqa: E402 -- after the variable is set
@@ -30,7 +31,9 @@ LOWEST = -3.4028234663852886e38
 
 def launch(kernel, count, *arguments, **constants):
     """Run a kernel over so many elements."""
-    kernel[triton.cdiv(count, BLOCK),](*arguments, count, BLOCK=BLOCK, enable_fp_fusion=False, **constants)
+    kernel[triton.cdiv(count, BLOCK),](
+        *arguments, count, BLOCK=BLOCK, enable_fp_fusion=False, **constants
+    )
 
 
 @triton.jit
@@ -75,16 +78,25 @@ def sort_kernel(a, b, out, count, BLOCK: tl.constexpr, WHAT: tl.constexpr):
 
 
 def as_keys(bits, dtype):
-    """Turn zeros and ones into keys of a dtype; int32 keys are pairs of bfloat16, whose other half has the opposite."""
+    """Turn zeros and ones into keys of a dtype.
+
+    Int32 keys are pairs of bfloat16, whose other half has the opposite.
+    """
     if dtype == torch.int32:
         one = 0x3F80
-        return (torch.where(bits == 1, one, 0) | (torch.where(bits == 1, 0, one) << 16)).to(torch.int32)
+        return (torch.where(bits == 1, one, 0) | (torch.where(bits == 1, 0, one) << 16)).to(
+            torch.int32
+        )
     return (bits.long() * 0x12345678 + 9).to(dtype)
 
 
 def low(found, dtype):
     """Return zeros and ones from keys."""
-    return ((found.cpu().long() & 0xFFFF) == 0x3F80).int() if dtype == torch.int32 else (found.cpu().long() != 9).int()
+    return (
+        ((found.cpu().long() & 0xFFFF) == 0x3F80).int()
+        if dtype == torch.int32
+        else (found.cpu().long() != 9).int()
+    )
 
 
 def of_network(what, a, b, expected, dtype):
@@ -102,16 +114,29 @@ def network_problems():
     falling = [[1] * n + [0] * (8 - n) for n in range(9)]
     pairs = list(product(falling, falling))
     a, b = [list(p[0]) for p in pairs], [list(p[1]) for p in pairs]
-    bitonic = [bits for bits in every if sum(x != y for x, y in zip(bits, bits[1:] + bits[:1], strict=True)) <= 2]
+    bitonic = [
+        bits
+        for bits in every
+        if sum(x != y for x, y in zip(bits, bits[1:] + bits[:1], strict=True)) <= 2
+    ]
     down = [sorted(bits, reverse=True) for bits in every]
     wrong = []
     for dtype in (torch.uint32, torch.int64, torch.int32):
-        # A key of 64 bits is unsigned in the kernels; torch stores it as int64, and the keys here are small.
+        # A key of 64 bits is unsigned in the kernels; torch stores it as int64, and the keys here
+        # are small.
         if dtype == torch.int64 and ON_GPU:
             continue
-        wrong += of_network("sort4", every, every, [sorted(bits[:4], reverse=True) for bits in every], dtype)
+        wrong += of_network(
+            "sort4", every, every, [sorted(bits[:4], reverse=True) for bits in every], dtype
+        )
         wrong += of_network("sort8", every, every, down, dtype)
-        wrong += of_network("sort_bitonic8", bitonic, bitonic, [sorted(bits, reverse=True) for bits in bitonic], dtype)
+        wrong += of_network(
+            "sort_bitonic8",
+            bitonic,
+            bitonic,
+            [sorted(bits, reverse=True) for bits in bitonic],
+            dtype,
+        )
         merged = [sorted(x + y, reverse=True) for x, y in zip(a, b, strict=True)]
         wrong += of_network("best8", a, b, [m[:8] for m in merged], dtype)
         wrong += of_network("merge16", a, b, merged, dtype)
@@ -131,7 +156,10 @@ def exact16_kernel(x, index, key, value, count, BLOCK: tl.constexpr, MASK: tl.co
 
 
 def exact16_problems():
-    """Pack all 65,536 numbers of each format: keys must be in the order of value, then of index from the lowest."""
+    """Pack all 65,536 numbers of each format.
+
+    Keys must be in the order of value, then of index from the lowest.
+    """
     wrong = []
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.bfloat16, torch.float16):
@@ -147,7 +175,9 @@ def exact16_problems():
             launch(exact16_kernel, len(x), *on, MASK=experts - 1)
             key, value = on[2].cpu(), on[3].cpu()
             clean = x.float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
-            ranked = torch.tensor(sorted(range(len(x)), key=lambda i: (clean[i].item(), -index[i].item())))
+            ranked = torch.tensor(
+                sorted(range(len(x)), key=lambda i: (clean[i].item(), -index[i].item()))
+            )
             if (key[ranked].diff() < 0).any():
                 wrong.append(f"exact16_key of {dtype} is out of order at E = {experts}")
             value_of, index_of = clean[ranked], index[ranked]
@@ -176,8 +206,26 @@ def float32_kernel(x, key, back, below, above, count, BLOCK: tl.constexpr, MASK:
 def numbers():
     """Return float32 of every magnitude, sign and kind."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
-    special = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 1e-45, -1e-45, LOWEST, -LOWEST])
+    drawn = (
+        torch.randint(-(2**31), 2**31, (200_000,), generator=generator)
+        .to(torch.int32)
+        .view(torch.float32)
+    )
+    special = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            float("inf"),
+            float("-inf"),
+            float("nan"),
+            1e-45,
+            -1e-45,
+            LOWEST,
+            -LOWEST,
+        ]
+    )
     return torch.cat([drawn, special])
 
 
@@ -193,7 +241,9 @@ def float32_problems():
     # ``clean`` is what NumPy sorts, so equal numbers must have equal keys, and others must not.
     tests = {
         "ordered_key is out of order": (key[ranked].diff() < 0).any(),
-        "ordered_key confuses numbers": ((key[ranked].diff() == 0) != (clean[ranked].diff() == 0)).any(),
+        "ordered_key confuses numbers": (
+            (key[ranked].diff() == 0) != (clean[ranked].diff() == 0)
+        ).any(),
         "ordered_key is 0": (key == 0).any(),
         "value_of_key is another number": (back != clean).any(),
         "a truncated key is no bound": ((below > clean) | (above < clean)).any(),
@@ -215,11 +265,36 @@ def pairs_kernel(a, b, most, least, mask_of, count, BLOCK: tl.constexpr):
 
 def pair_problems():
     """Compare all pairs of some bfloat16, in both halves."""
-    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 1.0078125, 3e38, -3e38, float("inf"), float("-inf"), 1e-40, float("nan")])
-    low, high = (t.flatten().to(torch.bfloat16) for t in torch.meshgrid(values, values, indexing="ij"))
+    values = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            1.0078125,
+            3e38,
+            -3e38,
+            float("inf"),
+            float("-inf"),
+            1e-40,
+            float("nan"),
+        ]
+    )
+    low, high = (
+        t.flatten().to(torch.bfloat16) for t in torch.meshgrid(values, values, indexing="ij")
+    )
     a = (low.view(torch.int16).int() & 0xFFFF) | (high.view(torch.int16).int() << 16)
     b = (high.view(torch.int16).int() & 0xFFFF) | (low.view(torch.int16).int() << 16)
-    on = [t.to(DEVICE) for t in (a, b, torch.zeros_like(a), torch.zeros_like(a), torch.zeros(len(a), dtype=torch.int64))]
+    on = [
+        t.to(DEVICE)
+        for t in (
+            a,
+            b,
+            torch.zeros_like(a),
+            torch.zeros_like(a),
+            torch.zeros(len(a), dtype=torch.int64),
+        )
+    ]
     launch(pairs_kernel, len(a), *on)
     most, least, mask_of = (t.cpu() for t in on[2:])
 
@@ -253,11 +328,17 @@ def round_kernel(x, out, bits, count, BLOCK: tl.constexpr):
 def round_problems():
     """Round to nearest even, as PyTorch does, and find the only bit that is set."""
     x = numbers()
-    on = [t.to(DEVICE) for t in (x, torch.zeros(len(x), dtype=torch.int32), torch.zeros(len(x), dtype=torch.int32))]
+    on = [
+        t.to(DEVICE)
+        for t in (x, torch.zeros(len(x), dtype=torch.int32), torch.zeros(len(x), dtype=torch.int32))
+    ]
     launch(round_kernel, len(x), *on)
     out, bits = on[1].cpu(), on[2].cpu()
     known = ~x.isnan()
-    halves = ((out & 0xFFFF).to(torch.int16).view(torch.bfloat16), (out >> 16).to(torch.int16).view(torch.bfloat16))
+    halves = (
+        (out & 0xFFFF).to(torch.int16).view(torch.bfloat16),
+        (out >> 16).to(torch.int16).view(torch.bfloat16),
+    )
     wrong = [
         f"round_to_bf16x2 of {v[known & (half != v.bfloat16())][0]}"
         for v, half in zip((x, -x), halves, strict=True)
@@ -305,14 +386,19 @@ def ulps_off():
         generator = torch.Generator().manual_seed(1)
         x = torch.rand(200_000, generator=generator)
         x = torch.cat(
-            [lowest + (highest - lowest) * x, x * 1e-3, torch.linspace(max(lowest, -2.0), min(highest, 2.0), 20_000)]
+            [
+                lowest + (highest - lowest) * x,
+                x * 1e-3,
+                torch.linspace(max(lowest, -2.0), min(highest, 2.0), 20_000),
+            ]
         )
         x = x.clamp(lowest, highest)
         on = [x.to(DEVICE), torch.zeros(len(x), device=DEVICE)]
         launch(maths_kernel, len(x), *on, WHAT=what)
         right = exact(x.double())
         unit = torch.ldexp(
-            torch.ones(len(x), dtype=torch.float64), torch.frexp(right.abs().clamp(min=2.0**-126)).exponent - 24
+            torch.ones(len(x), dtype=torch.float64),
+            torch.frexp(right.abs().clamp(min=2.0**-126)).exponent - 24,
         )
         found[what] = ((on[1].cpu().double() - right).abs() / unit).max().item()
     return found
@@ -321,7 +407,9 @@ def ulps_off():
 def maths_problems():
     """Hold each function to its bound."""
     return [
-        f"{what} is off by {off:.2f} units in the last place" for what, off in ulps_off().items() if not off <= MATHS[what][2]
+        f"{what} is off by {off:.2f} units in the last place"
+        for what, off in ulps_off().items()
+        if not off <= MATHS[what][2]
     ]
 
 

@@ -1,8 +1,11 @@
-"""Run the Triton kernels in Triton's interpreter, on the CPU, against the oracle; print what was found as JSON.
+"""Run the Triton kernels in Triton's interpreter, on the CPU, against the oracle.
 
-A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported. ``2/10`` runs every tenth
-case, from the second on; any other text runs the cases whose title begins with it. ``--cuda`` runs them on the GPU at hand;
-in many processes at a time, for Triton compiles them all.
+Print what was found as JSON.
+
+A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
+``2/10`` runs every tenth case, from the second on; any other text runs the cases whose title begins
+with it. ``--cuda`` runs them on the GPU at hand; in many processes at a time, for Triton compiles
+them all.
 """
 
 import json
@@ -15,7 +18,8 @@ from random import Random
 
 ON_GPU = "--cuda" in sys.argv
 os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
-# The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities that the kernels mean.
+# The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities
+# that the kernels mean.
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
 import torch  # noqa: E402 -- after the variable is set
@@ -28,10 +32,7 @@ from moe_routing.reference.compare import compare  # noqa: E402 -- likewise
 from moe_routing_backends.triton.device.bf16x2 import low_f16  # noqa: E402 -- likewise
 from moe_routing_backends.triton.device.keys import value_of_truncated  # noqa: E402 -- likewise
 from moe_routing_backends.triton.kernels import VARIANTS, supports  # noqa: E402 -- likewise
-from moe_routing_backends.triton.kernels.filter import (  # noqa: E402 -- likewise
-    approximate_scores,
-    range_of,
-)
+from moe_routing_backends.triton.kernels.filter import approximate_scores, range_of  # noqa: E402 -- likewise
 from moe_routing_backends.triton.kernels.spec import Launch, kernel_spec  # noqa: E402 -- likewise
 from moe_routing_backends.triton.runtime.router import build  # noqa: E402 -- likewise
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
@@ -40,7 +41,8 @@ from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa
 def patch_once_a_launch():
     """Let the interpreter replace Triton's functions by its own once a launch and module, not at each call of a function.
 
-    It looks for what to replace at every call, thousands a launch, and finds all replaced: three quarters of its time.
+    It looks for what to replace at every call, thousands a launch, and finds all replaced: three
+    quarters of its time.
     """
     from triton.runtime import interpreter
 
@@ -115,7 +117,10 @@ def hostile(tokens, experts, generator):
 
 
 def close(tokens, experts, generator):
-    """Values that differ in their lowest bits only: 32-bit keys with a place inside cannot tell them apart."""
+    """Values that differ in their lowest bits only.
+
+    32-bit keys with a place inside cannot tell them apart.
+    """
     x = 1 + torch.randint(0, 40, (tokens, experts), generator=generator) * 2.0**-23
     x[:, ::3] *= -1
     return x
@@ -125,19 +130,27 @@ def twins(tokens, experts, generator):
     """What routers see, but every expert of the second half has a twin in the first that differs in the lowest bits only."""
     x = torch.randn(tokens, experts, generator=generator)
     half = experts // 2
-    x[:, -half:] = x[:, :half] * (1 + torch.randint(-2, 3, (tokens, half), generator=generator) * 2.0**-22)
+    x[:, -half:] = x[:, :half] * (
+        1 + torch.randint(-2, 3, (tokens, half), generator=generator) * 2.0**-22
+    )
     return x
 
 
 def far(tokens, experts, generator):
-    """Twins below a best that is 8, 64, 512, ... times as high: 32-bit keys cannot hold both that and the lowest bits."""
+    """Twins below a best that is 8, 64, 512, .
+
+    Times as high: 32-bit keys cannot hold both that and the lowest bits.
+    """
     x = twins(tokens, experts, generator)
     x[:, experts // 3] = 2.0 ** (3.4 + 3 * torch.arange(tokens))
     return x
 
 
 def silent(tokens, experts, generator):
-    """What routers see, but two experts are NaN in every row: those whose biases are the highest (``biases``)."""
+    """What routers see, but two experts are NaN in every row.
+
+    Those whose biases are the highest (``biases``).
+    """
     x = torch.randn(tokens, experts, generator=generator)
     x[:, 3] = x[:, -2] = torch.nan
     return x
@@ -162,7 +175,10 @@ def normal(tokens, experts, generator):
 
 
 def biases(experts, kind, generator):
-    """Small ones as in trained models; beside scores of some kinds others: without end, of twins, far apart."""
+    """Small ones as in trained models.
+
+    Beside scores of some kinds others: without end, of twins, far apart.
+    """
     bias = torch.randn(experts, generator=generator) * 0.1
     if kind == "hostile":
         few = torch.rand(experts, generator=generator) < 0.1
@@ -193,7 +209,11 @@ DRAWN = 24
 def draw(random, variant):
     """Draw a case that the contract allows and the variant can serve."""
     while True:
-        name, experts, k = random.choice(list(SPECS)), random.choice(range(8, 200, 8)), random.randint(1, 16)
+        name, experts, k = (
+            random.choice(list(SPECS)),
+            random.choice(range(8, 200, 8)),
+            random.randint(1, 16),
+        )
         launch = Launch(variant, 4, random.choice([1, 2, 4, 8]), 1)
         dtype = random.choice([torch.float32, torch.bfloat16, torch.float16])
         spec = SPECS[name]
@@ -201,7 +221,9 @@ def draw(random, variant):
             spec.check_size(experts, k)
         except ValueError:
             continue
-        if supports(RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:]), launch):
+        if supports(
+            RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:]), launch
+        ):
             return name, launch, experts, k, dtype, random.choice(list(KINDS))
 
 
@@ -222,30 +244,43 @@ def run(  # noqa: PLR0913, PLR0917 -- what a case is
         operands["bias"] = biases(experts, kind, generator)
     if spec.selection == "token_table":
         operands["token_ids"] = torch.randint(0, 9, (tokens,), generator=generator)
-        operands["expert_table"] = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(9)])
-        # No token of the table, and entries that name no expert, not even where an int32 holds what is left of them.
-        operands["token_ids"][:2] = torch.tensor([9, -1] if kind == "hostile" else [-(2**40), 2**32])
+        operands["expert_table"] = torch.stack(
+            [torch.randperm(experts, generator=generator)[:k] for _ in range(9)]
+        )
+        # No token of the table, and entries that name no expert, not even where an int32 holds what
+        # is left of them.
+        operands["token_ids"][:2] = torch.tensor(
+            [9, -1] if kind == "hostile" else [-(2**40), 2**32]
+        )
         operands["expert_table"][::4, -1] = torch.tensor([experts, -1, 2**32 + 1])
     if extras:
         operands["expert_map"] = torch.randperm(slots, generator=generator)
         operands["num_valid_tokens"] = torch.tensor([4])
     ids_dtype = "int64" if extras else "int32"
-    problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:], ids_dtype=ids_dtype)
+    problem = RoutingProblem(
+        spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:], ids_dtype=ids_dtype
+    )
     router = build(problem, DEVICE)
     router._limits, router._launches = [], [launch]
     columns = k + spec.shared_experts
     out = RoutingOutput(
-        torch.full((tokens, columns), torch.nan), torch.full((tokens, columns), -7, dtype=getattr(torch, ids_dtype))
+        torch.full((tokens, columns), torch.nan),
+        torch.full((tokens, columns), -7, dtype=getattr(torch, ids_dtype)),
     )
     given = dict(operands)
     if extras and spec.selection == "token_table":
-        given["token_ids"] = torch.cat([operands["token_ids"][:4], torch.full((tokens - 4,), 2**40)])  # padding has no token
+        given["token_ids"] = torch.cat(
+            [operands["token_ids"][:4], torch.full((tokens - 4,), 2**40)]
+        )  # padding has no token
     router(logits, **given, out=out)
     return compare(spec, logits, k, out, **operands).problems, out
 
 
 def compared_with_cooperative(name, launch, *rest, one_row=False):
-    """Route once in this launch and once in the cooperative kernel; return what is wrong, other bits too."""
+    """Route once in this launch and once in the cooperative kernel.
+
+    Return what is wrong, other bits too.
+    """
     problems, out = run(name, launch, *rest)
     _, other = run(name, Launch("cooperative", 1 if one_row else 2, 1, 1), *rest)
     same = torch.equal(out.weights, other.weights) and torch.equal(out.ids, other.ids)
@@ -253,12 +288,17 @@ def compared_with_cooperative(name, launch, *rest, one_row=False):
 
 
 SIGMOID_BIAS = RoutingSpec(family="sigmoid_bias", score="sigmoid", selection="scores_plus_bias")
-SIGMOID_BIAS_SPEC = kernel_spec(RoutingProblem(spec=SIGMOID_BIAS, num_experts=128, topk=8, dtype="float32"))
+SIGMOID_BIAS_SPEC = kernel_spec(
+    RoutingProblem(spec=SIGMOID_BIAS, num_experts=128, topk=8, dtype="float32")
+)
 
 
 @triton.jit
 def approximate_kernel(logits, bias, found, COUNT: tl.constexpr, SPEC: tl.constexpr):
-    """Approximate scores as the filter does; take each for the K-th and the highest of a row, for its threshold and bounds."""
+    """Approximate scores as the filter does.
+
+    Take each for the K-th and the highest of a row, for its threshold and bounds.
+    """
     place = tl.program_id(0) * 4096 + tl.arange(0, 4096)
     b = tl.load(bias + place)
     x = tl.load(logits + place)
@@ -271,23 +311,35 @@ def approximate_kernel(logits, bias, found, COUNT: tl.constexpr, SPEC: tl.conste
 
 
 def approximate_scores_are_within_bounds():
-    """Hold the filter's approximate scores to the bounds in ``bf16x2.margin``, for all magnitudes; say what is wrong."""
+    """Hold the filter's approximate scores to the bounds in ``bf16x2.margin``, for all magnitudes.
+
+    Say what is wrong.
+    """
     sizes = torch.cat([torch.linspace(0, 20, 1024), 2.0 ** torch.linspace(-30, 31, 1024)])
     biases = torch.tensor([0.0, 0.1, -0.1, -0.5, -1.0, 0.9, 8.3, -8.3, 300.0, -300.0, -1000.0, 6e4])
-    x, b = (t.flatten().contiguous() for t in torch.meshgrid(torch.cat([sizes, -sizes]), biases, indexing="ij"))
+    x, b = (
+        t.flatten().contiguous()
+        for t in torch.meshgrid(torch.cat([sizes, -sizes]), biases, indexing="ij")
+    )
     found = torch.empty(4, len(x))
     approximate_kernel[len(x) // 4096,](x, b, found, len(x), SIGMOID_BIAS_SPEC)
     scores, thresholds, least, most = found.double()
     bound, exact = 0.00062 + scores.abs() / 1024, x.double().sigmoid()
     known = scores.isfinite()  # what is NaN or inf is never below a threshold
     wrong = {
-        "no score where there should be one": ~known & (b.abs() <= 1024) & (exact + b.double() < 65000),
+        "no score where there should be one": ~known
+        & (b.abs() <= 1024)
+        & (exact + b.double() < 65000),
         "the score is off": known & ((scores - exact - b.double()).abs() > bound),
         "the threshold is high": known & (thresholds > scores - 2 * bound),
         "the least is high": known & (least > scores - bound),
         "the most is low": known & (most < scores + bound),
     }
-    return [f"sigmoid({x[bad][0]}) + {b[bad][0]} = {scores[bad][0]}: {what}" for what, bad in wrong.items() if bad.any()]
+    return [
+        f"sigmoid({x[bad][0]}) + {b[bad][0]} = {scores[bad][0]}: {what}"
+        for what, bad in wrong.items()
+        if bad.any()
+    ]
 
 
 def cases():
@@ -318,7 +370,9 @@ def cases():
     for place, name in enumerate(SIEVED):
         spec = SPECS[name]
         plain = not spec.needs_bias and spec.logit_softcap is None
-        every_other = slice(place % 2, None, 2) if plain else slice(None)  # two specs that select by logits share the rows
+        every_other = (
+            slice(place % 2, None, 2) if plain else slice(None)
+        )  # two specs that select by logits share the rows
         for dtype, kind, threads, experts, k in (
             (torch.float32, "close", 2, 48, 4),
             (torch.float32, "twins", 2, 64, 5),
@@ -336,8 +390,14 @@ def cases():
             )
     for name, experts, k, threads in TILED:
         launch = Launch("block", 4, threads, 1)
-        for kind, dtype in (*product(("close", "far", "twins", "masked"), [torch.float32]), ("hostile", torch.bfloat16)):
-            yield f"block {name} {dtype} {kind}", partial(compared_with_cooperative, name, launch, experts, k, dtype, kind)
+        for kind, dtype in (
+            *product(("close", "far", "twins", "masked"), [torch.float32]),
+            ("hostile", torch.bfloat16),
+        ):
+            yield (
+                f"block {name} {dtype} {kind}",
+                partial(compared_with_cooperative, name, launch, experts, k, dtype, kind),
+            )
     random = Random(0)  # noqa: S311 -- cases of a test
     for variant in list(VARIANTS) * (DRAWN // len(VARIANTS)):
         name, launch, *rest = draw(random, variant)

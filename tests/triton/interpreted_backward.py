@@ -22,18 +22,27 @@ from moe_routing_registry import RoutingProblem, RoutingSpec  # noqa: E402 -- li
 ALL = {
     **SPECS,
     "floor_reached": RoutingSpec(family="f", renormalize=True, renorm_floor=0.9),
-    "floor_and_epsilon": RoutingSpec(family="f", score="sigmoid", renormalize=True, renorm_floor=0.5, renorm_epsilon=0.01),
-    "capped_row_sum": RoutingSpec(family="f", logit_softcap=3.0, logit_multiplier=0.7, per_expert_scale=True),
+    "floor_and_epsilon": RoutingSpec(
+        family="f", score="sigmoid", renormalize=True, renorm_floor=0.5, renorm_epsilon=0.01
+    ),
+    "capped_row_sum": RoutingSpec(
+        family="f", logit_softcap=3.0, logit_multiplier=0.7, per_expert_scale=True
+    ),
 }
 TOKENS = 11
 
 
 def chosen_by(spec, logits, k, generator):
-    """Return ids as the spec would choose them, near enough: K of the highest, in order; padding in one row."""
+    """Return ids as the spec would choose them, near enough: K of the highest, in order.
+
+    Padding in one row.
+    """
     tie_broken = torch.nan_to_num(logits.float(), nan=-1e30, posinf=1e30, neginf=-1e30)
     ids = tie_broken.sort(descending=True, stable=True).indices[:, :k]
     if spec.selection == "token_table":
-        ids = torch.stack([torch.randperm(logits.shape[1], generator=generator)[:k] for _ in logits])
+        ids = torch.stack(
+            [torch.randperm(logits.shape[1], generator=generator)[:k] for _ in logits]
+        )
     ids[4] = -1
     return ids
 
@@ -42,7 +51,9 @@ def off(ours, exact, rtol, atol):
     """Return what is wrong, given the tolerance relative to the element and to the largest of its row."""
     allowed = rtol * exact.abs() + atol * exact.abs().amax(-1, keepdim=True) + 1e-30
     wrong = ~((ours.double() - exact).abs() <= allowed)
-    return [f"at {w.tolist()}: {ours[tuple(w)]!s} for {exact[tuple(w)]!s}" for w in wrong.nonzero()[:3]]
+    return [
+        f"at {w.tolist()}: {ours[tuple(w)]!s} for {exact[tuple(w)]!s}" for w in wrong.nonzero()[:3]
+    ]
 
 
 def run(name, dtype, *, awkward):
@@ -55,13 +66,24 @@ def run(name, dtype, *, awkward):
     storage = torch.empty(TOKENS, experts + 8, dtype=dtype)
     logits = storage[:, :experts]
     logits.copy_(make(TOKENS, experts, generator))
-    ids = chosen_by(spec, logits, k, generator).to(torch.int32 if awkward else torch.int64).contiguous()
+    ids = (
+        chosen_by(spec, logits, k, generator)
+        .to(torch.int32 if awkward else torch.int64)
+        .contiguous()
+    )
     grad = torch.randn(TOKENS, k, generator=generator)
     scale = torch.rand(experts, generator=generator) + 0.5 if spec.per_expert_scale else None
-    router = build(RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:], training=True), DEVICE)
+    router = build(
+        RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=str(dtype)[6:], training=True),
+        DEVICE,
+    )
     by_logits, by_scale = router.backward(grad, logits, ids, scale)
     again = router.backward(grad, logits, ids, scale)
-    problems = [] if torch.equal(by_logits, again[0]) and torch.equal(by_scale, again[1]) else ["differs from run to run"]
+    problems = (
+        []
+        if torch.equal(by_logits, again[0]) and torch.equal(by_scale, again[1])
+        else ["differs from run to run"]
+    )
     expected, expected_scale = weights_backward(
         spec, grad.double(), logits.double(), ids, None if scale is None else scale.double()
     )
@@ -72,7 +94,9 @@ def run(name, dtype, *, awkward):
     if not awkward:
         exact = logits.double().requires_grad_()
         exact_scale = None if scale is None else scale.double().requires_grad_()
-        weights = oracle.weights_at(spec, exact, ids.clamp(min=0), per_expert_scale=exact_scale).masked_fill(ids < 0, 0.0)
+        weights = oracle.weights_at(
+            spec, exact, ids.clamp(min=0), per_expert_scale=exact_scale
+        ).masked_fill(ids < 0, 0.0)
         inputs = [exact] if exact_scale is None else [exact, exact_scale]
         by_oracle = torch.autograd.grad(weights, inputs, grad.double())
         problems += off(by_logits, by_oracle[0], 2e-5 + epsilon, 2e-6)
@@ -87,7 +111,11 @@ def main():
     found = {
         f"{name} {dtype} {'awkward' if awkward else 'ordinary'}": run(name, dtype, awkward=awkward)
         for name in ALL
-        for dtype, awkward in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
+        for dtype, awkward in (
+            (torch.float32, False),
+            (torch.bfloat16, False),
+            (torch.float32, True),
+        )
     }
     json.dump(found, sys.stdout)
 

@@ -1,4 +1,6 @@
-"""Tune in Triton's interpreter, by a clock of this script, with one variant that computes wrong; print JSON.
+"""Tune in Triton's interpreter, by a clock of this script, with one variant that computes wrong.
+
+Print JSON.
 
 A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
 """
@@ -25,7 +27,10 @@ CPU = DeviceInfo(type="cpu", platform="cpu", name="the interpreter")
 
 
 class Altered:
-    """A kernel that a test alters: it raises, or writes a weight that is off by one part in a million."""
+    """A kernel that a test alters.
+
+    It raises, or writes a weight that is off by one part in a million.
+    """
 
     def __init__(self, kernel, *, raises):
         self.kernel, self.raises = kernel, raises
@@ -46,7 +51,9 @@ def main():
     """Tune a problem of which the thread-per-row kernel is wrong or raises, as the argument says, and the others are right."""
     torch.set_num_threads(1)
     right = VARIANTS["thread_per_row"]
-    VARIANTS["thread_per_row"] = right._replace(kernel=Altered(right.kernel, raises=sys.argv[1] == "raises"))
+    VARIANTS["thread_per_row"] = right._replace(
+        kernel=Altered(right.kernel, raises=sys.argv[1] == "raises")
+    )
     problem = RoutingProblem(spec=SPECS["gemma4"], num_experts=16, topk=2, dtype="float32")
     offered = candidates(problem, CPU)
     seconds = iter(range(10_000))
@@ -63,10 +70,14 @@ def main():
             "offered": sorted({c.variant for c in offered}),
             "tuned": tuned.to_dict(),
             "kept": [dataclasses.asdict(step.launch) for step in kept.steps(problem)],
-            "last_right": dataclasses.asdict([c for c in offered if c.variant != "thread_per_row"][-1]),
+            "last_right": dataclasses.asdict(
+                [c for c in offered if c.variant != "thread_per_row"][-1]
+            ),
             "source": kept.source,
             "steps_said": [said[0], said[-1], len(said)],
-            "of_rows": sum(isinstance(c, Launch) and c.variant == "thread_per_row" for c in offered),
+            "of_rows": sum(
+                isinstance(c, Launch) and c.variant == "thread_per_row" for c in offered
+            ),
         },
         sys.stdout,
     )

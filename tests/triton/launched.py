@@ -1,7 +1,10 @@
-"""What the direct launch hands to Triton's C function, beside what Triton's own launcher hands it; print JSON.
+"""What the direct launch hands to Triton's C function, beside what Triton's own launcher hands it.
 
-A process of its own for one version of Triton, which is found first on PYTHONPATH. No driver is needed: kernels are compiled
-for sm_90, Triton's own launcher is made for each, and in the place of the C function stands one that notes its arguments.
+Print JSON.
+
+A process of its own for one version of Triton, which is found first on PYTHONPATH. No driver is
+needed: kernels are compiled for sm_90, Triton's own launcher is made for each, and in the place of
+the C function stands one that notes its arguments.
 """
 
 import json
@@ -44,15 +47,34 @@ def compare(kernel):
     noted = []
     run = launcher(kernel, noted)
     names = kernel.src.fn.arg_names
-    constants = tuple(kernel.src.constants.get((place,)) for place in range(names.index("SPEC"), len(names)))
+    constants = tuple(
+        kernel.src.constants.get((place,)) for place in range(names.index("SPEC"), len(names))
+    )
     arguments = tuple(
-        None if (place,) in kernel.src.constants else 1000 + place for place in range(len(names) - len(constants))
+        None if (place,) in kernel.src.constants else 1000 + place
+        for place in range(len(names) - len(constants))
     )
     loaded = SimpleNamespace(run=run, function=FUNCTION, packed_metadata=kernel.packed_metadata)
     ours, reason = launcher_of(loaded, constants)
     ours(BLOCKS, STREAM, arguments)
-    run(BLOCKS, 1, 1, STREAM, FUNCTION, kernel.packed_metadata, None, None, None, *arguments, *constants)
-    return {"reason": reason, "same": len(noted) == 2 and noted[0] == noted[1], "handed": len(noted[0])}
+    run(
+        BLOCKS,
+        1,
+        1,
+        STREAM,
+        FUNCTION,
+        kernel.packed_metadata,
+        None,
+        None,
+        None,
+        *arguments,
+        *constants,
+    )
+    return {
+        "reason": reason,
+        "same": len(noted) == 2 and noted[0] == noted[1],
+        "handed": len(noted[0]),
+    }
 
 
 def main():

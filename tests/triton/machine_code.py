@@ -3,9 +3,10 @@
     python tests/triton/machine_code.py before.json             # in the old tree
     python tests/triton/machine_code.py after.json before.json  # in the new one: names what differs, exit code 1
 
-Every case is compared as Triton IR, without names and locations, since the same IR compiles to the same instructions; the
-launches that ship for a few problems are compared as machine code too, without names, addresses and parameter offsets. No
-GPU is needed. With ``--ir`` only the IR is compared.
+Every case is compared as Triton IR, without names and locations, since the same IR compiles to the
+same instructions; the launches that ship for a few problems are compared as machine code too,
+without names, addresses and parameter offsets. No GPU is needed. With ``--ir`` only the IR is
+compared.
 """
 
 import hashlib
@@ -37,9 +38,28 @@ SPECS = [
     aot.DEEPSEEK,
     S(family="softmax_topk"),
     S(family="softmax_topk", logit_softcap=30.0, logit_multiplier=0.5),
-    S(family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias", renormalize=True, scale=2.0),
-    S(family="sqrt", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5, shared_experts=1),
-    S(family="softbias", score="softmax", selection="scores_plus_bias", renormalize=True, renorm_floor=1e-9),
+    S(
+        family="sigmoid_bias_topk",
+        score="sigmoid",
+        selection="scores_plus_bias",
+        renormalize=True,
+        scale=2.0,
+    ),
+    S(
+        family="sqrt",
+        score="sqrtsoftplus",
+        selection="scores_plus_bias",
+        renormalize=True,
+        scale=1.5,
+        shared_experts=1,
+    ),
+    S(
+        family="softbias",
+        score="softmax",
+        selection="scores_plus_bias",
+        renormalize=True,
+        renorm_floor=1e-9,
+    ),
     S(family="logitbias", score="sigmoid", selection="logits_plus_bias", zero_experts=2),
     S(family="sparsemixer", selection="sparsemixer"),
     S(family="hash", score="sqrtsoftplus", selection="token_table", renormalize=True),
@@ -65,14 +85,21 @@ def plain(text):
     definition = r"^ *(%[A-Za-z_0-9.$-]+) = arith.constant (.*)\n"
     constants = dict(re.findall(definition, text, flags=re.MULTILINE))
     text = re.sub(definition, "", text, flags=re.MULTILINE)
-    # A name may be defined again in another region, so numbers are given line by line, anew where a line defines a name.
+    # A name may be defined again in another region, so numbers are given line by line, anew where a
+    # line defines a name.
     numbers, count, lines = {}, itertools.count(), []
     for line in text.splitlines():
         defined = r"%[A-Za-z_0-9.$-]+" if "^bb" in line else r"(%[A-Za-z_0-9.$-]+)(?::\d+)? ="
         for name in re.findall(defined, line):
             numbers[name] = f"%{next(count)}"
         named = r"[%@][A-Za-z_0-9.$-]+"
-        lines.append(re.sub(named, lambda m: constants.get(m[0]) or numbers.setdefault(m[0], f"%{next(count)}"), line))
+        lines.append(
+            re.sub(
+                named,
+                lambda m: constants.get(m[0]) or numbers.setdefault(m[0], f"%{next(count)}"),
+                line,
+            )
+        )
     return "\n".join(lines)
 
 
@@ -87,7 +114,13 @@ def triton_ir(source, target, options):
         backend.add_stages(stages, options, source.language)
     except TypeError:
         backend.add_stages(stages, options)
-    module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    module = source.make_ir(
+        target,
+        options,
+        backend.get_codegen_implementation(options),
+        backend.get_module_map(),
+        context,
+    )
     return plain(str(stages["ttir"](module, {})))
 
 
@@ -99,10 +132,15 @@ def instructions(binary, target):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True).stdout
+        code = subprocess.run(
+            [TOOLS / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True
+        ).stdout
     lines = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*)", code, re.MULTILINE)
     # Offsets of parameters and the kernel's own name, which returns from its subroutines carry.
-    named = (re.sub(r"c\[0x0\]\[0x[0-9a-f]+\]", "c[parameter]", line.partition("/*")[0].rstrip()) for line in lines)
+    named = (
+        re.sub(r"c\[0x0\]\[0x[0-9a-f]+\]", "c[parameter]", line.partition("/*")[0].rstrip())
+        for line in lines
+    )
     return [re.sub(r"`\(\w+\)", "`(kernel)", line) for line in named]
 
 
@@ -142,7 +180,10 @@ def backward_source(problem):
         "row_stride": "i64",
         "expert_stride": "i64",
     }
-    signature = {name: "constexpr" if name in known else types[name] for name in moe_routing_backward.arg_names}
+    signature = {
+        name: "constexpr" if name in known else types[name]
+        for name in moe_routing_backward.arg_names
+    }
     return ASTSource(fn=moe_routing_backward, signature=signature, constexprs=known, attrs={})
 
 
@@ -152,7 +193,10 @@ def ir_cases():
             for dtype in ("bfloat16", "float32"):
                 try:
                     problem = RoutingProblem(
-                        spec=spec, num_experts=experts, topk=topk if spec.selection != "sparsemixer" else 2, dtype=dtype
+                        spec=spec,
+                        num_experts=experts,
+                        topk=topk if spec.selection != "sparsemixer" else 2,
+                        dtype=dtype,
                     )
                 except ValueError:
                     continue
@@ -160,7 +204,9 @@ def ir_cases():
                     yield f"backward {spec.family} {dtype}", problem, None, False
                 for launch in LAUNCHES:
                     for general in (False, True):
-                        if not supports(problem, launch) or (general and (experts != 128 or dtype == "float32")):
+                        if not supports(problem, launch) or (
+                            general and (experts != 128 or dtype == "float32")
+                        ):
                             continue
                         name = "general " if general else ""
                         name += f"{spec.family} {experts}/{topk} {dtype} {launch.variant}"

@@ -11,7 +11,14 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536, "gfx950": 163_840}
+SHARED_MEMORY = {
+    "sm_80": 166_912,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+    "gfx950": 163_840,
+}
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 WORTH_A_LOOK = 1.05
 """A kernel that needs this many times what the table says has lost something, or the table is to be written again."""
@@ -19,12 +26,19 @@ WORTH_A_LOOK = 1.05
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What the compilers say of every case, by target; a process a target, as many at a time as there are cores."""
+    """What the compilers say of every case, by target.
+
+    A process a target, as many at a time as there are cores.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def of(target):
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), target], check=False, capture_output=True, text=True, env=environment
+            [sys.executable, str(SCRIPT), target],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
@@ -42,7 +56,8 @@ def test_every_variant_compiles_without_spills_and_within_the_parts_shared_memor
 
 
 @pytest.mark.parametrize(
-    ("target", "when"), [("sm_80", "never"), ("sm_90", "first"), ("sm_100", "first"), ("sm_120", "first")]
+    ("target", "when"),
+    [("sm_80", "never"), ("sm_90", "first"), ("sm_100", "first"), ("sm_120", "first")],
 )
 def test_a_kernel_that_may_start_early_waits_before_it_touches_memory(compiled, target, when):
     assert {case["waits"] for case in compiled[target]["cases"]} == {when}
@@ -52,13 +67,17 @@ def test_a_kernel_that_may_start_early_waits_before_it_touches_memory(compiled, 
 def test_no_kernel_needs_more_registers_or_instructions_than_the_table_says(compiled, target):
     table, now = json.loads(SCRIPT.with_suffix(".json").read_text()), compiled[target]
     write_again = "python tests/triton/ahead_of_time.py --write"
-    assert now["triton"] == table["triton"], f"the table was written with another Triton; write it again: {write_again}"
+    assert now["triton"] == table["triton"], (
+        f"the table was written with another Triton; write it again: {write_again}"
+    )
     names = ("target", "spec", "E", "K", "dtype", "kernel")
     known, ships, found = (
         {tuple(case[name] for name in names): case for case in cases if case["target"] == target}
         for cases in (table["cases"], now["ships"], now["cases"])
     )
-    assert set(ships) == set(known), f"other kernels than in the table; write it again: {write_again}"
+    assert set(ships) == set(known), (
+        f"other kernels than in the table; write it again: {write_again}"
+    )
     assert set(found) <= set(known)
     assert not [key for key, case in known.items() if case["spills"]]
     more = [

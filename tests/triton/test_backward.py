@@ -11,11 +11,35 @@ import pytest
 pytestmark = pytest.mark.slow
 
 NAMES = (
-    *("gemma4", "softmax", "softmax_bias", "zero_experts", "sigmoid", "sigmoid_renorm", "deepseek_v3", "deepseek_v2"),
-    *("sqrtsoftplus", "token_table", "sparsemixer", "topk_per_group", "logit_bias", "soft_cap", "shared"),
+    *(
+        "gemma4",
+        "softmax",
+        "softmax_bias",
+        "zero_experts",
+        "sigmoid",
+        "sigmoid_renorm",
+        "deepseek_v3",
+        "deepseek_v2",
+    ),
+    *(
+        "sqrtsoftplus",
+        "token_table",
+        "sparsemixer",
+        "topk_per_group",
+        "logit_bias",
+        "soft_cap",
+        "shared",
+    ),
     *("floor_reached", "floor_and_epsilon", "capped_row_sum"),
 )
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536, "gfx950": 163_840}
+SHARED_MEMORY = {
+    "sm_80": 166_912,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+    "gfx950": 163_840,
+}
 
 
 def output_of(script, *arguments):

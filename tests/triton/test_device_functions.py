@@ -16,12 +16,16 @@ SCRIPT = Path(__file__).with_name("device_functions.py")
 @pytest.fixture(scope="module")
 def found():
     """What is wrong, by group, and how many units in the last place each function is off."""
-    done = subprocess.run([sys.executable, str(SCRIPT)], check=False, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], check=False, capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("group", ["network", "exact16", "float32", "pair", "round", "maths", "sum"])
+@pytest.mark.parametrize(
+    "group", ["network", "exact16", "float32", "pair", "round", "maths", "sum"]
+)
 def test_device_functions_do_what_they_say(found, group):
     assert found["wrong"][group] == []
 

@@ -32,7 +32,10 @@ NAMES = [
 
 
 def interpreted(*shares):
-    """Interpret these cases, each share of them in a process of its own; return what is wrong with each case."""
+    """Interpret these cases, each share of them in a process of its own.
+
+    Return what is wrong with each case.
+    """
 
     def run(share):
         command = [sys.executable, str(Path(__file__).with_name("interpreted.py")), share]
@@ -41,7 +44,9 @@ def interpreted(*shares):
         return json.loads(done.stdout)
 
     with ThreadPoolExecutor(len(shares)) as pool:
-        return {case: problems for cases in pool.map(run, shares) for case, problems in cases.items()}
+        return {
+            case: problems for cases in pool.map(run, shares) for case, problems in cases.items()
+        }
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +56,36 @@ def found():
 
 
 def test_the_cooperative_kernel_agrees_with_the_oracle_for_gemma4():
-    assert interpreted("cooperative gemma4 torch.float32 hostile") == {"cooperative gemma4 torch.float32 hostile": []}
+    assert interpreted("cooperative gemma4 torch.float32 hostile") == {
+        "cooperative gemma4 torch.float32 hostile": []
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cooperative_kernel_agrees_with_the_oracle_on_awkward_rows(found, name):
-    cases = {case: problems for case, problems in found.items() if case.startswith(f"cooperative {name} ")}
+    cases = {
+        case: problems
+        for case, problems in found.items()
+        if case.startswith(f"cooperative {name} ")
+    }
     assert len(cases) == 3
     assert not {case: problems for case, problems in cases.items() if problems}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared"])
-def test_the_thread_per_row_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(found, name):
-    cases = {case: problems for case, problems in found.items() if case.startswith(f"thread_per_row {name} ")}
+@pytest.mark.parametrize(
+    "name",
+    ["gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared"],
+)
+def test_the_thread_per_row_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(
+    found, name
+):
+    cases = {
+        case: problems
+        for case, problems in found.items()
+        if case.startswith(f"thread_per_row {name} ")
+    }
     assert len(cases) == 3
     assert not {case: problems for case, problems in cases.items() if problems}
 
@@ -73,10 +93,21 @@ def test_the_thread_per_row_kernel_agrees_with_the_oracle_and_with_the_cooperati
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows"),
-    [("gemma4", 4), ("softmax", 4), ("sigmoid_renorm", 4), ("sigmoid_bias", 8), ("soft_cap", 8), ("shared", 4)],
+    [
+        ("gemma4", 4),
+        ("softmax", 4),
+        ("sigmoid_renorm", 4),
+        ("sigmoid_bias", 8),
+        ("soft_cap", 8),
+        ("shared", 4),
+    ],
 )
-def test_the_filter_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(found, name, rows):
-    cases = {case: problems for case, problems in found.items() if case.startswith(f"filter {name} ")}
+def test_the_filter_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(
+    found, name, rows
+):
+    cases = {
+        case: problems for case, problems in found.items() if case.startswith(f"filter {name} ")
+    }
     assert len(cases) == rows
     assert not {case: problems for case, problems in cases.items() if problems}
 
@@ -96,8 +127,12 @@ def test_the_filter_kernel_agrees_with_the_oracle_and_with_the_cooperative_kerne
         "soft_cap",
     ],
 )
-def test_the_block_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(found, name):
-    cases = {case: problems for case, problems in found.items() if case.startswith(f"block {name} ")}
+def test_the_block_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(
+    found, name
+):
+    cases = {
+        case: problems for case, problems in found.items() if case.startswith(f"block {name} ")
+    }
     assert len(cases) == 5
     assert not {case: problems for case, problems in cases.items() if problems}
 
@@ -108,10 +143,15 @@ def test_approximate_scores_are_off_by_no_more_than_the_filters_threshold_is_low
 
 
 @pytest.mark.slow
-def test_random_cases_of_every_variant_agree_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(found):
+def test_random_cases_of_every_variant_agree_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(
+    found,
+):
     cases = {case: problems for case, problems in found.items() if case.startswith("drawn ")}
     variants = {
-        variant for case in cases for variant in ("cooperative", "thread_per_row", "filter", "block") if f"'{variant}'" in case
+        variant
+        for case in cases
+        for variant in ("cooperative", "thread_per_row", "filter", "block")
+        if f"'{variant}'" in case
     }
     assert (len(cases), len(variants)) == (24, 4)
     assert not {case: problems for case, problems in cases.items() if problems}

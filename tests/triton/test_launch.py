@@ -1,4 +1,7 @@
-"""The host side of the Triton backend, as far as it goes without a device: what is compiled, and when it must not be."""
+"""The host side of the Triton backend, as far as it goes without a device.
+
+What is compiled, and when it must not be.
+"""
 
 import json
 import os
@@ -21,8 +24,13 @@ CPU = DeviceInfo(type="cpu", platform="cpu")
 
 
 def router(spec=SIGMOID, **fields):
-    """Return a kernel on a CPU that stands for a GPU: no driver is needed as long as nothing is launched."""
-    problem = RoutingProblem(**{"spec": spec, "num_experts": 8, "topk": 2, "dtype": "float32", **fields})
+    """Return a kernel on a CPU that stands for a GPU.
+
+    No driver is needed as long as nothing is launched.
+    """
+    problem = RoutingProblem(
+        **{"spec": spec, "num_experts": 8, "topk": 2, "dtype": "float32", **fields}
+    )
     return runtime.TritonRouter(problem, CPU)
 
 
@@ -30,25 +38,37 @@ def router(spec=SIGMOID, **fields):
 def keys(monkeypatch):
     """Note what each kernel would be compiled for, instead of compiling it."""
     seen = []
-    monkeypatch.setattr(launcher.Compiled, "launch_and_keep", lambda _self, key, *_rest, **_options: seen.append(key))
+    monkeypatch.setattr(
+        launcher.Compiled,
+        "launch_and_keep",
+        lambda _self, key, *_rest, **_options: seen.append(key),
+    )
     return seen
 
 
 def test_nothing_compiles_while_a_graph_is_captured_and_the_error_says_what_to_call(monkeypatch):
     monkeypatch.setattr(launcher, "capturing", lambda: True)
     wanted = r"route\.warmup\(8, 2, dtype=torch\.float32, device='cpu'\)"
-    with pytest.raises(RuntimeError, match=f"nothing compiles while a CUDA graph is captured.*{wanted}"):
+    with pytest.raises(
+        RuntimeError, match=f"nothing compiles while a CUDA graph is captured.*{wanted}"
+    ):
         router()(torch.randn(3, 8))
 
 
-def test_the_backward_kernel_does_not_compile_either_and_its_warmup_is_one_for_training(monkeypatch):
+def test_the_backward_kernel_does_not_compile_either_and_its_warmup_is_one_for_training(
+    monkeypatch,
+):
     monkeypatch.setattr(launcher, "capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"device='cpu', training=True\)"):
-        router(training=True).backward(torch.randn(3, 2), torch.randn(3, 8), torch.zeros(3, 2, dtype=torch.int32), None)
+        router(training=True).backward(
+            torch.randn(3, 2), torch.randn(3, 8), torch.zeros(3, 2, dtype=torch.int32), None
+        )
 
 
 def test_a_kernel_that_is_compiled_may_be_launched_while_a_graph_is_captured(monkeypatch):
-    kernels = launcher.Compiled(RoutingProblem(spec=SIGMOID, num_experts=8, topk=2, dtype="float32"), torch.device("cpu"))
+    kernels = launcher.Compiled(
+        RoutingProblem(spec=SIGMOID, num_experts=8, topk=2, dtype="float32"), torch.device("cpu")
+    )
     kernels.launchers["key",] = lambda *_: None
     monkeypatch.setattr(launcher, "capturing", lambda: True)
     launched = []
@@ -66,7 +86,8 @@ def test_a_kernel_is_compiled_for_the_alignment_of_each_of_its_three_tensors(key
     def made(offsets):
         storage = [torch.zeros(64), torch.zeros(64), torch.zeros(64, dtype=torch.int32)]
         logits, weights, ids = (
-            s[o : o + n].view(-1, c) for s, o, n, c in zip(storage, offsets, (24, 6, 6), (8, 2, 2), strict=True)
+            s[o : o + n].view(-1, c)
+            for s, o, n, c in zip(storage, offsets, (24, 6, 6), (8, 2, 2), strict=True)
         )
         router()(logits, out=RoutingOutput(weights, ids))
 
@@ -86,7 +107,9 @@ def test_warmup_for_training_compiles_the_backward_kernel_too(keys):
     kernel.warmup()
     assert not any("backward" in key for key in keys)
     problem = RoutingProblem(spec=GEMMA4, num_experts=8, topk=2, dtype="bfloat16", training=True)
-    resolved = Resolved(kernel, ResolutionReport(problem=problem, device=CPU), problem, kernel.backward)
+    resolved = Resolved(
+        kernel, ResolutionReport(problem=problem, device=CPU), problem, kernel.backward
+    )
     resolved.warm_up_backward()
     assert {key[-1] for key in keys if "backward" in key} == {torch.float32, torch.bfloat16}
 
@@ -97,7 +120,11 @@ def launched(monkeypatch):
     seen = []
     monkeypatch.setattr(runtime, "current_device", lambda: launcher.NEVER_CURRENT)
     monkeypatch.setattr(runtime, "current_stream", lambda index: 77 + index)
-    monkeypatch.setattr(runtime, "empty", lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype))
+    monkeypatch.setattr(
+        runtime,
+        "empty",
+        lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype),
+    )
 
     def keep(compiled, key, *_rest, **_options):
         compiled.launchers[key] = lambda *launch_of: seen.append((key, *launch_of))
@@ -121,7 +148,9 @@ def test_a_prepared_call_launches_what_any_call_would(launched, tokens):
     assert (fresh.weights.shape, fresh.ids.dtype) == ((tokens, 2), torch.int32)
 
 
-def test_a_prepared_call_with_crooked_memory_or_on_another_device_takes_the_general_way(launched, monkeypatch):
+def test_a_prepared_call_with_crooked_memory_or_on_another_device_takes_the_general_way(
+    launched, monkeypatch
+):
     bound = router(num_experts=16)
     logits = torch.randn(3, 16)
     bound(logits)
@@ -146,7 +175,9 @@ def test_the_direct_launch_hands_over_what_the_installed_tritons_own_launcher_do
     """`make triton-versions` runs the same for every other version from 3.6 to 3.9."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("launched.py")
-    done = subprocess.run([sys.executable, str(script)], check=False, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script)], check=False, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
     assert len(json.loads(done.stdout)["kernels"]) == 8
 
@@ -156,7 +187,9 @@ def test_the_slow_way_on_cuda_is_said_once_and_the_router_notes_it():
     bound = router()
     bound._compiled.indirect = "no known shape"
     assert bound.notes == ("launches through Triton's own launcher: no known shape",)
-    with pytest.warns(RuntimeWarning, match="moe-routing launches through Triton's own launcher.*no known shape"):
+    with pytest.warns(
+        RuntimeWarning, match="moe-routing launches through Triton's own launcher.*no known shape"
+    ):
         launcher._say_once("no known shape")
     launcher._say_once("no known shape")  # warned already: warnings are errors here
     launcher._say_once.cache_clear()

@@ -1,4 +1,7 @@
-"""With ``TRITON_INTERPRET=1`` users may name ``triton`` and ``triton-xpu`` on a CPU; nothing else changes."""
+"""With ``TRITON_INTERPRET=1`` users may name ``triton`` and ``triton-xpu`` on a CPU.
+
+Nothing else changes.
+"""
 
 import json
 import os
@@ -12,16 +15,23 @@ from moe_routing_backends.triton.runtime import router as launch
 from moe_routing_registry import DeviceInfo, RejectCode, RoutingProblem, RoutingSpec, Toolchain
 from moe_routing_registry.device import triton_interprets
 
-CPU = DeviceInfo(type="cpu", platform="cpu", toolchains=(Toolchain(name="triton", version="3.7.1", usable=True),))
+CPU = DeviceInfo(
+    type="cpu", platform="cpu", toolchains=(Toolchain(name="triton", version="3.7.1", usable=True),)
+)
 PROBLEM = RoutingProblem(spec=RoutingSpec(family="f"), num_experts=8, topk=2, dtype="float32")
 VARIABLE = "TRITON_INTERPRET"
 
 
 def targets():
-    return {spec.name: {target.platform: target.explicit for target in spec.targets} for spec in triton.moe_routing_backends()}
+    return {
+        spec.name: {target.platform: target.explicit for target in spec.targets}
+        for spec in triton.moe_routing_backends()
+    }
 
 
-def test_the_cpu_is_a_target_where_triton_interprets_and_only_for_those_who_name_the_backend(monkeypatch):
+def test_the_cpu_is_a_target_where_triton_interprets_and_only_for_those_who_name_the_backend(
+    monkeypatch,
+):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert targets() == {"triton": {"cuda": False, "rocm": False}, "triton-xpu": {"xpu": False}}
     monkeypatch.setenv(VARIABLE, "1")
@@ -34,8 +44,12 @@ def test_the_cpu_is_a_target_where_triton_interprets_and_only_for_those_who_name
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "xpu"])
-def test_a_gpu_is_declined_where_triton_interprets_because_it_compiles_nothing(monkeypatch, platform):
-    device = DeviceInfo(type=platform, platform=platform, warp_sizes=(16, 32), toolchains=CPU.toolchains)
+def test_a_gpu_is_declined_where_triton_interprets_because_it_compiles_nothing(
+    monkeypatch, platform
+):
+    device = DeviceInfo(
+        type=platform, platform=platform, warp_sizes=(16, 32), toolchains=CPU.toolchains
+    )
     supports = triton.supports_xpu if platform == "xpu" else triton.supports
     monkeypatch.delenv(VARIABLE, raising=False)
     assert supports(PROBLEM, device)
@@ -45,7 +59,9 @@ def test_a_gpu_is_declined_where_triton_interprets_because_it_compiles_nothing(m
     assert f"compiles none for {platform}" in verdict.reason
 
 
-@pytest.mark.parametrize("value", ["1", "true", "TRUE", "on", "yes", "y", "0", "", "false", "2", " 1"])
+@pytest.mark.parametrize(
+    "value", ["1", "true", "TRUE", "on", "yes", "y", "0", "", "false", "2", " 1"]
+)
 def test_the_variable_is_read_as_triton_reads_it(monkeypatch, value):
     knobs = pytest.importorskip("triton.knobs")
     monkeypatch.setenv(VARIABLE, value)
@@ -55,7 +71,9 @@ def test_the_variable_is_read_as_triton_reads_it(monkeypatch, value):
 @pytest.mark.parametrize("build", [launch.build, launch.build_for_xpu])
 def test_a_variable_that_is_set_after_the_kernels_were_imported_is_named(monkeypatch, build):
     monkeypatch.setenv(VARIABLE, "1")
-    with pytest.raises(RuntimeError, match=r"^TRITON_INTERPRET was changed .* set or unset it before Python starts"):
+    with pytest.raises(
+        RuntimeError, match=r"^TRITON_INTERPRET was changed .* set or unset it before Python starts"
+    ):
         build(PROBLEM, CPU)
 
 
@@ -108,7 +126,9 @@ json.dump(found, sys.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "table"), [("triton", "sm_90.json"), ("triton-xpu", "xpu.json")])
+@pytest.mark.parametrize(
+    ("backend", "table"), [("triton", "sm_90.json"), ("triton-xpu", "xpu.json")]
+)
 def test_who_names_the_backend_gets_the_kernels_with_the_launches_of_its_gpus(backend, table):
     found = json.loads(interpreted("-c", ROUTE, backend))
     what, launches = found.pop("notes")
@@ -133,7 +153,10 @@ json.dump([route.backend, report.rejection("triton").verdict.code.value, named.w
     assert "Triton's interpreter" in notes[0]
     report = json.loads(interpreted("-m", "moe_routing", "doctor", "--json"))
     said = [check["summary"] for check in report["checks"] if check["name"] == "triton"]
-    assert any("TRITON_INTERPRET is set: Triton interprets kernels on the CPU, for those who name" in text for text in said)
+    assert any(
+        "TRITON_INTERPRET is set: Triton interprets kernels on the CPU, for those who name" in text
+        for text in said
+    )
     assert {v["name"] for v in report["environment"]} >= {VARIABLE}
     backends = {backend["name"]: backend for backend in report["backends"]}
     for name in ("triton", "triton-xpu"):

@@ -1,4 +1,7 @@
-"""The user's own launch tables: kept for one device, driver and Triton, merged, and never lost to another process."""
+"""The user's own launch tables.
+
+Kept for one device, driver and Triton, merged, and never lost to another process.
+"""
 
 import dataclasses
 import json
@@ -18,7 +21,13 @@ from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec, Toolch
 
 TRITON = Toolchain(name="triton", version="3.6.0", usable=True)
 H200 = DeviceInfo(
-    type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200", driver="580.1", warp_sizes=(32,), toolchains=(TRITON,)
+    type="cuda",
+    platform="cuda",
+    arch="sm_90",
+    name="NVIDIA H200",
+    driver="580.1",
+    warp_sizes=(32,),
+    toolchains=(TRITON,),
 )
 GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 PROBLEM = RoutingProblem(spec=GEMMA4, num_experts=128, topk=8, dtype="bfloat16")
@@ -46,7 +55,9 @@ def test_what_is_kept_applies_from_then_on_and_says_so(home):
     assert path.is_relative_to(home)
     assert choose.table_for(H200, PROBLEM).steps(PROBLEM) == RULE
     assert str(path) in choose.describe_table(H200, PROBLEM)
-    assert "tuned on this NVIDIA H200 (driver 580.1, triton 3.6.0)" in choose.describe_table(H200, PROBLEM)
+    assert "tuned on this NVIDIA H200 (driver 580.1, triton 3.6.0)" in choose.describe_table(
+        H200, PROBLEM
+    )
 
 
 def test_a_problem_that_was_not_tuned_keeps_the_shipped_rule():
@@ -63,7 +74,9 @@ def test_tuning_another_problem_later_keeps_the_first_one():
         assert choose.table_for(H200, kept).steps(kept) == RULE
 
 
-@pytest.mark.parametrize("changes", [{"name": "NVIDIA H100"}, {"driver": "581.0"}, {"toolchains": ()}])
+@pytest.mark.parametrize(
+    "changes", [{"name": "NVIDIA H100"}, {"driver": "581.0"}, {"toolchains": ()}]
+)
 def test_another_part_driver_or_triton_does_not_use_it(changes):
     store.keep(H200, {table.key_of(PROBLEM): RULE})
     assert "tuned" not in choose.describe_table(dataclasses.replace(H200, **changes), PROBLEM)
@@ -72,14 +85,22 @@ def test_another_part_driver_or_triton_does_not_use_it(changes):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"device": {"name": "NVIDIA H100", "driver": "580.1", "triton": "3.6.0"}}, "it is of name NVIDIA H100"),
-        ({"device": {"name": "NVIDIA H200", "driver": "581.0", "triton": "3.6.0"}}, "driver 581.0, triton 3.6.0, this is"),
+        (
+            {"device": {"name": "NVIDIA H100", "driver": "580.1", "triton": "3.6.0"}},
+            "it is of name NVIDIA H100",
+        ),
+        (
+            {"device": {"name": "NVIDIA H200", "driver": "581.0", "triton": "3.6.0"}},
+            "driver 581.0, triton 3.6.0, this is",
+        ),
         ({"device": None}, "device: expected dict, got None"),
         ({"schema": 0}, "schema: expected 1, got 0"),
         ({"rules": 3}, "rules: expected list, got 3"),
     ],
 )
-def test_a_foreign_stale_or_corrupt_table_is_ignored_with_a_warning_and_replaced_at_the_next_tuning(changes, complaint):
+def test_a_foreign_stale_or_corrupt_table_is_ignored_with_a_warning_and_replaced_at_the_next_tuning(
+    changes, complaint
+):
     path = rewritten(**changes)
     pattern = re.escape(str(path)) + ".*" + re.escape(complaint)
     with pytest.warns(RuntimeWarning, match=pattern):
@@ -119,7 +140,9 @@ KEEPING = """
 def test_two_processes_that_tune_at_once_lose_nothing():
     command = [sys.executable, "-c", textwrap.dedent(KEEPING)]
     both = [
-        subprocess.Popen([*command, first], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, first], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for first in ("1000", "2000")
     ]
     for process in both:
@@ -147,7 +170,13 @@ def put(content):
 
 def table_of(line):
     rule = {"kind": "logits", "bits": 16, "experts": 128, "width": 8, "steps": [line]}
-    held = {"schema": 1, "arch": "sm_90", "provenance": "x", "device": store.identity(H200), "rules": [rule]}
+    held = {
+        "schema": 1,
+        "arch": "sm_90",
+        "provenance": "x",
+        "device": store.identity(H200),
+        "rules": [rule],
+    }
     return json.dumps(held).encode()
 
 
@@ -227,7 +256,10 @@ def test_a_lock_is_not_followed_through_a_link_and_not_truncated(home):
     path = store.user_path(H200)
     path.parent.mkdir(parents=True)
     path.with_suffix(".lock").symlink_to(precious)
-    for work in (lambda: store.check_keeping(H200), lambda: store.keep(H200, {table.key_of(PROBLEM): RULE})):
+    for work in (
+        lambda: store.check_keeping(H200),
+        lambda: store.keep(H200, {table.key_of(PROBLEM): RULE}),
+    ):
         with pytest.raises(OSError, match=re.escape(path.with_suffix(".lock").name)):
             work()
     assert precious.read_text() == "mine"
@@ -265,7 +297,9 @@ KILLED = """
 
 
 def test_what_a_killed_writer_leaves_is_cleared_by_the_next_and_its_lock_does_not_stay():
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED)], check=False, capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED)], check=False, capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = store.user_path(H200).parent
     assert len([file for file in folder.iterdir() if file.suffix == ".tmp"]) == 1

@@ -28,7 +28,9 @@ def steps_on(device, asked):
 
 
 def problem(**changes):
-    return RoutingProblem(**{"spec": GEMMA4, "num_experts": 128, "topk": 8, "dtype": "bfloat16", **changes})
+    return RoutingProblem(
+        **{"spec": GEMMA4, "num_experts": 128, "topk": 8, "dtype": "bfloat16", **changes}
+    )
 
 
 @pytest.mark.usefixtures("home")
@@ -61,7 +63,9 @@ def test_what_no_other_variant_can_do_goes_to_the_cooperative_kernel(changes):
 
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.usefixtures("home")
-def test_rows_that_threads_of_the_filter_cannot_share_evenly_go_to_the_thread_per_row_kernel(renormalize):
+def test_rows_that_threads_of_the_filter_cannot_share_evenly_go_to_the_thread_per_row_kernel(
+    renormalize,
+):
     spec = GEMMA4.replace(renormalize=renormalize)
     assert steps_on(H200, problem(spec=spec, num_experts=72))[-1].launch.variant == "thread_per_row"
     assert steps_on(H200, problem(spec=spec, num_experts=96))[-1].launch.variant == "filter"
@@ -81,13 +85,17 @@ SIGMOID = RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias",
     ],
 )
 @pytest.mark.usefixtures("home")
-def test_biased_sigmoids_go_to_the_filter_where_threads_share_rows_evenly(spec, num_experts, variant):
+def test_biased_sigmoids_go_to_the_filter_where_threads_share_rows_evenly(
+    spec, num_experts, variant
+):
     assert steps_on(H200, problem(spec=spec, num_experts=num_experts))[-1].launch.variant == variant
 
 
 @pytest.mark.usefixtures("home")
 def test_where_eight_threads_cannot_share_a_row_four_do():
-    steps = steps_on(H200, problem(spec=SIGMOID, num_experts=160))  # the rule for 256 has eight threads: 20 chunks
+    steps = steps_on(
+        H200, problem(spec=SIGMOID, num_experts=160)
+    )  # the rule for 256 has eight threads: 20 chunks
     assert {(s.launch.variant, s.launch.threads_per_row) for s in steps} >= {("filter", 4)}
     assert "thread_per_row" not in {s.launch.variant for s in steps}
 
@@ -123,7 +131,10 @@ def test_only_devices_with_packed_minima_get_the_filter_kernel(arch, filters):
 @pytest.mark.usefixtures("home")
 def test_groups_of_many_tokens_go_to_the_block_kernel_as_long_as_the_lists_are_short():
     grouped = RoutingSpec(family="f", num_groups=8, topk_groups=4)
-    assert [steps_on(H200, problem(spec=grouped, topk=k))[-1].launch.variant for k in (8, 9)] == ["block", "cooperative"]
+    assert [steps_on(H200, problem(spec=grouped, topk=k))[-1].launch.variant for k in (8, 9)] == [
+        "block",
+        "cooperative",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +154,9 @@ def test_kernels_start_early_on_nvidias_devices_from_compute_capability_9_on(pla
 @pytest.mark.usefixtures("home")
 def test_a_wave_of_64_threads_gets_twice_the_rows():
     narrow = steps_on(H200, problem())[-1].launch
-    wide = steps_on(DeviceInfo(type="cuda", platform="rocm", arch="gfx942", warp_sizes=(64,)), problem())[-1].launch
+    wide = steps_on(
+        DeviceInfo(type="cuda", platform="rocm", arch="gfx942", warp_sizes=(64,)), problem()
+    )[-1].launch
     assert wide.block_t == 2 * narrow.block_t
 
 
@@ -154,17 +167,13 @@ def test_a_wave_of_64_threads_gets_twice_the_rows():
         ("[]", "schema: expected 1, got list"),
         ('{"schema": 2}', "schema: expected 1, got 2"),
         ('{"schema": 1, "provenance": "x"}', "rules: expected list, got None"),
-        (
-            RULE % '[8, "cooperative", 3, 1, 1]',
-            "steps: expected rising tokens and powers of two",
-        ),
-        (
-            RULE % '["cooperative", 1, 1, 1]',
-            "steps: expected [tokens or null",
-        ),
+        (RULE % '[8, "cooperative", 3, 1, 1]', "steps: expected rising tokens and powers of two"),
+        (RULE % '["cooperative", 1, 1, 1]', "steps: expected [tokens or null"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_ignored_with_a_warning_that_names_the_file(home, text, complaint):
+def test_a_table_that_cannot_be_used_is_ignored_with_a_warning_that_names_the_file(
+    home, text, complaint
+):
     path = store.user_path(H200)
     path.parent.mkdir(parents=True)
     path.write_text(text)
@@ -187,7 +196,12 @@ def test_a_written_table_reads_back_the_same():
         (GEMMA4, "logits"),
         (RoutingSpec(family="f", renormalize=True, renorm_floor=1e-12), "row_sum"),
         (RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias"), "sigmoid_bias"),
-        (RoutingSpec(family="f", score="sigmoid", selection="scores_plus_bias", logit_softcap=5.0), "bias"),
+        (
+            RoutingSpec(
+                family="f", score="sigmoid", selection="scores_plus_bias", logit_softcap=5.0
+            ),
+            "bias",
+        ),
         (RoutingSpec(family="f", score="sigmoid", selection="logits_plus_bias"), "bias"),
         (RoutingSpec(family="f", num_groups=4, topk_per_group=True), "grouped"),
     ],

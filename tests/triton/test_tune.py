@@ -1,4 +1,7 @@
-"""Tuning: candidates are checked before they are timed, and what is kept applies from then on; in the interpreter."""
+"""Tuning: candidates are checked before they are timed, and what is kept applies from then on.
+
+In the interpreter.
+"""
 
 import json
 import os
@@ -13,19 +16,31 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """Tune twice in processes of their own: where the rows variant is wrong, and where it raises."""
+    """Tune twice in processes of their own.
+
+    Where the rows variant is wrong, and where it raises.
+    """
 
     def run(how):
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp(how))}
         script = Path(__file__).with_name("interpreted_tune.py")
-        done = subprocess.run([sys.executable, str(script), how], check=False, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [sys.executable, str(script), how],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
 
     return {how: run(how) for how in ("wrong", "raises")}
 
 
-@pytest.mark.parametrize(("how", "where", "sentence"), [("wrong", "wrong", "other bits"), ("raises", "unusable", "registers")])
+@pytest.mark.parametrize(
+    ("how", "where", "sentence"),
+    [("wrong", "wrong", "other bits"), ("raises", "unusable", "registers")],
+)
 def test_what_computes_wrong_or_does_not_run_is_said_and_never_used(tuned, how, where, sentence):
     found = tuned[how]
     assert {"cooperative", "thread_per_row"} <= set(found["offered"])

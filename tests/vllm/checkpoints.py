@@ -21,9 +21,18 @@ SIZES = {
     "tie_word_embeddings": False,
     "num_experts_per_tok": 4,
 }
-HYBRID = {"head_dim": 32, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+HYBRID = {
+    "head_dim": 32,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 MODELS = {
-    "qwen3_moe": {"head_dim": 32, "moe_intermediate_size": 32, "num_experts": 16, "norm_topk_prob": True},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "moe_intermediate_size": 32,
+        "num_experts": 16,
+        "norm_topk_prob": True,
+    },
     "gpt_oss": {**HYBRID, "num_local_experts": 16},
     "deepseek_v3": {
         "num_key_value_heads": 4,
@@ -72,13 +81,20 @@ def build(model_type):
 
 
 def save(folder):
-    """Save every model below the folder; return by model type what transformers generates from it."""
+    """Save every model below the folder.
+
+    Return by model type what transformers generates from it.
+    """
     tokens = {}
     for model_type in MODELS:
         model = build(model_type)
         model.save_pretrained(folder / model_type)
         made = model.generate(
-            torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([PROMPT]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         tokens[model_type] = made[0, len(PROMPT) :].tolist()
     return tokens

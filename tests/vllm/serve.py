@@ -1,9 +1,12 @@
-"""Serve each checkpoint with vLLM's engine and write what it generated: ``serve.py JOB.json RESULT.json``.
+"""Serve each checkpoint with vLLM's engine and write what it generated.
 
-The job names the checkpoints by model type, the prompt and the number of new tokens; ``prefer`` a backend of ours to
-generate a second time with, in the same engine; ``parallel`` the checkpoints to serve once more, split between two worker
-processes; and ``apart`` a checkpoint to serve once more from an engine core in a process of its own, with the plug-in switched
-on there only. With ``amx`` torch says that this CPU has AMX tiles, so that vLLM decides as it does on such a CPU.
+``serve.py JOB.json RESULT.json``.
+
+The job names the checkpoints by model type, the prompt and the number of new tokens; ``prefer`` a
+backend of ours to generate a second time with, in the same engine; ``parallel`` the checkpoints to
+serve once more, split between two worker processes; and ``apart`` a checkpoint to serve once more
+from an engine core in a process of its own, with the plug-in switched on there only. With ``amx``
+torch says that this CPU has AMX tiles, so that vLLM decides as it does on such a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ ARCHITECTURES = {
 }
 
 
-# Where a CPU has AMX, vLLM's latent attention takes bfloat16 only, unless the other one is asked for.
+# Where a CPU has AMX, vLLM's latent attention takes bfloat16 only, unless the other one is asked
+# for.
 ATTENTION = {"deepseek_v3": "CPU_MLA"}
 
 
@@ -36,7 +40,9 @@ def start(job, model_type, workers=1):
 
     module, name = ARCHITECTURES[model_type]
     # A class, not a name: vLLM would import the module in yet another process to look at it.
-    ModelRegistry.register_model(name, getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name))
+    ModelRegistry.register_model(
+        name, getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    )
     return LLM(
         model=job["checkpoints"][model_type], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
         max_num_seqs=2, max_num_batched_tokens=128, enable_prefix_caching=False, tensor_parallel_size=workers,
@@ -47,7 +53,9 @@ def start(job, model_type, workers=1):
 def generate(engine, job):
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False
+    )
     (request,) = engine.generate([{"prompt_token_ids": job["prompt"]}], sampling, use_tqdm=False)
     return list(request.outputs[0].token_ids)
 
@@ -94,7 +102,9 @@ def main(job_file, result_file):
         stop(engine)
         del engine
     if job["apart"]:
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "MOE_ROUTING_VLLM": "1"} | job["environment"]
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "MOE_ROUTING_VLLM": "1"} | job[
+            "environment"
+        ]
         engine = start(job, job["apart"])
         result["apart"] = generate(engine, job)
         result["replaced_here"] = report().to_dict()

@@ -1,4 +1,7 @@
-"""vLLM's whole engine on a CPU, without the plug-in, with it, and with it as on a CPU that has AMX: a process each."""
+"""vLLM's whole engine on a CPU, without the plug-in, with it, and with it as on a CPU that has AMX.
+
+A process each.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,10 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(checkpoints, wrong_backend, tmp_path_factory):
-    """What the engine generated: without the plug-in (``off``), with it (``on``), with it as on a CPU with AMX (``amx``)."""
+    """What the engine generated.
+
+    Without the plug-in (``off``), with it (``on``), with it as on a CPU with AMX (``amx``).
+    """
     scratch = tmp_path_factory.mktemp("served")
     running = {}
     for mode in ("off", "on", "amx"):
@@ -70,10 +76,20 @@ def served(checkpoints, wrong_backend, tmp_path_factory):
             "amx": mode == "amx",
         }
         (scratch / f"{mode}.json").write_text(json.dumps(job))
-        command = [sys.executable, str(SERVE), str(scratch / f"{mode}.json"), str(scratch / f"{mode}.out")]
-        environment = os.environ | {"PYTHONPATH": str(wrong_backend), "MOE_ROUTING_VLLM": str(int(mode != "off"))}
+        command = [
+            sys.executable,
+            str(SERVE),
+            str(scratch / f"{mode}.json"),
+            str(scratch / f"{mode}.out"),
+        ]
+        environment = os.environ | {
+            "PYTHONPATH": str(wrong_backend),
+            "MOE_ROUTING_VLLM": str(int(mode != "off")),
+        }
         log = (scratch / f"{mode}.log").open("w")
-        running[mode] = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        running[mode] = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
     results = {}
     for mode, process in running.items():
         log = scratch / f"{mode}.log"
@@ -86,18 +102,25 @@ def served(checkpoints, wrong_backend, tmp_path_factory):
 def test_the_tokens_are_those_of_vllm_alone(served, model_type):
     alone = served["off"]["tokens"][model_type]
     assert served["on"]["tokens"][model_type] == alone
-    assert len(set(alone)) > NEW_TOKENS // 4, "a model that repeats itself would hide a wrong router"
+    assert len(set(alone)) > NEW_TOKENS // 4, (
+        "a model that repeats itself would hide a wrong router"
+    )
 
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_tokens_on_a_cpu_with_amx_are_the_same(served, model_type):
-    """torch says that there is AMX: vLLM then takes another latent attention, which refuses float32, but for our setting."""
+    """torch says that there is AMX.
+
+    VLLM then takes another latent attention, which refuses float32, but for our setting.
+    """
     assert served["amx"]["tokens"][model_type] == served["off"]["tokens"][model_type]
     assert served["amx"]["calls"][model_type] > 0
 
 
 @pytest.mark.parametrize("model_type", PARALLEL)
-def test_two_tensor_parallel_workers_route_through_us_to_the_tokens_of_vllm_alone(served, model_type):
+def test_two_tensor_parallel_workers_route_through_us_to_the_tokens_of_vllm_alone(
+    served, model_type
+):
     alone, ours = served["off"], served["on"]
     assert ours["parallel"][model_type] == alone["parallel"][model_type]
     assert len(set(alone["parallel"][model_type])) > NEW_TOKENS // 4
@@ -109,7 +132,8 @@ def test_two_tensor_parallel_workers_route_through_us_to_the_tokens_of_vllm_alon
         assert site["calls"] >= LAYERS * NEW_TOKENS
 
 
-# Not DeepSeek-V3: vLLM's latent attention on a CPU strays from transformers' even where no layer has experts.
+# Not DeepSeek-V3: vLLM's latent attention on a CPU strays from transformers' even where no layer
+# has experts.
 @pytest.mark.parametrize("model_type", [name for name in MODELS if name != "deepseek_v3"])
 def test_the_tokens_are_those_of_transformers(served, checkpoints, model_type):
     assert served["on"]["tokens"][model_type] == checkpoints[1][model_type]
@@ -142,7 +166,10 @@ def test_each_model_is_routed_by_its_own_formula(served):
 
 def test_doctor_shows_what_was_done_and_vllms_log_too(served):
     (check,) = served["on"]["doctor"]
-    assert (check["status"], f"{4 * LAYERS} routers were replaced, 0 left alone" in check["summary"]) == ("ok", True)
+    assert (
+        check["status"],
+        f"{4 * LAYERS} routers were replaced, 0 left alone" in check["summary"],
+    ) == ("ok", True)
     assert "per_expert_scale[ids]" in check["details"]
     assert "moe-routing: CPURouter now computes ids = topk(l)" in served["on"]["log"]
 

@@ -1,4 +1,7 @@
-"""vLLM's own router objects, those of its GPU path too, made on a CPU: what they answer once we compute for them."""
+"""vLLM's own router objects, those of its GPU path too, made on a CPU.
+
+What they answer once we compute for them.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +67,19 @@ def expected(logits, score, *, bias=None, renormalize=True, scale=1.0, groups=1,
     scores = SCORES[score](logits.double())
     chosen_by = scores if bias is None else scores + bias
     grouped = chosen_by.view(len(logits), groups, -1)
-    of_group = grouped.amax(-1) if bias is None else grouped.topk(min(2, grouped.shape[-1])).values.sum(-1)
+    of_group = (
+        grouped.amax(-1) if bias is None else grouped.topk(min(2, grouped.shape[-1])).values.sum(-1)
+    )
     best = of_group.sort(descending=True, stable=True).indices[:, :kept]
-    open_ = torch.zeros_like(of_group).scatter(1, best, 1.0).bool().repeat_interleave(grouped.shape[-1], 1)
-    ids = chosen_by.masked_fill(~open_, -torch.inf).sort(descending=True, stable=True).indices[:, :K]
+    open_ = (
+        torch.zeros_like(of_group)
+        .scatter(1, best, 1.0)
+        .bool()
+        .repeat_interleave(grouped.shape[-1], 1)
+    )
+    ids = (
+        chosen_by.masked_fill(~open_, -torch.inf).sort(descending=True, stable=True).indices[:, :K]
+    )
     weights = scores.gather(1, ids)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -101,15 +113,22 @@ def test_top_k(logits, score, renormalize):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
 def test_top_k_with_a_bias(logits, bias, score, renormalize):
     router = FusedTopKBiasRouter(K, E, bias, renormalize, 2.5, scoring_func=score)
-    assert_same(routed(router, logits), expected(logits, score, bias=bias, renormalize=renormalize, scale=2.5))
+    assert_same(
+        routed(router, logits),
+        expected(logits, score, bias=bias, renormalize=renormalize, scale=2.5),
+    )
 
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_grouped_top_k(logits, bias, score, biased):
     bias = bias if biased else None
-    router = GroupedTopKRouter(K, E, 8, 3, scoring_func=score, routed_scaling_factor=2.5, e_score_correction_bias=bias)
-    assert_same(routed(router, logits), expected(logits, score, bias=bias, scale=2.5, groups=8, kept=3))
+    router = GroupedTopKRouter(
+        K, E, 8, 3, scoring_func=score, routed_scaling_factor=2.5, e_score_correction_bias=bias
+    )
+    assert_same(
+        routed(router, logits), expected(logits, score, bias=bias, scale=2.5, groups=8, kept=3)
+    )
 
 
 def test_a_bias_that_is_loaded_later_is_used(logits, bias):
@@ -155,7 +174,11 @@ def test_the_cpu_router_agrees_with_its_own_code(logits, bias, arguments):
 )
 def test_the_cpu_router_agrees_with_its_own_kernel_for_deepseek_v4():
     logits, bias = torch.randn(2, T, 256, generator=torch.Generator().manual_seed(2))
-    arguments = {"scoring_func": "sqrtsoftplus", "e_score_correction_bias": bias[0], "routed_scaling_factor": 1.5}
+    arguments = {
+        "scoring_func": "sqrtsoftplus",
+        "e_score_correction_bias": bias[0],
+        "routed_scaling_factor": 1.5,
+    }
     own, ours = CPURouter(6, 256, **arguments), CPURouter(6, 256, **arguments)
     assert_same_set(routed(ours, logits, experts=256), own.select_experts(logits, logits))
 
@@ -191,7 +214,9 @@ def test_int64_ids_are_written_at_once_not_cast(logits):
 def test_ids_become_physical_and_the_captured_ones_stay_logical(logits, monkeypatch):
     to_physical = torch.arange(E).flip(0).unsqueeze(1)
 
-    def map_and_record(topk_ids, expert_load_view, logical_to_physical_map, **_others):  # on a CPU vLLM's does nothing
+    def map_and_record(
+        topk_ids, expert_load_view, logical_to_physical_map, **_others
+    ):  # on a CPU vLLM's does nothing
         expert_load_view += torch.bincount(topk_ids.flatten(), minlength=E)
         return logical_to_physical_map[topk_ids.long(), 0].to(topk_ids.dtype)
 
@@ -260,9 +285,17 @@ KEPT = [
         {"e_score_correction_bias": ..., "num_logical_experts": E - 4, "zero_expert_type": "x"},
         "zero experts",
     ),
-    (CustomRoutingRouter, {"custom_routing_function": Llama4MoE.custom_routing_function}, "knows some by identity"),
+    (
+        CustomRoutingRouter,
+        {"custom_routing_function": Llama4MoE.custom_routing_function},
+        "knows some by identity",
+    ),
     (FusedTopKBiasRouter, {"hash_indices_table": torch.zeros(9, K, dtype=torch.int32)}, "table"),
-    (FusedTopKBiasRouter, {"e_score_correction_bias": ..., "num_fused_shared_experts": 1}, "shared experts"),
+    (
+        FusedTopKBiasRouter,
+        {"e_score_correction_bias": ..., "num_fused_shared_experts": 1},
+        "shared experts",
+    ),
     (GroupedTopKRouter, {"num_expert_group": E, "topk_group": 8}, "ignores the groups"),
     (GroupedTopKRouter, {"num_expert_group": 5, "topk_group": 2}, "a divisor of num_experts"),
     (CPURouter, {"e_score_correction_bias": ...}, "otherwise on a CPU"),
@@ -271,7 +304,9 @@ KEPT = [
 
 
 @pytest.mark.parametrize(("kind", "arguments", "because"), KEPT)
-def test_what_cannot_be_replaced_is_left_alone_and_logged_once(bias, caplog, kind, arguments, because):
+def test_what_cannot_be_replaced_is_left_alone_and_logged_once(
+    bias, caplog, kind, arguments, because
+):
     for _ in range(2):
         router = kind(K, E, **with_bias(arguments, bias))
         with caplog.at_level("INFO", logger="vllm.moe_routing"):
@@ -324,10 +359,18 @@ def assert_same_bits(ours, theirs):
 
 
 REPLACED = {
-    "method of the class": (CPURouter, "_compute_routing", "cpu_router.CPURouter._compute_routing was replaced, by "),
+    "method of the class": (
+        CPURouter,
+        "_compute_routing",
+        "cpu_router.CPURouter._compute_routing was replaced, by ",
+    ),
     "constructor": (CPURouter, "__init__", "cpu_router.CPURouter.__init__ was replaced, by "),
     "helper": (cpu_router, "_softmax_topk", "cpu_router._softmax_topk was replaced, by "),
-    "caller": (base_router.BaseRouter, "_select_experts", "BaseRouter._select_experts was replaced, by "),
+    "caller": (
+        base_router.BaseRouter,
+        "_select_experts",
+        "BaseRouter._select_experts was replaced, by ",
+    ),
 }
 
 
@@ -372,7 +415,10 @@ def test_the_factory_is_wrapped_once_however_often_vllm_calls_the_plug_in(monkey
     register()
     assert layer.create_fused_moe_router is wrapped
     assert wrapped.__wrapped__ is router_factory.create_fused_moe_router
-    assert_same(wrapped(top_k=K, global_num_experts=E).select_experts(logits, logits), expected(logits, "softmax"))
+    assert_same(
+        wrapped(top_k=K, global_num_experts=E).select_experts(logits, logits),
+        expected(logits, "softmax"),
+    )
     assert report().sites[0].calls == 1
 
 
@@ -381,7 +427,9 @@ def test_redundant_experts_do_not_count(monkeypatch, logits):
     register()
     groups = {"use_grouped_topk": True, "num_expert_group": 8, "topk_group": 3}
     router = layer.create_fused_moe_router(K, E + 5, num_logical_experts=E, **groups)
-    assert_same(router.select_experts(logits, logits), expected(logits, "softmax", groups=8, kept=3))
+    assert_same(
+        router.select_experts(logits, logits), expected(logits, "softmax", groups=8, kept=3)
+    )
     assert report().sites[0].calls == 1
 
 

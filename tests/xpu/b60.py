@@ -1,4 +1,6 @@
-"""Run ``moe-routing doctor`` where torch answers what it answered beside an Arc Pro B60; all packages are the real ones.
+"""Run ``moe-routing doctor`` where torch answers what it answered beside an Arc Pro B60.
+
+All packages are the real ones.
 
 A process of its own. Arguments: the recorded device's file, then doctor's own.
 """
@@ -22,7 +24,9 @@ def see(record):
         if kind != "xpu":
             return observe(kind, index)
         properties, build = SimpleNamespace(**record["properties"]), TorchBuild(**record["torch"])
-        return Observation(type="xpu", index=0, properties=properties, build=build, installed=Installed.read())
+        return Observation(
+            type="xpu", index=0, properties=properties, build=build, installed=Installed.read()
+        )
 
     _probe.observe = observe_recorded
     _probe.locate = lambda device: ("xpu", 0) if str(device).startswith("xpu") else locate(device)

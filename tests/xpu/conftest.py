@@ -1,4 +1,7 @@
-"""These tests run by `make xpu-check`, which names the folders of Intel's packages; elsewhere nothing here is collected."""
+"""These tests run by `make xpu-check`, which names the folders of Intel's packages.
+
+Elsewhere nothing here is collected.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Run every launch of the XPU's table in Triton's interpreter, against the oracle; print what was found wrong as JSON.
+"""Run every launch of the XPU's table in Triton's interpreter, against the oracle.
+
+Print what was found wrong as JSON.
 
 A process of its own, as ``interpreted.py``, whose rows and comparison it uses.
 """
@@ -15,7 +17,12 @@ import torch
 from moe_routing_backends.triton.tuning.choose import SHIPPED
 from moe_routing_backends.triton.tuning.table import parse
 
-OF_KIND = {"logits": "gemma4", "row_sum": "softmax", "bias": "softmax_bias", "grouped": "deepseek_v3"}
+OF_KIND = {
+    "logits": "gemma4",
+    "row_sum": "softmax",
+    "bias": "softmax_bias",
+    "grouped": "deepseek_v3",
+}
 TOPK = {8: 8, 16: 10}
 
 
@@ -23,12 +30,16 @@ def main():
     """Interpret each launch once for its bits and list width, on hostile rows or on rows whose scores are close."""
     torch.set_num_threads(1)
     found = {}
-    for (kind, bits, experts, width), steps in parse((SHIPPED / "xpu.json").read_text(), "xpu.json").rules.items():
+    for (kind, bits, experts, width), steps in parse(
+        (SHIPPED / "xpu.json").read_text(), "xpu.json"
+    ).rules.items():
         for step in steps:
             if any(case.endswith(f" {bits} {experts} {step.launch}") for case in found):
                 continue
             dtype, rows = (torch.float32, "close") if bits == 32 else (torch.bfloat16, "hostile")
-            problems, _ = interpreted.run(OF_KIND[kind], step.launch, experts, TOPK[width], dtype, rows)
+            problems, _ = interpreted.run(
+                OF_KIND[kind], step.launch, experts, TOPK[width], dtype, rows
+            )
             found[f"{kind} {bits} {experts} {step.launch}"] = problems
     json.dump(found, sys.stdout)
 

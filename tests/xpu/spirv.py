@@ -1,13 +1,17 @@
-"""Compile the kernels for Intel GPUs, with Triton-XPU and without hardware; print what came out as JSON.
+"""Compile the kernels for Intel GPUs, with Triton-XPU and without hardware.
 
-A process of its own, in which ``triton`` is Triton-XPU. Every launch that the XPU's table gives for some problems, and the
-backward kernel, at sub-groups of 16 and 32 lanes, for an Arc Pro B60 (bmg-g21) to SPIR-V, which ``spirv-val`` judges; where
-``ocloc`` is installed, Intel's compiler goes on from there to machine code for pvc (a Data Center Max, whose registers are
-like the B60's; the ocloc of Debian 12 knows no bmg) and says how many registers it spilled.
+Print what came out as JSON.
 
-Two things stand in spirv-val's way, and are changed in what it is shown: Triton-XPU 3.3 writes a single element as a vector
-of one, which SPIR-V forbids and Intel's compiler takes, so vectors of one become scalars; and Debian's spirv-val does not
-know Intel's bfloat16 conversion, so Triton-XPU is told that the device has none, and writes shifts instead.
+A process of its own, in which ``triton`` is Triton-XPU. Every launch that the XPU's table gives for
+some problems, and the backward kernel, at sub-groups of 16 and 32 lanes, for an Arc Pro B60
+(bmg-g21) to SPIR-V, which ``spirv-val`` judges; where ``ocloc`` is installed, Intel's compiler goes
+on from there to machine code for pvc (a Data Center Max, whose registers are like the B60's; the
+ocloc of Debian 12 knows no bmg) and says how many registers it spilled.
+
+Two things stand in spirv-val's way, and are changed in what it is shown: Triton-XPU 3.3 writes a
+single element as a vector of one, which SPIR-V forbids and Intel's compiler takes, so vectors of
+one become scalars; and Debian's spirv-val does not know Intel's bfloat16 conversion, so Triton-XPU
+is told that the device has none, and writes shifts instead.
 """
 
 import json
@@ -36,10 +40,17 @@ from moe_routing_backends.triton.tuning.choose import SHIPPED
 from moe_routing_backends.triton.tuning.table import FALLBACK, parse
 from moe_routing_registry import RoutingProblem, RoutingSpec
 
-B60 = {"architecture": 0x500400400, "sub_group_sizes": [16, 32], "has_fp64": True, "max_work_group_size": 1024}
+B60 = {
+    "architecture": 0x500400400,
+    "sub_group_sizes": [16, 32],
+    "has_fp64": True,
+    "max_work_group_size": 1024,
+}
 GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 SOFTMAX = RoutingSpec(family="softmax_topk")
-SIGMOID_BIAS = RoutingSpec(family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias", renormalize=True)
+SIGMOID_BIAS = RoutingSpec(
+    family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias", renormalize=True
+)
 DEEPSEEK_V3 = RoutingSpec(
     family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20,
     scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
@@ -54,19 +65,36 @@ TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
 
 
 def cases():
-    """Yield what to compile: the problem, each launch, and again at the other sub-group, and whether it ships so."""
+    """Yield what to compile.
+
+    The problem, each launch, and again at the other sub-group, and whether it ships so.
+    """
     table = parse((SHIPPED / "xpu.json").read_text(), "xpu.json")
     for dtype in TYPES:
         for spec, experts, k in PROBLEMS:
             problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
-            for launch in dict.fromkeys([*(step.launch for step in table.steps(problem)), FALLBACK]):
+            for launch in dict.fromkeys(
+                [*(step.launch for step in table.steps(problem)), FALLBACK]
+            ):
                 yield problem, launch, True
                 if launch.warp_size:
                     other = 48 - launch.warp_size
-                    rows = launch.block_t if launch.variant == "cooperative" else launch.block_t * other // launch.warp_size
-                    yield problem, Launch(launch.variant, rows, launch.threads_per_row, launch.num_warps, other), False
+                    rows = (
+                        launch.block_t
+                        if launch.variant == "cooperative"
+                        else launch.block_t * other // launch.warp_size
+                    )
+                    yield (
+                        problem,
+                        Launch(
+                            launch.variant, rows, launch.threads_per_row, launch.num_warps, other
+                        ),
+                        False,
+                    )
         for spec, experts, k in BACKWARD:
-            problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype, training=True)
+            problem = RoutingProblem(
+                spec=spec, num_experts=experts, topk=k, dtype=dtype, training=True
+            )
             yield problem, Launch("backward", 1, 1, gradient.constants(problem)[1]), True
             yield problem, Launch("backward", 1, 1, gradient.constants(problem)[1], 32), False
 
@@ -75,12 +103,20 @@ def source_of(problem, launch):
     """Return the kernel with its constants, specialised as the launcher has it."""
     spec, values = problem.spec, TYPES[problem.dtype]
     strides = {"ROW_STRIDE": problem.num_experts, "EXPERT_STRIDE": 1}
-    types = dict.fromkeys(("T", "valid", "vocabulary"), "i32") | dict.fromkeys(("row_stride", "expert_stride"), "i64")
+    types = dict.fromkeys(("T", "valid", "vocabulary"), "i32") | dict.fromkeys(
+        ("row_stride", "expert_stride"), "i64"
+    )
     if launch.variant in VARIANTS:
         kernel, known = VARIANTS[launch.variant].kernel, constants(problem, launch)
         known |= {"VALID_ON_DEVICE": False, "PDL": False}
         known |= dict.fromkeys(("token_ids", "expert_table", "num_valid_tokens", "expert_map"))
-        types |= {"logits": values, "weights": "*fp32", "ids": "*i32", "per_expert_scale": "*fp32", "bias": "*fp32"}
+        types |= {
+            "logits": values,
+            "weights": "*fp32",
+            "ids": "*i32",
+            "per_expert_scale": "*fp32",
+            "bias": "*fp32",
+        }
         aligned = ("logits", "weights", "ids")
     else:
         kernel, (known, _) = moe_routing_backward, gradient.constants(problem)
@@ -98,7 +134,9 @@ def source_of(problem, launch):
 def compiled(problem, launch):
     """Compile one kernel to SPIR-V."""
     target = GPUTarget("xpu", B60 | {"has_bfloat16_conversions": False}, 32)
-    options = in_sub_groups(make_backend(target).parse_options({}), launch.num_warps, launch.warp_size)
+    options = in_sub_groups(
+        make_backend(target).parse_options({}), launch.num_warps, launch.warp_size
+    )
     options["enable_fp_fusion"] = False
     binary = triton.compile(source_of(problem, launch), target=target, options=options)
     assert binary.metadata.threads_per_warp == (launch.warp_size or SUB_GROUP)
@@ -106,20 +144,34 @@ def compiled(problem, launch):
 
 
 def scalars(llir):
-    """Turn vectors of one into scalars, in LLVM's text: what took an element out or put it in becomes a move."""
+    """Turn vectors of one into scalars, in LLVM's text.
+
+    What took an element out or put it in becomes a move.
+    """
     moved = re.sub(r"extractelement (<1 x (\w+)>) (\S+), i64 0", r"bitcast \2 \3 to \2", llir)
-    moved = re.sub(r"insertelement <1 x (\w+)> (?:poison|undef), \1 (\S+), i64 0", r"bitcast \1 \2 to \1", moved)
+    moved = re.sub(
+        r"insertelement <1 x (\w+)> (?:poison|undef), \1 (\S+), i64 0",
+        r"bitcast \1 \2 to \1",
+        moved,
+    )
     constant = r"(?:<|splat \()\w+ ([^\s,<>)]+)[>)]"
-    lines = (re.sub(constant, r"\1", line) if "<1 x " in line else line for line in moved.splitlines())
+    lines = (
+        re.sub(constant, r"\1", line) if "<1 x " in line else line for line in moved.splitlines()
+    )
     return re.sub(r"<1 x (\w+)>", r"\1", "\n".join(lines))
 
 
 def without_a_device():
-    """Have Triton-XPU compile where neither SYCL nor a GPU is: name the architecture, and show spirv-val scalars."""
+    """Have Triton-XPU compile where neither SYCL nor a GPU is.
+
+    Name the architecture, and show spirv-val scalars.
+    """
     xpu = backends["intel"].compiler
     # It builds a SYCL program to ask for the name of the architecture's number.
     known = xpu.__init__.__globals__
-    known["compile_module_from_src"] = lambda *_, **__: SimpleNamespace(parse_device_arch=lambda _: "bmg")
+    known["compile_module_from_src"] = lambda *_, **__: SimpleNamespace(
+        parse_device_arch=lambda _: "bmg"
+    )
     to_spirv = xpu.make_spv
     xpu.make_spv = staticmethod(lambda llir, *rest: to_spirv(scalars(llir), *rest))
 
@@ -146,7 +198,9 @@ def machine_code(spirv):
 
 def judge(spirv):
     """Return what spirv-val says against a module, or an empty text."""
-    done = subprocess.run([shutil.which("spirv-val"), "-"], check=False, input=spirv, capture_output=True)
+    done = subprocess.run(
+        [shutil.which("spirv-val"), "-"], check=False, input=spirv, capture_output=True
+    )
     return (done.stdout + done.stderr).decode().strip() if done.returncode else ""
 
 

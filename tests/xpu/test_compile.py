@@ -18,7 +18,9 @@ SITE = os.environ["XPU_SITE"]
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    assert shutil.which("spirv-val"), "spirv-val is not installed: apt-get install --yes spirv-tools"
+    assert shutil.which("spirv-val"), (
+        "spirv-val is not installed: apt-get install --yes spirv-tools"
+    )
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([SITE, sysconfig.get_path("purelib")]),
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
@@ -44,7 +46,11 @@ def compiled(tmp_path_factory):
 
 def test_every_launch_compiles_at_sub_groups_of_16_and_of_32_lanes(compiled):
     assert {case["sub_group"] for case in compiled} == {16, 32}
-    assert {case["kernel"].split()[0] for case in compiled} >= {"cooperative", "thread_per_row", "backward"}
+    assert {case["kernel"].split()[0] for case in compiled} >= {
+        "cooperative",
+        "thread_per_row",
+        "backward",
+    }
 
 
 def test_spirv_val_takes_every_module(compiled):
@@ -53,7 +59,9 @@ def test_spirv_val_takes_every_module(compiled):
 
 def test_what_ships_spills_no_register_on_a_data_center_max(compiled):
     if shutil.which("ocloc") is None:
-        pytest.skip("Intel's offline compiler is not installed: apt-get install --yes intel-opencl-icd")
+        pytest.skip(
+            "Intel's offline compiler is not installed: apt-get install --yes intel-opencl-icd"
+        )
     assert not [case for case in compiled if case["ships"] and case["spills"]]
 
 

@@ -1,4 +1,7 @@
-"""Doctor beside an Arc Pro B60 and the real packages of Intel, right and wrong; ``make xpu-check`` runs this."""
+"""Doctor beside an Arc Pro B60 and the real packages of Intel, right and wrong.
+
+``make xpu-check`` runs this.
+"""
 
 import json
 import os
@@ -14,7 +17,12 @@ SITE, OVERWRITTEN, IPEX = (os.environ[name] for name in ("XPU_SITE", "XPU_OVERWR
 def doctor(site, device="intel_arc_pro_b60"):
     """Run doctor with the packages of a folder before all others."""
     paths = [site, str(ROOT), str(ROOT / "registry"), str(ROOT / "backends")]
-    command = [sys.executable, str(HERE / "b60.py"), str(ROOT / f"tests/recorded_devices/{device}.json"), "--json"]
+    command = [
+        sys.executable,
+        str(HERE / "b60.py"),
+        str(ROOT / f"tests/recorded_devices/{device}.json"),
+        "--json",
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
@@ -38,7 +46,10 @@ def test_a_triton_that_overwrote_triton_xpu_is_named_with_the_command_that_mends
     assert status == "warning"
     assert "carries amd, nvidia, not intel" in summary
     assert "triton 3.7.1 has overwritten triton-xpu 3.3.0b1" in summary
-    assert fix == "pip uninstall --yes triton triton-xpu && uv pip install --reinstall torch --torch-backend=xpu"
+    assert (
+        fix
+        == "pip uninstall --yes triton triton-xpu && uv pip install --reinstall torch --torch-backend=xpu"
+    )
     assert report["reports"]["xpu:0"]["winner"] == "torch-compile"
 
 
@@ -63,6 +74,8 @@ except AttributeError as error:
     print(error)
 """
     environment = os.environ | {"PYTHONPATH": IPEX}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "exit" in done.stdout

@@ -1,4 +1,7 @@
-"""Plain PyTorch: right on every device, fast on the CPU, and the last to be asked. This file stays free of torch."""
+"""Plain PyTorch: right on every device, fast on the CPU, and the last to be asked.
+
+This file stays free of torch.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The eager backend: the plain formula, on a CPU a piece of the rows at a time, with the selection that is fastest there.
 
-At E = 128, K = 8 and T >= 256 exact ties cost nothing: K rounds of a vectorised maximum over keys take less time than
-``torch.topk``, whose ties are arbitrary (``benchmarks/cpu_eager.py``).
+At E = 128, K = 8 and T >= 256 exact ties cost nothing: K rounds of a vectorised maximum over keys
+take less time than ``torch.topk``, whose ties are arbitrary (``benchmarks/cpu_eager.py``).
 """
 
 from __future__ import annotations
@@ -23,17 +23,26 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 SORT_UP_TO = 1 << 8
-"""Elements up to which one stable sort beats building keys: its few calls cost less than the keys' many."""
+"""Elements up to which one stable sort beats building keys.
+
+Its few calls cost less than the keys' many.
+"""
 TOPK_UP_TO = 3 << 12
 """Elements up to which one ``torch.topk`` over the keys, a row after another, beats K rounds of a maximum over all of them."""
 ROUNDS_UP_TO = 24
 """K above which the rounds never win."""
 CHUNK = 1 << 17
-"""Elements of the logits that are worked on at a time: their keys (1 MiB) then stay in a core's cache."""
+"""Elements of the logits that are worked on at a time.
+
+Their keys (1 MiB) then stay in a core's cache.
+"""
 
 
 def fastest_on_cpu(t: Tensor, k: int) -> Tensor:
-    """Select in the way that is fastest for so many scores; see ``moe_routing.formula.select.Top``."""
+    """Select in the way that is fastest for so many scores.
+
+    See ``moe_routing.formula.select.Top``.
+    """
     return _fastest_on_cpu(t.numel(), k)(t, k)
 
 
@@ -68,7 +77,9 @@ class EagerKernel:
         if not self._on_cpu or self._spec.num_groups > 1:
             return self.route
         rows = min(len(operands.logits), self._rows_at_a_time or 1)
-        return partial(self.route, select=whole(_fastest_on_cpu(rows * self._num_experts, self._topk)))
+        return partial(
+            self.route, select=whole(_fastest_on_cpu(rows * self._num_experts, self._topk))
+        )
 
     def route(self, operands: Operands, *, select: Select | None = None) -> RoutingOutput:
         """Route, on a CPU a piece of the rows at a time, so that their keys stay in a core's cache."""
@@ -81,8 +92,13 @@ class EagerKernel:
                 per_expert_scale=scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
             )  # fmt: skip
         else:
-            parts = [route(spec, topk, rows, select=select, per_expert_scale=scale, bias=bias) for rows in logits.split(most)]
-            weights, ids = ([torch.cat([part for (part,) in pieces])] for pieces in zip(*parts, strict=True))
+            parts = [
+                route(spec, topk, rows, select=select, per_expert_scale=scale, bias=bias)
+                for rows in logits.split(most)
+            ]
+            weights, ids = (
+                [torch.cat([part for (part,) in pieces])] for pieces in zip(*parts, strict=True)
+            )
         result = finish(
             spec, weights, ids,
             num_experts=self._num_experts, ids_dtype=self._ids_dtype, num_valid_tokens=valid, expert_map=expert_map,

@@ -1,4 +1,7 @@
-"""The plain formula through ``torch.compile``: for every accelerator without kernels of its own. Free of torch."""
+"""The plain formula through ``torch.compile``: for every accelerator without kernels of its own.
+
+Free of torch.
+"""
 
 from __future__ import annotations
 

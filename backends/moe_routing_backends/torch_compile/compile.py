@@ -1,12 +1,14 @@
 """Compile the plain formula whole, once a problem, and be told at once where that cannot be done.
 
-K rounds of a maximum over keys are K reductions over the same rows, which Inductor fuses into one kernel, and the weights into
-another; ``torch.topk`` and ``torch.sort`` would be calls between kernels, and the former's ties are arbitrary.
+K rounds of a maximum over keys are K reductions over the same rows, which Inductor fuses into one
+kernel, and the weights into another; ``torch.topk`` and ``torch.sort`` would be calls between
+kernels, and the former's ties are arbitrary.
 
-Before every call Dynamo checks its guards, which takes longer than the kernels do, and AOTAutograd looks for aliases and
-gradients. All guards but those on the sizes, strides and dtypes of the arguments are about constants of this file, and there
-are neither aliases nor gradients here; so what Inductor made for a set of sizes, strides and dtypes is kept, and called
-directly the next time.
+Before every call Dynamo checks its guards, which takes longer than the kernels do, and AOTAutograd
+looks for aliases and gradients. All guards but those on the sizes, strides and dtypes of the
+arguments are about constants of this file, and there are neither aliases nor gradients here; so
+what Inductor made for a set of sizes, strides and dtypes is kept, and called directly the next
+time.
 """
 
 from __future__ import annotations
@@ -25,7 +27,15 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 
 from moe_routing import Operands, RoutingOutput
-from moe_routing.formula import NARROW_UP_TO, by_narrow_rounds, by_rounds, by_sort, finish, route, whole
+from moe_routing.formula import (
+    NARROW_UP_TO,
+    by_narrow_rounds,
+    by_rounds,
+    by_sort,
+    finish,
+    route,
+    whole,
+)
 from moe_routing.private_api import compile_by_inductor
 from moe_routing.python_warnings import not_raised
 from moe_routing_registry.locks import ForkSafeLock
@@ -42,31 +52,47 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("moe_routing.torch_compile")
 ROUNDS_UP_TO = 32
-"""K up to which the rounds are unrolled; a longer graph compiles for minutes, so a stable sort takes over."""
+"""K up to which the rounds are unrolled.
+
+A longer graph compiles for minutes, so a stable sort takes over.
+"""
 SAMPLE_TOKENS = 64
 SAMPLE_SCORES = 1 << 22
-"""Scores that an accelerator is warmed up with: Inductor times its choices of a block on the first call, and with few rows all
+"""Scores that an accelerator is warmed up with.
+
+Inductor times its choices of a block on the first call, and with few rows all
 choices take the same time, so that the choice for many rows would be a matter of chance."""
 MOST_KINDS = 1 << 14
-"""Kinds of calls that are remembered, one a number of tokens; when there are more, remembering begins anew."""
+"""Kinds of calls that are remembered, one a number of tokens.
+
+When there are more, remembering begins anew.
+"""
 OTHERS = Operands._fields[1:-1]
 """Names of the operands but for the logits and ``out``."""
 _POINT = 2.0**44
-"""Scale of sums in fixed point: int64 holds the sum of 2**18 numbers up to 1, each to 2**-44: finer than float32."""
+"""Scale of sums in fixed point: int64 holds the sum of 2**18 numbers up to 1, each to 2**-44.
+
+Finer than float32.
+"""
 _counter = itertools.count()
 
 
 def build(problem: RoutingProblem, device: DeviceInfo) -> CompiledRouter:
     """Compile now, so that a missing compiler is this backend's rejection and never a traceback in a user's call."""
     router = CompiledRouter(
-        problem, torch.device(device.type) if device.index is None else torch.device(device.type, device.index)
+        problem,
+        torch.device(device.type)
+        if device.index is None
+        else torch.device(device.type, device.index),
     )
     router.warmup()
     return router
 
 
 class CompiledRouter:
-    """The compiled formula of one problem; one graph for T = 1, one for every larger T, for each set of operands.
+    """The compiled formula of one problem.
+
+    One graph for T = 1, one for every larger T, for each set of operands.
 
     Rows may lie apart in memory; what is not contiguous in any row is copied first.
     """
@@ -80,9 +106,17 @@ class CompiledRouter:
         self._seen: list[_Run] = []
         self._lock = ForkSafeLock()
 
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:  # noqa: ANN401 -- Kernel's operands, handed on
+    def __call__(
+        self,
+        logits: Tensor,
+        *,
+        out: RoutingOutput | None = None,
+        **operands: Any,  # noqa: ANN401 -- Kernel's operands, handed on
+    ) -> RoutingOutput:
         """Route; see ``Kernel``."""
-        if logits.stride(1) != 1:  # a kernel whose lanes read far apart would read the row again for each of the K rounds
+        if (
+            logits.stride(1) != 1
+        ):  # a kernel whose lanes read far apart would read the row again for each of the K rounds
             logits = logits.contiguous()
         valid = operands.get("num_valid_tokens")
         if isinstance(valid, int):
@@ -103,18 +137,31 @@ class CompiledRouter:
         return _into(out, result)
 
     def prepared(self, operands: Operands) -> Prepared | None:
-        """Return what routes calls of this one's shapes, strides and dtypes in less host time; ``None`` if none was seen."""
+        """Return what routes calls of this one's shapes, strides and dtypes in less host time.
+
+        ``None`` if none was seen.
+        """
         logits, *others, _ = operands
         counted = isinstance(operands.num_valid_tokens, int)
         if counted:
-            others[OTHERS.index("num_valid_tokens")] = self._counted(operands.num_valid_tokens, logits)
-        given = {name: value for name, value in zip(OTHERS, others, strict=True) if isinstance(value, torch.Tensor)}
+            others[OTHERS.index("num_valid_tokens")] = self._counted(
+                operands.num_valid_tokens, logits
+            )
+        given = {
+            name: value
+            for name, value in zip(OTHERS, others, strict=True)
+            if isinstance(value, torch.Tensor)
+        }
         direct = self._direct.get(_kind(logits, given))
         if direct is None:
             return None
         function, places = direct
         # Where each operand stands among the arguments of what Inductor made; the rest are sizes.
-        filled = [(n, Operands._fields.index(place)) for n, place in enumerate(places) if isinstance(place, str)]
+        filled = [
+            (n, Operands._fields.index(place))
+            for n, place in enumerate(places)
+            if isinstance(place, str)
+        ]
 
         def route(operands: Operands) -> RoutingOutput:
             if counted:
@@ -136,12 +183,18 @@ class CompiledRouter:
         start = time.perf_counter()
         dtype: torch.dtype = getattr(torch, self._problem.dtype)
         num_experts = self._problem.num_experts
-        many = SAMPLE_TOKENS if self._device.type == "cpu" else max(SAMPLE_TOKENS, SAMPLE_SCORES // num_experts)
+        many = (
+            SAMPLE_TOKENS
+            if self._device.type == "cpu"
+            else max(SAMPLE_TOKENS, SAMPLE_SCORES // num_experts)
+        )
         for num_tokens in (many, 1):
             logits = torch.zeros(num_tokens, num_experts, dtype=dtype, device=self._device)
             operands = self._sample_operands(num_tokens)
             self._through_dynamo(_kind(logits, operands), logits, operands)
-        LOGGER.info("compiled %s for %s in %.1f s", self._problem, self._device, time.perf_counter() - start)
+        LOGGER.info(
+            "compiled %s for %s in %.1f s", self._problem, self._device, time.perf_counter() - start
+        )
 
     def _sample_operands(self, num_tokens: int) -> dict[str, Tensor]:
         spec, num_experts = self._problem.spec, self._problem.num_experts
@@ -155,12 +208,18 @@ class CompiledRouter:
             operands["expert_table"] = torch.arange(self._problem.topk, device=self._device)[None]
         return operands
 
-    def _through_dynamo(self, kind: tuple[object, ...], logits: Tensor, operands: dict[str, Tensor]) -> RoutingOutput:
+    def _through_dynamo(
+        self, kind: tuple[object, ...], logits: Tensor, operands: dict[str, Tensor]
+    ) -> RoutingOutput:
         """Let Dynamo check its guards and compile where needed, and remember what it called for this kind of arguments."""
         num_tokens, num_experts = logits.shape
         apart = logits.stride(0)
-        # Dynamo compiles anew for some of these, and gives up after some times; so each has a function of its own.
-        rows = (num_tokens > 1, "repeated" if apart == 0 else "together" if apart == num_experts else "apart")
+        # Dynamo compiles anew for some of these, and gives up after some times; so each has a
+        # function of its own.
+        rows = (
+            num_tokens > 1,
+            "repeated" if apart == 0 else "together" if apart == num_experts else "apart",
+        )
         graph = (*rows, *((name, value.dtype) for name, value in operands.items()))
         with self._lock, torch.no_grad(), not_raised():
             if graph not in self._compiled:
@@ -183,9 +242,12 @@ class CompiledRouter:
         def formula(logits: Tensor, **operands: Tensor) -> RoutingOutput:
             behind = {name: operands.pop(name, None) for name in ("num_valid_tokens", "expert_map")}
             weights, ids = route(spec, topk, logits, select=select, **operands)
-            return finish(spec, weights, ids, num_experts=num_experts, ids_dtype=ids_dtype, **behind)
+            return finish(
+                spec, weights, ids, num_experts=num_experts, ids_dtype=ids_dtype, **behind
+            )
 
-        # Dynamo keeps its graphs, and counts its recompilations, by code object: each problem needs its own.
+        # Dynamo keeps its graphs, and counts its recompilations, by code object: each problem needs
+        # its own.
         code: CodeType = formula.__code__.replace(co_name=f"route_{next(_counter)}")
         own = FunctionType(code, formula.__globals__, code.co_name, None, formula.__closure__)
         return torch.compile(own, fullgraph=True, backend=self._inductor)
@@ -193,13 +255,14 @@ class CompiledRouter:
     def _inductor(self, graph: GraphModule, samples: list[Any]) -> Callable[..., Any]:
         """Compile as Dynamo's backend "inductor" does, and see how what Inductor made is called under AOTAutograd.
 
-        AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own caches stay. Shapes and strides
-        are those of a kind of call that is known, and ids come out of keys that hold no others, or are compared with the
-        table's size: neither is looked at again.
+        AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own
+        caches stay. Shapes and strides are those of a kind of call that is known, and ids come out
+        of keys that hold no others, or are compared with the table's size: neither is looked at
+        again.
 
-        One kernel takes a row whole: split, a reduction is two kernels, each of the K rounds needs its own, and their keys
-        depend on T, which makes them int64. A softmax in one pass over the row saves nothing where K rounds pass over it, and
-        Inductor warns where it cannot have it.
+        One kernel takes a row whole: split, a reduction is two kernels, each of the K rounds needs
+        its own, and their keys depend on T, which makes them int64. A softmax in one pass over the
+        row saves nothing where K rounds pass over it, and Inductor warns where it cannot have it.
         """
 
         def inner(module: GraphModule, inputs: Any, **options: Any) -> Any:  # noqa: ANN401 -- Inductor's own
@@ -213,24 +276,45 @@ class CompiledRouter:
             return seen
 
         options = inductor.patch(
-            size_asserts=False, assert_indirect_indexing=False, split_reductions=False, online_softmax=False
+            size_asserts=False,
+            assert_indirect_indexing=False,
+            split_reductions=False,
+            online_softmax=False,
         )
         with functorch.patch(enable_autograd_cache=False), options:
-            compiled: Any = compile_fx(graph, samples, inner_compile=inner, decompositions=_decompositions())
+            compiled: Any = compile_fx(
+                graph, samples, inner_compile=inner, decompositions=_decompositions()
+            )
         return compiled  # type: ignore[no-any-return] # what Dynamo calls; Inductor's declaration also allows other things
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return how operations are taken apart: as Inductor does, but for sums, which have the same bits in every order.
+    """Return how operations are taken apart.
 
-    The order of a reduction is that of the lanes, which Inductor chooses for each kernel, some by timing them: for one token
-    and for many, and for plain and for padded calls, weights would differ in their last bits, and so would ids.
+    As Inductor does, but for sums, which have the same bits in every order.
+
+    The order of a reduction is that of the lanes, which Inductor chooses for each kernel, some by
+    timing them: for one token and for many, and for plain and for padded calls, weights would
+    differ in their last bits, and so would ids.
     """
-    return {**select_decomp_table(), torch.ops.aten.sum.dim_IntList: _sum, torch.ops.aten._softmax.default: _softmax}  # noqa: SLF001 -- softmax, under its name there
+    return {
+        **select_decomp_table(),
+        torch.ops.aten.sum.dim_IntList: _sum,
+        torch.ops.aten._softmax.default: _softmax,  # noqa: SLF001 -- softmax, under its name there
+    }
 
 
-def _sum(x: Tensor, dim: list[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:  # noqa: FBT001, FBT002 -- torch.sum's signature
-    """Add up numbers between 0 and 1, the powers of a softmax, in fixed point; integers are left alone."""
+def _sum(
+    x: Tensor,
+    dim: list[int],
+    keepdim: bool = False,  # noqa: FBT001, FBT002 -- torch.sum's signature
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Add up numbers between 0 and 1, the powers of a softmax, in fixed point.
+
+    Integers are left alone.
+    """
     if not x.is_floating_point() or dtype is not None:
         return NotImplemented  # type: ignore[no-any-return] # what leaves an operation as it is
     return (x * _POINT).to(torch.int64).sum(dim, keepdim).to(x.dtype) / _POINT
@@ -255,13 +339,21 @@ def _selection(problem: RoutingProblem) -> Select:
     if problem.topk > ROUNDS_UP_TO:
         return whole(by_sort)
     spec = problem.spec
-    exact = problem.dtype in ("bfloat16", "float16") and spec.selection == "logits" and spec.num_groups == 1
+    exact = (
+        problem.dtype in ("bfloat16", "float16")
+        and spec.selection == "logits"
+        and spec.num_groups == 1
+    )
     return by_narrow_rounds if exact and problem.num_experts <= NARROW_UP_TO else whole(by_rounds)
 
 
 def _kind(logits: Tensor, operands: dict[str, Tensor]) -> tuple[object, ...]:
     """Return all that Dynamo's guards look at and that may differ between the calls for one problem."""
-    return (*logits.shape, *logits.stride(), *[(name, value.dtype, value.shape) for name, value in operands.items()])
+    return (
+        *logits.shape,
+        *logits.stride(),
+        *[(name, value.dtype, value.shape) for name, value in operands.items()],
+    )
 
 
 class _Run(NamedTuple):
@@ -271,11 +363,18 @@ class _Run(NamedTuple):
     arguments: tuple[Any, ...]
     outputs: Any
 
-    def as_direct(self, logits: Tensor, operands: dict[str, Tensor], result: RoutingOutput) -> _Direct | None:
-        """Say how to make the same call for other tensors of the kind; ``None`` where that cannot be seen."""
+    def as_direct(
+        self, logits: Tensor, operands: dict[str, Tensor], result: RoutingOutput
+    ) -> _Direct | None:
+        """Say how to make the same call for other tensors of the kind.
+
+        ``None`` where that cannot be seen.
+        """
         tensors = {id(logits): "logits", **{id(value): name for name, value in operands.items()}}
         places = [a if isinstance(a, int) else tensors.get(id(a)) for a in self.arguments]
-        several = len(tensors) <= len(operands)  # one tensor came as two operands, and the next time two may come
+        several = len(tensors) <= len(
+            operands
+        )  # one tensor came as two operands, and the next time two may come
         if several or None in places or [id(o) for o in self.outputs] != [id(o) for o in result]:
             return None
         return _Direct(self.function, tuple(places))

@@ -1,14 +1,25 @@
-"""Triton kernels for CUDA and ROCm, and for Intel's XPU: one code base, two backends. Free of torch and triton.
+"""Triton kernels for CUDA and ROCm, and for Intel's XPU: one code base, two backends.
 
-Where Triton interprets kernels (``TRITON_INTERPRET=1``), which it does on the CPU, the CPU is a target of both, for those who
-name them.
+Free of torch and triton.
+
+Where Triton interprets kernels (``TRITON_INTERPRET=1``), which it does on the CPU, the CPU is a
+target of both, for those who name them.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from moe_routing_registry import BackendSpec, DeviceInfo, RejectCode, RoutingProblem, Target, Verdict, hookimpl, knows_score
+from moe_routing_registry import (
+    BackendSpec,
+    DeviceInfo,
+    RejectCode,
+    RoutingProblem,
+    Target,
+    Verdict,
+    hookimpl,
+    knows_score,
+)
 from moe_routing_registry.device import INTERPRETER, triton_interprets
 
 MAX_EXPERTS = 2048
@@ -36,10 +47,14 @@ def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
             toolchain.fix if toolchain and toolchain.fix else "pip install 'moe-routing[triton]'",
         )
     if problem.dtype not in DTYPES:
-        return Verdict.no(RejectCode.DTYPE, f"takes logits of {', '.join(DTYPES)}, not {problem.dtype}")
+        return Verdict.no(
+            RejectCode.DTYPE, f"takes logits of {', '.join(DTYPES)}, not {problem.dtype}"
+        )
     if problem.num_experts > MAX_EXPERTS or problem.topk > MAX_TOPK:
         asked = f"E = {problem.num_experts} and K = {problem.topk}"
-        return Verdict.no(RejectCode.SHAPE, f"takes E up to {MAX_EXPERTS} and K up to {MAX_TOPK}, not {asked}")
+        return Verdict.no(
+            RejectCode.SHAPE, f"takes E up to {MAX_EXPERTS} and K up to {MAX_TOPK}, not {asked}"
+        )
     return knows_score(problem)
 
 
@@ -47,12 +62,19 @@ def supports_xpu(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
     """Accept the same, on an Intel GPU whose sub-groups are those of the launch table."""
     if device.platform == "xpu" and not {16, 32} <= set(device.warp_sizes):
         has = ", ".join(map(str, device.warp_sizes)) or "none that torch knows of"
-        return Verdict.no(RejectCode.ARCH, f"needs sub-groups of 16 and 32 lanes, the device has {has}")
+        return Verdict.no(
+            RejectCode.ARCH, f"needs sub-groups of 16 and 32 lanes, the device has {has}"
+        )
     return supports(problem, device)
 
 
-def notes(problem: RoutingProblem, device: DeviceInfo, *, interpreted_as: DeviceInfo = HOPPER) -> tuple[str, ...]:
-    """Say which launch table applies to the problem, and how its numbers came about; and that kernels are interpreted."""
+def notes(
+    problem: RoutingProblem, device: DeviceInfo, *, interpreted_as: DeviceInfo = HOPPER
+) -> tuple[str, ...]:
+    """Say which launch table applies to the problem, and how its numbers came about.
+
+    And that kernels are interpreted.
+    """
     from moe_routing_backends.triton.tuning.choose import describe_table
 
     if device.platform != "cpu":
@@ -69,7 +91,11 @@ def moe_routing_backends() -> list[BackendSpec]:
         BackendSpec(
             name="triton",
             factories={"route": "moe_routing_backends.triton.runtime.router:build"},
-            targets=(Target("cuda", min_capability=(8, 0)), Target("rocm", archs=GFX), *interpreter),
+            targets=(
+                Target("cuda", min_capability=(8, 0)),
+                Target("rocm", archs=GFX),
+                *interpreter,
+            ),
             priority=100,
             supports=supports,
             summary="one fused Triton kernel, on NVIDIA and AMD GPUs",

@@ -1,6 +1,17 @@
-"""The spec of the acme backend. The registry imports this file to choose, so it imports neither torch nor numba."""
+"""The spec of the acme backend.
 
-from moe_routing_registry import BackendSpec, DeviceInfo, RejectCode, RoutingProblem, Target, Verdict, hookimpl
+The registry imports this file to choose, so it imports neither torch nor numba.
+"""
+
+from moe_routing_registry import (
+    BackendSpec,
+    DeviceInfo,
+    RejectCode,
+    RoutingProblem,
+    Target,
+    Verdict,
+    hookimpl,
+)
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 SELECTIONS = ("logits", "scores_plus_bias", "logits_plus_bias")
@@ -10,7 +21,9 @@ def supports(problem: RoutingProblem, _device: DeviceInfo) -> Verdict:
     """Say whether this backend can build the problem; cheap, and asked once for each problem."""
     spec = problem.spec
     if spec.score not in SCORES or spec.selection not in SELECTIONS:
-        return Verdict.no(RejectCode.FAMILY, f"has no {spec.score} scores selected by {spec.selection}")
+        return Verdict.no(
+            RejectCode.FAMILY, f"has no {spec.score} scores selected by {spec.selection}"
+        )
     if spec.num_groups > 1:
         return Verdict.no(RejectCode.FAMILY, "has no expert groups")
     if spec.logit_softcap is not None or spec.logit_multiplier != 1.0:

@@ -1,8 +1,9 @@
 """The kernel: a tournament in each row of logits, rows over the cores.
 
-A score and its id make one 64-bit key, so that all keys of a row differ and equal scores go to the lower id. Groups of
-eight send their highest key up; to find the K best, K times the highest of those is taken out, and its group asked for
-its next one. That is E + K (E / 8 + 8) comparisons, none of them a branch.
+A score and its id make one 64-bit key, so that all keys of a row differ and equal scores go to the
+lower id. Groups of eight send their highest key up; to find the K best, K times the highest of
+those is taken out, and its group asked for its next one. That is E + K (E / 8 + 8) comparisons,
+none of them a branch.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ NOTHING = np.int64(np.iinfo(np.int64).min)
 BLOCK = 32  # rows that share their scratch memory
 SOFTMAX, SIGMOID, SQRTSOFTPLUS = 0, 1, 2
 SCORE = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "sqrtsoftplus": SQRTSOFTPLUS}
-numba.config.THREADING_LAYER = "workqueue"  # OpenMP's waiting threads spin, and would fight torch's for the cores
+numba.config.THREADING_LAYER = (
+    "workqueue"  # OpenMP's waiting threads spin, and would fight torch's for the cores
+)
 _one_launch = threading.Lock()  # which takes one launch at a time
 
 
 def build(problem: RoutingProblem, device: DeviceInfo, *, unsupported: bool = False) -> Bound:
     """Return a callable for the problem, which serves any number of tokens.
 
-    The conformance kit says ``unsupported=True`` to try what ``supports`` declines: it must fail or be wrong.
+    The conformance kit says ``unsupported=True`` to try what ``supports`` declines: it must fail or
+    be wrong.
     """
     verdict = supports(problem, device)
     if not verdict and not unsupported:
@@ -62,9 +66,12 @@ class Bound:
         out: RoutingOutput | None = None,
         **_nothing: None,
     ) -> RoutingOutput:
-        """Route ``logits [T, E]``: float32 weights and integer ids, both ``[T, K + shared_experts]``.
+        """Route ``logits [T, E]``.
 
-        ``token_ids`` and ``expert_table`` come as ``None``: the backend declines the selection that takes them.
+        Float32 weights and integer ids, both ``[T, K + shared_experts]``.
+
+        ``token_ids`` and ``expert_table`` come as ``None``: the backend declines the selection that
+        takes them.
         """
         spec, (num_tokens, num_experts) = self.spec, logits.shape
         slots = num_experts + spec.shared_experts
@@ -72,7 +79,11 @@ class Bound:
             shape = (num_tokens, self.topk + spec.shared_experts)
             out = RoutingOutput(torch.empty(shape), torch.empty(shape, dtype=self.ids_dtype))
         bias = torch.zeros(num_experts) if bias is None else bias.float()
-        scale = torch.ones(num_experts) if per_expert_scale is None else per_expert_scale.detach().float()
+        scale = (
+            torch.ones(num_experts)
+            if per_expert_scale is None
+            else per_expert_scale.detach().float()
+        )
         physical = torch.arange(slots) if expert_map is None else expert_map.long()
         valid = num_tokens if num_valid_tokens is None else min(int(num_valid_tokens), num_tokens)
         with _one_launch:
@@ -97,7 +108,10 @@ T2, T3, T4, T5, T6, T7 = TERMS[2:]
 
 @numba.njit(error_model="numpy")
 def _exp(d, power_bits, result):
-    """Write e^d for d <= 0: 2^n times a Taylor polynomial of what is left, |r| <= ln(2)/2. Vectorised by LLVM."""
+    """Write e^d for d <= 0: 2^n times a Taylor polynomial of what is left, |r| <= ln(2)/2.
+
+    Vectorised by LLVM.
+    """
     power = power_bits.view(np.float32)
     for e in range(len(d)):
         v = max(d[e], LOWEST)
@@ -113,12 +127,19 @@ def _exp(d, power_bits, result):
 def _score(x, score):
     """Return sigmoid or sqrt(softplus), accurate for any sign."""
     e = math.exp(-abs(x))
-    return (e if x < 0 else 1.0) / (1.0 + e) if score == SIGMOID else math.sqrt(max(x, 0.0) + math.log1p(e))
+    return (
+        (e if x < 0 else 1.0) / (1.0 + e)
+        if score == SIGMOID
+        else math.sqrt(max(x, 0.0) + math.log1p(e))
+    )
 
 
 @numba.njit(inline="always")
 def _log_score(x, score):
-    """Return the logarithm of the score, up to softmax's common denominator; it never underflows."""
+    """Return the logarithm of the score, up to softmax's common denominator.
+
+    It never underflows.
+    """
     if score == SOFTMAX:
         return x
     e = math.exp(-abs(x))
@@ -147,7 +168,9 @@ def _scores(x, score, result, exponent, power_bits, exponential):
     _exp(exponent, power_bits, exponential)
     if score == SIGMOID:
         for e in range(len(x)):
-            result[e] = (exponential[e] if x[e] < 0 else np.float32(1)) / (np.float32(1) + exponential[e])
+            result[e] = (exponential[e] if x[e] < 0 else np.float32(1)) / (
+                np.float32(1) + exponential[e]
+            )
     else:
         for e in range(len(x)):
             result[e] = math.sqrt(max(x[e], np.float32(0)) + math.log1p(exponential[e]))
@@ -168,7 +191,9 @@ def _tournament(bits, keys, sent_up, chosen):
     """Write the ids of the best, from the bits of their scores."""
     num_experts = len(bits)
     for e in range(num_experts):
-        ordered = bits[e] ^ ((bits[e] >> 31) & 0x7FFFFFFF)  # the bits of a float, in the order of floats
+        ordered = bits[e] ^ (
+            (bits[e] >> 31) & 0x7FFFFFFF
+        )  # the bits of a float, in the order of floats
         keys[e] = (np.int64(ordered) << 32) | (num_experts - 1 - e)
     for group in range(len(sent_up)):
         sent_up[group] = _highest(keys, group * GROUP)
@@ -195,17 +220,21 @@ def _weigh(x, exponential, total, chosen, score, renormalize, epsilon, floor, va
     else:
         for k in range(len(chosen)):
             e = chosen[k]
-            value[k] = exponential[e] / total if score == SOFTMAX else _score(np.float64(x[e]), score)
+            value[k] = (
+                exponential[e] / total if score == SOFTMAX else _score(np.float64(x[e]), score)
+            )
     if renormalize:
         denominator = max(value.sum() + epsilon, floor)
         for k in range(len(chosen)):
             value[k] /= denominator
 
 
-# One signature for all layouts of the logits (":, :" is any strides), and one for each dtype of ids: each costs seconds
-# to compile, kept in a cache.
+# One signature for all layouts of the logits (":, :" is any strides), and one for each dtype of
+# ids: each costs seconds to compile, kept in a cache.
 _SIGNATURES = [
-    "(f4[:, :], f4[::1], f4[::1], i8[::1], i8, i8, f4, i8, b1, b1, b1, f8, f8, i8, f4[:, ::1], " + ids + "[:, ::1])"
+    "(f4[:, :], f4[::1], f4[::1], i8[::1], i8, i8, f4, i8, b1, b1, b1, f8, f8, i8, f4[:, ::1], "
+    + ids
+    + "[:, ::1])"
     for ids in ("i4", "i8")
 ]
 
@@ -216,7 +245,9 @@ def _route(
     score, on_logits, on_scores, renormalize, epsilon, floor, topk, weights, ids,
 ):  # fmt: skip
     num_tokens, num_experts = logits.shape
-    score_all = on_scores or (score == SOFTMAX and not (renormalize and epsilon == 0 and floor == 0))
+    score_all = on_scores or (
+        score == SOFTMAX and not (renormalize and epsilon == 0 and floor == 0)
+    )
     for block in numba.prange((num_tokens + BLOCK - 1) // BLOCK):
         x = np.empty(num_experts, np.float32)
         exponent = np.empty(num_experts, np.float32)
@@ -232,23 +263,33 @@ def _route(
                 weights[t] = 0
                 ids[t] = -1
                 continue
-            # NaN counts as -inf, and infinities as the largest finite numbers; adding 0 makes -0 a +0.
+            # NaN counts as -inf, and infinities as the largest finite numbers; adding 0 makes -0 a
+            # +0.
             for e in range(num_experts):
                 l = logits[t, e]
                 x[e] = min(max(l, -LARGEST), LARGEST) + np.float32(0) if l == l else -LARGEST
-            total = _scores(x, score, selected_by, exponent, power_bits, exponential) if score_all else 1.0
+            total = (
+                _scores(x, score, selected_by, exponent, power_bits, exponential)
+                if score_all
+                else 1.0
+            )
             if not on_scores:
                 selected_by[:] = x
             if not on_logits:
                 for e in range(num_experts):
                     key = selected_by[e] + bias[e]
-                    selected_by[e] = min(max(key, -LARGEST), LARGEST) + np.float32(0) if key == key else -LARGEST
+                    selected_by[e] = (
+                        min(max(key, -LARGEST), LARGEST) + np.float32(0) if key == key else -LARGEST
+                    )
             _tournament(selected_by.view(np.int32), keys, sent_up, chosen)
             _weigh(x, exponential, total, chosen, score, renormalize, epsilon, floor, value)
             for k in range(topk):
-                # In float32 and in this order, so that what leaves its range, or is NaN, does so where the contract says.
+                # In float32 and in this order, so that what leaves its range, or is NaN, does so
+                # where the contract says.
                 scaled = np.float32(np.float32(value[k]) * factor) * scale[chosen[k]]
-                weights[t, k] = scaled if chosen[k] < weighing else np.float32(0)  # zero experts come last
+                weights[t, k] = (
+                    scaled if chosen[k] < weighing else np.float32(0)
+                )  # zero experts come last
                 ids[t, k] = physical[chosen[k]]
             for slot in range(topk, weights.shape[1]):  # shared experts
                 weights[t, slot] = 1

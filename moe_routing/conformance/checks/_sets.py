@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from moe_routing.conformance.cases import Profile
 
 SIZES = ((64, 8, "float32"), (72, 16, "bfloat16"), (512, 8, "float16"))
-"""E, K and dtype that every variant has: two group counts divide each E, and the groups of 72 have odd sizes."""
+"""E, K and dtype that every variant has.
+
+Two group counts divide each E, and the groups of 72 have odd sizes.
+"""
 FEW = ("topk_softmax", "gemma4", "grouped_sigmoid_bias", "sqrtsoftplus_bias")
 """For what takes long on every family: with operands and without, with groups and without."""
 FAMILIES = tuple(variant for variant in VARIANTS if "/" not in variant)
@@ -24,13 +27,25 @@ FAMILIES = tuple(variant for variant in VARIANTS if "/" not in variant)
 
 
 def of_every_variant(
-    profile: Profile, *, kind: str = "ordinary", variants: Iterable[str] = VARIANTS, tokens: int = 33
+    profile: Profile,
+    *,
+    kind: str = "ordinary",
+    variants: Iterable[str] = VARIANTS,
+    tokens: int = 33,
 ) -> Iterator[Case]:
     """Yield cases of every variant: of one size for smoke, two for quick, more for full."""
     for variant in variants:
         for num_experts, topk, dtype in SIZES[: {"smoke": 1, "quick": 2, "full": 3}[profile]]:
-            k = topk if fits(VARIANTS[variant], num_experts, topk) else 2  # sparsemixer: as models have it
-            yield Case(variant=variant, num_experts=num_experts, topk=k, num_tokens=tokens, dtype=dtype, kind=kind)
+            # Sparsemixer has 2, as in models.
+            k = topk if fits(VARIANTS[variant], num_experts, topk) else 2
+            yield Case(
+                variant=variant,
+                num_experts=num_experts,
+                topk=k,
+                num_tokens=tokens,
+                dtype=dtype,
+                kind=kind,
+            )
 
 
 def rows_of(*kinds: str) -> Callable[[Profile], Iterator[Case]]:
@@ -53,15 +68,23 @@ def sizes_and_dtypes(profile: Profile) -> Iterable[Case]:
 
 
 def of_every_family(profile: Profile, *, tokens: int = 33, dtype: str = "float32") -> list[Case]:
-    """Return a case of every family in the smallest size; of two of them for smoke, and of every variant for full."""
+    """Return a case of every family in the smallest size.
+
+    Of two of them for smoke, and of every variant for full.
+    """
     names = {"smoke": FEW[:2], "quick": FAMILIES, "full": tuple(VARIANTS)}[profile]
-    return [case.but(dtype=dtype) for case in of_every_variant("smoke", variants=names, tokens=tokens)]
+    return [
+        case.but(dtype=dtype) for case in of_every_variant("smoke", variants=names, tokens=tokens)
+    ]
 
 
 def many_tokens(profile: Profile) -> list[Case]:
     """Return cases with enough tokens to fill any device, for accelerators; none for smoke."""
     cases = {"smoke": (), "quick": FEW, "full": tuple(VARIANTS)}[profile]
-    return [case.but(dtype="bfloat16") for case in of_every_variant("smoke", variants=cases, tokens=MANY_TOKENS)]
+    return [
+        case.but(dtype="bfloat16")
+        for case in of_every_variant("smoke", variants=cases, tokens=MANY_TOKENS)
+    ]
 
 
 def in_every_layout(profile: Profile) -> Iterator[Case]:

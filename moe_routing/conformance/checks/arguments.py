@@ -51,25 +51,57 @@ def _vector(argument: str, variant: str, length: int, *, integer: bool = False) 
     """Return what can be wrong with a one-dimensional operand."""
     dtype, other = (torch.int64, torch.float32) if integer else (torch.float32, torch.int64)
     return [
-        Wrong(argument, "too short", variant, lambda call: torch.zeros(length - 1, dtype=dtype, device=call.logits.device)),
-        Wrong(argument, "too long", variant, lambda call: torch.zeros(length + 1, dtype=dtype, device=call.logits.device)),
-        Wrong(argument, "of rank 2", variant, lambda call: torch.zeros(1, length, dtype=dtype, device=call.logits.device)),
-        Wrong(argument, "of another dtype", variant, lambda call: torch.zeros(length, dtype=other, device=call.logits.device)),
-        Wrong(argument, "on another device", variant, lambda _: torch.zeros(length, dtype=dtype, device="meta")),
+        Wrong(
+            argument,
+            "too short",
+            variant,
+            lambda call: torch.zeros(length - 1, dtype=dtype, device=call.logits.device),
+        ),
+        Wrong(
+            argument,
+            "too long",
+            variant,
+            lambda call: torch.zeros(length + 1, dtype=dtype, device=call.logits.device),
+        ),
+        Wrong(
+            argument,
+            "of rank 2",
+            variant,
+            lambda call: torch.zeros(1, length, dtype=dtype, device=call.logits.device),
+        ),
+        Wrong(
+            argument,
+            "of another dtype",
+            variant,
+            lambda call: torch.zeros(length, dtype=other, device=call.logits.device),
+        ),
+        Wrong(
+            argument,
+            "on another device",
+            variant,
+            lambda _: torch.zeros(length, dtype=dtype, device="meta"),
+        ),
         Wrong(argument, "a list", variant, lambda _: [0] * length),
     ]
 
 
-def _missing_or_uncalled_for(argument: str, variant: str, length: int, dtype: torch.dtype) -> list[Wrong]:
+def _missing_or_uncalled_for(
+    argument: str, variant: str, length: int, dtype: torch.dtype
+) -> list[Wrong]:
     return [
         Wrong(argument, "missing", variant, lambda _: None),
         Wrong(
-            argument, "uncalled for", "softmax_topk", lambda call: torch.zeros(length, dtype=dtype, device=call.logits.device)
+            argument,
+            "uncalled for",
+            "softmax_topk",
+            lambda call: torch.zeros(length, dtype=dtype, device=call.logits.device),
         ),
     ]
 
 
-def _outputs(call: Call, tokens: int = T, columns: int = K, weights: torch.dtype = torch.float32) -> Any:  # noqa: ANN401 -- a wrong value
+def _outputs(
+    call: Call, tokens: int = T, columns: int = K, weights: torch.dtype = torch.float32
+) -> Any:  # noqa: ANN401 -- a wrong value
     device = call.logits.device
     return (
         torch.empty(tokens, columns, dtype=weights, device=device),
@@ -107,7 +139,10 @@ WRONG = (
     Wrong("logits", "of integers", "softmax_topk", lambda call: call.logits.long()),
     Wrong("logits", "complex", "softmax_topk", lambda call: call.logits.to(torch.complex64)),
     Wrong("logits", "a list", "softmax_topk", lambda call: call.logits.tolist()),
-    Wrong("num_groups", "no divisor of E", "grouped_sigmoid_bias", lambda call: call.logits[:, :60]),
+    Wrong(
+        "num_groups", "no divisor of E", "grouped_sigmoid_bias",
+        lambda call: call.logits[:, :60],
+    ),
     *_vector("per_expert_scale", "gemma4", E),
     *_missing_or_uncalled_for("per_expert_scale", "gemma4", E, torch.float32),
     *_vector("bias", "sigmoid_bias_topk", E),
@@ -115,7 +150,10 @@ WRONG = (
     *_vector("token_ids", "hash_sqrtsoftplus", T, integer=True),
     *_missing_or_uncalled_for("token_ids", "hash_sqrtsoftplus", T, torch.int64),
     Wrong("expert_table", "missing", "hash_sqrtsoftplus", lambda _: None),
-    Wrong("expert_table", "of K columns too few", "hash_sqrtsoftplus", lambda call: _table(call)[:, 1:]),
+    Wrong(
+        "expert_table", "of K columns too few", "hash_sqrtsoftplus",
+        lambda call: _table(call)[:, 1:],
+    ),
     Wrong("expert_table", "of rank 1", "hash_sqrtsoftplus", lambda call: _table(call)[0]),
     Wrong("expert_table", "of floats", "hash_sqrtsoftplus", lambda call: _table(call).float()),
     *_vector("expert_map", "gemma4/shared", E + 2, integer=True),
@@ -123,15 +161,33 @@ WRONG = (
         Wrong("num_valid_tokens", f"{value!r}", "softmax_topk", _always(value))
         for value in (-1, 2.0, True, "3")
     ),
-    Wrong("num_valid_tokens", "of two elements", "softmax_topk", lambda call: call.logits.new_zeros(2, dtype=torch.int64)),
-    Wrong("num_valid_tokens", "of rank 2", "softmax_topk", lambda call: call.logits.new_zeros(1, 1, dtype=torch.int64)),
+    Wrong(
+        "num_valid_tokens", "of two elements", "softmax_topk",
+        lambda call: call.logits.new_zeros(2, dtype=torch.int64),
+    ),
+    Wrong(
+        "num_valid_tokens", "of rank 2", "softmax_topk",
+        lambda call: call.logits.new_zeros(1, 1, dtype=torch.int64),
+    ),
     Wrong("num_valid_tokens", "of floats", "softmax_topk", lambda call: call.logits.new_zeros(1)),
-    Wrong("num_valid_tokens", "of uint8", "softmax_topk", lambda call: call.logits.new_zeros(1, dtype=torch.uint8)),
+    Wrong(
+        "num_valid_tokens", "of uint8", "softmax_topk",
+        lambda call: call.logits.new_zeros(1, dtype=torch.uint8),
+    ),
     Wrong("ids_dtype", "int16", "softmax_topk", lambda _: torch.int16),
     Wrong("out", "of one row too few", "softmax_topk", lambda call: _outputs(call, tokens=T - 1)),
-    Wrong("out", "of one column too many", "softmax_topk", lambda call: _outputs(call, columns=K + 1)),
-    Wrong("out", "of float64 weights", "softmax_topk", lambda call: _outputs(call, weights=torch.float64)),
-    Wrong("out", "one memory for both", "softmax_topk", lambda call: _in_one_memory(_outputs(call)[0])),
+    Wrong(
+        "out", "of one column too many", "softmax_topk",
+        lambda call: _outputs(call, columns=K + 1),
+    ),
+    Wrong(
+        "out", "of float64 weights", "softmax_topk",
+        lambda call: _outputs(call, weights=torch.float64),
+    ),
+    Wrong(
+        "out", "one memory for both", "softmax_topk",
+        lambda call: _in_one_memory(_outputs(call)[0]),
+    ),
     Wrong(
         "out", "weights in the logits", "softmax_topk",
         lambda call: (_within(call.logits, torch.float32), _outputs(call)[1]),
@@ -140,15 +196,27 @@ WRONG = (
         "out", "ids in the scale", "gemma4",
         lambda call: (_outputs(call)[0], _within(call.operands["per_expert_scale"], torch.int32)),
     ),
-    Wrong("out", "not contiguous", "softmax_topk", lambda call: tuple(t[:, ::2] for t in _outputs(call, columns=2 * K))),
+    Wrong(
+        "out", "not contiguous", "softmax_topk",
+        lambda call: tuple(t[:, ::2] for t in _outputs(call, columns=2 * K)),
+    ),
 )  # fmt: skip
 
 
 @check(7, lambda _: WRONG)
 def wrong_arguments_raise_and_are_named(under_test: BackendUnderTest, case: Wrong) -> None:
-    """A wrong argument is a TypeError or ValueError that names it and says what came and what was expected."""
+    """A wrong argument raises an error that names it, and says what came and what was expected.
+
+    The error is a TypeError or ValueError.
+    """
     call = Case(variant=case.variant, num_experts=E, topk=K, num_tokens=T).make(under_test.device)
-    arguments: dict[str, Any] = {"logits": call.logits, "topk": K, "ids_dtype": None, "out": None, **call.operands}
+    arguments: dict[str, Any] = {
+        "logits": call.logits,
+        "topk": K,
+        "ids_dtype": None,
+        "out": None,
+        **call.operands,
+    }
     value = case.value(call)
     if case.argument == "num_groups":
         arguments["logits"], arguments["bias"] = value, call.operands["bias"][:60]  # type: ignore[index]  # the variant has one
@@ -160,12 +228,18 @@ def wrong_arguments_raise_and_are_named(under_test: BackendUnderTest, case: Wron
         under_test.router(call.spec)(**arguments)
     except (TypeError, ValueError) as error:
         message = str(error)
-        require(message.startswith(f"{case.argument}:"), f"the error does not begin with the argument's name: {message!r}")
         require(
-            "expected" in message and "got" in message, f"the error does not say what came and what was expected: {message!r}"
+            message.startswith(f"{case.argument}:"),
+            f"the error does not begin with the argument's name: {message!r}",
+        )
+        require(
+            "expected" in message and "got" in message,
+            f"the error does not say what came and what was expected: {message!r}",
         )
         if isinstance(value, (int, float, str)):
-            require(repr(value) in message, f"the error does not hold the value {value!r}: {message!r}")
+            require(
+                repr(value) in message, f"the error does not hold the value {value!r}: {message!r}"
+            )
         return
     msg = f"{case.argument} {case.what}: no error"
     raise AssertionError(msg)
@@ -203,13 +277,19 @@ WRONG_SPECS = (
 
 @check(7, lambda _: WRONG_SPECS)
 def wrong_specs_raise_and_name_the_field(_subject: BackendUnderTest, case: WrongSpec) -> None:
-    """A spec that no model can have, or with a field that its selection has no use for, cannot be constructed."""
+    """A spec that no model can have cannot be constructed.
+
+    Nor can one with a field that its selection does not use.
+    """
     try:
         wrong: RoutingSpec = VARIANTS[case.family].replace(**{case.argument: case.value})
     except ValueError as error:
         # Too many topk_groups and too few num_groups are the same mistake.
         named = str(error).partition(":")[0]
-        require(named in (case.argument, "topk_groups"), f"the error does not begin with the field's name: {error}")
+        require(
+            named in (case.argument, "topk_groups"),
+            f"the error does not begin with the field's name: {error}",
+        )
         return
     msg = f"{case.argument} = {case.value!r}: no error, but {wrong}"
     raise AssertionError(msg)

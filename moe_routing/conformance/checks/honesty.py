@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 from moe_routing._registry import registry
 from moe_routing.conformance.cases import Case
 from moe_routing.conformance.checks._check import ROUTE, check, require
-from moe_routing.conformance.under_test import GAP_OF, BackendUnderTest, NotApplicableError, must_match
+from moe_routing.conformance.under_test import (
+    GAP_OF,
+    BackendUnderTest,
+    NotApplicableError,
+    must_match,
+)
 from moe_routing.conformance.variants import VARIANTS, fits
 from moe_routing.families import FAMILIES
 from moe_routing.probing import probe
@@ -46,7 +51,11 @@ class Problems:
 
     def __iter__(self) -> Iterator[tuple[Case, bool]]:
         """Yield cases of three tokens, and whether gradients are wanted."""
-        plain = Case(variant=self.variant, topk=2 if VARIANTS[self.variant].selection == "sparsemixer" else 8, num_tokens=3)
+        plain = Case(
+            variant=self.variant,
+            topk=2 if VARIANTS[self.variant].selection == "sparsemixer" else 8,
+            num_tokens=3,
+        )
         yield plain, False
         yield plain, True
         if self.profile == "smoke":
@@ -60,7 +69,10 @@ class Problems:
 
 
 def _verdict(under_test: BackendUnderTest, problem: RoutingProblem) -> Verdict | None:
-    """Return the backend's rejection of a problem, or ``None`` where it accepts; what is no capability is a failure."""
+    """Return the backend's rejection of a problem, or ``None`` where it accepts.
+
+    What is no capability is a failure.
+    """
     rejection = under_test.rejection(problem)
     if rejection is None:
         return None
@@ -97,16 +109,21 @@ def what_it_accepts_it_routes(under_test: BackendUnderTest, case: Problems) -> N
 
 
 @dataclass(frozen=True, slots=True)
-class TheCard:
+class TheSpec:
     """The spec as a whole."""
 
     id: str = "spec"
     family: str = ""
 
 
-@check(0, lambda _: [TheCard()])
-def it_serves_the_families_on_its_card(under_test: BackendUnderTest, _case: TheCard) -> None:
-    """Every family that the spec names is served in some size; a spec that names none serves at least one."""
+@check(0, lambda _: [TheSpec()])
+def it_serves_the_families_that_its_spec_names(
+    under_test: BackendUnderTest, _case: TheSpec
+) -> None:
+    """Every family that the spec names is served in some size.
+
+    A spec that names none serves at least one.
+    """
     named = under_test.spec.families
     served = {
         case.family
@@ -121,7 +138,10 @@ def it_serves_the_families_on_its_card(under_test: BackendUnderTest, _case: TheC
 
 @check(0, _variants)
 def what_it_declines_cannot_be_had(under_test: BackendUnderTest, case: Problems) -> None:
-    """What the backend declines, built all the same, fails or is wrong; else the spec must give a reason for the gap."""
+    """What the backend declines, built all the same, fails or is wrong.
+
+    Else the spec must give a reason for the gap.
+    """
     declined: dict[Verdict, list[tuple[Case, RoutingProblem]]] = {}
     for words, training in case:
         problem = words.problem(training=training)
@@ -133,11 +153,19 @@ def what_it_declines_cannot_be_had(under_test: BackendUnderTest, case: Problems)
     for verdict, problems in declined.items():
         gap = GAP_OF.get(verdict.code) if verdict.code else None
         if gap not in under_test.spec.gaps:
-            _must_be_impossible(under_test, problems, verdict.reason, f"accept it, or give a reason under gaps[{gap!r}]")
+            _must_be_impossible(
+                under_test,
+                problems,
+                verdict.reason,
+                f"accept it, or give a reason under gaps[{gap!r}]",
+            )
 
 
 def _must_be_impossible(
-    under_test: BackendUnderTest, problems: list[tuple[Case, RoutingProblem]], reason: str, otherwise: str
+    under_test: BackendUnderTest,
+    problems: list[tuple[Case, RoutingProblem]],
+    reason: str,
+    otherwise: str,
 ) -> None:
     """Require that some of the problems, which are declined for one reason, cannot be had.
 
@@ -157,9 +185,11 @@ def _must_be_impossible(
 
 
 def _built_all_the_same(under_test: BackendUnderTest, problem: RoutingProblem) -> Kernel | None:
-    """Return what the factory builds for a problem that is declined, or ``None`` where it raises."""
+    """Return what the factory builds for a declined problem, or ``None`` where it raises."""
     try:
-        kernel: Kernel = registry().build(under_test.backend, problem, probe(under_test.device), unsupported=True)
+        kernel: Kernel = registry().build(
+            under_test.backend, problem, probe(under_test.device), unsupported=True
+        )
     except FactoryError:
         return None
     return kernel
@@ -191,11 +221,25 @@ def a_declared_gap_is_real(under_test: BackendUnderTest, case: Gap) -> None:
         raise NotApplicableError(msg)
     if case.id in GAP_OF.values():
         codes = {code for code, gap in GAP_OF.items() if gap == case.id}
-        asked = [words.problem(training=training) for v in VARIANTS for words, training in Problems(v, "quick")]
-        verdicts = [verdict for problem in asked if (verdict := _verdict(under_test, problem)) is not None]
-        require(any(v.code in codes for v in verdicts), f"declares a gap in {case.id}, but declines nothing for it")
+        asked = [
+            words.problem(training=training)
+            for v in VARIANTS
+            for words, training in Problems(v, "quick")
+        ]
+        verdicts = [
+            verdict for problem in asked if (verdict := _verdict(under_test, problem)) is not None
+        ]
+        require(
+            any(v.code in codes for v in verdicts),
+            f"declares a gap in {case.id}, but declines nothing for it",
+        )
         return
-    fails = [_fails(under_test, item) for c in ROUTE.checks if c.capability == case.id for item in c.items("smoke")]
+    fails = [
+        _fails(under_test, item)
+        for c in ROUTE.checks
+        if c.capability == case.id
+        for item in c.items("smoke")
+    ]
     known = [failed for failed in fails if failed is not None]
     if not known:
         msg = f"{case.id} cannot be tried here"

@@ -26,29 +26,41 @@ FAR = 1 << 31
 
 @check(8, _sets.in_every_layout)
 def any_strides_are_read_as_they_lie(under_test: BackendUnderTest, case: Case) -> None:
-    """Sliced, offset, transposed, every second column and expanded logits are read where they lie."""
+    """Logits of every layout are read where they lie.
+
+    They are sliced, offset, transposed, expanded, or every second column.
+    """
     call = case.make(under_test.device)
     before = call.logits.clone()
     output = under_test.check(call)
     require(same_bits(call.logits.contiguous(), before.contiguous()), "logits: were changed")
     dense = case.make(under_test.device)
     dense.logits = call.logits.contiguous()
-    require(torch.equal(under_test.route(dense).ids, output.ids), "the same values in contiguous memory give other ids")
+    require(
+        torch.equal(under_test.route(dense).ids, output.ids),
+        "the same values in contiguous memory give other ids",
+    )
 
 
 @check(8, _sets.where(_sets.of_every_family, tokens=257))
 def row_strides_cost_no_copy(under_test: BackendUnderTest, case: Case) -> None:
-    """Slicing the logits' columns does not make the call allocate more than contiguous logits do."""
+    """A call allocates no more for a slice of the logits' columns than for contiguous logits."""
     dense, sliced = case.make(under_test.device), case.but(layout="sliced").make(under_test.device)
     for call in (dense, sliced):
         under_test.route(call)  # whatever is built, is built now
     expected, got = (_allocated(under_test, call) for call in (dense, sliced))
     size = dense.logits.nbytes
-    require(got < expected + size, f"contiguous logits of {size} bytes allocate {expected}, sliced ones {got}")
+    require(
+        got < expected + size,
+        f"contiguous logits of {size} bytes allocate {expected}, sliced ones {got}",
+    )
 
 
 def _allocated(under_test: BackendUnderTest, call: Any) -> int:  # noqa: ANN401 -- a Call
-    """Return the bytes that a call allocates: by the allocator where it counts them, else by watching torch's operators."""
+    """Return the bytes that a call allocates.
+
+    By the allocator where it counts them, else by watching torch's operators.
+    """
     if under_test.device.type == "cuda":
         torch.cuda.synchronize(under_test.device)
         torch.cuda.reset_peak_memory_stats(under_test.device)
@@ -91,7 +103,10 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401 -- a tree
 
 @check(8, _sets.where(_sets.of_every_family, tokens=3, dtype="bfloat16"), capability="large_sizes")
 def offsets_past_2_31_are_read(under_test: BackendUnderTest, case: Case) -> None:
-    """The third of three rows begins past element 2**31 of its storage; a 32-bit offset would wrap."""
+    """The third of three rows begins past element 2**31 of its storage.
+
+    A 32-bit offset would wrap.
+    """
     stride = FAR // 2 + 64
     storage = _huge(under_test.device, 2 * stride + case.num_experts, torch.bfloat16)
     call = case.make(under_test.device)
@@ -103,7 +118,11 @@ def offsets_past_2_31_are_read(under_test: BackendUnderTest, case: Case) -> None
 
 def _many_elements(profile: Profile) -> list[Case]:
     tokens = FAR // 1024 + 3
-    return [Case(variant="gemma4", num_experts=1024, topk=8, num_tokens=tokens, dtype="bfloat16")] if profile == "full" else []
+    return (
+        [Case(variant="gemma4", num_experts=1024, topk=8, num_tokens=tokens, dtype="bfloat16")]
+        if profile == "full"
+        else []
+    )
 
 
 @check(8, _many_elements, capability="large_sizes")
@@ -113,7 +132,9 @@ def more_than_2_31_logits_are_routed(under_test: BackendUnderTest, case: Case) -
         msg = "2**31 logits are for accelerators"
         raise NotRunError(msg)
     last = case.but(num_tokens=4096).make(under_test.device)
-    logits = _huge(under_test.device, case.num_tokens * case.num_experts, torch.bfloat16).view(case.num_tokens, -1)
+    logits = _huge(under_test.device, case.num_tokens * case.num_experts, torch.bfloat16).view(
+        case.num_tokens, -1
+    )
     logits.zero_()
     logits[-4096:] = last.logits
     call = case.but(num_tokens=1).make(under_test.device)
@@ -134,7 +155,10 @@ def _huge(device: torch.device, elements: int, dtype: torch.dtype) -> torch.Tens
 
 @check(9, _sets.of_every_variant)
 def no_tokens_give_empty_outputs(under_test: BackendUnderTest, case: Case) -> None:
-    """T = 0 gives empty outputs of the right shape and dtype, or the given ones, and launches nothing."""
+    """T = 0 gives empty outputs of the right shape and dtype, and launches nothing.
+
+    Outputs that are given are returned.
+    """
     call = case.but(num_tokens=0).make(under_test.device)
     shape = (0, case.topk + case.spec.shared_experts)
     given = outputs(*shape, torch.int64, under_test.device)
@@ -142,8 +166,14 @@ def no_tokens_give_empty_outputs(under_test: BackendUnderTest, case: Case) -> No
         output = under_test.route(call)
         call.ids_dtype = torch.int64
         returned = under_test.route(call, given)
-    require(output.weights.shape == shape and output.ids.shape == shape, f"expected {shape}, got {tuple(output.ids.shape)}")
-    require(output.weights.dtype == torch.float32 and output.ids.dtype == torch.int32, f"got {output.ids.dtype}")
+    require(
+        output.weights.shape == shape and output.ids.shape == shape,
+        f"expected {shape}, got {tuple(output.ids.shape)}",
+    )
+    require(
+        output.weights.dtype == torch.float32 and output.ids.dtype == torch.int32,
+        f"got {output.ids.dtype}",
+    )
     require(returned.ids is given.ids, "out: not what was returned")
     allowed = ("empty", "fill", "detach", "view", "slice")  # the kit's own outputs and poison
     launched = [name for name in watched.operators if not any(word in name for word in allowed)]
@@ -155,7 +185,10 @@ BY_TABLE = [variant for variant, spec in VARIANTS.items() if spec.selection == "
 
 @check(13, _sets.where(_sets.of_every_variant, variants=BY_TABLE))
 def tokens_without_experts_are_padding(under_test: BackendUnderTest, case: Case) -> None:
-    """A token id outside the table, or an entry of it outside [0, E), makes padding of its row; the others are as ever."""
+    """A row is padding if its token id, or an entry of that token, is out of range.
+
+    The token id is outside the table, or the entry is outside [0, E). The other rows are as ever.
+    """
     for integer in (torch.int32, torch.int64):
         for vocabulary in (1, 97):
             call = _with_a_table(case, integer, vocabulary, under_test.device)
@@ -167,20 +200,30 @@ def tokens_without_experts_are_padding(under_test: BackendUnderTest, case: Case)
             strays = _with_strays(ids, every_third, vocabulary)
             entries = _with_strays(table, rows * case.topk + rows % case.topk, case.num_experts)
             plain = under_test.check(call)
-            for changed in ({"token_ids": strays}, {"expert_table": entries}, {"token_ids": strays, "expert_table": entries}):
+            for changed in (
+                {"token_ids": strays},
+                {"expert_table": entries},
+                {"token_ids": strays, "expert_table": entries},
+            ):
                 _must_blank_only_strays(under_test, call.but(**changed), plain)
 
 
 def _with_a_table(case: Case, integer: torch.dtype, vocabulary: int, device: torch.device) -> Call:
     """Return the case's call with a table of that many tokens, which lists the experts in turn."""
     call = case.make(device)
-    listed = torch.arange(vocabulary * case.topk, device=device).view(vocabulary, case.topk) % case.num_experts
+    listed = (
+        torch.arange(vocabulary * case.topk, device=device).view(vocabulary, case.topk)
+        % case.num_experts
+    )
     tokens = torch.arange(len(call.logits), device=device) % vocabulary
     return call.but(token_ids=tokens.to(integer), expert_table=listed.to(integer))
 
 
 def _with_strays(values: torch.Tensor, places: torch.Tensor, end: int) -> torch.Tensor:
-    """Return the values with numbers outside [0, end) at those places; some are inside again if they are cut to 32 bits."""
+    """Return the values with numbers outside [0, end) at those places.
+
+    Some of these numbers are inside again if they are cut to 32 bits.
+    """
     limits = torch.iinfo(values.dtype)
     strays = [-1, end, end + 1, -end, limits.max, limits.min]
     if values.dtype == torch.int64:
@@ -194,23 +237,42 @@ def _with_strays(values: torch.Tensor, places: torch.Tensor, end: int) -> torch.
 def _must_blank_only_strays(under_test: BackendUnderTest, call: Call, plain: RoutingOutput) -> None:
     output = under_test.check(call)
     kept = output.ids[:, 0] >= 0
-    same = same_bits(output.ids[kept], plain.ids[kept]) and same_bits(output.weights[kept], plain.weights[kept])
+    same = same_bits(output.ids[kept], plain.ids[kept]) and same_bits(
+        output.weights[kept], plain.weights[kept]
+    )
     require(same, "tokens without experts change other rows")
 
 
 @check(13, _sets.of_every_variant)
 def padding_is_blank(under_test: BackendUnderTest, case: Case) -> None:
-    """Rows at or past num_valid_tokens get ids -1 and weights 0, whatever they hold; the others are as ever."""
+    """Rows at or past num_valid_tokens get ids -1 and weights 0, whatever they hold.
+
+    The others are as ever.
+    """
     call = case.make(under_test.device)
     plain = under_test.route(call)
     tokens = len(call.logits)
     for valid in (0, 1, tokens // 2, tokens, tokens + 5):
         call.logits[valid:] = torch.nan
-        for given in (valid, *(torch.tensor(valid, dtype=d, device=under_test.device) for d in (torch.int32, torch.int64))):
-            padded = call.but(num_valid_tokens=given if not isinstance(given, torch.Tensor) else given.view(1))
+        for given in (
+            valid,
+            *(
+                torch.tensor(valid, dtype=d, device=under_test.device)
+                for d in (torch.int32, torch.int64)
+            ),
+        ):
+            padded = call.but(
+                num_valid_tokens=given if not isinstance(given, torch.Tensor) else given.view(1)
+            )
             output = under_test.check(padded)
-            require(same_bits(output.ids[:valid], plain.ids[:valid]), "padding changes the ids of other rows")
+            require(
+                same_bits(output.ids[:valid], plain.ids[:valid]),
+                "padding changes the ids of other rows",
+            )
         call = case.make(under_test.device)
-    on_device = [torch.tensor(n, device=under_test.device) for n in (2**31, 2**63 - 1, -1, -(2**63))]
-    for given in (2**31, 2**63 - 1, 2**63, 2**70, *on_device):  # more than T are all, fewer than 0 are none
+    on_device = [
+        torch.tensor(n, device=under_test.device) for n in (2**31, 2**63 - 1, -1, -(2**63))
+    ]
+    # More than T are all, fewer than 0 are none.
+    for given in (2**31, 2**63 - 1, 2**63, 2**70, *on_device):
         under_test.check(call.but(num_valid_tokens=given))

@@ -29,7 +29,7 @@ def _batches(profile: Profile) -> Iterator[Case]:
 
 @check(10, _batches)
 def a_rows_bits_do_not_depend_on_its_batch(under_test: BackendUnderTest, case: Case) -> None:
-    """Rows permuted, split into batches of many sizes, and alone, give the bits that they give together."""
+    """Rows give the same bits together, permuted, in batches of many sizes, and alone."""
     call = case.make(under_test.device)
     whole = under_test.route(call)
     order = torch.randperm(case.num_tokens, generator=case.generator()).to(under_test.device)
@@ -42,11 +42,19 @@ def a_rows_bits_do_not_depend_on_its_batch(under_test: BackendUnderTest, case: C
         start = stop if stop < case.num_tokens else 0
 
 
-def _must_equal(some: RoutingOutput, whole: RoutingOutput, rows: torch.Tensor | slice, how: str) -> None:
-    for name, part, everything in (("ids", some.ids, whole.ids), ("weights", some.weights, whole.weights)):
+def _must_equal(
+    some: RoutingOutput, whole: RoutingOutput, rows: torch.Tensor | slice, how: str
+) -> None:
+    for name, part, everything in (
+        ("ids", some.ids, whole.ids),
+        ("weights", some.weights, whole.weights),
+    ):
         if not same_bits(part, everything[rows]):
             row = int((part != everything[rows]).any(-1).nonzero()[0])
-            msg = f"{name} of a row {how}: {part[row].tolist()}, in the whole: {everything[rows][row].tolist()}"
+            msg = (
+                f"{name} of a row {how}: {part[row].tolist()}, "
+                f"in the whole: {everything[rows][row].tolist()}"
+            )
             raise AssertionError(msg)
 
 
@@ -64,5 +72,6 @@ def the_same_input_gives_the_same_bits(under_test: BackendUnderTest, case: Case)
     for run in range(RUNS):
         again = under_test.route(call)
         require(
-            same_bits(again.ids, first.ids) and same_bits(again.weights, first.weights), f"run {run + 1} differs from run 0"
+            same_bits(again.ids, first.ids) and same_bits(again.weights, first.weights),
+            f"run {run + 1} differs from run 0",
         )

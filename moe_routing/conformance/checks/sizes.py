@@ -1,4 +1,7 @@
-"""Clauses 1 and 2 at sizes that the pairwise sample does not have: between its numbers, past them, and at random."""
+"""Clauses 1 and 2 at sizes that the pairwise sample does not have.
+
+Between its numbers, past them, and at random.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ PAST_A_BLOCK = (1 << 16) + (1 << 12) + 1
 
 
 def _case(variant: str, num_tokens: int, num_experts: int, topk: int) -> Case:
-    """Return the case, with the next E that the groups divide, and the next K below (or above) that fits."""
+    """Return the case with the next E and K that fit.
+
+    E is the next that the groups divide; K is the next below (or above) that fits.
+    """
     spec = VARIANTS[variant]
     experts = -(-num_experts // spec.num_groups) * spec.num_groups
     k = next(k for k in (*range(topk, 0, -1), *range(topk, experts + 1)) if fits(spec, experts, k))
@@ -49,7 +55,10 @@ def sizes_between_the_usual_are_routed(under_test: BackendUnderTest, case: Case)
 
 @check(1, drawn.cases)
 def drawn_sizes_are_routed(under_test: BackendUnderTest, case: Case) -> None:
-    """E, K, T, dtype, layout and operands that the run's seed draws; the same seed draws them again."""
+    """E, K, T, dtype, layout and operands that the run's seed draws.
+
+    The same seed draws them again.
+    """
     ids_come_in_exact_order(under_test, case)
 
 
@@ -63,7 +72,10 @@ def _many_rows(profile: Profile) -> Iterator[Case]:
 
 @check(1, _many_rows)
 def rows_past_65_535_are_routed(under_test: BackendUnderTest, case: Case) -> None:
-    """More rows than a 16-bit number counts, on every device; the last block of rows is not full."""
+    """More rows than a 16-bit number counts, on every device.
+
+    The last block of rows is not full.
+    """
     under_test.check(case.make(under_test.device))
 
 
@@ -72,17 +84,29 @@ MASKS = ((-1e4,), (-1e9,), (-torch.inf,), (-1e4, -1e9))
 
 
 def _biased_rows(profile: Profile) -> Iterator[Case]:
-    """Yield every biased variant in the smallest size, with more rows than kernels for few of them take."""
-    return _sets.of_every_variant("full" if profile == "full" else "smoke", variants=BIASED, tokens=4099)
+    """Yield every biased variant in the smallest size, with many rows.
+
+    They are more than kernels for few rows take.
+    """
+    return _sets.of_every_variant(
+        "full" if profile == "full" else "smoke", variants=BIASED, tokens=4099
+    )
 
 
 @check(2, _biased_rows)
 def masked_experts_come_last(under_test: BackendUnderTest, case: Case) -> None:
-    """Biases of -1e4, -1e9 or -inf among small ones leave the order of the others exact, for many tokens too."""
+    """Biases of -1e4, -1e9 or -inf among small ones leave the order of the others exact.
+
+    This holds for many tokens too.
+    """
     call = case.make(under_test.device)
     bias = call.operands["bias"]
     assert bias is not None  # noqa: S101 -- for mypy: the variants have one
     every_second = torch.arange(case.num_experts, device=under_test.device) % 2 == 1
     for mask in MASKS:
-        values = torch.tensor(mask, device=under_test.device).repeat_interleave(2).repeat(case.num_experts)[: case.num_experts]
+        values = (
+            torch.tensor(mask, device=under_test.device)
+            .repeat_interleave(2)
+            .repeat(case.num_experts)[: case.num_experts]
+        )
         under_test.check(call.but(bias=torch.where(every_second, values, bias.float())))

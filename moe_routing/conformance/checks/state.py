@@ -14,7 +14,13 @@ from moe_routing._router import Router
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
 from moe_routing.conformance.checks.traced import compare_gradients
-from moe_routing.conformance.under_test import DeclinedError, NotApplicableError, must_match, outputs, same_bits
+from moe_routing.conformance.under_test import (
+    DeclinedError,
+    NotApplicableError,
+    must_match,
+    outputs,
+    same_bits,
+)
 from moe_routing.conformance.variants import VARIANTS, fits
 from moe_routing.kernel import Operands, Prepares, RoutingOutput
 
@@ -27,12 +33,18 @@ if TYPE_CHECKING:
     from moe_routing.conformance.under_test import BackendUnderTest
 
 TURNS = 3
-"""Calls of a kind: the first is checked and prepared, the second is recognised, and the third like the second."""
+"""Calls of a kind.
+
+The first is checked and prepared, the second is recognised, and the third is like the second.
+"""
 THREADS, CALLS = 8, 12
 
 
 def _router(under_test: BackendUnderTest, call: Call) -> Router:
-    """Return a router that has seen no call; build what the call needs, or raise ``DeclinedError``, before."""
+    """Return a router that has seen no call.
+
+    Build what the call needs, or raise ``DeclinedError``, before.
+    """
     under_test.route(call)
     return Router(call.spec, backend=under_test.backend)
 
@@ -42,15 +54,24 @@ def _routed(route: Router, call: Call, out: RoutingOutput | None = None) -> Rout
 
 
 def _out(call: Call, under_test: BackendUnderTest) -> RoutingOutput:
-    return outputs(len(call.logits), call.topk + call.spec.shared_experts, call.ids_dtype, under_test.device)
+    return outputs(
+        len(call.logits), call.topk + call.spec.shared_experts, call.ids_dtype, under_test.device
+    )
 
 
 def _other(call: Call, turn: int) -> Call:
-    """Return a call of the same shapes with other values: all that it brings is moved by some places."""
+    """Return a call of the same shapes with other values.
+
+    All that it brings is moved by some places.
+    """
     moved: dict[str, Any] = {}
     for name, value in call.operands.items():
         if isinstance(value, torch.Tensor):
-            moved[name] = (value - turn).clamp(min=0) if name == "num_valid_tokens" else value.roll(turn, 0).contiguous()
+            moved[name] = (
+                (value - turn).clamp(min=0)
+                if name == "num_valid_tokens"
+                else value.roll(turn, 0).contiguous()
+            )
         elif value is not None:
             moved[name] = max(0, cast("int", value) - turn)
     changed = call.but(**moved)
@@ -76,7 +97,10 @@ def _must_match(call: Call, output: RoutingOutput, what: str) -> None:
 
 @check(11, _kinds)
 def later_calls_of_a_kind_are_right(under_test: BackendUnderTest, case: Case) -> None:
-    """Calls of the same shapes with other values are right, with outputs to write into and without, and stay as they were."""
+    """Later calls of the same shapes with other values are right, and their outputs stay.
+
+    This holds with outputs to write into and without.
+    """
     call = case.make(under_test.device)
     route = _router(under_test, call)
     for given in (False, True):
@@ -93,8 +117,13 @@ def later_calls_of_a_kind_are_right(under_test: BackendUnderTest, case: Case) ->
 
 
 @check(11, _kinds)
-def what_is_prepared_serves_calls_with_and_without_out(under_test: BackendUnderTest, case: Case) -> None:
-    """What a kernel prepares from a call without outputs serves calls with them, and the other way round."""
+def what_is_prepared_serves_calls_with_and_without_out(
+    under_test: BackendUnderTest, case: Case
+) -> None:
+    """What a kernel prepares from a call without outputs serves calls with them.
+
+    The converse holds too.
+    """
     call = case.make(under_test.device)
     kernel = _kernel(under_test, call)
     if not isinstance(kernel, Prepares):
@@ -108,15 +137,23 @@ def what_is_prepared_serves_calls_with_and_without_out(under_test: BackendUnderT
             other = _other(call, turn)
             out = _out(other, under_test) if again else None
             output = prepared(_operands(other, out))
-            what = f"prepared {'with' if given else 'without'} out, called {'with' if again else 'without'}"
-            require(out is None or (output.weights is out.weights and output.ids is out.ids), f"{what}: not out is returned")
+            what = (
+                f"prepared {'with' if given else 'without'} out, "
+                f"called {'with' if again else 'without'}"
+            )
+            require(
+                out is None or (output.weights is out.weights and output.ids is out.ids),
+                f"{what}: not out is returned",
+            )
             _must_match(other, output, what)
 
 
-def _kernel(under_test: BackendUnderTest, call: Call) -> Any:  # noqa: ANN401 -- a Kernel and what else it can do
+def _kernel(under_test: BackendUnderTest, call: Call) -> Any:  # noqa: ANN401 -- a Kernel and more
     """Return the kernel that serves the call."""
     route, logits = _router(under_test, call), call.logits
-    return route.resolve(logits.device, logits.dtype, logits.shape[1], call.topk, ids_dtype=call.ids_dtype).kernel
+    return route.resolve(
+        logits.device, logits.dtype, logits.shape[1], call.topk, ids_dtype=call.ids_dtype
+    ).kernel
 
 
 def _operands(call: Call, out: RoutingOutput | None) -> Operands:
@@ -125,7 +162,10 @@ def _operands(call: Call, out: RoutingOutput | None) -> Operands:
 
 @check(11, _sets.of_every_family)
 def operands_changed_in_place_are_read_again(under_test: BackendUnderTest, case: Case) -> None:
-    """Every tensor of a call may change in place between two calls, as biases do in training; the second reads it again."""
+    """Every tensor of a call may change in place between two calls, as biases do in training.
+
+    The second reads it again.
+    """
     call = case.but(mapped=True, valid="tensor").make(under_test.device)
     route = _router(under_test, call)
     for _ in range(TURNS):
@@ -140,7 +180,10 @@ def operands_changed_in_place_are_read_again(under_test: BackendUnderTest, case:
 
 @check(11, _sets.where(_sets.of_every_family, tokens=129))
 def eight_threads_may_share_a_router(under_test: BackendUnderTest, case: Case) -> None:
-    """Eight threads that route at once through one router, each its own inputs, get what each would get alone."""
+    """Eight threads that route at once through one router get what each would get alone.
+
+    Each thread has its own inputs.
+    """
     call = case.make(under_test.device)
     calls = [_other(call, thread) for thread in range(THREADS)]
     route = _router(under_test, call)
@@ -154,7 +197,10 @@ def eight_threads_may_share_a_router(under_test: BackendUnderTest, case: Case) -
         results = list(pool.map(work, range(THREADS)))
     for thread, routed in enumerate(results):
         for output in routed:
-            if not (same_bits(output.ids, routed[0].ids) and same_bits(output.weights, routed[0].weights)):
+            if not (
+                same_bits(output.ids, routed[0].ids)
+                and same_bits(output.weights, routed[0].weights)
+            ):
                 msg = f"thread {thread + 1} of {THREADS}: the same call gives other bits"
                 raise AssertionError(msg)
         _must_match(calls[thread], routed[0], f"thread {thread + 1} of {THREADS}")
@@ -174,12 +220,14 @@ def _frequent_switches() -> Iterator[None]:
 def _of(num_experts: int, profile: Profile) -> Iterator[Case]:
     """Yield every family in a size that no other check has, so that nothing is built for it yet."""
     for case in _sets.of_every_family(profile):
-        yield case.but(num_experts=num_experts, topk=4 if fits(VARIANTS[case.variant], num_experts, 4) else 8)
+        yield case.but(
+            num_experts=num_experts, topk=4 if fits(VARIANTS[case.variant], num_experts, 4) else 8
+        )
 
 
 @check(11, _sets.where(_of, 48))
 def a_warmed_up_router_routes_right(under_test: BackendUnderTest, case: Case) -> None:
-    """Router.warmup, and the kernel's own, raise nothing and leave nothing in the calls that follow."""
+    """Router.warmup and the kernel's own raise nothing, and do not change later calls."""
     for tokens in (1, 33):
         call = case.but(num_tokens=tokens).make(under_test.device)
         route = _router(under_test, call)
@@ -189,7 +237,9 @@ def a_warmed_up_router_routes_right(under_test: BackendUnderTest, case: Case) ->
 
 
 @check(15, _sets.where(_of, 48), capability="gradients")
-def a_router_warmed_up_for_training_has_right_gradients(under_test: BackendUnderTest, case: Case) -> None:
+def a_router_warmed_up_for_training_has_right_gradients(
+    under_test: BackendUnderTest, case: Case
+) -> None:
     """The same with ``training=True``, for the gradients too."""
     call = _gentle(case, under_test)
     route = _router(under_test, call)
@@ -198,7 +248,10 @@ def a_router_warmed_up_for_training_has_right_gradients(under_test: BackendUnder
 
 
 def _gentle(case: Case, under_test: BackendUnderTest) -> Call:
-    """Return a call for gradients whose weights are far from 1: near it, float32 loses the digits of 1 - w."""
+    """Return a call for gradients whose weights are far from 1.
+
+    Near it, float32 loses the digits of 1 - w.
+    """
     call = case.make(under_test.device)
     call.logits = (call.logits / 4).requires_grad_()
     return call
@@ -208,25 +261,34 @@ def _warm_up(route: Router, call: Call, under_test: BackendUnderTest, *, trainin
     said = f"warmup(training={training})"
     try:
         report = route.warmup(
-            call.logits.shape[1], call.topk,
-            dtype=call.logits.dtype, device=under_test.device, ids_dtype=call.ids_dtype, training=training,
+            call.logits.shape[1], call.topk, dtype=call.logits.dtype, device=under_test.device,
+            ids_dtype=call.ids_dtype, training=training,
         )  # fmt: skip
     except Exception as error:
         msg = f"{said} raises {type(error).__name__}: {error}"
         raise AssertionError(msg) from error
-    require(report.winner == under_test.backend, f"{said}: expected the backend {under_test.backend}, got {report.winner}")
+    require(
+        report.winner == under_test.backend,
+        f"{said}: expected the backend {under_test.backend}, got {report.winner}",
+    )
 
 
 @check(15, _sets.of_every_family, capability="gradients")
 def later_training_steps_have_right_gradients(under_test: BackendUnderTest, case: Case) -> None:
-    """Logits and scale that change in place between the steps of a training, as an optimiser does it, are read again."""
+    """Logits and scale that change in place between training steps are read again.
+
+    They change as an optimiser changes them.
+    """
     call = _gentle(case.but(valid="tensor"), under_test)
     for turn in range(TURNS):
         other = _other(call, turn + 1)
         compare_gradients(under_test, case, call)
         with torch.no_grad():
             call.logits.copy_(other.logits)
-            scale, changed = call.operands.get("per_expert_scale"), other.operands.get("per_expert_scale")
+            scale, changed = (
+                call.operands.get("per_expert_scale"),
+                other.operands.get("per_expert_scale"),
+            )
             if scale is not None and changed is not None:
                 scale.copy_(changed)
 
@@ -240,7 +302,10 @@ MODES: dict[str, Callable[[], Any]] = {
 
 @check(15, _sets.where(_of, 40), capability="gradients")
 def calls_may_change_between_grad_modes(under_test: BackendUnderTest, case: Case) -> None:
-    """Calls in inference mode, without and with gradients follow each other in any order: the same bits, and gradients."""
+    """Calls in inference mode, without and with gradients follow each other in any order.
+
+    The same bits, and gradients.
+    """
     declined = under_test.rejection(case.problem(training=True))
     if declined is not None:
         raise DeclinedError(declined)
@@ -256,9 +321,14 @@ def calls_may_change_between_grad_modes(under_test: BackendUnderTest, case: Case
             msg = f"{what}: raises {type(error).__name__}: {error}"
             raise AssertionError(msg) from error
         wanted = mode == "torch.enable_grad"
-        require(output.weights.requires_grad == wanted, f"{what}: weights.requires_grad is {output.weights.requires_grad}")
+        require(
+            output.weights.requires_grad == wanted,
+            f"{what}: weights.requires_grad is {output.weights.requires_grad}",
+        )
         if first is not None:
-            same = same_bits(output.ids, first.ids) and same_bits(output.weights.detach(), first.weights)
+            same = same_bits(output.ids, first.ids) and same_bits(
+                output.weights.detach(), first.weights
+            )
             require(same, f"{what}: not the outputs of the first call")
         else:
             first = output
@@ -283,4 +353,7 @@ def its_notes_are_lines_of_text(under_test: BackendUnderTest, case: Case) -> Non
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         msg = f"notes: asking for them raises {type(error).__name__}: {error}"
         raise AssertionError(msg) from error
-    require(said is not None and set(notes) <= set(said), f"notes: {notes} are not in the report, which has {said}")
+    require(
+        said is not None and set(notes) <= set(said),
+        f"notes: {notes} are not in the report, which has {said}",
+    )

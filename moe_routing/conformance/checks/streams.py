@@ -10,7 +10,13 @@ import torch
 
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
-from moe_routing.conformance.under_test import BackendUnderTest, NotRunError, must_match, outputs, same_bits
+from moe_routing.conformance.under_test import (
+    BackendUnderTest,
+    NotRunError,
+    must_match,
+    outputs,
+    same_bits,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +24,10 @@ if TYPE_CHECKING:
     from moe_routing.conformance.cases import Call, Case, Profile
 
 SLEEP_CYCLES = 20_000_000
-"""About 10 ms on a GPU: long against a launch, so that work on a wrong stream overtakes what it should wait for."""
+"""About 10 ms on a GPU.
+
+That is long against a launch, so that work on a wrong stream overtakes what it should wait for.
+"""
 
 
 def _modes(profile: Profile) -> Iterator[Case]:
@@ -29,7 +38,10 @@ def _modes(profile: Profile) -> Iterator[Case]:
 
 @check(12, _modes)
 def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, case: Case) -> None:
-    """A call on a side stream waits for what that stream writes into the logits, and later calls leave its outputs alone."""
+    """A call on a side stream waits for what that stream writes into the logits.
+
+    Later calls do not change its outputs.
+    """
     first, second = case.make(under_test.device), case.make(under_test.device)
     second.logits = first.logits.flip(1).clone()
     under_test.route(first)  # whatever is built, is built now
@@ -46,7 +58,10 @@ def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, 
 
 @contextlib.contextmanager
 def _side_stream(device: torch.device) -> Iterator[Any]:
-    """Enter another stream of the device, where it has streams; what it yields keeps the stream busy for a while."""
+    """Enter another stream of the device, where it has streams.
+
+    What it yields keeps the stream busy for a while.
+    """
     if device.type == "cpu":
         yield lambda: None
         return
@@ -89,14 +104,20 @@ def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> Non
 
 @check(12, _modes, capability="cuda_graphs")
 def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Case) -> None:
-    """Captured after one warm-up call, a graph replays on other logits and another number of valid tokens."""
+    """A graph that is captured after one warm-up call replays with other inputs.
+
+    These are other logits and another number of valid tokens.
+    """
     _need_cuda(under_test)
     call = case.but(valid="tensor").make(under_test.device)
     route = under_test.router(call.spec)
     under_test.route(call)
     torch.cuda.synchronize(under_test.device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(under_test.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(under_test.device)):
+    with (
+        torch.cuda.device(under_test.device),
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(under_test.device)),
+    ):
         output = route(call.logits, call.topk, **call.operands)
     for valid in (case.num_tokens, case.num_tokens // 2):
         call.logits.copy_(call.logits.roll(1, 0).flip(1))
@@ -112,15 +133,25 @@ def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Cas
 def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None:
     """Tensors on another device than the current one are routed there."""
     here, there = _two_devices(under_test)
-    on_each = [BackendUnderTest(under_test.backend, device).check(case.make(device)) for device in (here, there)]
-    require(on_each[1].ids.device == there, f"expected outputs on {there}, got {on_each[1].ids.device}")
-    require(same_bits(on_each[0].ids.cpu(), on_each[1].ids.cpu()), "the two devices give different ids")
+    on_each = [
+        BackendUnderTest(under_test.backend, device).check(case.make(device))
+        for device in (here, there)
+    ]
+    require(
+        on_each[1].ids.device == there, f"expected outputs on {there}, got {on_each[1].ids.device}"
+    )
+    require(
+        same_bits(on_each[0].ids.cpu(), on_each[1].ids.cpu()), "the two devices give different ids"
+    )
     require(torch.accelerator.current_device_index() == 0, "the current device was changed")
 
 
 @check(12, _sets.of_every_family, capability="several_devices")
 def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Case) -> None:
-    """Calls of one router on two devices, in turn, each with and without outputs to write into, stay apart."""
+    """Calls of one router on two devices in turn stay apart.
+
+    Each device has calls with and without outputs to write into.
+    """
     devices = _two_devices(under_test)
     calls = [case.make(device) for device in devices]
     for call in calls:
@@ -129,9 +160,19 @@ def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Ca
     routed = []
     for turn in range(6):
         call = calls[turn % 2]
-        given = outputs(len(call.logits), call.topk + call.spec.shared_experts, call.ids_dtype, call.logits.device)
-        out = given if turn >= 2 else None  # noqa: PLR2004 -- the first turn of each device is without
-        routed.append((call, route(call.logits, call.topk, ids_dtype=call.ids_dtype, out=out, **call.operands)))
+        given = outputs(
+            len(call.logits),
+            call.topk + call.spec.shared_experts,
+            call.ids_dtype,
+            call.logits.device,
+        )
+        out = given if turn >= 2 else None  # noqa: PLR2004 -- a device's first call has none
+        routed.append(
+            (
+                call,
+                route(call.logits, call.topk, ids_dtype=call.ids_dtype, out=out, **call.operands),
+            )
+        )
     for call, output in routed:
         must_match(call, output)
     require(torch.accelerator.current_device_index() == 0, "the current device was changed")

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 GRADIENT_RTOL = 1e-5
 GRADIENT_ATOL = 2e-6
-"""Of the largest gradient in the row: a float32 gradient is a difference of terms as large as that."""
+"""Of the largest gradient in the row.
+
+A float32 gradient is a difference of terms as large as that.
+"""
 
 
 class _Module(torch.nn.Module):
@@ -38,7 +41,9 @@ class _Module(torch.nn.Module):
         super().__init__()
         self.route, self.call = route, call
 
-    def forward(self, logits: torch.Tensor, token_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, logits: torch.Tensor, token_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         operands: Operands = {**self.call.operands, "token_ids": token_ids}
         weights, ids = self.route(logits, self.call.topk, **operands)
         return weights * 1.0, ids
@@ -46,7 +51,10 @@ class _Module(torch.nn.Module):
 
 @check(14, _sets.of_every_family, capability="compile")
 def compiles_as_one_graph(under_test: BackendUnderTest, case: Case) -> None:
-    """torch.compile(fullgraph=True) of a module that routes gives the bits of the plain call, for any T."""
+    """torch.compile(fullgraph=True) of a module that routes gives the bits of the plain call.
+
+    This holds for any T.
+    """
     call = case.make(under_test.device)
     under_test.route(call)
     module = _Module(under_test.router(call.spec), call)
@@ -82,19 +90,27 @@ def fake_tensors_give_fake_outputs(under_test: BackendUnderTest, case: Case) -> 
     call = case.make(under_test.device)
     under_test.route(call)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        operands = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in call.operands.items()}
-        weights, ids = under_test.router(call.spec)(mode.from_tensor(call.logits), call.topk, **operands)  # type: ignore[arg-type]  # as in make
+        operands = {
+            k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
+            for k, v in call.operands.items()
+        }
+        logits, route = mode.from_tensor(call.logits), under_test.router(call.spec)
+        weights, ids = route(logits, call.topk, **operands)  # type: ignore[arg-type]  # as in make
     shape = (case.num_tokens, case.topk + case.spec.shared_experts)
     for name, tensor, dtype in (("weights", weights, torch.float32), ("ids", ids, torch.int32)):
         got = (tuple(tensor.shape), tensor.dtype, tensor.device)
         require(
-            got == (shape, dtype, call.logits.device), f"{name}: expected {shape} {dtype} on {call.logits.device}, got {got}"
+            got == (shape, dtype, call.logits.device),
+            f"{name}: expected {shape} {dtype} on {call.logits.device}, got {got}",
         )
 
 
 @check(14, _sets.of_every_family, capability="compile")
 def the_operator_passes_opcheck(under_test: BackendUnderTest, case: Case) -> None:
-    """torch.library.opcheck finds nothing wrong with the operator of traced calls, with ids of either dtype."""
+    """torch.library.opcheck finds nothing wrong with the operator of traced calls.
+
+    This holds for ids of either dtype.
+    """
     _opcheck(under_test, case.make(under_test.device), torch.ops.moe_routing.route.default)
 
 
@@ -112,15 +128,20 @@ def _opcheck(under_test: BackendUnderTest, call: Call, operator: Any) -> None:  
         part = call.rows(rows)
         logits = part.logits.detach().requires_grad_(call.logits.requires_grad)
         config = CallConfig(part.spec.to_json(), under_test.backend, part.topk, dtype)
-        with not_raised():  # opcheck looks at the .grad of logits that are no leaf, and torch 2.15 warns of that
-            torch.library.opcheck(operator, arguments(config, KernelOperands(logits, **part.operands)))
+        # opcheck looks at the .grad of logits that are no leaf, and torch 2.15 warns of that.
+        with not_raised():
+            torch.library.opcheck(
+                operator, arguments(config, KernelOperands(logits, **part.operands))
+            )
 
 
 def _differentiable(profile: Profile) -> Iterator[Case]:
     yield from _sets.of_every_variant("smoke")
     if profile != "smoke":
         yield from _sets.of_every_family("quick", dtype="bfloat16")
-        yield from (case.but(valid="tensor", mapped=True) for case in _sets.of_every_family("quick"))
+        yield from (
+            case.but(valid="tensor", mapped=True) for case in _sets.of_every_family("quick")
+        )
 
 
 @check(15, _differentiable, capability="gradients")
@@ -148,8 +169,13 @@ def _scaled(profile: Profile) -> Iterator[Case]:
 
 
 @check(15, _scaled, capability="gradients")
-def scales_that_are_not_finite_spoil_no_other_gradient(under_test: BackendUnderTest, case: Case) -> None:
-    """Gradients of rows that no NaN or infinite scale weighs, of padding and of the scale are as with finite scales."""
+def scales_that_are_not_finite_spoil_no_other_gradient(
+    under_test: BackendUnderTest, case: Case
+) -> None:
+    """NaN and infinite scales change only the gradients of the logits' rows that they weigh.
+
+    Gradients of the other rows, of padding and of the scale are as with finite scales.
+    """
     call = case.make(under_test.device)
     call.operands["num_valid_tokens"] = case.num_tokens - 2
     for zero_experts in (0, case.num_experts // 2):
@@ -165,24 +191,35 @@ def scales_that_are_not_finite_spoil_no_other_gradient(under_test: BackendUnderT
             require(rows[-2:].all(), "the check itself: padding is weighed by no scale")
             if not same_bits(again[rows], by_logits[rows]):
                 row = int((again != by_logits).any(-1).logical_and(rows).nonzero()[0])
-                msg = f"gradient of logits in row {row}, which no scale of {value} weighs: not as with finite scales"
+                msg = (
+                    f"gradient of logits in row {row}, which no scale of {value} weighs: "
+                    "not as with finite scales"
+                )
                 raise AssertionError(msg)
-            alike = torch.allclose(by_spoilt, by_scale, rtol=GRADIENT_RTOL, atol=GRADIENT_ATOL)  # a sum, in any order
-            require(alike, f"gradient of per_expert_scale: not as with finite scales, where some are {value}")
+            # The gradient is a sum, in any order.
+            alike = torch.allclose(by_spoilt, by_scale, rtol=GRADIENT_RTOL, atol=GRADIENT_ATOL)
+            require(
+                alike,
+                f"gradient of per_expert_scale: not as with finite scales, where some are {value}",
+            )
 
 
-def _gradients(under_test: BackendUnderTest, case: Case, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _gradients(
+    under_test: BackendUnderTest, case: Case, call: Call
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of logits and scale, and the ids of the selected."""
     logits, scale = call.logits.detach().requires_grad_(), call.operands["per_expert_scale"]
     assert scale is not None  # noqa: S101 -- for mypy: the variant has one
-    output = under_test.route(replace(call, logits=logits).but(per_expert_scale=scale.requires_grad_()))
+    output = under_test.route(
+        replace(call, logits=logits).but(per_expert_scale=scale.requires_grad_())
+    )
     direction = torch.randn(output.weights.shape, generator=case.generator()).to(under_test.device)
     by_logits, by_scale = torch.autograd.grad(output.weights, (logits, scale), direction)
     return by_logits, by_scale, output.ids[:, : call.topk].long()
 
 
 def compare_gradients(under_test: BackendUnderTest, case: Case, call: Call) -> None:
-    """Require that a call's gradients are the oracle's, in a direction that the case's words draw."""
+    """Require that a call's gradients are the oracle's, in a direction that the case draws."""
     scale = call.operands.get("per_expert_scale")
     inputs = {"logits": call.logits} | ({} if scale is None else {"per_expert_scale": scale})
     for tensor in inputs.values():
@@ -195,22 +232,37 @@ def compare_gradients(under_test: BackendUnderTest, case: Case, call: Call) -> N
     expected = _exact_gradients(call, output.ids, direction)
     for (name, tensor), ours, exact in zip(inputs.items(), got, expected, strict=True):
         require(
-            ours.dtype == tensor.dtype and ours.shape == tensor.shape, f"gradient of {name}: {ours.dtype} {tuple(ours.shape)}"
+            ours.dtype == tensor.dtype and ours.shape == tensor.shape,
+            f"gradient of {name}: {ours.dtype} {tuple(ours.shape)}",
         )
-        info = torch.finfo(tensor.dtype)  # gradients are rounded to it: by half a unit, or half a subnormal's step
+        # Gradients are rounded to this dtype: by half a unit, or half a subnormal's step.
+        info = torch.finfo(tensor.dtype)
         largest = exact.abs().amax(-1, keepdim=True)
-        if call.spec.selection == "sparsemixer" and name == "logits":  # the gradients of its K rounds may cancel
-            largest = largest.maximum((direction * output.weights.detach()).abs().amax(-1, keepdim=True).to(exact))
-        tolerance = (GRADIENT_RTOL + info.eps) * exact.abs() + GRADIENT_ATOL * largest + info.tiny * info.eps + 1e-30
+        # The gradients of sparsemixer's K rounds may cancel.
+        if call.spec.selection == "sparsemixer" and name == "logits":
+            largest = largest.maximum(
+                (direction * output.weights.detach()).abs().amax(-1, keepdim=True).to(exact)
+            )
+        tolerance = (
+            (GRADIENT_RTOL + info.eps) * exact.abs()
+            + GRADIENT_ATOL * largest
+            + info.tiny * info.eps
+            + 1e-30
+        )
         off = (ours.to(exact.device).double() - exact).abs()
         wrong = ~(off <= tolerance)
         if wrong.any():
             where = tuple(wrong.nonzero()[0].tolist())
-            msg = f"gradient of {name} at {where}: {float(ours[where]):.9g}, exactly {float(exact[where]):.9g}"
+            msg = (
+                f"gradient of {name} at {where}: {float(ours[where]):.9g}, "
+                f"exactly {float(exact[where]):.9g}"
+            )
             raise AssertionError(msg)
 
 
-def _exact_gradients(call: Call, ids: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _exact_gradients(
+    call: Call, ids: torch.Tensor, direction: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Differentiate the oracle's weights at the backend's ids, in float64."""
     home = exact_device(call.logits)
     expert_map = call.operands.get("expert_map")

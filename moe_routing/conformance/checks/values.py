@@ -31,10 +31,15 @@ def ids_come_in_exact_order(under_test: BackendUnderTest, case: Case) -> None:
         columns = call.topk + call.spec.shared_experts
         out = RoutingOutput(
             torch.full((case.num_tokens, columns), torch.nan, device=under_test.device),
-            torch.full((case.num_tokens, columns), -7, dtype=call.ids_dtype, device=under_test.device),
+            torch.full(
+                (case.num_tokens, columns), -7, dtype=call.ids_dtype, device=under_test.device
+            ),
         )
     output = under_test.route(call, out)
-    require(out is None or (output.weights is out.weights and output.ids is out.ids), "out: not what was returned")
+    require(
+        out is None or (output.weights is out.weights and output.ids is out.ids),
+        "out: not what was returned",
+    )
     must_match(call, output)
 
 
@@ -55,7 +60,9 @@ def equal_scores_go_to_the_lower_id(under_test: BackendUnderTest, case: Case) ->
         if bias is not None and not call.spec.needs_bias:
             continue
         under_test.check(
-            call if bias is None else call.but(bias=torch.full((case.num_experts,), bias, device=under_test.device))
+            call
+            if bias is None
+            else call.but(bias=torch.full((case.num_experts,), bias, device=under_test.device))
         )
 
 
@@ -76,28 +83,45 @@ def groups_are_scored_as_the_spec_says(under_test: BackendUnderTest, case: Case)
 
 
 def _summed(profile: Profile) -> Iterator[Case]:
-    names = [name for name, spec in VARIANTS.items() if spec.num_groups > 1 and spec.group_score == "top2_sum"]
+    names = [
+        name
+        for name, spec in VARIANTS.items()
+        if spec.num_groups > 1 and spec.group_score == "top2_sum"
+    ]
     return _sets.of_every_variant(profile, variants=names)
 
 
 @check(1, _summed)
 def group_sums_beyond_float32_are_equal(under_test: BackendUnderTest, case: Case) -> None:
-    """Groups whose sums of two are beyond float32's range, at either end, are equal: the lower ones are kept."""
+    """Groups whose sums of two are beyond float32's range, at either end, are equal.
+
+    The lower ones are kept.
+    """
     call = case.make(under_test.device)
     groups = call.spec.num_groups
-    for lowest, highest in ((0.6, 1.0), (-1.0, -0.6)):  # the exact sum of the last group is the highest
-        share = torch.linspace(lowest, highest, groups, dtype=torch.float64, device=under_test.device)
+    # The exact sum of the last group is the highest.
+    for lowest, highest in ((0.6, 1.0), (-1.0, -0.6)):
+        share = torch.linspace(
+            lowest, highest, groups, dtype=torch.float64, device=under_test.device
+        )
         share = share.repeat_interleave(case.num_experts // groups)
         if call.spec.needs_bias:
             under_test.check(call.but(bias=(share * torch.finfo(torch.float32).max).float()))
         else:
-            call.logits = (share * torch.finfo(call.logits.dtype).max).to(call.logits.dtype).repeat(case.num_tokens, 1)
+            call.logits = (
+                (share * torch.finfo(call.logits.dtype).max)
+                .to(call.logits.dtype)
+                .repeat(case.num_tokens, 1)
+            )
             under_test.check(call)
 
 
 @check(2, _sets.rows_of("ties", "non_finite"))
 def ids_are_unique_and_in_range(under_test: BackendUnderTest, case: Case) -> None:
-    """Ids are unique and in [0, E) for awkward rows, and for biases that push every score far down or to NaN."""
+    """Ids are unique and in [0, E) for awkward rows and for awkward biases.
+
+    The biases push every score far down or to NaN.
+    """
     call = case.make(under_test.device)
     _must_be_valid(case, under_test.route(call))
     if not call.spec.needs_bias:
@@ -105,7 +129,12 @@ def ids_are_unique_and_in_range(under_test: BackendUnderTest, case: Case) -> Non
     for value in (-1e4, 1e4, -torch.inf, torch.inf, torch.nan):
         bias = torch.full((case.num_experts,), value, device=under_test.device)
         _must_be_valid(case, under_test.route(call.but(bias=bias)))
-        _must_be_valid(case, under_test.route(call.but(bias=bias.scatter(0, torch.zeros_like(bias, dtype=torch.long), 0.0))))
+        _must_be_valid(
+            case,
+            under_test.route(
+                call.but(bias=bias.scatter(0, torch.zeros_like(bias, dtype=torch.long), 0.0))
+            ),
+        )
 
 
 def _must_be_valid(case: Case, output: RoutingOutput) -> None:
@@ -114,11 +143,16 @@ def _must_be_valid(case: Case, output: RoutingOutput) -> None:
     require(not outside.any(), f"ids outside [0, {case.num_experts}): {ids[outside][:8].tolist()}")
     ordered = ids.sort(dim=-1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
-    require(not twice.any() or case.spec.selection == "token_table", f"ids chosen twice: {ids[twice][:1].tolist()}")
+    require(
+        not twice.any() or case.spec.selection == "token_table",
+        f"ids chosen twice: {ids[twice][:1].tolist()}",
+    )
 
 
 def _biased(profile: Profile) -> Iterator[Case]:
-    return _sets.of_every_variant(profile, variants=[name for name, spec in VARIANTS.items() if spec.needs_bias])
+    return _sets.of_every_variant(
+        profile, variants=[name for name, spec in VARIANTS.items() if spec.needs_bias]
+    )
 
 
 @check(2, _biased)
@@ -143,7 +177,10 @@ def _biased_scores(profile: Profile) -> Iterator[Case]:
 
 @check(3, _biased_scores)
 def nan_keeps_its_bias(under_test: BackendUnderTest, case: Case) -> None:
-    """A NaN logit has the score of -inf, and its expert's bias still counts, be it the highest of all; for many tokens too."""
+    """A NaN logit has the score of -inf, and its expert's bias still counts.
+
+    This holds if the bias is the highest of all, and for many tokens too.
+    """
     for tokens in (case.num_tokens, 4099):
         call = case.but(num_tokens=tokens).make(under_test.device)
         call.logits[:, [3, -2]] = torch.nan
@@ -158,7 +195,9 @@ def biases_that_are_not_finite_follow_the_rule(under_test: BackendUnderTest, cas
     call = case.make(under_test.device)
     bias = torch.linspace(-0.5, 0.5, case.num_experts, device=under_test.device)
     for value, first in ((torch.nan, 0), (-torch.inf, 1), (torch.inf, 2)):
-        under_test.check(call.but(bias=bias.clone().index_fill(0, _every_seventh(bias, first), value)))
+        under_test.check(
+            call.but(bias=bias.clone().index_fill(0, _every_seventh(bias, first), value))
+        )
         bias[_every_seventh(bias, first)] = value
     under_test.check(call.but(bias=bias))
 
@@ -175,7 +214,10 @@ def large_logits_do_not_overflow(under_test: BackendUnderTest, case: Case) -> No
 
 @check(4, _sets.rows_of("close"))
 def selection_is_exact_in_float32(under_test: BackendUnderTest, case: Case) -> None:
-    """Logits a unit in the last place apart, under saturated scores, and subnormal, are told apart."""
+    """Logits that differ by a unit in the last place are told apart.
+
+    This holds under saturated scores, and for subnormal logits.
+    """
     call = case.make(under_test.device)
     under_test.check(call)
     if call.spec.needs_bias:
@@ -186,7 +228,9 @@ def selection_is_exact_in_float32(under_test: BackendUnderTest, case: Case) -> N
 def float64_logits_are_rounded_first(under_test: BackendUnderTest, case: Case) -> None:
     """Float64 logits that are equal in float32 are ties."""
     call = case.make(under_test.device)
-    rising = torch.arange(case.num_experts, dtype=torch.float64, device=under_test.device) * 2.0**-40
+    rising = (
+        torch.arange(case.num_experts, dtype=torch.float64, device=under_test.device) * 2.0**-40
+    )
     call.logits = call.logits.float().double().sign() + rising
     under_test.check(call)
 
@@ -205,7 +249,10 @@ def weights_are_gathered_not_subtracted(under_test: BackendUnderTest, case: Case
 
 @check(6, _sets.of_every_variant)
 def weights_match_the_oracle(under_test: BackendUnderTest, case: Case) -> None:
-    """Weights are within tolerance for logits of every magnitude, renormalised and scaled in the right order."""
+    """Weights are within tolerance for logits of every magnitude.
+
+    They are renormalised and scaled in the right order.
+    """
     call = case.make(under_test.device)
     magnitude = torch.logspace(-4, 2, len(call.logits), device=under_test.device)[:, None]
     call.logits = (call.logits * magnitude).to(call.logits.dtype)
@@ -220,8 +267,13 @@ def _scaled(profile: Profile) -> Iterator[Case]:
 
 
 @check(6, _scaled)
-def scales_that_are_not_finite_scale_their_expert_alone(under_test: BackendUnderTest, case: Case) -> None:
-    """NaN and infinite scales multiply the weights of their experts, and nothing of padding, zero experts or others."""
+def scales_that_are_not_finite_scale_their_expert_alone(
+    under_test: BackendUnderTest, case: Case
+) -> None:
+    """NaN and infinite scales multiply the weights of their experts alone.
+
+    They change nothing of padding, zero experts or other experts.
+    """
     call = case.but(valid="int").make(under_test.device)
     call.logits[0] *= 40  # weights that are 0 in float32
     scale = torch.linspace(-2, 2, case.num_experts, dtype=torch.float64, device=under_test.device)
@@ -246,7 +298,10 @@ def ids_dtype_is_as_asked(under_test: BackendUnderTest, case: Case) -> None:
     call = case.make(under_test.device)
     narrow = under_test.check(call)
     by_default = under_test.router(call.spec)(call.logits, call.topk, **call.operands)
-    require(by_default.ids.dtype == torch.int32, f"ids: expected int32 by default, got {by_default.ids.dtype}")
+    require(
+        by_default.ids.dtype == torch.int32,
+        f"ids: expected int32 by default, got {by_default.ids.dtype}",
+    )
     call.ids_dtype = torch.int64
     wide = under_test.check(call)
     require(torch.equal(wide.ids, narrow.ids.long()), "int64 ids are not the int32 ids")
@@ -254,7 +309,10 @@ def ids_dtype_is_as_asked(under_test: BackendUnderTest, case: Case) -> None:
 
 @check(6, _sets.of_every_variant)
 def outputs_are_contiguous(under_test: BackendUnderTest, case: Case) -> None:
-    """Weights and ids of either dtype are contiguous, for one token, few and many: compiled callers rely on it."""
+    """Weights and ids of either dtype are contiguous, for one token, few and many.
+
+    Compiled callers rely on it.
+    """
     for tokens in (1, 3, 300):
         for ids_dtype in (torch.int32, torch.int64):
             call = case.but(num_tokens=tokens).make(under_test.device)
@@ -264,7 +322,10 @@ def outputs_are_contiguous(under_test: BackendUnderTest, case: Case) -> None:
 
 @check(6, _sets.of_every_family)
 def every_output_is_written_and_nothing_else(under_test: BackendUnderTest, case: Case) -> None:
-    """Given outputs are written in full, and not one element before or after them; inputs stay as they were."""
+    """Given outputs are written in full, and not one element before or after them.
+
+    Inputs stay as they were.
+    """
     for tokens in (1, 2, 33):
         for ids_dtype in (torch.int32, torch.int64):
             call = case.but(num_tokens=tokens).make(under_test.device)
@@ -279,14 +340,21 @@ def _must_stay_inside(under_test: BackendUnderTest, call: Call) -> None:
     ids = torch.full((size + 2 * GUARD,), -7, dtype=call.ids_dtype, device=under_test.device)
     inside = slice(GUARD, GUARD + size)
     before = {name: value.clone() for name, value in _tensors(call)}
-    output = under_test.route(call, RoutingOutput(weights[inside].view(shape), ids[inside].view(shape)))
+    output = under_test.route(
+        call, RoutingOutput(weights[inside].view(shape), ids[inside].view(shape))
+    )
     for name, value in _tensors(call):
         require(same_bits(value, before[name]), f"{name}: was changed")
-    unwritten = weights[inside].isnan() | (ids[inside] == -7)  # noqa: PLR2004 -- what they were filled with
-    require(not unwritten.any(), f"{int(unwritten.sum())} of {size} elements of out were not written")
-    for name, filled in (("weights", weights.isnan()), ("ids", ids == -7)):  # noqa: PLR2004 -- likewise
+    unwritten = weights[inside].isnan() | (ids[inside] == -7)  # noqa: PLR2004 -- as filled above
+    require(
+        not unwritten.any(), f"{int(unwritten.sum())} of {size} elements of out were not written"
+    )
+    for name, filled in (("weights", weights.isnan()), ("ids", ids == -7)):  # noqa: PLR2004 -- same
         outside = ~torch.cat([filled[:GUARD], filled[-GUARD:]])
-        require(not outside.any(), f"{name}: {int(outside.sum())} of {2 * GUARD} elements around out were written")
+        require(
+            not outside.any(),
+            f"{name}: {int(outside.sum())} of {2 * GUARD} elements around out were written",
+        )
     must_match(call, output)
 
 

@@ -1,7 +1,7 @@
 """transformers 5.17 to 5.24: a model's mixture-of-experts layers route through ``moe_routing``.
 
-``patch(model)`` and ``unpatch(model)`` for a loaded model, ``patched(model)`` for a block, ``enable()`` for all that are
-loaded from now on.
+``patch(model)`` and ``unpatch(model)`` for a loaded model, ``patched(model)`` for a block,
+``enable()`` for all that are loaded from now on.
 """
 
 from __future__ import annotations

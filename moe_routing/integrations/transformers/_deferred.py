@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 
 class DeferredSoftmax(Tensor):
-    """``softmax(logits)`` in float32, computed anew by whatever operation it takes part in; a tensor to everyone.
+    """``softmax(logits)`` in float32, computed anew by whatever operation it takes part in.
 
-    Gemma4's router returns its probabilities first, and its decoder layer discards them; a kernel for nobody would cost
-    as much as the routing. It has no storage: C code that asks for a pointer gets an error, not other numbers.
+    A tensor to everyone.
+
+    Gemma4's router returns its probabilities first, and its decoder layer discards them; a kernel
+    for nobody would cost as much as the routing. It has no storage: C code that asks for a pointer
+    gets an error, not other numbers.
 
     >>> DeferredSoftmax(torch.zeros(1, 2)) + 0
     tensor([[0.5000, 0.5000]])
@@ -33,7 +36,13 @@ class DeferredSoftmax(Tensor):
         return made
 
     @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 -- torch's protocol
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        _types: Any,  # noqa: ANN401 -- torch's protocol
+        args: Any = (),  # noqa: ANN401 -- likewise
+        kwargs: Any = None,  # noqa: ANN401 -- likewise
+    ) -> Any:  # noqa: ANN401 -- torch's protocol
         """Compute, then do what was asked."""
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 -- the documented way
             args, kwargs = tree_map_only(cls, cls._computed, (args, kwargs or {}))

@@ -22,18 +22,28 @@ class RefusedError(Exception):
 
 
 def fingerprint(cls: type) -> str:
-    """Hash what a class computes: its bases' names, its methods but ``__init__``, and the module's functions they call.
+    """Hash what a class computes.
+
+    Its bases' names, its methods but ``__init__``, and the module's functions they call.
 
     :raises RefusedError: the source cannot be read.
     """
-    methods = {name: undecorated(value) for name, value in vars(cls).items() if isinstance(value, FunctionType)}
+    methods = {
+        name: undecorated(value)
+        for name, value in vars(cls).items()
+        if isinstance(value, FunctionType)
+    }
     methods.pop("__init__", None)
     trees = {name: _tree(function) for name, function in methods.items()}
     called = list(methods.values())
     for function in called:
         for node in ast.walk(_tree(function)):
             found = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
-            if isinstance(found, FunctionType) and found.__module__ == cls.__module__ and found.__name__ not in trees:
+            if (
+                isinstance(found, FunctionType)
+                and found.__module__ == cls.__module__
+                and found.__name__ not in trees
+            ):
                 trees[found.__name__] = _tree(found)
                 called.append(found)
     return digest([base.__name__ for base in cls.__bases__], trees)
@@ -43,13 +53,20 @@ def require_own_methods(cls: type) -> None:
     """Raise ``RefusedError`` if a method of a class was written in another module than the class, or is no function."""
     for name, value in vars(cls).items():
         is_function = isinstance(value, FunctionType)
-        if home_of(undecorated(value)) not in {cls.__module__, ""} if is_function else name == "forward":
+        if (
+            home_of(undecorated(value)) not in {cls.__module__, ""}
+            if is_function
+            else name == "forward"
+        ):
             msg = f"the {name} of {cls.__qualname__} was replaced, by {described(value)}; "
             raise RefusedError(msg + "put the class's own back to route it here")
 
 
 def undecorated(function: Any) -> FunctionType:  # noqa: ANN401 -- a function, or what a decorator made of one
-    """Take off torch's own decorators, such as ``no_grad``; anybody else's are part of what is hashed."""
+    """Take off torch's own decorators, such as ``no_grad``.
+
+    Anybody else's are part of what is hashed.
+    """
     while function.__code__.co_filename == torch.utils._contextlib.__file__:  # noqa: SLF001 -- where no_grad's wrapper is
         function = function.__wrapped__
     plain: FunctionType = function

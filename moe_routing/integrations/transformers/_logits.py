@@ -65,7 +65,9 @@ def gemma(router: Router, hidden: Tensor) -> Tensor:
 
 def hunyuan(router: Router, hidden: Tensor) -> Tensor:
     hidden = flat(hidden)
-    logits: Tensor = router.wg(hidden.float() if router.wg.weight.dtype == torch.float32 else hidden)
+    logits: Tensor = router.wg(
+        hidden.float() if router.wg.weight.dtype == torch.float32 else hidden
+    )
     return logits
 
 

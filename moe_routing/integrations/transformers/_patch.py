@@ -14,7 +14,13 @@ from moe_routing.integrations._code import described
 from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._proof import known, short
 from moe_routing.integrations.transformers._report import Layer, PatchReport
-from moe_routing.integrations.transformers._wrapping import defining, reaches, rebind, require_own_forward, require_plain
+from moe_routing.integrations.transformers._wrapping import (
+    defining,
+    reaches,
+    rebind,
+    require_own_forward,
+    require_plain,
+)
 from moe_routing.integrations.transformers.routers import STATE, made_of, routed, stock_of, swap
 from moe_routing.models import NOT_EXPRESSED
 from moe_routing_registry.text import refusal
@@ -29,14 +35,18 @@ _BLOCKS_WITHOUT_EXPERTS = {"DogeCDMoE"}
 
 
 def patch(model: nn.Module) -> PatchReport:
-    """Replace the routing of a model's mixture-of-experts layers in place; parameters and state dict stay as they are.
+    """Replace the routing of a model's mixture-of-experts layers in place.
 
-    Each router's class becomes a subclass of ``moe_routing.integrations.transformers.routers``, which computes the model's own
-    logits, routes them through ``moe_routing``, and returns what the layer expects (dtype of the weights, int64 ids, order of
-    the items). A router is replaced only if its class and the source of its code are known; the others keep their own code,
-    with a warning. Patching twice changes nothing.
+    Parameters and state dict stay as they are.
 
-    :param model: a model of transformers 5.17 or later, or any module that holds such layers; compiled or not.
+    Each router's class becomes a subclass of ``moe_routing.integrations.transformers.routers``,
+    which computes the model's own logits, routes them through ``moe_routing``, and returns what the
+    layer expects (dtype of the weights, int64 ids, order of the items). A router is replaced only
+    if its class and the source of its code are known; the others keep their own code, with a
+    warning. Patching twice changes nothing.
+
+    :param model: a model of transformers 5.17 or later, or any module that holds such layers;
+        compiled or not.
     :returns: what was replaced by what, and what was left and why.
     :raises TypeError: ``model`` is no module.
 
@@ -118,9 +128,7 @@ def _remove(module: nn.Module) -> None:
         return
     wrapper = vars(made.cls)[made.method]
     if wrapper is not made.ours:
-        text = (
-            f"{described(wrapper)} replaced the {made.method} of moe_routing's class, that {short(made.stock)} no longer has"
-        )
+        text = f"{described(wrapper)} replaced the {made.method} of moe_routing's class, that {short(made.stock)} no longer has"
         warnings.warn(text, MoeRoutingWarning, stacklevel=3)
     swap(module, made.cls, made.stock)
     rebind(module, made.method, made.ours, made.own)
@@ -135,14 +143,20 @@ def _require_module(model: object) -> None:
 def _layers(model: nn.Module) -> Iterator[Layer]:
     names = {path.rpartition(".")[2] for path in known()}
     modules = dict(model.named_modules())
-    routers = {id(module) for module in modules.values() if any(cls.__name__ in names for cls in type(module).__mro__)}
+    routers = {
+        id(module)
+        for module in modules.values()
+        if any(cls.__name__ in names for cls in type(module).__mro__)
+    }
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     for name, module in modules.items():
         if id(module) in routers:
             yield _layer(name, module, _block_of(name, modules))
         elif _has_experts(module) and not any(id(inner) in routers for inner in module.modules()):
             yield Layer(
-                name, short(stock_of(type(module))), reason=NOT_EXPRESSED.get(model_type, "no router in it is known here")
+                name,
+                short(stock_of(type(module))),
+                reason=NOT_EXPRESSED.get(model_type, "no router in it is known here"),
             )
 
 
@@ -151,7 +165,10 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _block_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    """Return the module of transformers that calls a router; wrappers of other libraries may lie between."""
+    """Return the module of transformers that calls a router.
+
+    Wrappers of other libraries may lie between.
+    """
     while name:
         name = name.rpartition(".")[0]
         block = modules[name]
@@ -169,23 +186,32 @@ def _layer(name: str, router: nn.Module, block: nn.Module | None) -> Layer:
         _remove(router)
         return Layer(name, short(stock_of(type(router))), reason=str(reason))
     remark = "" if recipe.in_training else "training keeps its own code"
-    return Layer(name, short(stock_of(type(router))), spec.formula, _backend(router, recipe, spec), remark)
+    return Layer(
+        name, short(stock_of(type(router))), spec.formula, _backend(router, recipe, spec), remark
+    )
 
 
 def _backend(router: nn.Module, recipe: Recipe, spec: RoutingSpec) -> str:
-    """Return the backend that would route where the layer computes; ``""`` if it has no device yet."""
+    """Return the backend that would route where the layer computes.
+
+    ``""`` if it has no device yet.
+    """
     weight = next(router.parameters())
     device = _hook_device(router) if weight.is_meta else weight.device
     if device is None:
         return ""
     num_experts: int | None = getattr(router, "num_experts", None)
-    report = explain(spec, device=device, num_experts=num_experts, topk=recipe.topk(router), dtype=weight.dtype)
+    report = explain(
+        spec, device=device, num_experts=num_experts, topk=recipe.topk(router), dtype=weight.dtype
+    )
     return report.winner or ""
 
 
 def _hook_device(router: nn.Module) -> torch.device | None:
     """Return where accelerate's hooks bring offloaded weights, ``None`` if there are no hooks."""
     hook = getattr(router, "_hf_hook", None)
-    devices = [getattr(part, "execution_device", None) for part in (hook, *getattr(hook, "hooks", ()))]
+    devices = [
+        getattr(part, "execution_device", None) for part in (hook, *getattr(hook, "hooks", ()))
+    ]
     found = next((device for device in devices if device is not None), None)
     return None if found is None else torch.device(found)

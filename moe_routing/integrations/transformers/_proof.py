@@ -1,9 +1,12 @@
-"""Proof that a router is the one that we know: its class, and a fingerprint of the code that it would run.
+"""Proof that a router is the one that we know.
 
-A name proves nothing: a class of the same name may come with a checkpoint, a library may have replaced ``forward``, and
-the next release may compute something else. So the functions that a class holds now are read from their source, brought
-into a form without comments, docstrings, annotations and decorators, and hashed. ``fingerprints.json`` says which hash of
-which class is which recipe; ``tests/integrations/fingerprints.py`` compares it with releases.
+Its class, and a fingerprint of the code that it would run.
+
+A name proves nothing: a class of the same name may come with a checkpoint, a library may have
+replaced ``forward``, and the next release may compute something else. So the functions that a class
+holds now are read from their source, brought into a form without comments, docstrings, annotations
+and decorators, and hashed. ``fingerprints.json`` says which hash of which class is which recipe;
+``tests/integrations/fingerprints.py`` compares it with releases.
 """
 
 from __future__ import annotations
@@ -13,7 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing.integrations.transformers._fingerprint import RefusedError, fingerprint, require_own_methods
+from moe_routing.integrations.transformers._fingerprint import (
+    RefusedError,
+    fingerprint,
+    require_own_methods,
+)
 from moe_routing.integrations.transformers._recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -27,7 +34,9 @@ _PACKAGE = "transformers.models."
 @cache
 def known() -> Mapping[str, Mapping[str, str]]:
     """Return ``"gemma4.Gemma4TextRouter"`` -> fingerprint -> name of the recipe."""
-    told: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("fingerprints.json").read_text())
+    told: dict[str, dict[str, str]] = json.loads(
+        Path(__file__).with_name("fingerprints.json").read_text()
+    )
     return told
 
 

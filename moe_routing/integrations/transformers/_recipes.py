@@ -119,7 +119,11 @@ def _no_logits(_router: Router, _logits: Tensor, weights: Tensor, ids: Tensor) -
 def _probabilities_first(router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
     """Leave the probabilities for later where only the decoder layer sees them, which throws them away."""
     seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or router._forward_hooks  # noqa: SLF001 -- no public way
-    return F.softmax(logits, dim=-1, dtype=torch.float32) if seen else DeferredSoftmax(logits), weights, ids
+    return (
+        F.softmax(logits, dim=-1, dtype=torch.float32) if seen else DeferredSoftmax(logits),
+        weights,
+        ids,
+    )
 
 
 def _dense_scores(_router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
@@ -127,14 +131,28 @@ def _dense_scores(_router: Router, logits: Tensor, weights: Tensor, ids: Tensor)
 
 
 def _sorted_by_expert(router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
-    """Sort JetMoe's pairs of token and expert by expert; its block splits by a list of how many each expert got."""
+    """Sort JetMoe's pairs of token and expert by expert.
+
+    Its block splits by a list of how many each expert got.
+    """
     experts, order = ids.flatten().sort()
     sizes = torch.bincount(experts, minlength=router.num_experts).tolist()
-    return order, order.div(router.top_k, rounding_mode="trunc"), weights.flatten()[order], sizes, logits
+    return (
+        order,
+        order.div(router.top_k, rounding_mode="trunc"),
+        weights.flatten()[order],
+        sizes,
+        logits,
+    )
 
 
-def _zaya(router: Router, route: Route, hidden_states: Tensor, router_states: Tensor | None = None) -> Outputs:
-    """Do all that Zaya's router does: it passes a state to the next layer's, and its last expert is to skip."""
+def _zaya(
+    router: Router, route: Route, hidden_states: Tensor, router_states: Tensor | None = None
+) -> Outputs:
+    """Do all that Zaya's router does.
+
+    It passes a state to the next layer's, and its last expert is to skip.
+    """
     states: Tensor = router.down_proj(hidden_states)
     if router.use_eda and router_states is not None:
         states = states + router_states * router.router_states_scale
@@ -155,9 +173,11 @@ class Recipe:
     :ivar output: arranges what is returned.
     :ivar method: the method that is replaced.
     :ivar topk: reads K at each call.
-    :ivar in_training: whether training routes as inference does; where not, the router's own code trains.
+    :ivar in_training: whether training routes as inference does; where not, the router's own code
+        trains.
     :ivar whole: replaces all of these steps, for a router that does more.
-    :ivar prove: raises ``RefusedError`` unless the submodules that the recipe replaces compute what is known.
+    :ivar prove: raises ``RefusedError`` unless the submodules that the recipe replaces compute what
+        is known.
     """
 
     settings: Settings
@@ -180,32 +200,68 @@ class Recipe:
         num_experts = weight.shape[0] if isinstance(weight, Tensor) else None
         return self.settings.spec_of(router, num_experts, self.topk)
 
-    def forward(self, router: Router, route: Route, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Outputs:  # noqa: ANN401 -- the block's
+    def forward(
+        self,
+        router: Router,
+        route: Route,
+        hidden_states: Tensor,
+        *args: Any,  # noqa: ANN401 -- the block's
+        **kwargs: Any,  # noqa: ANN401 -- likewise
+    ) -> Outputs:
         """Compute what the router's own code returns, routed by ``route``."""
         if self.whole is not None:
             return self.whole(router, route, hidden_states, *args, **kwargs)
         logits = self.logits(router, hidden_states)
-        weights, ids = route(logits, self.topk(router), ids_dtype=torch.int64, **self.operands(router, *args, **kwargs))
+        weights, ids = route(
+            logits,
+            self.topk(router),
+            ids_dtype=torch.int64,
+            **self.operands(router, *args, **kwargs),
+        )
         return self.output(router, logits, weights.to(self.weights(hidden_states, logits)), ids)
 
 
 def _also(name: str, **reads: str) -> ModelPreset:
-    """Return a preset with further reads: fields that its router can change and its configuration cannot."""
+    """Return a preset with further reads: what its router can change and its configuration cannot."""
     return replace(MODELS[name], reads={**MODELS[name].reads, **reads})
 
 
-_ZEROS_LOSE = "it gives experts outside the kept groups the score 0, to which scores below 0 lose; here they never win"
+_ZEROS_LOSE = (
+    "it gives experts outside the kept groups the score 0, to which scores below 0 lose; "
+    "here they never win"
+)
 
 RECIPES: Mapping[str, Recipe] = {
     "afmoe": Recipe(settings=of("afmoe"), logits=_logits.afmoe, operands=_afmoe_bias),
-    "axk2": Recipe(settings=replace(of("axk2"), no_groups=_ZEROS_LOSE), logits=_logits.linear_float32, operands=_own_bias),
-    "beam": Recipe(settings=of("beam", routed_scaling_factor=1.0), logits=_logits.linear_float32, operands=_own_bias),
+    "axk2": Recipe(
+        settings=replace(of("axk2"), no_groups=_ZEROS_LOSE),
+        logits=_logits.linear_float32,
+        operands=_own_bias,
+    ),
+    "beam": Recipe(
+        settings=of("beam", routed_scaling_factor=1.0),
+        logits=_logits.linear_float32,
+        operands=_own_bias,
+    ),
     "cohere2": Recipe(settings=of("cohere2_moe"), weights=_of_hidden),
-    "dbrx": Recipe(settings=of("dbrx"), logits=_logits.as_given, output=_no_logits, method="route_tokens_to_experts"),
-    "deepseek": Recipe(settings=of("deepseek_v3"), logits=_logits.linear_float32, operands=_own_bias),
-    "deepseek_v2": Recipe(settings=of("deepseek_v2", norm_topk_prob=False), logits=_logits.linear_float32, weights=_float32),
+    "dbrx": Recipe(
+        settings=of("dbrx"),
+        logits=_logits.as_given,
+        output=_no_logits,
+        method="route_tokens_to_experts",
+    ),
+    "deepseek": Recipe(
+        settings=of("deepseek_v3"), logits=_logits.linear_float32, operands=_own_bias
+    ),
+    "deepseek_v2": Recipe(
+        settings=of("deepseek_v2", norm_topk_prob=False),
+        logits=_logits.linear_float32,
+        weights=_float32,
+    ),
     "deepseek_v4": Recipe(settings=of("deepseek_v4", norm_topk_prob=True), operands=_own_bias),
-    "deepseek_v4_hash": Recipe(settings=of("deepseek_v4_hash", norm_topk_prob=True), operands=_hash_table),
+    "deepseek_v4_hash": Recipe(
+        settings=of("deepseek_v4_hash", norm_topk_prob=True), operands=_hash_table
+    ),
     "ernie": Recipe(
         settings=of("ernie4_5_moe"),
         prove=prove_ernie_statics,
@@ -223,15 +279,24 @@ RECIPES: Mapping[str, Recipe] = {
         topk=_gemma_topk,
     ),
     "gpt_oss": Recipe(settings=of("gpt_oss"), logits=_logits.linear_with_bias),
-    "granite": Recipe(settings=of("granitemoe"), logits=_logits.linear_then_float32, weights=_of_hidden),
+    "granite": Recipe(
+        settings=of("granitemoe"), logits=_logits.linear_then_float32, weights=_of_hidden
+    ),
     "granite_ids_first": Recipe(
-        settings=of("granitemoe"), logits=_logits.linear_then_float32, weights=_of_hidden, output=_ids_first
+        settings=of("granitemoe"),
+        logits=_logits.linear_then_float32,
+        weights=_of_hidden,
+        output=_ids_first,
     ),
     "hunyuan": Recipe(settings=of("hunyuan_v1_moe"), logits=_logits.hunyuan),
     "hy_v3": Recipe(settings=of("hy_v3"), logits=_logits.linear_float32, operands=_given_bias),
-    "inkling2": Recipe(settings=of("inkling2"), logits=_logits.linear_float32_input, operands=_own_bias),
+    "inkling2": Recipe(
+        settings=of("inkling2"), logits=_logits.linear_float32_input, operands=_own_bias
+    ),
     "jamba": Recipe(settings=of("jamba"), weights=_of_hidden),
-    "jetmoe": Recipe(settings=of("jetmoe"), logits=_logits.jetmoe, weights=_of_hidden, output=_sorted_by_expert),
+    "jetmoe": Recipe(
+        settings=of("jetmoe"), logits=_logits.jetmoe, weights=_of_hidden, output=_sorted_by_expert
+    ),
     "kolibri": Recipe(settings=of("kolibri1"), logits=_logits.kolibri, operands=_own_bias),
     "laguna": Recipe(
         settings=of("laguna", moe_routed_scaling_factor=1.0, moe_router_logit_softcapping=0.0),
@@ -239,15 +304,25 @@ RECIPES: Mapping[str, Recipe] = {
         operands=_own_bias,
         weights=_of_hidden,
     ),
-    "lara_mini": Recipe(settings=of("lara_mini"), logits=_logits.linear_float32, weights=_of_hidden),
+    "lara_mini": Recipe(
+        settings=of("lara_mini"), logits=_logits.linear_float32, weights=_of_hidden
+    ),
     "lfm2": Recipe(settings=of("lfm2_moe"), operands=_lfm2_bias),
     "llama4": Recipe(settings=of("llama4"), output=_dense_scores),
-    "longcat": Recipe(settings=of("longcat_flash", zero_expert_num=0), logits=_logits.longcat, operands=_own_bias),
+    "longcat": Recipe(
+        settings=of("longcat_flash", zero_expert_num=0), logits=_logits.longcat, operands=_own_bias
+    ),
     "longcat_no_logits": Recipe(
-        settings=of("longcat_flash", zero_expert_num=0), logits=_logits.longcat, operands=_own_bias, output=_no_logits
+        settings=of("longcat_flash", zero_expert_num=0),
+        logits=_logits.longcat,
+        operands=_own_bias,
+        output=_no_logits,
     ),
     "minimax_m2": Recipe(
-        settings=of("minimax_m2"), logits=_logits.linear_in_weights_dtype, operands=_given_bias, weights=_float32
+        settings=of("minimax_m2"),
+        logits=_logits.linear_in_weights_dtype,
+        operands=_given_bias,
+        weights=_float32,
     ),
     "minimax_m3": Recipe(
         settings=of("minimax_m3_vl", routed_scaling_factor=1.0),
@@ -256,16 +331,21 @@ RECIPES: Mapping[str, Recipe] = {
         weights=_float32,
     ),
     "mistral": Recipe(settings=of("mistral4"), operands=_zero_bias),
-    "mistral_float32": Recipe(settings=of("mistral_large4"), logits=_logits.linear_float32, operands=_zero_bias),
+    "mistral_float32": Recipe(
+        settings=of("mistral_large4"), logits=_logits.linear_float32, operands=_zero_bias
+    ),
     "mixtral": Recipe(settings=of("mixtral"), weights=_float32),
     "muse_spark": Recipe(
-        settings=Settings(_also("muse_spark", renorm_epsilon="norm_topk_prob_eps"), {"output_multiplier": 1.0}),
+        settings=Settings(
+            _also("muse_spark", renorm_epsilon="norm_topk_prob_eps"), {"output_multiplier": 1.0}
+        ),
         logits=_logits.muse_spark,
         operands=_own_bias,
     ),
     "phimoe": Recipe(settings=of("phimoe"), in_training=False),
-    "privacy_filter": Recipe(
-        settings=Settings(_also("openai_privacy_filter", scale="1 / top_k")), logits=_logits.linear_float32_with_bias
+    "privacy_filter": Recipe(  # whose block multiplies by K again
+        settings=Settings(_also("openai_privacy_filter", scale="1 / top_k")),
+        logits=_logits.linear_float32_with_bias,
     ),
     "qwen": Recipe(settings=of("qwen3_moe")),
     "qwen_always": Recipe(settings=of("qwen3_5_moe")),

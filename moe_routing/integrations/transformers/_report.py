@@ -18,7 +18,8 @@ class Layer:
     :ivar name: its name in the model, ``"model.layers.0.router"``.
     :ivar router: its class.
     :ivar routing: the formula that replaces its own, ``""`` where it was left.
-    :ivar backend: who computes it where the layer's weights are now; ``""`` where it was left, or there is no device yet.
+    :ivar backend: who computes it where the layer's weights are now; ``""`` where it was left, or
+        there is no device yet.
     :ivar reason: why it was left, or a remark.
     """
 
@@ -36,7 +37,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What ``patch`` did, layer by layer; ``print`` it, show it with rich, or take ``to_dict()`` for programs.
+    """What ``patch`` did, layer by layer.
+
+    ``print`` it, show it with rich, or take ``to_dict()`` for programs.
 
     :ivar layers: every router that was found, in the model's order.
     """
@@ -68,8 +71,12 @@ class PatchReport:
         """
         lines = [f"{len(self.replaced)} of {len(self.layers)} routers replaced"]
         for names, first in self.runs():
-            what = " ".join(filter(None, (first.routing, first.backend and f"by {first.backend}", first.reason)))
-            lines.append(f"[{'replaced' if first.replaced else 'left'}] {names} ({first.router}): {what}")
+            what = " ".join(
+                filter(None, (first.routing, first.backend and f"by {first.backend}", first.reason))
+            )
+            lines.append(
+                f"[{'replaced' if first.replaced else 'left'}] {names} ({first.router}): {what}"
+            )
         return "\n".join(lines)
 
     def runs(self) -> list[tuple[str, Layer]]:
@@ -87,11 +94,18 @@ class PatchReport:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        built = Table(title=str(self).partition("\n")[0], title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        built = Table(
+            title=str(self).partition("\n")[0],
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for column in ("Layers", "Router", "Now", "By", "Why"):
             built.add_column(column, overflow="fold")
         for names, first in self.runs():
-            built.add_row(names, first.router, first.routing or "its own code", first.backend, first.reason)
+            built.add_row(
+                names, first.router, first.routing or "its own code", first.backend, first.reason
+            )
         return built
 
 

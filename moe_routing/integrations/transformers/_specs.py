@@ -1,7 +1,8 @@
-"""The routing spec of a router: its model's preset, with the values that the router's own attributes have.
+"""The routing spec of a router: its model's preset, with the values of the router's attributes.
 
-The maths is the preset's alone. Here is how routers keep what a configuration says, and what must be refused. The
-attributes are read at each call, so a setting that changes after ``patch`` is followed.
+The maths is the preset's alone. Here is how routers keep what a configuration says, and what must
+be refused. The attributes are read at each call, so a setting that changes after ``patch`` is
+followed.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Settings:
     """The preset that a router computes, and the router's attributes that the preset depends on.
 
     :ivar preset: one model's, where the routers of several have the same code.
-    :ivar given: attributes of the configuration that this code does not look at -> the values with which the preset computes
-        what this code does.
+    :ivar given: attributes of the configuration that this code does not look at -> the values with
+        which the preset computes what this code does.
     :ivar no_groups: why a router with more than one group is left; empty if it is routed.
     :ivar names: the attributes of the router.
     """
@@ -47,26 +48,36 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Find the names."""
-        object.__setattr__(self, "names", tuple(_kept(name)[0] for name in self.preset.settings if name not in self.given))
+        read = [name for name in self.preset.settings if name not in self.given]
+        object.__setattr__(self, "names", tuple(_kept(name)[0] for name in read))
 
     def read(self, router: Router) -> tuple[Any, ...]:
         """Return the values; of a submodule, such as a score function, its class."""
         return tuple([_constant(getattr(router, name, None)) for name in self.names])
 
-    def spec_of(self, router: Router, num_experts: int | None, topk: Callable[[Router], int]) -> RoutingSpec:
+    def spec_of(
+        self, router: Router, num_experts: int | None, topk: Callable[[Router], int]
+    ) -> RoutingSpec:
         """Return the spec for the router's current settings.
 
         :param num_experts: E, ``None`` if it is not known.
         :param topk: reads K.
-        :raises RefusedError: they are missing, cannot be expressed, or do not fit E and K; names them.
+        :raises RefusedError: they are missing, cannot be expressed, or do not fit E and K; names
+            them.
         """
         try:
-            spec = spec_of(self.preset, {name: self._value(router, name) for name in self.preset.settings})
+            spec = spec_of(
+                self.preset, {name: self._value(router, name) for name in self.preset.settings}
+            )
             if num_experts is not None:
                 spec.check_size(num_experts, topk(router))
         except (AttributeError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            said = ", ".join(f"{name}={shown(getattr(router, name, 'missing'))}" for name in self.names)
-            msg = f"its settings cannot be routed: {error}" + (f"; read from {said}" if said else "")
+            said = ", ".join(
+                f"{name}={shown(getattr(router, name, 'missing'))}" for name in self.names
+            )
+            msg = f"its settings cannot be routed: {error}" + (
+                f"; read from {said}" if said else ""
+            )
             raise RefusedError(msg) from error
         if spec.grouped and self.no_groups:
             raise RefusedError(self.no_groups)
@@ -115,7 +126,7 @@ _KEPT: Mapping[str, tuple[str, Callable[[Any], object]]] = {
     "scoring_func": ("score_fn", _score_name),
     "use_expert_bias": ("use_expert_bias", bool),
 }
-"""Attribute of a configuration -> the attribute in which routers keep it, and how its value is made from theirs."""
+"""Attribute of a configuration -> the one in which routers keep it, and its value made from theirs."""
 
 
 def _kept(attribute: str) -> tuple[str, Callable[[Any], object]]:

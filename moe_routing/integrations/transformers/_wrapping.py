@@ -1,8 +1,9 @@
 """Methods that were set on a module itself, by accelerate's hooks and by anybody else.
 
-``patch`` changes a router's class, so whatever calls the method through the instance routes through ``moe_routing``. A bound
-method that was taken before does not follow: accelerate keeps one as ``_old_forward``, transformers' parallel layers keep
-one in a closure. These are bound anew. Any other override that was there before is left as it is, and so is its router.
+``patch`` changes a router's class, so whatever calls the method through the instance routes through
+``moe_routing``. A bound method that was taken before does not follow: accelerate keeps one as
+``_old_forward``, transformers' parallel layers keep one in a closure. These are bound anew. Any
+other override that was there before is left as it is, and so is its router.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _DEPTH = 8
 def require_plain(module: nn.Module, name: str, own: Method) -> None:
     """Raise ``RefusedError`` unless ``rebind`` can change what the module's method calls.
 
-    :param own: the function that the class defines. What may be set on the module is the method itself, accelerate's hook, or
-        the wrapper of transformers' parallel layers.
+    :param own: the function that the class defines. What may be set on the module is the method
+        itself, accelerate's hook, or the wrapper of transformers' parallel layers.
     """
     override = vars(module).get(name)
     if override is None or _is_bound(override, module, own):
@@ -44,7 +45,10 @@ def require_plain(module: nn.Module, name: str, own: Method) -> None:
         return
     if hooked:
         msg = f"accelerate's hook calls {described(inner)} in place of its {name}; "
-        raise RefusedError(msg + "call accelerate.hooks.remove_hook_from_module, then patch, then add the hook again")
+        raise RefusedError(
+            msg
+            + "call accelerate.hooks.remove_hook_from_module, then patch, then add the hook again"
+        )
     msg = f"its {name} was replaced before, by {described(override)}; take that off, call patch, then put it back"
     raise RefusedError(msg)
 
@@ -52,7 +56,9 @@ def require_plain(module: nn.Module, name: str, own: Method) -> None:
 def reaches(module: nn.Module, name: str, own: Method) -> bool:
     """Whether a call of the module's method is seen to reach the function ``own`` of its class."""
     override = vars(module).get(name)
-    return override is None or any(_is_bound(value, module, own) for value in _called_by(module, override))
+    return override is None or any(
+        _is_bound(value, module, own) for value in _called_by(module, override)
+    )
 
 
 def require_own_forward(block: nn.Module) -> None:
@@ -63,14 +69,18 @@ def require_own_forward(block: nn.Module) -> None:
     for name in ("forward", "__call__"):
         cls = defining(type(block), name)
         function = vars(cls)[name]
-        if cls.__module__.startswith("transformers.") and not _home(function).startswith("transformers."):
+        if cls.__module__.startswith("transformers.") and not _home(function).startswith(
+            "transformers."
+        ):
             msg = f"the {name} of {short(cls)} around it was replaced, by {described(function)}; "
             raise RefusedError(msg + "put the class's own back to route here")
     override = vars(block).get("forward")
     if override is None:
         return
     own: Method = type(block).forward
-    known = _KEPT in vars(block) or _home(override).startswith(("accelerate.", "torch.", "transformers."))
+    known = _KEPT in vars(block) or _home(override).startswith(
+        ("accelerate.", "torch.", "transformers.")
+    )
     if not (known and reaches(block, "forward", own)):
         msg = f"the forward of {short(defining(type(block), 'forward'))} around it was replaced, by {described(override)}; "
         raise RefusedError(msg + "take that off, call patch, then put it back")
@@ -125,8 +135,17 @@ def _called_by(module: nn.Module, value: object) -> list[object]:
 
 def _cells(module: nn.Module, value: object, own: Method) -> list[CellType]:
     """Return the closure cells of transformers' own wrappers that hold the module's method."""
-    functions = [f for f in _called_by(module, value) if isinstance(f, FunctionType) and _home(f).startswith("transformers.")]
-    return [cell for f in functions for cell in f.__closure__ or () if _is_bound(_contents(cell), module, own)]
+    functions = [
+        f
+        for f in _called_by(module, value)
+        if isinstance(f, FunctionType) and _home(f).startswith("transformers.")
+    ]
+    return [
+        cell
+        for f in functions
+        for cell in f.__closure__ or ()
+        if _is_bound(_contents(cell), module, own)
+    ]
 
 
 def _contents(cell: CellType) -> object:

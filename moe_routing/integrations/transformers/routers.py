@@ -1,7 +1,10 @@
-"""The classes that ``patch`` gives to routers: each a subclass of a router class of transformers, made when it is needed.
+"""The classes that ``patch`` gives to routers.
 
-``MixtralTopKRouter`` of this module is a subclass of transformers' class of that name, and so on for every router that is
-supported. pickle finds the classes here by name, in a new process too. See ``docs/decisions/0007-patch-changes-the-class.md``.
+Each a subclass of a router class of transformers, made when it is needed.
+
+``MixtralTopKRouter`` of this module is a subclass of transformers' class of that name, and so on
+for every router that is supported. pickle finds the classes here by name, in a new process too. See
+``docs/decisions/0007-patch-changes-the-class.md``.
 """
 
 from __future__ import annotations
@@ -61,7 +64,12 @@ class Made:
         self.stock, self.recipe, self.method = stock, recipe, recipe.method
         self.own: Callable[..., Any] = vars(stock)[recipe.method]
         self.ours = self._function()
-        names = {"__module__": __name__, "__doc__": stock.__doc__, recipe.method: self.ours, STATE: None}
+        names = {
+            "__module__": __name__,
+            "__doc__": stock.__doc__,
+            recipe.method: self.ours,
+            STATE: None,
+        }
         metaclass: Any = type(stock)
         self.cls: type[nn.Module] = metaclass(stock.__name__, (stock,), names)
 
@@ -69,7 +77,8 @@ class Made:
         made, stock, recipe, method, own = self, self.stock, self.recipe, self.method, self.own
 
         def forward(router: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- the block's
-            # A bound method that somebody kept may come here after unpatch; and the stock class may be changed after patch.
+            # A bound method that somebody kept may come here after unpatch; and the stock class may
+            # be changed after patch.
             if not isinstance(router, made.cls) or getattr(stock, method) is not own:
                 return made.stock_instead(router, *args, **kwargs)
             if router.training and not recipe.in_training:
@@ -79,7 +88,12 @@ class Made:
                 state = made.prepare(router)
             return recipe.forward(router, state.route, *args, **kwargs)
 
-        for name in ("__module__", "__name__", "__qualname__", "__doc__"):  # functools.update_wrapper copies them
+        for name in (
+            "__module__",
+            "__name__",
+            "__qualname__",
+            "__doc__",
+        ):  # functools.update_wrapper copies them
             setattr(forward, name, getattr(own, name))
         return forward
 
@@ -91,7 +105,9 @@ class Made:
         try:
             spec = self.recipe.spec_of(router)
         except RefusedError as error:
-            msg = f"{self.stock.__name__}: {error}; unpatch(model) gives the router its own code back"
+            msg = (
+                f"{self.stock.__name__}: {error}; unpatch(model) gives the router its own code back"
+            )
             raise ValueError(msg) from error
         state = State(self.recipe.settings.read(router), spec)
         setattr(router, STATE, state)
@@ -102,18 +118,25 @@ class Made:
         current = getattr(self.stock, self.method)
         if current is not self.own and not torch.compiler.is_compiling():
             text = f"the {self.method} of {self.stock.__name__} was replaced after patch, by {described(current)}"
-            _warn_once(f"{text}: its routers run that, not moe_routing; put the class's own {self.method} back to route them")
+            _warn_once(
+                f"{text}: its routers run that, not moe_routing; put the class's own {self.method} back to route them"
+            )
         return current(router, *args, **kwargs)
 
 
 _MADE: dict[type[nn.Module], Made] = {}
 """What was made, by the class that was made."""
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {}
-"""For classes that torch derives at run time (FSDP, parametrizations): with our class among the bases -> what it replaced."""
+"""For classes that torch derives at run time (FSDP, parametrizations).
+
+With our class among the bases -> what it replaced.
+"""
 
 
 def routed(stock: type[nn.Module]) -> Made:
-    """Return the subclass of a router class that routes through ``moe_routing``; the same one while its code is the same.
+    """Return the subclass of a router class that routes through ``moe_routing``.
+
+    The same one while its code is the same.
 
     :raises RefusedError: the class or its code is not known.
     """
@@ -135,7 +158,10 @@ def made_of(cls: type[nn.Module]) -> Made | None:
 
 
 def stock_of(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the router class that a class stands for: below our own, and below those that torch derives at run time."""
+    """Return the router class that a class stands for.
+
+    Below our own, and below those that torch derives at run time.
+    """
     made = made_of(cls)
     if made is not None:
         return made.stock
@@ -158,8 +184,12 @@ def _swapped(cls: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -
     before = _PLAIN.get(cls)
     if before is not None and issubclass(before, new) and vars(before).keys() == vars(cls).keys():
         return before
-    bases = tuple(_swapped(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
-    names = {name: value for name, value in vars(cls).items() if name not in {"__dict__", "__weakref__"}}
+    bases = tuple(
+        _swapped(base, old, new) if issubclass(base, old) else base for base in cls.__bases__
+    )
+    names = {
+        name: value for name, value in vars(cls).items() if name not in {"__dict__", "__weakref__"}
+    }
     metaclass: Any = type(cls)
     made: type[nn.Module] = metaclass(cls.__name__, bases, names)
     _PLAIN[made] = cls
@@ -186,7 +216,9 @@ def __getattr__(name: str) -> type[nn.Module]:
         raise AttributeError(msg)
     folder = path.partition(".")[0]
     try:
-        return routed(getattr(import_module(f"transformers.models.{folder}.modeling_{folder}"), name)).cls
+        return routed(
+            getattr(import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
+        ).cls
     except (ImportError, AttributeError, RefusedError) as error:
         msg = f"{name} cannot route through moe_routing here: {error}"
         raise ImportError(msg) from error

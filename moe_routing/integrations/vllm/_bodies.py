@@ -1,8 +1,9 @@
 """Whether a router of vLLM computes by code that was read: ``known.json`` has the fingerprints.
 
-The files are read, not imported, so that the answer is the same on every machine: vLLM defines its Triton kernels only where
-there is a GPU. Of what is in memory it is asked only whether it was written in these files, as another plug-in may have
-replaced it. Compiled operators are not looked at, nor are the functions of AITER, with which nothing is replaced.
+The files are read, not imported, so that the answer is the same on every machine: vLLM defines its
+Triton kernels only where there is a GPU. Of what is in memory it is asked only whether it was
+written in these files, as another plug-in may have replaced it. Compiled operators are not looked
+at, nor are the functions of AITER, with which nothing is replaced.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ _CLASSES = (
 _ROOTS = {
     "gemma4.Gemma4Router": (("model_executor/models/gemma4.py", "Gemma4Router.routing_function"),),
     **{
-        f"{module}.{name}": (_BASE, *((f"{ROUTERS}/{module}.py", f"{name}.{method}") for method in _METHODS))
+        f"{module}.{name}": (
+            _BASE,
+            *((f"{ROUTERS}/{module}.py", f"{name}.{method}") for method in _METHODS),
+        )
         for module, name in _CLASSES
     },
 }
-"""From a class that can be replaced to the functions that its routing begins with: each a file and a qualified name."""
+"""From a class that can be replaced to the functions that its routing begins with.
+
+Each a file and a qualified name.
+"""
 
 
 class Known(NamedTuple):
@@ -96,7 +103,10 @@ def why_left(name: str) -> str:
 
 @functools.cache
 def body(root: Path, name: str) -> Body:
-    """Read the functions that a router computes by: where its routing begins, and what that calls in vLLM's router modules."""
+    """Read the functions that a router computes by.
+
+    Where its routing begins, and what that calls in vLLM's router modules.
+    """
     read = functools.cache(lambda file: parse(root / file))
     trees: dict[tuple[str, str], ast.AST] = {}
     waiting = set(_ROOTS[name])
@@ -110,12 +120,17 @@ def body(root: Path, name: str) -> Body:
         imported = _imported(read(file))
         waiting |= {imported.get(called, (file, called)) for called in named} - trees.keys()
     said = {f"{Path(file).stem}.{function}": tree for (file, function), tree in trees.items()}
-    places = sorted((f"vllm.{file.removesuffix('.py').replace('/', '.')}", function) for file, function in trees)
+    places = sorted(
+        (f"vllm.{file.removesuffix('.py').replace('/', '.')}", function) for file, function in trees
+    )
     return Body(digest([], said), tuple(places))
 
 
 def parse(file: Path) -> list[ast.stmt]:
-    """Return the statements of a file; none if it is not there, or in a language that this Python does not know."""
+    """Return the statements of a file.
+
+    None if it is not there, or in a language that this Python does not know.
+    """
     try:
         return ast.parse(file.read_bytes()).body
     except (OSError, SyntaxError):
@@ -130,7 +145,9 @@ def find(nodes: Iterable[ast.AST], name: str) -> Iterator[ast.FunctionDef]:
             yield node
         elif isinstance(node, ast.ClassDef) and node.name == head and rest:
             yield from find(node.body, rest)
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):  # what is in those is local
+        elif not isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        ):  # what is in those is local
             yield from find(ast.iter_child_nodes(node), name)
 
 
@@ -142,17 +159,28 @@ def _reason(root: Path, name: str) -> str:
 
 
 def _imported(statements: list[ast.stmt]) -> dict[str, tuple[str, str]]:
-    """Return where the functions are that a module imports from other router modules: name -> file and name there."""
+    """Return where the functions are that a module imports from other router modules.
+
+    Name -> file and name there.
+    """
     return {
-        alias.asname or alias.name: (f"{ROUTERS}/{node.module.removeprefix(_PACKAGE)}.py", alias.name)
+        alias.asname or alias.name: (
+            f"{ROUTERS}/{node.module.removeprefix(_PACKAGE)}.py",
+            alias.name,
+        )
         for node in ast.walk(ast.Module(body=statements, type_ignores=[]))
-        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith(_PACKAGE)
+        if isinstance(node, ast.ImportFrom)
+        and node.module is not None
+        and node.module.startswith(_PACKAGE)
         for alias in node.names
     }
 
 
 def _replaced(place: tuple[str, str]) -> str:
-    """Say who replaced a function in memory; ``""`` if nobody did, or if this machine does not define it."""
+    """Say who replaced a function in memory.
+
+    ``""`` if nobody did, or if this machine does not define it.
+    """
     module, name = place
     value: Any = sys.modules.get(module)
     for part in name.split("."):
@@ -163,10 +191,15 @@ def _replaced(place: tuple[str, str]) -> str:
 
 
 def is_from(module: str, value: Any) -> bool:  # noqa: ANN401 -- whatever a module holds
-    """Whether a function was written in that module; what torch, Triton and functools made of it counts as the function."""
+    """Whether a function was written in that module.
+
+    What torch, Triton and functools made of it counts as the function.
+    """
     while True:
         maker = home_of(value) if isinstance(value, FunctionType) else type(value).__module__
-        inner = {"torch": "__wrapped__", "functools": "__wrapped__", "triton": "fn"}.get(maker.partition(".")[0], "")
+        inner = {"torch": "__wrapped__", "functools": "__wrapped__", "triton": "fn"}.get(
+            maker.partition(".")[0], ""
+        )
         if not hasattr(value, inner):
             return isinstance(value, FunctionType) and maker == module
         value = getattr(value, inner)

@@ -1,4 +1,7 @@
-"""``register``, the plug-in itself: every router that vLLM's factory makes is looked at, and routed by us if it is known."""
+"""``register``, the plug-in itself.
+
+Every router that vLLM's factory makes is looked at, and routed by us if it is known.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,16 @@ if TYPE_CHECKING:
     from moe_routing.integrations.vllm._report import Site
     from moe_routing.integrations.vllm._rules import Plan, VllmRouter
 
-_log = logging.getLogger("vllm.moe_routing")  # below "vllm", so that its lines stand among vLLM's own
+_log = logging.getLogger(
+    "vllm.moe_routing"
+)  # below "vllm", so that its lines stand among vLLM's own
 
 
 def register() -> None:
     """Route through ``moe_routing`` in the routers that vLLM builds from now on in this process, if ``MOE_ROUTING_VLLM=1``.
 
-    vLLM calls it in every process; further calls change nothing. On a vLLM whose version or signatures are not those that
-    were read nothing is replaced, and one ``PluginWarning`` says so.
+    vLLM calls it in every process; further calls change nothing. On a vLLM whose version or
+    signatures are not those that were read nothing is replaced, and one ``PluginWarning`` says so.
 
     :raises ValueError: the variable is neither yes nor no.
 
@@ -45,7 +50,11 @@ def register() -> None:
 
     layer.create_fused_moe_router = _watching(layer.create_fused_moe_router)
     STATE.active = True
-    _log.info("%s: routers of vLLM %s are routed by moe_routing where they are known", PLUGIN, found.version)
+    _log.info(
+        "%s: routers of vLLM %s are routed by moe_routing where they are known",
+        PLUGIN,
+        found.version,
+    )
 
 
 def _watching(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,8 +72,9 @@ def _watching(factory: Callable[..., Any]) -> Callable[..., Any]:
 def replace(router: VllmRouter, num_experts: int) -> None:
     """Replace how one router of vLLM computes, if it is known; log and count either way.
 
-    Only ``_compute_routing`` of the instance changes: around it vLLM captures the ids, maps them to physical experts and
-    casts them, and its class, by which vLLM picks kernels for the experts, stays.
+    Only ``_compute_routing`` of the instance changes: around it vLLM captures the ids, maps them to
+    physical experts and casts them, and its class, by which vLLM picks kernels for the experts,
+    stays.
 
     :param num_experts: columns of the logits that it will get.
     """
@@ -83,7 +93,9 @@ def replace(router: VllmRouter, num_experts: int) -> None:
     router._compute_routing = _computing(router, made, site)  # noqa: SLF001 -- the one patch point below mapping and capture
 
 
-def _computing(router: VllmRouter, plan: Plan, site: Site) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _computing(
+    router: VllmRouter, plan: Plan, site: Site
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Return the function that takes the place of the router's ``_compute_routing``."""
     import torch
 
@@ -102,7 +114,9 @@ def _computing(router: VllmRouter, plan: Plan, site: Site) -> Callable[..., tupl
         *,
         input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if router.bias_vl is not None:  # a model may attach it later: image tokens are then selected by another bias
+        if (
+            router.bias_vl is not None
+        ):  # a model may attach it later: image tokens are then selected by another bias
             own_result: tuple[torch.Tensor, torch.Tensor] = own(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
@@ -111,10 +125,17 @@ def _computing(router: VllmRouter, plan: Plan, site: Site) -> Callable[..., tupl
             site.calls += 1
         scale = None if owner is None else owner.per_expert_scale
         bias = router.e_score_correction_bias if needs_bias else None
-        ids_dtype = torch.int64 if indices_type is torch.int64 else torch.int32  # vLLM casts to the rarer ones
+        ids_dtype = (
+            torch.int64 if indices_type is torch.int64 else torch.int32
+        )  # vLLM casts to the rarer ones
         if mask_of is not None and (mask := mask_of(router_logits.shape[0])) is not None:
-            return route_and_blank(route, router_logits, router.top_k, bias=bias, ids_dtype=ids_dtype, mask=mask)
+            return route_and_blank(
+                route, router_logits, router.top_k, bias=bias, ids_dtype=ids_dtype, mask=mask
+            )
         weights, ids = route(router_logits, router.top_k, scale, bias=bias, ids_dtype=ids_dtype)
-        return weights.contiguous(), ids.contiguous()  # no copy, but for a backend that returns views: experts read them flat
+        return (
+            weights.contiguous(),
+            ids.contiguous(),
+        )  # no copy, but for a backend that returns views: experts read them flat
 
     return compute

@@ -1,4 +1,7 @@
-"""Rows that only pad a CUDA graph: vLLM marks them with a mask, and wants ids -1 and weights 0 there."""
+"""Rows that only pad a CUDA graph.
+
+VLLM marks them with a mask, and wants ids -1 and weights 0 there.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,18 @@ def rule() -> Callable[[int], Tensor | None]:
 
 
 def route_and_blank(  # noqa: PLR0913 -- the operands that vLLM has
-    route: Router, logits: Tensor, topk: int, *, bias: Tensor | None, ids_dtype: torch.dtype, mask: Tensor
+    route: Router,
+    logits: Tensor,
+    topk: int,
+    *,
+    bias: Tensor | None,
+    ids_dtype: torch.dtype,
+    mask: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Route, then blank the rows of the mask: in one launch for int32 ids, which lie in one buffer with the weights."""
+    """Route, then blank the rows of the mask.
+
+    In one launch for int32 ids, which lie in one buffer with the weights.
+    """
     rows = mask.unsqueeze(1)
     if ids_dtype is not torch.int32:
         weights, ids = route(logits, topk, bias=bias, ids_dtype=ids_dtype)
@@ -45,5 +57,8 @@ def route_and_blank(  # noqa: PLR0913 -- the operands that vLLM has
 
 @cache
 def _blanks(device: torch.device) -> Tensor:
-    """Return the bits of 0.0 and -1, ``[2, 1, 1]``; made on the device, in vLLM's first run, which captures nothing."""
+    """Return the bits of 0.0 and -1, ``[2, 1, 1]``.
+
+    Made on the device, in vLLM's first run, which captures nothing.
+    """
     return torch.arange(0, -2, -1, dtype=torch.int32, device=device).view(2, 1, 1)

@@ -15,8 +15,8 @@ class Site:
     :ivar formula: what they compute now; ``""`` where they were left alone.
     :ivar reason: why they were left alone; ``""`` where they were replaced.
     :ivar layers: how many there are.
-    :ivar calls: how often Python called the replacement: 0 where experts with a kernel of their own route inside it. A
-        replay of a CUDA graph is not a call, nor is one of a compiled graph.
+    :ivar calls: how often Python called the replacement: 0 where experts with a kernel of their own
+        route inside it. A replay of a CUDA graph is not a call, nor is one of a compiled graph.
     """
 
     router: str
@@ -41,11 +41,17 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**dataclasses.asdict(self), "sites": [dataclasses.asdict(site) for site in self.sites]}
+        return {
+            **dataclasses.asdict(self),
+            "sites": [dataclasses.asdict(site) for site in self.sites],
+        }
 
 
 class _State:
-    """What this process did so far; written when vLLM starts and builds a model, which one thread does."""
+    """What this process did so far.
+
+    Written when vLLM starts and builds a model, which one thread does.
+    """
 
     def __init__(self) -> None:
         self.active = False
@@ -62,7 +68,11 @@ def report() -> Report:
     >>> report().active
     False
     """
-    return Report(STATE.active, STATE.refusal, tuple(dataclasses.replace(site) for site in STATE.sites.values()))
+    return Report(
+        STATE.active,
+        STATE.refusal,
+        tuple(dataclasses.replace(site) for site in STATE.sites.values()),
+    )
 
 
 def site_of(router: str, *, formula: str = "", reason: str = "") -> tuple[Site, bool]:

@@ -27,7 +27,8 @@ class Plan:
 
     :ivar spec: its maths.
     :ivar scale_owner: the module whose ``per_expert_scale`` is read at every call, for Gemma4.
-    :ivar blanks_padding: whether rows that the forward context calls padding get ids -1 and weights 0.
+    :ivar blanks_padding: whether rows that the forward context calls padding get ids -1 and weights
+        0.
     """
 
     spec: RoutingSpec
@@ -42,8 +43,8 @@ class _LeftAloneError(Exception):
 def plan(router: VllmRouter, num_experts: int) -> Plan | str:
     """Say how a router that vLLM's factory made is replaced, or in a sentence why it is left alone.
 
-    A class that is not known exactly, a subclass for example, is left alone, and so is one whose code is not what was read, on
-    disk or in memory: only what was read is replaced.
+    A class that is not known exactly, a subclass for example, is left alone, and so is one whose
+    code is not what was read, on disk or in memory: only what was read is replaced.
 
     :param num_experts: columns of the logits that it will get.
     """
@@ -54,7 +55,9 @@ def plan(router: VllmRouter, num_experts: int) -> Plan | str:
         made.spec.check_size(num_experts, router.top_k)
     except _LeftAloneError as reason:
         return str(reason)
-    except ValueError as error:  # more experts than the groups hold: vLLM's own answer to that stands
+    except (
+        ValueError
+    ) as error:  # more experts than the groups hold: vLLM's own answer to that stands
         return str(error)
     return made
 
@@ -110,7 +113,11 @@ def _cpu(router: VllmRouter, num_experts: int) -> Plan:
 def _custom(router: VllmRouter, _num_experts: int) -> Plan:
     function = router.custom_routing_function
     module, name = _GEMMA4
-    if not (isinstance(function, MethodType) and function.__qualname__ == name and is_from(module, function.__func__)):
+    if not (
+        isinstance(function, MethodType)
+        and function.__qualname__ == name
+        and is_from(module, function.__func__)
+    ):
         msg = f"{described(function)} is the model's own function; vLLM knows some by identity and fuses them with the experts"
         raise _LeftAloneError(msg)
     if reason := why_left("gemma4.Gemma4Router"):
@@ -119,13 +126,20 @@ def _custom(router: VllmRouter, _num_experts: int) -> Plan:
 
 
 def _biased(router: VllmRouter, score: str) -> RoutingSpec:
-    family = {"softmax": "softmax_bias_topk", "sigmoid": "sigmoid_bias_topk", "sqrtsoftplus": "sqrtsoftplus_bias"}[score]
+    family = {
+        "softmax": "softmax_bias_topk",
+        "sigmoid": "sigmoid_bias_topk",
+        "sqrtsoftplus": "sqrtsoftplus_bias",
+    }[score]
     spec = FAMILIES[family].spec
     return spec.replace(renormalize=router.renormalize, scale=float(router.routed_scaling_factor))
 
 
 def _groups(router: VllmRouter) -> RoutingSpec:
-    """Return grouped top-k's maths: groups by the sum of the best two biased scores, by the maximum without a bias."""
+    """Return grouped top-k's maths.
+
+    Groups by the sum of the best two biased scores, by the maximum without a bias.
+    """
     biased = router.e_score_correction_bias is not None
     spec = FAMILIES["grouped_sigmoid_bias" if biased else "grouped_softmax"].spec
     return spec.replace(

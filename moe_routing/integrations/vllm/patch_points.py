@@ -1,7 +1,7 @@
 """What of vLLM this integration calls and is called by, and whether the installed vLLM still looks so.
 
-The sources are read, not imported: importing a model of vLLM takes seconds and may initialise a device, the doctor must
-not do that, and a plug-in runs in the process that must not.
+The sources are read, not imported: importing a model of vLLM takes seconds and may initialise a
+device, the doctor must not do that, and a plug-in runs in the process that must not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ PATCH_POINTS = (
     PatchPoint(f"{ROUTERS}/fused_topk_router.py", "_get_padding_mask", "(num_tokens)"),
     PatchPoint("_aiter_ops.py", "rocm_aiter_ops.is_fused_moe_enabled", "(cls)"),
 )
-"""Equal in every release that was read. The code of the routers, parameters included, is in ``known.json``."""
+"""Equal in every release that was read.
+
+The code of the routers, parameters included, is in ``known.json``.
+"""
 
 
 class Found(NamedTuple):
@@ -62,14 +65,19 @@ class Found(NamedTuple):
 
 
 def look() -> Found | None:
-    """Compare the installed vLLM with what was recorded; ``None`` where there is none. Imports nothing of it."""
+    """Compare the installed vLLM with what was recorded; ``None`` where there is none.
+
+    Imports nothing of it.
+    """
     root = folder()
     if root is None:
         return None
     version = _version(root / "_version.py")
     problems = []
     if ".".join(version.split(".")[:2]) not in known().versions:
-        problems.append(f"its version is {version}, and only {' and '.join(known().versions)} were read")
+        problems.append(
+            f"its version is {version}, and only {' and '.join(known().versions)} were read"
+        )
     for point in PATCH_POINTS:
         function = next(find(parse(root / point.file), point.name), None)
         if function is None:
@@ -95,7 +103,13 @@ def _parameters(function: ast.FunctionDef) -> str:
     "(a, *, b='x')"
     """
     arguments = function.args
-    every = [*arguments.posonlyargs, *arguments.args, arguments.vararg, *arguments.kwonlyargs, arguments.kwarg]
+    every = [
+        *arguments.posonlyargs,
+        *arguments.args,
+        arguments.vararg,
+        *arguments.kwonlyargs,
+        arguments.kwarg,
+    ]
     for argument in every:
         if argument is not None:
             argument.annotation = None

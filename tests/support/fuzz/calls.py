@@ -1,4 +1,7 @@
-"""A random call as a few words of data, from which its tensors are made again: it fits on a line, and it can be shrunk."""
+"""A random call as a few words of data, from which its tensors are made again.
+
+It fits on a line, and it can be shrunk.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,9 @@ class Call:
         """One line; what is as by default is left out."""
         said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         said["spec"] = json.loads(self.spec.to_json())
-        return json.dumps({k: v for k, v in said.items() if v != type(self).__dataclass_fields__[k].default})
+        return json.dumps(
+            {k: v for k, v in said.items() if v != type(self).__dataclass_fields__[k].default}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Call:
@@ -64,7 +69,8 @@ class Call:
 class Operands:
     """The tensors of a call, and what is known of them without reading a device.
 
-    :ivar given: keyword arguments of ``Router.__call__``, without ``num_valid_tokens``, ``expert_map`` and ``out``.
+    :ivar given: keyword arguments of ``Router.__call__``, without ``num_valid_tokens``,
+        ``expert_map`` and ``out``.
     :ivar valid: the argument ``num_valid_tokens``; ``counted`` is its value.
     """
 
@@ -88,7 +94,9 @@ def build(call: Call) -> Operands:
     if spec.needs_bias:
         made["bias"] = tensors.BIASES[call.bias](E, generator).to(getattr(torch, call.bias_dtype))
     if spec.per_expert_scale:
-        made["per_expert_scale"] = tensors.SCALES[call.scale](E, generator).to(getattr(torch, call.scale_dtype))
+        made["per_expert_scale"] = tensors.SCALES[call.scale](E, generator).to(
+            getattr(torch, call.scale_dtype)
+        )
     if spec.selection == "token_table":
         token_ids, table = tensors.table(call.table, call.tokens, E, call.topk, integer, generator)
         made["token_ids"], given["expert_table"] = token_ids, table
@@ -97,7 +105,9 @@ def build(call: Call) -> Operands:
         if "token_ids" in made:
             made["token_ids"] = made["token_ids"][call.row : call.row + 1]
     given["logits"] = tensors.LAYOUTS[call.layout](values).detach().requires_grad_(call.training)
-    given |= {name: tensors.VECTOR_LAYOUTS[call.vector_layout](vector) for name, vector in made.items()}
+    given |= {
+        name: tensors.VECTOR_LAYOUTS[call.vector_layout](vector) for name, vector in made.items()
+    }
     operands = Operands(given)
     T, columns = len(values), call.topk + spec.shared_experts
     if call.valid is not None:
@@ -106,16 +116,25 @@ def build(call: Call) -> Operands:
         renamed = tensors.expert_map(call.mapped, E + spec.shared_experts, integer, generator)
         operands.expert_map = tensors.VECTOR_LAYOUTS[call.vector_layout](renamed)
     if call.out is not None:
-        operands.out, operands.around_out = tensors.outputs(call.out, T, columns, getattr(torch, call.ids_dtype))
+        operands.out, operands.around_out = tensors.outputs(
+            call.out, T, columns, getattr(torch, call.ids_dtype)
+        )
     return operands
 
 
 def simpler(call: Call, row: int | None) -> Iterator[Call]:
-    """Yield calls with one thing less in them: the row that fails alone, a default instead of what was drawn."""
+    """Yield calls with one thing less in them.
+
+    The row that fails alone, a default instead of what was drawn.
+    """
     if row is not None and call.row is None:
         yield dataclasses.replace(call, row=row)
     for f in dataclasses.fields(call):
-        if f.default is not dataclasses.MISSING and f.name != "row" and getattr(call, f.name) != f.default:
+        if (
+            f.default is not dataclasses.MISSING
+            and f.name != "row"
+            and getattr(call, f.name) != f.default
+        ):
             yield dataclasses.replace(call, **{f.name: f.default})
     for f in dataclasses.fields(call.spec):
         if f.init and f.name != "family" and getattr(call.spec, f.name) != f.default:

@@ -27,16 +27,22 @@ def check(call: Call, backend: str) -> Verdict:
             return Verdict(["weights without a gradient"])
         plain = out if operands.expert_map is None else route(**given, **more)
     except Exception as error:  # noqa: BLE001 -- whatever a backend raises is what is looked for
-        return Verdict([f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"])
+        return Verdict(
+            [f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"]
+        )
     if problem := _form(call, operands, out):
         return Verdict([problem])
     for name, value in given.items():
         if not torch.equal(_bits(value), _bits(before[name])):
             return Verdict([f"{name} was changed"])
     if operands.expert_map is not None:
-        inside = plain.ids.long().clamp(0, len(operands.expert_map) - 1)  # what is outside is judged below
+        inside = plain.ids.long().clamp(
+            0, len(operands.expert_map) - 1
+        )  # what is outside is judged below
         renamed = torch.where(plain.ids < 0, -1, operands.expert_map[inside]).to(ids_dtype)
-        if not torch.equal(out.ids, renamed) or not torch.equal(_bits(out.weights), _bits(plain.weights)):
+        if not torch.equal(out.ids, renamed) or not torch.equal(
+            _bits(out.weights), _bits(plain.weights)
+        ):
             return Verdict(["with expert_map not the same weights, and ids renamed, as without"])
     with torch.no_grad():
         return judge(call.spec, call.topk, given, operands.counted, plain)
@@ -69,7 +75,9 @@ def _form(call: Call, operands: calls.Operands, out: tuple[torch.Tensor, torch.T
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             got = f"{tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}"
             return f"an output of shape {got}; expected {shape}, {dtype}"
-    if operands.out is not None and any(given.data_ptr() != t.data_ptr() for given, t in zip(operands.out, out, strict=True)):
+    if operands.out is not None and any(
+        given.data_ptr() != t.data_ptr() for given, t in zip(operands.out, out, strict=True)
+    ):
         return "out is not what was returned"
     if any((part != 7).any() for part in operands.around_out):
         return "elements around out were written"
@@ -77,4 +85,6 @@ def _form(call: Call, operands: calls.Operands, out: tuple[torch.Tensor, torch.T
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().resolve_neg().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return (
+        tensor.detach().resolve_neg().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    )

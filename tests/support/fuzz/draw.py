@@ -35,7 +35,9 @@ def _spec(rng: random.Random) -> RoutingSpec:
         base = rng.choice(list(FAMILIES.values())).spec
         changes = {name: value for name, value in _fields(rng).items() if rng.random() < 0.12}
         groups = changes.get("num_groups", base.num_groups)
-        return base.replace(**{**changes, "topk_groups": min(changes.get("topk_groups", base.topk_groups), groups)})
+        return base.replace(
+            **{**changes, "topk_groups": min(changes.get("topk_groups", base.topk_groups), groups)}
+        )
     fields = _fields(rng)
     if rng.random() < 0.5:
         del fields["num_groups"], fields["topk_groups"]
@@ -64,7 +66,9 @@ def _fields(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def _usually(rng: random.Random, often: Sequence[Any], seldom: Sequence[Any], share: float = 0.25) -> Any:
+def _usually(
+    rng: random.Random, often: Sequence[Any], seldom: Sequence[Any], share: float = 0.25
+) -> Any:
     return rng.choice(seldom if rng.random() < share else often)
 
 
@@ -74,7 +78,9 @@ def size(rng: random.Random, of: RoutingSpec, most_experts: int, most_topk: int)
         limit = min(most_experts, _usually(rng, (12, 40, 300), (2000,), 0.05))
         groups = max(of.num_groups, 1)
         experts = groups * rng.randint(1, max(1, limit // groups))
-        topk = rng.randint(1, min(experts, most_topk, _usually(rng, (1, 4, 8, 16), (experts,), 0.15)))
+        topk = rng.randint(
+            1, min(experts, most_topk, _usually(rng, (1, 4, 8, 16), (experts,), 0.15))
+        )
         if of.topk_per_group:
             topk = min(-(-topk // groups) * groups, experts)
         if of.selection == "sparsemixer":
@@ -92,7 +98,8 @@ class Limits:
     """What a backend's calls stay within, for the time they take or for what it serves.
 
     :ivar count: calls of a run that names no number.
-    :ivar calls_of_a_problem: calls for each spec, E, K and dtypes; more than 1 where a problem is compiled.
+    :ivar calls_of_a_problem: calls for each spec, E, K and dtypes; more than 1 where a problem is
+        compiled.
     """
 
     dtypes: tuple[str, ...] = DTYPES
@@ -105,7 +112,9 @@ class Limits:
 
 LIMITS = {
     "triton": Limits(dtypes=DTYPES[:3], most_experts=128, most_topk=24, most_tokens=8, count=2000),
-    "torch-compile": Limits(most_experts=300, most_topk=32, most_tokens=40, count=200, calls_of_a_problem=10),
+    "torch-compile": Limits(
+        most_experts=300, most_topk=32, most_tokens=40, count=200, calls_of_a_problem=10
+    ),
 }
 """Of the backends that take longer than others or serve less."""
 
@@ -126,13 +135,21 @@ def calls(backend: str, seed: str, count: int) -> Iterator[Call]:
 def _problem(rng: random.Random, limits: Limits) -> tuple[RoutingSpec, int, int, str]:
     while True:
         drawn = spec(rng)
-        if drawn.num_groups <= limits.most_experts and (not drawn.topk_per_group or drawn.num_groups <= limits.most_topk):
-            return drawn, *size(rng, drawn, limits.most_experts, limits.most_topk), rng.choice(limits.dtypes)
+        if drawn.num_groups <= limits.most_experts and (
+            not drawn.topk_per_group or drawn.num_groups <= limits.most_topk
+        ):
+            return (
+                drawn,
+                *size(rng, drawn, limits.most_experts, limits.most_topk),
+                rng.choice(limits.dtypes),
+            )
 
 
 def _call(rng: random.Random, limits: Limits) -> Call:
     drawn, experts, topk, dtype = _problem(rng, limits)
-    layouts = [name for name in tensors.LAYOUTS if not (name == "negated" and "float8" in dtype)]  # PyTorch negates none
+    layouts = [
+        name for name in tensors.LAYOUTS if not (name == "negated" and "float8" in dtype)
+    ]  # PyTorch negates none
     training = rng.random() < 0.1
     form = Call(
         spec=drawn,
@@ -149,7 +166,9 @@ def _call(rng: random.Random, limits: Limits) -> Call:
         integer_dtype=rng.choice(("int32", "int64")),
         valid=_usually(rng, (None,), tensors.VALID),
         mapped=_usually(rng, (None,), tensors.MAPS),
-        out=None if training else _usually(rng, (None,), tensors.OUTPUTS),  # refused where gradients are wanted
+        out=None
+        if training
+        else _usually(rng, (None,), tensors.OUTPUTS),  # refused where gradients are wanted
         training=training,
     )
     return _other_numbers(form, rng, limits)

@@ -1,6 +1,9 @@
-"""The Triton kernels in Triton's interpreter, as a backend of the CPU: each problem by one of the variants that serve it.
+"""The Triton kernels in Triton's interpreter, as a backend of the CPU.
 
-Under its own name the backend takes the variant that is fast on a GPU: for as few tokens as are interpreted here, always one.
+Each problem by one of the variants that serve it.
+
+Under its own name the backend takes the variant that is fast on a GPU: for as few tokens as are
+interpreted here, always one.
 """
 
 from __future__ import annotations
@@ -33,10 +36,14 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
     launches = [Launch(variant, 4, threads, 1) for variant in VARIANTS for threads in (1, 2, 4, 8)]
     able: dict[str, list[Launch]] = {}
     for launch in [Launch("cooperative", 1, 1, 1), *launches]:
-        if supports(problem, launch) and (launch.variant != "cooperative" or launch.threads_per_row == 1):
+        if supports(problem, launch) and (
+            launch.variant != "cooperative" or launch.threads_per_row == 1
+        ):
             able.setdefault(launch.variant, []).append(launch)
     rng = random.Random(str(problem))  # noqa: S311 -- a test's choice
-    return TritonRouter(problem, device, (Step(math.inf, rng.choice(able[rng.choice(list(able))])),))
+    return TritonRouter(
+        problem, device, (Step(math.inf, rng.choice(able[rng.choice(list(able))])),)
+    )
 
 
 @contextlib.contextmanager

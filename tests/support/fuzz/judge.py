@@ -1,4 +1,7 @@
-"""Hold one call's outputs to the reference: ids as exactly as float32 can tell, weights within the contract's bounds."""
+"""Hold one call's outputs to the reference.
+
+Ids as exactly as float32 can tell, weights within the contract's bounds.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,13 @@ class _Rows(NamedTuple):
         return _Rows(self.ids[:, which], self.weights[:, which], self.places)
 
 
-def judge(spec: RoutingSpec, topk: int, operands: dict[str, Tensor], valid: int | None, out: tuple[Tensor, Tensor]) -> Verdict:
+def judge(
+    spec: RoutingSpec,
+    topk: int,
+    operands: dict[str, Tensor],
+    valid: int | None,
+    out: tuple[Tensor, Tensor],
+) -> Verdict:
     """Judge outputs of a call without ``expert_map``, each thing after those that it depends on."""
     weights, ids = out[0].double(), out[1].long()
     bias, token_ids, table = (operands.get(name) for name in ("bias", "token_ids", "expert_table"))
@@ -52,9 +61,13 @@ def judge(spec: RoutingSpec, topk: int, operands: dict[str, Tensor], valid: int 
     rows = _Rows(ids[places], weights[places], places)
     l = reference.widened(operands["logits"])[places]
     routed, shared = rows.columns(slice(topk)), rows.columns(slice(topk, None))
-    if found := _first("ids out of range", ((routed.ids < 0) | (routed.ids >= experts)).any(1), routed):
+    if found := _first(
+        "ids out of range", ((routed.ids < 0) | (routed.ids >= experts)).any(1), routed
+    ):
         return found
-    wrong = (shared.ids != torch.arange(experts, experts + spec.shared_experts)).any(1) | (shared.weights != 1).any(1)
+    wrong = (shared.ids != torch.arange(experts, experts + spec.shared_experts)).any(1) | (
+        shared.weights != 1
+    ).any(1)
     if found := _first("wrong shared slots", wrong, shared):
         return found
     if token_ids is not None and table is not None:
@@ -64,8 +77,12 @@ def judge(spec: RoutingSpec, topk: int, operands: dict[str, Tensor], valid: int 
         wrong, near_ties, wanted = _selected(spec, l, bias, routed.ids)
     if found := _first("wrong ids", wrong, routed, wanted):
         return found
-    exact, off, anything = reference.weights_at(spec, l, routed.ids, operands.get("per_expert_scale"))
-    infinite = ~exact.isfinite() & ((routed.weights == exact) | (routed.weights.isnan() & exact.isnan()))
+    exact, off, anything = reference.weights_at(
+        spec, l, routed.ids, operands.get("per_expert_scale")
+    )
+    infinite = ~exact.isfinite() & (
+        (routed.weights == exact) | (routed.weights.isnan() & exact.isnan())
+    )
     near = exact.isfinite() & ((routed.weights - exact).abs() <= off)
     if found := _first("wrong weights", ~(near | infinite | anything).all(1), routed, exact):
         return found
@@ -83,10 +100,17 @@ def _first(what: str, wrong: Tensor, rows: _Rows, expected: Tensor | None = None
 
 
 def _shown(numbers: Tensor) -> str:
-    return "[" + ", ".join(f"{n:.9g}" for n in numbers[:12].tolist()) + (", ..." if len(numbers) > 12 else "") + "]"
+    return (
+        "["
+        + ", ".join(f"{n:.9g}" for n in numbers[:12].tolist())
+        + (", ..." if len(numbers) > 12 else "")
+        + "]"
+    )
 
 
-def _selected(spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: Tensor) -> tuple[Tensor, int, Tensor]:
+def _selected(
+    spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: Tensor
+) -> tuple[Tensor, int, Tensor]:
     """Return which rows have wrong ids, how many rows have others than the exact ones and are right, and the exact ids."""
     by, off = reference.selected_on(spec, l, bias)
     wanted = reference.select(spec, by, ids.shape[1])
@@ -106,7 +130,9 @@ def _selected(spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: Tensor) ->
     return wrong, near_ties, wanted
 
 
-def possible(spec: RoutingSpec, by: Tensor, off: Tensor, keys: list[tuple[float, ...]], ids: list[int]) -> bool:
+def possible(
+    spec: RoutingSpec, by: Tensor, off: Tensor, keys: list[tuple[float, ...]], ids: list[int]
+) -> bool:
     """Whether scores within their bounds exist for which these ids, in this order, are right (necessary conditions of it).
 
     :param keys: experts with equal keys have equal scores in any arithmetic.
@@ -135,7 +161,11 @@ def possible(spec: RoutingSpec, by: Tensor, off: Tensor, keys: list[tuple[float,
         return False
     chosen = set(ids)
     for u in range(len(low)):
-        if u not in chosen and u // size in certain and low[u] > last[u // size if spec.topk_per_group else 0]:
+        if (
+            u not in chosen
+            and u // size in certain
+            and low[u] > last[u // size if spec.topk_per_group else 0]
+        ):
             return False
     return _ties_by_id(keys, ids, size if groups > 1 else len(low))
 
@@ -147,11 +177,14 @@ def _groups(spec: RoutingSpec, by: Tensor, off: Tensor) -> tuple[set[int], set[i
     if spec.group_score == "top2_sum":
         magnitude = by.abs().unflatten(-1, (spec.num_groups, -1)).amax(-1)
         best = 2 * best + 2 * magnitude * reference.SUM
-    low, high = ((scores + off).clamp(-reference.MAX, reference.MAX).tolist() for off in (-best, best))
+    low, high = (
+        (scores + off).clamp(-reference.MAX, reference.MAX).tolist() for off in (-best, best)
+    )
     certain, ruled_out = set(), set()
     for g in range(spec.num_groups):
         others = [h for h in range(spec.num_groups) if h != g]
-        # Bounds that meet leave only a tie, as of two sums that are clamped for certain: the lower group wins it.
+        # Bounds that meet leave only a tie, as of two sums that are clamped for certain: the lower
+        # group wins it.
         if sum((high[h], g) > (low[g], h) for h in others) < spec.topk_groups:
             certain.add(g)
         if sum((low[h], g) > (high[g], h) for h in others) >= spec.topk_groups:

@@ -1,13 +1,17 @@
-"""docs/contract.md as float64 maths, step by step, for all rows at a time. Written from that page, and from no code.
+"""docs/contract.md as float64 maths, step by step, for all rows at a time.
+
+Written from that page, and from no code.
 
 What float32 cannot tell apart is stated here, as bounds:
 
 - an ``x`` that went through a multiplier or a soft-cap may be off by ``X`` of itself;
-- a score may be off by ``SCORE`` of itself, by what its ``x`` is off by, and by ``TINY``, or the root of it for a root;
+- a score may be off by ``SCORE`` of itself, by what its ``x`` is off by, and by ``TINY``, or the
+  root of it for a root;
 - a sum of two numbers may be off by ``SUM`` of their magnitudes;
 - weights are held to the contract's own ``RTOL`` and ``ATOL``, and by what ``x`` is off by.
 
-They are several times what float32 needs: the fuzz looks for wrong formulas, the kit of the product for lost bits.
+They are several times what float32 needs: the fuzz looks for wrong formulas, the kit of the product
+for lost bits.
 """
 
 from __future__ import annotations
@@ -32,12 +36,18 @@ THRESHOLD = 1e-6
 
 
 def as_double(operand: Tensor) -> Tensor:
-    """The same numbers in float64: from 8-bit formats by way of float32, for some have no other way."""
+    """The same numbers in float64.
+
+    From 8-bit formats by way of float32, for some have no other way.
+    """
     return operand if operand.dtype is torch.float64 else operand.float().double()
 
 
 def widened(logits: Tensor) -> Tensor:
-    """``l``: the logit in float32, NaN as -inf, clamped to float32's finite range; here as float64."""
+    """``l``: the logit in float32, NaN as -inf, clamped to float32's finite range.
+
+    Here as float64.
+    """
     l = logits.float().double()
     return torch.where(l.isnan(), -torch.inf, l).clamp(-MAX, MAX)
 
@@ -63,7 +73,10 @@ def log_score(spec: RoutingSpec, x: Tensor) -> Tensor:
 
 
 def log_score_error(spec: RoutingSpec, x: Tensor, off: Tensor) -> Tensor:
-    """How far the logarithm may be off where ``x`` is off: a score grows by at most e**d where its ``x`` grows by d."""
+    """How far the logarithm may be off where ``x`` is off.
+
+    A score grows by at most e**d where its ``x`` grows by d.
+    """
     if spec.score == "softmax":
         return off + (x.softmax(-1) * off).sum(-1, keepdim=True)
     return off
@@ -94,13 +107,17 @@ def selected_on(spec: RoutingSpec, l: Tensor, bias: Tensor | None) -> Selected:
     if spec.selection == "scores_plus_bias":
         logarithm = log_score(spec, x)
         summand = logarithm.exp()
-        off = raised(logarithm, SCORE + log_score_error(spec, x, off)) + (TINY**0.5 if spec.score == "sqrtsoftplus" else 0.0)
+        off = raised(logarithm, SCORE + log_score_error(spec, x, off)) + (
+            TINY**0.5 if spec.score == "sqrtsoftplus" else 0.0
+        )
     else:
         summand = x
     total = summand + b
     off = off + SUM * (summand.abs() + b.abs()) + TINY
     total = torch.where(total.isnan(), -torch.inf, total).clamp(-MAX, MAX)
-    return Selected(total, torch.where(total.abs() == MAX, 0.0, off))  # the clamp leaves nothing of what was rounded
+    return Selected(
+        total, torch.where(total.abs() == MAX, 0.0, off)
+    )  # the clamp leaves nothing of what was rounded
 
 
 def group_scores(spec: RoutingSpec, by: Tensor) -> Tensor:
@@ -122,7 +139,10 @@ def ranked(by: Tensor, count: int) -> Tensor:
 
 
 def select(spec: RoutingSpec, by: Tensor, topk: int) -> Tensor:
-    """Ids by descending selection score, equal scores by ascending id, under the group rule. Not for token tables."""
+    """Ids by descending selection score, equal scores by ascending id, under the group rule.
+
+    Not for token tables.
+    """
     if spec.topk_per_group:
         groups = by.unflatten(-1, (spec.num_groups, -1))
         best = ranked(groups, topk // spec.num_groups)
@@ -131,8 +151,12 @@ def select(spec: RoutingSpec, by: Tensor, topk: int) -> Tensor:
         return ids.gather(-1, ranked(by.gather(-1, ids), topk))
     if spec.grouped:
         kept = ranked(group_scores(spec, by), spec.topk_groups)
-        allowed = torch.zeros(len(by), spec.num_groups, dtype=torch.bool).scatter_(1, kept, value=True)
-        by = by.masked_fill(~allowed.repeat_interleave(by.shape[1] // spec.num_groups, 1), -torch.inf)
+        allowed = torch.zeros(len(by), spec.num_groups, dtype=torch.bool).scatter_(
+            1, kept, value=True
+        )
+        by = by.masked_fill(
+            ~allowed.repeat_interleave(by.shape[1] // spec.num_groups, 1), -torch.inf
+        )
     return ranked(by, topk)
 
 
@@ -147,7 +171,8 @@ class Weights(NamedTuple):
     """Weights, and what a float32 evaluation may make of them.
 
     :ivar off: by how much it may differ.
-    :ivar anything: where it may be infinite or NaN and may be not: it rounds to 0 or to the largest finite number on the way.
+    :ivar anything: where it may be infinite or NaN and may be not: it rounds to 0 or to the largest
+        finite number on the way.
     """
 
     exact: Tensor
@@ -158,14 +183,17 @@ class Weights(NamedTuple):
 def weights_at(spec: RoutingSpec, l: Tensor, ids: Tensor, scale: Tensor | None) -> Weights:
     """Exact weights at these ids, scaled, 0 for zero experts; without shared slots.
 
-    A factor that takes a weight out of float32's range makes it infinite, and the next factor multiplies that.
+    A factor that takes a weight out of float32's range makes it infinite, and the next factor
+    multiplies that.
     """
     if spec.selection == "sparsemixer":
         w, off = sparsemixer(spec, l, ids)
     else:
         w, off = scored(spec, l, ids)
     off, anything = off + ATOL, torch.zeros_like(ids, dtype=torch.bool)
-    factors = [torch.full_like(w, spec.scale)] + ([] if scale is None else [scale.float().double()[ids]])
+    factors = [torch.full_like(w, spec.scale)] + (
+        [] if scale is None else [scale.float().double()[ids]]
+    )
     for factor in factors:
         anything |= factor.isinf() & (w.abs() <= off + TINY)
         w = w * factor
@@ -174,7 +202,11 @@ def weights_at(spec: RoutingSpec, l: Tensor, ids: Tensor, scale: Tensor | None) 
         off = torch.where(factor == 0, 0.0, off * factor.abs())  # an infinite ``off`` too
     if spec.zero_experts:
         nothing = ids >= l.shape[1] - spec.zero_experts
-        w, off, anything = w.masked_fill(nothing, 0.0), off.masked_fill(nothing, 0.0), anything & ~nothing
+        w, off, anything = (
+            w.masked_fill(nothing, 0.0),
+            off.masked_fill(nothing, 0.0),
+            anything & ~nothing,
+        )
     return Weights(w, w.abs() * RTOL + off + TINY, anything)
 
 
@@ -215,13 +247,18 @@ def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
         error = off + (logarithm.exp() * off).sum(1, keepdim=True)
         weights.append(logarithm.exp().gather(1, here))
         # A softmax over more or fewer entries: the weight lies between the two.
-        most, least = (x.masked_fill(~among, -torch.inf).softmax(1) for among in (kept & ~near, kept | (near & left)))
+        most, least = (
+            x.masked_fill(~among, -torch.inf).softmax(1)
+            for among in (kept & ~near, kept | (near & left))
+        )
         offs.append((raised(logarithm, error) + most - least).gather(1, here))
         left = left.scatter(1, here, value=False)
     return Scores(torch.cat(weights, 1), torch.cat(offs, 1))
 
 
-def is_padding(tokens: int, experts: int, valid: int | None, token_ids: Tensor | None, table: Tensor | None) -> Tensor:
+def is_padding(
+    tokens: int, experts: int, valid: int | None, token_ids: Tensor | None, table: Tensor | None
+) -> Tensor:
     """Rows past the valid ones, and rows whose token or whose token's entries are outside their range."""
     padding = torch.arange(tokens) >= (tokens if valid is None else min(valid, tokens))
     if token_ids is not None:

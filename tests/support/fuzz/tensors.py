@@ -74,7 +74,9 @@ def _far(T: int, E: int, generator: torch.Generator) -> Tensor:
 
 def _spread(T: int, E: int, generator: torch.Generator) -> Tensor:
     """Rows at different places, where scores saturate or underflow."""
-    return _normal(T, E, generator=generator) * 3 + (torch.rand(T, 1, generator=generator) - 0.5) * 250
+    return (
+        _normal(T, E, generator=generator) * 3 + (torch.rand(T, 1, generator=generator) - 0.5) * 250
+    )
 
 
 LOGITS = {
@@ -115,7 +117,9 @@ BIASES = {
     "some_minus_inf": lambda E, g: _some(0.1, -torch.inf, E, g),
     "not_finite": lambda E, g: _of((torch.nan, torch.inf, -torch.inf, 0.1), (E,), g),
     "extremes": lambda E, g: _of(EXTREMES, (E,), g),
-    "beyond_in_twos": lambda E, g: MAX * (0.3 + 0.7 * torch.rand(E, generator=g)),  # whose sum float32 cannot hold
+    "beyond_in_twos": lambda E, g: (
+        MAX * (0.3 + 0.7 * torch.rand(E, generator=g))
+    ),  # whose sum float32 cannot hold
     "subnormal": lambda E, g: (_normal(E, generator=g) * 3000).round() * 2.0**-149,
     "wide": lambda E, g: _wide(1, E, g)[0],
     "ties": lambda E, g: (_normal(E, generator=g) * 2).round() / 4,
@@ -142,7 +146,10 @@ TABLES = ("inside", "repeated", "outside")
 def table(  # noqa: PLR0913, PLR0917 -- what a table is made of
     kind: str, T: int, E: int, topk: int, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return token ids and their table: ``repeated`` names some experts twice, ``outside`` what there is not, far and near."""
+    """Return token ids and their table.
+
+    ``repeated`` names some experts twice, ``outside`` what there is not, far and near.
+    """
     vocabulary = int(torch.randint(1, 60, (), generator=generator))
     entries = torch.rand(vocabulary, E, generator=generator).argsort(1)[:, :topk]
     token_ids = torch.randint(vocabulary, (T,), generator=generator)
@@ -157,9 +164,13 @@ def table(  # noqa: PLR0913, PLR0917 -- what a table is made of
         ]
         chosen = torch.tensor(few)[torch.randint(len(few), (T,), generator=generator)]
         token_ids = torch.where(torch.rand(T, generator=generator) < 0.3, chosen, token_ids)
-        few = [n for n in (-1, E, E + 1, *far) if torch.iinfo(dtype).min <= n <= torch.iinfo(dtype).max]
+        few = [
+            n for n in (-1, E, E + 1, *far) if torch.iinfo(dtype).min <= n <= torch.iinfo(dtype).max
+        ]
         chosen = torch.tensor(few)[torch.randint(len(few), entries.shape, generator=generator)]
-        entries = torch.where(torch.rand(entries.shape, generator=generator) < 0.3 / topk, chosen, entries)
+        entries = torch.where(
+            torch.rand(entries.shape, generator=generator) < 0.3 / topk, chosen, entries
+        )
     return token_ids.to(dtype), entries.to(dtype)
 
 
@@ -175,7 +186,14 @@ def valid(kind: str, T: int, dtype: torch.dtype, rng: random.Random) -> tuple[in
     """Return the argument ``num_valid_tokens``, and its value."""
     form, _, size = kind.partition(" ")
     most = torch.iinfo(dtype).max if form != "int" else 2**70
-    value = {"none": 0, "some": rng.randint(0, T), "more": T + 1, "most": most, "negative": -1, "least": -most - 1}[size]
+    value = {
+        "none": 0,
+        "some": rng.randint(0, T),
+        "more": T + 1,
+        "most": most,
+        "negative": -1,
+        "least": -most - 1,
+    }[size]
     if form == "int":
         return value, value
     return torch.tensor([value] if form == "vector" else value, dtype=dtype), value
@@ -194,10 +212,15 @@ def expert_map(kind: str, slots: int, dtype: torch.dtype, generator: torch.Gener
 OUTPUTS = ("aligned", "odd")
 
 
-def outputs(kind: str, T: int, columns: int, ids_dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+def outputs(
+    kind: str, T: int, columns: int, ids_dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """Return outputs to write into, ``before`` or aligned inside storage, and that storage, which is filled with 7."""
     before = {"aligned": 16, "odd": 3}[kind]
-    whole = [torch.full((before + T * columns + 5,), 7, dtype=dtype) for dtype in (torch.float32, ids_dtype)]
+    whole = [
+        torch.full((before + T * columns + 5,), 7, dtype=dtype)
+        for dtype in (torch.float32, ids_dtype)
+    ]
     weights, ids = (w[before : before + T * columns].view(T, columns) for w in whole)
     return (weights, ids), [part for w in whole for part in (w[:before], w[before + T * columns :])]
 
@@ -212,7 +235,9 @@ def _inside(x: Tensor, whole: tuple[int, ...], where: tuple[slice | int, ...]) -
 LAYOUTS = {
     "rows": lambda x: x.contiguous(),
     "apart": lambda x: _inside(x, (len(x), x.shape[1] + 3), (slice(None), slice(2, -1))),
-    "every_other": lambda x: _inside(x, (len(x), 2 * x.shape[1]), (slice(None), slice(None, None, 2))),
+    "every_other": lambda x: _inside(
+        x, (len(x), 2 * x.shape[1]), (slice(None), slice(None, None, 2))
+    ),
     "every_other_row": lambda x: _inside(x, (2 * len(x), x.shape[1]), (slice(None, None, 2),)),
     "offset": lambda x: _inside(x.flatten(), (x.numel() + 1,), (slice(1, None),)).view(x.shape),
     "transposed": lambda x: x.t().contiguous().t(),

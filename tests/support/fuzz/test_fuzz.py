@@ -1,4 +1,7 @@
-"""Random calls of every backend against ``fuzz.reference``; ``tests/support/fuzz/run.py`` runs many more of them."""
+"""Random calls of every backend against ``fuzz.reference``.
+
+``tests/support/fuzz/run.py`` runs many more of them.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,14 @@ BIASED = RoutingSpec(family="f", selection="scores_plus_bias")
 GROUPED = BIASED.replace(num_groups=2, topk_groups=1)
 SMALL = {"seed": 1, "tokens": 3, "experts": 8, "topk": 2}
 FOUND = {
-    "more valid tokens than int64 holds": ("eager", Call(spec=RoutingSpec(family="f"), valid="int most", **SMALL)),
-    "and through the operator": ("eager", Call(spec=RoutingSpec(family="f"), valid="int most", training=True, **SMALL)),
+    "more valid tokens than int64 holds": (
+        "eager",
+        Call(spec=RoutingSpec(family="f"), valid="int most", **SMALL),
+    ),
+    "and through the operator": (
+        "eager",
+        Call(spec=RoutingSpec(family="f"), valid="int most", training=True, **SMALL),
+    ),
     "a softmax over many experts": (
         "eager",
         Call(
@@ -46,7 +55,9 @@ FOUND = {
     "scores of 1e-22 and an epsilon": (
         "triton",
         Call(
-            spec=RoutingSpec(family="f", score="sqrtsoftplus", renormalize=True, renorm_epsilon=1e-20),
+            spec=RoutingSpec(
+                family="f", score="sqrtsoftplus", renormalize=True, renorm_epsilon=1e-20
+            ),
             seed=2992701469,
             tokens=8,
             row=7,
@@ -61,20 +72,31 @@ FOUND = {
     ),
     "a scale in a format that Triton reads on some devices": (
         "triton",
-        Call(spec=RoutingSpec(family="f", per_expert_scale=True), scale_dtype="float8_e4m3fnuz", **SMALL),
+        Call(
+            spec=RoutingSpec(family="f", per_expert_scale=True),
+            scale_dtype="float8_e4m3fnuz",
+            **SMALL,
+        ),
     ),
 }
 """Calls that a run has found to go wrong, and the backend; put right since."""
 WRONG = {
     mutant.name: mutant
     for mutant in MUTANTS
-    if mutant.factory.__module__ in ("mutants.selection", "mutants.weights") and not mutant.supports and not mutant.only_on
+    if mutant.factory.__module__ in ("mutants.selection", "mutants.weights")
+    and not mutant.supports
+    and not mutant.only_on
 }
 RARE = {
-    "mutant-group-sums-in-float64": lambda call: call.spec.grouped and call.bias == "beyond_in_twos",
+    "mutant-group-sums-in-float64": lambda call: call.spec.grouped and call.bias == "beyond_in_twos"
 }
 """Mutants that few calls can tell: which ones."""
-QUICK = ("mutant-tie-to-the-highest-id", "mutant-nan-first", "mutant-not-renormalized", "mutant-writes-behind-the-end")
+QUICK = (
+    "mutant-tie-to-the-highest-id",
+    "mutant-nan-first",
+    "mutant-not-renormalized",
+    "mutant-writes-behind-the-end",
+)
 
 
 def some(count, backend="eager"):
@@ -82,7 +104,12 @@ def some(count, backend="eager"):
 
 
 def command(*arguments):
-    done = subprocess.run([sys.executable, run.__file__, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, run.__file__, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stderr
 
@@ -102,7 +129,10 @@ def test_random_calls_of_other_backends_give_what_the_contract_says(backend, cou
 
 @pytest.mark.parametrize(
     ("backend", "call"),
-    [pytest.param(*v, id=k, marks=[pytest.mark.slow] if v[0] == "triton" else []) for k, v in FOUND.items()],
+    [
+        pytest.param(*v, id=k, marks=[pytest.mark.slow] if v[0] == "triton" else [])
+        for k, v in FOUND.items()
+    ],
 )
 def test_calls_that_went_wrong_once_do_not_any_more(backend, call):
     if backend == "eager":
@@ -111,12 +141,19 @@ def test_calls_that_went_wrong_once_do_not_any_more(backend, call):
         assert "1 calls in " in command(backend, "--call", call.to_json())
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in WRONG])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in WRONG]
+)
 def test_random_calls_find_each_wrong_backend(name):
     """By a wrong output: a mutant that raises for some call proves nothing."""
     drawn = filter(RARE.get(name, bool), some(30_000))
     with registered(WRONG[name]):
-        found = (problem for call in drawn for problem in check(call, name).problems if "Error: " not in problem)
+        found = (
+            problem
+            for call in drawn
+            for problem in check(call, name).problems
+            if "Error: " not in problem
+        )
         assert next(found, None)
 
 
@@ -148,8 +185,12 @@ def test_a_line_says_all_of_a_call():
     for call in some(50):
         again = Call.from_json(call.to_json())
         assert again == call
-        for ours, theirs in zip(build(call).given.values(), build(again).given.values(), strict=True):
-            assert torch.equal(ours.detach().float().nan_to_num(7.0), theirs.detach().float().nan_to_num(7.0))
+        for ours, theirs in zip(
+            build(call).given.values(), build(again).given.values(), strict=True
+        ):
+            assert torch.equal(
+                ours.detach().float().nan_to_num(7.0), theirs.detach().float().nan_to_num(7.0)
+            )
 
 
 def test_the_command_prints_what_goes_wrong_as_a_command_that_repeats_it(monkeypatch, capsys):

@@ -1,15 +1,29 @@
-"""Deliberately wrong backends, one for each way in which a backend can be wrong; the kit must catch every one.
+"""Deliberately wrong backends, one for each way in which a backend can be wrong.
 
-``MUTANTS`` names the check that must catch each, and what it must say; ``tests/conformance/test_mutants.py`` holds
-the kit to that. A module holds the mutants of a few clauses.
+The kit must catch every one.
+
+``MUTANTS`` names the check that must catch each, and what it must say;
+``tests/conformance/test_mutants.py`` holds the kit to that. A module holds the mutants of a few
+clauses.
 """
 
 from __future__ import annotations
 
-from mutants import calls, declining, fields, gradients, operands, selection, sizes, state, weights
+from mutants import (
+    calls,
+    declining,
+    fields,
+    gradients,
+    on_cuda,
+    operands,
+    selection,
+    sizes,
+    state,
+    weights,
+)
 from mutants._mutant import MUTANTS, Mutant, Reference, registered
 
 __all__ = [
-    "MUTANTS", "Mutant", "Reference", "calls", "declining", "fields", "gradients", "operands", "registered",
-    "selection", "sizes", "state", "weights",
+    "MUTANTS", "Mutant", "Reference", "calls", "declining", "fields", "gradients", "on_cuda", "operands",
+    "registered", "selection", "sizes", "state", "weights",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """A correct backend, what a mutant of it is, and how one is registered.
 
-Each is a small change of ``Reference``, a correct backend without any thought of speed. ``MUTANTS`` names the check
-that must catch it; ``tests/conformance/test_mutants.py`` holds the kit to that.
+Each is a small change of ``Reference``, a correct backend without any thought of speed. ``MUTANTS``
+names the check that must catch it; ``tests/conformance/test_mutants.py`` holds the kit to that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class Reference:
-    """A correct backend: the oracle's steps, rounded to float32 at the end. Mutants change one step."""
+    """A correct backend: the oracle's steps, rounded to float32 at the end.
+
+    Mutants change one step.
+    """
 
     def __init__(self, problem: RoutingProblem, device: DeviceInfo) -> None:
         self.spec, self.topk = problem.spec, problem.topk
@@ -34,7 +37,9 @@ class Reference:
         del device
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:
+    def __call__(
+        self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any
+    ) -> RoutingOutput:
         """Route, step by step."""
         logits = self.read(logits)
         selection = {name: operands.get(name) for name in ("bias", "token_ids", "expert_table")}
@@ -45,7 +50,10 @@ class Reference:
         shape = (len(ids), ids.shape[1])
         if out is None:
             device = logits.device
-            out = RoutingOutput(torch.empty(shape, device=device), torch.empty(shape, dtype=self.ids_dtype, device=device))
+            out = RoutingOutput(
+                torch.empty(shape, device=device),
+                torch.empty(shape, dtype=self.ids_dtype, device=device),
+            )
         self.write(out, weights, ids)
         return out
 
@@ -57,12 +65,16 @@ class Reference:
         """Return the ids of the selected."""
         return oracle.select(self.spec, logits, self.topk, **operands)
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         """Return their weights."""
         del bias
         return oracle.weights_at(self.spec, logits, ids, per_expert_scale=scale)
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         """Append shared slots, rename, blank the padding."""
         return oracle.finish(self.spec, weights, ids, num_experts, **operands)
 
@@ -77,7 +89,8 @@ class Mutant:
     """A wrong backend.
 
     :ivar caught_by: name of the check that must catch it.
-    :ivar saying: regular expression of what the check must say: that a mutant crashes proves nothing.
+    :ivar saying: regular expression of what the check must say: that a mutant crashes proves
+        nothing.
     :ivar variants: the variants whose cases are enough to catch it; all of them where empty.
     """
 
@@ -91,13 +104,17 @@ class Mutant:
     @property
     def name(self) -> str:
         """The class's name, as a backend is named."""
-        return "mutant-" + "".join(f"-{c.lower()}" if c.isupper() else c for c in self.factory.__name__).strip("-")
+        return "mutant-" + "".join(
+            f"-{c.lower()}" if c.isupper() else c for c in self.factory.__name__
+        ).strip("-")
 
 
 MUTANTS: list[Mutant] = []
 
 
-def caught_by(check: str, *variants: str, saying: str, supports: Any = None, only_on: str = "") -> Callable[[Any], Any]:
+def caught_by(
+    check: str, *variants: str, saying: str, supports: Any = None, only_on: str = ""
+) -> Callable[[Any], Any]:
     """Enter a mutant into the table, with the check that must catch it and what the check must say."""
 
     def enter(factory: Any) -> Any:

@@ -14,13 +14,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@caught_by("any_strides_are_read_as_they_lie", "topk_softmax", saying=r"stands before id \d+ \(score")
+@caught_by(
+    "any_strides_are_read_as_they_lie", "topk_softmax", saying=r"stands before id \d+ \(score"
+)
 class TransposedStridesIgnored(Reference):
     """Reads the memory as if it were contiguous."""
 
     def read(self, logits: Tensor) -> Tensor:
         last = sum((n - 1) * s for n, s in zip(logits.shape, logits.stride(), strict=True))
-        return logits if last + 1 < logits.numel() else logits.as_strided(logits.shape, (logits.shape[1], 1))
+        return (
+            logits
+            if last + 1 < logits.numel()
+            else logits.as_strided(logits.shape, (logits.shape[1], 1))
+        )
 
 
 @caught_by("any_strides_are_read_as_they_lie", "topk_softmax", saying="row 0: id 1 at position 1")
@@ -38,11 +44,18 @@ class Int32Offsets(Reference):
     def read(self, logits: Tensor) -> Tensor:
         offsets = [row * logits.stride(0) % 2**31 for row in range(len(logits))]
         return torch.stack(
-            [logits.as_strided((logits.shape[1],), (logits.stride(1),), logits.storage_offset() + o) for o in offsets]
+            [
+                logits.as_strided(
+                    (logits.shape[1],), (logits.stride(1),), logits.storage_offset() + o
+                )
+                for o in offsets
+            ]
         )
 
 
-@caught_by("row_strides_cost_no_copy", "topk_softmax", saying="contiguous logits of 65792 bytes allocate")
+@caught_by(
+    "row_strides_cost_no_copy", "topk_softmax", saying="contiguous logits of 65792 bytes allocate"
+)
 class CopiesSlicedLogits(Reference):
     """Calls contiguous() on whatever comes."""
 
@@ -50,11 +63,17 @@ class CopiesSlicedLogits(Reference):
         return logits.contiguous()
 
 
-@caught_by("a_rows_bits_do_not_depend_on_its_batch", "topk_softmax", saying="weights of a row in a batch of 1")
+@caught_by(
+    "a_rows_bits_do_not_depend_on_its_batch",
+    "topk_softmax",
+    saying="weights of a row in a batch of 1",
+)
 class RoundsByTheBatch(Reference):
     """Takes another path, with another rounding, for a few rows."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         weights = super().weigh(logits, ids, bias, scale)
         return weights if len(logits) > 16 else (weights.float() * 3 / 3).double() * (1 + 2**-23)
 
@@ -69,18 +88,28 @@ class TiesAtRandom(Reference):
         return order[oracle.descending(oracle.clean(logits)[:, order])[:, : self.topk]]
 
 
-@caught_by("outputs_are_contiguous", "topk_softmax", saying="ids: expected a contiguous tensor, got strides")
+@caught_by(
+    "outputs_are_contiguous",
+    "topk_softmax",
+    saying="ids: expected a contiguous tensor, got strides",
+)
 class IdsAreAView(Reference):
     """Returns the first K of all E sorted ids, whose rows are E apart in memory."""
 
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:
+    def __call__(
+        self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any
+    ) -> RoutingOutput:
         """Route, and widen the memory of the ids."""
         weights, ids = super().__call__(logits, out=out, **operands)
         wide = ids.new_zeros(len(ids), logits.shape[1] + 1)[:, : ids.shape[1]]
         return RoutingOutput(weights, ids if out is not None else wide.copy_(ids))
 
 
-@caught_by("each_call_uses_its_own_inputs_in_stream_order", "topk_softmax", saying=r"stands before id \d+ \(score")
+@caught_by(
+    "each_call_uses_its_own_inputs_in_stream_order",
+    "topk_softmax",
+    saying=r"stands before id \d+ \(score",
+)
 class WrongStream(Reference):
     """Reads what the logits held before: as a kernel on another stream, which does not wait."""
 
@@ -91,13 +120,19 @@ class WrongStream(Reference):
         return stale if stale is not None and stale.shape == logits.shape else logits
 
 
-@caught_by("each_call_uses_its_own_inputs_in_stream_order", "topk_softmax", saying=r"stands before id \d+ \(score")
+@caught_by(
+    "each_call_uses_its_own_inputs_in_stream_order",
+    "topk_softmax",
+    saying=r"stands before id \d+ \(score",
+)
 class OneOutputForAllCalls(Reference):
     """Keeps its outputs, and hands the same memory out again."""
 
     kept: RoutingOutput | None = None
 
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:
+    def __call__(
+        self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any
+    ) -> RoutingOutput:
         """Route into the memory of the call before."""
         if out is None and self.kept is not None and len(self.kept.ids) == len(logits):
             out = self.kept
@@ -105,19 +140,13 @@ class OneOutputForAllCalls(Reference):
         return self.kept
 
 
-@caught_by("nothing_is_read_on_the_host", "topk_softmax", only_on="cuda", saying="synchron")
-class ReadsOnTheHost(Reference):
-    """Asks the device for a number before it goes on."""
-
-    def read(self, logits: Tensor) -> Tensor:
-        return logits if logits.sum().item() else logits.clone()
-
-
 @caught_by("padding_is_blank", "topk_softmax", saying="padding: row 0 needs ids -1")
 class PaddingIgnored(Reference):
     """Routes padding like any row."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         return super().finish(weights, ids, num_experts, **operands | {"num_valid_tokens": None})
 
 
@@ -129,7 +158,9 @@ class PaddingKeepsItsWeights(Reference):
         super().write(out, weights.masked_fill(ids < 0, 0.5), ids)
 
 
-@caught_by("tokens_without_experts_are_padding", "hash_sqrtsoftplus", saying="padding: row 0 needs ids -1")
+@caught_by(
+    "tokens_without_experts_are_padding", "hash_sqrtsoftplus", saying="padding: row 0 needs ids -1"
+)
 class TokenIdsWrapAround(Reference):
     """Looks up token id -1 from the end of the table, and the nearest token of the table for others that it lacks."""
 
@@ -137,21 +168,29 @@ class TokenIdsWrapAround(Reference):
         table, tokens = operands["expert_table"], operands["token_ids"]
         assert table is not None
         assert tokens is not None
-        tokens = torch.where((tokens < 0) & (tokens >= -len(table)), tokens + len(table), tokens).clamp(0, len(table) - 1)
+        tokens = torch.where(
+            (tokens < 0) & (tokens >= -len(table)), tokens + len(table), tokens
+        ).clamp(0, len(table) - 1)
         return oracle.select(self.spec, logits, self.topk, **operands | {"token_ids": tokens})
 
 
-@caught_by("tokens_without_experts_are_padding", "hash_sqrtsoftplus", saying="padding: row 15 needs ids -1")
+@caught_by(
+    "tokens_without_experts_are_padding", "hash_sqrtsoftplus", saying="padding: row 15 needs ids -1"
+)
 class EntriesCutTo32Bits(Reference):
     """Compares an entry of the table with E after it was narrowed to int32."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
         table = operands["expert_table"]
         assert table is not None
-        return oracle.select(self.spec, logits, self.topk, **operands | {"expert_table": table.to(torch.int32)})
+        return oracle.select(
+            self.spec, logits, self.topk, **operands | {"expert_table": table.to(torch.int32)}
+        )
 
 
-@caught_by("tokens_without_experts_are_padding", "hash_sqrtsoftplus", saying="padding: row 0 needs ids -1")
+@caught_by(
+    "tokens_without_experts_are_padding", "hash_sqrtsoftplus", saying="padding: row 0 needs ids -1"
+)
 class StrayEntriesOnlyLoseTheirWeight(Reference):
     """Gives a stray entry of the table the weight 0, and routes the row to the others."""
 

@@ -16,23 +16,39 @@ def _decline(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
     return Verdict.no(RejectCode.SHAPE, "is for E = 0 only")
 
 
-@caught_by("it_serves_the_families_on_its_card", supports=_decline, saying="the backend declines every problem")
+@caught_by(
+    "it_serves_the_families_that_its_spec_names",
+    supports=_decline,
+    saying="the backend declines every problem",
+)
 class DeclinesEverything(Reference):
     """Takes part in nothing, and so fails nothing."""
 
 
 def _decline_strides(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
     del device
-    return Verdict.no(RejectCode.LAYOUT, "reads rows only") if problem.layout == "strided" else Verdict.yes()
+    return (
+        Verdict.no(RejectCode.LAYOUT, "reads rows only")
+        if problem.layout == "strided"
+        else Verdict.yes()
+    )
 
 
-@caught_by("what_it_declines_cannot_be_had", "topk_softmax", supports=_decline_strides, saying="but routes it right")
+@caught_by(
+    "what_it_declines_cannot_be_had",
+    "topk_softmax",
+    supports=_decline_strides,
+    saying="but routes it right",
+)
 class DeclinesWhatItCan(Reference):
     """Declines strided logits, which it routes as well as any."""
 
 
 @caught_by(
-    "what_it_declines_cannot_be_had", "topk_softmax", supports=_decline_strides, saying="takes no keyword `unsupported`"
+    "what_it_declines_cannot_be_had",
+    "topk_softmax",
+    supports=_decline_strides,
+    saying="takes no keyword `unsupported`",
 )
 class AsksItsOwnSupportsAgain(Reference):
     """Declines strided logits, and its factory refuses them too, so that nobody can see that it routes them right."""
@@ -44,18 +60,29 @@ class AsksItsOwnSupportsAgain(Reference):
             raise NotImplementedError(verdict.reason)
 
 
-@caught_by("what_it_declines_cannot_be_had", "topk_softmax", supports=_decline_strides, saying="but routes it right")
+@caught_by(
+    "what_it_declines_cannot_be_had",
+    "topk_softmax",
+    supports=_decline_strides,
+    saying="but routes it right",
+)
 class DeclinesUntilItIsTold(AsksItsOwnSupportsAgain):
     """Asks its support rule again unless it is told to build all the same, and then routes right."""
 
-    def __init__(self, problem: RoutingProblem, device: DeviceInfo, *, unsupported: bool = False) -> None:
+    def __init__(
+        self, problem: RoutingProblem, device: DeviceInfo, *, unsupported: bool = False
+    ) -> None:
         if unsupported:
             Reference.__init__(self, problem, device)
         else:
             super().__init__(problem, device)
 
 
-@caught_by("what_it_accepts_it_routes", "topk_softmax", saying="accepts .*, but its kernel raised BackendUnavailableError")
+@caught_by(
+    "what_it_accepts_it_routes",
+    "topk_softmax",
+    saying="accepts .*, but its kernel raised BackendUnavailableError",
+)
 class AcceptsEverythingAndRaises(Reference):
     """Says yes to every problem, and then cannot."""
 

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 
-@caught_by("every_field_of_the_spec_is_followed", "topk_softmax", saying=r"weight of id \d+ is \d.*, exactly -")
+@caught_by(
+    "every_field_of_the_spec_is_followed",
+    "topk_softmax",
+    saying=r"weight of id \d+ is \d.*, exactly -",
+)
 class AbsoluteFactor(Reference):
     """Takes the factor on the weights for positive."""
 
@@ -23,7 +27,11 @@ class AbsoluteFactor(Reference):
         self.spec = self.spec.replace(scale=abs(self.spec.scale))
 
 
-@caught_by("every_field_of_the_spec_is_followed", "topk_softmax", saying=r"weight of id \d+ is .*, exactly 0:")
+@caught_by(
+    "every_field_of_the_spec_is_followed",
+    "topk_softmax",
+    saying=r"weight of id \d+ is .*, exactly 0:",
+)
 class ZeroFactorIsNoFactor(Reference):
     """Writes `scale or 1`."""
 
@@ -32,7 +40,11 @@ class ZeroFactorIsNoFactor(Reference):
         self.spec = self.spec.replace(scale=self.spec.scale or 1.0)
 
 
-@caught_by("every_field_of_the_spec_is_followed", "topk_softmax", saying=r"weight of id \d+ is .*, exactly -")
+@caught_by(
+    "every_field_of_the_spec_is_followed",
+    "topk_softmax",
+    saying=r"weight of id \d+ is .*, exactly -",
+)
 class CapIsAnInteger(Reference):
     """Keeps the cap as an integer, and 0 for none."""
 
@@ -42,7 +54,11 @@ class CapIsAnInteger(Reference):
             self.spec = self.spec.replace(logit_softcap=int(self.spec.logit_softcap) or None)
 
 
-@caught_by("every_field_of_the_spec_is_followed", "topk_softmax", saying=r"weight of id \d+ is .*, exactly 1\.")
+@caught_by(
+    "every_field_of_the_spec_is_followed",
+    "topk_softmax",
+    saying=r"weight of id \d+ is .*, exactly 1\.",
+)
 class SmallMultiplierIsOne(Reference):
     """Takes a multiplier that half precision rounds to nothing for one that is not set."""
 
@@ -52,7 +68,11 @@ class SmallMultiplierIsOne(Reference):
             self.spec = self.spec.replace(logit_multiplier=1.0)
 
 
-@caught_by("every_field_of_the_spec_is_followed", "sigmoid_bias_topk", saying=r"weight of id \d+ is .*, exactly 0\.1")
+@caught_by(
+    "every_field_of_the_spec_is_followed",
+    "sigmoid_bias_topk",
+    saying=r"weight of id \d+ is .*, exactly 0\.1",
+)
 class EpsilonTwice(Reference):
     """Adds the epsilon to the sum, and again to the denominator."""
 
@@ -61,19 +81,32 @@ class EpsilonTwice(Reference):
         self.spec = self.spec.replace(renorm_epsilon=2 * self.spec.renorm_epsilon)
 
 
-@caught_by("every_field_of_the_spec_is_followed", "softmax_bias_topk", saying=r"weight of id \d+ is .*, exactly 0\.")
+@caught_by(
+    "every_field_of_the_spec_is_followed",
+    "softmax_bias_topk",
+    saying=r"weight of id \d+ is .*, exactly 0\.",
+)
 class FloorIsAnEpsilon(Reference):
     """Adds the floor where the sum may not fall below it."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         epsilon, floor = self.spec.renorm_epsilon, self.spec.renorm_floor
-        self.spec, before = self.spec.replace(renorm_epsilon=epsilon + floor, renorm_floor=0.0), self.spec
+        self.spec, before = (
+            self.spec.replace(renorm_epsilon=epsilon + floor, renorm_floor=0.0),
+            self.spec,
+        )
         weights = super().weigh(logits, ids, bias, scale)
         self.spec = before
         return weights
 
 
-@caught_by("every_field_of_the_spec_is_followed", "softmax_bias_topk", saying=r"weight of id \d+ is .*, exactly 0\.")
+@caught_by(
+    "every_field_of_the_spec_is_followed",
+    "softmax_bias_topk",
+    saying=r"weight of id \d+ is .*, exactly 0\.",
+)
 class FloorOnlyAgainstZero(Reference):
     """Takes a floor for what keeps 0 out of the denominator."""
 
@@ -83,7 +116,9 @@ class FloorOnlyAgainstZero(Reference):
 
 
 @caught_by(
-    "every_field_of_the_spec_is_followed", "topk_softmax", saying=r"weight of id \d+ is .*, exactly 0:|, exactly .*: off by"
+    "every_field_of_the_spec_is_followed",
+    "topk_softmax",
+    saying=r"weight of id \d+ is .*, exactly 0:|, exactly .*: off by",
 )
 class ZeroExpertsByEight(Reference):
     """Rounds the number of zero experts up to whole vectors."""
@@ -93,7 +128,9 @@ class ZeroExpertsByEight(Reference):
         self.spec = self.spec.replace(zero_experts=-(-self.spec.zero_experts // 8) * 8)
 
 
-@caught_by("every_field_of_the_spec_is_followed", "sparsemixer", saying=r"weight of id \d+ is .*, exactly")
+@caught_by(
+    "every_field_of_the_spec_is_followed", "sparsemixer", saying=r"weight of id \d+ is .*, exactly"
+)
 class JitterAsInThePaper(Reference):
     """Knows one threshold."""
 
@@ -102,7 +139,12 @@ class JitterAsInThePaper(Reference):
         self.spec = self.spec.replace(jitter=0.01)
 
 
-@caught_by("every_field_of_the_spec_is_followed", "grouped_sigmoid_bias", "grouped_softmax", saying="not among the best 1")
+@caught_by(
+    "every_field_of_the_spec_is_followed",
+    "grouped_sigmoid_bias",
+    "grouped_softmax",
+    saying="not among the best 1",
+)
 class FewestGroups(Reference):
     """Keeps two groups at least."""
 
@@ -114,9 +156,17 @@ class FewestGroups(Reference):
 class _WithABackward(Reference):
     """Brings the closed form as a backward of its own."""
 
-    def backward(self, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the gradients of logits and scale."""
-        return weights_backward(self.spec, self.given(grad_weights), logits, ids, None if scale is None else self.seen(scale))
+        return weights_backward(
+            self.spec,
+            self.given(grad_weights),
+            logits,
+            ids,
+            None if scale is None else self.seen(scale),
+        )
 
     def seen(self, scale: Tensor) -> Tensor:
         """Return the scale that the backward reads."""
@@ -127,7 +177,9 @@ class _WithABackward(Reference):
         return grad_weights
 
 
-@caught_by("gradients_follow_every_field_of_the_spec", "topk_softmax", saying="gradient of logits at")
+@caught_by(
+    "gradients_follow_every_field_of_the_spec", "topk_softmax", saying="gradient of logits at"
+)
 class GradientOfAbsoluteScale(_WithABackward):
     """Takes the scale for a norm on the way back alone."""
 
@@ -135,7 +187,9 @@ class GradientOfAbsoluteScale(_WithABackward):
         return scale.abs()
 
 
-@caught_by("gradients_follow_every_field_of_the_spec", "topk_softmax", saying="gradient of logits at")
+@caught_by(
+    "gradients_follow_every_field_of_the_spec", "topk_softmax", saying="gradient of logits at"
+)
 class GradientOfAbsoluteFactor(_WithABackward):
     """Forgets the sign of the factor on the way back."""
 
@@ -143,11 +197,15 @@ class GradientOfAbsoluteFactor(_WithABackward):
         return -grad_weights if self.spec.scale < 0 else grad_weights
 
 
-@caught_by("gradients_follow_every_field_of_the_spec", "softmax_bias_topk", saying="gradient of logits at")
+@caught_by(
+    "gradients_follow_every_field_of_the_spec", "softmax_bias_topk", saying="gradient of logits at"
+)
 class GradientThroughTheFloor(_WithABackward):
     """Goes back through the sum where the floor is the denominator."""
 
-    def backward(self, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the gradients of the spec without its floor, scaled to the denominator that there was."""
         if self.spec.renorm_floor < 1e-3:
             return super().backward(grad_weights, logits, ids, scale)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class Changing(Reference):
     """Routes with an operand that a subclass changes."""
 
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:
+    def __call__(
+        self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any
+    ) -> RoutingOutput:
         """Change the operands that there are, and route."""
         for name, value in operands.items():
             if value is not None and hasattr(self, name):
@@ -26,7 +28,9 @@ class Changing(Reference):
         return super().__call__(logits, out=out, **operands)
 
 
-@caught_by("operands_of_every_dtype_are_read", "sigmoid_bias_topk", saying="^bias of torch.float16: row")
+@caught_by(
+    "operands_of_every_dtype_are_read", "sigmoid_bias_topk", saying="^bias of torch.float16: row"
+)
 class HalfBiasReadAsBfloat16(Changing):
     """Knows one 16-bit dtype."""
 
@@ -34,7 +38,11 @@ class HalfBiasReadAsBfloat16(Changing):
         return bias.view(torch.bfloat16) if bias.dtype == torch.float16 else bias
 
 
-@caught_by("operands_of_every_dtype_are_read", "gemma4", saying=r"^per_expert_scale of torch.float16: row 0: weight of id")
+@caught_by(
+    "operands_of_every_dtype_are_read",
+    "gemma4",
+    saying=r"^per_expert_scale of torch.float16: row 0: weight of id",
+)
 class HalfScaleReadAsBfloat16(Changing):
     """Knows one 16-bit dtype."""
 
@@ -42,7 +50,11 @@ class HalfScaleReadAsBfloat16(Changing):
         return scale.view(torch.bfloat16) if scale.dtype == torch.float16 else scale
 
 
-@caught_by("operands_of_every_dtype_are_read", "sigmoid_bias_topk", saying="^bias of torch.float8_e4m3fnuz: row \\d+: id")
+@caught_by(
+    "operands_of_every_dtype_are_read",
+    "sigmoid_bias_topk",
+    saying="^bias of torch.float8_e4m3fnuz: row \\d+: id",
+)
 class OneBiasOfEightBits(Changing):
     """Reads the 8-bit floats of one maker as those of another."""
 
@@ -51,7 +63,9 @@ class OneBiasOfEightBits(Changing):
 
 
 @caught_by(
-    "operands_of_every_dtype_are_read", "gemma4", saying="^per_expert_scale of torch.float8_e8m0fnu: row 0: weight of id"
+    "operands_of_every_dtype_are_read",
+    "gemma4",
+    saying="^per_expert_scale of torch.float8_e8m0fnu: row 0: weight of id",
 )
 class ExponentsAreTheScales(Changing):
     """Takes the bits of a power of two for the number."""
@@ -60,17 +74,27 @@ class ExponentsAreTheScales(Changing):
         return scale.view(torch.uint8).float() if scale.dtype == torch.float8_e8m0fnu else scale
 
 
-@caught_by("float64_logits_are_rounded_first", "topk_softmax", saying="although their scores are equal")
+@caught_by(
+    "float64_logits_are_rounded_first", "topk_softmax", saying="although their scores are equal"
+)
 class Float64Compared(Reference):
     """Selects in the precision in which the logits come."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
-        if logits.dtype != torch.float64 or self.spec.selection != "logits" or self.spec.num_groups > 1:
+        if (
+            logits.dtype != torch.float64
+            or self.spec.selection != "logits"
+            or self.spec.num_groups > 1
+        ):
             return super().select(logits, **operands)
         return oracle.descending(logits.nan_to_num(nan=-torch.inf))[:, : self.topk]
 
 
-@caught_by("operands_with_strides_are_read_as_they_lie", "gemma4", saying="^per_expert_scale with an offset")
+@caught_by(
+    "operands_with_strides_are_read_as_they_lie",
+    "gemma4",
+    saying="^per_expert_scale with an offset",
+)
 class OperandsFromTheStart(Changing):
     """Passes the address of the storage on."""
 
@@ -78,7 +102,11 @@ class OperandsFromTheStart(Changing):
         return scale.as_strided(scale.shape, scale.stride(), 0)
 
 
-@caught_by("logits_of_rare_dtypes_are_read", "topk_softmax", saying=r"row 0: weight of id \d+ is 0\.99\d+, exactly 0\.55")
+@caught_by(
+    "logits_of_rare_dtypes_are_read",
+    "topk_softmax",
+    saying=r"row 0: weight of id \d+ is 0\.99\d+, exactly 0\.55",
+)
 class OneEightBitDtype(Reference):
     """Reads every 8-bit float as the one with the wider range."""
 
@@ -87,7 +115,9 @@ class OneEightBitDtype(Reference):
 
 
 @caught_by(
-    "scales_of_every_sign_are_used", "gemma4", saying=r"^scales of every sign: row 0: weight of id \d+ is .*, exactly -"
+    "scales_of_every_sign_are_used",
+    "gemma4",
+    saying=r"^scales of every sign: row 0: weight of id \d+ is .*, exactly -",
 )
 class AbsoluteScale(Changing):
     """Takes the scale for a norm."""
@@ -97,7 +127,9 @@ class AbsoluteScale(Changing):
 
 
 @caught_by(
-    "scales_of_every_sign_are_used", "gemma4", saying=r"^scales of every sign: row 0: weight of id \d+ is .*, exactly -?0:"
+    "scales_of_every_sign_are_used",
+    "gemma4",
+    saying=r"^scales of every sign: row 0: weight of id \d+ is .*, exactly -?0:",
 )
 class ZeroScaleIsNoScale(Changing):
     """Takes a scale of 0 for one that is not set."""
@@ -107,7 +139,9 @@ class ZeroScaleIsNoScale(Changing):
 
 
 @caught_by(
-    "scales_of_every_sign_are_used", "gemma4", saying=r"^scales of every sign: row 0: weight of id \d+ is -\d{5}\.\d+, exactly"
+    "scales_of_every_sign_are_used",
+    "gemma4",
+    saying=r"^scales of every sign: row 0: weight of id \d+ is -\d{5}\.\d+, exactly",
 )
 class ScaleInHalfPrecision(Changing):
     """Keeps the scale where 65,504 is the largest number."""
@@ -117,17 +151,26 @@ class ScaleInHalfPrecision(Changing):
 
 
 @caught_by(
-    "biases_of_every_value_are_ranked_right", "sigmoid_bias_topk", saying=r"^biases of every value: row 0: id 1 at position 0"
+    "biases_of_every_value_are_ranked_right",
+    "sigmoid_bias_topk",
+    saying=r"^biases of every value: row 0: id 1 at position 0",
 )
 class NanBiasFirst(Reference):
     """Sorts as torch does: NaN above everything."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
         bias = operands["bias"]
-        return super().select(logits, **operands | {"bias": None if bias is None else bias.nan_to_num(torch.inf, torch.inf)})
+        return super().select(
+            logits,
+            **operands | {"bias": None if bias is None else bias.nan_to_num(torch.inf, torch.inf)},
+        )
 
 
-@caught_by("biases_of_every_value_are_ranked_right", "sqrtsoftplus_bias", saying=r"^biases of every value: row 0: id")
+@caught_by(
+    "biases_of_every_value_are_ranked_right",
+    "sqrtsoftplus_bias",
+    saying=r"^biases of every value: row 0: id",
+)
 class BiasInHalfPrecision(Changing):
     """Keeps the bias where 65,504 is the largest number."""
 
@@ -135,7 +178,11 @@ class BiasInHalfPrecision(Changing):
         return bias.clamp(-65504, 65504)
 
 
-@caught_by("biases_of_every_value_are_ranked_right", "sigmoid_bias_topk", saying=r"^biases of every value: row 0: id")
+@caught_by(
+    "biases_of_every_value_are_ranked_right",
+    "sigmoid_bias_topk",
+    saying=r"^biases of every value: row 0: id",
+)
 class BiasesThatAreNoNumbersAreZero(Changing):
     """Repairs a bias that is NaN or infinite."""
 
@@ -143,7 +190,12 @@ class BiasesThatAreNoNumbersAreZero(Changing):
         return bias.nan_to_num(0.0, 0.0, 0.0)
 
 
-@caught_by("masked_experts_come_last", "sigmoid_bias_topk", "logit_bias_sigmoid", saying=r"stands before id \d+ \(score")
+@caught_by(
+    "masked_experts_come_last",
+    "sigmoid_bias_topk",
+    "logit_bias_sigmoid",
+    saying=r"stands before id \d+ \(score",
+)
 class KeysOnOneGrid(Reference):
     """Sorts many rows by integers that spread over the range of the scores, which a mask makes too wide for the others."""
 
@@ -163,10 +215,14 @@ class KeysOnOneGrid(Reference):
 class ScalarTensorIgnored(Reference):
     """Looks for a vector of one element."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         valid = operands["num_valid_tokens"]
         ignored = isinstance(valid, torch.Tensor) and valid.dim() == 0
-        return super().finish(weights, ids, num_experts, **operands | {"num_valid_tokens": None if ignored else valid})
+        return super().finish(
+            weights, ids, num_experts, **operands | {"num_valid_tokens": None if ignored else valid}
+        )
 
 
 @caught_by(
@@ -177,25 +233,41 @@ class ScalarTensorIgnored(Reference):
 class ValidTokensCutTo32Bits(Reference):
     """Passes the number on in 32 bits."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         valid = operands["num_valid_tokens"]
         if valid is not None:
-            operands["num_valid_tokens"] = valid.to(torch.int32) if isinstance(valid, torch.Tensor) else valid % 2**32
+            operands["num_valid_tokens"] = (
+                valid.to(torch.int32) if isinstance(valid, torch.Tensor) else valid % 2**32
+            )
         return super().finish(weights, ids, num_experts, **operands)
 
 
-@caught_by("num_valid_tokens_may_have_any_form", "topk_softmax", saying=r"of shape \[\] -3: padding: row 0 needs ids -1")
+@caught_by(
+    "num_valid_tokens_may_have_any_form",
+    "topk_softmax",
+    saying=r"of shape \[\] -3: padding: row 0 needs ids -1",
+)
 class ValidTokensWithoutASign(Reference):
     """Compares row numbers with an unsigned number."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         valid = operands["num_valid_tokens"]
         if isinstance(valid, torch.Tensor):
-            operands["num_valid_tokens"] = torch.where(valid < 0, torch.iinfo(valid.dtype).max, valid)
+            operands["num_valid_tokens"] = torch.where(
+                valid < 0, torch.iinfo(valid.dtype).max, valid
+            )
         return super().finish(weights, ids, num_experts, **operands)
 
 
-@caught_by("physical_ids_may_be_any_number", "topk_softmax", saying="^physical ids up to 4294967303, a map of torch.int64")
+@caught_by(
+    "physical_ids_may_be_any_number",
+    "topk_softmax",
+    saying="^physical ids up to 4294967303, a map of torch.int64",
+)
 class MapReadIn32Bits(Changing):
     """Reads a map of int64 as int32."""
 
@@ -203,7 +275,11 @@ class MapReadIn32Bits(Changing):
         return physical.to(torch.int32)
 
 
-@caught_by("physical_ids_may_be_any_number", "topk_softmax", saying="^physical ids up to 2147483647, a map of torch.int32")
+@caught_by(
+    "physical_ids_may_be_any_number",
+    "topk_softmax",
+    saying="^physical ids up to 2147483647, a map of torch.int32",
+)
 class MapThroughFloat32(Changing):
     """Looks physical ids up with a product of matrices."""
 
@@ -219,7 +295,9 @@ class MapThroughFloat32(Changing):
 class ElsewhereHasNoWeight(Reference):
     """Leaves an expert that is elsewhere to whoever has it, and its weight out."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         routed = super().finish(weights, ids, num_experts, **operands)
         return routed._replace(weights=routed.weights.masked_fill(routed.ids < 0, 0.0))
 
@@ -232,7 +310,9 @@ class ElsewhereHasNoWeight(Reference):
 class RowsThatBeginElsewhereArePadding(Reference):
     """Tells padding by the first physical id."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         routed = super().finish(weights, ids, num_experts, **operands)
         return routed._replace(ids=routed.ids.masked_fill(routed.ids[:, :1] < 0, -1))
 
@@ -246,7 +326,11 @@ class MapWithoutASign(Changing):
     """Widens a map of int32 as if its entries had no sign."""
 
     def expert_map(self, physical: Tensor) -> Tensor:
-        return physical.long() % 2**32 if physical.dtype == torch.int32 and self.ids_dtype == torch.int64 else physical
+        return (
+            physical.long() % 2**32
+            if physical.dtype == torch.int32 and self.ids_dtype == torch.int64
+            else physical
+        )
 
 
 @caught_by(
@@ -257,7 +341,9 @@ class MapWithoutASign(Changing):
 class EachPhysicalIdOnce(Reference):
     """Sends a token to a place once, whoever asks for it."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         routed = super().finish(weights, ids, num_experts, **operands)
         if operands["expert_map"] is None:
             return routed
@@ -289,13 +375,25 @@ class EntriesCutTo16Bits(Changing):
         return table.where((table < 0) | (table >= 2**17), table % 2**16)
 
 
-@caught_by("small_weights_keep_their_digits", "logit_bias_sigmoid", saying=r"weight of id \d+ is .*, exactly .*e-0")
+@caught_by(
+    "small_weights_keep_their_digits",
+    "logit_bias_sigmoid",
+    saying=r"weight of id \d+ is .*, exactly .*e-0",
+)
 class BiasedLogitMinusBias(Reference):
     """Recovers the logit from the biased one."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-        if bias is not None and self.spec.selection == "logits_plus_bias" and bias.abs().amax() < 1e6:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
+        if (
+            bias is not None
+            and self.spec.selection == "logits_plus_bias"
+            and bias.abs().amax() < 1e6
+        ):
             logits = torch.where(
-                logits.isfinite() & (bias.abs() > 1e3), (logits.float() + bias.float()) - bias.float(), logits
+                logits.isfinite() & (bias.abs() > 1e3),
+                (logits.float() + bias.float()) - bias.float(),
+                logits,
             )
         return super().weigh(logits, ids, bias, scale)

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@caught_by("equal_scores_go_to_the_lower_id", "softmax_topk", saying="stands before id 62 although their scores are equal")
+@caught_by(
+    "equal_scores_go_to_the_lower_id",
+    "softmax_topk",
+    saying="stands before id 62 although their scores are equal",
+)
 class TieToTheHighestId(Reference):
     """Sorts the other way round and reads it from behind."""
 
@@ -22,14 +26,20 @@ class TieToTheHighestId(Reference):
         return keys.sort(dim=-1, stable=True).indices.flip(1)[:, : self.topk]
 
 
-@caught_by("equal_scores_go_to_the_lower_id", "softmax_topk", saying="although their scores are equal")
+@caught_by(
+    "equal_scores_go_to_the_lower_id", "softmax_topk", saying="although their scores are equal"
+)
 class PlusZeroBeforeMinusZero(Reference):
     """Orders the bits, in which +0 is above -0."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
         del operands
         bits = logits.float().contiguous().view(torch.int32)
-        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).sort(dim=-1, descending=True, stable=True).indices[:, : self.topk]
+        return (
+            (bits ^ ((bits >> 31) & 0x7FFFFFFF))
+            .sort(dim=-1, descending=True, stable=True)
+            .indices[:, : self.topk]
+        )
 
 
 @caught_by("ids_come_in_exact_order", "softmax_topk", saying=r"stands before id \d+ \(score")
@@ -40,7 +50,11 @@ class IdsUnsorted(Reference):
         return super().select(logits, **operands).sort(dim=-1).values
 
 
-@caught_by("groups_are_scored_as_the_spec_says", "grouped_sigmoid_bias", saying="which are not among the best 4")
+@caught_by(
+    "groups_are_scored_as_the_spec_says",
+    "grouped_sigmoid_bias",
+    saying="which are not among the best 4",
+)
 class GroupScoreByMaximum(Reference):
     """Scores groups by their best expert where the spec says the sum of two."""
 
@@ -48,15 +62,21 @@ class GroupScoreByMaximum(Reference):
         return oracle.select(self.spec.replace(group_score="max"), logits, self.topk, **operands)
 
 
-@caught_by("ids_come_in_exact_order", "grouped_sigmoid_bias", saying="which are not among the best 4")
+@caught_by(
+    "ids_come_in_exact_order", "grouped_sigmoid_bias", saying="which are not among the best 4"
+)
 class GroupsIgnored(Reference):
     """Selects among all experts."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
-        return oracle.select(self.spec.replace(num_groups=1, topk_groups=1), logits, self.topk, **operands)
+        return oracle.select(
+            self.spec.replace(num_groups=1, topk_groups=1), logits, self.topk, **operands
+        )
 
 
-@caught_by("ids_come_in_exact_order", "grouped_sigmoid_bias", saying="which are not among the best 4")
+@caught_by(
+    "ids_come_in_exact_order", "grouped_sigmoid_bias", saying="which are not among the best 4"
+)
 class BiasIgnored(Reference):
     """Selects without the bias."""
 
@@ -64,7 +84,11 @@ class BiasIgnored(Reference):
         return super().select(logits, **operands | {"bias": torch.zeros_like(logits[0])})
 
 
-@caught_by("group_sums_beyond_float32_are_equal", "grouped_sigmoid_bias", saying=r"are not among the best 4")
+@caught_by(
+    "group_sums_beyond_float32_are_equal",
+    "grouped_sigmoid_bias",
+    saying=r"are not among the best 4",
+)
 class GroupSumsInFloat64(Reference):
     """Adds the best two of a group in double precision, and does not clamp the sum."""
 
@@ -73,9 +97,13 @@ class GroupSumsInFloat64(Reference):
         if not self.spec.grouped or self.spec.group_score == "max":
             return super().select(logits, **operands)
         groups = keys.unflatten(1, (self.spec.num_groups, -1))
-        kept = oracle.descending(groups.topk(min(2, groups.shape[-1])).values.sum(-1))[:, : self.spec.topk_groups]
+        kept = oracle.descending(groups.topk(min(2, groups.shape[-1])).values.sum(-1))[
+            :, : self.spec.topk_groups
+        ]
         lost = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, kept, value=False)
-        return oracle.descending(groups.masked_fill(lost[..., None], -torch.inf).flatten(1))[:, : self.topk]
+        return oracle.descending(groups.masked_fill(lost[..., None], -torch.inf).flatten(1))[
+            :, : self.topk
+        ]
 
 
 @caught_by("scores_below_minus_one_are_ranked_too", "sigmoid_bias_topk", saying="are not unique")
@@ -97,7 +125,11 @@ class NanChosenTwice(Reference):
         return ids.where(~logits.isnan().any(-1, keepdim=True), ids[:, :1])
 
 
-@caught_by("nan_and_inf_follow_the_rule", "softmax_topk", saying=r"\(one NaN\): id \d+ at position 0 \(score -3.4")
+@caught_by(
+    "nan_and_inf_follow_the_rule",
+    "softmax_topk",
+    saying=r"\(one NaN\): id \d+ at position 0 \(score -3.4",
+)
 class NanFirst(Reference):
     """Sorts as torch does: NaN above everything."""
 
@@ -106,11 +138,15 @@ class NanFirst(Reference):
         return logits.float().sort(dim=-1, descending=True, stable=True).indices[:, : self.topk]
 
 
-@caught_by("nan_and_inf_follow_the_rule", "softmax_topk", saying=r"weight of id \d+ is nan, exactly 0\.")
+@caught_by(
+    "nan_and_inf_follow_the_rule", "softmax_topk", saying=r"weight of id \d+ is nan, exactly 0\."
+)
 class InfMinusInf(Reference):
     """Takes a softmax of logits that were not clamped."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         del bias, scale
         return logits.double().softmax(-1).gather(1, ids)
 
@@ -125,21 +161,33 @@ class NanLosesItsBias(Reference):
         return oracle.descending(biased.masked_fill(logits.isnan(), -torch.inf))[:, : self.topk]
 
 
-@caught_by("biases_that_are_not_finite_follow_the_rule", "sigmoid_bias_topk", saying=r"id \d+ at position 0 \(score -3.4")
+@caught_by(
+    "biases_that_are_not_finite_follow_the_rule",
+    "sigmoid_bias_topk",
+    saying=r"id \d+ at position 0 \(score -3.4",
+)
 class NanBiasFirst(Reference):
     """Ranks experts with a NaN bias as torch sorts them, above all others."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
         bias = operands["bias"]
-        best = None if bias is None else bias.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        best = (
+            None
+            if bias is None
+            else bias.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        )
         return super().select(logits, **operands | {"bias": best})
 
 
-@caught_by("large_logits_do_not_overflow", "softmax_topk", saying=r"weight of id \d+ is nan, exactly 1")
+@caught_by(
+    "large_logits_do_not_overflow", "softmax_topk", saying=r"weight of id \d+ is nan, exactly 1"
+)
 class SoftmaxWithoutTheMaximum(Reference):
     """Exponentiates without subtracting the row's maximum."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         del bias, scale
         exponentials = oracle.clean(logits).float().exp()
         return (exponentials / exponentials.sum(-1, keepdim=True)).gather(1, ids)

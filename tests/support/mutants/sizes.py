@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@caught_by("rows_past_65_535_are_routed", "topk_softmax", saying=r"row 65536: ids \[-1, -1\] are not all in \[0, 16\)")
+@caught_by(
+    "rows_past_65_535_are_routed",
+    "topk_softmax",
+    saying=r"row 65536: ids \[-1, -1\] are not all in \[0, 16\)",
+)
 class Rows16Bits(Reference):
     """Launches a block for each row in the second dimension of a grid, which ends at 65,535."""
 
@@ -29,10 +33,16 @@ class RowCounterWraps(Reference):
     """Counts rows in 16 bits."""
 
     def read(self, logits: Tensor) -> Tensor:
-        return logits if len(logits) <= 2**16 else logits[torch.arange(len(logits), device=logits.device) % 2**16]
+        return (
+            logits
+            if len(logits) <= 2**16
+            else logits[torch.arange(len(logits), device=logits.device) % 2**16]
+        )
 
 
-@caught_by("rows_past_65_535_are_routed", "topk_softmax", saying=r"row 6\d+: ids \[-7, -7\] are not all in")
+@caught_by(
+    "rows_past_65_535_are_routed", "topk_softmax", saying=r"row 6\d+: ids \[-7, -7\] are not all in"
+)
 class LastBlockOfManySkipped(Reference):
     """Rounds the number of its largest blocks, which serve many rows only, down."""
 
@@ -42,7 +52,9 @@ class LastBlockOfManySkipped(Reference):
         super().write(RoutingOutput(out.weights[:rows], out.ids[:rows]), weights[:rows], ids[:rows])
 
 
-@caught_by("sizes_between_the_usual_are_routed", "topk_softmax", saying=r"row 4: id \d+ at position")
+@caught_by(
+    "sizes_between_the_usual_are_routed", "topk_softmax", saying=r"row 4: id \d+ at position"
+)
 class FiveRowsAreFour(Reference):
     """Has a variant for four to six rows, which reads four or six."""
 
@@ -50,19 +62,28 @@ class FiveRowsAreFour(Reference):
         return torch.cat([logits[:4], logits[:1]]) if len(logits) == 5 else logits
 
 
-@caught_by("sizes_between_the_usual_are_routed", "topk_softmax", saying=r"stands before id \d+ \(score")
+@caught_by(
+    "sizes_between_the_usual_are_routed", "topk_softmax", saying=r"stands before id \d+ \(score"
+)
 class TopkOfTheList(Reference):
     """Is compiled for some K, takes the next one below, and leaves a gap before it goes on."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
-        if self.topk in TOPK or self.topk == logits.shape[1] or self.spec.selection != "logits" or self.spec.num_groups > 1:
+        if (
+            self.topk in TOPK
+            or self.topk == logits.shape[1]
+            or self.spec.selection != "logits"
+            or self.spec.num_groups > 1
+        ):
             return super().select(logits, **operands)
         known = max(k for k in TOPK if k <= self.topk)
         ids = oracle.select(self.spec, logits, self.topk + 1, **operands)
         return torch.cat([ids[:, :known], ids[:, known + 1 :]], dim=-1)
 
 
-@caught_by("sizes_between_the_usual_are_routed", "topk_softmax", saying=r"stands before id \d+ \(score")
+@caught_by(
+    "sizes_between_the_usual_are_routed", "topk_softmax", saying=r"stands before id \d+ \(score"
+)
 class ExpertsPast1024(Reference):
     """Looks at 1,024 experts of a row."""
 
@@ -73,24 +94,42 @@ class ExpertsPast1024(Reference):
         return super().select(logits, **operands)
 
 
-@caught_by("sizes_between_the_usual_are_routed", "topk_softmax", "sigmoid_topk", saying=r"stands before id \d+ \(score")
+@caught_by(
+    "sizes_between_the_usual_are_routed",
+    "topk_softmax",
+    "sigmoid_topk",
+    saying=r"stands before id \d+ \(score",
+)
 class WholeVectorsOnly(Reference):
     """Reads four experts at a time, and leaves out the last one to three."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
-        if self.spec.selection == "token_table" or logits.shape[1] < 4 or self.topk > logits.shape[1] - 4:
+        if (
+            self.spec.selection == "token_table"
+            or logits.shape[1] < 4
+            or self.topk > logits.shape[1] - 4
+        ):
             return super().select(logits, **operands)
         left_over = torch.arange(logits.shape[1], device=logits.device) >= logits.shape[1] // 4 * 4
         return super().select(logits.masked_fill(left_over, -torch.inf), **operands)
 
 
 @caught_by(
-    "drawn_sizes_are_routed", "topk_softmax", "gemma4", "softmax_topk", "sigmoid_topk", saying=r"^row 0: id \d+ at position"
+    "drawn_sizes_are_routed",
+    "topk_softmax",
+    "gemma4",
+    "softmax_topk",
+    "sigmoid_topk",
+    saying=r"^row 0: id \d+ at position",
 )
 class NoneButTheKitsSizes(Reference):
     """Is right for the numbers of experts that the kit's lists have, and for no others."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
-        known = logits.shape[1] <= 64 or logits.shape[1] % 8 == 0 or logits.shape[1] in (1031, 1999, 70_001)
+        known = (
+            logits.shape[1] <= 64
+            or logits.shape[1] % 8 == 0
+            or logits.shape[1] in (1031, 1999, 70_001)
+        )
         ids = super().select(logits, **operands)
         return ids if known else ids.flip(1) if self.topk > 1 else (ids + 1) % logits.shape[1]

@@ -34,7 +34,11 @@ class Preparing(Reference):
         return now
 
 
-@caught_by("later_calls_of_a_kind_are_right", "topk_softmax", saying="^call 2 with out: what it returns is not out")
+@caught_by(
+    "later_calls_of_a_kind_are_right",
+    "topk_softmax",
+    saying="^call 2 with out: what it returns is not out",
+)
 class PreparedIgnoresOut(Preparing):
     """Allocates in every prepared call."""
 
@@ -43,7 +47,11 @@ class PreparedIgnoresOut(Preparing):
         return now._replace(out=None)
 
 
-@caught_by("later_calls_of_a_kind_are_right", "topk_softmax", saying="^call 2 without out: padding: row 13 needs ids -1")
+@caught_by(
+    "later_calls_of_a_kind_are_right",
+    "topk_softmax",
+    saying="^call 2 without out: padding: row 13 needs ids -1",
+)
 class PreparedCountKept(Preparing):
     """Captures an int num_valid_tokens as a constant."""
 
@@ -52,7 +60,11 @@ class PreparedCountKept(Preparing):
         return now._replace(num_valid_tokens=prepared.num_valid_tokens) if constant else now
 
 
-@caught_by("later_calls_of_a_kind_are_right", "gemma4", saying=r"^call [23] without out: row \d+: weight of id")
+@caught_by(
+    "later_calls_of_a_kind_are_right",
+    "gemma4",
+    saying=r"^call [23] without out: row \d+: weight of id",
+)
 class PreparedScaleKept(Preparing):
     """Captures the scale of the call that it prepared from."""
 
@@ -63,7 +75,11 @@ class PreparedScaleKept(Preparing):
         return lambda later: self(**later._replace(per_expert_scale=kept)._asdict())
 
 
-@caught_by("later_calls_of_a_kind_are_right", "topk_softmax", saying="^call 2 without out: row .*: ids .* are not all in")
+@caught_by(
+    "later_calls_of_a_kind_are_right",
+    "topk_softmax",
+    saying="^call 2 without out: row .*: ids .* are not all in",
+)
 class PreparedForgetsTheMap(Preparing):
     """Prepares for the usual operands."""
 
@@ -84,7 +100,11 @@ class PreparedForCallsAsTheFirst(Preparing):
         return now._replace(out=None) if prepared.out is None else now
 
 
-@caught_by("operands_changed_in_place_are_read_again", "sigmoid_bias_topk", saying="^bias changed in place: row")
+@caught_by(
+    "operands_changed_in_place_are_read_again",
+    "sigmoid_bias_topk",
+    saying="^bias changed in place: row",
+)
 class BiasKeptAsFloat(Reference):
     """Keeps a float copy of each bias, and never asks whether the bias has changed."""
 
@@ -92,36 +112,60 @@ class BiasKeptAsFloat(Reference):
         return super().select(logits, **operands | {"bias": _kept(operands["bias"])})
 
 
-@caught_by("operands_changed_in_place_are_read_again", "gemma4", saying="^per_expert_scale changed in place: row")
+@caught_by(
+    "operands_changed_in_place_are_read_again",
+    "gemma4",
+    saying="^per_expert_scale changed in place: row",
+)
 class ScaleKeptAsFloat(Reference):
     """Does the same with the scale."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         return super().weigh(logits, ids, bias, _kept(scale))
 
 
-@caught_by("operands_changed_in_place_are_read_again", "topk_softmax", saying="^expert_map changed in place: row")
+@caught_by(
+    "operands_changed_in_place_are_read_again",
+    "topk_softmax",
+    saying="^expert_map changed in place: row",
+)
 class MapKept(Reference):
     """Does the same with the map."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         operands["expert_map"] = _kept(operands["expert_map"])
         return super().finish(weights, ids, num_experts, **operands)
 
 
-@caught_by("operands_changed_in_place_are_read_again", "hash_sqrtsoftplus", saying="^expert_table changed in place: row")
+@caught_by(
+    "operands_changed_in_place_are_read_again",
+    "hash_sqrtsoftplus",
+    saying="^expert_table changed in place: row",
+)
 class TableKept(Reference):
     """Does the same with the table."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
-        return super().select(logits, **operands | {"expert_table": _kept(operands["expert_table"])})
+        return super().select(
+            logits, **operands | {"expert_table": _kept(operands["expert_table"])}
+        )
 
 
-@caught_by("operands_changed_in_place_are_read_again", "topk_softmax", saying="^num_valid_tokens changed in place: ")
+@caught_by(
+    "operands_changed_in_place_are_read_again",
+    "topk_softmax",
+    saying="^num_valid_tokens changed in place: ",
+)
 class CountKept(Reference):
     """Reads the number of valid tokens once for each tensor that holds it."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         valid = operands["num_valid_tokens"]
         operands["num_valid_tokens"] = _kept(valid) if isinstance(valid, torch.Tensor) else valid
         return super().finish(weights, ids, num_experts, **operands)
@@ -137,7 +181,9 @@ def _kept(tensor: Tensor | None) -> Tensor | None:
     return copy
 
 
-@caught_by("eight_threads_may_share_a_router", "topk_softmax", "gemma4", saying=r"^thread \d of 8: ")
+@caught_by(
+    "eight_threads_may_share_a_router", "topk_softmax", "gemma4", saying=r"^thread \d of 8: "
+)
 class OneScratchForAllThreads(Reference):
     """Works in a buffer of its own, which all threads share."""
 
@@ -151,7 +197,9 @@ class OneScratchForAllThreads(Reference):
 
 
 @caught_by(
-    "a_warmed_up_router_routes_right", "topk_softmax", saying=r"^warmup\(training=False\) raises RuntimeError: no sizes"
+    "a_warmed_up_router_routes_right",
+    "topk_softmax",
+    saying=r"^warmup\(training=False\) raises RuntimeError: no sizes",
 )
 class WarmupRaises(Reference):
     """Has a warm-up that nobody ever called."""
@@ -175,7 +223,9 @@ class WarmupLeavesItsOutput(Reference):
             torch.arange(self.topk + self.spec.shared_experts, dtype=self.ids_dtype)[None],
         )
 
-    def __call__(self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any) -> RoutingOutput:
+    def __call__(
+        self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any
+    ) -> RoutingOutput:
         """Route, unless there is something left."""
         kept, self.kept = self.kept, None
         if kept is not None and len(logits) == 1 and out is None:
@@ -183,14 +233,20 @@ class WarmupLeavesItsOutput(Reference):
         return super().__call__(logits, out=out, **operands)
 
 
-@caught_by("its_notes_are_lines_of_text", "topk_softmax", saying="^notes: expected a tuple of texts, got 'compiled for")
+@caught_by(
+    "its_notes_are_lines_of_text",
+    "topk_softmax",
+    saying="^notes: expected a tuple of texts, got 'compiled for",
+)
 class NotesAreOneText(Reference):
     """Returns a text, which is a sequence of letters."""
 
     notes = "compiled for sm_90"
 
 
-@caught_by("its_notes_are_lines_of_text", "topk_softmax", saying="^notes: asking for them raises KeyError")
+@caught_by(
+    "its_notes_are_lines_of_text", "topk_softmax", saying="^notes: asking for them raises KeyError"
+)
 class NotesRaise(Reference):
     """Looks up what is known after a measurement only."""
 
@@ -213,22 +269,34 @@ class ScratchOfInferenceMode(Reference):
         super().__init__(problem, device)
         self.found: dict[tuple[int, ...], Tensor] = {}
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         weights = super().weigh(logits, ids, bias, scale)
         if len(weights) != 17:  # other rows fit into a buffer from the start
             return weights
-        return self.found.setdefault(tuple(weights.shape), torch.empty_like(weights)).copy_(weights).clone()
+        return (
+            self.found.setdefault(tuple(weights.shape), torch.empty_like(weights))
+            .copy_(weights)
+            .clone()
+        )
 
 
 @caught_by(
-    "later_training_steps_have_right_gradients", "gemma4", saying="gradient of logits at|gradient of per_expert_scale at"
+    "later_training_steps_have_right_gradients",
+    "gemma4",
+    saying="gradient of logits at|gradient of per_expert_scale at",
 )
 class BackwardOfTheFirstStep(Reference):
     """Keeps, for each tensor of logits, what its backward needs, and never asks whether the logits have changed."""
 
-    def backward(self, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the gradients of the renormalised softmax."""
         from moe_routing.formula import weights_backward
 
         kept = _kept(scale)
-        return weights_backward(self.spec, grad_weights, logits.detach(), ids, None if kept is None else kept.detach())
+        return weights_backward(
+            self.spec, grad_weights, logits.detach(), ids, None if kept is None else kept.detach()
+        )

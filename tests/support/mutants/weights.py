@@ -16,17 +16,29 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 
-@caught_by("selection_is_exact_in_float32", "softmax_bias_topk", saying=r"units in the last place below -1\): id \d+ at")
+@caught_by(
+    "selection_is_exact_in_float32",
+    "softmax_bias_topk",
+    saying=r"units in the last place below -1\): id \d+ at",
+)
 class SoftmaxRoundedToBfloat16(Reference):
     """Rounds scores to bfloat16 before it selects."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
         scores = oracle.log_scores(self.spec, oracle.clean(logits)).exp().bfloat16().double()
         bias = operands["bias"]
-        return super().select(logits) if bias is None else oracle.descending(scores + bias)[:, : self.topk]
+        return (
+            super().select(logits)
+            if bias is None
+            else oracle.descending(scores + bias)[:, : self.topk]
+        )
 
 
-@caught_by("selection_is_exact_in_float32", "sigmoid_topk", saying=r"units in the last place above 1\): id \d+ at")
+@caught_by(
+    "selection_is_exact_in_float32",
+    "sigmoid_topk",
+    saying=r"units in the last place above 1\): id \d+ at",
+)
 class SelectsOnSaturatedScores(Reference):
     """Selects on float32 sigmoids, which are 1 from 17 on."""
 
@@ -35,14 +47,22 @@ class SelectsOnSaturatedScores(Reference):
         return oracle.descending(oracle.clean(logits).float().sigmoid())[:, : self.topk]
 
 
-@caught_by("weights_are_gathered_not_subtracted", "sigmoid_bias_topk", saying=r"weight of id \d+ is nan, exactly 0\.")
+@caught_by(
+    "weights_are_gathered_not_subtracted",
+    "sigmoid_bias_topk",
+    saying=r"weight of id \d+ is nan, exactly 0\.",
+)
 class BiasedMinusBias(Reference):
     """Recovers the score from the biased one."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         if bias is None or not self.spec.renormalize:
             return super().weigh(logits, ids, bias, scale)
-        scores = ((oracle.log_scores(self.spec, oracle.clean(logits)).exp().float() + bias) - bias).gather(1, ids)
+        scores = (
+            (oracle.log_scores(self.spec, oracle.clean(logits)).exp().float() + bias) - bias
+        ).gather(1, ids)
         return self.spec.scale * scores / (scores.sum(-1, keepdim=True) + self.spec.renorm_epsilon)
 
 
@@ -55,34 +75,54 @@ class BiasedMinusBias(Reference):
 class NotRenormalized(Reference):
     """Forgets to divide by the sum."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         self.spec = self.spec.replace(renormalize=False)
         return super().weigh(logits, ids, bias, scale)
 
 
-@caught_by("weights_match_the_oracle", "sqrtsoftplus_bias/scaled", saying=r"weight of id \d+ is 0\.12\d+, exactly 0\.18")
+@caught_by(
+    "weights_match_the_oracle",
+    "sqrtsoftplus_bias/scaled",
+    saying=r"weight of id \d+ is 0\.12\d+, exactly 0\.18",
+)
 class ScaleBeforeRenormalization(Reference):
     """Scales, and then divides the scale out again."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         weights = super().weigh(logits, ids, bias, scale)
         return weights / weights.sum(-1, keepdim=True) if self.spec.renormalize else weights
 
 
-@caught_by("weights_match_the_oracle", "softmax_bias_topk/zero_experts", saying=r"weight of id \d+ is 0\.09\d+, exactly 0:")
+@caught_by(
+    "weights_match_the_oracle",
+    "softmax_bias_topk/zero_experts",
+    saying=r"weight of id \d+ is 0\.09\d+, exactly 0:",
+)
 class ZeroExpertsWeigh(Reference):
     """Gives zero experts the weight of real ones."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         self.spec = self.spec.replace(zero_experts=0)
         return super().weigh(logits, ids, bias, scale)
 
 
-@caught_by("scales_that_are_not_finite_scale_their_expert_alone", "gemma4", saying=r"weight of id \d+ is nan, exactly -?\d")
+@caught_by(
+    "scales_that_are_not_finite_scale_their_expert_alone",
+    "gemma4",
+    saying=r"weight of id \d+ is nan, exactly -?\d",
+)
 class ScaleByOneHot(Reference):
     """Looks the scales up by multiplying with ones and zeros, so that a NaN reaches every row."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         weights = super().weigh(logits, ids, bias, None)
         if scale is None:
             return weights
@@ -91,35 +131,53 @@ class ScaleByOneHot(Reference):
 
 
 @caught_by(
-    "scales_that_are_not_finite_scale_their_expert_alone", "gemma4", saying=r"padding: row \d+ needs weights 0, got .*nan"
+    "scales_that_are_not_finite_scale_their_expert_alone",
+    "gemma4",
+    saying=r"padding: row \d+ needs weights 0, got .*nan",
 )
 class PaddingTimesZero(Reference):
     """Blanks padding by a multiplication, which NaN and infinities survive."""
 
-    def finish(self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any) -> RoutingOutput:
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
         blanked = super().finish(weights, ids, num_experts, **operands)
         kept = (blanked.ids >= 0).double()
         every = super().finish(weights, ids, num_experts, **operands | {"num_valid_tokens": None})
         return RoutingOutput(every.weights * kept, blanked.ids)
 
 
-@caught_by("scales_that_are_not_finite_scale_their_expert_alone", "gemma4", saying=r"weight of id \d+ is 0, exactly nan")
+@caught_by(
+    "scales_that_are_not_finite_scale_their_expert_alone",
+    "gemma4",
+    saying=r"weight of id \d+ is 0, exactly nan",
+)
 class NanScaleIsZero(Reference):
     """Cleans the scales, so that a broken checkpoint routes in silence."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-        return super().weigh(logits, ids, bias, None if scale is None else scale.nan_to_num(nan=0.0))
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
+        return super().weigh(
+            logits, ids, bias, None if scale is None else scale.nan_to_num(nan=0.0)
+        )
 
 
-@caught_by("weights_match_the_oracle", "softmax_topk", saying=r"weight of id \d+ is 0\.015625, exactly")
+@caught_by(
+    "weights_match_the_oracle", "softmax_topk", saying=r"weight of id \d+ is 0\.015625, exactly"
+)
 class WeightsRoundedToBfloat16(Reference):
     """Computes weights in the logits' precision."""
 
-    def weigh(self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         return super().weigh(logits, ids, bias, scale).bfloat16().double()
 
 
-@caught_by("an_expert_map_renames_at_the_very_end", "gemma4", saying=r"weight of id \d+ is .*, exactly")
+@caught_by(
+    "an_expert_map_renames_at_the_very_end", "gemma4", saying=r"weight of id \d+ is .*, exactly"
+)
 class ScaleByPhysicalId(Reference):
     """Looks the scale up under the physical id."""
 
@@ -131,7 +189,11 @@ class ScaleByPhysicalId(Reference):
         return super().__call__(logits, **operands)
 
 
-@caught_by("ids_dtype_is_as_asked", "topk_softmax", saying="ids: expected dtype torch.int32, got torch.int64")
+@caught_by(
+    "ids_dtype_is_as_asked",
+    "topk_softmax",
+    saying="ids: expected dtype torch.int32, got torch.int64",
+)
 class IdsAlwaysInt64(Reference):
     """Returns torch's own index dtype."""
 
@@ -140,7 +202,11 @@ class IdsAlwaysInt64(Reference):
         self.ids_dtype = torch.int64
 
 
-@caught_by("every_output_is_written_and_nothing_else", "topk_softmax", saying="elements of out were not written")
+@caught_by(
+    "every_output_is_written_and_nothing_else",
+    "topk_softmax",
+    saying="elements of out were not written",
+)
 class LastRowSkipped(Reference):
     """Rounds the number of blocks down."""
 
@@ -148,7 +214,11 @@ class LastRowSkipped(Reference):
         super().write(RoutingOutput(out.weights[:-1], out.ids[:-1]), weights[:-1], ids[:-1])
 
 
-@caught_by("every_output_is_written_and_nothing_else", "topk_softmax", saying="elements of out were not written")
+@caught_by(
+    "every_output_is_written_and_nothing_else",
+    "topk_softmax",
+    saying="elements of out were not written",
+)
 class OutputLeftUnwritten(Reference):
     """Leaves weights that are 0 as they were."""
 
@@ -158,7 +228,11 @@ class OutputLeftUnwritten(Reference):
         out.weights.copy_(torch.where(small, out.weights.double(), weights))
 
 
-@caught_by("every_output_is_written_and_nothing_else", "topk_softmax", saying="1 of 128 elements around out were written")
+@caught_by(
+    "every_output_is_written_and_nothing_else",
+    "topk_softmax",
+    saying="1 of 128 elements around out were written",
+)
 class WritesBehindTheEnd(Reference):
     """Writes whole blocks, the last one past the end."""
 

@@ -1,11 +1,14 @@
-"""Pairs of bfloat16 in one int32: two comparisons for the price of one, on GPUs that have packed minima and maxima (sm_90).
+"""Pairs of bfloat16 in one int32.
 
-An int32 tensor of this backend that is compared is such a pair; keys are unsigned. Each operation is one PTX instruction.
-The interpreter takes the function next to it, which agrees in all but which of NaN and -inf comes out, and nobody asks that.
+Two comparisons for the price of one, on GPUs that have packed minima and maxima (sm_90).
 
-Biased scores are pairs of float16, which are three bits finer, and compared by the same instructions: both formats are a sign
-and a magnitude, so read as bfloat16 the bits of two float16 are in the order of their values. The NaN that arithmetic makes,
-0x7FFF, is one in both.
+An int32 tensor of this backend that is compared is such a pair; keys are unsigned. Each operation
+is one PTX instruction. The interpreter takes the function next to it, which agrees in all but which
+of NaN and -inf comes out, and nobody asks that.
+
+Biased scores are pairs of float16, which are three bits finer, and compared by the same
+instructions: both formats are a sign and a magnitude, so read as bfloat16 the bits of two float16
+are in the order of their values. The NaN that arithmetic makes, 0x7FFF, is one in both.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ def unpack_bf16x2(pair):
 @triton.jit
 def pack_bf16x2(low, high):
     """Put two float32 that are bfloat16 into a pair."""
-    return (high.to(tl.int32, bitcast=True) & -0x10000) | ((low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF)
+    return (high.to(tl.int32, bitcast=True) & -0x10000) | (
+        (low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+    )
 
 
 @triton.jit
@@ -39,10 +44,13 @@ def max_bf16x2(a, b):
         b0, b1 = unpack_bf16x2(b)
         least: tl.constexpr = float("-inf")
         return pack_bf16x2(
-            tl.maximum(at_least(a0, least), at_least(b0, least)), tl.maximum(at_least(a1, least), at_least(b1, least))
+            tl.maximum(at_least(a0, least), at_least(b0, least)),
+            tl.maximum(at_least(a1, least), at_least(b1, least)),
         )
     else:
-        return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -53,7 +61,9 @@ def min_bf16x2(a, b):
         b0, b1 = unpack_bf16x2(b)
         return pack_bf16x2(tl.minimum(a0, b0), tl.minimum(a1, b1))
     else:
-        return tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "min.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -64,14 +74,22 @@ def swap_halves(pair):
 
 @triton.jit
 def mask_not_below(pair, threshold, BITS: tl.constexpr):
-    """Return the bits of ``BITS`` whose half of ``pair`` is not below that of ``threshold``; NaN never is."""
+    """Return the bits of ``BITS`` whose half of ``pair`` is not below that of ``threshold``.
+
+    NaN never is.
+    """
     if INTERPRETED:
         p0, p1 = unpack_bf16x2(pair)
         b0, b1 = unpack_bf16x2(threshold)
         return tl.where(p0 < b0, 0, BITS & 0xFFFF) | tl.where(p1 < b1, 0, BITS & 0xFFFF0000)
     else:
         all_bits = tl.inline_asm_elementwise(
-            "set.geu.u32.bf16x2 $0, $1, $2;", "=r,r,r", [pair, threshold], dtype=tl.uint32, is_pure=True, pack=1
+            "set.geu.u32.bf16x2 $0, $1, $2;",
+            "=r,r,r",
+            [pair, threshold],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
         )
         return all_bits & BITS
 
@@ -87,7 +105,12 @@ def round_to_bf16x2(low, high):
         return (h & -0x10000) | ((l >> 16) & 0xFFFF)
     else:
         return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], dtype=tl.int32, is_pure=True, pack=1
+            "cvt.rn.bf16x2.f32 $0, $1, $2;",
+            "=r,r,r",
+            [high, low],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
         )
 
 
@@ -98,7 +121,12 @@ def round_to_f16x2(low, high):
         return pack_f16x2(low.to(tl.float16), high.to(tl.float16))
     else:
         return tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], dtype=tl.int32, is_pure=True, pack=1
+            "cvt.rn.f16x2.f32 $0, $1, $2;",
+            "=r,r,r",
+            [high, low],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
         )
 
 
@@ -118,10 +146,12 @@ def low_f16(pair):
 
 @triton.jit
 def sigmoid_scores(low, high, bias):
-    """Return sigmoid(x) + b as a pair of float16, off by at most ``margin``; ``bias`` is the pair of b + 0.5.
+    """Return sigmoid(x) + b as a pair of float16, off by at most ``margin``.
 
-    tanh(x / 2) / 2 + (b + 0.5), where the hardware's tangent is off by at most 2**-10.987 (PTX ISA, tanh). NaN logits count as
-    -inf; NaN stays a NaN bias.
+    ``bias`` is the pair of b + 0.5.
+
+    tanh(x / 2) / 2 + (b + 0.5), where the hardware's tangent is off by at most 2**-10.987 (PTX ISA,
+    tanh). NaN logits count as -inf; NaN stays a NaN bias.
     """
     if INTERPRETED:
         h0 = at_least(low, float("-inf")).to(tl.float16) * 0.5
@@ -149,10 +179,12 @@ def sigmoid_scores(low, high, bias):
 def margin(score):
     """Return twice what ``sigmoid_scores`` may be off near a score, and more.
 
-    With s for a score and S for what stands in the pair, |S - s| <= d + c |S|: of the tangent 2**-11.987, of its argument's
-    rounding 0.23 * 2**-11, of the bias 2**-11 (|S| + 0.5), of the sum 2**-11 |S|; together d = 0.00062, c = 2**-10. The K
-    experts whose S is not below the threshold B have s >= B - d - c |B|, so the K-th highest s is not below that, and an
-    expert with such an s has S >= B - 2 d - 2 c |B|, but for c**2. Rounding the threshold to float16 again costs 2**-11 |B|.
+    With s for a score and S for what stands in the pair, |S - s| <= d + c |S|: of the tangent
+    2**-11.987, of its argument's rounding 0.23 * 2**-11, of the bias 2**-11 (|S| + 0.5), of the sum
+    2**-11 |S|; together d = 0.00062, c = 2**-10. The K experts whose S is not below the threshold B
+    have s >= B - d - c |B|, so the K-th highest s is not below that, and an expert with such an s
+    has S >= B - 2 d - 2 c |B|, but for c**2. Rounding the threshold to float16 again costs 2**-11
+    |B|.
     """
     return 0.0016 + 0.0028 * tl.abs(score)
 
@@ -163,4 +195,6 @@ def index_of_bit(bit):
     if INTERPRETED:
         return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
     else:
-        return tl.inline_asm_elementwise("bfind.u32 $0, $1;", "=r,r", [bit], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "bfind.u32 $0, $1;", "=r,r", [bit], dtype=tl.int32, is_pure=True, pack=1
+        )

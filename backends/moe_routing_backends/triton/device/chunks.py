@@ -1,4 +1,7 @@
-"""Rows in chunks of 8 experts, 16 bytes of 16-bit logits: loads, exact keys, and softmax statistics over a whole row."""
+"""Rows in chunks of 8 experts, 16 bytes of 16-bit logits.
+
+Loads, exact keys, and softmax statistics over a whole row.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ def load_chunk(first, chunk, known):
         # Two loads of 16 bytes: of one load of 32, Triton would give half to the neighbour thread.
         low = tl.load(base + tl.arange(0, 4)[None, None, :], mask=mask, other=other)
         high = tl.load(base + 4 + tl.arange(0, 4)[None, None, :], mask=mask, other=other)
-        return tl.reshape(tl.permute(tl.join(low, high), [0, 1, 3, 2]), [low.shape[0], low.shape[1], 8])
+        return tl.reshape(
+            tl.permute(tl.join(low, high), [0, 1, 3, 2]), [low.shape[0], low.shape[1], 8]
+        )
 
 
 @triton.jit
@@ -53,14 +58,18 @@ def either(a, b):
 def count_of(chosen):
     """Count the columns ``chosen [ROWS, N]`` of each row.
 
-    In float32, because of Triton 3.6's LLVM: it looks through sums of integers in loops, and here compiles for minutes.
+    In float32, because of Triton 3.6's LLVM: it looks through sums of integers in loops, and here
+    compiles for minutes.
     """
     return tl.sum(tl.where(chosen, 1.0, 0.0), axis=1).to(tl.int32)
 
 
 @triton.jit
 def exact_key(t, index):
-    """Pack a clean float32 and its index into one uint64: higher score first, then lower index; never 0."""
+    """Pack a clean float32 and its index into one uint64: higher score first, then lower index.
+
+    Never 0.
+    """
     return (ordered_key(t).to(tl.uint64) << 32) | (0xFFFF - index).to(tl.uint64)
 
 
@@ -88,15 +97,22 @@ def sum_of_steps(
 ):
     """Sum e**(x - highest) over ``STEPS`` steps, a power of two, of ``THREADS_PER_ROW`` chunks, in ``tree_sum``'s shape.
 
-    ``sums`` is a stack, ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size are added at once.
+    ``sums`` is a stack, ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size
+    are added at once.
     """
     sums = highest  # the stack's bottom, which is never read
     for i in tl.static_range(STEPS):
         if i * THREADS_PER_ROW < CHUNKS:
-            chunk = i * THREADS_PER_ROW + tl.arange(0, THREADS_PER_ROW)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+            chunk = (
+                i * THREADS_PER_ROW
+                + tl.arange(0, THREADS_PER_ROW)[None, :]
+                + tl.zeros([ROWS, 1], tl.int32)
+            )
             known = chunk < CHUNKS
             x = activate(clean(load_chunk(first, chunk, known)), SPEC)
-            p = tl.where(known[:, :, None], exp_of_many(tl.minimum(x - highest[:, None, None], 0.0)), 0.0)
+            p = tl.where(
+                known[:, :, None], exp_of_many(tl.minimum(x - highest[:, None, None], 0.0)), 0.0
+            )
             step = tree_sum(tl.reshape(p, [ROWS, THREADS_PER_ROW * 8]))
         else:
             step = tl.zeros([ROWS], tl.float32)
@@ -110,12 +126,21 @@ def sum_of_steps(
 
 @triton.jit
 def highest_of_row(
-    first, STEPS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr
+    first,
+    STEPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    THREADS_PER_ROW: tl.constexpr,
+    SPEC: tl.constexpr,
 ):
     """Return the highest activated logit of each row."""
     found = tl.full([ROWS, THREADS_PER_ROW], -FLOAT32_MAX, tl.float32)
     for i in range(STEPS):
-        chunk = i * THREADS_PER_ROW + tl.arange(0, THREADS_PER_ROW)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+        chunk = (
+            i * THREADS_PER_ROW
+            + tl.arange(0, THREADS_PER_ROW)[None, :]
+            + tl.zeros([ROWS, 1], tl.int32)
+        )
         known = chunk < CHUNKS
         x = activate(clean(load_chunk(first, chunk, known)), SPEC)
         found = tl.maximum(found, tl.where(known, tl.max(x, axis=2), -FLOAT32_MAX))

@@ -1,4 +1,7 @@
-"""The last steps that all variants share: scale by expert, shared slots, expert map, padding, stores."""
+"""The last steps that all variants share.
+
+Scale by expert, shared slots, expert map, padding, stores.
+"""
 
 from __future__ import annotations
 

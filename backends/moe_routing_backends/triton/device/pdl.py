@@ -1,8 +1,11 @@
-"""Starting while the previous kernel still runs: NVIDIA's programmatic dependent launch, from compute capability 9.0 on.
+"""Starting while the previous kernel still runs.
 
-A kernel that is launched so may have its programs placed, and wait, before the previous one has ended; and one that says so
-lets the next of its kind be placed before it has ended itself. Neither changes what a kernel reads or writes: everything that
-touches memory comes after the wait, which ends when all previous kernels have ended.
+NVIDIA's programmatic dependent launch, from compute capability 9.0 on.
+
+A kernel that is launched so may have its programs placed, and wait, before the previous one has
+ended; and one that says so lets the next of its kind be placed before it has ended itself. Neither
+changes what a kernel reads or writes: everything that touches memory comes after the wait, which
+ends when all previous kernels have ended.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ try:
 except ImportError:  # a build of Triton for other vendors alone
     cuda = None
 
-# Looked up here, because Triton looks for all that stands in a kernel, also after a condition that is false; Triton-XPU 3.3
-# has neither.
+# Looked up here, because Triton looks for all that stands in a kernel, also after a condition that
+# is false; Triton-XPU 3.3 has neither.
 gdc_wait = getattr(cuda, "gdc_wait", None)
 gdc_launch_dependents = getattr(cuda, "gdc_launch_dependents", None)
 
@@ -30,6 +33,9 @@ def grid_dependency_wait(PDL: tl.constexpr):
 
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
-    """Let the next kernel be placed as soon as all programs of this one are: worth it where those are few and short."""
+    """Let the next kernel be placed as soon as all programs of this one are.
+
+    Worth it where those are few and short.
+    """
     if PDL:
         gdc_launch_dependents()

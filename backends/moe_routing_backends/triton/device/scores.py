@@ -1,7 +1,8 @@
 """The float maths that all variants share: activation, scores, weights.
 
-A row's bits must not depend on the variant that its batch picked, so every sum here has one fixed shape, ``tree_sum``,
-kernels are compiled without fused multiply-adds that the compiler invents, and there is one copy of each formula.
+A row's bits must not depend on the variant that its batch picked, so every sum here has one fixed
+shape, ``tree_sum``, kernels are compiled without fused multiply-adds that the compiler invents, and
+there is one copy of each formula.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ LOG2E_HIGH = tl.constexpr(1.4426950216293335)
 LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)
 LN2 = tl.constexpr(0.6931471805599453)
 UNDERFLOW = tl.constexpr(-150.0)
-"""exp of it is 0 in float32; a bound below which nothing need be told apart keeps inf - inf out of ``exp``."""
+"""exp of it is 0 in float32.
+
+A bound below which nothing need be told apart keeps inf - inf out of ``exp``.
+"""
 SOFTPLUS_IS_EXP = tl.constexpr(-17.0)
 """Below it log(1 + e^x) is e^x to within half a rounding step of float32."""
 TANH_SERIES_UP_TO = tl.constexpr(0.625)
@@ -27,8 +31,9 @@ TANH_SERIES_UP_TO = tl.constexpr(0.625)
 def exp(d):
     """Return e**d for d <= 88 to about 2 ulp.
 
-    2**y is exact in y's integer part, so the error is that of y = d log2(e); its rounding error r is computed by a fused
-    multiply-add and put back as 2**(y + r) = 2**y (1 + r ln 2). The interpreter fuses nothing, so that r would be 0.
+    2**y is exact in y's integer part, so the error is that of y = d log2(e); its rounding error r
+    is computed by a fused multiply-add and put back as 2**(y + r) = 2**y (1 + r ln 2). The
+    interpreter fuses nothing, so that r would be 0.
     """
     d = tl.maximum(d, UNDERFLOW)
     if INTERPRETED:
@@ -42,13 +47,19 @@ def exp(d):
 
 @triton.jit
 def exp_of_many(d):
-    """Return e**d for d <= 0 with one rounding less cared for: for sums, where a term's error counts by its share."""
+    """Return e**d for d <= 0 with one rounding less cared for.
+
+    For sums, where a term's error counts by its share.
+    """
     return tl.math.exp2(d * LOG2E_HIGH)
 
 
 @triton.jit
 def log1p(e):
-    """Compute the logarithm of 1 + e for 0 <= e <= 1 to 3 units of 2**-24: e + e**2 q(e), q a minimax polynomial."""
+    """Compute the logarithm of 1 + e for 0 <= e <= 1 to 3 units of 2**-24.
+
+    E + e**2 q(e), q a minimax polynomial.
+    """
     q = tl.fma(e, 0.005364826414734125, -0.03006580099463463)
     q = tl.fma(e, q, 0.07920455187559128)
     q = tl.fma(e, q, -0.13753803074359894)
@@ -61,7 +72,10 @@ def log1p(e):
 
 @triton.jit
 def tanh(a):
-    """Compute the hyperbolic tangent: the minimax polynomial of the Cephes library near 0, 1 - 2 / (e**2|a| + 1) elsewhere."""
+    """Compute the hyperbolic tangent.
+
+    The minimax polynomial of the Cephes library near 0, 1 - 2 / (e**2|a| + 1) elsewhere.
+    """
     z = a * a
     p = tl.fma(z, -5.70498872745e-3, 2.06390887954e-2)
     p = tl.fma(z, p, -5.37397155531e-2)
@@ -102,7 +116,10 @@ def sqrtsoftplus(x, shift):
 
 @triton.jit
 def reciprocal(d):
-    """Return 1 / d for d >= 1 within 2 units in the last index; where that is below 2**-126 it may be 0."""
+    """Return 1 / d for d >= 1 within 2 units in the last index.
+
+    Where that is below 2**-126 it may be 0.
+    """
     if INTERPRETED:
         return 1.0 / d
     else:
@@ -111,7 +128,10 @@ def reciprocal(d):
 
 @triton.jit
 def selection_bias(b, SPEC: tl.constexpr):
-    """Widen a bias to float32. A clean bias and a score from 0 to 2**64 have a clean sum, so scores need no more care."""
+    """Widen a bias to float32.
+
+    A clean bias and a score from 0 to 2**64 have a clean sum, so scores need no more care.
+    """
     SELECTION: tl.constexpr = SPEC.value.selection
     b = b.to(tl.float32)
     return clean(b) if SELECTION == "scores_plus_bias" else b
@@ -122,10 +142,12 @@ def selection_score(raw, b, highest, share, SPEC: tl.constexpr):
     """Return the float32 that selection looks at, never -0 where a score is added to a bias.
 
     This is done for every expert, so a score is only as exact as the contract asks
-    (``moe_routing/reference/error_bounds.py``): weights are computed from the selected logits by other, longer ways.
+    (``moe_routing/reference/error_bounds.py``): weights are computed from the selected logits by
+    other, longer ways.
 
     :param b: ``selection_bias``.
-    :param highest, share: the row's highest logit and 1 / sum(e**(x - highest)), for softmax scores.
+    :param highest, share: the row's highest logit and 1 / sum(e**(x - highest)), for softmax
+        scores.
     """
     SELECTION: tl.constexpr = SPEC.value.selection
     SCORE: tl.constexpr = SPEC.value.score
@@ -139,7 +161,8 @@ def selection_score(raw, b, highest, share, SPEC: tl.constexpr):
     elif SCORE == "softmax":
         t = exp_of_many(activate(clean(raw), SPEC) - highest) * share + b
     elif SCORE == "sigmoid":
-        # Infinities give 0 and 1 as the largest finite numbers do, and NaN gives NaN, to be counted as -inf's 0.
+        # Infinities give 0 and 1 as the largest finite numbers do, and NaN gives NaN, to be counted
+        # as -inf's 0.
         x = raw.to(tl.float32) if PLAIN else activate(clean(raw), SPEC)
         t = at_least(reciprocal(1.0 + tl.math.exp2(x * -LOG2E_HIGH)), 0.0) + b
     else:
@@ -150,7 +173,9 @@ def selection_score(raw, b, highest, share, SPEC: tl.constexpr):
 
 @triton.jit
 def tree_sum(v):
-    """Sum ``v [ROWS, N]`` over N, a power of two, neighbours first: sums of two do not depend on any layout.
+    """Sum ``v [ROWS, N]`` over N, a power of two, neighbours first.
+
+    Sums of two do not depend on any layout.
 
     Zeros past the last element change nothing, so neither does the padding of N.
     """

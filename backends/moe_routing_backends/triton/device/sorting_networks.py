@@ -1,7 +1,10 @@
-"""Sorting networks over registers: lists of 8 or 16 keys, descending, each key an unsigned integer or a pair.
+"""Sorting networks over registers.
 
-Eight keys are sorted with Batcher's 19 comparators (Batcher, Sorting networks and their applications, 1968). Of two
-descending lists a and b of 8, the 8 highest are max(a[i], b[7 - i]), a bitonic list, which 12 comparators sort.
+Lists of 8 or 16 keys, descending, each key an unsigned integer or a pair.
+
+Eight keys are sorted with Batcher's 19 comparators (Batcher, Sorting networks and their
+applications, 1968). Of two descending lists a and b of 8, the 8 highest are max(a[i], b[7 - i]), a
+bitonic list, which 12 comparators sort.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from moe_routing_backends.triton.device.bf16x2 import max_bf16x2, min_bf16x2
 
 @triton.jit
 def compare(a, b):
-    """Return the higher and the lower; one comparison serves both where a key takes two registers."""
+    """Return the higher and the lower.
+
+    One comparison serves both where a key takes two registers.
+    """
     if a.dtype == tl.uint64:
         first = a > b
         return tl.where(first, a, b), tl.where(first, b, a)
@@ -127,7 +133,10 @@ def merge16(t, s):
 
 @triton.jit
 def insert(top, rest, lost, s, WIDTH: tl.constexpr):
-    """Put 8 descending keys into the list of the ``WIDTH`` highest, ``top`` and (of 16) ``rest``; the highest left out."""
+    """Put 8 descending keys into the list of the ``WIDTH`` highest, ``top`` and (of 16) ``rest``.
+
+    The highest left out.
+    """
     if WIDTH == 8:
         return sort_bitonic8(best8(top, s)), rest, highest_lost(lost, top, s)
     else:
@@ -143,7 +152,10 @@ def across8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 @triton.jit
 def best_across8(a0, a1, a2, a3, a4, a5, a6, a7, a_lost, b0, b1, b2, b3, b4, b5, b6, b7, b_lost):
-    """Combine the lists of two threads, and the highest keys they left out: what ``tl.reduce`` calls."""
+    """Combine the lists of two threads, and the highest keys they left out.
+
+    What ``tl.reduce`` calls.
+    """
     a, b = (a0, a1, a2, a3, a4, a5, a6, a7), (b0, b1, b2, b3, b4, b5, b6, b7)
     t, _rest, lost = insert(a, a, tl.maximum(a_lost, b_lost), b, 8)
     return t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], lost
@@ -158,15 +170,41 @@ def best_across16(
     t, r = (a0, a1, a2, a3, a4, a5, a6, a7), (c0, c1, c2, c3, c4, c5, c6, c7)
     t, r, lost = insert(t, r, tl.maximum(a_lost, b_lost), (b0, b1, b2, b3, b4, b5, b6, b7), 16)
     t, r, lost = insert(t, r, lost, (d0, d1, d2, d3, d4, d5, d6, d7), 16)
-    return t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], lost
+    return (
+        t[0],
+        t[1],
+        t[2],
+        t[3],
+        t[4],
+        t[5],
+        t[6],
+        t[7],
+        r[0],
+        r[1],
+        r[2],
+        r[3],
+        r[4],
+        r[5],
+        r[6],
+        r[7],
+        lost,
+    )
 
 
 @triton.jit
 def merge_lists(top, rest, lost, AXIS: tl.constexpr, WIDTH: tl.constexpr):
-    """Merge the lists of the threads along an axis, and the highest keys that they left out; of 8, ``rest`` is ``top``."""
+    """Merge the lists of the threads along an axis, and the highest keys that they left out.
+
+    Of 8, ``rest`` is ``top``.
+    """
     if WIDTH == 8:
-        # tl.reduce takes and returns flat tuples: the list is spread out here and put together again below.
-        m = tl.reduce((top[0], top[1], top[2], top[3], top[4], top[5], top[6], top[7], lost), AXIS, best_across8)
+        # tl.reduce takes and returns flat tuples: the list is spread out here and put together
+        # again below.
+        m = tl.reduce(
+            (top[0], top[1], top[2], top[3], top[4], top[5], top[6], top[7], lost),
+            AXIS,
+            best_across8,
+        )
         merged = (m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7])
         return merged, merged, m[8]
     else:
@@ -200,8 +238,8 @@ def in_columns(top, rest, WIDTH: tl.constexpr):
 def over_threads(top, rest, thread, WIDTH: tl.constexpr):
     """Lay the list out as ``[ROWS, WIDTH]``, a share of the columns with each thread of a row.
 
-    Every thread of a row knows the whole list by then. This way each goes on with ``WIDTH / THREADS_PER_ROW`` columns, in the
-    layout of the stores.
+    Every thread of a row knows the whole list by then. This way each goes on with ``WIDTH /
+    THREADS_PER_ROW`` columns, in the layout of the stores.
 
     :param thread: ``[ROWS, THREADS_PER_ROW]``, the number of each thread in its row.
     """

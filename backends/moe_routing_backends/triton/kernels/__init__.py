@@ -29,4 +29,8 @@ def supports(problem: RoutingProblem, launch: Launch) -> bool:
 def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
     """Return the compile-time constants of a launch that do not depend on a call."""
     variant = VARIANTS[launch.variant]
-    return {"SPEC": kernel_spec(problem), **variant.constants(problem, launch), "BLOCK_T": launch.block_t}
+    return {
+        "SPEC": kernel_spec(problem),
+        **variant.constants(problem, launch),
+        "BLOCK_T": launch.block_t,
+    }

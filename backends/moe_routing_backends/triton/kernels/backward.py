@@ -1,13 +1,15 @@
 """The gradient of the weights, by the logits and by the scale of each expert, in one kernel.
 
-Below, ``w = SCALE * per_expert_scale[ids] * u`` and ``u`` is a score, renormalised where the spec says so. By the logarithm
-of score k the gradient is ``h_k = u_k (g_k - sum(g u))``, the sum only where renormalised, whatever epsilon and floor are:
-the denominator that ``u`` was divided by is in ``u`` already. What is left is the slope of the score's logarithm, or, for a
-softmax over the whole row, ``-p sum(h)`` at every expert.
+Below, ``w = SCALE * per_expert_scale[ids] * u`` and ``u`` is a score, renormalised where the spec
+says so. By the logarithm of score k the gradient is ``h_k = u_k (g_k - sum(g u))``, the sum only
+where renormalised, whatever epsilon and floor are: the denominator that ``u`` was divided by is in
+``u`` already. What is left is the slope of the score's logarithm, or, for a softmax over the whole
+row, ``-p sum(h)`` at every expert.
 
-Tile: ``[BLOCK_T, SIZE]`` experts in registers. A program walks over rows ``BLOCK_T`` at a time and adds up the gradient of the
-scale as it goes, so that each program leaves one partial sum, and the host adds those in one fixed order: no atomics, the same
-bits in every run. Of a row it reads the K chosen logits (all of them for a softmax over the row), and writes E gradients once.
+Tile: ``[BLOCK_T, SIZE]`` experts in registers. A program walks over rows ``BLOCK_T`` at a time and
+adds up the gradient of the scale as it goes, so that each program leaves one partial sum, and the
+host adds those in one fixed order: no atomics, the same bits in every run. Of a row it reads the K
+chosen logits (all of them for a softmax over the row), and writes E gradients once.
 """
 
 from __future__ import annotations
@@ -16,17 +18,31 @@ import triton
 import triton.language as tl
 
 from moe_routing_backends.triton.device.keys import FLOAT32_MAX, clean
-from moe_routing_backends.triton.device.scores import activate, exp, exp_of_many, log1p, selected_weights, sigmoid, tree_sum
+from moe_routing_backends.triton.device.scores import (
+    activate,
+    exp,
+    exp_of_many,
+    log1p,
+    selected_weights,
+    sigmoid,
+    tree_sum,
+)
 
 SOFTPLUS_IS_EXP = tl.constexpr(-17.0)
 """Below it log(softplus(x)) is x to within float32, and its slope 1."""
 FLOOR_IS_REACHED = tl.constexpr(0.999999)
-"""The sum of u is 1 - epsilon / denominator: further below what the floor would give than this, the floor was the divisor."""
+"""The sum of u is 1 - epsilon / denominator.
+
+Further below what the floor would give than this, the floor was the divisor.
+"""
 
 
 @triton.jit
 def log_slope(x, SPEC: tl.constexpr):
-    """Return the derivative of log(score(x)); 1 for softmax, whose denominator is treated elsewhere."""
+    """Return the derivative of log(score(x)).
+
+    1 for softmax, whose denominator is treated elsewhere.
+    """
     SCORE: tl.constexpr = SPEC.value.score
     if SCORE == "sigmoid":
         return sigmoid(-x, 0.0)
@@ -56,14 +72,26 @@ def is_finite(raw):
     return tl.abs(raw.to(tl.float32)) <= FLOAT32_MAX
 
 
-@triton.jit(do_not_specialize=["grad_weights", "ids", "per_expert_scale", "T", "row_stride", "expert_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "grad_weights",
+        "ids",
+        "per_expert_scale",
+        "T",
+        "row_stride",
+        "expert_stride",
+    ]
+)
 def moe_routing_backward(
     grad_weights, logits, ids, per_expert_scale, grad_logits, grad_scale,
     T: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
     SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Go back through ``grad_weights [T, K]``; ``SIZE``, ``N``: experts and columns as powers of two."""
+    """Go back through ``grad_weights [T, K]``.
+
+    ``SIZE``, ``N``: experts and columns as powers of two.
+    """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     SELECTION: tl.constexpr = SPEC.value.selection
@@ -99,14 +127,20 @@ def moe_routing_backward(
         at_chosen = tl.where(known, chosen, 0)
         grad_u = grad
         if per_expert_scale is not None:
-            # A zero expert's gradient is 0 though its scale is infinite, and 0 times infinity is not 0.
-            grad_u = grad * tl.load(per_expert_scale + at_chosen, mask=varies, other=0.0).to(tl.float32)
+            # A zero expert's gradient is 0 though its scale is infinite, and 0 times infinity is
+            # not 0.
+            grad_u = grad * tl.load(per_expert_scale + at_chosen, mask=varies, other=0.0).to(
+                tl.float32
+            )
         raw = tl.load(logits + row * stride + at_chosen * step, mask=known, other=0.0)
         x = activate(clean(raw), SPEC)
         if WHOLE_ROW or MIXER:
-            every = tl.load(logits + row * stride + expert * step, mask=in_batch & exists, other=0.0)
+            every = tl.load(
+                logits + row * stride + expert * step, mask=in_batch & exists, other=0.0
+            )
         if MIXER:
-            # Every round is a softmax over what the earlier ones left near its best; what is near is a constant.
+            # Every round is a softmax over what the earlier ones left near its best; what is near
+            # is a constant.
             l = clean(every)
             left = tl.where(exists, 1, 0) + tl.zeros([BLOCK_T, SIZE], tl.int32)
             by_logit = tl.zeros([BLOCK_T, SIZE], tl.float32)
@@ -153,9 +187,13 @@ def moe_routing_backward(
                 here = (column == k0 + k1)[None, :]
                 id_k = tl.load(ids + row * K + k0 + k1, mask=in_batch, other=-1).to(tl.int32)
                 if not MIXER:
-                    by_logit += tl.where(expert == id_k, tl.sum(tl.where(here, h, 0.0), axis=1)[:, None], 0.0)
+                    by_logit += tl.where(
+                        expert == id_k, tl.sum(tl.where(here, h, 0.0), axis=1)[:, None], 0.0
+                    )
                 if per_expert_scale is not None:
-                    by_scale += tl.where(expert == id_k, tl.sum(tl.where(here, part, 0.0), axis=1)[:, None], 0.0)
+                    by_scale += tl.where(
+                        expert == id_k, tl.sum(tl.where(here, part, 0.0), axis=1)[:, None], 0.0
+                    )
         to_logits = grad_logits + row * E + expert
         tl.store(to_logits, by_logit.to(grad_logits.dtype.element_ty), mask=in_batch & exists)
     if per_expert_scale is not None:

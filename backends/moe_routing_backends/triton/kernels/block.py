@@ -1,19 +1,20 @@
 """Block kernel, for many tokens where every expert's score is costly to compute, and for groups.
 
-Tile: ``[BLOCK_T, GROUPS * SIZE]`` experts. A program reads whole rows as they lie in memory, 16 bytes
-a thread and whole cache lines a warp, and scores them in that layout: a thread has the same experts
-in every row, so it prepares their biases once. Then 32-bit keys go through shared memory to another
-layout. Each of ``THREADS_PER_ROW`` threads a row gets ``SIZE * GROUPS / THREADS_PER_ROW`` experts of
-one group and sorts them by networks in registers into the list of its ``WIDTH`` best. Threads merge
-their lists, first within a group. The lists of groups that are not selected are emptied before the
-last merges. Cost: about 30 instructions an expert for a sigmoid with bias and groups.
+Tile: ``[BLOCK_T, GROUPS * SIZE]`` experts. A program reads whole rows as they lie in memory, 16
+bytes a thread and whole cache lines a warp, and scores them in that layout: a thread has the same
+experts in every row, so it prepares their biases once. Then 32-bit keys go through shared memory to
+another layout. Each of ``THREADS_PER_ROW`` threads a row gets ``SIZE * GROUPS / THREADS_PER_ROW``
+experts of one group and sorts them by networks in registers into the list of its ``WIDTH`` best.
+Threads merge their lists, first within a group. The lists of groups that are not selected are
+emptied before the last merges. Cost: about 30 instructions an expert for a sigmoid with bias and
+groups.
 
 A key holds what fits into 32 bits next to the index: of a score with a bias its point on a grid of
 2**23 points, which reaches from the lowest bias to the highest bias plus the highest score
 (``grid_of``); of other scores the high bits. So a group's score, the sum of its best two, is known
-within bounds. Where the bounds of a kept and a dropped group meet, or two neighbours among the K best
-and the next share their high bits, the row is routed again by exact rounds, as the cooperative kernel
-does it: about one row in a thousand of normal logits; one in two hundred without the grid.
+within bounds. Where the bounds of a kept and a dropped group meet, or two neighbours among the K
+best and the next share their high bits, the row is routed again by exact rounds, as the cooperative
+kernel does it: about one row in a thousand of normal logits; one in two hundred without the grid.
 """
 
 from __future__ import annotations
@@ -45,7 +46,12 @@ from moe_routing_backends.triton.device.scores import (
     selection_score,
     tree_sum,
 )
-from moe_routing_backends.triton.device.sorting_networks import in_columns, insert, merge_lists, sort8
+from moe_routing_backends.triton.device.sorting_networks import (
+    in_columns,
+    insert,
+    merge_lists,
+    sort8,
+)
 from moe_routing_backends.triton.kernels.cooperative import route_by_rounds
 from moe_routing_backends.triton.kernels.spec import (
     CHUNK,
@@ -74,7 +80,10 @@ MOST_SORTED = 64
 
 @triton.jit
 def join_lists(a, b, WIDTH: tl.constexpr):
-    """Return the list ``(top, rest, lost)`` of the ``WIDTH`` highest of two lists; ``rest`` counts in lists of 16."""
+    """Return the list ``(top, rest, lost)`` of the ``WIDTH`` highest of two lists.
+
+    ``rest`` counts in lists of 16.
+    """
     top, rest, lost = insert(a[0], a[1], tl.maximum(a[2], b[2]), b[0], WIDTH)
     if WIDTH != 8:
         top, rest, lost = insert(top, rest, lost, b[1], WIDTH)
@@ -146,9 +155,10 @@ def emptied8(t, kept):
 def grid_of(b, exists, SPEC: tl.constexpr):
     """Return the scale and the offset ``[1, 1]`` of the grid for scores with the biases ``b [1, N]``.
 
-    A score t is at the point t * scale + offset, rounded; points are whole numbers of float32 from 2**23 to 2**24. Biases
-    more than 64 below the highest are off it. The grid is so wide that no number on it is more than 8 times its width: the
-    offset's rounding is less than the 64 points kept free at each end, and points are still closer than float32 is there.
+    A score t is at the point t * scale + offset, rounded; points are whole numbers of float32 from
+    2**23 to 2**24. Biases more than 64 below the highest are off it. The grid is so wide that no
+    number on it is more than 8 times its width: the offset's rounding is less than the 64 points
+    kept free at each end, and points are still closer than float32 is there.
     """
     SCORE: tl.constexpr = SPEC.value.score
     highest = tl.max(tl.where(exists[None, :], b, -FLOAT32_MAX), axis=1)
@@ -171,7 +181,9 @@ def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
     SCORE: tl.constexpr = SPEC.value.score
     if SCORE == "sqrtsoftplus":
         point = tl.minimum(point, TWO_TO_23 + HIGHEST_POINT)
-    return with_index((point.to(tl.int32, bitcast=True) << 9).to(tl.uint32, bitcast=True), index, MASK)
+    return with_index(
+        (point.to(tl.int32, bitcast=True) << 9).to(tl.uint32, bitcast=True), index, MASK
+    )
 
 
 @triton.jit
@@ -204,14 +216,17 @@ def choose_by_points(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
     total = first + second
     kept, worst = highest_groups(total * GROUPS, GROUPS, KEEP)
     best_lost = tl.max(tl.where(kept, 0, total), axis=1)
-    # A sum of two is off by half a point for each, and where scores are up to 8 widths, by up to 8 for float32's rounding of
-    # the sum; and points are cut where an index takes more than the 9 bits that are free.
+    # A sum of two is off by half a point for each, and where scores are up to 8 widths, by up to 8
+    # for float32's rounding of the sum; and points are cut where an index takes more than the 9
+    # bits that are free.
     APART: tl.constexpr = 2 * 10 + 2 * (MASK // 512)
     unsure = (best_lost + APART >= worst // GROUPS).to(tl.int32)
     # Ends of the grid bound a score on one side only.
     unsure |= tl.max((kept & (second <= LOWEST_POINT)).to(tl.int32), axis=1)
     if SCORE == "sqrtsoftplus":
-        unsure |= (tl.max(tl.where(kept, 0, first), axis=1) >= HIGHEST_POINT - MASK // 512).to(tl.int32)
+        unsure |= (tl.max(tl.where(kept, 0, first), axis=1) >= HIGHEST_POINT - MASK // 512).to(
+            tl.int32
+        )
     return kept, unsure
 
 
@@ -219,7 +234,8 @@ def choose_by_points(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
 def choose_groups(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
     """Choose the best groups by their best two keys ``[ROWS, GROUPS]``, or by their best.
 
-    A key with its index bits cleared or set bounds its score; so do the float32 sums of bounds, since rounding is monotonic.
+    A key with its index bits cleared or set bounds its score; so do the float32 sums of bounds,
+    since rounding is monotonic.
 
     :returns: which are kept, and for each row whether another choice is possible: 1 or 0.
     """
@@ -268,7 +284,10 @@ def moe_routing_block(
     SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
     PDL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Route ``BLOCK_T`` rows; groups are a power of two, ``SIZE`` is the experts of a group as one."""
+    """Route ``BLOCK_T`` rows.
+
+    Groups are a power of two, ``SIZE`` is the experts of a group as one.
+    """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     SELECTION: tl.constexpr = SPEC.value.selection
@@ -276,11 +295,15 @@ def moe_routing_block(
     TOP2: tl.constexpr = SPEC.value.sums_best_two
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    readable = tl.minimum(row, T - 1).to(tl.int64)  # rows past the last read the last: no mask for them
+    readable = tl.minimum(row, T - 1).to(
+        tl.int64
+    )  # rows past the last read the last: no mask for them
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(readable * row_stride, 4)  # the launcher has checked 16 bytes
+        first = logits + tl.multiple_of(
+            readable * row_stride, 4
+        )  # the launcher has checked 16 bytes
     PER: tl.constexpr = E // GROUPS
     WHOLE: tl.constexpr = PER == SIZE
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
@@ -288,7 +311,9 @@ def moe_routing_block(
     GROUPED: tl.constexpr = TOPK_GROUPS < GROUPS
     SCALE: tl.constexpr = SPEC.value.scale
     GRID: tl.constexpr = SELECTION == "scores_plus_bias"
-    EXACT16: tl.constexpr = (SELECTION == "logits" and not TOP2) and logits.dtype.element_ty != tl.float32
+    EXACT16: tl.constexpr = (
+        SELECTION == "logits" and not TOP2
+    ) and logits.dtype.element_ty != tl.float32
     WHOLE_ROW: tl.constexpr = SPEC.value.normalizes_whole_row
     index = tl.arange(0, GROUPS * SIZE)
     expert = index if WHOLE else index // SIZE * PER + index % SIZE
@@ -317,13 +342,21 @@ def moe_routing_block(
     if not WHOLE:
         key = tl.where(here, key, 0)
 
-    found = list_of_lane(tl.reshape(key, [BLOCK_T, THREADS_PER_ROW, GROUPS * SIZE // THREADS_PER_ROW]), WIDTH)
+    found = list_of_lane(
+        tl.reshape(key, [BLOCK_T, THREADS_PER_ROW, GROUPS * SIZE // THREADS_PER_ROW]), WIDTH
+    )
     unsure = tl.zeros([BLOCK_T], tl.int32)
     if GROUPED:
         if THREADS_PER_ROW > GROUPS:
             top = shaped8(found[0], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
             rest = shaped8(found[1], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
-            found = merge_lists(top, rest, tl.reshape(found[2], [BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS]), 2, WIDTH)
+            found = merge_lists(
+                top,
+                rest,
+                tl.reshape(found[2], [BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS]),
+                2,
+                WIDTH,
+            )
         first_of, second_of = found[0][0], found[0][1]
         if GRID and TOP2:
             kept, unsure = choose_by_points(first_of, second_of, MASK, SPEC)
@@ -339,7 +372,9 @@ def moe_routing_block(
         x = value_of_exact16(keys, MASK)
     else:
         x = clean(tl.load(first[:, None] + picked))
-        unsure |= alike(best[K - 1] if K <= 8 else after[K - 9], lost, MASK) | neighbours_alike(best, K, MASK)
+        unsure |= alike(best[K - 1] if K <= 8 else after[K - 9], lost, MASK) | neighbours_alike(
+            best, K, MASK
+        )
         if WIDTH > 8 and K > 7:
             unsure |= neighbours_alike(after, K - 8, MASK) | alike(best[7], after[0], MASK)
     x = activate(x, SPEC)
@@ -362,7 +397,9 @@ def supports(problem: RoutingProblem, launch: Launch) -> bool:
     """Serve groups that are a power of two, and lists and shares of a row that a thread sorts in registers."""
     spec, threads = problem.spec, launch.threads_per_row
     groups, per_group = spec.num_groups, problem.num_experts // spec.num_groups
-    longest = WIDEST_LIST if groups == 1 else CHUNK  # with groups, Triton 3.6 may compile lists of 16 for minutes
+    longest = (
+        WIDEST_LIST if groups == 1 else CHUNK
+    )  # with groups, Triton 3.6 may compile lists of 16 for minutes
     tile = groups * next_power_of_two(per_group)
     return (
         selects_by_value(problem)

@@ -1,4 +1,6 @@
-"""Cooperative kernel, for few tokens and for every family: the threads of a program share a few rows.
+"""Cooperative kernel, for few tokens and for every family.
+
+The threads of a program share a few rows.
 
 Tile: ``[BLOCK_T, GROUPS, SIZE]`` experts in registers, read once (E elements a row). Selection is K
 rounds of an integer maximum. A 16-bit logit shares one uint32 with the complement of the expert's
@@ -33,7 +35,13 @@ from moe_routing_backends.triton.device.scores import (
     selection_score,
     tree_sum,
 )
-from moe_routing_backends.triton.kernels.spec import NOT_SPECIALIZED, UNROLL_UP_TO, Launch, Variant, next_power_of_two
+from moe_routing_backends.triton.kernels.spec import (
+    NOT_SPECIALIZED,
+    UNROLL_UP_TO,
+    Launch,
+    Variant,
+    next_power_of_two,
+)
 
 if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
@@ -57,8 +65,9 @@ def round_of_max(key, index):
 def distinct_rounds(key, index, found, at_index, in_batch, K: tl.constexpr):
     """Fill ``found`` and ``at_index [ROWS, N]`` with the K highest of ``key`` and their indices, as long as no two are equal.
 
-    A round then needs one maximum, after which every key that holds it goes; where each stood is asked when all are known,
-    which no round waits for. Return also whether some keys were equal, so that more than K are not below the last.
+    A round then needs one maximum, after which every key that holds it goes; where each stood is
+    asked when all are known, which no round waits for. Return also whether some keys were equal, so
+    that more than K are not below the last.
     """
     column = tl.arange(0, found.shape[1])
     left = key
@@ -78,14 +87,17 @@ def distinct_rounds(key, index, found, at_index, in_batch, K: tl.constexpr):
 
 
 @triton.jit
-def best_groups(key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SPEC: tl.constexpr):
+def best_groups(
+    key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SPEC: tl.constexpr
+):
     """Set the keys outside the best groups to 0; ``key [ROWS, GROUPS * SIZE]``, 0 where masked."""
     KEEP: tl.constexpr = SPEC.value.topk_groups
     TOP2: tl.constexpr = SPEC.value.sums_best_two
     key3 = tl.reshape(key, [ROWS, GROUPS, SIZE])
     score = tl.max(key3, axis=2)
     if TOP2:
-        # The best two by (key, index); a group of one expert has no second, and its score is its one.
+        # The best two by (key, index); a group of one expert has no second, and its score is its
+        # one.
         inside = tl.arange(0, SIZE)[None, None, :]
         first = tl.min(tl.where(key3 == score[:, :, None], inside, NOWHERE), axis=2)
         second = tl.max(tl.where(inside == first[:, :, None], 0, key3), axis=2)
@@ -101,7 +113,9 @@ def best_groups(key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexp
 
 
 @triton.jit
-def best_of_each_group(key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr):
+def best_of_each_group(
+    key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr
+):
     """Set every key but the best ``EACH`` of each group to 0."""
     key3 = tl.reshape(key, [ROWS, GROUPS, SIZE])
     inside = tl.arange(0, SIZE)[None, None, :]
@@ -114,17 +128,22 @@ def best_of_each_group(key, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.c
 
 
 @triton.jit
-def from_token_table(token_ids, expert_table, row, in_batch, column, vocabulary, SPEC: tl.constexpr):
+def from_token_table(
+    token_ids, expert_table, row, in_batch, column, vocabulary, SPEC: tl.constexpr
+):
     """Look up the experts of each token: ids ``[ROWS, N]``, and which rows have any.
 
-    Nothing outside the table is read, and no entry outside [0, E) becomes an address: such rows are padding.
+    Nothing outside the table is read, and no entry outside [0, E) becomes an address: such rows are
+    padding.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     token = tl.load(token_ids + row, mask=in_batch, other=-1).to(tl.int64)
     has_experts = (token >= 0) & (token < vocabulary)
     known = has_experts[:, None] & (column < K)[None, :]
-    entry = tl.load(expert_table + token[:, None] * K + column[None, :], mask=known, other=0).to(tl.int64)
+    entry = tl.load(expert_table + token[:, None] * K + column[None, :], mask=known, other=0).to(
+        tl.int64
+    )
     # Compared before it is narrowed: an int64 entry of 2**32 + 3 names no expert.
     exist = (entry >= 0) & (entry < E)
     has_experts = has_experts & (tl.min(exist.to(tl.int32), axis=1) != 0)
@@ -145,7 +164,9 @@ def rounds_of_exact16(key, column, K: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def rounds_of_keys(key, l, index, column, in_batch, UNROLL: tl.constexpr, SPEC: tl.constexpr):
-    """Return the K highest keys of each row, their indices, and the weights of sparsemixer: ``[ROWS, N]`` each.
+    """Return the K highest keys of each row, their indices, and the weights of sparsemixer.
+
+    ``[ROWS, N]`` each.
 
     :param l: the clean logits, which sparsemixer's weights are computed from, round by round.
     """
@@ -183,7 +204,10 @@ def route_by_rounds(
     SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Route ``row [BLOCK_T]``; ``GROUPS``, ``SIZE``, ``N``: groups, experts a group and columns, as powers of two."""
+    """Route ``row [BLOCK_T]``.
+
+    ``GROUPS``, ``SIZE``, ``N``: groups, experts a group and columns, as powers of two.
+    """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     SELECTION: tl.constexpr = SPEC.value.selection
@@ -202,18 +226,27 @@ def route_by_rounds(
     column = tl.arange(0, N)
     is_selected = (column < K)[None, :]
     MASK: tl.constexpr = GROUPS * SIZE - 1
-    EXACT16: tl.constexpr = (SELECTION == "logits" and NUM_GROUPS == 1) and logits.dtype.element_ty != tl.float32
+    EXACT16: tl.constexpr = (
+        SELECTION == "logits" and NUM_GROUPS == 1
+    ) and logits.dtype.element_ty != tl.float32
     WHOLE_ROW: tl.constexpr = SPEC.value.normalizes_whole_row
     highest = tl.zeros([BLOCK_T], tl.float32)
     total = highest
-    # At one row a program latency is all: the scale of every expert is loaded with the logits, not after the rounds.
-    GATHER: tl.constexpr = (BLOCK_T == 1 and MASK < GATHERED_UP_TO) and (NUM_GROUPS == 1 and SELECTION == "logits")
+    # At one row a program latency is all: the scale of every expert is loaded with the logits, not
+    # after the rounds.
+    GATHER: tl.constexpr = (BLOCK_T == 1 and MASK < GATHERED_UP_TO) and (
+        NUM_GROUPS == 1 and SELECTION == "logits"
+    )
     if GATHER and per_expert_scale is not None:
         scales = tl.load(per_expert_scale + expert, mask=exists, other=0.0).to(tl.float32)
 
     step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
     if SELECTION != "token_table" or WHOLE_ROW:
-        raw = tl.load(first[:, None] + expert[None, :] * step, mask=in_batch[:, None] & exists[None, :], other=0.0)
+        raw = tl.load(
+            first[:, None] + expert[None, :] * step,
+            mask=in_batch[:, None] & exists[None, :],
+            other=0.0,
+        )
         if WHOLE_ROW and SELECTION != "sparsemixer":
             x = tl.where(exists[None, :], activate(clean(raw), SPEC), -FLOAT32_MAX)
             highest = tl.max(x, axis=1)
@@ -221,7 +254,9 @@ def route_by_rounds(
             total = tree_sum(p)
 
     if SELECTION == "token_table":
-        picked, has_experts = from_token_table(token_ids, expert_table, row, in_batch, column, vocabulary, SPEC)
+        picked, has_experts = from_token_table(
+            token_ids, expert_table, row, in_batch, column, vocabulary, SPEC
+        )
     elif EXACT16:
         key = tl.where(exists[None, :], exact16_key(raw, index[None, :], MASK), 0)
         found = rounds_of_exact16(key, column, K, UNROLL)
@@ -245,8 +280,12 @@ def route_by_rounds(
         if SELECTION == "logits":
             x = activate(value_of_key(found), SPEC)
 
-    if SELECTION == "token_table" or (SELECTION == "scores_plus_bias" or SELECTION == "logits_plus_bias"):
-        of_picked = tl.load(first[:, None] + picked * step, mask=in_batch[:, None] & is_selected, other=0.0)
+    if SELECTION == "token_table" or (
+        SELECTION == "scores_plus_bias" or SELECTION == "logits_plus_bias"
+    ):
+        of_picked = tl.load(
+            first[:, None] + picked * step, mask=in_batch[:, None] & is_selected, other=0.0
+        )
         x = activate(clean(of_picked), SPEC)
     if SELECTION == "sparsemixer":
         w = near_share * SCALE if SCALE != 1.0 else near_share
@@ -284,7 +323,10 @@ def supports(problem: RoutingProblem, launch: Launch) -> bool:
 
 
 def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
-    """Pad groups, the experts of a group, and columns to powers of two; unroll the rounds as far as code stays short."""
+    """Pad groups, the experts of a group, and columns to powers of two.
+
+    Unroll the rounds as far as code stays short.
+    """
     spec, k = problem.spec, problem.topk
     return {
         "GROUPS": next_power_of_two(spec.num_groups),

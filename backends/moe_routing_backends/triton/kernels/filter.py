@@ -1,29 +1,33 @@
-"""Filter kernel, for many tokens on GPUs that compare two bfloat16 in one instruction (sm_90): top-k in two passes.
+"""Filter kernel, for many tokens on GPUs that compare two bfloat16 in one instruction (sm_90).
 
-Tile: ``[BLOCK_T, THREADS_PER_ROW]`` threads. A thread holds its share of a row in registers as pairs
-of bfloat16. Other dtypes are rounded to bfloat16, which keeps their order or makes ties. Where
-selection uses sigmoid(x) + bias, the pairs hold approximate scores, one instruction of the special
-function unit for two experts, and the threshold is lowered by the largest error of an approximation.
-With few threads a row (``TILED``) a program reads rows as they lie in memory, in whole cache lines,
-and hands the pairs over through shared memory. Otherwise each thread reads chunks of 8 experts.
+Top-k in two passes.
+
+Tile: ``[BLOCK_T, THREADS_PER_ROW]`` threads. A thread holds its share of a row in registers as
+pairs of bfloat16. Other dtypes are rounded to bfloat16, which keeps their order or makes ties.
+Where selection uses sigmoid(x) + bias, the pairs hold approximate scores, one instruction of the
+special function unit for two experts, and the threshold is lowered by the largest error of an
+approximation. With few threads a row (``TILED``) a program reads rows as they lie in memory, in
+whole cache lines, and hands the pairs over through shared memory. Otherwise each thread reads
+chunks of 8 experts.
 
 1. First pass: sorting networks over pairs find a threshold that at least K experts reach. Experts
    are put into groups of ``GROUP``, and only the highest of each group enters the networks: the
    threshold is the K-th of those.
-2. One comparison of each pair with the threshold leaves a bit mask of the experts that reach it: the
-   K, what ties with the last of them after rounding, and sometimes the second of a group. That is
-   one or two more experts a row.
+2. One comparison of each pair with the threshold leaves a bit mask of the experts that reach it:
+   the K, what ties with the last of them after rounding, and sometimes the second of a group. That
+   is one or two more experts a row.
 3. Second pass: those experts are read again (about 8 reads from the L1 cache), and networks sort
    their keys. Nothing rests on the rounding, and ties, NaN and infinities follow the keys. A thread
    takes 4 experts at a time, until no mask of the block has any left.
 
-Cost: about half of the instructions of ``thread_per_row``. A comparator of pairs serves two experts,
-and grouping avoids most comparators. Keys have 32 bits, as there, but the threshold is known by then.
-The key of a float32 score is the number of float32 values between the threshold and the score: exact
-if the best of the row is at most 4 doublings above the threshold at 128 experts, 2 at 256, 1 at 512
-(``window``). If a row of the block exceeds that, and two experts that matter could be confused, the
-block reads its lists again and sorts exact keys. If the K-th could be confused with the best expert
-left out, it walks over its masks for all experts that share the high bits of that key.
+Cost: about half of the instructions of ``thread_per_row``. A comparator of pairs serves two
+experts, and grouping avoids most comparators. Keys have 32 bits, as there, but the threshold is
+known by then. The key of a float32 score is the number of float32 values between the threshold and
+the score: exact if the best of the row is at most 4 doublings above the threshold at 128 experts, 2
+at 256, 1 at 512 (``window``). If a row of the block exceeds that, and two experts that matter could
+be confused, the block reads its lists again and sorts exact keys. If the K-th could be confused
+with the best expert left out, it walks over its masks for all experts that share the high bits of
+that key.
 """
 
 from __future__ import annotations
@@ -48,7 +52,14 @@ from moe_routing_backends.triton.device.bf16x2 import (
     swap_halves,
     unpack_bf16x2,
 )
-from moe_routing_backends.triton.device.chunks import count_of, exact_key, from_exact, highest_of_row, split8, sum_of_steps
+from moe_routing_backends.triton.device.chunks import (
+    count_of,
+    exact_key,
+    from_exact,
+    highest_of_row,
+    split8,
+    sum_of_steps,
+)
 from moe_routing_backends.triton.device.epilogue import store_outputs
 from moe_routing_backends.triton.device.keys import (
     FLOAT32_MAX,
@@ -61,7 +72,12 @@ from moe_routing_backends.triton.device.keys import (
     with_index,
 )
 from moe_routing_backends.triton.device.pdl import grid_dependency_wait
-from moe_routing_backends.triton.device.scores import activate, selected_weights, selection_bias, selection_score
+from moe_routing_backends.triton.device.scores import (
+    activate,
+    selected_weights,
+    selection_bias,
+    selection_score,
+)
 from moe_routing_backends.triton.device.sorting_networks import (
     across8,
     insert,
@@ -88,11 +104,17 @@ if TYPE_CHECKING:
 LEAST_BITS = tl.constexpr(0x00800000)
 """``ordered_bits`` of the lowest finite float32."""
 FROM_CAPABILITY = (9, 0)
-"""Least compute capability on which the variant was measured; nothing is derived for older devices."""
+"""Least compute capability on which the variant was measured.
+
+Nothing is derived for older devices.
+"""
 MOST_CHUNKS = 16
 """Chunks of a row that one thread keeps in registers."""
 MOST_TILED = 4
-"""Threads a row up to which rows are read as they lie in memory; with 8 the exchange costs more than it saves."""
+"""Threads a row up to which rows are read as they lie in memory.
+
+With 8 the exchange costs more than it saves.
+"""
 LEAST_GROUPS = 8
 """Experts are grouped as long as there are so many groups for each expert that is selected."""
 
@@ -115,15 +137,25 @@ def load_pairs(first, chunk):
     Bfloat16 comes as int32 pointers, the rest is rounded.
     """
     if first.dtype.element_ty == tl.int32:
-        return split4(tl.load(first[:, None, None] + (chunk * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]))
+        return split4(
+            tl.load(first[:, None, None] + (chunk * 4)[:, :, None] + tl.arange(0, 4)[None, None, :])
+        )
     else:
         a, b, c, d, e, f, g, h = load_eight(first[:, None, None], chunk)
-        return round_to_bf16x2(a, b), round_to_bf16x2(c, d), round_to_bf16x2(e, f), round_to_bf16x2(g, h)
+        return (
+            round_to_bf16x2(a, b),
+            round_to_bf16x2(c, d),
+            round_to_bf16x2(e, f),
+            round_to_bf16x2(g, h),
+        )
 
 
 @triton.jit
 def load_eight(first, chunk):
-    """Load the 8 logits or biases of ``chunk [ROWS, THREADS_PER_ROW]`` as float32; bfloat16 may come as int32 pointers."""
+    """Load the 8 logits or biases of ``chunk [ROWS, THREADS_PER_ROW]`` as float32.
+
+    Bfloat16 may come as int32 pointers.
+    """
     column = tl.arange(0, 4)[None, None, :]
     if first.dtype.element_ty == tl.int32:
         a, b, c, d = split4(tl.load(first + (chunk * 4)[:, :, None] + column))
@@ -132,7 +164,9 @@ def load_eight(first, chunk):
         base = first + (chunk * 8)[:, :, None]
         return split4(tl.load(base + column)) + split4(tl.load(base + 4 + column))
     else:
-        return split8(tl.load(first + (chunk * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]).to(tl.float32))
+        return split8(
+            tl.load(first + (chunk * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]).to(tl.float32)
+        )
 
 
 @triton.jit
@@ -154,7 +188,10 @@ def load_scores(first, bias, chunk):
 
 @triton.jit
 def split_each(tiles):
-    """Split each ``[ROWS, THREADS_PER_ROW, N]`` into its even and its odd columns: first all even ones, then all odd ones."""
+    """Split each ``[ROWS, THREADS_PER_ROW, N]`` into its even and its odd columns.
+
+    First all even ones, then all odd ones.
+    """
     even = ()
     odd = ()
     for i in tl.static_range(len(tiles)):
@@ -169,7 +206,8 @@ def split_each(tiles):
 def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
     """Load rows as they lie in memory, whole cache lines a warp, and hand them over through shared memory.
 
-    Scores are guessed before that, where a thread has the same experts in every row, and prepares their biases once.
+    Scores are guessed before that, where a thread has the same experts in every row, and prepares
+    their biases once.
 
     :returns: the pairs of each thread's share of its row, which lies in one piece.
     """
@@ -202,10 +240,12 @@ def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def kth_of_halves(t, K: tl.constexpr):
-    """Return the K-th highest of two descending lists of 8, the halves of ``t``, in both halves; K <= 16.
+    """Return the K-th highest of two descending lists of 8, the halves of ``t``, in both halves.
 
-    The K highest are i of one list and K - i of the other for some i, and the lowest of them is the lower of those two ends;
-    for every other i that minimum is no higher.
+    K <= 16.
+
+    The K highest are i of one list and K - i of the other for some i, and the lowest of them is the
+    lower of those two ends; for every other i that minimum is no higher.
     """
     found = tl.full(t[0].shape, LOWEST_BF16X2, tl.int32)
     for i in tl.static_range(0 if K <= 8 else K - 8, K + 1 if K <= 8 else 9):
@@ -222,8 +262,9 @@ def kth_of_halves(t, K: tl.constexpr):
 def range_of(threshold, highest, SPEC: tl.constexpr):
     """Return bounds, as ``ordered_bits``, of the K-th highest and of the highest score, and the threshold to hold pairs to.
 
-    :param threshold, highest: pairs ``[ROWS]`` with the K-th highest or less, the same in both halves, and with the highest.
-        NaN among the pairs, a NaN logit or bias, is no score above the highest.
+    :param threshold, highest: pairs ``[ROWS]`` with the K-th highest or less, the same in both
+        halves, and with the highest. NaN among the pairs, a NaN logit or bias, is no score above
+        the highest.
     """
     SELECTION: tl.constexpr = SPEC.value.selection
     highest = max_bf16x2(highest, swap_halves(highest))
@@ -237,7 +278,8 @@ def range_of(threshold, highest, SPEC: tl.constexpr):
         low, high = low_f16(threshold), low_f16(highest)
         low -= margin(low)
         high += margin(high)
-        # Neither is a number where there are not K scores that float16 has; then nothing is below the threshold, NaN.
+        # Neither is a number where there are not K scores that float16 has; then nothing is below
+        # the threshold, NaN.
         least = tl.where(low >= -FLOAT32_MAX, ordered_bits(low, False), LEAST_BITS)
         most = tl.where(high <= FLOAT32_MAX, ordered_bits(high, False), 0xFF7FFFFF)
         return least, most, round_to_f16x2(low, low)
@@ -247,7 +289,8 @@ def range_of(threshold, highest, SPEC: tl.constexpr):
 def window(least, most, MASK: tl.constexpr):
     """Return the factor and the offset that ``window_key`` needs for scores between bounds, and the float32 before the least.
 
-    The factor is ``MASK + 1`` where a key has room for all that lies between, and half as much for each bit too many.
+    The factor is ``MASK + 1`` where a key has room for all that lies between, and half as much for
+    each bit too many.
     """
     ROOM: tl.constexpr = 2**32 // (MASK + 1)
     bits_lost = tl.maximum(index_of_bit((most - least + 2 * MASK + 2) // ROOM) + 1, 0)
@@ -270,7 +313,10 @@ def window_key(t, index, factor, offset, MASK: tl.constexpr, SPEC: tl.constexpr)
 
 @triton.jit
 def take(masks, bases):
-    """Take the lowest bit out of the first mask that is not empty: whether there was one, its index, what is left."""
+    """Take the lowest bit out of the first mask that is not empty.
+
+    Whether there was one, its index, what is left.
+    """
     LAST: tl.constexpr = len(masks) - 1
     mask = masks[LAST]
     base = bases[LAST]
@@ -291,9 +337,12 @@ def take(masks, bases):
 
 @triton.jit
 def score_at(index, first, bias, floor, SPEC: tl.constexpr):
-    """Load what selection looks at for the experts ``index [ROWS, N]``: a 16-bit logit as it is, or a finite float32.
+    """Load what selection looks at for the experts ``index [ROWS, N]``.
 
-    :param floor: what NaN and all that is lower counts as; nothing that is selected is so low, unless it is -FLOAT32_MAX.
+    A 16-bit logit as it is, or a finite float32.
+
+    :param floor: what NaN and all that is lower counts as; nothing that is selected is so low,
+        unless it is -FLOAT32_MAX.
     """
     SELECTION: tl.constexpr = SPEC.value.selection
     raw = tl.load(first[:, None] + index)
@@ -308,10 +357,12 @@ def score_at(index, first, bias, floor, SPEC: tl.constexpr):
 
 @triton.jit
 def candidate(masks, bases, first, bias, floor, GAP: tl.constexpr, SPEC: tl.constexpr):
-    """Take one expert out of the masks: whether there was one, its index, its ``score_at``, and the masks left.
+    """Take one expert out of the masks.
 
-    Bit 16 h + p stands for half h of a thread's p-th pair; after 4 pairs, a chunk, there are 4 times ``GAP`` experts of
-    others.
+    Whether there was one, its index, its ``score_at``, and the masks left.
+
+    Bit 16 h + p stands for half h of a thread's p-th pair; after 4 pairs, a chunk, there are 4
+    times ``GAP`` experts of others.
     """
     some, base, bit, masks = take(masks, bases)
     index = base + 2 * bit - 31 * (bit >> 4) + (bit & 12) * GAP
@@ -320,8 +371,22 @@ def candidate(masks, bases, first, bias, floor, GAP: tl.constexpr, SPEC: tl.cons
 
 
 @triton.jit
-def batch(masks, bases, first, bias, floor, factor, offset, GAP: tl.constexpr, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Take up to 4 experts out of the masks: their keys, highest first and filled up to 8, and what is left."""
+def batch(
+    masks,
+    bases,
+    first,
+    bias,
+    floor,
+    factor,
+    offset,
+    GAP: tl.constexpr,
+    MASK: tl.constexpr,
+    SPEC: tl.constexpr,
+):
+    """Take up to 4 experts out of the masks.
+
+    Their keys, highest first and filled up to 8, and what is left.
+    """
     keys = ()
     for _ in tl.static_range(4):
         some, index, t, masks = candidate(masks, bases, first, bias, floor, GAP, SPEC)
@@ -336,9 +401,13 @@ def in_exact_order(found, first, bias, MASK: tl.constexpr, SPEC: tl.constexpr):
     K: tl.constexpr = SPEC.value.topk
     column = tl.arange(0, found.shape[1])[None, :]
     index = tl.where(found != 0, MASK - (found & MASK).to(tl.int32), 0)
-    left = tl.where(found != 0, exact_key(score_at(index, first, bias, -FLOAT32_MAX, SPEC), index), 0)
+    left = tl.where(
+        found != 0, exact_key(score_at(index, first, bias, -FLOAT32_MAX, SPEC), index), 0
+    )
     ordered = tl.zeros(found.shape, tl.uint64)
-    rounds = tl.minimum(tl.max(count_of(found != 0), axis=0), K)  # K, but not to the compiler: it would unroll the loop
+    rounds = tl.minimum(
+        tl.max(count_of(found != 0), axis=0), K
+    )  # K, but not to the compiler: it would unroll the loop
     for k in range(rounds):
         best = tl.max(left, axis=1)[:, None]
         ordered = tl.where(column == k, best, ordered)
@@ -353,7 +422,8 @@ def best_of_bucket(
 ):  # fmt: skip
     """Fill ``count`` columns of ``exact`` from ``first_column`` on with the best exact keys of a bucket, a walk a key.
 
-    A bucket is the experts in the masks whose window keys share the high bits, ``bucket [ROWS]``. Slow, and rarely needed.
+    A bucket is the experts in the masks whose window keys share the high bits, ``bucket [ROWS]``.
+    Slow, and rarely needed.
     """
     column = tl.arange(0, exact.shape[1])[None, :]
     last = tl.zeros(bucket.shape, tl.uint64) - 1
@@ -371,7 +441,9 @@ def best_of_bucket(
             best = tl.maximum(best, tl.where(inside, key, 0))
             more = any_left(left)
         last = tl.max(best, axis=1)
-        exact = tl.where((column == (first_column + k)[:, None]) & (k < count)[:, None], last[:, None], exact)
+        exact = tl.where(
+            (column == (first_column + k)[:, None]) & (k < count)[:, None], last[:, None], exact
+        )
         k += 1
     return exact
 
@@ -396,7 +468,10 @@ def best_of(
     masks, bases, first, bias, floor, factor, offset, GAP: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr,
     SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Sort the experts in the masks: the ``WIDTH`` highest keys of each row, and the highest left out."""
+    """Sort the experts in the masks.
+
+    The ``WIDTH`` highest keys of each row, and the highest left out.
+    """
     top, masks = batch(masks, bases, first, bias, floor, factor, offset, GAP, MASK, SPEC)
     nothing = top[0] * 0
     lost = nothing
@@ -436,7 +511,8 @@ def threshold_of(pairs, GROUP: tl.constexpr, K: tl.constexpr):
 def masks_of(pairs, threshold, thread, TILED: tl.constexpr):
     """Return bit masks of the experts that reach the threshold, 16 pairs a mask, and the first expert of each mask.
 
-    Bit 16 h + p of a mask stands for half h of its pair p. A thread's pairs lie in one piece if ``TILED``, else in chunks.
+    Bit 16 h + p of a mask stands for half h of its pair p. A thread's pairs lie in one piece if
+    ``TILED``, else in chunks.
     """
     PAIRS: tl.constexpr = len(pairs)
     THREADS_PER_ROW: tl.constexpr = thread.shape[1]
@@ -447,7 +523,9 @@ def masks_of(pairs, threshold, thread, TILED: tl.constexpr):
         for j in tl.static_range(16 if 16 * i + 16 <= PAIRS else PAIRS % 16):
             mask |= mask_not_below(pairs[16 * i + j], threshold[:, None], 0x00010001 << j)
         masks += (mask,)
-        bases += (thread * (2 * PAIRS if TILED else 8) + i * (32 if TILED else 32 * THREADS_PER_ROW),)
+        bases += (
+            thread * (2 * PAIRS if TILED else 8) + i * (32 if TILED else 32 * THREADS_PER_ROW),
+        )
     return masks, bases
 
 
@@ -488,7 +566,9 @@ def moe_routing_filter(
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(readable * row_stride, 4)  # the launcher has checked 16 bytes
+        first = logits + tl.multiple_of(
+            readable * row_stride, 4
+        )  # the launcher has checked 16 bytes
     STEPS: tl.constexpr = E // 8 // THREADS_PER_ROW
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
     GAP: tl.constexpr = 0 if TILED else 2 * THREADS_PER_ROW - 2
@@ -530,12 +610,15 @@ def moe_routing_filter(
         x = value_of_exact16(found, MASK)
     else:
         x = clean(tl.load(first[:, None] + picked))
-        is_lossy = factor + thread.to(tl.uint32) * 0 != MASK + 1  # over all threads: else the compiler does all above twice
+        is_lossy = (
+            factor + thread.to(tl.uint32) * 0 != MASK + 1
+        )  # over all threads: else the compiler does all above twice
         if any_of(is_lossy) != 0:
             every = top + (lost,) if WIDTH == 8 else top + rest + (lost,)
             if any_of(is_ambiguous(every, is_lossy, MASK, K)) != 0:
                 exact = in_exact_order(found, first, bias, MASK, SPEC)
-                # The list lacks experts that belong into it only where the K-th and the best left out are hard to tell apart.
+                # The list lacks experts that belong into it only where the K-th and the best left
+                # out are hard to tell apart.
                 kth = every[K - 1] | MASK
                 members = count_of(((found | MASK) == kth[:, None]) & is_selected)
                 missing = tl.where(kth == (lost | MASK), members, 0)
@@ -556,7 +639,18 @@ def moe_routing_filter(
         total = sum_of_steps(first, highest, STEPS_2, E // 8, BLOCK_T, THREADS_PER_ROW, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE
+        weights,
+        ids,
+        w,
+        picked,
+        row,
+        T,
+        valid,
+        num_valid_tokens,
+        per_expert_scale,
+        expert_map,
+        SPEC,
+        VALID_ON_DEVICE,
     )
 
 
@@ -581,7 +675,10 @@ def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
 
 
 def runs_on(device: DeviceInfo) -> bool:
-    """Run where the variant was measured, and what is newer: older devices have no packed minimum of bfloat16."""
+    """Run where the variant was measured, and what is newer.
+
+    Older devices have no packed minimum of bfloat16.
+    """
     return device.capability is not None and device.capability >= FROM_CAPABILITY
 
 

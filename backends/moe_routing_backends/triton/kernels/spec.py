@@ -1,4 +1,7 @@
-"""What the kernels of all variants share on the host: the compile-time constant, a launch, and what a variant is."""
+"""What the kernels of all variants share on the host.
+
+The compile-time constant, a launch, and what a variant is.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ NOT_SPECIALIZED = (
 CHUNK = 8
 """Experts that a thread loads and sorts at a time: 16 bytes of 16-bit logits."""
 WIDEST_LIST = 16
-"""Longest list of selected experts that a thread keeps in registers; the other list has ``CHUNK``."""
+"""Longest list of selected experts that a thread keeps in registers.
+
+The other list has ``CHUNK``.
+"""
 UNROLL_UP_TO = 16
 """Selection rounds up to which a loop over K is unrolled whole."""
 WARP = 32
@@ -33,9 +39,10 @@ WARP = 32
 class KernelSpec:
     """The routing formula and the sizes that a kernel is compiled for, as one compile-time constant.
 
-    Kernels read ``SPEC.value.<field>`` and bind what they use to a ``tl.constexpr``: Triton 3.3 compiles attributes of
-    ``tl.constexpr`` itself only, and no comparison of a bare string with one. Triton keeps compiled kernels by the ``repr``
-    of their constants, so everything that kernels read is a field.
+    Kernels read ``SPEC.value.<field>`` and bind what they use to a ``tl.constexpr``: Triton 3.3
+    compiles attributes of ``tl.constexpr`` itself only, and no comparison of a bare string with
+    one. Triton keeps compiled kernels by the ``repr`` of their constants, so everything that
+    kernels read is a field.
 
     :ivar logit_softcap: 0 where there is none.
     :ivar sums_best_two: a group's score is the sum of its best two experts.
@@ -92,7 +99,8 @@ def kernel_spec(problem: RoutingProblem) -> KernelSpec:
         topk_per_group=spec.topk_per_group,
         sums_best_two=spec.num_groups > 1 and spec.group_score == "top2_sum",
         sums_to_one=sums_to_one,
-        normalizes_whole_row=spec.score == "softmax" and (not sums_to_one or spec.selection == "scores_plus_bias"),
+        normalizes_whole_row=spec.score == "softmax"
+        and (not sums_to_one or spec.selection == "scores_plus_bias"),
     )
 
 
@@ -102,9 +110,11 @@ class Launch:
 
     :ivar variant: the kernel.
     :ivar block_t: rows a program.
-    :ivar threads_per_row: threads that share a row; 1 for the cooperative variant, whose rows are shared by whole warps.
+    :ivar threads_per_row: threads that share a row; 1 for the cooperative variant, whose rows are
+        shared by whole warps.
     :ivar num_warps: warps a program.
-    :ivar warp_size: threads a warp, where the device has a choice (sub-groups of Intel's GPUs); 0 says nothing.
+    :ivar warp_size: threads a warp, where the device has a choice (sub-groups of Intel's GPUs); 0
+        says nothing.
     """
 
     variant: VariantName
@@ -117,9 +127,12 @@ class Launch:
 class Variant(NamedTuple):
     """One kernel, and what the host must know of it.
 
-    :ivar kernel: the ``triton.jit`` function. The first ``RUNTIME_ARGUMENTS`` of its arguments are the same for all variants.
-    :ivar supports: tells whether a launch serves a problem, given logits of unit stride whose rows are aligned to 16 bytes.
-    :ivar constants: returns the kernel's compile-time constants that do not depend on a call, in addition to ``SPEC``.
+    :ivar kernel: the ``triton.jit`` function. The first ``RUNTIME_ARGUMENTS`` of its arguments are
+        the same for all variants.
+    :ivar supports: tells whether a launch serves a problem, given logits of unit stride whose rows
+        are aligned to 16 bytes.
+    :ivar constants: returns the kernel's compile-time constants that do not depend on a call, in
+        addition to ``SPEC``.
     :ivar candidates: returns the launches that are worth measuring on a device.
     :ivar runs_on: tells whether the kernel compiles and pays on a device.
     """
@@ -134,7 +147,10 @@ class Variant(NamedTuple):
 def one_warp(variant: VariantName, device: DeviceInfo) -> list[Launch]:
     """Return launches of one warp, with 1 thread a row up to a whole warp a row."""
     wide = max(device.warp_sizes, default=WARP)
-    return [Launch(variant, wide // threads, threads, 1) for threads in (1 << n for n in range(wide.bit_length()))]
+    return [
+        Launch(variant, wide // threads, threads, 1)
+        for threads in (1 << n for n in range(wide.bit_length()))
+    ]
 
 
 def next_power_of_two(n: int) -> int:
@@ -149,11 +165,16 @@ def list_width(problem: RoutingProblem) -> int:
 
 Kind = Literal["logits", "row_sum", "sigmoid_bias", "bias", "grouped"]
 APPROXIMATED: Kind = "sigmoid_bias"
-"""Biased scores that the filter approximates; where the filter does not run, rules for other biased scores apply."""
+"""Biased scores that the filter approximates.
+
+Where the filter does not run, rules for other biased scores apply.
+"""
 
 
 def kind(spec: RoutingSpec) -> Kind:
-    """Class a spec by what its kernel does for every expert of a row: launch tables have rules by that.
+    """Class a spec by what its kernel does for every expert of a row.
+
+    Launch tables have rules by that.
 
     >>> from moe_routing_registry import RoutingSpec
     >>> kind(RoutingSpec(family="f", renormalize=True)), kind(RoutingSpec(family="f"))
@@ -162,7 +183,11 @@ def kind(spec: RoutingSpec) -> Kind:
     if spec.num_groups > 1:
         return "grouped"
     if spec.needs_bias:
-        plain = spec.selection == "scores_plus_bias" and spec.logit_multiplier == 1 and not spec.logit_softcap
+        plain = (
+            spec.selection == "scores_plus_bias"
+            and spec.logit_multiplier == 1
+            and not spec.logit_softcap
+        )
         return APPROXIMATED if plain and spec.score == "sigmoid" else "bias"
     exact = spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor)
     return "row_sum" if spec.score == "softmax" and not exact else "logits"

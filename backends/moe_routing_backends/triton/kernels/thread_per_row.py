@@ -1,16 +1,16 @@
 """Thread-per-row kernel, for many tokens: one thread, or a few, sorts a row in registers.
 
-Tile: ``[BLOCK_T, THREADS_PER_ROW]`` threads. A thread reads its row in chunks of 8 experts, 16 bytes
-a load, and sends each chunk through a sorting network into the list of the ``WIDTH`` highest keys.
-The threads of a row merge their lists at the end, so no shuffle is needed before that. Cost: about
-14 integer instructions an expert for 16-bit logits, 17 for float32.
+Tile: ``[BLOCK_T, THREADS_PER_ROW]`` threads. A thread reads its row in chunks of 8 experts, 16
+bytes a load, and sends each chunk through a sorting network into the list of the ``WIDTH`` highest
+keys. The threads of a row merge their lists at the end, so no shuffle is needed before that. Cost:
+about 14 integer instructions an expert for 16-bit logits, 17 for float32.
 
 A key has 32 bits, so that a comparator is two instructions. A 16-bit logit and the expert's index
 fit exactly. Of a float32 score only the high bits fit next to the index (25 of them at E = 128), so
 the list can misorder scores that share those bits. Therefore the ``WIDTH`` selected logits are read
 again and sorted by exact keys. If the best key that the list left out shares the high bits of the
-K-th, the block scans its rows once more for each selected expert of that bucket. Float32 logits that
-were rounded to 16 bits before have no low bits to lose, and skip that scan.
+K-th, the block scans its rows once more for each selected expert of that bucket. Float32 logits
+that were rounded to 16 bits before have no low bits to lose, and skip that scan.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ from moe_routing_backends.triton.device.keys import (
     value_of_exact16,
 )
 from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
-from moe_routing_backends.triton.device.scores import activate, selected_weights, selection_bias, selection_score
+from moe_routing_backends.triton.device.scores import (
+    activate,
+    selected_weights,
+    selection_bias,
+    selection_score,
+)
 from moe_routing_backends.triton.device.sorting_networks import (
     in_columns,
     insert,
@@ -66,7 +71,10 @@ if TYPE_CHECKING:
 MOST_CHUNKS = 64
 """Chunks of a row that one thread sorts."""
 MOST_UNROLLED = {("logits", 16): 16, ("logits", 32): 8}
-"""Chunks of a row that are loaded before the first is sorted, by kind and bits; 4 for the others, whose code is long."""
+"""Chunks of a row that are loaded before the first is sorted, by kind and bits.
+
+4 for the others, whose code is long.
+"""
 
 
 @triton.jit
@@ -76,7 +84,8 @@ def best_of_bucket(
 ):  # fmt: skip
     """Fill ``count`` columns of ``exact`` from ``first_column`` on with the best exact keys of a bucket, one scan a key.
 
-    A bucket is the experts whose rough keys share the high bits, ``bucket [ROWS]``. Rows of count 0 keep what they have.
+    A bucket is the experts whose rough keys share the high bits, ``bucket [ROWS]``. Rows of count 0
+    keep what they have.
     """
     E: tl.constexpr = SPEC.value.num_experts
     CHUNKS: tl.constexpr = E // 8
@@ -93,10 +102,14 @@ def best_of_bucket(
             b = raw if bias is None else selection_bias(tl.load(bias + index), SPEC)
             t = selection_score(raw, b, highest[:, None, None], share[:, None, None], SPEC)
             key = exact_key(t, index)
-            inside = ((truncated_key(t, index, MASK) | MASK) == bucket[:, None, None]) & (key < last[:, None, None])
+            inside = ((truncated_key(t, index, MASK) | MASK) == bucket[:, None, None]) & (
+                key < last[:, None, None]
+            )
             best = tl.maximum(best, tl.max(tl.where(inside, key, 0), axis=2))
         last = tl.max(best, axis=1)
-        exact = tl.where((column == (first_column + k)[:, None]) & (k < count)[:, None], last[:, None], exact)
+        exact = tl.where(
+            (column == (first_column + k)[:, None]) & (k < count)[:, None], last[:, None], exact
+        )
         k += 1
     return exact
 
@@ -109,7 +122,8 @@ def exact_list(
     """Return the exact keys ``[ROWS, WIDTH]`` of the selected, highest first, from a list of truncated keys.
 
     :param best, after, best_lost: the list, and the highest key that it left out.
-    :param dust: the bits of all scores of a thread, combined: truncated keys lost nothing where the low ones are 0.
+    :param dust: the bits of all scores of a thread, combined: truncated keys lost nothing where the
+        low ones are 0.
     """
     K: tl.constexpr = SPEC.value.topk
     SELECTION: tl.constexpr = SPEC.value.selection
@@ -122,22 +136,41 @@ def exact_list(
     b = raw if SELECTION == "logits" else selection_bias(tl.load(bias + index), SPEC)
     t = selection_score(raw, b, highest[:, None], share[:, None], SPEC)
     key = tl.where(real, exact_key(t, index), 0)
-    # The networks take one tensor for each place of a list, so the columns are split, and put together again after.
+    # The networks take one tensor for each place of a list, so the columns are split, and put
+    # together again after.
     if WIDTH == 8:
         s = sort8(split8(tl.reshape(key, [ROWS, 1, 8])))
         r = s
     else:
         low, high = tl.split(tl.permute(tl.reshape(key, [ROWS, 2, 8]), [0, 2, 1]))
-        s, r = merge16(sort8(split8(tl.reshape(low, [ROWS, 1, 8]))), sort8(split8(tl.reshape(high, [ROWS, 1, 8]))))
+        s, r = merge16(
+            sort8(split8(tl.reshape(low, [ROWS, 1, 8]))),
+            sort8(split8(tl.reshape(high, [ROWS, 1, 8]))),
+        )
     exact = tl.reshape(in_columns(s, r, WIDTH), [ROWS, WIDTH])
-    # Where the K-th of the list and the best left out share the high bits, and low bits were lost, the list's experts of
-    # that bucket may be the wrong ones. The list above the bucket is right, and now in exact order.
+    # Where the K-th of the list and the best left out share the high bits, and low bits were lost,
+    # the list's experts of that bucket may be the wrong ones. The list above the bucket is right,
+    # and now in exact order.
     kth = (best[K - 1] if K <= 8 else after[K - 9]) | MASK
     lost_bits = tl.reduce(dust, 1, either) & MASK
     members = count_of(((found | MASK) == kth[:, None]) & is_selected)
     unsure = tl.where((kth == (best_lost | MASK)) & (lost_bits != 0), members, 0)
     if tl.max(unsure, axis=0) != 0:
-        exact = best_of_bucket(exact, kth, K - members, unsure, first, bias, highest, share, thread, STEPS, WIDTH, MASK, SPEC)
+        exact = best_of_bucket(
+            exact,
+            kth,
+            K - members,
+            unsure,
+            first,
+            bias,
+            highest,
+            share,
+            thread,
+            STEPS,
+            WIDTH,
+            MASK,
+            SPEC,
+        )
     return exact
 
 
@@ -148,7 +181,10 @@ def moe_routing_thread_per_row(
     SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
     PDL: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Route ``BLOCK_T`` rows by ``THREADS_PER_ROW`` threads each; E is a multiple of 8, ``K + SHARED <= WIDTH``, 8 or 16."""
+    """Route ``BLOCK_T`` rows by ``THREADS_PER_ROW`` threads each.
+
+    E is a multiple of 8, ``K + SHARED <= WIDTH``, 8 or 16.
+    """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     SCORE: tl.constexpr = SPEC.value.score
@@ -158,11 +194,15 @@ def moe_routing_thread_per_row(
     launch_dependents(PDL)
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    readable = tl.minimum(row, T - 1).to(tl.int64)  # rows past the last read the last: no mask on any load
+    readable = tl.minimum(row, T - 1).to(
+        tl.int64
+    )  # rows past the last read the last: no mask on any load
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(readable * row_stride, 4)  # the launcher has checked 16 bytes
+        first = logits + tl.multiple_of(
+            readable * row_stride, 4
+        )  # the launcher has checked 16 bytes
     CHUNKS: tl.constexpr = E // 8
     STEPS: tl.constexpr = (CHUNKS + THREADS_PER_ROW - 1) // THREADS_PER_ROW
     POWER: tl.constexpr = triton.next_power_of_2(STEPS)
@@ -194,7 +234,9 @@ def moe_routing_thread_per_row(
             else:
                 b = raw
                 if SELECTION != "logits":
-                    b = selection_bias(tl.load(bias + (index if WHOLE else tl.minimum(index, E - 1))), SPEC)
+                    b = selection_bias(
+                        tl.load(bias + (index if WHOLE else tl.minimum(index, E - 1))), SPEC
+                    )
                 t = selection_score(raw, b, highest[:, None, None], share[:, None, None], SPEC)
                 key = truncated_key(t, index, MASK)
                 d0, d1, d2, d3, d4, d5, d6, d7 = split8(t.to(tl.int32, bitcast=True))
@@ -211,7 +253,20 @@ def moe_routing_thread_per_row(
         x = activate(value_of_exact16(found, MASK), SPEC)
     else:
         exact = exact_list(
-            best, after, best_lost, dust, first, bias, highest, share, thread, is_selected, STEPS, WIDTH, MASK, SPEC
+            best,
+            after,
+            best_lost,
+            dust,
+            first,
+            bias,
+            highest,
+            share,
+            thread,
+            is_selected,
+            STEPS,
+            WIDTH,
+            MASK,
+            SPEC,
         )
         picked, x = from_exact(exact, is_selected, first, SPEC)
         x = activate(x, SPEC)
@@ -220,7 +275,18 @@ def moe_routing_thread_per_row(
         total = sum_of_steps(first, highest, POWER, CHUNKS, BLOCK_T, THREADS_PER_ROW, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE
+        weights,
+        ids,
+        w,
+        picked,
+        row,
+        T,
+        valid,
+        num_valid_tokens,
+        per_expert_scale,
+        expert_map,
+        SPEC,
+        VALID_ON_DEVICE,
     )
 
 
@@ -249,4 +315,6 @@ def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
     }
 
 
-VARIANT = Variant(moe_routing_thread_per_row, supports, constants, partial(one_warp, "thread_per_row"))
+VARIANT = Variant(
+    moe_routing_thread_per_row, supports, constants, partial(one_warp, "thread_per_row")
+)

@@ -1,1 +1,4 @@
-"""The host side of a call: choosing a launch, launching it, and what Triton and torch offer no public interface for."""
+"""The host side of a call.
+
+Choosing a launch, launching it, and what Triton and torch offer no public interface for.
+"""

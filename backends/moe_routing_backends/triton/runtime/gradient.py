@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 RUNTIME_ARGUMENTS = 9
 """How many arguments of the kernel stand before its constants."""
 MOST_SUMS = 2048
-"""Partial sums of the scale's gradient, one a program: fixed by T, so that they are added alike in every run."""
+"""Partial sums of the scale's gradient, one a program.
+
+Fixed by T, so that they are added alike in every run.
+"""
 EXPERTS_A_WARP = 512
 """Experts that a warp holds in registers: of one row, or of several."""
 
@@ -38,7 +41,10 @@ def constants(problem: RoutingProblem) -> tuple[dict[str, Any], int]:
 
 
 class Gradient:
-    """Goes back through the weights of one problem; two allocations, one kernel, and a sum where there is a scale."""
+    """Goes back through the weights of one problem.
+
+    Two allocations, one kernel, and a sum where there is a scale.
+    """
 
     def __init__(self, problem: RoutingProblem, index: int, compiled: Compiled) -> None:
         """Compile nothing yet."""
@@ -61,14 +67,30 @@ class Gradient:
             blocks = min(blocks, MOST_SUMS)
             sums = torch.empty((blocks, experts), dtype=torch.float32, device=logits.device)
         dense = row_stride == experts and expert_stride == 1
-        named = {**self._constants, "ROW_STRIDE": experts if dense else 0, "EXPERT_STRIDE": int(expert_stride == 1)}
+        named = {
+            **self._constants,
+            "ROW_STRIDE": experts if dense else 0,
+            "EXPERT_STRIDE": int(expert_stride == 1),
+        }
         fixed = tuple(named[name] for name in moe_routing_backward.arg_names[RUNTIME_ARGUMENTS:])
         scale_dtype = None if per_expert_scale is None else per_expert_scale.dtype
         key = ("backward", dense, expert_stride == 1, logits.data_ptr() % ALIGNMENT, scale_dtype)
-        arguments = (grad_weights, logits, ids, per_expert_scale, grad_logits, sums, T, row_stride, expert_stride)
+        arguments = (
+            grad_weights,
+            logits,
+            ids,
+            per_expert_scale,
+            grad_logits,
+            sums,
+            T,
+            row_stride,
+            expert_stride,
+        )
         ready = self._compiled.launchers.get(key)
         if ready is None or current_device() != self._index or is_observed():
-            self._compiled.launch_and_keep(key, moe_routing_backward, blocks, arguments, fixed, self._num_warps)
+            self._compiled.launch_and_keep(
+                key, moe_routing_backward, blocks, arguments, fixed, self._num_warps
+            )
         else:
             pointers = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
             ready(blocks, current_stream(self._index), tuple(pointers))

@@ -1,7 +1,8 @@
 """Compiling a kernel by its first launch, and keeping the cheapest launcher that the installed Triton allows.
 
-``kernel[grid](...)`` spends most of its time on finding the compiled kernel that the arguments ask for. The launcher that is
-kept was made for one compiled kernel, and hands over pointers and numbers alone (``moe_routing.private_api.launcher_of``).
+``kernel[grid](...)`` spends most of its time on finding the compiled kernel that the arguments ask
+for. The launcher that is kept was made for one compiled kernel, and hands over pointers and numbers
+alone (``moe_routing.private_api.launcher_of``).
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ NEVER_CURRENT = -2
 _interpreting = ForkSafeLock()
 """Triton's interpreter patches its language for the time of a launch, so one kernel is interpreted at a time."""
 READABLE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
-"""Dtypes of vectors that Triton reads on every device; some of the 8-bit formats it knows on some, and one on none."""
+"""Dtypes of vectors that Triton reads on every device.
+
+Some of the 8-bit formats it knows on some, and one on none.
+"""
 
 
 def as_readable(vector: Tensor | None) -> Tensor | None:
@@ -83,9 +87,12 @@ class Compiled:
             )
             raise RuntimeError(msg)
         if is_profiling():
-            # The range names what the kernel's own name does not: the family, for a profiler of PyTorch and for NVTX.
+            # The range names what the kernel's own name does not: the family, for a profiler of
+            # PyTorch and for NVTX.
             with torch.profiler.record_function(f"moe_routing::{self._problem.spec.family}"):
-                self._launch(key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl=pdl)
+                self._launch(
+                    key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl=pdl
+                )
         else:
             self._launch(key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl=pdl)
 
@@ -104,13 +111,19 @@ class Compiled:
         if self._device.type == "cpu":
             self._interpret(kernel, blocks, (*arguments, *constants), num_warps)
             return
-        if self._device.type == "xpu":  # always by the JIT: nothing else of Triton-XPU could be tried
+        if (
+            self._device.type == "xpu"
+        ):  # always by the JIT: nothing else of Triton-XPU could be tried
             with torch.xpu.device(self._device):
                 options = launch_options(num_warps, warp_size)
                 kernel[blocks,](*arguments, *constants, enable_fp_fusion=False, **options)
             return
         with torch.cuda.device(self._device):
-            options = {"num_warps": num_warps, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
+            options = {
+                "num_warps": num_warps,
+                "enable_fp_fusion": False,
+                **({"launch_pdl": True} if pdl else {}),
+            }
             compiled = kernel[blocks,](*arguments, *constants, **options)
             self.launchers[key], self.indirect = launcher_of(compiled, constants)
         if self.indirect and torch.version.hip is None:  # on ROCm there is no other way

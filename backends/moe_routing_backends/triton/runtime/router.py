@@ -53,7 +53,9 @@ def _built(problem: RoutingProblem, device: DeviceInfo, interpreted_as: DeviceIn
     if on_cpu == isinstance(VARIANTS["cooperative"].kernel, JITFunction):
         msg = f"{INTERPRETER} was changed after Triton's kernels were imported: set or unset it before Python starts"
         raise RuntimeError(msg)
-    return TritonRouter(problem, device, table_for(interpreted_as, problem).steps(problem) if on_cpu else None)
+    return TritonRouter(
+        problem, device, table_for(interpreted_as, problem).steps(problem) if on_cpu else None
+    )
 
 
 class TritonRouter:
@@ -62,11 +64,18 @@ class TritonRouter:
     :ivar notes: what is unusual, for ``Router.report``.
     """
 
-    def __init__(self, problem: RoutingProblem, device: DeviceInfo, steps: tuple[Step, ...] | None = None) -> None:
-        """Look up the launches for the problem, or take the given; a table that cannot be used is warned of here."""
+    def __init__(
+        self, problem: RoutingProblem, device: DeviceInfo, steps: tuple[Step, ...] | None = None
+    ) -> None:
+        """Look up the launches for the problem, or take the given.
+
+        A table that cannot be used is warned of here.
+        """
         self._problem = problem
         self._index = NEVER_CURRENT if device.type == "cpu" else device.index or 0
-        self._device = torch.device("cpu" if device.type == "cpu" else f"{device.type}:{self._index}")
+        self._device = torch.device(
+            "cpu" if device.type == "cpu" else f"{device.type}:{self._index}"
+        )
         self._experts = problem.num_experts
         self._columns = problem.topk + problem.spec.shared_experts
         self._ids_dtype: torch.dtype = getattr(torch, problem.ids_dtype)
@@ -81,7 +90,10 @@ class TritonRouter:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Say whether launches take the slow way, which only a launch can tell; the spec's notes say which table applies."""
+        """Say whether launches take the slow way, which only a launch can tell.
+
+        The spec's notes say which table applies.
+        """
         why = self._compiled.indirect
         return (f"launches through Triton's own launcher: {why}",) if why else ()
 
@@ -106,7 +118,10 @@ class TritonRouter:
             weights, ids = out
         elif here:
             size, strides = (T, self._columns), (self._columns, 1)
-            weights, ids = empty(size, strides, torch.float32), empty(size, strides, self._ids_dtype)
+            weights, ids = (
+                empty(size, strides, torch.float32),
+                empty(size, strides, self._ids_dtype),
+            )
             out = _tuple(RoutingOutput, (weights, ids))
         else:
             weights = torch.empty((T, self._columns), dtype=torch.float32, device=logits.device)
@@ -120,7 +135,14 @@ class TritonRouter:
             scale_at, scale_dtype = per_expert_scale.data_ptr(), per_expert_scale.dtype
         if bias is not None:
             bias_at, bias_dtype = bias.data_ptr(), bias.dtype
-        key: tuple[Any, ...] = (step, aligned, row_stride == self._experts, expert_stride == 1, scale_dtype, bias_dtype)
+        key: tuple[Any, ...] = (
+            step,
+            aligned,
+            row_stride == self._experts,
+            expert_stride == 1,
+            scale_dtype,
+            bias_dtype,
+        )
         if not aligned:  # a kernel is compiled for the alignment of each of the three
             key = (*key, source % ALIGNMENT, to_weights % ALIGNMENT, to_ids % ALIGNMENT)
         valid, vocabulary = T, 0
@@ -137,7 +159,9 @@ class TritonRouter:
             key = (*key, *[None if o is None else o.dtype for o in rest])
         ready = self._ready.get(key)
         if ready is None or not here or is_observed():  # only Triton's own launch calls its hooks
-            self._launch_by_jit(key, launch, logits, out, (per_expert_scale, bias, *rest), valid, vocabulary)
+            self._launch_by_jit(
+                key, launch, logits, out, (per_expert_scale, bias, *rest), valid, vocabulary
+            )
             return out
         if rest is not NO_OPERANDS:
             rest = tuple(None if o is None else o.data_ptr() for o in rest)
@@ -145,7 +169,19 @@ class TritonRouter:
         ready(
             (T + block - 1) // block,
             current_stream(self._index),
-            (source, to_weights, to_ids, scale_at, bias_at, *rest, T, valid, row_stride, expert_stride, vocabulary),
+            (
+                source,
+                to_weights,
+                to_ids,
+                scale_at,
+                bias_at,
+                *rest,
+                T,
+                valid,
+                row_stride,
+                expert_stride,
+                vocabulary,
+            ),
         )
         return out
 
@@ -157,7 +193,8 @@ class TritonRouter:
     def prepared(self, operands: Operands) -> Prepared | None:
         """Return what routes calls of the shapes, strides and dtypes of this one, which has been routed, in less host time.
 
-        All that depends on those is worked out here. ``None`` where such calls are not launched directly.
+        All that depends on those is worked out here. ``None`` where such calls are not launched
+        directly.
         """
         logits, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
         T, _ = logits.shape
@@ -204,7 +241,11 @@ class TritonRouter:
                     None if expert_map is None else expert_map.data_ptr(),
                     T, valid if counted else T, row_stride, expert_stride, vocabulary,
                 )  # fmt: skip
-            ready(blocks, current_stream(index), (source, to_weights, to_ids, scale_at, bias_at, *rest))
+            ready(
+                blocks,
+                current_stream(index),
+                (source, to_weights, to_ids, scale_at, bias_at, *rest),
+            )
             return out
 
         return route
@@ -230,8 +271,17 @@ class TritonRouter:
         """Gather what a launch through Triton's JIT takes."""
         scale, bias, *others = operands
         readable = [as_readable(vector) for vector in (scale, bias)]
-        if readable[0] is not scale or readable[1] is not bias:  # no launcher is ever kept for such a key
-            names = ("per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens", "expert_map")
+        if (
+            readable[0] is not scale or readable[1] is not bias
+        ):  # no launcher is ever kept for such a key
+            names = (
+                "per_expert_scale",
+                "bias",
+                "token_ids",
+                "expert_table",
+                "num_valid_tokens",
+                "expert_map",
+            )
             given: dict[str, Any] = dict(zip(names, (*readable, *others), strict=True))
             if given["num_valid_tokens"] is None:
                 given["num_valid_tokens"] = valid
@@ -241,7 +291,9 @@ class TritonRouter:
         T = len(logits)
         named = {
             **constants(self._problem, launch),
-            "ROW_STRIDE": self._experts if row_stride == self._experts and expert_stride == 1 else 0,
+            "ROW_STRIDE": self._experts
+            if row_stride == self._experts and expert_stride == 1
+            else 0,
             "EXPERT_STRIDE": 1 if expert_stride == 1 else 0,
             "VALID_ON_DEVICE": operands[4] is not None,
             "PDL": self._pdl,
@@ -269,14 +321,20 @@ class TritonRouter:
         spec, device = self._problem.spec, self._device
         dtype: torch.dtype = getattr(torch, self._problem.dtype)
         # Vectors come in float32 or in the model's dtype, and a kernel is compiled for one of them.
-        for vectors in {torch.float32, dtype} if spec.per_expert_scale or spec.needs_bias else {dtype}:
+        for vectors in (
+            {torch.float32, dtype} if spec.per_expert_scale or spec.needs_bias else {dtype}
+        ):
             operands: dict[str, Any] = {}
             if spec.per_expert_scale:
-                operands["per_expert_scale"] = torch.ones(self._experts, dtype=vectors, device=device)
+                operands["per_expert_scale"] = torch.ones(
+                    self._experts, dtype=vectors, device=device
+                )
             if spec.needs_bias:
                 operands["bias"] = torch.zeros(self._experts, dtype=vectors, device=device)
             if spec.selection == "token_table":
-                operands["expert_table"] = torch.zeros(1, self._problem.topk, dtype=torch.int64, device=device)
+                operands["expert_table"] = torch.zeros(
+                    1, self._problem.topk, dtype=torch.int64, device=device
+                )
             for T in [1, *(int(limit) + 1 for limit in self._limits)]:
                 logits = torch.zeros(T, self._experts, dtype=dtype, device=device)
                 if spec.selection == "token_table":

@@ -1,9 +1,12 @@
-"""What Intel's GPUs need in addition to the kernels: how many lanes a sub-group has, under the name that their Triton takes.
+"""What Intel's GPUs need in addition to the kernels.
 
-A register is 64 bytes on Xe2 (Battlemage) and Xe-HPC (Data Center Max), one 32-bit value of each of 16 lanes, and a hardware
-thread has 128 of them (256 if half as many threads are resident). So a sub-group of 16 leaves a lane 128 values, and one of 32
-leaves it 64 and takes fewer instructions for a row. Which launch takes which is in ``tables/xpu.json``; its shapes are those
-that spill no register at 128.
+How many lanes a sub-group has, under the name that their Triton takes.
+
+A register is 64 bytes on Xe2 (Battlemage) and Xe-HPC (Data Center Max), one 32-bit value of each of
+16 lanes, and a hardware thread has 128 of them (256 if half as many threads are resident). So a
+sub-group of 16 leaves a lane 128 values, and one of 32 leaves it 64 and takes fewer instructions
+for a row. Which launch takes which is in ``tables/xpu.json``; its shapes are those that spill no
+register at 128.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from functools import cache
 from typing import Any
 
 SUB_GROUP = 16
-"""Lanes of a sub-group where the launch names no number: then it was made for warps of 32, and gets twice as many."""
+"""Lanes of a sub-group where the launch names no number.
+
+Then it was made for warps of 32, and gets twice as many.
+"""
 OPTIONS = ("warp_size", "threads_per_warp")
 """The launch option's name in Triton-XPU from 3.6, and before."""
 
@@ -23,7 +29,8 @@ def in_sub_groups(options: Any, num_warps: int, warp_size: int) -> dict[str, int
 
     :param options: an instance of its options, as ``parse_options`` of its backend returns.
     :param num_warps: warps a program.
-    :param warp_size: lanes of a warp, 16 or 32; 0 where the launch was made for a device whose warps have 32.
+    :param warp_size: lanes of a warp, 16 or 32; 0 where the launch was made for a device whose
+        warps have 32.
     :raises RuntimeError: it has neither of the names that are known.
     """
     names = {field.name for field in fields(options)}
@@ -42,4 +49,6 @@ def launch_options(num_warps: int, warp_size: int) -> dict[str, int]:
     from triton.compiler import make_backend
     from triton.runtime import driver
 
-    return in_sub_groups(make_backend(driver.active.get_current_target()).parse_options({}), num_warps, warp_size)
+    return in_sub_groups(
+        make_backend(driver.active.get_current_target()).parse_options({}), num_warps, warp_size
+    )

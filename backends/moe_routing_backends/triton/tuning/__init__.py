@@ -1,1 +1,4 @@
-"""Which launch serves how many tokens: launch tables, shipped, derived and measured on the user's device."""
+"""Which launch serves how many tokens.
+
+Launch tables, shipped, derived and measured on the user's device.
+"""

@@ -1,7 +1,8 @@
 """Which launch table applies to a problem on a device, and how its numbers came about.
 
-``tables/<arch>.json`` is shipped, measured where its provenance says. What ``moe-routing tune`` measured stands in the user's
-own table (``store.py``). An arch without a table gets one that is derived from that of sm_90.
+``tables/<arch>.json`` is shipped, measured where its provenance says. What ``moe-routing tune``
+measured stands in the user's own table (``store.py``). An arch without a table gets one that is
+derived from that of sm_90.
 """
 
 from __future__ import annotations
@@ -24,10 +25,17 @@ SHIPPED = Path(__file__).parents[1] / "tables"
 
 
 def table_for(device: DeviceInfo, problem: RoutingProblem) -> Table:
-    """Return the table whose rule is nearest to the problem; the user's own where it is as near as the other."""
+    """Return the table whose rule is nearest to the problem.
+
+    The user's own where it is as near as the other.
+    """
     own, other = own_table(device), shipped(device)
     tables = (other,) if own is None else (own, other)
-    near = [(found[0], index) for index, table in enumerate(tables) if (found := table.nearest(problem)) is not None]
+    near = [
+        (found[0], index)
+        for index, table in enumerate(tables)
+        if (found := table.nearest(problem)) is not None
+    ]
     return tables[min(near)[1]] if near else tables[-1]
 
 
@@ -48,7 +56,10 @@ def shipped(device: DeviceInfo) -> Table:
 
 
 def derived(device: DeviceInfo) -> Table:
-    """Derive a table from that of sm_90: rows enough for the device's warps, and only variants that it has."""
+    """Derive a table from that of sm_90.
+
+    Rows enough for the device's warps, and only variants that it has.
+    """
     measured = parse((SHIPPED / "sm_90.json").read_text(encoding="utf-8"), "tables/sm_90.json")
     filters = VARIANTS["filter"].runs_on(device)
     rules = {
@@ -62,7 +73,11 @@ def derived(device: DeviceInfo) -> Table:
 
 def supports_pdl(device: DeviceInfo) -> bool:
     """Tell whether the device can start a kernel while the previous kernel still runs (``device/pdl.py``)."""
-    return device.platform == "cuda" and device.capability is not None and device.capability >= PDL_FROM
+    return (
+        device.platform == "cuda"
+        and device.capability is not None
+        and device.capability >= PDL_FROM
+    )
 
 
 def _fitted(launch: Launch, device: DeviceInfo) -> Launch:

@@ -1,4 +1,7 @@
-"""The user's own launch tables, which ``moe-routing tune`` writes: one file a device, driver and Triton version."""
+"""The user's own launch tables, which ``moe-routing tune`` writes.
+
+One file a device, driver and Triton version.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,16 @@ _LONGEST = 200
 
 
 def identity(device: DeviceInfo) -> dict[str, str]:
-    """Return what a measured table is for: another part, driver or compiler may want other launches."""
+    """Return what a measured table is for.
+
+    Another part, driver or compiler may want other launches.
+    """
     triton = device.toolchain("triton")
-    return {"name": device.name, "driver": device.driver, "triton": (triton.version if triton else None) or ""}
+    return {
+        "name": device.name,
+        "driver": device.driver,
+        "triton": (triton.version if triton else None) or "",
+    }
 
 
 def user_path(device: DeviceInfo) -> Path:
@@ -36,13 +46,18 @@ def user_path(device: DeviceInfo) -> Path:
 
     known = identity(device)
     name = f"{known['name']}-{device.arch}-driver{known['driver']}-triton{known['triton']}"
-    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in name)[:_LONGEST]
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in name)[
+        :_LONGEST
+    ]
     return Path(platformdirs.user_cache_dir("moe-routing")) / "triton" / f"{safe}.json"
 
 
 @cache
 def own_table(device: DeviceInfo) -> Table | None:
-    """Return the user's own table; one that is corrupt, stale or of another device is named in a warning and ignored."""
+    """Return the user's own table.
+
+    One that is corrupt, stale or of another device is named in a warning and ignored.
+    """
     path = user_path(device)
     table = usable(path)
     if table is None:
@@ -58,15 +73,28 @@ def _unfit(table: Table, device: DeviceInfo) -> str:
     """Say why a table is not for the device, ``""`` where it is."""
     if table.device != identity(device):
         known = table.device or {}
-        measured_on = ", ".join(f"{key} {value}" for key, value in known.items() if value) or "an unknown device"
+        measured_on = (
+            ", ".join(f"{key} {value}" for key, value in known.items() if value)
+            or "an unknown device"
+        )
         here = ", ".join(f"{key} {value}" for key, value in identity(device).items() if value)
         return f"it is of {measured_on}, this is {here}"
     launches = (step.launch for steps in table.rules.values() for step in steps)
-    return next((f"expected {limit}, got {launch}" for launch in launches if (limit := beyond(launch, device))), "")
+    return next(
+        (
+            f"expected {limit}, got {launch}"
+            for launch in launches
+            if (limit := beyond(launch, device))
+        ),
+        "",
+    )
 
 
 def check_keeping(device: DeviceInfo) -> None:
-    """Raise ``OSError`` if a table could not be kept: asked before hours are spent on measuring one."""
+    """Raise ``OSError`` if a table could not be kept.
+
+    Asked before hours are spent on measuring one.
+    """
     path = user_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
@@ -74,7 +102,9 @@ def check_keeping(device: DeviceInfo) -> None:
 
 
 def keep(device: DeviceInfo, rules: Mapping[Key, tuple[Step, ...]]) -> Path:
-    """Add rules to the user's own table; two processes that do so at once lose nothing, and readers see a whole file.
+    """Add rules to the user's own table.
+
+    Two processes that do so at once lose nothing, and readers see a whole file.
 
     What was there and cannot be used is replaced. Raises ``OSError`` for what cannot be written.
     """

@@ -1,4 +1,7 @@
-"""Launch tables: which launch serves how many tokens of which problems, as data; how they are read and written as JSON."""
+"""Launch tables: which launch serves how many tokens of which problems, as data.
+
+How they are read and written as JSON.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,15 @@ SCHEMA = 1
 FALLBACK = Launch("cooperative", 2, 1, 1)
 """What serves rows of any alignment, and every number of tokens for which the table has no launch that can."""
 FEWEST_THREADS = 2
-"""Threads a row that the filter is launched with at least: with one it takes long to compile, and is no faster."""
+"""Threads a row that the filter is launched with at least.
+
+With one it takes long to compile, and is no faster.
+"""
 ONE_ROW_UP_TO = 1024
-"""Tokens up to which one row a program fills no device twice over; above it, two rows share a program."""
+"""Tokens up to which one row a program fills no device twice over.
+
+Above it, two rows share a program.
+"""
 
 MOST_BYTES = 1 << 20
 """Of a table's file; what is larger is not read. The largest table that is shipped has 13 KiB."""
@@ -32,7 +41,10 @@ LONGEST_PROVENANCE = 2000
 MOST_THREADS = 1024
 """Threads a program, on every device that Triton compiles for."""
 MOST_ROWS = 256
-"""Rows a program of the cooperative variant: with the 2,048 experts that are taken at most, half of Triton's largest block."""
+"""Rows a program of the cooperative variant.
+
+With the 2,048 experts that are taken at most, half of Triton's largest block.
+"""
 WARPS = (8, 16, 32, 64)
 """Threads a warp, on the devices that Triton compiles for."""
 
@@ -55,7 +67,8 @@ class Table:
     :ivar source: path of the file, or the name of the rule.
     :ivar provenance: measured where, or derived from what.
     :ivar rules: the steps of each key, by rising number of tokens.
-    :ivar device: what device it was measured on, as ``store.identity`` says; of a user's own table only.
+    :ivar device: what device it was measured on, as ``store.identity`` says; of a user's own table
+        only.
     """
 
     source: str
@@ -64,20 +77,31 @@ class Table:
     device: Mapping[str, str] | None = None
 
     def nearest(self, problem: RoutingProblem) -> tuple[tuple[bool, bool, bool, int], Key] | None:
-        """Return how far off the nearest rule is, and its key: of the problem's kind and list width, the least E not below.
+        """Return how far off the nearest rule is, and its key.
+
+        Of the problem's kind and list width, the least E not below.
 
         Biased scores that the filter can serve are routed as others are where no rule is for them.
         """
         kind_, bits, experts, width = key_of(problem)
         kinds = (kind_, "bias") if kind_ == APPROXIMATED else (kind_,)
         fits = [key for key in self.rules if key[0] in kinds and key[1] == bits]
-        off = {key: (key[0] != kind_, key[3] != width, key[2] < experts, abs(key[2] - experts)) for key in fits}
+        off = {
+            key: (key[0] != kind_, key[3] != width, key[2] < experts, abs(key[2] - experts))
+            for key in fits
+        }
         return min(((off[key], key) for key in fits), default=None)
 
     def steps(self, problem: RoutingProblem) -> tuple[Step, ...]:
-        """Return the steps of the nearest rule. The last step has no end, and every step can serve the problem."""
+        """Return the steps of the nearest rule.
+
+        The last step has no end, and every step can serve the problem.
+        """
         nearest = self.nearest(problem)
-        served = ((s.tokens, _serving(problem, s.launch)) for s in (self.rules[nearest[1]] if nearest else ()))
+        served = (
+            (s.tokens, _serving(problem, s.launch))
+            for s in (self.rules[nearest[1]] if nearest else ())
+        )
         usable = [Step(tokens, launch) for tokens, launch in served if launch is not None]
         if not usable:
             return (Step(ONE_ROW_UP_TO, Launch("cooperative", 1, 1, 1)), Step(math.inf, FALLBACK))
@@ -94,7 +118,9 @@ def _serving(problem: RoutingProblem, launch: Launch) -> Launch | None:
     if launch.variant == "filter":
         narrow = launch
         while not supports(problem, narrow) and narrow.threads_per_row > FEWEST_THREADS:
-            narrow = replace(narrow, block_t=2 * narrow.block_t, threads_per_row=narrow.threads_per_row // 2)
+            narrow = replace(
+                narrow, block_t=2 * narrow.block_t, threads_per_row=narrow.threads_per_row // 2
+            )
         launch = narrow if supports(problem, narrow) else replace(launch, variant="thread_per_row")
     return launch if supports(problem, launch) else None
 
@@ -123,7 +149,10 @@ def parse(text: str, source: str) -> Table:
         raise ValueError(msg)
     rules = {}
     for rule in _typed(data, "rules", list):
-        key = (_typed(rule, "kind", str), *(_typed(rule, name, int) for name in ("bits", "experts", "width")))
+        key = (
+            _typed(rule, "kind", str),
+            *(_typed(rule, name, int) for name in ("bits", "experts", "width")),
+        )
         rules[key] = tuple(_steps(_typed(rule, "steps", list)))
     device = _typed(data, "device", dict) if "device" in data else None
     provenance = _typed(data, "provenance", str)
@@ -146,13 +175,19 @@ def _steps(lines: list[Any]) -> Iterable[Step]:
     for line in lines:
         if not isinstance(line, list) or len(line) not in (5, 6) or line[1] not in tuple(VARIANTS):
             variants = " or ".join(map(repr, VARIANTS))
-            fields = f"[tokens or null, {variants}, block_t, threads_per_row, num_warps(, warp_size)]"
+            fields = (
+                f"[tokens or null, {variants}, block_t, threads_per_row, num_warps(, warp_size)]"
+            )
             msg = f"steps: expected {fields}, got {line!r:.100}"
             raise ValueError(msg)
         tokens = math.inf if line[0] is None else line[0]
         numbers = line[2:]
         powers = all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in numbers)
-        rising = type(tokens) in (int, float) and before < tokens and (line[0] is None or tokens < math.inf)
+        rising = (
+            type(tokens) in (int, float)
+            and before < tokens
+            and (line[0] is None or tokens < math.inf)
+        )
         if not rising or not powers:
             msg = f"steps: expected rising tokens and powers of two, got {line!r:.100}"
             raise ValueError(msg)
@@ -174,7 +209,9 @@ def _beyond(launch: Launch) -> str:
         return f"num_warps of at most {MOST_THREADS} threads"
     if launch.threads_per_row > WARPS[-1]:
         return f"threads_per_row of at most {WARPS[-1]}"
-    return "" if launch.warp_size in (0, *WARPS) else f"a warp_size among {', '.join(map(str, WARPS))}"
+    return (
+        "" if launch.warp_size in (0, *WARPS) else f"a warp_size among {', '.join(map(str, WARPS))}"
+    )
 
 
 def beyond(launch: Launch, device: DeviceInfo) -> str:
@@ -184,10 +221,19 @@ def beyond(launch: Launch, device: DeviceInfo) -> str:
     widest = launch.warp_size or max(device.warp_sizes, default=WARPS[0])
     if launch.warp_size and launch.warp_size not in device.warp_sizes:
         return f"a warp_size among {', '.join(map(str, device.warp_sizes)) or 'none'}"
-    return f"num_warps of at most {MOST_THREADS // widest}" if launch.num_warps * widest > MOST_THREADS else ""
+    return (
+        f"num_warps of at most {MOST_THREADS // widest}"
+        if launch.num_warps * widest > MOST_THREADS
+        else ""
+    )
 
 
-def to_json(arch: str, provenance: str, rules: Mapping[Key, tuple[Step, ...]], device: Mapping[str, str] | None = None) -> str:
+def to_json(
+    arch: str,
+    provenance: str,
+    rules: Mapping[Key, tuple[Step, ...]],
+    device: Mapping[str, str] | None = None,
+) -> str:
     """Write a table as text that ``parse`` reads."""
     lines = [
         {
@@ -233,4 +279,8 @@ def usable(path: Path) -> Table | None:
 
 def warn_ignored(path: Path, why: str) -> None:
     """Warn that a table is not used."""
-    warnings.warn(printable(f"moe-routing ignores the launch table {path}: {why}"), RuntimeWarning, stacklevel=3)
+    warnings.warn(
+        printable(f"moe-routing ignores the launch table {path}: {why}"),
+        RuntimeWarning,
+        stacklevel=3,
+    )

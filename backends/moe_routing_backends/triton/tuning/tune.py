@@ -1,4 +1,7 @@
-"""Measuring launches on the user's device, for ``moe-routing tune``; what is fastest goes into the user's own table."""
+"""Measuring launches on the user's device, for ``moe-routing tune``.
+
+What is fastest goes into the user's own table.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,13 @@ if TYPE_CHECKING:
 
     Clock = Callable[[Callable[[], object], torch.device], float]
 
-TOKENS = tuple(sorted({round(250_000 ** (n / 59)) for n in range(60)} | {1 << n for n in range(18)}))
-"""Sizes a quarter apart, and the powers of two, which batches mostly are: a table of fewer keeps slow launches."""
+TOKENS = tuple(
+    sorted({round(250_000 ** (n / 59)) for n in range(60)} | {1 << n for n in range(18)})
+)
+"""Sizes a quarter apart, and the powers of two, which batches mostly are.
+
+A table of fewer keeps slow launches.
+"""
 EVERY = 4
 """One of so many sizes is measured with every candidate."""
 NEAR = 1.25
@@ -46,7 +54,10 @@ MILLISECONDS = 10
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """The best launch for one number of tokens, and the one that served it before; microseconds a call."""
+    """The best launch for one number of tokens, and the one that served it before.
+
+    Microseconds a call.
+    """
 
     tokens: int
     launch: Launch
@@ -63,7 +74,8 @@ class Tuned:
     :ivar before: which table spoke before.
     :ivar timed: the best launch for each number of tokens.
     :ivar steps: what is kept of it.
-    :ivar wrong: candidates that computed something else than the contract says, a sentence each; they are not used.
+    :ivar wrong: candidates that computed something else than the contract says, a sentence each;
+        they are not used.
     :ivar unusable: candidates that did not compile or run here, likewise.
     :ivar not_kept: why the steps could not be written into the table, ``""`` where they were.
     """
@@ -94,9 +106,11 @@ def tune(
 ) -> Tuned:
     """Check and time candidates for each number of tokens, and keep the best.
 
-    :param tokens: every candidate is timed at each of these; by default at a few of ``TOKENS``, and at the sizes between those
-        only the candidates that are near the fastest on either side: a step of the table is then off by one size at most.
-    :param on_step: called before each candidate with what is measured, how many are done, and about how many there are.
+    :param tokens: every candidate is timed at each of these; by default at a few of ``TOKENS``, and
+        at the sizes between those only the candidates that are near the fastest on either side: a
+        step of the table is then off by one size at most.
+    :param on_step: called before each candidate with what is measured, how many are done, and about
+        how many there are.
     :param clock: returns the microseconds of a call; CUDA-graph replays where ``None``.
     :raises OSError: the table could not be written; nothing is measured then.
     :raises RuntimeError: the launch in use computes something else than the oracle.
@@ -126,23 +140,38 @@ def measure(
     now = {T: next(step.launch for step in before if step.tokens >= T) for T in sizes}
     launches = list(dict.fromkeys([*now.values(), *candidates(problem, device)]))
     every = len(first) * len(launches) + (len(sizes) - len(first)) * CONTENDERS
-    bench = _Bench(problem, device, launches, clock or replayed, lambda what, done: on_step(what, min(done, every), every))
+    bench = _Bench(
+        problem,
+        device,
+        launches,
+        clock or replayed,
+        lambda what, done: on_step(what, min(done, every), every),
+    )
     times = {T: bench.times(T, now[T], launches) for T in first}
     for T in sizes:
         if T not in times:
             times[T] = bench.times(T, now[T], _contenders(times, T, now[T]))
     on_step("done", every, every)
-    right = [{launch: us for launch, us in times[T].items() if launch not in bench.out} for T in sizes]
+    right = [
+        {launch: us for launch, us in times[T].items() if launch not in bench.out} for T in sizes
+    ]
     timed = [_timed(T, found, now[T]) for T, found in zip(sizes, right, strict=True)]
     steps = steps_of(sizes, right)
-    return Tuned("", said, tuple(timed), steps, tuple(bench.wrong.values()), tuple(bench.unusable.values()))
+    return Tuned(
+        "", said, tuple(timed), steps, tuple(bench.wrong.values()), tuple(bench.unusable.values())
+    )
 
 
-def _contenders(times: Mapping[int, Mapping[Launch, float]], tokens: int, now: Launch) -> list[Launch]:
+def _contenders(
+    times: Mapping[int, Mapping[Launch, float]], tokens: int, now: Launch
+) -> list[Launch]:
     """Return the launches that are near the fastest at a measured size on either side, and the one in use."""
     below, above = max(T for T in times if tokens > T), min(T for T in times if tokens < T)
     near = [
-        launch for found in (times[below], times[above]) for launch, us in found.items() if us <= NEAR * min(found.values())
+        launch
+        for found in (times[below], times[above])
+        for launch, us in found.items()
+        if us <= NEAR * min(found.values())
     ]
     return list(dict.fromkeys([now, *near]))
 
@@ -165,7 +194,9 @@ class _Bench:
         self.wrong: dict[Launch, str] = {}
         self.unusable: dict[Launch, str] = {}
         self._problem, self._device, self._clock, self._on_step = problem, device, clock, on_step
-        self._routers = {launch: TritonRouter(problem, device, (Step(math.inf, launch),)) for launch in launches}
+        self._routers = {
+            launch: TritonRouter(problem, device, (Step(math.inf, launch),)) for launch in launches
+        }
         self._done = 0
 
     @property
@@ -174,7 +205,10 @@ class _Bench:
         return {*self.wrong, *self.unusable}
 
     def times(self, tokens: int, now: Launch, launches: Sequence[Launch]) -> dict[Launch, float]:
-        """Check each launch against the one in use, and that against the oracle; return the microseconds of the right ones."""
+        """Check each launch against the one in use, and that against the oracle.
+
+        Return the microseconds of the right ones.
+        """
         inputs = _Inputs(self._problem, self._device, tokens)
         inputs.expect(self._routers[now])
         found: dict[Launch, float] = {}
@@ -188,7 +222,9 @@ class _Bench:
                 if inputs.same(router):
                     found[launch] = self._clock(inputs.turns(router), inputs.device)
                 else:
-                    self.wrong[launch] = f"{shown(launch)} at T = {tokens}: other bits than {shown(now)}"
+                    self.wrong[launch] = (
+                        f"{shown(launch)} at T = {tokens}: other bits than {shown(now)}"
+                    )
             except Exception as error:  # noqa: BLE001 -- a launch that is too big for this device is an answer, not the end
                 said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 self.unusable[launch] = f"{shown(launch)}: {said}"
@@ -197,12 +233,19 @@ class _Bench:
 
 def candidates(problem: RoutingProblem, device: DeviceInfo) -> list[Launch]:
     """Return the launches that are worth a try, few, for each must be compiled."""
-    offered = [launch for variant in VARIANTS.values() if variant.runs_on(device) for launch in variant.candidates(device)]
+    offered = [
+        launch
+        for variant in VARIANTS.values()
+        if variant.runs_on(device)
+        for launch in variant.candidates(device)
+    ]
     return [launch for launch in offered if supports(problem, launch)]
 
 
 def steps_of(sizes: Sequence[int], times: Sequence[dict[Launch, float]]) -> tuple[Step, ...]:
-    """Choose a launch for each size, the one before as long as it loses nothing; change half-way, on a scale of ratios.
+    """Choose a launch for each size, the one before as long as it loses nothing.
+
+    Change half-way, on a scale of ratios.
 
     >>> from moe_routing_backends.triton.kernels.spec import Launch
     >>> a, b = Launch("cooperative", 1, 1, 1), Launch("thread_per_row", 32, 1, 1)
@@ -242,7 +285,9 @@ class _Inputs:
     """Seeded inputs of one problem for T tokens, outputs to write into, and what they must hold."""
 
     def __init__(self, problem: RoutingProblem, info: DeviceInfo, tokens: int) -> None:
-        self.device = torch.device("cpu" if info.type == "cpu" else f"{info.type}:{info.index or 0}")
+        self.device = torch.device(
+            "cpu" if info.type == "cpu" else f"{info.type}:{info.index or 0}"
+        )
         self._problem = problem
         generator = torch.Generator(device=self.device).manual_seed(tokens)
         spec, experts, k = problem.spec, problem.num_experts, problem.topk
@@ -250,10 +295,15 @@ class _Inputs:
         def drawn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=self.device)
 
-        self.logits = [drawn(tokens, experts).to(getattr(torch, problem.dtype)) for _ in range(SETS)]
+        self.logits = [
+            drawn(tokens, experts).to(getattr(torch, problem.dtype)) for _ in range(SETS)
+        ]
         columns, ids_dtype = k + spec.shared_experts, getattr(torch, problem.ids_dtype)
         self.outs = [
-            RoutingOutput(drawn(tokens, columns), torch.empty(tokens, columns, dtype=ids_dtype, device=self.device))
+            RoutingOutput(
+                drawn(tokens, columns),
+                torch.empty(tokens, columns, dtype=ids_dtype, device=self.device),
+            )
             for _ in range(SETS)
         ]
         self.operands: dict[str, Any] = {}
@@ -275,11 +325,18 @@ class _Inputs:
         """Route with the launch in use, compare with the float64 oracle, and keep the bits that all others must have."""
         output = self._routed(router)
         self._expected = RoutingOutput(output.weights.clone(), output.ids.clone())
-        for part in {slice(0, SAMPLE).indices(len(output.ids)), slice(-SAMPLE, None).indices(len(output.ids))}:
+        for part in {
+            slice(0, SAMPLE).indices(len(output.ids)),
+            slice(-SAMPLE, None).indices(len(output.ids)),
+        }:
             rows = slice(*part)
-            operands = {name: v[rows] if name == "token_ids" else v for name, v in self.operands.items()}
+            operands = {
+                name: v[rows] if name == "token_ids" else v for name, v in self.operands.items()
+            }
             some = RoutingOutput(output.weights[rows], output.ids[rows])
-            problems = compare(self._problem.spec, self.logits[0][rows], self._problem.topk, some, **operands).problems
+            problems = compare(
+                self._problem.spec, self.logits[0][rows], self._problem.topk, some, **operands
+            ).problems
             if problems:
                 msg = f"the launch in use computes something else than the oracle, so nothing is tuned: {problems[0]}"
                 raise RuntimeError(msg)
@@ -288,7 +345,9 @@ class _Inputs:
         """Tell whether a candidate gives the same bits."""
         assert self._expected is not None  # noqa: S101 -- for mypy: `expect` came before
         output = self._routed(router)
-        return torch.equal(output.weights, self._expected.weights) and torch.equal(output.ids, self._expected.ids)
+        return torch.equal(output.weights, self._expected.weights) and torch.equal(
+            output.ids, self._expected.ids
+        )
 
     def turns(self, router: TritonRouter) -> Callable[[], object]:
         """Return what routes the inputs in turns."""

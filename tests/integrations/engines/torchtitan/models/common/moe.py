@@ -30,15 +30,27 @@ class TokenChoiceTopKRouter(nn.Module):
         self.route_norm, self.route_scale = route_norm, route_scale
         self._debug_force_load_balance = _debug_force_load_balance
 
-    def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute what torchtitan's docstring says: scores and ids ``[B, L, K]``, all scores ``[B, L, E]``."""
+    def forward(
+        self, x_BLD: Tensor, expert_bias_E: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute what torchtitan's docstring says.
+
+        Scores and ids ``[B, L, K]``, all scores ``[B, L, E]``.
+        """
         logits = self.gate(x_BLD).float()
         scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(-1)
         choice = scores if expert_bias_E is None else scores + expert_bias_E
         if self.num_expert_groups is not None:
             grouped = choice.unflatten(-1, (self.num_expert_groups, -1))
-            kept = grouped.topk(2, dim=-1).values.sum(-1).topk(self.num_limited_groups or 1, dim=-1).indices
-            outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, kept, value=False)
+            kept = (
+                grouped.topk(2, dim=-1)
+                .values.sum(-1)
+                .topk(self.num_limited_groups or 1, dim=-1)
+                .indices
+            )
+            outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(
+                -1, kept, value=False
+            )
             choice = grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(-2)
         ids = choice.topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(-1, ids)
@@ -50,7 +62,9 @@ class TokenChoiceTopKRouter(nn.Module):
 class MoE(nn.Module):
     """The router's caller: the bias goes by position, the sum of experts is by weight, counts come from a map of ids."""
 
-    def __init__(self, router: TokenChoiceTopKRouter, experts: Tensor, expert_bias: Tensor | None) -> None:
+    def __init__(
+        self, router: TokenChoiceTopKRouter, experts: Tensor, expert_bias: Tensor | None
+    ) -> None:
         super().__init__()
         self.router, self.experts, self.expert_bias = router, nn.Parameter(experts), expert_bias
 

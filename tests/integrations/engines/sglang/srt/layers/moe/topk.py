@@ -1,4 +1,7 @@
-"""The patch point of SGLang 0.5.23, sglang/srt/layers/moe/topk.py: its names, types and one caller."""
+"""The patch point of SGLang 0.5.23, sglang/srt/layers/moe/topk.py.
+
+Its names, types and one caller.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ class TopK(nn.Module):
         self.topk_config = config
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> StandardTopKOutput:
-        """Route as select_experts does: its own maths, or the custom function, called by keywords."""
+        """Route as select_experts does.
+
+        Its own maths, or the custom function, called by keywords.
+        """
         config = self.topk_config
         if config.custom_routing_function is None:
             scores = torch.softmax(router_logits.float(), dim=-1)
@@ -49,6 +55,9 @@ class TopK(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True) if config.renormalize else weights
             return StandardTopKOutput(weights, ids.to(torch.int32), router_logits)
         weights, ids = config.custom_routing_function(
-            hidden_states=hidden_states, gating_output=router_logits, topk=config.top_k, renormalize=config.renormalize
+            hidden_states=hidden_states,
+            gating_output=router_logits,
+            topk=config.top_k,
+            renormalize=config.renormalize,
         )
         return StandardTopKOutput(weights, ids, router_logits)

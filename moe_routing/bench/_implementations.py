@@ -1,4 +1,7 @@
-"""``Way``: something that routes and can be timed: a backend, or what it is compared with."""
+"""``Implementation``: something that routes and can be timed.
+
+A backend, or what it is compared with.
+"""
 
 from __future__ import annotations
 
@@ -22,37 +25,47 @@ if TYPE_CHECKING:
     Call = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Way(NamedTuple):
-    """One way to route a case's inputs.
+class Implementation(NamedTuple):
+    """One implementation that routes a case's inputs.
 
-    ``call`` allocates its outputs; ``into`` writes those that it is given, where the way can. ``captures``: whether it can
-    be captured in a CUDA graph.
+    ``call`` allocates its outputs; ``into`` writes those that it is given, where it can.
+    ``captures``: whether it can be captured in a CUDA graph.
     """
 
     name: str
-    ours: bool
+    is_backend: bool
     call: Call
     into: Callable[[torch.Tensor, RoutingOutput], object] | None = None
     captures: bool = True
 
 
 class NotMeasuredError(Exception):
-    """This way does not serve this case here; says why."""
+    """This implementation does not serve this case here; says why."""
 
 
 def fitting(asked: tuple[str, ...], case: Case, device: str) -> list[str]:
-    """Name the backends to measure: those asked for, every one that fits (``"all"``), or the one that the device gets.
+    """Name the backends to measure.
+
+    Those asked for, every one that fits (``"all"``), or the one that the device gets.
 
     :raises UnknownNameError: no such backend.
     :raises BackendUnavailableError: none fits, or one that was named does not.
     """
-    names: list[str | None] = [*moe_routing.list_backends()] if "all" in asked else [*asked] or [None]
+    names: list[str | None] = (
+        [*moe_routing.list_backends()] if "all" in asked else [*asked] or [None]
+    )
     found = []
     for name in names:
         if name is not None:
-            moe_routing.get_router(case.router, backend=name)  # a misspelt name is an error of its own
+            # A misspelt name is an error of its own.
+            moe_routing.get_router(case.router, backend=name)
         report = moe_routing.explain(
-            case.router, device=device, num_experts=case.num_experts, topk=case.topk, dtype=case.dtype, backend=name
+            case.router,
+            device=device,
+            num_experts=case.num_experts,
+            topk=case.topk,
+            dtype=case.dtype,
+            backend=name,
         )
         if report.winner is not None:
             found.append(report.winner)
@@ -61,7 +74,7 @@ def fitting(asked: tuple[str, ...], case: Case, device: str) -> list[str]:
     return found
 
 
-def backend(name: str, inputs: Inputs) -> Way:
+def backend(name: str, inputs: Inputs) -> Implementation:
     """Route through a backend."""
     route = moe_routing.get_router(inputs.case.router, backend=name)
     topk, operands = inputs.case.topk, inputs.operands
@@ -72,10 +85,10 @@ def backend(name: str, inputs: Inputs) -> Way:
     def into(logits: torch.Tensor, out: RoutingOutput) -> RoutingOutput:
         return route(logits, topk, **operands, out=out)
 
-    return Way(name, True, call, into)  # noqa: FBT003 -- a field of a tuple
+    return Implementation(name, True, call, into)  # noqa: FBT003 -- a field of a tuple
 
 
-def comparison(name: str, inputs: Inputs) -> Way:
+def comparison(name: str, inputs: Inputs) -> Implementation:
     """Route as others do.
 
     :raises NotMeasuredError: they do not route this.
@@ -94,18 +107,20 @@ def comparison(name: str, inputs: Inputs) -> Way:
     def call(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return formula(logits, topk, **operands)
 
-    return Way(name, False, call, captures=mode in ("", "default"))  # noqa: FBT003 -- likewise
+    return Implementation(name, False, call, captures=mode in ("", "default"))  # noqa: FBT003 -- likewise
 
 
 def _own(formula: Formula) -> Formula:
     """Copy the function: Dynamo keeps graphs, and counts recompilations, by code object."""
     assert isinstance(formula, FunctionType)  # noqa: S101 -- for mypy
     code: CodeType = formula.__code__.replace(co_name=f"{formula.__name__}_")
-    own: Formula = FunctionType(code, formula.__globals__, code.co_name, formula.__defaults__, formula.__closure__)
+    own: Formula = FunctionType(
+        code, formula.__globals__, code.co_name, formula.__defaults__, formula.__closure__
+    )
     return own
 
 
-def _baseline(inputs: Inputs) -> Way:
+def _baseline(inputs: Inputs) -> Implementation:
     spec, topk = inputs.spec, inputs.case.topk
     if inputs.logits[0].device.type == "cpu":
         msg = "a Triton kernel, which needs a GPU"
@@ -131,4 +146,4 @@ def _baseline(inputs: Inputs) -> Way:
     def into(logits: torch.Tensor, out: RoutingOutput) -> None:
         full_sort(logits, topk, scale, out)
 
-    return Way("baseline", False, call, into)  # noqa: FBT003 -- likewise
+    return Implementation("baseline", False, call, into)  # noqa: FBT003 -- likewise
