@@ -136,7 +136,8 @@ def gradient(model: str, experts: int, tokens: int) -> dict[str, Any]:
     ]
     row: dict[str, Any] = {
         "model": model, "E": experts, "K": K, "T": tokens, "dtype": "bfloat16",
-        "same bits again": all(torch.equal(a, b) for a, b in zip(fused, again, strict=True)), "largest difference": max(off),
+        "same bits again": all(torch.equal(a, b) for a, b in zip(fused, again, strict=True)),
+        "largest difference": max(off),
     }  # fmt: skip
     for way, call in ways.items():
         row[f"{way}, in a graph"] = round(

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     """
 
 __all__ = [
-    "carries_tangents", "compile_by_inductor", "current_device", "current_stream", "dispatch_keys", "empty", "is_fake_mode",
-    "is_functorch_wrapped_tensor", "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "privateuse1_name",
-    "tensor_guard", "unset_fake_temporarily", "why_not_direct",
+    "carries_tangents", "compile_by_inductor", "current_device", "current_stream", "dispatch_keys",
+    "empty", "is_fake_mode", "is_functorch_wrapped_tensor", "is_observed", "is_profiling",
+    "is_zero_tensor", "launcher_of", "privateuse1_name", "tensor_guard", "unset_fake_temporarily",
+    "why_not_direct",
 ]  # fmt: skip
 
 NO_DEVICE = -1

@@ -342,12 +342,13 @@ TENSORS = st.builds(
     ),
 )
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2),
-    TENSORS, st.builds(RoutingOutput, TENSORS, TENSORS), st.sampled_from([torch.int32, torch.int64, torch.float32]),
+    st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3),
+    st.lists(st.integers(), max_size=2), TENSORS, st.builds(RoutingOutput, TENSORS, TENSORS),
+    st.sampled_from([torch.int32, torch.int64, torch.float32]),
 )  # fmt: skip
 ARGUMENTS = (
-    "logits", "topk", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens", "expert_map", "ids_dtype",
-    "out",
+    "logits", "topk", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
+    "expert_map", "ids_dtype", "out",
 )  # fmt: skip
 
 

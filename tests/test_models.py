@@ -463,8 +463,8 @@ LING = {
     "norm_topk_prob": True,
 }
 LING_2 = LING | {
-    "score_function": "sigmoid", "moe_router_enable_expert_bias": True, "n_group": 8, "topk_group": 4,
-    "routed_scaling_factor": 2.5,
+    "score_function": "sigmoid", "moe_router_enable_expert_bias": True, "n_group": 8,
+    "topk_group": 4, "routed_scaling_factor": 2.5,
 }  # fmt: skip
 
 

@@ -37,8 +37,8 @@ class Tuned:
             "us_before": 3.25,
         }
         return {
-            "table": "/cache/t.json", "before": "launch parameters from nowhere", "timed": [timed], "steps": [],
-            "wrong": list(self.wrong), "unusable": ["rows: too big"],
+            "table": "/cache/t.json", "before": "launch parameters from nowhere", "timed": [timed],
+            "steps": [], "wrong": list(self.wrong), "unusable": ["rows: too big"],
         }  # fmt: skip
 
 

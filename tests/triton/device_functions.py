@@ -40,10 +40,10 @@ def launch(kernel, count, *arguments, **constants):
 def load8(source, at, mask):
     """Load a list of 8 keys."""
     return (
-        tl.load(source + at * 8, mask=mask), tl.load(source + at * 8 + 1, mask=mask), tl.load(source + at * 8 + 2, mask=mask),
-        tl.load(source + at * 8 + 3, mask=mask), tl.load(source + at * 8 + 4, mask=mask),
-        tl.load(source + at * 8 + 5, mask=mask), tl.load(source + at * 8 + 6, mask=mask),
-        tl.load(source + at * 8 + 7, mask=mask),
+        tl.load(source + at * 8, mask=mask), tl.load(source + at * 8 + 1, mask=mask),
+        tl.load(source + at * 8 + 2, mask=mask), tl.load(source + at * 8 + 3, mask=mask),
+        tl.load(source + at * 8 + 4, mask=mask), tl.load(source + at * 8 + 5, mask=mask),
+        tl.load(source + at * 8 + 6, mask=mask), tl.load(source + at * 8 + 7, mask=mask),
     )  # fmt: skip
 
 
