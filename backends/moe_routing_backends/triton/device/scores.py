@@ -186,6 +186,7 @@ def tree_sum(v):
     N: tl.constexpr = v.shape[1]
     for halvings in tl.static_range(1, 12):
         if N >> halvings:
+            # A sum of two has one order only; one sum over N would have that of the layout.
             v = tl.sum(tl.reshape(v, [ROWS, N >> halvings, 2]), axis=2)
     return tl.reshape(v, [ROWS])
 

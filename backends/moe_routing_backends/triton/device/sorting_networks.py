@@ -220,6 +220,7 @@ def merge_lists(top, rest, lost, AXIS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def in_columns8(t):
     """Lay a tuple of 8 ``[ROWS]`` next to each other, ``[ROWS, 8]``."""
+    # The inverse of `chunks.split8`: bit 2 of a column is the innermost join, bit 0 the outermost.
     even = tl.join(tl.join(t[0], t[4]), tl.join(t[2], t[6]))
     odd = tl.join(tl.join(t[1], t[5]), tl.join(t[3], t[7]))
     return tl.reshape(tl.join(even, odd), [t[0].shape[0], 8])
@@ -231,6 +232,7 @@ def in_columns(top, rest, WIDTH: tl.constexpr):
     if WIDTH == 8:
         return in_columns8(top)
     else:
+        # Permuted so that the first list comes before the second, rather than alternating with it.
         both = tl.permute(tl.join(in_columns8(top), in_columns8(rest)), [0, 2, 1])
         return tl.reshape(both, [top[0].shape[0], 16])
 
@@ -267,4 +269,5 @@ def over_threads(top, rest, thread, WIDTH: tl.constexpr):
             tile = tl.join(share[0], share[1])
         else:
             tile = share[0]
+        # The columns of a thread lie next to each other, so this moves nothing between threads.
         return tl.reshape(tile, [thread.shape[0], WIDTH])

@@ -100,6 +100,7 @@ def list_of_8(tile):
 @triton.jit
 def split_in_two(tile):
     """Split ``[ROWS, THREADS_PER_ROW, N]`` into two of half as many."""
+    # Even and odd columns: for a list of the best any two halves will do.
     return tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2]))
 
 
@@ -249,10 +250,14 @@ def choose_groups(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
     if TOP2:
         low = value_of_truncated(lowest) + value_of_truncated((second | MASK) ^ MASK)
         high = value_of_truncated(highest) + value_of_truncated(second | MASK)
-        lowest = ordered_key(tl.minimum(tl.maximum(low, -FLOAT32_MAX), FLOAT32_MAX))
-        highest = ordered_key(tl.minimum(tl.maximum(high, -FLOAT32_MAX), FLOAT32_MAX))
-    kept, worst = highest_groups(lowest, GROUPS, KEEP)
-    best_lost = tl.max(tl.where(kept, 0, highest), axis=1)
+        # Sums are clamped as the contract says, and become keys again to be ranked as integers.
+        least = ordered_key(tl.minimum(tl.maximum(low, -FLOAT32_MAX), FLOAT32_MAX))
+        most = ordered_key(tl.minimum(tl.maximum(high, -FLOAT32_MAX), FLOAT32_MAX))
+    else:
+        least = lowest
+        most = highest
+    kept, worst = highest_groups(least, GROUPS, KEEP)
+    best_lost = tl.max(tl.where(kept, 0, most), axis=1)
     return kept, (best_lost >= worst).to(tl.int32)
 
 
@@ -348,12 +353,16 @@ def moe_routing_block(
     if not WHOLE:
         key = tl.where(here, key, 0)
 
+    # From the layout of the loads to one share of a group a thread: here the keys go through shared
+    # memory.
     found = list_of_lane(
         tl.reshape(key, [BLOCK_T, THREADS_PER_ROW, GROUPS * SIZE // THREADS_PER_ROW]), WIDTH
     )
     unsure = tl.zeros([BLOCK_T], tl.int32)
     if GROUPED:
         if THREADS_PER_ROW > GROUPS:
+            # Threads of one group next to each other, so that their lists can be merged along an
+            # axis.
             top = shaped8(found[0], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
             rest = shaped8(found[1], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
             found = merge_lists(

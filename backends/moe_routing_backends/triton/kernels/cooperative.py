@@ -95,6 +95,7 @@ def best_groups(
     """Set the keys outside the best groups to 0; ``key [ROWS, GROUPS * SIZE]``, 0 where masked."""
     KEEP: tl.constexpr = SPEC.value.topk_groups
     TOP2: tl.constexpr = SPEC.value.sums_best_two
+    # Experts of a group lie next to each other, so this moves nothing.
     key3 = tl.reshape(key, [ROWS, GROUPS, SIZE])
     score = tl.max(key3, axis=2)
     if TOP2:
@@ -295,6 +296,7 @@ def route_by_rounds(
     else:
         w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     if GATHER and per_expert_scale is not None:
+        # The scales are in registers already; a load would wait for the rounds.
         w *= tl.gather(scales[None, :], picked, 1)
     store_outputs(
         weights, ids, w, picked, row, T, valid, num_valid_tokens,

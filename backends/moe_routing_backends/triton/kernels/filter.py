@@ -124,6 +124,7 @@ def split4(tile):
     """Split ``[ROWS, THREADS_PER_ROW, 4]`` into 4 tensors ``[ROWS, THREADS_PER_ROW]``."""
     ROWS: tl.constexpr = tile.shape[0]
     THREADS_PER_ROW: tl.constexpr = tile.shape[1]
+    # As `chunks.split8`, of 4 columns.
     even, odd = tl.split(tl.reshape(tile, [ROWS, THREADS_PER_ROW, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -196,6 +197,7 @@ def split_each(tiles):
     odd = ()
     for i in tl.static_range(len(tiles)):
         tile = tiles[i]
+        # One bit of the column a round, so that after all rounds each tensor holds one column.
         a, b = tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2]))
         even += (a,)
         odd += (b,)
@@ -223,6 +225,7 @@ def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
             low, high = unpack_bf16x2(tile)
     else:
         whole = tl.load(first[:, None] + tl.arange(0, E)[None, :]).to(tl.float32)
+        # Neighbours share a pair, as two bfloat16 in memory share 32 bits.
         low, high = tl.split(tl.reshape(whole, [ROWS, E // 2, 2]))
         if SELECTION == "logits":
             tile = round_to_bf16x2(low, high)
@@ -230,6 +233,7 @@ def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
         even = tl.load(bias + 2 * tl.arange(0, E // 2)).to(tl.float32)[None, :]
         odd = tl.load(bias + 2 * tl.arange(0, E // 2) + 1).to(tl.float32)[None, :]
         tile = approximate_scores(low, high, even, odd)
+    # A thread gets a contiguous share of its row: here the pairs go through shared memory.
     pairs = (tl.reshape(tile, [ROWS, THREADS_PER_ROW, PAIRS]),)
     for i in tl.static_range(7):
         if 1 << i < PAIRS:
@@ -468,6 +472,7 @@ def any_left(masks):
 @triton.jit
 def any_of(chosen):
     """Tell whether any of ``chosen [ROWS, THREADS_PER_ROW]`` is true."""
+    # One reduction over all elements, in place of two.
     return tl.max(tl.reshape(chosen.to(tl.int32), [chosen.shape[0] * chosen.shape[1]]), axis=0)
 
 

@@ -149,6 +149,7 @@ def exact_list(
             sort8(split8(tl.reshape(low, [ROWS, 1, 8]))),
             sort8(split8(tl.reshape(high, [ROWS, 1, 8]))),
         )
+    # The networks left a dimension of one behind.
     exact = tl.reshape(in_columns(s, r, WIDTH), [ROWS, WIDTH])
     # Where the K-th of the list and the best left out share the high bits, and low bits were lost,
     # the list's experts of that bucket may be the wrong ones. The list above the bucket is right,
