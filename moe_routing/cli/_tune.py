@@ -185,6 +185,9 @@ def _measure(
                 task: Any = task,  # noqa: ANN401 -- rich's id
                 name: str = name,
             ) -> None:
+                # What comes first is what all of it takes.
+                if bar.tasks[task].total is None and not bar.disable:
+                    bar.console.print(f"{name}: {what}")
                 bar.update(task, description=f"{name}, {what}", completed=done, total=total)
 
             try:
