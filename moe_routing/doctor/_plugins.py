@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_routing_registry import DeviceInfo
-    from moe_routing_registry._loading import Plugin
+    from moe_routing_registry.registry import Plugin
 
 SECONDS = 60
 """How long doctor waits for one plug-in.
