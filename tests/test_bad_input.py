@@ -343,12 +343,13 @@ TENSORS = st.builds(
     ),
 )
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2),
-    TENSORS, st.builds(RoutingOutput, TENSORS, TENSORS), st.sampled_from([torch.int32, torch.int64, torch.float32]),
+    st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3),
+    st.lists(st.integers(), max_size=2), TENSORS, st.builds(RoutingOutput, TENSORS, TENSORS),
+    st.sampled_from([torch.int32, torch.int64, torch.float32]),
 )  # fmt: skip
 ARGUMENTS = (
-    "logits", "topk", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens", "expert_map", "ids_dtype",
-    "out",
+    "logits", "topk", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
+    "expert_map", "ids_dtype", "out",
 )  # fmt: skip
 
 
@@ -463,3 +464,18 @@ def test_zeros_without_memory_are_no_outputs():
     out = torch._efficientzerotensor(T, 2), torch.zeros(T, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"^out: expected tensors that can be written, got "):
         Router(RoutingSpec(family="f"))(torch.zeros(T, E), 2, out=out)
+
+
+@pytest.mark.parametrize("argument", operands_of_every_kind())
+@pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])
+def test_an_object_whose_attributes_raise_is_refused_by_name(argument, warm):
+    class Lookup:
+        def __getattr__(self, name):
+            return {}[name]
+
+    plain = {"logits": torch.zeros(T, E), "topk": 2, "num_valid_tokens": torch.tensor([1])}
+    route = Router(RoutingSpec(family="f"))
+    if warm:
+        route(**plain)
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected .*, got "):
+        route(**plain | {argument: Lookup()})

@@ -22,7 +22,7 @@ Examples = tuple[tuple[str, str], ...]
 class Group(TyperGroup):
     """The program itself."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- click's classes, or typer's copy of them
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- click's or typer's
         """Print the help and the examples."""
         examples = (
             ("moe-routing doctor", "what is here, what is missing, and the command that fixes it"),
@@ -64,7 +64,10 @@ def _teach(
     formatter: Any,  # noqa: ANN401 -- likewise
     examples: Examples,
 ) -> None:
-    """Print the help, then the examples, each command whole on its own line, what it is for on the next."""
+    """Print the help, then the examples.
+
+    Each command is on one line, unbroken; its purpose is on the next line.
+    """
     lines = [
         "Examples",
         *(

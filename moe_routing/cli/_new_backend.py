@@ -28,7 +28,10 @@ def new_backend(
 
     known = registry()
     if name in {*known.backends, *(failure.name for failure in known.failures), *_RESERVED}:
-        msg = f"name: expected one that is free, got {name!r}, which is taken; `moe-routing doctor` lists the backends"
+        msg = (
+            f"name: expected one that is free, got {name!r}, which is taken; "
+            "`moe-routing doctor` lists the backends"
+        )
         raise UsageError(msg)
     try:
         files(name)  # whose errors are of the name

@@ -73,9 +73,8 @@ def take(device: str | None, router: str | None, *, verify: bool) -> Case:
         others: dict[str, dict[str, ResolutionReport]] = {}
         failure = None
         try:
-            with contained(
-                "choosing"
-            ):  # `explain` never raises; importing it may, with a torch that is broken
+            # `explain` never raises; importing it may, with a torch that is broken.
+            with contained("choosing"):
                 reports = {place(info): _choose(router, info) for info in machine.devices}
                 others = {
                     name: _choose_for(name, machine) for name in known.operations if name != "route"

@@ -161,7 +161,8 @@ def _raised(printed: str) -> str:
 
     The one at the margin after the last frame of a traceback.
 
-    >>> _raised("Traceback (most recent call last):\n  File 'x.py'\n    f()\nOSError: no\nsuch luck")
+    >>> frames = "Traceback (most recent call last):\n  File 'x.py'\n    f()\n"
+    >>> _raised(frames + "OSError: no\nsuch luck")
     'OSError: no'
     """
     _, _, last = printed.rpartition("\n  File ")
@@ -182,7 +183,10 @@ def _probe_into(found: list[DeviceInfo], failures: dict[str, Failure], only: str
 
 
 def backend_autoloaders() -> list[str]:
-    """Name the distributions that ask torch to import them whenever torch is imported (``torch.backends``)."""
+    """Name the distributions that ask torch to import them whenever torch is imported.
+
+    Their entry points are in the group ``torch.backends``.
+    """
     try:
         with contained("reading metadata"):
             points = importlib.metadata.entry_points(group="torch.backends")

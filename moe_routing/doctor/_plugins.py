@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_routing_registry import DeviceInfo
+    from moe_routing_registry.registry import Plugin
 
 SECONDS = 60
 """How long doctor waits for one plug-in.
@@ -37,7 +38,10 @@ _DONE = "done"
 
 
 def leave_out_what_does_not_end(devices: Sequence[DeviceInfo]) -> None:
-    """Leave out of this process the plug-ins that hang, or that end the process, when they are loaded or asked."""
+    """Leave out of this process the plug-ins that hang, or that end the process.
+
+    They do so when they are loaded or asked.
+    """
     known = registry()
     if known.loaded or all(plugin.built_in for plugin in known.plugins()):
         return
@@ -53,7 +57,10 @@ def _first_that_does_not_end(
     left_out: dict[str, str], devices: Sequence[DeviceInfo]
 ) -> tuple[str, str] | None:
     """Load and ask all plug-ins but those left out, in a process that says which one comes next."""
-    script = f"import sys; sys.path[:] = {sys.path!r}; from moe_routing.doctor._plugins import load_and_ask; load_and_ask()"
+    script = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        "from moe_routing.doctor._plugins import load_and_ask; load_and_ask()"
+    )
     command, pipe = [sys.executable, "-c", script], subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)  # noqa: S603 -- this Python
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -108,17 +115,17 @@ def load_and_ask() -> None:
     for key, why in left_out.items():
         known.leave_out(key, why)
 
-    def announce(key: str) -> None:
+    def announce(plugin: Plugin) -> None:
         _wait_for_threads()
-        print(key, file=channel, flush=True)
+        print(plugin.key, file=channel, flush=True)
 
-    known.load(lambda plugin: announce(plugin.key))
+    known.load(announce)
     for name, backend in known.backends.items():
         plugin = known.plugin(name)
         if plugin is not None and not plugin.built_in:
             others = frozenset(known.backends) - {name}
             for operation, device in itertools.product(backend.factories, devices):
-                announce(plugin.key)
+                announce(plugin)
                 with contextlib.suppress(UnknownNameError, PluginFailure):  # which the report says
                     known.resolve(
                         known.example(operation), device, Request(name, "argument", others)

@@ -22,7 +22,8 @@ API_VERSION = 1
 """Version of the plug-in interface; a spec for another version is rejected."""
 
 CAPABILITIES = (
-    "compile", "cuda_graphs", "dtype", "family", "gradients", "large_sizes", "layout", "several_devices", "shape",
+    "compile", "cuda_graphs", "dtype", "family", "gradients", "large_sizes", "layout",
+    "several_devices", "shape",
 )  # fmt: skip
 """What a backend may leave out deliberately, and state in its spec."""
 
@@ -199,7 +200,8 @@ class BackendSpec:
         for ``explain`` and doctor; as cheap as ``supports``.
     :ivar tuners: name of an operation -> dotted path of what ``moe-routing tune`` calls,
         ``tuner(problem, device, tokens=..., on_step=...)``; nothing for an operation that has
-        nothing to tune.
+        nothing to tune. It calls ``on_step(what, done, total)``, first with how long all of it
+        takes, then before each step with what is done.
     :ivar gaps: what it consciously leaves out: one of ``CAPABILITIES`` -> the reason, for the
         conformance report. What ``supports`` declines without a gap must really be impossible: the
         conformance kit tries it.

@@ -30,7 +30,7 @@ from moe_routing_registry.verdict import FIXABLE, RejectCode, Verdict
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from moe_routing_registry._loading import Plugin
+    from moe_routing_registry._loading import Plugin as Plugin  # noqa: PLC0414 -- what `plugins` returns
     from moe_routing_registry.backend_spec import FamilySpec
     from moe_routing_registry.device import DeviceInfo
     from moe_routing_registry.operation import OperationSpec

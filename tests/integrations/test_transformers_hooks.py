@@ -41,14 +41,15 @@ MAPPING_WORKS = importlib.util.find_spec("torchvision") is not None or Version(
 ) >= Version("5.21")
 IDS = torch.arange(14).view(2, 7)
 SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.2,
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
 }  # fmt: skip
 QWEN = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 8}
 DEEPSEEK = {
-    "moe_intermediate_size": 16, "first_k_dense_replace": 0, "num_key_value_heads": 4, "n_routed_experts": 16,
-    "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-    "v_head_dim": 8, "qk_nope_head_dim": 8,
+    "moe_intermediate_size": 16, "first_k_dense_replace": 0, "num_key_value_heads": 4,
+    "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
 }  # fmt: skip
 
 

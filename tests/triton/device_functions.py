@@ -40,10 +40,10 @@ def launch(kernel, count, *arguments, **constants):
 def load8(source, at, mask):
     """Load a list of 8 keys."""
     return (
-        tl.load(source + at * 8, mask=mask), tl.load(source + at * 8 + 1, mask=mask), tl.load(source + at * 8 + 2, mask=mask),
-        tl.load(source + at * 8 + 3, mask=mask), tl.load(source + at * 8 + 4, mask=mask),
-        tl.load(source + at * 8 + 5, mask=mask), tl.load(source + at * 8 + 6, mask=mask),
-        tl.load(source + at * 8 + 7, mask=mask),
+        tl.load(source + at * 8, mask=mask), tl.load(source + at * 8 + 1, mask=mask),
+        tl.load(source + at * 8 + 2, mask=mask), tl.load(source + at * 8 + 3, mask=mask),
+        tl.load(source + at * 8 + 4, mask=mask), tl.load(source + at * 8 + 5, mask=mask),
+        tl.load(source + at * 8 + 6, mask=mask), tl.load(source + at * 8 + 7, mask=mask),
     )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def sort_kernel(a, b, out, count, BLOCK: tl.constexpr, WHAT: tl.constexpr):
         store_list(out, at, top + rest, mask, 16)
     else:
         top, _rest, lost = networks.insert(x, x, x[7] * 0, y, 8)
-        store_list(out, at, (*top, lost), mask, 9)
+        store_list(out, at, top + (lost,), mask, 9)  # noqa: RUF005 -- Triton has no starred tuples
 
 
 def as_keys(bits, dtype):

@@ -96,9 +96,9 @@ SIEVED = ("gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "soft_cap", "sh
 ROWS = ("gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared")
 
 TILED = (
-    ("deepseek_v3", 192, 8, 8), ("one_group", 128, 8, 8), ("deepseek_v2", 128, 6, 16), ("top2_of_logits", 64, 4, 4),
-    ("softmax_bias", 64, 6, 2), ("sqrtsoftplus", 64, 8, 8), ("logit_bias", 40, 4, 4), ("zero_experts", 64, 12, 4),
-    ("soft_cap", 32, 1, 2),
+    ("deepseek_v3", 192, 8, 8), ("one_group", 128, 8, 8), ("deepseek_v2", 128, 6, 16),
+    ("top2_of_logits", 64, 4, 4), ("softmax_bias", 64, 6, 2), ("sqrtsoftplus", 64, 8, 8),
+    ("logit_bias", 40, 4, 4), ("zero_experts", 64, 12, 4), ("soft_cap", 32, 1, 2),
 )  # fmt: skip
 """Specs in the block kernel, with E, K and threads a row.
 

@@ -36,7 +36,7 @@ Above it, two rows share a program.
 """
 
 MOST_BYTES = 1 << 20
-"""Of a table's file; what is larger is not read. The largest table that is shipped has 13 KiB."""
+"""Of a table's file; what is larger is not read. The largest table that is shipped has 14 KiB."""
 LONGEST_PROVENANCE = 2000
 MOST_THREADS = 1024
 """Threads a program, on every device that Triton compiles for."""
