@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,10 +151,10 @@ def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None
 def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Case) -> None:
     """Calls of one router on two devices in turn stay apart.
 
-    Each device has calls with and without outputs to write into.
+    Each device has logits of its own, and calls with and without outputs to write into.
     """
-    devices = _two_devices(under_test)
-    calls = [case.make(device) for device in devices]
+    calls = [case.make(device) for device in _two_devices(under_test)]
+    calls[1] = replace(calls[1], logits=calls[1].logits.flip(1))
     for call in calls:
         BackendUnderTest(under_test.backend, call.logits.device).route(call)
     route = under_test.router(calls[0].spec)

@@ -81,7 +81,7 @@ class CountOfTheCapture(Eager):
 @caught_by(
     "the_tensors_device_is_used",
     "gemma4",
-    saying="expected outputs on cuda:1|is on cuda:0",
+    saying="weights: expected device cuda:1, got cuda:0",
     only_on="two devices",
 )
 class OutputsOnTheCurrentDevice(Eager):
