@@ -5,6 +5,8 @@ Of any type that is one, of any size, in plain, compiled and exported calls.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -240,3 +242,21 @@ def test_explain_reports_numbers_and_dtypes_that_cannot_be():
     assert moe_routing.explain("mixtral", dtype="float33").error.startswith(
         "ValueError: dtype: expected one of bfloat16, "
     )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2**31, 10**5000, 0, -1, -(10**5000)],
+    ids=["2**31", "10**5000", "0", "-1", "-10**5000"],
+)
+def test_e_is_at_most_what_an_id_can_hold(value):
+    said = r"num_experts: expected an int from 1 to 2\*\*31 - 1, got "
+    for ask in (
+        lambda: Router(SPEC).warmup(value, 1),
+        lambda: Router(SPEC).resolve("cpu", torch.float32, value, 1),
+        lambda: Router(SPEC, num_experts=value),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            ask()
+    error = moe_routing.explain(SPEC, num_experts=value, topk=1).error
+    assert re.match(f"ValueError: {said}", error)
