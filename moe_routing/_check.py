@@ -56,11 +56,11 @@ def integer(argument: str, value: object, expected: str = "an int") -> int:
         return value
     if isinstance(value, (bool, Tensor)):
         raise TypeError(refusal(argument, expected, value))
-    if isinstance(value, (int, torch.SymInt)):
-        return value  # type: ignore[return-value] # inside a compiled function a SymInt stands for an int
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value] # inside a compiled function it stands for an int
     try:
-        return operator.index(value)  # type: ignore[arg-type] # that is what is asked
-    except TypeError:
+        return int(operator.index(value))  # type: ignore[arg-type] # that is what is asked
+    except Exception:  # noqa: BLE001 -- its `__index__` may raise anything
         raise TypeError(refusal(argument, expected, value)) from None
 
 

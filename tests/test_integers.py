@@ -5,6 +5,7 @@ Of any type that is one, of any size, in plain, compiled and exported calls.
 
 from __future__ import annotations
 
+import enum
 import re
 
 import pytest
@@ -85,6 +86,18 @@ def test_what_is_no_integer_is_no_number_of_valid_tokens_in_later_calls_either(v
         ):
             route(LOGITS, K, num_valid_tokens=valid)
         rows(route, 3)
+
+
+@pytest.mark.parametrize(
+    "before", [None, 3, np.int64(3), enum.IntEnum("Numbers", {"three": 3}).three, torch.tensor(3)]
+)
+@pytest.mark.parametrize("valid", [*NO_INTEGERS.values(), np.int64(-1)], ids=[*NO_INTEGERS, "-1"])
+def test_a_call_that_brought_a_number_in_another_form_or_none_lets_nothing_through(valid, before):
+    route = Router(SPEC)
+    places = torch.arange(E)
+    route(LOGITS, K, expert_map=places, num_valid_tokens=before)
+    with pytest.raises((TypeError, ValueError), match=r"^num_valid_tokens: expected "):
+        route(LOGITS, K, expert_map=places, num_valid_tokens=valid)
 
 
 @pytest.mark.parametrize("valid", [-1, np.int8(-1), -(2**70)])
@@ -198,7 +211,14 @@ def test_tensors_that_are_no_number_are_refused_where_functions_are_compiled_and
 
 
 @pytest.mark.parametrize(
-    "topk", [np.int64(2), np.uint8(2), np.array(2), type("Two", (), {"__index__": lambda _: 2})()]
+    "topk",
+    [
+        np.int64(2),
+        np.uint8(2),
+        np.array(2),
+        enum.IntEnum("Numbers", {"two": 2}).two,
+        type("Two", (), {"__index__": lambda _: 2})(),
+    ],
 )
 def test_k_and_e_may_be_integers_of_any_type(topk):
     route, expected = Router(SPEC), Router(SPEC)(LOGITS, 2)
