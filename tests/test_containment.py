@@ -607,6 +607,18 @@ def test_a_spec_keeps_plain_values_whatever_subclasses_came(spec):
     assert kinds - {type(spec), RoutingSpec, Target} <= allowed
 
 
+def test_a_spec_keeps_its_mappings_when_the_plug_in_changes_its_own():
+    factories, models = {"route": "acme:build"}, {"acme_model": FAMILY["spec"]}
+    backend, family = (
+        BackendSpec(**{**BACKEND, "factories": factories}),
+        FamilySpec(**FAMILY, models=models),
+    )
+    factories.clear()
+    models["mixtral"] = None
+    assert backend.factories == {"route": "acme:build"}
+    assert family.names == {"acme_route", "acme_model"}
+
+
 def test_a_registry_takes_nothing_but_backend_specs():
     with pytest.raises(TypeError, match="spec: expected a BackendSpec, got 3"):
         registry().register(3)

@@ -185,3 +185,23 @@ def test_rows_is_true_or_false():
 def test_a_backend_is_a_name(value):
     with pytest.raises(TypeError, match=r"^backend: expected a name, or None, got "):
         Router(RoutingSpec(family="f"), backend=value)
+
+
+class Immeasurable(float):
+    def __float__(self):
+        raise OSError
+
+    __str__ = __repr__ = __float__
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**5000, -(10**5000), 10**400, 2, -0.5, float("nan"), float("inf"), Immeasurable(0.5)],
+    ids=shown,
+)
+def test_a_share_of_calls_is_a_number_from_0_to_1(value):
+    with pytest.raises(
+        ValueError, match=r"^verify: expected True, False or a share from 0 to 1, got "
+    ) as raised:
+        get_router("mixtral", verify=value)
+    assert len(str(raised.value)) < 300
