@@ -179,7 +179,9 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
         return never
     form, preferred, grads = type(operands.out), preference.get(), _grad_mode(operands)
     apart = None if operands.out is None else lies_apart(operands)
-    counted, tokens = type(operands.num_valid_tokens) is int, operands.logits.shape[0]
+    # None, an int or a tensor: `_check.counted` left nothing else.
+    kind, tokens = type(operands.num_valid_tokens), operands.logits.shape[0]
+    counted = kind is int
     seen: list[Tensor | None] = [*ABSENT, None]
 
     def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
@@ -188,7 +190,7 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
             wanted is not topk
             or ids is not ids_dtype
             or type(operands.out) is not form
-            or (type(valid) is int) is not counted
+            or type(valid) is not kind
             or (counted and not 0 <= valid <= tokens)  # type: ignore[operator] # an int, as the line above says
             or preference.get() != preferred
             or (grads is not None and is_grad_enabled() is not grads)

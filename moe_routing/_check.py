@@ -30,6 +30,7 @@ LOGITS_DTYPES = frozenset(
         torch.float8_e5m2,
     }
 )
+_LOGITS_DTYPES = ", ".join(sorted(map(str, LOGITS_DTYPES)))
 IDS_DTYPES = frozenset({torch.int32, torch.int64})
 PACKED = torch.float4_e2m1fn_x2
 """A float dtype with two numbers in an element: no vector of E numbers has E elements of it."""
@@ -55,11 +56,11 @@ def integer(argument: str, value: object, expected: str = "an int") -> int:
         return value
     if isinstance(value, (bool, Tensor)):
         raise TypeError(refusal(argument, expected, value))
-    if isinstance(value, (int, torch.SymInt)):
-        return value  # type: ignore[return-value] # inside a compiled function a SymInt stands for an int
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value] # inside a compiled function it stands for an int
     try:
-        return operator.index(value)  # type: ignore[arg-type] # that is what is asked
-    except TypeError:
+        return int(operator.index(value))  # type: ignore[arg-type] # that is what is asked
+    except Exception:  # noqa: BLE001 -- its `__index__` may raise anything
         raise TypeError(refusal(argument, expected, value)) from None
 
 
@@ -69,6 +70,19 @@ def experts(num_experts: object) -> int:
     if not 1 <= number < 2**31:
         raise ValueError(refusal("num_experts", "an int from 1 to 2**31 - 1", number))
     return number
+
+
+def flag(argument: str, value: object) -> bool:
+    """Return a bool; nothing else says yes or no here."""
+    if not isinstance(value, bool):
+        raise TypeError(refusal(argument, "True or False", value))
+    return value
+
+
+def check_dtype(dtype: object) -> None:
+    """Require a dtype that logits may have."""
+    if not isinstance(dtype, torch.dtype) or dtype not in LOGITS_DTYPES:
+        _wrong(TypeError, "dtype", f"one of {_LOGITS_DTYPES}", shown(dtype))
 
 
 def check_operands(
@@ -161,8 +175,7 @@ def check_logits(logits: object) -> None:
     if not isinstance(logits, Tensor):
         _wrong(TypeError, "logits", "a tensor [T, E]", shown(logits))
     if logits.dtype not in LOGITS_DTYPES:
-        names = ", ".join(sorted(str(dtype) for dtype in LOGITS_DTYPES))
-        _wrong(TypeError, "logits", f"a dtype among {names}", logits.dtype)
+        _wrong(TypeError, "logits", f"a dtype among {_LOGITS_DTYPES}", logits.dtype)
     if logits.dim() != _MATRIX:
         _wrong(
             ValueError,

@@ -23,7 +23,7 @@ from moe_routing._registry import registry
 from moe_routing.formula import weights_backward
 from moe_routing.kernel import Differentiates, HasNotes, Operands, Prepares, RoutingOutput, WarmsUp
 from moe_routing.private_api import unset_fake_temporarily
-from moe_routing.probing import probe
+from moe_routing.probing import locate, probe
 from moe_routing.python_warnings import not_raised
 from moe_routing_registry import (
     BackendUnavailableError,
@@ -166,8 +166,14 @@ class Dispatcher:
         """Return the kernel ahead of the first call; the same kernel serves later calls.
 
         :param rows: whether the experts of a row are adjacent in memory.
+        :raises TypeError: an argument has the wrong type or dtype.
+        :raises ValueError: an argument has the wrong value, or the device is not here.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
+        locate(device)  # which checks it; the key has the device as tensors name it: "mps:0"
+        _check.check_dtype(dtype)
+        _check.check_ids_dtype(ids_dtype, None)
+        rows, training = _check.flag("rows", rows), _check.flag("training", training)
         device = torch.device(device)
         index: int | None = device.index  # torch types it as an int, but "cuda" has none
         if index is None and device.type not in ("cpu", "meta"):

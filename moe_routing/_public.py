@@ -196,6 +196,7 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
             "topk", topk if topk is not None else configured_topk or min(8, num_experts)
         )
         spec.check_size(num_experts, topk)
+        training = _check.flag("training", training)
         known = {dtype_name(each) for each in _check.LOGITS_DTYPES}
         if not isinstance(dtype, (str, torch.dtype)) or dtype_name(dtype) not in known:
             expected = f"one of {', '.join(sorted(known))}"

@@ -79,9 +79,9 @@ class Router:
             raise TypeError(refusal("spec", "a RoutingSpec", spec))
         self.spec = spec
         self.topk = None if topk is None else _check.integer("topk", topk)
-        self.num_experts = (
-            None if num_experts is None else _check.integer("num_experts", num_experts)
-        )
+        self.num_experts = None if num_experts is None else _check.experts(num_experts)
+        if backend is not None and not isinstance(backend, str):
+            raise TypeError(refusal("backend", "a name, or None", backend))
         self._requested = backend
         self._verify = verify
         if is_dynamo_compiling():
@@ -307,6 +307,8 @@ class Router:
         :param rows: whether the experts of a row are adjacent in memory.
         :returns: ``(kernel, report)``: the kernel, whose arguments nobody checks, and how it was
             chosen.
+        :raises TypeError: an argument has the wrong type or dtype.
+        :raises ValueError: an argument has the wrong value, or the device is not here.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
         return dispatcher_of(self._text, self._requested).resolve(
@@ -329,6 +331,9 @@ class Router:
         gradients are then warm.
 
         :returns: the report of the choice.
+        :raises TypeError: an argument has the wrong type or dtype.
+        :raises ValueError: an argument has the wrong value, or the device is not here.
+        :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
         num_experts = num_experts if num_experts is not None else self.num_experts
         if num_experts is None:
@@ -337,7 +342,7 @@ class Router:
         topk = self._default_topk() if topk is None else topk
         choices = [
             self.resolve(device, dtype, num_experts, topk, ids_dtype=ids_dtype, training=wanted)
-            for wanted in ((False, True) if training else (False,))
+            for wanted in ((False, True) if _check.flag("training", training) else (False,))
         ]
         for kernel in {
             id(resolved.kernel): resolved.kernel for resolved in choices

@@ -39,6 +39,11 @@ def _never_launch():
     registry().unregister("never")
 
 
+class NoIndex:
+    def __index__(self):
+        raise OSError
+
+
 META = torch.zeros(E, device="meta")
 CASES = {
     "logits is no tensor": ({}, {"logits": [[1.0]]}, TypeError, "logits: expected a tensor"),
@@ -80,6 +85,18 @@ CASES = {
         {"topk": -1},
         ValueError,
         r"topk: expected 1 <= topk <= num_experts \(8\), got -1",
+    ),
+    "topk whose index cannot be had": (
+        {},
+        {"topk": NoIndex()},
+        TypeError,
+        "topk: expected an int, got ",
+    ),
+    "valid tokens whose index cannot be had": (
+        {},
+        {"num_valid_tokens": NoIndex()},
+        TypeError,
+        "num_valid_tokens: expected an int or an integer tensor, got ",
     ),
     "topk above E": (
         {},
@@ -407,7 +424,7 @@ def operands_of_every_kind():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("layout", ["sparse", "strided nested", "jagged nested"])
+@pytest.mark.parametrize("layout", ["sparse", "mkldnn", "strided nested", "jagged nested"])
 @pytest.mark.parametrize("argument", operands_of_every_kind())
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])
 def test_operands_of_other_layouts_are_refused_by_name(argument, layout, warm):
@@ -415,6 +432,8 @@ def test_operands_of_other_layouts_are_refused_by_name(argument, layout, warm):
     fields, right = every[argument]
     if layout == "sparse":
         wrong = right.to_sparse()
+    elif layout == "mkldnn":
+        wrong = right.float().to_mkldnn()
     else:
         kind = torch.strided if layout.startswith("strided") else torch.jagged
         wrong = torch.nested.nested_tensor(

@@ -185,6 +185,20 @@ def test_a_wrong_hook_or_spec_is_named_and_costs_only_the_plug_in(
     assert not known.families
 
 
+def test_a_hooks_answer_is_read_once(install_plugin):
+    again = """
+class Again(list):
+    def __iter__(self):
+        self.append(3)
+        return iter([BackendSpec(name="acme", factories=ROUTE, targets=T)] if len(self) == 1 else self)
+
+@hookimpl
+def moe_routing_backends(): return Again()
+"""
+    install_plugin("again", HEAD + again)
+    assert "acme" in registry().backends
+
+
 def test_a_plug_in_without_a_hook_is_named(install_plugin):
     install_plugin("hookless", "def moe_routing_backends(): return []  # not marked with hookimpl")
     with pytest.warns(
@@ -591,6 +605,18 @@ def test_a_spec_keeps_plain_values_whatever_subclasses_came(spec):
     kinds = {type(value) for value in values_in(spec)}
     assert str in kinds
     assert kinds - {type(spec), RoutingSpec, Target} <= allowed
+
+
+def test_a_spec_keeps_its_mappings_when_the_plug_in_changes_its_own():
+    factories, models = {"route": "acme:build"}, {"acme_model": FAMILY["spec"]}
+    backend, family = (
+        BackendSpec(**{**BACKEND, "factories": factories}),
+        FamilySpec(**FAMILY, models=models),
+    )
+    factories.clear()
+    models["mixtral"] = None
+    assert backend.factories == {"route": "acme:build"}
+    assert family.names == {"acme_route", "acme_model"}
 
 
 def test_a_registry_takes_nothing_but_backend_specs():

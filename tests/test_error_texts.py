@@ -62,7 +62,7 @@ VALUES = {
     "a text that raises": (Panics(), "a Panics"),
     "a text without end": (Talks(), "[31m" + "y " * 95),
     "a long string": ("z" * 1_000_000, "'zzzz"),
-    "a number without end": (10**5000, "a int"),
+    "a number without end": (10**5000, "an int of 16610 bits"),
     "a shape that raises": (Shapeless(), "a Shapeless"),
     "a length that raises": (Lengthless(), "a Lengthless"),
     "a class": (Panics, "<class "),
@@ -143,7 +143,7 @@ def test_every_refusal_names_the_argument_and_shows_no_elements(argument, value)
 
 
 @pytest.mark.parametrize(
-    "argument", ["router", "device", "num_experts", "topk", "dtype", "backend"]
+    "argument", ["router", "device", "num_experts", "topk", "dtype", "backend", "training"]
 )
 def test_explain_reports_whatever_comes(argument):
     for value in ARGUMENTS:
@@ -151,3 +151,57 @@ def test_explain_reports_whatever_comes(argument):
         assert report.winner is None
         assert str(ELEMENT) not in report.error
         assert report.error
+
+
+WRONG = {
+    "device": [None, 3, 2.5, True, [], "", "no such", "cuda:99", "a\x1b[31m", b"cpu", TENSOR],
+    "dtype": [None, 3, [], {}, "float32", torch.int8, TENSOR, 10**5000],
+    "ids_dtype": [None, 3, [], {}, "int32", torch.int8, TENSOR],
+    "training": [None, 3, "yes", [], TENSOR],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in WRONG.items() for value in values],
+    ids=shown,
+)
+def test_what_is_asked_ahead_of_a_call_is_checked_too(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: ") as raised:
+        ROUTE.warmup(8, 2, **{name: value})
+    assert str(raised.value).isprintable()
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+        ROUTE.resolve(
+            **{"device": "cpu", "dtype": torch.float32, "num_experts": 8, "topk": 2} | {name: value}
+        )
+
+
+def test_rows_is_true_or_false():
+    with pytest.raises(TypeError, match=r"^rows: expected True or False, got 'yes'"):
+        ROUTE.resolve("cpu", torch.float32, 8, 2, rows="yes")
+
+
+@pytest.mark.parametrize("value", [3, [], {}, TENSOR, b"eager"], ids=shown)
+def test_a_backend_is_a_name(value):
+    with pytest.raises(TypeError, match=r"^backend: expected a name, or None, got "):
+        Router(RoutingSpec(family="f"), backend=value)
+
+
+class Immeasurable(float):
+    def __float__(self):
+        raise OSError
+
+    __str__ = __repr__ = __float__
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**5000, -(10**5000), 10**400, 2, -0.5, float("nan"), float("inf"), Immeasurable(0.5)],
+    ids=shown,
+)
+def test_a_share_of_calls_is_a_number_from_0_to_1(value):
+    with pytest.raises(
+        ValueError, match=r"^verify: expected True, False or a share from 0 to 1, got "
+    ) as raised:
+        get_router("mixtral", verify=value)
+    assert len(str(raised.value)) < 300

@@ -5,6 +5,9 @@ Of any type that is one, of any size, in plain, compiled and exported calls.
 
 from __future__ import annotations
 
+import enum
+import re
+
 import pytest
 import torch
 
@@ -83,6 +86,18 @@ def test_what_is_no_integer_is_no_number_of_valid_tokens_in_later_calls_either(v
         ):
             route(LOGITS, K, num_valid_tokens=valid)
         rows(route, 3)
+
+
+@pytest.mark.parametrize(
+    "before", [None, 3, np.int64(3), enum.IntEnum("Numbers", {"three": 3}).three, torch.tensor(3)]
+)
+@pytest.mark.parametrize("valid", [*NO_INTEGERS.values(), np.int64(-1)], ids=[*NO_INTEGERS, "-1"])
+def test_a_call_that_brought_a_number_in_another_form_or_none_lets_nothing_through(valid, before):
+    route = Router(SPEC)
+    places = torch.arange(E)
+    route(LOGITS, K, expert_map=places, num_valid_tokens=before)
+    with pytest.raises((TypeError, ValueError), match=r"^num_valid_tokens: expected "):
+        route(LOGITS, K, expert_map=places, num_valid_tokens=valid)
 
 
 @pytest.mark.parametrize("valid", [-1, np.int8(-1), -(2**70)])
@@ -196,7 +211,14 @@ def test_tensors_that_are_no_number_are_refused_where_functions_are_compiled_and
 
 
 @pytest.mark.parametrize(
-    "topk", [np.int64(2), np.uint8(2), np.array(2), type("Two", (), {"__index__": lambda _: 2})()]
+    "topk",
+    [
+        np.int64(2),
+        np.uint8(2),
+        np.array(2),
+        enum.IntEnum("Numbers", {"two": 2}).two,
+        type("Two", (), {"__index__": lambda _: 2})(),
+    ],
 )
 def test_k_and_e_may_be_integers_of_any_type(topk):
     route, expected = Router(SPEC), Router(SPEC)(LOGITS, 2)
@@ -240,3 +262,21 @@ def test_explain_reports_numbers_and_dtypes_that_cannot_be():
     assert moe_routing.explain("mixtral", dtype="float33").error.startswith(
         "ValueError: dtype: expected one of bfloat16, "
     )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2**31, 10**5000, 0, -1, -(10**5000)],
+    ids=["2**31", "10**5000", "0", "-1", "-10**5000"],
+)
+def test_e_is_at_most_what_an_id_can_hold(value):
+    said = r"num_experts: expected an int from 1 to 2\*\*31 - 1, got "
+    for ask in (
+        lambda: Router(SPEC).warmup(value, 1),
+        lambda: Router(SPEC).resolve("cpu", torch.float32, value, 1),
+        lambda: Router(SPEC, num_experts=value),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            ask()
+    error = moe_routing.explain(SPEC, num_experts=value, topk=1).error
+    assert re.match(f"ValueError: {said}", error)

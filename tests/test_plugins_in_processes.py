@@ -111,6 +111,13 @@ EXAMPLES = {
         ),
         "raised SystemExit",
     ),
+    "one whose text raises": (
+        (
+            "class Problem:\n    to_dict, family, operation = dict, '', 'sort'\n    def __str__(self): sys.exit()\n"
+            "EXAMPLE = Problem()"
+        ),
+        "raised SystemExit",
+    ),
 }
 OPERATION = """
 from moe_routing_registry import OperationSpec

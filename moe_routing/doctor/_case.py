@@ -114,7 +114,7 @@ def _choose(router: str, info: DeviceInfo) -> ResolutionReport:
 def _choose_for(operation: str, machine: Machine) -> dict[str, ResolutionReport]:
     """Let the registry choose for an operation's example.
 
-    If that raises, the reports carry the error.
+    What the example raises, also when it is shown, the reports carry.
     """
     import moe_routing
     from moe_routing._registry import registry
@@ -123,10 +123,12 @@ def _choose_for(operation: str, machine: Machine) -> dict[str, ResolutionReport]
     try:
         with contained(f"the example of operation {operation!r}", PluginFailure):
             problem = registry().example(operation)
-            return {
+            reports = {
                 place(info): moe_routing.explain(problem, device=place(info))
                 for info in machine.devices
             }
+            str(problem)  # as reports are shown
+            return reports
     except PluginFailure as failure:
         return {
             place(info): ResolutionReport(device=info, error=failure.sentence)

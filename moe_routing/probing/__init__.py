@@ -11,6 +11,7 @@ from moe_routing.probing._observe import (
     AbsentDeviceError,
     TorchBuild,
     UnknownDeviceError,
+    locate,
 )
 from moe_routing.probing._probe import device_names, devices, probe
 from moe_routing.probing._toolchains import toolchains
@@ -24,6 +25,7 @@ __all__ = [
     "device_names",
     "devices",
     "intel_arch",
+    "locate",
     "probe",
     "toolchains",
 ]

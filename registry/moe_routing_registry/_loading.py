@@ -260,9 +260,11 @@ def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:
     specs: list[Any] = []
     for result in results:
         # Exactly these classes: their fields have been checked, and nothing of theirs raises later.
-        if not isinstance(result, Sequence) or not all(type(spec) is kind for spec in result):
+        # Read once: a sequence of the plug-in's own may answer otherwise the next time.
+        brought = list(result) if isinstance(result, Sequence) else [None]
+        if not all(type(spec) is kind for spec in brought):
             raise TypeError(refusal(hook.name, expected, result))
-        specs += result
+        specs += brought
     return specs
 
 

@@ -7,7 +7,7 @@ import os
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moe_routing_registry.text import refusal
 
@@ -98,12 +98,6 @@ def flag(variable: str) -> bool:
     raise ValueError(refusal(variable, "1 or 0", value))
 
 
-def _said(value: object, name: str, expected: str) -> str:
-    if not isinstance(value, numbers.Real):  # of NumPy too
-        raise TypeError(refusal(name, expected, value))
-    return str(value)
-
-
 def verify_rate(verify: float | bool | None) -> float:  # noqa: FBT001 -- True is what users write
     """Return the share of calls to compare.
 
@@ -116,18 +110,16 @@ def verify_rate(verify: float | bool | None) -> float:  # noqa: FBT001 -- True i
     >>> verify_rate(True), verify_rate(0.25), verify_rate(False)
     (1.0, 0.25, 0.0)
     """
+    name, expected = "verify", "True, False or a share from 0 to 1"
+    said: Any = verify
     if verify is None:
-        name, said, expected = (
-            VERIFY_VARIABLE,
-            os.environ.get(VERIFY_VARIABLE, "").strip() or "0",
-            "sample:SHARE from 0 to 1, 1 or 0",
-        )
-    else:
-        name, expected = "verify", "True, False or a share from 0 to 1"
-        said = _said(verify, name, expected)
+        name, expected = VERIFY_VARIABLE, "sample:SHARE from 0 to 1, 1 or 0"
+        said = os.environ.get(VERIFY_VARIABLE, "").strip() or "0"
+    elif not isinstance(said, numbers.Real):  # of NumPy too
+        raise TypeError(refusal(name, expected, said))
     try:
-        rate = float({"True": "1", "False": "0"}.get(said, said.removeprefix("sample:")))
-    except ValueError:
+        rate = float(said.removeprefix("sample:") if isinstance(said, str) else said)
+    except Exception:  # noqa: BLE001 -- a number's own `__float__` may raise anything
         rate = -1.0
     if not 0 <= rate <= 1:
         raise ValueError(refusal(name, expected, said))

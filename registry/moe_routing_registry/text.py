@@ -17,6 +17,8 @@ MOST_OF_A_LINE = 1000
 """Characters of a plug-in's text that are kept."""
 _MOST = 200
 """Characters of a value that an error shows."""
+_MOST_BITS = 8 * _MOST
+"""Bits of an integer up to which an error shows it; Python prints at most 4,300 digits."""
 _FEW = 8
 """Items of a list or tuple up to which an error shows them."""
 _PLAIN = (type(None), bool, int, float, str)
@@ -114,6 +116,8 @@ def _described(value: object) -> str:
         return f"a {name} of shape {list(shape)}{more}"
     if isinstance(value, str):
         return repr(value[: 2 * _MOST])
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"an {name} of {value.bit_length()} bits"
     if isinstance(value, (list, tuple, set, frozenset, dict)):
         plain = (
             len(value) <= _FEW

@@ -168,7 +168,7 @@ def put(content):
     return path
 
 
-def table_of(line):
+def table_of(line, **changes):
     rule = {"kind": "logits", "bits": 16, "experts": 128, "width": 8, "steps": [line]}
     held = {
         "schema": 1,
@@ -177,9 +177,11 @@ def table_of(line):
         "device": store.identity(H200),
         "rules": [rule],
     }
-    return json.dumps(held).encode()
+    return json.dumps(held | changes).encode()
 
 
+GOOD = [None, "thread_per_row", 32, 1, 1]
+LONG = "x" * 900_000
 BROKEN = {
     "deep": b"[" * 100_000,
     "deep in a field": b'{"schema": 1, "rules": ' + b"[" * 100_000,
@@ -208,17 +210,47 @@ BROKEN = {
     "infinite tokens": table_of([float("inf"), "thread_per_row", 32, 1, 1]),
     "tokens that are true": table_of([True, "thread_per_row", 32, 1, 1]),
     "a variant that is a list": table_of([None, ["thread_per_row"], 32, 1, 1]),
+    "a long schema": table_of(GOOD, schema=LONG),
+    "a schema in pieces": table_of(GOOD, schema=[1] * 9000),
+    "a long provenance": table_of(GOOD, provenance=LONG),
+    "a long device": table_of(GOOD, device={"name": LONG, "driver": "", "triton": ""}),
+    "a device in pieces": table_of(
+        GOOD, device={"name": {"x": [1] * 9000}, "driver": "", "triton": ""}
+    ),
+    "a device with more": table_of(GOOD, device={LONG: 1, "name": "", "driver": "", "triton": ""}),
+    "a device with less": table_of(GOOD, device={}),
+    "another device, named at length": table_of(
+        GOOD, device=dict.fromkeys(("name", "driver", "triton"), "x" * 900)
+    ),
+    "a device with an escape": table_of(
+        GOOD, device={"name": "a\x1b[31m", "driver": "", "triton": ""}
+    ),
 }
 
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_a_broken_table_is_ignored_by_routing_and_repaired_by_tuning(content):
     path = put(content)
-    with pytest.warns(RuntimeWarning, match=re.escape(str(path))):
+    with pytest.warns(RuntimeWarning, match=re.escape(str(path))) as warned:
         assert "tuned" not in choose.describe_table(H200, PROBLEM)
+    said = [str(warning.message) for warning in warned]
+    assert all(text.isprintable() and len(text) < 1100 + len(str(path)) for text in said)
     with pytest.warns(RuntimeWarning, match=re.escape(str(path))):
         store.keep(H200, {table.key_of(PROBLEM): RULE})
     assert choose.table_for(H200, PROBLEM).steps(PROBLEM) == RULE
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ({"name": {"x": 1}}, "name: expected str, got {'x': 1}"),
+        ({"name": "a", "driver": 580.1}, "driver: expected str, got 580.1"),
+        ({"triton": LONG}, "triton: expected at most 2000 characters, got 900000"),
+    ],
+)
+def test_what_a_table_says_of_its_device_is_text(device, said):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        table.parse(table_of(GOOD, device=device).decode(), "x.json")
 
 
 def test_of_a_file_without_an_end_only_the_first_mebibyte_is_read():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_routing_backends.triton.kernels import VARIANTS, supports
 from moe_routing_backends.triton.kernels.spec import APPROXIMATED, CHUNK, Launch, kind, list_width
-from moe_routing_registry.text import printable
+from moe_routing_registry.text import line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -37,7 +37,8 @@ Above it, two rows share a program.
 
 MOST_BYTES = 1 << 20
 """Of a table's file; what is larger is not read. The largest table that is shipped has 14 KiB."""
-LONGEST_PROVENANCE = 2000
+LONGEST_TEXT = 2000
+"""Characters of a text in a table: reports show it."""
 MOST_THREADS = 1024
 """Threads a program, on every device that Triton compiles for."""
 MOST_ROWS = 256
@@ -155,12 +156,17 @@ def parse(text: str, source: str) -> Table:
             *(_typed(rule, name, int) for name in ("bits", "experts", "width")),
         )
         rules[key] = tuple(_steps(_typed(rule, "steps", list)))
-    device = _typed(data, "device", dict) if "device" in data else None
-    provenance = _typed(data, "provenance", str)
-    if len(provenance) > LONGEST_PROVENANCE:
-        msg = f"provenance: expected at most {LONGEST_PROVENANCE} characters, got {len(provenance)}"
+    known = _typed(data, "device", dict) if "device" in data else None
+    device = None if known is None else {name: _text(known, name) for name in known}
+    return Table(source, _text(data, "provenance"), rules, device)
+
+
+def _text(data: dict[str, Any], name: str) -> str:
+    text: str = _typed(data, name, str)
+    if len(text) > LONGEST_TEXT:
+        msg = f"{name}: expected at most {LONGEST_TEXT} characters, got {len(text)}"
         raise ValueError(msg)
-    return Table(source, provenance, rules, device)
+    return text
 
 
 def _typed(data: Any, name: str, kind_: type) -> Any:  # noqa: ANN401 -- JSON
@@ -173,28 +179,28 @@ def _typed(data: Any, name: str, kind_: type) -> Any:  # noqa: ANN401 -- JSON
 
 def _steps(lines: list[Any]) -> Iterable[Step]:
     before = 0.0
-    for line in lines:
-        if not isinstance(line, list) or len(line) not in (5, 6) or line[1] not in tuple(VARIANTS):
+    for row in lines:
+        if not isinstance(row, list) or len(row) not in (5, 6) or row[1] not in tuple(VARIANTS):
             variants = " or ".join(map(repr, VARIANTS))
             fields = (
                 f"[tokens or null, {variants}, block_t, threads_per_row, num_warps(, warp_size)]"
             )
-            msg = f"steps: expected {fields}, got {line!r:.100}"
+            msg = f"steps: expected {fields}, got {row!r:.100}"
             raise ValueError(msg)
-        tokens = math.inf if line[0] is None else line[0]
-        numbers = line[2:]
+        tokens = math.inf if row[0] is None else row[0]
+        numbers = row[2:]
         powers = all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in numbers)
         rising = (
             type(tokens) in (int, float)
             and before < tokens
-            and (line[0] is None or tokens < math.inf)
+            and (row[0] is None or tokens < math.inf)
         )
         if not rising or not powers:
-            msg = f"steps: expected rising tokens and powers of two, got {line!r:.100}"
+            msg = f"steps: expected rising tokens and powers of two, got {row!r:.100}"
             raise ValueError(msg)
-        launch = Launch(line[1], *numbers)
+        launch = Launch(row[1], *numbers)
         if too_much := _beyond(launch):
-            msg = f"steps: expected {too_much}, got {line!r:.100}"
+            msg = f"steps: expected {too_much}, got {row!r:.100}"
             raise ValueError(msg)
         before = tokens
         yield Step(tokens, launch)
@@ -279,9 +285,9 @@ def usable(path: Path) -> Table | None:
 
 
 def warn_ignored(path: Path, why: str) -> None:
-    """Warn that a table is not used."""
+    """Warn that a table is not used, in a line: what is wrong with it may quote all that it holds."""
     warnings.warn(
-        printable(f"moe-routing ignores the launch table {path}: {why}"),
+        f"moe-routing ignores the launch table {printable(str(path))}: {line(why)}",
         RuntimeWarning,
         stacklevel=3,
     )
