@@ -43,7 +43,7 @@ def _wrong(error: type[Exception], argument: str, expected: str, got: object) ->
 def integer(argument: str, value: object, expected: str = "an int") -> int:
     """Return an integer of any type (NumPy's for example) as Python's.
 
-    No bool, and no tensor, whose value may be elsewhere.
+    A bool is refused, and a tensor too: its value may be on another device.
 
     >>> integer("topk", True)
     Traceback (most recent call last):
@@ -151,7 +151,10 @@ def check_vector(  # noqa: PLR0913 -- said once for every vector operand
     integer: bool = False,
     wanted: bool = True,
 ) -> None:
-    """Require a one-dimensional operand of that length on the logits' device, or none where the spec takes none."""
+    """Require a one-dimensional operand of that length on the logits' device.
+
+    Require ``None`` where the spec takes no such operand.
+    """
     if value is None and not wanted:
         return
     kind = "an int32 or int64" if integer else "a float"
@@ -205,9 +208,8 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
 def counted(operands: Operands) -> Operands:
     """Give a number of valid tokens that is no tensor the form in which kernels take it.
 
-    An int from 0 to T, for more are all.
-
-    The logits have not been checked yet.
+    That is an int from 0 to T: a larger number means all tokens. The logits have not been checked
+    yet.
     """
     logits, valid = operands.logits, operands.num_valid_tokens
     if valid is None or isinstance(valid, Tensor):
