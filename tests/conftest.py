@@ -126,7 +126,10 @@ def _nothing_compiled_before():
 
 @pytest.fixture
 def install_plugin(tmp_path, monkeypatch):
-    """Write a distribution with one module and one entry point, where importlib.metadata and import find it."""
+    """Return a function that writes a distribution with one module and one entry point.
+
+    importlib.metadata finds the distribution, and ``import`` the module.
+    """
     written = []
 
     def install(module, body, *, distribution=None, entry_point=None):
@@ -159,7 +162,8 @@ def build(problem, device):
 
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name={name!r}, factories={{"route": "{module}:build"}}, targets=(Target("cpu"),), {extra})]
+    factories = {{"route": "{module}:build"}}
+    return [BackendSpec(name={name!r}, factories=factories, targets=(Target("cpu"),), {extra})]
 """
 
 

@@ -227,13 +227,19 @@ CASES = {
         {},
         {"num_valid_tokens": torch.zeros(2, dtype=torch.int32)},
         ValueError,
-        r"num_valid_tokens: expected an int, or an int32 or int64 tensor of shape \[\] or \[1\], got a Tensor of shape \[2\]",
+        (
+            r"num_valid_tokens: expected an int, or an int32 or int64 tensor "
+            r"of shape \[\] or \[1\], got a Tensor of shape \[2\]"
+        ),
     ),
     "valid tokens of rank 2": (
         {},
         {"num_valid_tokens": torch.ones(1, 1, dtype=torch.int64)},
         ValueError,
-        r"num_valid_tokens: expected an int, .* tensor of shape \[\] or \[1\], got a Tensor of shape \[1, 1\]",
+        (
+            r"num_valid_tokens: expected an int, .* tensor of shape \[\] or \[1\], "
+            r"got a Tensor of shape \[1, 1\]"
+        ),
     ),
     "valid tokens elsewhere": (
         {},
@@ -342,12 +348,13 @@ TENSORS = st.builds(
     ),
 )
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2),
-    TENSORS, st.builds(RoutingOutput, TENSORS, TENSORS), st.sampled_from([torch.int32, torch.int64, torch.float32]),
+    st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3),
+    st.lists(st.integers(), max_size=2), TENSORS, st.builds(RoutingOutput, TENSORS, TENSORS),
+    st.sampled_from([torch.int32, torch.int64, torch.float32]),
 )  # fmt: skip
 ARGUMENTS = (
-    "logits", "topk", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens", "expert_map", "ids_dtype",
-    "out",
+    "logits", "topk", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
+    "expert_map", "ids_dtype", "out",
 )  # fmt: skip
 
 

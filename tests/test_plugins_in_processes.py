@@ -24,7 +24,8 @@ def rule(problem, device): return Verdict.yes()
 TAIL = """
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="odd-backend", factories={"route": "odd:build"}, targets=(Target("cpu"),), supports=rule)]
+    return [BackendSpec(name="odd-backend", factories={"route": "odd:build"},
+                        targets=(Target("cpu"),), supports=rule)]
 """
 SECONDS = 8
 """Instead of the minute that doctor waits, so that the tests need not."""
@@ -89,7 +90,10 @@ def test_doctor_leaves_out_a_plug_in_that_does_not_come_back(command, body, said
 
 
 def test_doctor_says_what_a_plug_in_changed_of_torch(command):
-    body = "import torch\ndef topk(*arguments, **named): return None\ntorch.topk = topk\ntorch.set_default_dtype(torch.float64)"
+    body = (
+        "import torch\ndef topk(*arguments, **named): return None\ntorch.topk = topk\n"
+        "torch.set_default_dtype(torch.float64)"
+    )
     done = command(body, "doctor", "--device", "cpu", "--check", "plugins", "--json")
     said = [check["summary"] for check in json.loads(done.stdout)["checks"]]
     assert "loading the plug-ins changed torch.topk, which is now odd.topk" in said

@@ -1,4 +1,7 @@
-"""``moe-routing tune``: what it asks a backend's tuner, what it shows, and how it refuses where there is nothing to tune."""
+"""``moe-routing tune``: what it asks of a backend's tuner, and what it shows.
+
+It refuses where there is nothing to tune.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ class Tuned:
             "us_before": 3.25,
         }
         return {
-            "table": "/cache/t.json", "before": "launch parameters from nowhere", "timed": [timed], "steps": [],
-            "wrong": list(self.wrong), "unusable": ["rows: too big"],
+            "table": "/cache/t.json", "before": "launch parameters from nowhere",
+            "timed": [timed], "steps": [], "wrong": list(self.wrong), "unusable": ["rows: too big"],
         }  # fmt: skip
 
 

@@ -36,8 +36,8 @@ TARGETS = {
 }
 GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 DEEPSEEK = RoutingSpec(
-    family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20,
-    scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+    family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True,
+    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
 )  # fmt: skip
 PROBLEMS = [(GEMMA4, 128, 8), (DEEPSEEK, 256, 8), (GEMMA4, 512, 10)]
 DTYPES = ("bfloat16", "float32")
@@ -59,7 +59,10 @@ def launches(problem, name):
 
 
 def shown(launch, target):
-    """Name a launch by its rows for 32 threads, so that one line of the table holds what is derived from one another."""
+    """Name a launch by its rows for 32 threads.
+
+    So launches that are derived from one another share a line of the table.
+    """
     rows = (
         launch.block_t
         if launch.variant == "cooperative"
@@ -93,7 +96,8 @@ def source_of(problem, launch, target, *, general=False):
     types = dict.fromkeys(("weights", "per_expert_scale", "bias"), "*fp32") | {
         "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype],
         "ids": "*i32", "token_ids": "*i64", "expert_table": "*i64", "num_valid_tokens": "*i32",
-        "expert_map": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64", "expert_stride": "i64", "vocabulary": "i32",
+        "expert_map": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64",
+        "expert_stride": "i64", "vocabulary": "i32",
     }  # fmt: skip
     signature = {name: "constexpr" if name in known else types[name] for name in kernel.arg_names}
     assert list(signature).index("SPEC") == RUNTIME_ARGUMENTS

@@ -40,10 +40,10 @@ def launch(kernel, count, *arguments, **constants):
 def load8(source, at, mask):
     """Load a list of 8 keys."""
     return (
-        tl.load(source + at * 8, mask=mask), tl.load(source + at * 8 + 1, mask=mask), tl.load(source + at * 8 + 2, mask=mask),
-        tl.load(source + at * 8 + 3, mask=mask), tl.load(source + at * 8 + 4, mask=mask),
-        tl.load(source + at * 8 + 5, mask=mask), tl.load(source + at * 8 + 6, mask=mask),
-        tl.load(source + at * 8 + 7, mask=mask),
+        tl.load(source + at * 8, mask=mask), tl.load(source + at * 8 + 1, mask=mask),
+        tl.load(source + at * 8 + 2, mask=mask), tl.load(source + at * 8 + 3, mask=mask),
+        tl.load(source + at * 8 + 4, mask=mask), tl.load(source + at * 8 + 5, mask=mask),
+        tl.load(source + at * 8 + 6, mask=mask), tl.load(source + at * 8 + 7, mask=mask),
     )  # fmt: skip
 
 
@@ -230,7 +230,10 @@ def numbers():
 
 
 def float32_problems():
-    """Keys of float32 must be in the order of the numbers, and a truncated key must bound its number."""
+    """Keys of float32 must have the order of the numbers.
+
+    A truncated key must bound its number.
+    """
     x = numbers()
     key = torch.zeros(len(x), dtype=torch.int64)
     on = [t.to(DEVICE) for t in (x, key, *(torch.zeros(len(x)) for _ in range(3)))]
@@ -376,7 +379,10 @@ MATHS = {
     "sqrtsoftplus": (lambda x: torch.nn.functional.softplus(x).sqrt(), (-80.0, 60.0), 5.0),
     "reciprocal": (lambda x: x.reciprocal(), (1.0, 1e30), 2.5),
 }
-"""The function in float64, where it is asked for, and by how many units in the last place ours may be off."""
+"""Each function in float64, its range, and the largest error allowed of ours.
+
+The error is in units in the last place.
+"""
 
 
 def ulps_off():

@@ -48,7 +48,10 @@ class Altered:
 
 
 def main():
-    """Tune a problem of which the thread-per-row kernel is wrong or raises, as the argument says, and the others are right."""
+    """Tune a problem of which the thread-per-row kernel is wrong or raises.
+
+    The argument says which. The other kernels are right.
+    """
     torch.set_num_threads(1)
     right = VARIANTS["thread_per_row"]
     VARIANTS["thread_per_row"] = right._replace(

@@ -43,7 +43,10 @@ def launcher(kernel, noted):
 
 
 def compare(kernel):
-    """Launch both ways; return why the direct way is not taken, and whether both hand over the same."""
+    """Launch both ways, and compare what they hand over.
+
+    Return also why the direct way is not taken.
+    """
     noted = []
     run = launcher(kernel, noted)
     names = kernel.src.fn.arg_names
@@ -57,19 +60,8 @@ def compare(kernel):
     loaded = SimpleNamespace(run=run, function=FUNCTION, packed_metadata=kernel.packed_metadata)
     ours, reason = launcher_of(loaded, constants)
     ours(BLOCKS, STREAM, arguments)
-    run(
-        BLOCKS,
-        1,
-        1,
-        STREAM,
-        FUNCTION,
-        kernel.packed_metadata,
-        None,
-        None,
-        None,
-        *arguments,
-        *constants,
-    )
+    hooks = (None, None, None)  # no launch metadata, and no hook before and after the launch
+    run(BLOCKS, 1, 1, STREAM, FUNCTION, kernel.packed_metadata, *hooks, *arguments, *constants)
     return {
         "reason": reason,
         "same": len(noted) == 2 and noted[0] == noted[1],

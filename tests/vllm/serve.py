@@ -44,8 +44,9 @@ def start(job, model_type, workers=1):
         name, getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
     )
     return LLM(
-        model=job["checkpoints"][model_type], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
-        max_num_seqs=2, max_num_batched_tokens=128, enable_prefix_caching=False, tensor_parallel_size=workers,
+        model=job["checkpoints"][model_type], skip_tokenizer_init=True, dtype="float32",
+        enforce_eager=True, max_model_len=128, max_num_seqs=2, max_num_batched_tokens=128,
+        enable_prefix_caching=False, tensor_parallel_size=workers,
         attention_backend=ATTENTION.get(model_type),
     )  # fmt: skip
 

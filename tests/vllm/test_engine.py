@@ -34,7 +34,8 @@ def build(problem, device):
 
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="upside-down", factories={"route": "upside_down:build"}, targets=(Target("*"),), priority=-1)]
+    return [BackendSpec(name="upside-down", factories={"route": "upside_down:build"},
+                        targets=(Target("*"),), priority=-1)]
 """
 
 
@@ -156,9 +157,13 @@ def test_every_layer_calls_us_at_every_step(served, model_type):
 def test_each_model_is_routed_by_its_own_formula(served):
     report = served["on"]["report"]
     assert report["active"]
+    deepseek = (
+        "ids = topk(sigmoid(l)+b) in the best 2 of 4 groups by top2_sum; "
+        "w = sigmoid(l)[ids] / (sum + 1e-20)"
+    )
     assert {site["formula"]: site["layers"] for site in report["sites"]} == {
         "ids = topk(l); w = softmax(l[ids])": 2 * LAYERS,  # Qwen3-MoE and gpt-oss
-        "ids = topk(sigmoid(l)+b) in the best 2 of 4 groups by top2_sum; w = sigmoid(l)[ids] / (sum + 1e-20)": LAYERS,
+        deepseek: LAYERS,
         "ids = topk(l); w = softmax(l[ids]) * per_expert_scale[ids]": LAYERS,
     }
     assert served["off"]["report"] == {"active": False, "refusal": "", "sites": []}

@@ -52,13 +52,13 @@ SIGMOID_BIAS = RoutingSpec(
     family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias", renormalize=True
 )
 DEEPSEEK_V3 = RoutingSpec(
-    family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20,
-    scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+    family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True,
+    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
 )  # fmt: skip
 PHIMOE = RoutingSpec(family="sparsemixer", selection="sparsemixer")
 PROBLEMS = [
-    (GEMMA4, 128, 8), (GEMMA4, 512, 10), (SOFTMAX, 128, 8), (SIGMOID_BIAS, 128, 8), (SIGMOID_BIAS, 512, 10),
-    (DEEPSEEK_V3, 256, 8), (PHIMOE, 16, 2),
+    (GEMMA4, 128, 8), (GEMMA4, 512, 10), (SOFTMAX, 128, 8), (SIGMOID_BIAS, 128, 8),
+    (SIGMOID_BIAS, 512, 10), (DEEPSEEK_V3, 256, 8), (PHIMOE, 16, 2),
 ]  # fmt: skip
 BACKWARD = [(GEMMA4, 128, 8), (SOFTMAX, 512, 10), (DEEPSEEK_V3, 256, 8)]
 TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
@@ -177,7 +177,10 @@ def without_a_device():
 
 
 def machine_code(spirv):
-    """Compile on for pvc; return instructions and spilled registers, or nothing where there is no ocloc."""
+    """Compile on for pvc, and return the numbers of instructions and spilled registers.
+
+    Return nothing where there is no ocloc.
+    """
     ocloc = shutil.which("ocloc")
     if ocloc is None:
         return {}

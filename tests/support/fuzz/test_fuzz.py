@@ -162,11 +162,12 @@ def test_every_family_field_dtype_layout_and_kind_is_drawn():
     specs = {call.spec.family: call.spec for call in drawn}
     assert set(FAMILIES) < set(specs)
     among = {
-        "dtype": DTYPES, "bias_dtype": VECTOR_DTYPES, "scale_dtype": VECTOR_DTYPES, "layout": tensors.LAYOUTS,
-        "vector_layout": tensors.VECTOR_LAYOUTS, "values": tensors.LOGITS, "bias": tensors.BIASES, "scale": tensors.SCALES,
-        "table": tensors.TABLES, "ids_dtype": ("int32", "int64"), "integer_dtype": ("int32", "int64"),
-        "valid": (None, *tensors.VALID), "mapped": (None, *tensors.MAPS), "out": (None, *tensors.OUTPUTS),
-        "training": (False, True),
+        "dtype": DTYPES, "bias_dtype": VECTOR_DTYPES, "scale_dtype": VECTOR_DTYPES,
+        "layout": tensors.LAYOUTS, "vector_layout": tensors.VECTOR_LAYOUTS,
+        "values": tensors.LOGITS, "bias": tensors.BIASES, "scale": tensors.SCALES,
+        "table": tensors.TABLES, "ids_dtype": ("int32", "int64"),
+        "integer_dtype": ("int32", "int64"), "valid": (None, *tensors.VALID),
+        "mapped": (None, *tensors.MAPS), "out": (None, *tensors.OUTPUTS), "training": (False, True),
     }  # fmt: skip
     for name, values in among.items():
         assert {getattr(call, name) for call in drawn} == set(values), name

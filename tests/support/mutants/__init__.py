@@ -24,6 +24,6 @@ from mutants import (
 from mutants._mutant import MUTANTS, Mutant, Reference, registered
 
 __all__ = [
-    "MUTANTS", "Mutant", "Reference", "calls", "declining", "fields", "gradients", "on_cuda", "operands",
-    "registered", "selection", "sizes", "state", "weights",
+    "MUTANTS", "Mutant", "Reference", "calls", "declining", "fields", "gradients", "on_cuda",
+    "operands", "registered", "selection", "sizes", "state", "weights",
 ]  # fmt: skip

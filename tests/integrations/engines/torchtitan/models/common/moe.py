@@ -60,7 +60,10 @@ class TokenChoiceTopKRouter(nn.Module):
 
 
 class MoE(nn.Module):
-    """The router's caller: the bias goes by position, the sum of experts is by weight, counts come from a map of ids."""
+    """The router's caller.
+
+    It passes the bias by position, sums the experts by weight, and counts tokens by a map of ids.
+    """
 
     def __init__(
         self, router: TokenChoiceTopKRouter, experts: Tensor, expert_bias: Tensor | None
