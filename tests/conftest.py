@@ -1,6 +1,7 @@
 """Fixtures for every test.
 
-Real plug-in distributions on disk, a clean environment, and one seed for all random numbers.
+They are real plug-in distributions on disk, a clean environment, and one seed for all random
+numbers.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
 def pytest_ignore_collect(collection_path):
     """Only test files hold tests.
 
-    The others are what they run in processes of their own, and not for a doctest's import.
+    Tests run the other files in processes of their own, and doctest must not import those.
     """
     return (
         collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
@@ -106,7 +107,7 @@ def _no_settings_from_outside(monkeypatch):
 def _seeded(request):
     """Start torch's and Python's random numbers of each test from the run's seed.
 
-    Hypothesis does so by itself.
+    The library hypothesis does so by itself.
     """
     seed = zlib.crc32(str(request.config.getoption(SEED)).encode())
     torch.manual_seed(seed)

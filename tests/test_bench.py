@@ -92,7 +92,7 @@ MEASURED = 7.0
 def _steady_clock(monkeypatch):
     """Run what is to be timed, and say that it took the same time.
 
-    No test depends on how busy the machine is.
+    So no test depends on how busy the machine is.
     """
 
     def call(work, _device):

@@ -1,6 +1,6 @@
-"""A plug-in costs only itself.
+"""A broken plug-in costs only itself.
 
-Every way in which a distribution on disk can be broken, and what a backend spec may hold.
+Distributions on disk are broken in every way, and the values of backend specs are tested.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def _one_thread():
 def demo(monkeypatch, capsys):
     """Run the demo in this process, in a terminal of 80 columns.
 
-    Return its exit code and what it printed.
+    Return its exit code and its output.
     """
 
     def run(*arguments):

@@ -1,6 +1,6 @@
 """One dispatcher for plain, traced and training calls.
 
-What is built, how often, and what a warm call costs.
+The tests count what it builds, how often, and what a warm call costs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The built-in families.
 
-Complete, named as documented, and related to each other as their formulas say.
+They are complete, named as documented, and related to each other as their formulas say.
 """
 
 from __future__ import annotations

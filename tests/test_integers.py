@@ -1,6 +1,6 @@
 """Integers that callers bring.
 
-Of any type that is one, of any size, in plain, compiled and exported calls.
+They may have any integer type and any size, in plain, compiled and exported calls.
 """
 
 from __future__ import annotations

@@ -36,10 +36,7 @@ REQUIRED = {
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"] * 42},
     "gemma4_text": {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8},
 }
-"""Arguments of configuration classes that have no router without them.
-
-Or not the same router in every layer.
-"""
+"""Arguments that a configuration class needs for a router, or for the same one in all layers."""
 TEXT_OF = {name: f"{name}_text" for name in MODELS if f"{name}_text" in MODELS} | {
     "nemotron_h_omni": "nemotron_h",
     "qwen3_omni_moe_thinker": "qwen3_omni_moe_text",

@@ -1,6 +1,6 @@
 """Every preset against the router that transformers itself runs.
 
-Real classes, random weights, the same logits.
+Classes are real, weights are random, and both get the same logits.
 
 A case names the router's class and the settings worth telling apart. The configuration class is
 transformers', our side reads it with ``from_config``, and the logits are those that the module
@@ -720,9 +720,9 @@ BLOCKS = {
 
 
 class Weigher(nn.Module):
-    """Stands in for the experts.
+    """A stand-in for the experts.
 
-    Every expert returns 1, so that the block returns the sum of the weights it applied.
+    Every expert returns 1, so the block returns the sum of the weights that it applied.
     """
 
     def forward(self, hidden, _ids, weights):

@@ -1,6 +1,6 @@
 """Tracing, fake tensors and gradients.
 
-Contract points 14 and 15, and what they cost nobody else.
+Contract points 14 and 15 hold, and cost other calls nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An operation from outside.
 
-Registered with its oracle, resolved on two backends, and held to a clause of its own.
+It is registered with its oracle, resolved on two backends, and checked by a clause of its own.
 """
 
 from __future__ import annotations

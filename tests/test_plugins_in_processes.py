@@ -1,6 +1,6 @@
 """Plug-ins that hang, crash, print or patch, on disk and in real processes.
 
-Doctor names each, and everything else goes on.
+``moe-routing doctor`` names each, and everything else goes on.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Probing: this machine, recorded answers of other devices, and privateuse1.
 
-privateuse1 is renamed in a real process.
+A real process renames privateuse1.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fresh_process(script, path=None):
 def write_distribution(site, name, version, *, entry_points="", files=()):
     """Write what pip would leave of a distribution.
 
-    Metadata, entry points, files and their record.
+    That is metadata, entry points, files and their record.
     """
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
@@ -323,7 +323,7 @@ def test_a_triton_without_metadata_is_one_of_unknown_version(tmp_path):
 def overwritten(tmp_path):
     """``pip install triton`` over triton-xpu.
 
-    The folder of its backend stays, its compiled library does not.
+    The folder of triton-xpu's backend stays, and its compiled library does not.
     """
     write_triton(tmp_path, "triton-xpu 3.7.2", ("intel",), "the library of XPU")
     write_triton(tmp_path, "triton 3.7.1", ("amd", "nvidia"), "library")

@@ -1,6 +1,6 @@
-"""A family that the fields of RoutingSpec cannot say.
+"""A family that the fields of RoutingSpec cannot express.
 
-A plug-in brings its spec, its oracle and its backend.
+A plug-in brings the family's spec, oracle and backend.
 """
 
 from __future__ import annotations

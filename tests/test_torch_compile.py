@@ -1,6 +1,6 @@
 """The torch-compile backend.
 
-On the CPU when named, on accelerators that nobody knows, and where nothing compiles.
+The tests name it on the CPU, and run where the accelerator is unknown or nothing compiles.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """torch.func, higher derivatives, DTensor, lazy negation and fake-tensor modes.
 
-Right, or refused by name.
+Each gives right results, or an error that names it.
 """
 
 from __future__ import annotations

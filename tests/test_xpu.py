@@ -1,6 +1,6 @@
 """Intel's XPU: when triton-xpu is chosen, its launch table and its launch options.
 
-And one router on several kinds of devices.
+One router also runs on several kinds of devices.
 """
 
 from __future__ import annotations

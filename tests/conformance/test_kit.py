@@ -1,6 +1,6 @@
-"""The eager backend conforms, whichever door one comes in by.
+"""The eager backend conforms, by every entry point.
 
-Reports, gaps, and the quick verification.
+Reports, gaps and the quick verification are tested here too.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The oracle against an independent brute force.
 
-Enumeration of all selections, arithmetic of 50 digits.
+It enumerates all selections, and computes with 50 digits.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """The adapters of docs/integrations.md.
 
-Type-checked against the engines' signatures, and called as the engines call them.
+They are type-checked against the engines' signatures, and called as the engines call them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Patched models under the hooks, wrappers and copies of other libraries.
 
-The real ones, in every order.
+The libraries are the real ones, and come in every order.
 """
 
 from __future__ import annotations
@@ -427,9 +427,9 @@ EXPERT_PARALLEL = """
 
 
 def run_processes(code, tmp_path, *, number=1, **values):
-    """Run a script in new processes, each with a file for all and its rank.
+    """Run a script in new processes, and return what each printed.
 
-    Return what each printed.
+    Each gets a file that all share, and its rank.
     """
     text = textwrap.dedent(code)
     for name, value in values.items():

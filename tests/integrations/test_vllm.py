@@ -1,6 +1,6 @@
 """The plug-in for vLLM where vLLM is missing, unknown, or looks as it was recorded.
 
-Real processes, and packages on disk.
+The processes and the packages on disk are real.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def result(script, *path, **environment):
 def doctor(monkeypatch):
     """The doctor's findings by check, with a folder before everything else on sys.path.
 
-    It imports nothing of vLLM.
+    The doctor imports nothing of vLLM.
     """
 
     def examined(site, **environment):

@@ -1,6 +1,6 @@
 """Compile the kernels for GPUs that are not here.
 
-Print registers, spills and shared memory as JSON.
+The script prints registers, spills and shared memory as JSON.
 
 A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed.
 Arguments: names of targets. A target is compiled for every size, but most for one dtype a size;
@@ -162,7 +162,7 @@ def read_back(binary, target):
 def waits(lines):
     """Say when machine code waits for the previous kernels.
 
-    Before it touches memory, after that, or never.
+    It waits before it touches memory, after that, or never.
     """
     touches = [
         number for number, line in enumerate(lines) if re.search(r"\b(LDG|STG|RED|ATOM)", line)

@@ -80,7 +80,7 @@ def sort_kernel(a, b, out, count, BLOCK: tl.constexpr, WHAT: tl.constexpr):
 def as_keys(bits, dtype):
     """Turn zeros and ones into keys of a dtype.
 
-    Int32 keys are pairs of bfloat16, whose other half has the opposite.
+    Keys of int32 are pairs of bfloat16, whose other half has the opposite.
     """
     if dtype == torch.int32:
         one = 0x3F80
@@ -379,7 +379,7 @@ MATHS = {
     "sqrtsoftplus": (lambda x: torch.nn.functional.softplus(x).sqrt(), (-80.0, 60.0), 5.0),
     "reciprocal": (lambda x: x.reciprocal(), (1.0, 1e30), 2.5),
 }
-"""Each function in float64, its range, and the largest error allowed of ours.
+"""Each function in float64, its range, and the largest error that ours may have.
 
 The error is in units in the last place.
 """

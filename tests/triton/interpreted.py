@@ -1,6 +1,6 @@
 """Run the Triton kernels in Triton's interpreter, on the CPU, against the oracle.
 
-Print what was found as JSON.
+The script prints what was found as JSON.
 
 A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
 ``2/10`` runs every tenth case, from the second on; any other text runs the cases whose title begins
@@ -164,7 +164,7 @@ def far(tokens, experts, generator):
 def silent(tokens, experts, generator):
     """What routers see, but two experts are NaN in every row.
 
-    Those whose biases are the highest (``biases``).
+    The two have the highest biases (``biases``).
     """
     x = torch.randn(tokens, experts, generator=generator)
     x[:, 3] = x[:, -2] = torch.nan
@@ -192,7 +192,7 @@ def normal(tokens, experts, generator):
 def biases(experts, kind, generator):
     """Small ones as in trained models.
 
-    Beside scores of some kinds others: without end, of twins, far apart.
+    Scores of some kinds get others: infinite ones, equal halves, or values far apart.
     """
     bias = torch.randn(experts, generator=generator) * 0.1
     if kind == "hostile":

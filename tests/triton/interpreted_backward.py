@@ -35,9 +35,9 @@ TOKENS = 11
 
 
 def chosen_by(spec, logits, k, generator):
-    """Return ids as the spec would choose them, near enough: K of the highest, in order.
+    """Return ids nearly as the spec would choose them: K of the highest, in order.
 
-    Padding in one row.
+    One row is padding.
     """
     tie_broken = torch.nan_to_num(logits.float(), nan=-1e30, posinf=1e30, neginf=-1e30)
     ids = tie_broken.sort(descending=True, stable=True).indices[:, :k]

@@ -1,6 +1,6 @@
 """Tune in Triton's interpreter, by a clock of this script, with one variant that computes wrong.
 
-Print JSON.
+The script prints JSON.
 
 A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
 """

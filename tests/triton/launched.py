@@ -1,6 +1,6 @@
-"""What the direct launch hands to Triton's C function, beside what Triton's own launcher hands it.
+"""Compare what the direct launch and Triton's own launcher hand to Triton's C function.
 
-Print JSON.
+The script prints JSON.
 
 A process of its own for one version of Triton, which is found first on PYTHONPATH. No driver is
 needed: kernels are compiled for sm_90, Triton's own launcher is made for each, and in the place of

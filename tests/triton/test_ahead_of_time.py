@@ -31,7 +31,7 @@ One that needs more has lost something, or the table must be written again.
 def compiled():
     """What the compilers say of every case, by target.
 
-    A process a target, as many at a time as there are cores.
+    Each target has a process, and as many run at a time as there are cores.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 

@@ -1,6 +1,6 @@
 """The user's own launch tables.
 
-Kept for one device, driver and Triton, merged, and never lost to another process.
+They are kept for one device, driver and Triton, merged, and never lost to another process.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Launch tables: which kernel serves how many tokens.
 
-And what happens to a table that cannot be read.
+A table that cannot be read is tested too.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Tuning: candidates are checked before they are timed, and what is kept applies from then on.
 
-In the interpreter.
+Kernels run in Triton's interpreter.
 """
 
 import json
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """Tune twice in processes of their own.
+    """Tune twice, in processes of their own.
 
-    Where the rows variant is wrong, and where it raises.
+    The rows variant is wrong in one, and raises in the other.
     """
 
     def run(how):

@@ -1,6 +1,6 @@
 """Tiny checkpoints with random weights, saved by transformers.
 
-And the tokens that transformers itself generates from them.
+The file also has the tokens that transformers itself generates from them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def build(model_type):
 def save(folder):
     """Save every model below the folder.
 
-    Return by model type what transformers generates from it.
+    Return, by model type, the tokens that transformers generates from it.
     """
     tokens = {}
     for model_type in MODELS:

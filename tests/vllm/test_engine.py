@@ -1,6 +1,6 @@
 """vLLM's whole engine on a CPU, without the plug-in, with it, and with it as on a CPU that has AMX.
 
-A process each.
+Each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def checkpoints(tmp_path_factory):
 def served(checkpoints, wrong_backend, tmp_path_factory):
     """What the engine generated.
 
-    Without the plug-in (``off``), with it (``on``), with it as on a CPU with AMX (``amx``).
+    It ran without the plug-in (``off``), with it (``on``), and with it as on a CPU with AMX
+    (``amx``).
     """
     scratch = tmp_path_factory.mktemp("served")
     running = {}
@@ -110,9 +111,9 @@ def test_the_tokens_are_those_of_vllm_alone(served, model_type):
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_tokens_on_a_cpu_with_amx_are_the_same(served, model_type):
-    """torch says that there is AMX.
+    """torch says that the CPU has AMX.
 
-    VLLM then takes another latent attention, which refuses float32, but for our setting.
+    vLLM then takes another latent attention, which refuses float32, but for our setting.
     """
     assert served["amx"]["tokens"][model_type] == served["off"]["tokens"][model_type]
     assert served["amx"]["calls"][model_type] > 0

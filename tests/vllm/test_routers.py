@@ -1,6 +1,6 @@
 """vLLM's own router objects, those of its GPU path too, made on a CPU.
 
-What they answer once we compute for them.
+The tests compare what they answer once we compute for them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run every launch of the XPU's table in Triton's interpreter, against the oracle.
 
-Print what was found wrong as JSON.
+The script prints what is wrong as JSON.
 
 A process of its own, as ``interpreted.py``, whose rows and comparison it uses.
 """

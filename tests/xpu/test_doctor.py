@@ -1,6 +1,6 @@
-"""Doctor beside an Arc Pro B60 and the real packages of Intel, right and wrong.
+"""The doctor with an Arc Pro B60 and the real packages of Intel, right and wrong.
 
-``make xpu-check`` runs this.
+``make xpu-check`` runs these tests.
 """
 
 import json

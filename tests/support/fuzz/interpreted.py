@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, as a backend of the CPU.
 
-Each problem by one of the variants that serve it.
+One of the variants that serve a problem routes it.
 
 Under its own name the backend takes the variant that is fast on a GPU: for as few tokens as are
 interpreted here, always one.

@@ -1,6 +1,6 @@
-"""Hold one call's outputs to the reference.
+"""Compare one call's outputs with the reference.
 
-Ids as exactly as float32 can tell, weights within the contract's bounds.
+Ids must be as exact as float32 can tell, and weights within the contract's bounds.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ It is relative to the sum of both sides.
 def as_double(operand: Tensor) -> Tensor:
     """The same numbers in float64.
 
-    From 8-bit formats by way of float32, for some have no other way.
+    8-bit formats go by way of float32, because some have no other way.
     """
     return operand if operand.dtype is torch.float64 else operand.float().double()
 
@@ -49,7 +49,7 @@ def as_double(operand: Tensor) -> Tensor:
 def widened(logits: Tensor) -> Tensor:
     """``l``: the logit in float32, NaN as -inf, clamped to float32's finite range.
 
-    Here as float64.
+    Here it is a float64.
     """
     l = logits.float().double()
     return torch.where(l.isnan(), -torch.inf, l).clamp(-MAX, MAX)
@@ -76,7 +76,7 @@ def log_score(spec: RoutingSpec, x: Tensor) -> Tensor:
 
 
 def log_score_error(spec: RoutingSpec, x: Tensor, off: Tensor) -> Tensor:
-    """How far the logarithm may be off where ``x`` is off.
+    """The error of the logarithm of a score, given the error of ``x``.
 
     A score grows by at most e**d where its ``x`` grows by d.
     """
@@ -267,7 +267,7 @@ def is_padding(
 ) -> Tensor:
     """Rows past the valid ones, and rows whose token is outside the table.
 
-    And rows whose token has an entry that is no expert.
+    Rows of a token with an entry that is no expert are padding too.
     """
     padding = torch.arange(tokens) >= (tokens if valid is None else min(valid, tokens))
     if token_ids is not None:

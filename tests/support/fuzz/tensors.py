@@ -148,7 +148,8 @@ def table(  # noqa: PLR0913, PLR0917 -- what a table is made of
 ) -> tuple[Tensor, Tensor]:
     """Return token ids and their table.
 
-    ``repeated`` names some experts twice, ``outside`` what there is not, far and near.
+    ``repeated`` names some experts twice; ``outside`` has ids and entries out of range, far and
+    near.
     """
     vocabulary = int(torch.randint(1, 60, (), generator=generator))
     entries = torch.rand(vocabulary, E, generator=generator).argsort(1)[:, :topk]

@@ -35,7 +35,7 @@ class TokenChoiceTopKRouter(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute what torchtitan's docstring says.
 
-        Scores and ids ``[B, L, K]``, all scores ``[B, L, E]``.
+        Return scores and ids ``[B, L, K]``, and all scores ``[B, L, E]``.
         """
         logits = self.gate(x_BLD).float()
         scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(-1)
