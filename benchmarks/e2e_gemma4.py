@@ -36,16 +36,19 @@ if TYPE_CHECKING:
 # google/gemma-4-26B-A4B's text model: 25.2 B parameters, of which 3.8 B take part in a token.
 REAL = {
     "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256,
-    "global_head_dim": 512, "sliding_window": 1024, "max_position_embeddings": 262144, "final_logit_softcapping": 30.0,
-    "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
+    "head_dim": 256, "global_head_dim": 512, "sliding_window": 1024,
+    "max_position_embeddings": 262144, "final_logit_softcapping": 30.0, "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
     "tie_word_embeddings": True, "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
     "moe_intermediate_size": 704,
 }  # fmt: skip
 TINY = REAL | {
-    "vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 6,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 32,
-    "global_head_dim": 64, "sliding_window": 512, "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 64,
+    "vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size": 128,
+    "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 32,
+    "global_head_dim": 64, "sliding_window": 512, "num_experts": 16, "top_k_experts": 4,
+    "moe_intermediate_size": 64,
 }  # fmt: skip
 BATCHES, REPEATS = (1, 16, 64), 5
 EXPERTS = {1: "batched_mm", 16: "grouped_mm", 64: "grouped_mm"}
@@ -190,7 +193,8 @@ class Decoder:
             if hasattr(layer, "cumulative_length_int"):
                 layer.cumulative_length_int = self.bench.prompt
         output = self.model(
-            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True,
+            input_ids=self.token, position_ids=self.position, past_key_values=self.cache,
+            use_cache=True,
             attention_mask={"full_attention": self.mask, "sliding_attention": self.mask},
         )  # fmt: skip
         self.next.copy_(output.logits[:, -1].argmax(-1, keepdim=True))

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from moe_routing.bench.plot import Theme
 
 PUBLISHED_A100 = {
-    "eager": 12.68, "compile-default": 4.50, "compile-reduce-overhead": 4.97, "compile-max-autotune": 4.45,
+    "eager": 12.68, "compile-default": 4.50, "compile-reduce-overhead": 4.97,
+    "compile-max-autotune": 4.45,
 }  # fmt: skip
 """How many times the full sort's time, as published for it."""
 

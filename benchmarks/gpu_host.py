@@ -74,7 +74,7 @@ def calls() -> dict[str, float]:
 
 def parts() -> dict[str, float]:
     """Time what a call is made of."""
-    from moe_routing_backends.triton.runtime import launcher as direct
+    from moe_routing import private_api
 
     logits, scale = (
         torch.randn(1, E, device="cuda", dtype=torch.bfloat16),
@@ -85,14 +85,14 @@ def parts() -> dict[str, float]:
     bound: Any = route.resolve("cuda", logits.dtype, E, K).kernel
     ready = next(iter(bound._compiled.launchers.values()))  # noqa: SLF001 -- the launch alone is what is timed
     pointers = (logits.data_ptr(), out.weights.data_ptr(), out.ids.data_ptr(), scale.data_ptr())
-    arguments = (*pointers, None, None, None, None, None, 1, 1, E, 1)
-    stream = direct.current_stream(0)
+    arguments = (*pointers, None, None, None, None, None, 1, 1, E, 1, 0)
+    stream = private_api.current_stream(0)
     return {
         "the launch alone": host(lambda: ready(1, stream, arguments)),
         "two allocations": host(
             lambda: (
-                direct.empty((1, K), (K, 1), torch.float32),
-                direct.empty((1, K), (K, 1), torch.int32),
+                private_api.empty((1, K), (K, 1), torch.float32),
+                private_api.empty((1, K), (K, 1), torch.int32),
             )
         ),
         "two torch.empty": host(
@@ -102,7 +102,7 @@ def parts() -> dict[str, float]:
             )
         ),
         "current device and stream": host(
-            lambda: (direct.current_device(), direct.current_stream(0))
+            lambda: (private_api.current_device(), private_api.current_stream(0))
         ),
         "an empty function": host(lambda: None),
     }
@@ -136,7 +136,8 @@ def gradient(model: str, experts: int, tokens: int) -> dict[str, Any]:
     ]
     row: dict[str, Any] = {
         "model": model, "E": experts, "K": K, "T": tokens, "dtype": "bfloat16",
-        "same bits again": all(torch.equal(a, b) for a, b in zip(fused, again, strict=True)), "largest difference": max(off),
+        "same bits again": all(torch.equal(a, b) for a, b in zip(fused, again, strict=True)),
+        "largest difference": max(off),
     }  # fmt: skip
     for way, call in ways.items():
         row[f"{way}, in a graph"] = round(

@@ -1,15 +1,20 @@
-"""Measure the rules of a shipped launch table on a dense grid of sizes, or find where the table in use has cliffs.
+"""Measure launches on a dense grid of sizes, make a launch table of them, or find where a table has cliffs.
 
-    python benchmarks/launch_tables.py measure KINDS OUT.json TABLE.json   # rules of the device's table, measured again
-    python benchmarks/launch_tables.py cliffs KINDS OUT.json               # the table in use; exit code 1 where a time falls
+    python benchmarks/launch_tables.py measure KINDS OUT.json                 # every rule of these kinds
+    python benchmarks/launch_tables.py table OUT.json TABLE.json              # of them, and of what else ships
+    python benchmarks/launch_tables.py without VARIANT OUT.json               # what they would lose without a variant
+    python benchmarks/launch_tables.py cliffs KINDS TABLE.json OUT.json ...   # exit code 1 where a time falls
 
 KINDS are those of rules, with commas (``logits,row_sum``), or ``all``. ``measure`` does for every
-rule what ``moe-routing tune`` does for one problem, and writes a table with these rules in
-TABLE.json; rules that it does not measure stay. ``cliffs`` times the launch that the table gives
-for each of ``TOKENS``, three times, and prints the worst places: a call that gets more than 10 %
-faster when the number of tokens grows by a quarter is served by a wrong launch. Microseconds a
-call: the median of CUDA-graph replays over rotating inputs. Kernels are compiled first, in as many
-processes as there are cores.
+rule what ``moe-routing tune`` does for one problem. It writes OUT.json after each rule, and leaves
+out the rules that OUT.json holds, so that a second run goes on where the first was stopped.
+``table`` and ``without`` read what ``measure`` wrote, and need no GPU. ``cliffs`` times what a
+table gives for each of ``TOKENS``, three times, and prints the worst places: where a call gets more
+than 10 % faster when the number of tokens grows by a quarter, a wrong launch serves the smaller
+number. Tables that are to be compared (``compare_results.py``) are timed in one run, TABLE.json
+OUT.json for each, since the times of one kernel in two processes differ by a few percent.
+Microseconds a call: the median of CUDA-graph replays over rotating inputs. Kernels are compiled
+first, in as many processes as there are cores.
 """
 
 from __future__ import annotations
@@ -17,10 +22,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import multiprocessing
 import os
-import statistics
-import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +34,27 @@ import torch
 import triton
 
 from moe_routing import probe
+from moe_routing_backends.triton.kernels import VARIANTS
+from moe_routing_backends.triton.kernels.spec import Launch
 from moe_routing_backends.triton.runtime.router import TritonRouter
-from moe_routing_backends.triton.tuning.choose import table_for
-from moe_routing_backends.triton.tuning.table import Step, key_of, to_json
-from moe_routing_backends.triton.tuning.tune import TOKENS, _Inputs, candidates, measure, shown
+from moe_routing_backends.triton.tuning.choose import SHIPPED
+from moe_routing_backends.triton.tuning.table import Step, Table, key_of, parse, to_json
+from moe_routing_backends.triton.tuning.tune import (
+    TOKENS,
+    Inputs,
+    candidates,
+    launch_at,
+    measure,
+    replayed,
+    steps_of,
+)
 from moe_routing_registry import RoutingProblem, RoutingSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from moe_routing_backends.triton.tuning.table import Key
+    from moe_routing_registry import DeviceInfo
 
 SPECS = {
     "logits": RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True),
@@ -54,27 +72,37 @@ SPECS = {
 }  # fmt: skip
 """A spec for each kind of rule."""
 SIZES = ((64, 6), (128, 8), (160, 6), (256, 8), (384, 8), (512, 10))
-CALLS, REPLAYS = 16, 15
+Times = dict[tuple[int, Launch], list[float]]
+"""Microseconds of a call in each run, by number of tokens and launch."""
+RUNS = 3
+"""How often ``cliffs`` times each size, in passes over all.
+
+The least counts, for what disturbs a run only adds to it.
+"""
 CLIFF = 0.9
-"""A time at a size, as a share of the time at the size a quarter below, that is no noise."""
+"""A time at a size, as a share of the time at a size up to a quarter below, that is no noise."""
+QUARTER = 1.25
 WORST = 20
+KEPT = 2
+"""Times of more than so many times the fastest are not kept."""
 
 
 def problems(kinds: str) -> list[RoutingProblem]:
     """Return a problem for each rule of these kinds.
 
-    The sizes that models have, and those of the table in use.
+    The sizes that models have, and those of the shipped table.
     """
     asked = {
         (kind, bits, *size)
         for kind, bits, size in product(SPECS, (16, 32), SIZES)
         if kind != "bias"
     }
+    rules = read(shipped(probe("cuda:0").arch)).rules
     asked |= {
         (kind, bits, experts, 8 if width == 8 else 10)  # noqa: PLR2004 -- the short list
-        for kind, bits, experts, width in _table().rules
+        for kind, bits, experts, width in rules
     }
-    found = {}
+    found: dict[Key, RoutingProblem] = {}
     for kind, bits, experts, topk in sorted(asked):
         dtype = "float32" if bits == 32 else "bfloat16"  # noqa: PLR2004 -- bits of float32
         problem = RoutingProblem(spec=SPECS[kind], num_experts=experts, topk=topk, dtype=dtype)
@@ -84,63 +112,48 @@ def problems(kinds: str) -> list[RoutingProblem]:
     ]
 
 
-def _table() -> Any:  # noqa: ANN401 -- a launch table
-    gemma4 = RoutingProblem(spec=SPECS["logits"], num_experts=128, topk=8, dtype="bfloat16")
-    return table_for(probe("cuda:0"), gemma4)
+def shipped(arch: str | None) -> Path:
+    """Return the path of the table that ships for a device."""
+    return SHIPPED / f"{arch}.json"
 
 
-def graphed(work: Callable[[], object], device: torch.device) -> float:
-    """Return the median microseconds of a call inside a replayed CUDA graph."""
-    with torch.cuda.device(device):
-        for _ in range(4):
-            work()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(CALLS):
-                work()
-        graph.replay()
-        times = []
-        for _ in range(REPLAYS):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / CALLS)
-    return statistics.median(times)
+def read(path: Path) -> Table:
+    """Read a table."""
+    return parse(path.read_text(encoding="utf-8"), path.name)
 
 
-def compile_share(mode: str, kinds: str, part: int, parts: int) -> None:
-    """Compile a share of the kernels by a call each.
+def settle_keys() -> None:
+    """Let all processes find the same kernels in Triton's cache.
 
-    The other processes of ``compile_all`` do the rest.
+    A kernel's key depends on whose was computed before.
     """
+    for variant in VARIANTS.values():
+        _ = variant.kernel.cache_key
+
+
+def compile_all(launches: Iterable[tuple[RoutingProblem, Launch]]) -> None:
+    """Fill Triton's cache by a call of each, in processes."""
+    settle_keys()
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), mp_context=spawned) as pool:
+        longest_first = sorted(dict.fromkeys(launches), key=lambda asked: -asked[0].num_experts)
+        for said in pool.map(_compile, longest_first):
+            if said:
+                print(said, file=sys.stderr)
+
+
+def _compile(asked: tuple[RoutingProblem, Launch]) -> str:
+    """Compile one kernel; return what it raised, which it does again when it is measured."""
+    settle_keys()
+    problem, launch = asked
     device = probe("cuda:0")
-    every = []
-    for problem in problems(kinds):
-        used = [step.launch for step in table_for(device, problem).steps(problem)]
-        every += [
-            (problem, launch)
-            for launch in dict.fromkeys(
-                [*used, *(candidates(problem, device) if mode == "measure" else ())]
-            )
-        ]
-    for problem, launch in every[part::parts]:
-        try:
-            _Inputs(problem, device, 2)._routed(  # noqa: SLF001 -- as tune does
-                TritonRouter(problem, device, (Step(math.inf, launch),))
-            )
-        except Exception as error:  # noqa: BLE001, PERF203 -- what does not compile is named when it is measured
-            print(f"{problem}: {shown(launch)}: {type(error).__name__}", file=sys.stderr)
-
-
-def compile_all(mode: str, kinds: str) -> None:
-    """Fill Triton's cache."""
-    parts = max(1, (os.cpu_count() or 1) - 1)
-    share = [sys.executable, __file__, "--compile", mode, kinds]
-    for process in [subprocess.Popen([*share, str(part), str(parts)]) for part in range(parts)]:  # noqa: S603 -- this file itself
-        process.wait()
+    try:
+        Inputs(problem, device, 1).routed(
+            TritonRouter(problem, device, (Step(math.inf, launch),)), 1
+        )
+    except Exception as error:  # noqa: BLE001 -- a launch that is too big for this device is an answer, not the end
+        return f"{named(problem)}: {shown(launch)}: {type(error).__name__}"
+    return ""
 
 
 def named(problem: RoutingProblem) -> str:
@@ -148,57 +161,204 @@ def named(problem: RoutingProblem) -> str:
     return f"{'/'.join(map(str, key_of(problem)))} K={problem.topk}"
 
 
-def measure_all(kinds: str, out: Path, table: Path) -> None:
-    """Measure every rule; write what was measured, and the table, after each."""
-    device, rules, results = probe("cuda:0"), dict(_table().rules), []
-    for problem in problems(kinds):
-        found = measure(problem, device, clock=graphed)
-        rules[key_of(problem)] = found.steps
-        results.append({"rule": named(problem), **found.to_dict()})
-        gained = max((t.us_before / t.us for t in found.timed), default=1.0)
+def shown(launch: Launch) -> str:
+    """Name a launch by its variant, rows a program, threads a row and warps."""
+    return f"{launch.variant} {launch.block_t} {launch.threads_per_row} {launch.num_warps}"
+
+
+def measure_all(kinds: str, out: Path) -> bool:
+    """Measure the rules that OUT.json does not hold yet, write it after each, and tell whether all could be measured."""
+    device, failed = probe("cuda:0"), False
+    results = (
+        _of_this_device(json.loads(out.read_text(encoding="utf-8")))["rules"]
+        if out.exists()
+        else []
+    )
+    held = {tuple(result["key"]) for result in results}
+    left = [problem for problem in problems(kinds) if key_of(problem) not in held]
+    in_use = read(shipped(device.arch))
+    used = ((problem, step.launch) for problem in left for step in in_use.steps(problem))
+    compile_all(
+        [*used, *((problem, launch) for problem in left for launch in candidates(problem, device))]
+    )
+    for problem in left:
+        try:
+            found = measure(problem, device)
+        except RuntimeError as error:  # the others are measured all the same
+            print(f"{named(problem)}: {error}", flush=True)
+            failed = True
+            continue
+        times = kept(found.times)
+        results.append(
+            {
+                "key": key_of(problem),
+                "K": problem.topk,
+                **times,
+                "wrong": found.wrong,
+                "unusable": found.unusable,
+            }
+        )
+        gained = max(
+            found.times[T][now] / min(found.times[T].values()) for T, now in found.before.items()
+        )
         print(
             named(problem),
-            f"{len(found.steps)} steps, at most {gained:.2f} times faster than before",
+            f"{len(found.steps)} steps, at most {gained:.2f} times faster",
             *found.wrong,
             flush=True,
         )
-        write(out, "launches on a dense grid, for each rule of the table", rules=results)
-        today = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
-        versions = f"torch {torch.__version__.partition('+')[0]} and Triton {triton.__version__}"
-        provenance = f"measured at {len(TOKENS)} sizes with {versions} on an {torch.cuda.get_device_name()} on {today}"
-        table.write_text(to_json(device.arch or "", provenance, rules), encoding="utf-8")
+        what = "microseconds of a call by rule, size and launch: variant, rows a program, threads a row, warps"
+        write(out, what, arch=device.arch, rules=results)
+    return not failed
 
 
-def cliffs(kinds: str, out: Path) -> bool:
-    """Time the table in use, print the worst places, and tell whether there is no cliff."""
-    device, results, steps = probe("cuda:0"), [], []
-    for problem in problems(kinds):
-        router = TritonRouter(problem, device)
-        runs = [
-            {
-                T: graphed(_Inputs(problem, device, T).turns(router), torch.device("cuda:0"))
-                for T in TOKENS
-            }
-            for _ in range(3)
-        ]
-        times = {T: statistics.median(run[T] for run in runs) for T in TOKENS}
-        results.append({"rule": named(problem), "us": {T: round(us, 3) for T, us in times.items()}})
-        # Below 16 tokens the next size is more than a quarter away; a larger T that is faster is a
-        # wrong step there too.
-        steps += [
-            (times[b] / times[a], named(problem), a, b, times[a], times[b])
-            for a, b in zip(TOKENS, TOKENS[1:])  # noqa: B905, RUF007 -- neighbours
-        ]
-    steps.sort()
-    for share, name, a, b, before, after in steps[:WORST]:
-        print(f"{share:.3f}  {name}: T = {a} takes {before:.2f} us, T = {b} {after:.2f} us")
-    write(
-        out,
-        "the table in use at sizes a quarter apart, median of three",
-        cases=results,
-        worst=[list(s) for s in steps[:WORST]],
+def make_table(held: Mapping[str, Any], path: Path) -> None:
+    """Write the table that what was measured comes to.
+
+    Rules that were not measured stay as they ship.
+    """
+    others, measured = (
+        read(shipped(held["arch"])),
+        {tuple(rule["key"]): steps_of(times_of(rule)) for rule in held["rules"]},
     )
-    return steps[0][0] >= CLIFF
+    provenance = f"measured at {len(TOKENS)} sizes and between, with {held['with']} on an {held['device']} on {held['date']}"
+    if left := sorted({key[0] for key in others.rules.keys() - measured.keys()}):
+        provenance += f"; {' and '.join(left)} in part: {others.provenance}"
+    _replace(path, to_json(held["arch"], provenance, {**others.rules, **measured}))
+
+
+def times_of(rule: Mapping[str, Any]) -> dict[int, dict[Launch, float]]:
+    """Return measured times as ``kept`` was given them."""
+    launches = [
+        Launch(variant, *map(int, numbers))
+        for variant, *numbers in map(str.split, rule["launches"])
+    ]
+    return {
+        int(T): {launches[int(place)]: us for place, us in of.items()}
+        for T, of in rule["us"].items()
+    }
+
+
+def kept(times: Mapping[int, Mapping[Launch, float]]) -> dict[str, Any]:
+    """Return what is kept of measured times.
+
+    Launches, and for each size the times by the launch's place.
+    """
+    launches = {
+        launch: str(place)
+        for place, launch in enumerate(dict.fromkeys(a for of in times.values() for a in of))
+    }
+    us = {
+        T: {
+            launches[launch]: float(f"{us:.3g}")
+            for launch, us in of.items()
+            if us <= KEPT * min(of.values())
+        }
+        for T, of in times.items()
+    }
+    return {"launches": [shown(launch) for launch in launches], "us": us}
+
+
+def without(variant: str, rules: Sequence[Mapping[str, Any]]) -> None:
+    """Print for each rule, the worst first, how much slower the fastest launch of the other variants is at some size."""
+    losses = []
+    for rule in rules:
+        others = {
+            T: [us for launch, us in of.items() if launch.variant != variant]
+            for T, of in times_of(rule).items()
+        }
+        fastest = {T: min(of.values()) for T, of in times_of(rule).items()}
+        loss, tokens = max((min(us) / fastest[T], T) for T, us in others.items() if us)
+        unknown = sum(not us for us in others.values())
+        losses.append(
+            (
+                loss - 1,
+                f"{'/'.join(map(str, rule['key']))} at T = {tokens}, no other measured at {unknown} sizes",
+            )
+        )
+    for loss, place in sorted(losses, reverse=True):
+        print(f"{loss:7.1%}  {place}")
+
+
+def cliffs(kinds: str, tables: Mapping[Path, Table]) -> bool:
+    """Time tables, print the worst places of each, and tell whether there is no cliff."""
+    device = probe("cuda:0")
+    used = {
+        problem: {out: table.steps(problem) for out, table in tables.items()}
+        for problem in problems(kinds)
+    }
+    compile_all(
+        (problem, step.launch)
+        for problem, of in used.items()
+        for steps in of.values()
+        for step in steps
+    )
+    times = {problem: timed(problem, device, list(of.values())) for problem, of in used.items()}
+    fallen = [
+        fell(out, table.provenance, {p: (used[p][out], times[p]) for p in used})
+        for out, table in tables.items()
+    ]
+    return not any(fallen)
+
+
+def fell(
+    out: Path, provenance: str, timed: Mapping[RoutingProblem, tuple[tuple[Step, ...], Times]]
+) -> bool:
+    """Write what was timed of a table, print the worst places, and tell whether there is a cliff."""
+    results, falls = [], []
+    for problem, (steps, times) in timed.items():
+        us = {T: times[T, launch_at(steps, T)] for T in TOKENS}
+        results.append({"rule": named(problem), "us": us})
+        falls += [
+            (
+                round(after / before, 3),
+                f"{named(problem)}: {at(steps, a)} {before:.2f} us, {at(steps, b)} {after:.2f} us",
+            )
+            for a, b, before, after in pairs({T: min(runs) for T, runs in us.items()})
+        ]
+    falls.sort()
+    print(f"{out}: {sum(share < CLIFF for share, _ in falls)} falls")
+    for share, place in falls[:WORST]:
+        print(f"{share:.3f}  {place}")
+    what = f"microseconds of a call by rule and size, in {RUNS} runs"
+    write(out, what, table=provenance, cases=results, worst=falls[:WORST])
+    return falls[0][0] < CLIFF
+
+
+def timed(problem: RoutingProblem, device: DeviceInfo, tables: Sequence[Sequence[Step]]) -> Times:
+    """Time what the tables give for each number of tokens."""
+    asked = list(dict.fromkeys((T, launch_at(steps, T)) for T in TOKENS for steps in tables))
+    routers = {
+        launch: TritonRouter(problem, device, (Step(math.inf, launch),)) for _, launch in asked
+    }
+    inputs = Inputs(problem, device, TOKENS[-1])
+    work = [inputs.turns(routers[launch], T) for T, launch in asked]
+    runs = [[round(replayed(turns, inputs.device), 3) for turns in work] for _ in range(RUNS)]
+    return {place: list(us) for place, us in zip(asked, zip(*runs, strict=True), strict=True)}
+
+
+def at(steps: Sequence[Step], tokens: int) -> str:
+    """Name a number of tokens, and what serves it."""
+    return f"T = {tokens} ({shown(launch_at(steps, tokens))})"
+
+
+def pairs(us: Mapping[int, float]) -> Iterable[tuple[int, int, float, float]]:
+    """Yield each size with the next, and with all others up to a quarter above; and their times."""
+    sizes = sorted(us)
+    for place, a in enumerate(sizes):
+        for b in sizes[place + 1 :]:
+            if b == sizes[place + 1] or b <= QUARTER * a:
+                yield a, b, us[a], us[b]
+
+
+def versions() -> str:
+    """Name what the kernels were compiled and launched with."""
+    return f"torch {torch.__version__.partition('+')[0]} and Triton {triton.__version__}"
+
+
+def today() -> str:
+    """Return the date."""
+    return dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
 
 
 def write(path: Path, what: str, **measured: object) -> None:
@@ -206,20 +366,44 @@ def write(path: Path, what: str, **measured: object) -> None:
     about = {
         "what": what,
         "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
+        "with": versions(),
+        "date": today(),
     }
-    path.write_text(json.dumps({**about, **measured}) + "\n", encoding="utf-8")
+    _replace(path, json.dumps({**about, **measured}, separators=(",", ":")) + "\n")
+
+
+def _of_this_device(held: dict[str, Any]) -> dict[str, Any]:
+    here = {"device": torch.cuda.get_device_name(), "with": versions()}
+    if {name: held[name] for name in here} != here:
+        sys.exit(
+            f"OUT.json: expected results of {here}, got those of {held['device']}, {held['with']}"
+        )
+    return held
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one step, so that a run that is stopped leaves the whole of one."""
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def main() -> None:
+    """Do what the arguments say."""
+    mode, *rest = sys.argv[1:]
+    if mode == "measure":
+        sys.exit(0 if measure_all(rest[0], Path(rest[1])) else 1)
+    if mode == "cliffs":
+        tables = {
+            Path(out): read(Path(table)) for table, out in zip(rest[1::2], rest[2::2], strict=True)
+        }
+        sys.exit(0 if cliffs(rest[0], tables) else 1)
+    held = json.loads(Path(rest[mode == "without"]).read_text(encoding="utf-8"))
+    if mode == "table":
+        make_table(held, Path(rest[1]))
+    else:
+        without(rest[0], held["rules"])
 
 
 if __name__ == "__main__":
-    mode, kinds, *rest = sys.argv[1:]
-    if mode == "--compile":
-        compile_share(kinds, rest[0], *map(int, rest[1:]))
-    else:
-        compile_all(mode, kinds)
-        if mode == "measure":
-            measure_all(kinds, *map(Path, rest))
-        else:
-            sys.exit(0 if cliffs(kinds, Path(rest[0])) else 1)
+    main()

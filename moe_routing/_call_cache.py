@@ -28,15 +28,18 @@ if TYPE_CHECKING:
 
     Matches = Callable[[Operands, int | None, torch.dtype | None], bool]
 
-ABSENT = tuple(torch.empty(0, device="cpu") for _ in range(8))
-"""Stand for operands that a call does not bring.
 
-None is like an operand of a call that is kept, which has elements.
-"""
-UNREADABLE = (AttributeError, RuntimeError, TypeError, ValueError)
+class _Absent(Tensor):
+    """A type of tensor that no caller brings: the guard tells it from an empty tensor by its type."""
+
+
+ABSENT = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(8))
+"""Stand for operands that a call does not bring."""
+UNREADABLE = Exception
 """What reading a wrong argument raises.
 
-A list has no dtype, a sparse tensor no strides, a set no hash.
+A list has no dtype, a sparse tensor no strides, a set no hash, and an object's own ``__getattr__``
+may raise anything. The checks of a first call then name the argument.
 """
 ORDINARY = (Tensor, torch.nn.Parameter)
 """Types of tensors that kernels take.
@@ -99,6 +102,8 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
         0 if t is None else span(t) for t in (logits, scale, bias)
     )
 
+    seen = [scale, bias]
+
     def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
         logits, scale, bias, token_ids, table, valid, expert_map, out = operands
         if (
@@ -112,19 +117,21 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
             or preference.get() != preferred
             or (grads is not None and is_grad_enabled() is not grads)
             or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
+            or logits.is_nested
+            or (scale is not seen[0] and _is_nested(scale, 0, seen))
+            or (bias is not seen[1] and _is_nested(bias, 1, seen))
         ):
             return False
-        weights, places = nowhere if out is None else out
-        if not alike(
-            logits,
-            no_scale if scale is None else scale,
-            no_bias if bias is None else bias,
-            weights,
-            places,
-        ):
-            return False
+        scale_, bias_ = no_scale if scale is None else scale, no_bias if bias is None else bias
         if out is None:
-            return True
+            return alike(logits, scale_, bias_, *nowhere)
+        weights, places = out
+        if (
+            weights.is_nested
+            or places.is_nested
+            or not alike(logits, scale_, bias_, weights, places)
+        ):
+            return False
         # As `_overlap.lies_apart`, written out: calls with outputs are made by those who count
         # microseconds.
         a, b, x = weights.data_ptr(), places.data_ptr(), logits.data_ptr()
@@ -151,6 +158,17 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
     return matches
 
 
+def _is_nested(tensor: Tensor | None, index: int, seen: list[Tensor | None]) -> bool:
+    """Tell nested tensors, of which the guard must not be asked: it wants strides, and ends the process.
+
+    :param seen: the vectors that came last, which mostly come again: they are not asked again.
+    """
+    if tensor is None or not tensor.is_nested:
+        seen[index] = tensor
+        return False
+    return True
+
+
 def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
     """Match calls with any operands.
 
@@ -162,6 +180,7 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
     form, preferred, grads = type(operands.out), preference.get(), _grad_mode(operands)
     apart = None if operands.out is None else lies_apart(operands)
     counted, tokens = type(operands.num_valid_tokens) is int, operands.logits.shape[0]
+    seen: list[Tensor | None] = [*ABSENT, None]
 
     def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
         valid = operands.num_valid_tokens
@@ -176,7 +195,11 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
             or forward_ad._current_level >= 0  # noqa: SLF001 -- likewise
         ):
             return False
-        return alike(*_tensors(operands)) and (apart is None or apart(operands))
+        tensors = _tensors(operands)
+        for index, tensor in enumerate(tensors):
+            if tensor is not seen[index] and _is_nested(tensor, index, seen):
+                return False
+        return alike(*tensors) and (apart is None or apart(operands))
 
     return matches
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_routing._overlap import overlap
 from moe_routing.kernel import RoutingOutput
+from moe_routing.private_api import is_zero_tensor
 from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _MATRIX = 2
 
 
 def _wrong(error: type[Exception], argument: str, expected: str, got: object) -> NoReturn:
-    msg = f"{argument}: expected {expected}, got {got}"
+    msg = f"{argument}: expected {expected}, got {shown(got) if isinstance(got, int) else got}"
     raise error(msg)
 
 
@@ -62,6 +63,14 @@ def integer(argument: str, value: object, expected: str = "an int") -> int:
         raise TypeError(refusal(argument, expected, value)) from None
 
 
+def experts(num_experts: object) -> int:
+    """Return a number of experts that ids in int32 can count."""
+    number = integer("num_experts", num_experts)
+    if not 1 <= number < 2**31:
+        raise ValueError(refusal("num_experts", "an int from 1 to 2**31 - 1", number))
+    return number
+
+
 def check_operands(
     spec: RoutingSpec,
     operands: Operands,
@@ -77,6 +86,7 @@ def check_operands(
     :param num_experts: E as a configuration says it, if one does.
     """
     logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+    check_dense(operands)
     check_logits(logits)
     num_tokens, columns = logits.shape
     if num_experts is not None and columns != num_experts:
@@ -104,11 +114,31 @@ def check_operands(
         check_out(out, topk + spec.shared_experts, logits)
 
 
+def check_dense(operands: Operands) -> None:
+    """Require dense tensors: sparse, nested and other layouts have no strides that a kernel could read by."""
+    given = [*operands._asdict().items(), *(("out", tensor) for tensor in operands.out or ())]
+    for argument, value in given:
+        if isinstance(value, Tensor) and not is_dense(value):
+            expected = (
+                "a dense tensor [T, E] of rank 2" if argument == "logits" else "a dense tensor"
+            )
+            layout = "nested" if value.is_nested else value.layout
+            _wrong(ValueError, argument, expected, f"{shown(value)}, layout {layout}")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor has a shape and strides."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def check_writable(out: RoutingOutput) -> None:
     """Require outputs that may be written in this mode.
 
-    Outside inference mode nothing writes what was made inside.
+    Outside inference mode nothing writes what was made inside, and nobody writes a tensor that stands
+    for zeros and has no memory.
     """
+    if any(is_zero_tensor(tensor) for tensor in out):
+        _wrong(ValueError, "out", "tensors that can be written", "tensors of zeros without memory")
     if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in out):
         _wrong(
             ValueError,
@@ -133,7 +163,7 @@ def check_logits(logits: object) -> None:
     if logits.dtype not in LOGITS_DTYPES:
         names = ", ".join(sorted(str(dtype) for dtype in LOGITS_DTYPES))
         _wrong(TypeError, "logits", f"a dtype among {names}", logits.dtype)
-    if logits.dim() != _MATRIX or logits.layout is not torch.strided:
+    if logits.dim() != _MATRIX:
         _wrong(
             ValueError,
             "logits",
@@ -217,7 +247,9 @@ def counted(operands: Operands) -> Operands:
     number = integer("num_valid_tokens", valid, "an int or an integer tensor")
     if number < 0:
         _wrong(ValueError, "num_valid_tokens", "a number >= 0", number)
-    rows = logits.shape[0] if isinstance(logits, Tensor) and logits.dim() else 0
+    rows = (
+        logits.shape[0] if isinstance(logits, Tensor) and is_dense(logits) and logits.dim() else 0
+    )
     return operands._replace(num_valid_tokens=min(number, rows))
 
 

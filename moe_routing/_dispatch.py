@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_routing import _check
 from moe_routing._registry import registry
 from moe_routing.formula import weights_backward
-from moe_routing.kernel import Differentiates, HasNotes, Operands, RoutingOutput
+from moe_routing.kernel import Differentiates, HasNotes, Operands, Prepares, RoutingOutput, WarmsUp
 from moe_routing.private_api import unset_fake_temporarily
 from moe_routing.probing import probe
 from moe_routing.python_warnings import not_raised
@@ -33,12 +33,13 @@ from moe_routing_registry import (
     RoutingSpec,
     Verdict,
 )
+from moe_routing_registry.containment import PluginFailure, contained, notes_of
 from moe_routing_registry.errors import DowngradeWarning, FactoryError
 from moe_routing_registry.locks import ForkSafeLock
 from moe_routing_registry.report import Rejection
 from moe_routing_registry.request import STRICT_VARIABLE, preference
 from moe_routing_registry.routing_spec import SCORES
-from moe_routing_registry.text import printable
+from moe_routing_registry.text import printable, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -66,11 +67,12 @@ class Resolved(NamedTuple):
 
     def report_with_notes(self) -> ResolutionReport:
         """Return the report with the kernel's own notes, which may change with every call."""
-        notes = (
-            *self.report.notes,
-            *(self.kernel.notes if isinstance(self.kernel, HasNotes) else ()),
+        kernel = self.kernel
+        own = notes_of(
+            "its kernel's notes", lambda: kernel.notes if isinstance(kernel, HasNotes) else ()
         )
-        return dataclasses.replace(self.report, notes=tuple(dict.fromkeys(notes)))
+        notes = tuple(dict.fromkeys((*self.report.notes, *own)))
+        return dataclasses.replace(self.report, notes=notes)
 
     def route(self, operands: Operands, shadow: Shadow | None = None) -> RoutingOutput:
         """Call the kernel with checked operands, and let shadow mode compare the result."""
@@ -173,7 +175,7 @@ class Dispatcher:
         index: int | None = device.index  # torch types it as an int, but "cuda" has none
         if index is None and device.type not in ("cpu", "meta"):
             device = torch.empty(0, device=device).device
-        num_experts, topk = _check.integer("num_experts", num_experts), _check.integer("topk", topk)
+        num_experts, topk = _check.experts(num_experts), _check.integer("topk", topk)
         self.spec.check_size(num_experts, topk)
         key = (device, dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
         return self._resolved.get(key) or self._resolve(key)
@@ -288,10 +290,34 @@ def _kernel(name: str, problem: RoutingProblem, device: DeviceInfo) -> Kernel:
             # real.
             with not_raised(), unset_fake_temporarily(), torch.inference_mode(mode=False):
                 kernel: Kernel = registry().build(name, problem, device)
+                _look_for_methods(name, kernel)
         finally:
             _building.reset(token)
         _kernels[key] = kernel
         return kernel
+
+
+def _look_for_methods(name: str, kernel: Kernel) -> None:
+    """Look for the optional methods of a kernel, once, so that no later look at them raises.
+
+    :raises FactoryError: looking raised, or something else has the name of a method.
+    """
+    methods = {"prepared": Prepares, "warmup": WarmsUp, "backward": Differentiates}
+    try:
+        with contained("looking at its kernel"):
+            for method, protocol in methods.items():
+                if isinstance(kernel, protocol) and not callable(found := getattr(kernel, method)):
+                    raise TypeError(refusal(method, "a method", found))
+    except PluginFailure as failure:
+        verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
+        raise _refused(name, verdict, failure.trace) from failure.error
+
+
+def _refused(name: str, verdict: Verdict, trace: str = "") -> FactoryError:
+    brought_by = registry().distribution(name)
+    return FactoryError(
+        Rejection(name=name, verdict=verdict, distribution=brought_by, traceback=trace)
+    )
 
 
 def _require_closed_form(name: str, problem: RoutingProblem) -> None:
@@ -310,10 +336,7 @@ def _require_closed_form(name: str, problem: RoutingProblem) -> None:
     else:
         return
     reason = f"its kernel has no `backward`, and the built-in gradient does not know {beyond}"
-    verdict = Verdict.no(RejectCode.TRAINING, reason)
-    raise FactoryError(
-        Rejection(name=name, verdict=verdict, distribution=registry().distribution(name))
-    )
+    raise _refused(name, Verdict.no(RejectCode.TRAINING, reason))
 
 
 def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:

@@ -191,7 +191,7 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
     try:
         spec, configured_topk, configured_experts = _look_up(router)
         num_experts = num_experts if num_experts is not None else configured_experts or 128
-        num_experts = _experts(num_experts)
+        num_experts = _check.experts(num_experts)
         topk = _check.integer(
             "topk", topk if topk is not None else configured_topk or min(8, num_experts)
         )
@@ -230,13 +230,6 @@ def _explain(problem: Problem, device: torch.device | str, backend: str | None) 
             requested=backend,
             error=f"{type(error).__name__}: {error}",
         )
-
-
-def _experts(num_experts: object) -> int:
-    number = _check.integer("num_experts", num_experts)
-    if number < 1:
-        raise ValueError(refusal("num_experts", "an int >= 1", number))
-    return number
 
 
 def prefer(backend: str) -> AbstractContextManager[None]:

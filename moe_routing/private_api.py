@@ -118,31 +118,33 @@ def is_profiling() -> bool:
     return profiler._is_profiler_enabled  # noqa: SLF001 -- this file's purpose
 
 
-_triton_runtime: Any = None
+_runtime: Any = None
 
 
 def is_observed() -> bool:
     """Tell whether a profiler of PyTorch, or a launch hook of Triton, watches launches.
 
-    Proton sets such hooks.
-
-    Triton's hooks are read only once Triton is imported, for a launch alone can ask: about 0.1 us.
+    That is a profiler of PyTorch, or a launch hook of Triton, as Proton sets them. Every launch
+    asks, so this is one function, and takes less than 0.1 us.
     """
-    return profiler._is_profiler_enabled or has_launch_hook()  # noqa: SLF001 -- this file's purpose
-
-
-def has_launch_hook() -> bool:
-    """Tell whether a launch hook of Triton is set."""
-    global _triton_runtime  # noqa: PLW0603 -- imported by the first launch
-    if _triton_runtime is None:
-        from triton import knobs
-
-        _triton_runtime = knobs.runtime
-    enter, leave = _triton_runtime.launch_enter_hook, _triton_runtime.launch_exit_hook
     try:
-        return bool(enter.calls or leave.calls)
-    except AttributeError:  # a function in place of Triton's chain of hooks, or None
-        return enter is not None or leave is not None
+        return bool(
+            profiler._is_profiler_enabled  # noqa: SLF001 -- this file's purpose
+            or _runtime.launch_enter_hook.calls
+            or _runtime.launch_exit_hook.calls
+        )
+    except AttributeError:  # Triton's settings were not asked for yet, or its chain was replaced
+        return _has_replaced_hook()
+
+
+def _has_replaced_hook() -> bool:
+    """Look Triton's settings up, and count what is in place of its chains of hooks as a hook."""
+    global _runtime  # noqa: PLW0603 -- imported by the first launch
+    from triton import knobs
+
+    _runtime = knobs.runtime
+    hooks = (_runtime.launch_enter_hook, _runtime.launch_exit_hook)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 NEEDED = (

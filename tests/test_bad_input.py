@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import moe_routing
 from moe_routing import Router, RoutingOutput, RoutingSpec
 from moe_routing._registry import registry
 from moe_routing.reference import oracle
@@ -393,3 +394,94 @@ def test_whatever_comes_the_answer_is_right_or_a_type_or_value_error_naming_an_a
         message = re.match(r"(\w+): expected .+, got ", refusal, re.DOTALL)
         assert message, refusal
         assert message[1] in {argument, "topk"}
+
+
+def operands_of_every_kind():
+    """Return a spec with a call of it for each operand that is a tensor."""
+    table = {"selection": "token_table"}
+    biased = {"selection": "scores_plus_bias", "score": "sigmoid"}
+    return {
+        "logits": ({}, torch.zeros(T, E)),
+        "per_expert_scale": ({"per_expert_scale": True}, torch.ones(E)),
+        "bias": (biased, torch.ones(E)),
+        "token_ids": (table, torch.zeros(T, dtype=torch.int64)),
+        "expert_table": (table, torch.zeros(3, 2, dtype=torch.int64)),
+        "num_valid_tokens": ({}, torch.ones(1, dtype=torch.int64)),
+        "expert_map": ({}, torch.arange(E)),
+        "out": ({}, torch.zeros(T, 2)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", ["sparse", "strided nested", "jagged nested"])
+@pytest.mark.parametrize("argument", operands_of_every_kind())
+@pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])
+def test_operands_of_other_layouts_are_refused_by_name(argument, layout, warm):
+    every = operands_of_every_kind()
+    fields, right = every[argument]
+    if layout == "sparse":
+        wrong = right.to_sparse()
+    else:
+        kind = torch.strided if layout.startswith("strided") else torch.jagged
+        wrong = torch.nested.nested_tensor(
+            list(right.reshape(1, -1)), layout=kind, dtype=right.dtype
+        )
+    call = {"logits": torch.zeros(T, E), "topk": 2}
+    call |= {name: value for name, (needs, value) in every.items() if needs == fields and needs}
+    call[argument] = (right, torch.zeros(T, 2, dtype=torch.int32)) if argument == "out" else right
+    route = Router(RoutingSpec(family="f", **fields))
+    if warm:
+        route(**call)
+    call[argument] = (wrong, torch.zeros(T, 2, dtype=torch.int32)) if argument == "out" else wrong
+    with pytest.raises(ValueError, match=f"^{argument}: expected a dense tensor.*layout"):
+        route(**call)
+
+
+@pytest.mark.parametrize(
+    "argument", [name for name in operands_of_every_kind() if name != "logits"]
+)
+@pytest.mark.parametrize("extras", [False, True], ids=["without extras", "with extras"])
+def test_an_empty_tensor_is_no_missing_operand_in_a_later_call(argument, extras):
+    plain = {"logits": torch.zeros(T, E), "topk": 2}
+    if extras:
+        plain["num_valid_tokens"] = torch.tensor([1])
+    route = Router(RoutingSpec(family="f"))
+    route(**plain)
+    empty = torch.zeros(0)
+    given = (empty, empty) if argument == "out" else empty
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected .*, got "):
+        route(**plain | {argument: given})
+
+
+@pytest.mark.parametrize("number", [10**5000, -(10**5000)], ids=["huge", "negative"])
+def test_a_number_of_any_size_is_refused_in_a_short_line(number):
+    logits, route = torch.zeros(T, E), Router(RoutingSpec(family="f"))
+    with pytest.raises(ValueError, match=r"^topk: expected .*, got ") as of_topk:
+        route(logits, number)
+    with pytest.raises(ValueError, match=r"^num_experts: expected .*, got ") as of_experts:
+        route.resolve("cpu", torch.float32, number, 2)
+    with pytest.raises(ValueError, match=r"^num_valid_tokens: expected .*, got ") as of_valid:
+        route(logits, 2, num_valid_tokens=-abs(number))
+    assert max(len(str(raised.value)) for raised in (of_topk, of_experts, of_valid)) < 100
+    assert "num_experts: expected" in moe_routing.explain("mixtral", num_experts=number).error
+
+
+def test_zeros_without_memory_are_no_outputs():
+    out = torch._efficientzerotensor(T, 2), torch.zeros(T, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^out: expected tensors that can be written, got "):
+        Router(RoutingSpec(family="f"))(torch.zeros(T, E), 2, out=out)
+
+
+@pytest.mark.parametrize("argument", operands_of_every_kind())
+@pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])
+def test_an_object_whose_attributes_raise_is_refused_by_name(argument, warm):
+    class Lookup:
+        def __getattr__(self, name):
+            return {}[name]
+
+    plain = {"logits": torch.zeros(T, E), "topk": 2, "num_valid_tokens": torch.tensor([1])}
+    route = Router(RoutingSpec(family="f"))
+    if warm:
+        route(**plain)
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected .*, got "):
+        route(**plain | {argument: Lookup()})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,8 @@ def cli(capsys, monkeypatch, tmp_path):
         ),
         ("new-backend eager x", "name: expected one that is free, got 'eager'"),
         ("new-backend triton-xpu x", "name: expected one that is free, got 'triton-xpu'"),
+        ("new-backend registry x", "there is a package moe_routing_registry here"),
+        (f"new-backend {'a' * 101} x", "name: expected 1 to 100 of the characters"),
         ("new-backend all x", "name: expected one that is free, got 'all'"),
         ("new-backend acme /proc/x", "/proc/x"),
         ("new-backend acme deep.json", "directory: expected a new or an empty one"),
@@ -302,6 +305,7 @@ def test_help_loses_no_word_where_it_is_narrow(cli, monkeypatch, command, width)
         _, out, _ = cli(*command.split(), "--help")
         texts[columns] = out
     assert "…" not in texts[width]
+    assert not re.search(r"[a-z]\.\.\.\s", texts[width])
     for option in {word for word in texts["200"].split() if word.startswith("--")}:
         assert option.partition(",")[0].rstrip(".") in texts[width]
 

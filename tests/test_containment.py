@@ -9,6 +9,8 @@ import importlib
 import subprocess
 import sys
 import threading
+import warnings
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from moe_routing_registry import (
     BackendSpec,
     DeviceInfo,
     FamilySpec,
+    OperationSpec,
     Registry,
     RejectCode,
     Request,
@@ -61,9 +64,16 @@ RAISES = {
     "CancelledError": "import asyncio; raise asyncio.CancelledError",
     "GeneratorExit": "raise GeneratorExit",
     "a panic": "class Panic(BaseException): pass\nraise Panic('rust')",
-    "an error without words": (
-        "class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute"
-    ),
+    "an error whose message ends the process": "class Mute(BaseException):\n    def __str__(self): raise SystemExit\nraise Mute",
+    "an error whose message is no plain string": """
+class Own(str):
+    def isprintable(self): raise SystemExit
+class E(Exception):
+    def __str__(self): return Own()
+raise E
+""",
+    "an error whose cause cannot be had": "class E(Exception):\n    __cause__ = property(lambda self: 1 / 0)\nraise E",
+    "an error without words": "class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute",
     "a syntax error": "def (",
     "recursion": "def f(): f()\nf()",
     "a missing module": "import no_such_module",
@@ -81,7 +91,7 @@ def test_whatever_an_import_raises_costs_only_the_plug_in(install_plugin, instal
         report = resolve(known)
     assert report.winner == "fine"
     assert report.rejection("broken").verdict.code is RejectCode.IMPORT_FAILED
-    assert "Traceback" in report.rejection("broken").traceback
+    assert "raceback" in report.rejection("broken").traceback
 
 
 def test_a_keyboard_interrupt_is_the_users_and_the_next_call_loads_again(
@@ -240,6 +250,14 @@ def test_a_plug_in_that_turns_warnings_into_errors_does_so_for_itself(install_pl
     assert done == "eager\neager\n"
 
 
+def test_a_hook_that_turns_warnings_into_errors_does_so_for_itself(install_plugin):
+    hook = "@hookimpl\ndef moe_routing_backends():\n    import warnings\n    warnings.simplefilter('error')\n    return []\n"
+    install_plugin("strict_hook", HEAD + hook)
+    before = list(warnings.filters)
+    registry().load()
+    assert warnings.filters == before
+
+
 def test_the_command_that_uninstalls_is_safe_to_copy(install_plugin):
     site = install_plugin("named", "1 / 0")
     metadata = site / "named_dist-1.0.dist-info" / "METADATA"
@@ -367,12 +385,26 @@ def test_a_support_rule_that_answers_with_something_else_costs_only_its_backend(
             "def rule(problem, device): return None",
             "its notes returned None, not a tuple of strings",
         ),
+        (
+            "class Own:\n    __class__ = property(lambda self: 1 / 0)\ndef rule(problem, device): return Own()",
+            "its notes raised ZeroDivisionError: division by zero",
+        ),
+        (
+            "class Own(list):\n    def __iter__(self): raise SystemExit\ndef rule(problem, device): return Own()",
+            "its notes raised SystemExit",
+        ),
+        (
+            "class Own(str): __format__ = None\ndef rule(problem, device): return [Own('a\\x1b\\nb')]",
+            "a b",
+        ),
+        ("def rule(problem, device): return ['a' * 10**6]", "a" * 996 + " ..."),
     ],
 )
 def test_notes_that_raise_or_are_none_are_a_note(install_plugin, body, note):
     with_backend(install_plugin, body, notes="rule")
     report = resolve(registry())
     assert (report.winner, report.notes) == ("acme", (note,))
+    assert f"note: {note}\n" in f"{report}\n"
 
 
 @pytest.mark.parametrize(
@@ -412,6 +444,7 @@ def test_no_requirement_takes_routing_down(install_plugin, requirement):
 # Fields of specs
 
 HERE = (Target("cpu"),)
+LONG = "x" * 10**6
 BACKEND = {"name": "acme", "factories": {"route": "acme:build"}, "targets": HERE}
 WRONG_BACKENDS = [
     *(
@@ -439,26 +472,55 @@ WRONG_BACKENDS = [
         ("targets", value)
         for value in (None, (), [], list(HERE), Target("cpu"), "cpu", ("cpu",), (*HERE, None))
     ),
-    *(("api_version", value) for value in (None, "1", 1.0, True)),
-    *(("families", value) for value in (3, "mixtral", ["mixtral"], {"mixtral"}, frozenset({3}))),
-    *(("requirements", value) for value in (None, "torch", ["torch"], (5,), (None,))),
-    *(("priority", value) for value in (None, "9", 9.0, True, float("nan"))),
+    *(("targets", (value,)) for value in (type("Own", (Target,), {})("cpu"),)),
+    *(("api_version", value) for value in (None, "1", 1.0, True, 2**31, 10**5000)),
+    *(
+        ("families", value)
+        for value in (
+            3,
+            "mixtral",
+            ["mixtral"],
+            {"mixtral"},
+            frozenset({3}),
+            frozenset({"\x1b[31m"}),
+            frozenset({""}),
+        )
+    ),
+    *(("requirements", value) for value in (None, "torch", ["torch"], (5,), (None,), (LONG,))),
+    *(("priority", value) for value in (None, "9", 9.0, True, float("nan"), -(2**31), 10**5000)),
     *(("supports", value) for value in (3, "rule", True)),
     *(("notes", value) for value in (3, "rule", ())),
-    *(("summary", value) for value in (None, 3, ["x"])),
+    *(("summary", value) for value in (None, 3, ["x"], LONG)),
     *(
         ("tuners", value)
         for value in (None, 3, "acme", {"route": "a:b:c"}, {"route": ""}, {"sort": "a:b"})
     ),
     *(
         ("gaps", value)
-        for value in (None, 3, ["dtype"], {"dtype": ""}, {"dtype": 3}, {"speed": "slow"}, {3: "x"})
+        for value in (
+            None,
+            3,
+            ["dtype"],
+            {"dtype": ""},
+            {"dtype": 3},
+            {"dtype": LONG},
+            {"speed": "slow"},
+            {3: "x"},
+        )
     ),
 ]
 FAMILY = {"spec": RoutingSpec(family="acme_route"), "source": "ACME"}
 WRONG_FAMILIES = [
-    *(("spec", value) for value in (None, "acme_route", {"family": "acme_route"})),
-    *(("source", value) for value in (None, 3)),
+    *(
+        ("spec", value)
+        for value in (
+            None,
+            "acme_route",
+            {"family": "acme_route"},
+            type("Own", (RoutingSpec,), {})(family="acme_route"),
+        )
+    ),
+    *(("source", value) for value in (None, 3, LONG)),
     *(
         ("models", value)
         for value in (
@@ -470,14 +532,20 @@ WRONG_FAMILIES = [
             {"a": SPEC},
         )
     ),
-    *(("oracle", value) for value in (None, 3, "oracle", "a b:c")),
+    *(("oracle", value) for value in (None, 3, "oracle", "a b:c", f"a:{LONG}")),
+]
+OPERATION = {"name": "sort", "example": "a:b", "oracle": "a:c", "contract": "a:d"}
+WRONG_OPERATIONS = [
+    *(("name", value) for value in (None, 3, "", "<b>", LONG)),
+    *((path, value) for path in ("example", "oracle", "contract") for value in (None, "", "a b:c")),
+    *(("summary", value) for value in (None, 3, LONG)),
 ]
 WRONG_TARGETS = [
     *(("platform", value) for value in (None, 3, "", "CUDA", "cuda:0", "a b")),
     *(("archs", value) for value in (None, "gfx942", ["gfx942"], {"gfx942"}, frozenset({9}))),
     *(
         ("min_capability", value)
-        for value in (9, 9.0, "9.0", (9,), (9, 0, 0), (9.0, 0), [9, 0], (True, 0))
+        for value in (9, 9.0, "9.0", (9,), (9, 0, 0), (9.0, 0), [9, 0], (True, 0), (2**31, 0))
     ),
     *(("max_capability", value) for value in (9, "9.0", ("9", "0"))),
     *(("explicit", value) for value in (None, 1, "no")),
@@ -485,6 +553,7 @@ WRONG_TARGETS = [
 WRONG = [
     *((BackendSpec, {**BACKEND, field: value}, field) for field, value in WRONG_BACKENDS),
     *((FamilySpec, {**FAMILY, field: value}, field) for field, value in WRONG_FAMILIES),
+    *((OperationSpec, {**OPERATION, field: value}, field) for field, value in WRONG_OPERATIONS),
     *((Target, {"platform": "cuda", field: value}, field) for field, value in WRONG_TARGETS),
     *(
         (Verdict, {"code": RejectCode.SHAPE, "reason": "no", field: value}, field)
@@ -494,16 +563,74 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "field"), WRONG, ids=[f"{k.__name__}-{f}-{v[f]!r}" for k, v, f in WRONG]
+    ("kind", "given", "field"),
+    WRONG,
+    ids=[f"{k.__name__}-{f}-{n}" for n, (k, _, f) in enumerate(WRONG)],
 )
-def test_a_backend_or_family_spec_refuses_a_wrong_field_by_name(kind, fields, field):
-    with pytest.raises((TypeError, ValueError), match=rf"^{field}: expected .*, got "):
-        kind(**fields)
+def test_a_spec_of_a_plug_in_refuses_a_wrong_field_by_name(kind, given, field):
+    with pytest.raises((TypeError, ValueError), match=rf"^{field}: expected .*, got ") as raised:
+        kind(**given)
+    assert len(str(raised.value)) < 700
+
+
+def own(value):
+    """Return a value of a subclass, whose methods could do anything later."""
+    return type("Own", (type(value),), {})(value)
+
+
+OWN = [
+    Target(own("cuda"), frozenset({own("sm_90")}), own((own(8), own(0))), None),
+    BackendSpec(
+        name=own("acme"),
+        factories=own({own("route"): own("a:b")}),
+        targets=own((Target("cpu"),)),
+        api_version=own(1),
+        families=own(frozenset({own("mixtral")})),
+        requirements=own((own("torch"),)),
+        priority=own(9),
+        summary=own("fast"),
+        tuners=own({own("route"): own("a:c")}),
+        gaps=own({own("dtype"): own("half")}),
+    ),
+    FamilySpec(
+        spec=RoutingSpec(family=own("acme_route")),
+        source=own("ACME"),
+        models=own({own("acme"): RoutingSpec(family="acme_route")}),
+        oracle=own("a:b"),
+    ),
+    OperationSpec(**{name: own(value) for name, value in OPERATION.items()}, summary=own("sorts")),
+    Verdict.no(RejectCode.SHAPE, own("too large"), own("pip install more")),
+]
+
+
+def values_in(value):
+    """Return a value and all that it holds."""
+    yield value
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple, frozenset)):
+        for item in value:
+            yield from values_in(item)
+
+
+@pytest.mark.parametrize("spec", OWN, ids=lambda spec: type(spec).__name__)
+def test_a_spec_keeps_plain_values_whatever_subclasses_came(spec):
+    allowed = {str, int, bool, float, tuple, frozenset, dict, list, type(None), RejectCode}
+    kinds = {type(value) for value in values_in(spec)}
+    assert str in kinds
+    assert kinds - {type(spec), RoutingSpec, Target} <= allowed
 
 
 def test_a_registry_takes_nothing_but_backend_specs():
     with pytest.raises(TypeError, match="spec: expected a BackendSpec, got 3"):
         registry().register(3)
+
+
+def test_a_verdict_keeps_a_line_of_limited_length():
+    verdict = Verdict.no(RejectCode.SHAPE, f"a\n\x1b{LONG}", "b\x07")
+    assert (verdict.reason, verdict.fix) == (f"a {'x' * 994} ...", "b")
 
 
 # Specs

@@ -71,6 +71,43 @@ def build_routing_itself(problem, _device):
     Router(problem.spec, backend="itself")(torch.randn(3, E), K, torch.rand(E))
 
 
+class NotedBadly(Noted):
+    """A kernel that routes, and has nothing sensible to say of itself."""
+
+    NOTES = None
+
+    @property
+    def notes(self):
+        if isinstance(self.NOTES, type):
+            raise self.NOTES
+        return self.NOTES
+
+
+def build_noted_badly(problem, device):
+    return NotedBadly(problem, device)
+
+
+class Classless:
+    """A kernel that hands everything on, its class too, and has nobody to hand it to."""
+
+    @property
+    def __class__(self):
+        return {}["__class__"]
+
+    def __call__(self, logits, **operands):
+        raise AssertionError(logits, operands)
+
+
+def build_classless(_problem, _device):
+    return Classless()
+
+
+def build_number(problem, device):
+    kernel = build_noted(problem, device)
+    kernel.warmup = 3
+    return kernel
+
+
 @pytest.fixture
 def add_backend():
     added = []
@@ -313,3 +350,33 @@ def test_the_report_is_that_of_the_latest_call(add_backend):
             route(logits, K)
         assert route.backend == "noted"
     assert route.report.rejection("torch-compile").verdict.code is RejectCode.EXPLICIT_ONLY
+
+
+@pytest.mark.parametrize(
+    ("notes", "said"),
+    [
+        (None, "its kernel's notes returned None, not a tuple of strings"),
+        ("fast", "its kernel's notes returned 'fast', not a tuple of strings"),
+        (SystemExit, "its kernel's notes raised SystemExit"),
+    ],
+)
+def test_a_kernel_whose_notes_are_wrong_routes_and_the_report_says_so(
+    add_backend, monkeypatch, notes, said
+):
+    add_backend("noted-badly", "build_noted_badly")
+    route = Router(SPEC, backend="noted-badly")
+    monkeypatch.setattr(NotedBadly, "NOTES", notes)
+    route(torch.randn(3, E), K, torch.rand(E))
+    assert said in route.report.notes
+
+
+def test_a_kernel_whose_method_is_none_cannot_be_built(add_backend):
+    add_backend("number", "build_number")
+    with pytest.raises(BackendUnavailableError, match="warmup: expected a method, got 3"):
+        Router(SPEC, backend="number")(torch.randn(3, E), K, torch.rand(E))
+
+
+def test_a_kernel_whose_class_raises_cannot_be_built(add_backend):
+    add_backend("classless", "build_classless")
+    with pytest.raises(BackendUnavailableError, match="looking at its kernel raised KeyError"):
+        Router(SPEC, backend="classless")(torch.randn(3, E), K, torch.rand(E))

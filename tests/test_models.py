@@ -9,6 +9,7 @@ import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -260,9 +261,23 @@ def test_a_list_that_differs_by_layer_is_refused():
         from_config(config)
 
 
+def test_numpys_scalars_are_read_as_pythons():
+    numbers = {
+        "n_group": np.int64(8),
+        "topk_group": np.int32(4),
+        "routed_scaling_factor": np.float32(2.5),
+    }
+    assert from_config(said("deepseek_v3") | numbers) == from_config(said("deepseek_v3"))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        (
+            "deepseek_v3",
+            {"routed_scaling_factor": 10**400},
+            r"^routed_scaling_factor: expected a finite number, got 1000+",
+        ),
         (
             "mixtral",
             {"num_local_experts": 0},
@@ -460,8 +475,8 @@ LING = {
     "norm_topk_prob": True,
 }
 LING_2 = LING | {
-    "score_function": "sigmoid", "moe_router_enable_expert_bias": True,
-    "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+    "score_function": "sigmoid", "moe_router_enable_expert_bias": True, "n_group": 8,
+    "topk_group": 4, "routed_scaling_factor": 2.5,
 }  # fmt: skip
 
 

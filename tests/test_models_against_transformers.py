@@ -378,7 +378,10 @@ CASES = (
     Case(
         "deepseek_v4_hash",
         "deepseek_v4.DeepseekV4HashRouter",
-        ({"routed_scaling_factor": 2.5, "vocab_size": VOCABULARY},),
+        (
+            {"routed_scaling_factor": 2.5, "vocab_size": VOCABULARY},
+            {"scoring_func": "sigmoid", "vocab_size": VOCABULARY},
+        ),
         with_token_ids,
         config="deepseek_v4",
     ),
@@ -526,35 +529,55 @@ def test_preset_routes_as_the_router_of_transformers(case, said):
     )
 
 
-WITH_EPSILON = [case for case in HERE if MODELS[case.model].spec.renorm_epsilon]
+def divides(spec):
+    """Whether weights are divided by a sum that may be tiny.
+
+    The sum of softmax scores, or of scores of capped logits, is not.
+    """
+    return spec.renormalize and spec.score != "softmax" and spec.logit_softcap is None
 
 
-@pytest.mark.parametrize("case", WITH_EPSILON, ids=lambda case: case.model)
-def test_preset_has_the_epsilon_that_shows_where_all_scores_are_tiny(case):
-    torch.manual_seed(0)
-    config = configured(case, case.settings[0])
-    routing = routing_of(case, config)
-    spec = routing.spec
-    router = built(case, config)
-    getattr(router, "gate", router).weight.data[:, 0] = 1.0
-    hidden = torch.randn(T, H)
-    # Every score is about the epsilon, which is then half of the sum (or as near to it as float32
-    # can be).
-    tiny = math.log(spec.renorm_epsilon) * (1.8 if spec.score == "sqrtsoftplus" else 1.0)
-    hidden[:, 0] = tiny / spec.logit_multiplier
-    arguments = case.arguments(hidden, torch.empty(E).uniform_(*case.bias))
-    theirs = case.read(router, arguments, router(*arguments))
-    given = operands(router, arguments, spec)
-    ours = oracle.route(spec, theirs.logits, routing.topk, **given)
-    factor = getattr(config, case.factor) if case.factor else 1.0
-    their_sum, our_sum = theirs.weights.sum(-1) * factor, ours.weights.sum(-1).float()
-    torch.testing.assert_close(their_sum, our_sum, rtol=1e-5, atol=0.0)
-    without = (
-        oracle.route(spec.replace(renorm_epsilon=0.0), theirs.logits, routing.topk, **given)
-        .weights.sum(-1)
-        .float()
-    )
-    assert (without / our_sum - 1).abs().max() > 1e-3
+def may_divide(preset):
+    said = [changes for options in preset.choices.values() for changes in options.values()]
+    scores = {preset.spec.score, *(changes.get("score", "softmax") for changes in said)}
+    return scores != {"softmax"} and (preset.spec.renormalize or "renormalize" in preset.reads)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in HERE if may_divide(MODELS[case.model])], ids=lambda case: case.model
+)
+def test_preset_has_the_epsilon_of_its_router_or_none_which_shows_where_all_scores_are_tiny(case):
+    configs = [configured(case, said) for said in case.settings]
+    dividing = [config for config in configs if divides(routing_of(case, config).spec)]
+    assert dividing
+    for config in dividing:
+        torch.manual_seed(0)
+        routing = routing_of(case, config)
+        spec = routing.spec
+        router = built(case, config)
+        getattr(router, "gate", router).weight.data[:, 0] = 1.0
+        hidden = torch.randn(T, H)
+        # Every score is about the epsilon, which is then half of the sum (or as near to it as
+        # float32 can be).
+        epsilon = spec.renorm_epsilon or 1e-20
+        tiny = math.log(epsilon) * (1.8 if spec.score == "sqrtsoftplus" else 1.0)
+        hidden[:, 0] = tiny / spec.logit_multiplier
+        arguments = case.arguments(hidden, torch.empty(E).uniform_(*case.bias))
+        theirs = case.read(router, arguments, router(*arguments))
+        given = operands(router, arguments, spec)
+        ours = oracle.route(spec, theirs.logits, routing.topk, **given)
+        factor = getattr(config, case.factor) if case.factor else 1.0
+        their_sum, our_sum = theirs.weights.sum(-1) * factor, ours.weights.sum(-1).float()
+        torch.testing.assert_close(their_sum, our_sum, rtol=1e-5, atol=0.0)
+        another = spec.replace(renorm_epsilon=0.0 if spec.renorm_epsilon else epsilon)
+        others = oracle.route(another, theirs.logits, routing.topk, **given)
+        assert (others.weights.sum(-1).float() / our_sum - 1).abs().max() > 1e-3
+
+
+def test_every_epsilon_is_tried_where_all_scores_are_tiny():
+    with_epsilon = [case.model for case in HERE if MODELS[case.model].spec.renorm_epsilon]
+    assert with_epsilon
+    assert [model for model in with_epsilon if not may_divide(MODELS[model])] == []
 
 
 def value_at(said, names):

@@ -29,9 +29,11 @@ def moe_routing_backends():
 """
 SECONDS = 8
 """Instead of the minute that doctor waits, so that the tests need not."""
-DOCTOR = f"""
+LONG = 3600
+"""Where nothing is waited for."""
+DOCTOR = """
 import moe_routing.doctor._plugins as plugins
-plugins.SECONDS = {SECONDS}
+plugins.SECONDS = {}
 from moe_routing.cli import main
 main()
 """
@@ -41,12 +43,12 @@ main()
 def command(install_plugin):
     """Return what installs a plug-in with that body and runs a command line with it."""
 
-    def run(body, *arguments, entry_point="odd"):
+    def run(body, *arguments, entry_point="odd", seconds=SECONDS):
         site = install_plugin("odd", HEAD + body + TAIL, entry_point=entry_point)
         sources = os.pathsep.join(map(str, (site, ROOT, ROOT / "registry", ROOT / "backends")))
         environment = os.environ | {"PYTHONPATH": sources, "PYTHONIOENCODING": "utf-8"}
         return subprocess.run(
-            [sys.executable, "-c", DOCTOR, *arguments],
+            [sys.executable, "-c", DOCTOR.format(seconds), *arguments],
             env=environment,
             capture_output=True,
             text=True,
@@ -60,6 +62,10 @@ WAITS = {
     "its import hangs": ("time.sleep(3600)", f"does not end within {SECONDS} seconds"),
     "its rule hangs": (
         "def rule(problem, device): time.sleep(3600)",
+        f"does not end within {SECONDS} seconds",
+    ),
+    "its import leaves a thread": (
+        "import threading; threading.Thread(target=time.sleep, args=(3600,)).start()",
         f"does not end within {SECONDS} seconds",
     ),
     "its import exits at once": ("os._exit(0)", "ends the process with exit code 0"),
@@ -90,14 +96,76 @@ def test_doctor_leaves_out_a_plug_in_that_does_not_come_back(command, body, said
 
 
 def test_doctor_says_what_a_plug_in_changed_of_torch(command):
-    body = (
-        "import torch\ndef topk(*arguments, **named): return None\ntorch.topk = topk\n"
-        "torch.set_default_dtype(torch.float64)"
-    )
-    done = command(body, "doctor", "--device", "cpu", "--check", "plugins", "--json")
+    body = "import torch\ndef topk(*arguments, **named): return None\ntorch.topk = topk\ntorch.set_default_dtype(torch.float64)"
+    done = command(body, "doctor", "--device", "cpu", "--check", "plugins", "--json", seconds=LONG)
     said = [check["summary"] for check in json.loads(done.stdout)["checks"]]
-    assert "loading the plug-ins changed torch.topk, which is now odd.topk" in said
-    assert "loading the plug-ins changed torch's default dtype, which is now torch.float64" in said
+    assert "the plug-ins changed torch.topk, which is now odd.topk" in said
+    assert "the plug-ins changed torch's default dtype, which is now torch.float64" in said
+
+
+EXAMPLES = {
+    "none": ("EXAMPLE = None", "example: expected a Problem, got None"),
+    "one that raises": (
+        (
+            "class Problem:\n    to_dict, family = dict, ''\n    operation = property(lambda self: sys.exit())\n"
+            "EXAMPLE = Problem()"
+        ),
+        "raised SystemExit",
+    ),
+}
+OPERATION = """
+from moe_routing_registry import OperationSpec
+@hookimpl
+def moe_routing_operations():
+    return [OperationSpec(name="sort", example="odd:EXAMPLE", oracle="odd:rule", contract="odd:rule")]
+"""
+
+
+@pytest.mark.parametrize(("body", "said"), EXAMPLES.values(), ids=EXAMPLES)
+def test_an_example_that_is_none_costs_only_its_operation(command, body, said):
+    report = json.loads(
+        command(f"{body}\n{OPERATION}", "doctor", "--device", "cpu", "--json", seconds=LONG).stdout
+    )
+    assert report["reports"]["cpu"]["winner"] == "eager"
+    (sort,) = [operation for operation in report["operations"] if operation["name"] == "sort"]
+    assert said in sort["devices"]["cpu"]["why"]
+
+
+CHANGES = {
+    "a function of a submodule, in a rule": (
+        "def rule(problem, device):\n    import torch\n    torch.cuda.is_available = lambda: True\n    return Verdict.yes()",
+        ["the plug-ins changed torch.cuda.is_available, which is now odd.<lambda>"],
+    ),
+    "a method that a class inherits": (
+        "import torch\ntorch.Tensor.contiguous = lambda self: self",
+        ["the plug-ins changed torch.Tensor.contiguous, which is now odd.<lambda>"],
+    ),
+    "a function by a wrapper of its name": (
+        "import functools, torch.nn.functional as F\n@functools.wraps(F.glu)\ndef fast(x): return x\nF.glu = fast",
+        ["the plug-ins changed torch.nn.functional.glu, which is now odd.fast"],
+    ),
+    "a function by a value that raises": (
+        (
+            "import torch\nclass Value:\n    def __getattr__(self, name): raise SystemExit\n    def __call__(self): pass\n"
+            "torch.special.logit = Value()"
+        ),
+        ["the plug-ins changed torch.special.logit, which is now something else"],
+    ),
+    "a function by none": (
+        "import torch\ntorch.special.logit = None",
+        ["the plug-ins changed torch.special.logit, which is no function now"],
+    ),
+    "nothing, but it imports the compiler": (
+        "import torch._dynamo",
+        ["every plug-in loaded; backends: triton, triton-xpu, torch-compile, eager, odd-backend"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "said"), CHANGES.values(), ids=CHANGES)
+def test_doctor_says_what_a_plug_in_changed_wherever_it_is(command, body, said):
+    done = command(body, "doctor", "--device", "cpu", "--check", "plugins", "--json", seconds=LONG)
+    assert [check["summary"] for check in json.loads(done.stdout)["checks"]] == said
 
 
 def test_where_metadata_that_cannot_be_decoded_takes_torch_down_doctor_names_its_distribution(

@@ -115,7 +115,7 @@ def test_a_profiler_is_seen():
 
 def test_a_launch_hook_of_triton_is_seen():
     knobs = pytest.importorskip("triton").knobs
-    assert not private_api.has_launch_hook()
+    assert not private_api.is_observed()
 
     def hook(_metadata):
         raise AssertionError
@@ -130,7 +130,7 @@ def test_a_launch_hook_of_triton_is_seen():
 def test_a_function_in_place_of_tritons_chain_is_a_hook(monkeypatch):
     knobs = pytest.importorskip("triton").knobs
     monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda _metadata: None)
-    assert private_api.has_launch_hook()
+    assert private_api.is_observed()
 
 
 class CudaLauncher:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -296,6 +297,20 @@ def test_a_privateuse1_backend_is_among_the_devices_here(acme):
 
 def test_no_triton_on_the_path_is_none(tmp_path):
     assert Installed.read([str(tmp_path)]).triton is None
+
+
+def test_a_stub_in_place_of_triton_or_a_finder_that_raises_is_no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))  # has no __spec__
+    assert Installed.read().triton is None
+    monkeypatch.delitem(sys.modules, "triton")
+
+    class Finder:
+        @staticmethod
+        def find_spec(*_arguments):
+            raise SystemExit
+
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    assert Installed.read().triton is None
 
 
 def test_triton_is_read_from_the_files_that_are_there(tmp_path):

@@ -40,8 +40,8 @@ class Tuned:
             "us_before": 3.25,
         }
         return {
-            "table": "/cache/t.json", "before": "launch parameters from nowhere",
-            "timed": [timed], "steps": [], "wrong": list(self.wrong), "unusable": ["rows: too big"],
+            "table": "/cache/t.json", "before": "launch parameters from nowhere", "timed": [timed],
+            "steps": [], "wrong": list(self.wrong), "unusable": ["rows: too big"],
         }  # fmt: skip
 
 
@@ -56,6 +56,7 @@ class Unkept(Tuned):
 
 def tuner(problem, device, *, tokens="the tuner's own", on_step):
     ASKED.append((problem, device, tokens))
+    on_step("about 1 min", 0, 2)
     on_step("T = 1: lanes", 0, 2)
     if problem.topk == 5:
         raise SystemExit(3)
@@ -116,6 +117,16 @@ def test_it_tunes_gemma4_where_nothing_is_named_and_shows_before_and_after(cli):
     ):
         assert shown in out
     assert "unusable: rows: too big" in out
+
+
+@pytest.mark.usefixtures("tunable")
+def test_on_a_terminal_it_says_first_what_each_problem_takes(cli, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal then
+    code, _, err = cli("tune --device cpu --model gemma4,mixtral")
+    assert code == 0
+    assert "gemma4 128/8 bfloat16: about 1 min" in err
+    assert "mixtral 8/2 bfloat16: about 1 min" in err
+    assert "bfloat16: T = 1" not in err
 
 
 @pytest.mark.usefixtures("tunable")

@@ -57,9 +57,8 @@ def fitting(asked: tuple[str, ...], case: Case, device: str) -> list[str]:
     found = []
     for name in names:
         if name is not None:
-            moe_routing.get_router(
-                case.router, backend=name
-            )  # a misspelt name is an error of its own
+            # A misspelt name is an error of its own.
+            moe_routing.get_router(case.router, backend=name)
         report = moe_routing.explain(
             case.router,
             device=device,

@@ -42,7 +42,10 @@ class Inputs:
 
 
 def check_memory(case: Case, device: DeviceInfo) -> None:
-    """Raise ``ValueError`` for a case that the device's memory cannot hold, before anything of it is allocated."""
+    """Refuse a case that the device's memory cannot hold, before anything of it is allocated.
+
+    :raises ValueError: the case needs more memory than the device has.
+    """
     spec = moe_routing.get_router(case.router).spec
     dtype: torch.dtype = getattr(torch, case.dtype)
     logits, outputs = case.num_experts * dtype.itemsize, (case.topk + spec.shared_experts) * 8
@@ -52,7 +55,10 @@ def check_memory(case: Case, device: DeviceInfo) -> None:
         needed += _VOCABULARY * case.num_experts * 12  # random numbers and their order
     if device.total_memory and needed > device.total_memory:
         has = f"{device.total_memory / _GIB:,.0f} GiB, which {device} has"
-        msg = f"tokens: expected a problem that fits {has}, got {case}, which needs {needed / _GIB:,.0f}"
+        msg = (
+            f"tokens: expected a problem that fits {has}, got {case}, "
+            f"which needs {needed / _GIB:,.0f}"
+        )
         raise ValueError(msg)
 
 

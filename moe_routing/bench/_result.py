@@ -179,7 +179,10 @@ class Result:
         with path.open("rb") as file:
             text = file.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
-            msg = f"{path}: expected what `moe-routing bench --json` prints, got more than {_MOST_BYTES} bytes"
+            msg = (
+                f"{path}: expected what `moe-routing bench --json` prints, "
+                f"got more than {_MOST_BYTES} bytes"
+            )
             raise ValueError(msg)
         try:
             held = json.loads(text)
@@ -187,7 +190,7 @@ class Result:
                 msg = (
                     f"expected schema_version {SCHEMA_VERSION}, got {held['schema_version']!r:.100}"
                 )
-                raise ValueError(msg)  # noqa: TRY301 -- what is wrong with the file, said like everything else below
+                raise ValueError(msg)  # noqa: TRY301 -- said below, like all that is wrong with it
             return cls(
                 settings=Settings.from_dict(held["settings"]),
                 device=held["device"],
@@ -205,7 +208,10 @@ class Result:
             TypeError,
             ValueError,
         ) as error:
-            msg = f"{path}: expected what `moe-routing bench --json` prints, got {type(error).__name__}: {error}"
+            msg = (
+                f"{path}: expected what `moe-routing bench --json` prints, "
+                f"got {type(error).__name__}: {error}"
+            )
             raise ValueError(msg) from error
 
     def to_csv(self) -> str:
@@ -238,7 +244,8 @@ class Loss(NamedTuple):
         """Say it in a line."""
         then, now = self.before.microseconds or 0.0, self.row.microseconds or 0.0
         return (
-            f"{self.row.case} {self.row.mode} {self.row.label}: {now:,.2f} us ({min(self.row.rounds):,.2f} at best), "
+            f"{self.row.case} {self.row.mode} {self.row.label}: "
+            f"{now:,.2f} us ({min(self.row.rounds):,.2f} at best), "
             f"before {then:,.2f} ({max(self.before.rounds):,.2f} at worst): {now / then:.2f} times"
         )
 
@@ -255,7 +262,10 @@ def losses(before: Result, now: Result) -> list[Loss]:
     for row in now.rows:
         old = known.get(row.key)
         if row.rounds and old is None:
-            msg = f"against: expected a run of the same configurations, got one without {row.case} {row.mode} {row.label}"
+            msg = (
+                "against: expected a run of the same configurations, "
+                f"got one without {row.case} {row.mode} {row.label}"
+            )
             raise ValueError(msg)
         if row.rounds and old is not None and min(row.rounds) > max(old.rounds):
             found.append(Loss(row, old))
@@ -263,7 +273,11 @@ def losses(before: Result, now: Result) -> list[Loss]:
 
 
 def refuse_another_run(before: Result, device: dict[str, Any], settings: Settings) -> None:
-    """Raise ``ValueError`` unless the run was of this kind of device, used in this way, and measured all of these cases."""
+    """Refuse an earlier run that is not comparable to these settings.
+
+    :raises ValueError: the run was on another kind of device, used its device in another way, or
+        did not measure all of these cases.
+    """
     for name in _DEVICE:
         if before.device.get(name) != device.get(name):
             here, there = shown(device.get(name)), shown(before.device.get(name))
@@ -273,7 +287,10 @@ def refuse_another_run(before: Result, device: dict[str, Any], settings: Setting
     for case in settings.cases:
         for mode in settings.modes:
             if (case, mode) not in known:
-                msg = f"against: expected a run of the same configurations, got one without {case} {mode}"
+                msg = (
+                    "against: expected a run of the same configurations, "
+                    f"got one without {case} {mode}"
+                )
                 raise ValueError(msg)
 
 

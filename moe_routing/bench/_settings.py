@@ -88,10 +88,16 @@ class Settings:
             raise ValueError(refusal("tokens", "integers >= 1", self.tokens))
         unlike = set(self.modes) - {"call"}
         if self.device.partition(":")[0] == "cpu" and unlike:
-            msg = f"modes: expected call on the CPU, which has no graphs and is its own host, got {', '.join(sorted(unlike))}"
+            msg = (
+                "modes: expected call on the CPU, which has no graphs and is its own host, "
+                f"got {', '.join(sorted(unlike))}"
+            )
             raise ValueError(msg)
         if "graph" in self.modes and self.device.partition(":")[0] != "cuda":
-            msg = f"modes: expected call or host on {self.device}, got graph: only CUDA and ROCm devices have CUDA graphs"
+            msg = (
+                f"modes: expected call or host on {self.device}, "
+                "got graph: only CUDA and ROCm devices have CUDA graphs"
+            )
             raise ValueError(msg)
 
     @property

@@ -1,6 +1,7 @@
-"""The baseline to beat: a row a program, one warp, a whole sort of int64 keys, as the published Gemma4 kernel does.
+"""The baseline to beat: a Triton kernel that sorts whole rows.
 
-Imports triton: nothing here is imported before a GPU is measured.
+Each program sorts the int64 keys of one row with one warp, as the published Gemma4 kernel does.
+This module imports triton, so it is imported only when a GPU is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def empty_kernel():  # noqa: ANN201, D103 -- a kernel: what a launch alone takes
 
 @triton.jit
 def full_sort_kernel(  # noqa: ANN201, D103, PLR0913, PLR0917 -- a kernel
-    logits, scale, weights, ids, E: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,  # noqa: ANN001 -- likewise
+    logits, scale, weights, ids,  # noqa: ANN001 -- likewise
+    E: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, SIZE)
@@ -43,7 +45,10 @@ def full_sort_kernel(  # noqa: ANN201, D103, PLR0913, PLR0917 -- a kernel
 def full_sort(
     logits: torch.Tensor, k: int, scale: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """Route contiguous ``logits [T, E]`` without NaN by a full sort, into ``out``, float32 weights and int32 ids."""
+    """Route contiguous ``logits [T, E]`` without NaN by a full sort.
+
+    :param out: float32 weights and int32 ids, which are written.
+    """
     tokens, experts = logits.shape
     size = triton.next_power_of_2(experts)
     full_sort_kernel[(tokens,)](logits, scale, *out, E=experts, K=k, SIZE=size, num_warps=1)

@@ -47,7 +47,10 @@ def measure(
         check_memory(case, info)
     device = torch.empty(0, device=settings.device).device
     if "graph" in settings.modes and importlib.util.find_spec("triton") is None:
-        msg = "modes: expected call or host without triton, which times graphs, got graph; pip install 'moe-routing[triton]'"
+        msg = (
+            "modes: expected call or host without triton, which times graphs, got graph; "
+            "pip install 'moe-routing[triton]'"
+        )
         raise ValueError(msg)
     with _one_thread(device), torch.no_grad():
         return _measure(settings, device, settings.cases if cases is None else cases, on_case)
@@ -62,7 +65,8 @@ def described(device: torch.device | str) -> dict[str, Any]:
     device = torch.empty(0, device=device).device
     threads = 1 if device.type == "cpu" else 0
     return {
-        "name": info.name, "platform": info.platform, "arch": info.arch, "threads": threads, "cache": cache_of(device)
+        "name": info.name, "platform": info.platform, "arch": info.arch, "threads": threads,
+        "cache": cache_of(device),
     }  # fmt: skip
 
 
@@ -165,9 +169,9 @@ def _timed(implementations: list[Implementation], inputs: Inputs, settings: Sett
                     times.append(round(_clock.round_of(mode, implementation, inputs), 4))
         rows += [
             Row(
-                case=inputs.case, mode=mode, implementation=implementation.name, is_backend=implementation.is_backend,
-                rounds=tuple(times), bytes=inputs.bytes,
-                skipped=why_not,
+                case=inputs.case, mode=mode,
+                implementation=implementation.name, is_backend=implementation.is_backend,
+                rounds=tuple(times), bytes=inputs.bytes, skipped=why_not,
             )
             for implementation, why_not, times in zip(implementations, refused, rounds, strict=True)
         ]  # fmt: skip

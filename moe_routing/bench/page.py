@@ -48,9 +48,10 @@ def about(result: Result) -> str:
     threads = f", {device['threads']} thread" if device["threads"] else ""
     floors = ", ".join(f"{time:.2f} us ({mode})" for mode, time in result.launch_floor.items())
     return (
-        f"{device['name']} {device['arch']}{threads}; {versions}; {result.date}. A large copy moves "
-        f"{result.copy_rate / 1e9:,.0f} GB/s; the smallest launch takes {floors}. Medians of rounds that take turns, ± half "
-        "their range."
+        f"{device['name']} {device['arch']}{threads}; {versions}; {result.date}. "
+        f"A large copy moves {result.copy_rate / 1e9:,.0f} GB/s; "
+        f"the smallest launch takes {floors}. "
+        "Medians of rounds that take turns, ± half their range."
     )
 
 
@@ -62,9 +63,11 @@ def remarks(rows: list[Row]) -> dict[str, list[str]]:
 
 
 def sections(result: Result, heading: str = "h2") -> list[str]:
-    """Return HTML: what it was measured on, then a drawing and a table each, under headings of that level.
+    """Return HTML: what the run was measured on, then a drawing and a table for each facet.
 
     Where matplotlib is missing or cannot draw, the page says so in place of the drawing.
+
+    :param heading: the HTML element of each facet's heading.
     """
     from moe_routing.bench.plot import facets
 
@@ -72,12 +75,14 @@ def sections(result: Result, heading: str = "h2") -> list[str]:
     for facet, rows in facets(result).items():
         timed = table(COLUMNS, [cells(result, row) for row in rows if row.rounds])
         said = "".join(
-            f"<p class='{'failed' if kind == 'wrong' else 'declined'}'>{kind}: {escape(sentence)}</p>"
+            f"<p class='{'failed' if kind == 'wrong' else 'declined'}'>"
+            f"{kind}: {escape(sentence)}</p>"
             for kind, sentences in remarks(rows).items()
             for sentence in sentences
         )
         parts.append(
-            f"<{heading}>{escape(facet)}</{heading}><div class='plot'>{_picture(result, facet)}<div>{timed}{said}</div></div>"
+            f"<{heading}>{escape(facet)}</{heading}>"
+            f"<div class='plot'>{_picture(result, facet)}<div>{timed}{said}</div></div>"
         )
     return parts
 

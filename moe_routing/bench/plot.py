@@ -1,6 +1,7 @@
-"""Drawing a ``Result``: time against T on logarithmic axes, with the floors that no routing gets under.
+"""Drawings of a ``Result``: time against T on logarithmic axes.
 
-matplotlib is the extra ``bench``; it is imported here and nowhere else.
+A drawing also has the floors that no routing gets under. matplotlib is the extra ``bench``; it is
+imported here and nowhere else.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ class Theme(NamedTuple):
 LIGHT = Theme(
     "#ffffff", "#1b1f24", "#d0d7de", ("#0969da", "#0a3069", "#54aeff"),
     {
-        "baseline": "#bc4c00", "eager": "#57606a", "compile-default": "#1a7f37", "compile-reduce-overhead": "#8250df",
-        "compile-max-autotune": "#bf3989",
+        "baseline": "#bc4c00", "eager": "#57606a", "compile-default": "#1a7f37",
+        "compile-reduce-overhead": "#8250df", "compile-max-autotune": "#bf3989",
     },
 )  # fmt: skip
 DARK = Theme(
     "#0d1117", "#e6edf3", "#30363d", ("#58a6ff", "#a5d6ff", "#1f6feb"),
     {
-        "baseline": "#f0883e", "eager": "#8b949e", "compile-default": "#3fb950", "compile-reduce-overhead": "#bc8cff",
-        "compile-max-autotune": "#f778ba",
+        "baseline": "#f0883e", "eager": "#8b949e", "compile-default": "#3fb950",
+        "compile-reduce-overhead": "#bc8cff", "compile-max-autotune": "#f778ba",
     },
 )  # fmt: skip
 
@@ -68,7 +69,10 @@ class Facet(NamedTuple):
 
     def __str__(self) -> str:
         """Say it in a line."""
-        return f"{self.router}, {self.dtype} logits, E = {self.num_experts}, K = {self.topk}, mode {self.mode}"
+        return (
+            f"{self.router}, {self.dtype} logits, "
+            f"E = {self.num_experts}, K = {self.topk}, mode {self.mode}"
+        )
 
 
 def facets(result: Result) -> dict[Facet, list[Row]]:
@@ -136,7 +140,8 @@ def draw(axes: Axes, result: Result, facet: Facet, rows: Iterable[Row], theme: T
             [row.microseconds or 0.0 for row in drawn_rows],
         )
         axes.errorbar(
-            tokens, times, yerr=[row.spread for row in drawn_rows], label=printable(label), color=colour, linewidth=width,
+            tokens, times, yerr=[row.spread for row in drawn_rows],
+            label=printable(label), color=colour, linewidth=width,
             marker=_MARKERS[number % len(_MARKERS)], markersize=4, capsize=2, elinewidth=1,
             zorder=3 if drawn_rows[0].is_backend else 2,
         )  # fmt: skip
@@ -164,10 +169,10 @@ def style_axes(axes: Axes, theme: Theme, what: str) -> None:
     for spine in axes.spines.values():
         spine.set_color(theme.line)
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(
-        range(len(labels)), key=lambda at: labels[at] in _FLOORS
-    )  # implementations first, as they were measured
+    # Implementations first, as they were measured.
+    order = sorted(range(len(labels)), key=lambda at: labels[at] in _FLOORS)
     axes.legend(
         [handles[at] for at in order], [labels[at] for at in order],
-        loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2, frameon=False, labelcolor=theme.ink, fontsize=8,
+        loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2,
+        frameon=False, labelcolor=theme.ink, fontsize=8,
     )  # fmt: skip

@@ -27,9 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from moe_routing.cli._show import leave_stdout
 
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a name that the terminal's encoding lacks is no error
+        # A name that the terminal's encoding lacks is no error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = run(sys.argv[1:] if arguments is None else arguments)
     if sys.stdout is not None:
         leave_stdout()

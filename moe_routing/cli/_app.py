@@ -172,7 +172,10 @@ app.command(
     cls=taught(
         (
             "moe-routing tune",
-            "which launch serves how many tokens best, for Gemma4's routing; a minute, with a progress bar",
+            (
+                "which launch serves how many tokens best, for Gemma4's routing; "
+                "a minute, with a progress bar"
+            ),
         ),
         (
             "moe-routing tune --model deepseek_v3,qwen3_moe --dtype bf16,fp32",
@@ -197,9 +200,8 @@ def run(arguments: Sequence[str]) -> int:
         warnings.showwarning = _say
         warnings.filterwarnings("ignore", message=NUMPY_WARNING)
         try:
-            code = copy_context().run(
-                _run, list(arguments)
-            )  # whether there was an answer is a matter of this command
+            # In a context of its own: whether there was an answer concerns this command alone.
+            code = copy_context().run(_run, list(arguments))
             sys.stdout.flush()
         except BrokenPipeError:  # whoever read has read enough
             drop_stdout()
@@ -265,7 +267,6 @@ def _fail(text: str, code: int) -> int:
 
 
 def _print_on_stderr(text: str) -> None:
-    with suppress(
-        AttributeError, OSError, ValueError
-    ):  # stderr is closed, or cannot be written: nothing is left to say it on
+    # If stderr is closed or cannot be written, nothing is left to say it on.
+    with suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(f"moe-routing: {printable(' '.join(text.split()))}\n")

@@ -73,15 +73,16 @@ def bench(  # noqa: PLR0913 -- the options of the command
         list[str] | None,
         typer.Option(
             metavar="MODE,...",
-            help="graph: the kernels, in CUDA graphs; call: whole calls; host: what a call takes of the CPU. "
-            "graph where there are graphs, else call.",
+            help="graph: the kernels, in CUDA graphs; call: whole calls; "
+            "host: what a call takes of the CPU. graph where there are graphs, else call.",
         ),
     ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME,...|none",
-            help="What to compare with: baseline (a Triton kernel that sorts rows), eager (the formula in plain PyTorch), "
+            help="What to compare with: baseline (a Triton kernel that sorts rows), "
+            "eager (the formula in plain PyTorch), "
             "compile-default, compile-reduce-overhead, compile-max-autotune; eager.",
         ),
     ] = None,
@@ -237,7 +238,10 @@ def _device_names() -> list[str]:
     try:
         return device_names()
     except Exception as error:  # a broken torch raises anything at import
-        msg = f"torch cannot be used ({type(error).__name__}: {error}); `moe-routing doctor` says more"
+        msg = (
+            f"torch cannot be used ({type(error).__name__}: {error}); "
+            "`moe-routing doctor` says more"
+        )
         raise Unusable(msg) from error
 
 

@@ -1,4 +1,7 @@
-"""Every name that ``get_router`` takes, with its formula and source, found without importing torch."""
+"""Every name that ``get_router`` takes, with its formula and source.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 10
 NOTHING_CHECKED = 2
-"""Exit code where the backend cannot be used on the device, or nothing that was asked for could be checked."""
+"""Exit code if the backend cannot be used on the device, or if nothing could be checked."""
 _NOTHING = {"checked": 0, "declined": 0, "not_run": 0}
 _STYLES = {
     "passed": STATUS_STYLES["ok"],

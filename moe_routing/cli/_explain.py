@@ -117,7 +117,10 @@ def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command
     except UnknownDeviceError:
         raise
     except Exception as error:  # a broken torch raises anything at import
-        msg = f"torch cannot be used ({type(error).__name__}: {error}); `moe-routing doctor` says more"
+        msg = (
+            f"torch cannot be used ({type(error).__name__}: {error}); "
+            "`moe-routing doctor` says more"
+        )
         raise Unusable(msg) from error
     report = moe_routing.explain(
         entry.name, device=device, num_experts=num_experts, topk=topk, dtype=dtype, backend=backend

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 _BOXED_FROM = 70
 """Columns that typer's boxes around options need."""
+_WHOLE = 10_000
+"""Characters within which every command's summary is whole."""
 Examples = tuple[tuple[str, str], ...]
 
 
 class Group(TyperGroup):
     """The program itself."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- click's classes, or typer's copy of them
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- click's or typer's
         """Print the help and the examples."""
         examples = (
             ("moe-routing doctor", "what is here, what is missing, and the command that fixes it"),
@@ -45,6 +47,9 @@ def taught(*examples: tuple[str, str]) -> type[TyperCommand]:
         def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 -- likewise
             _teach(self, super().format_help, ctx, formatter, examples)
 
+        def get_short_help_str(self, limit: int = _WHOLE) -> str:  # noqa: ARG002 -- click's limit cuts words off
+            return super().get_short_help_str(_WHOLE)
+
         def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 -- likewise
             with reserved_stdout():
                 return super().invoke(ctx)
@@ -59,7 +64,10 @@ def _teach(
     formatter: Any,  # noqa: ANN401 -- likewise
     examples: Examples,
 ) -> None:
-    """Print the help, then the examples, each command whole on its own line, what it is for on the next."""
+    """Print the help, then the examples.
+
+    Each command is on one line, unbroken; its purpose is on the next line.
+    """
     lines = [
         "Examples",
         *(

@@ -52,7 +52,8 @@ def list_routers(
         for names, formula, sources in _by_formula(models):
             _block(screen, names, formula, *(sources if verbose or containing else ()))
     screen.print(
-        "In formulas: l logits, b selection bias, E experts, K top-k, w weights, ids the experts chosen."
+        "In formulas: l logits, b selection bias, E experts, K top-k, w weights, "
+        "ids the experts chosen."
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
 from typing import Annotated
 
 import typer
@@ -22,13 +24,22 @@ def new_backend(
 ) -> None:
     """Write a distribution with a backend that works and conforms, to start from."""
     from moe_routing._registry import registry
-    from moe_routing.conformance.new_backend import write
+    from moe_routing.conformance.new_backend import files, package_of, write
 
     known = registry()
     if name in {*known.backends, *(failure.name for failure in known.failures), *_RESERVED}:
-        msg = f"name: expected one that is free, got {name!r}, which is taken; `moe-routing doctor` lists the backends"
+        msg = (
+            f"name: expected one that is free, got {name!r}, which is taken; "
+            "`moe-routing doctor` lists the backends"
+        )
         raise UsageError(msg)
     try:
+        files(name)  # whose errors are of the name
+        if importlib.util.find_spec(package := package_of(name)) is not None:
+            msg = (
+                f"name: expected one that is free, got {name!r}: there is a package {package} here"
+            )
+            raise UsageError(msg)
         written = write(name, directory)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
@@ -37,7 +48,7 @@ def new_backend(
         screen.print(str(path), soft_wrap=True)
     screen.print("Next:")
     for line in (
-        f"pip install -e {directory}",
+        f"pip install -e {shlex.quote(directory)}",
         "moe-routing doctor",
         f"moe-routing conformance {name}",
     ):

@@ -1,7 +1,7 @@
-"""Show an examination: tables of what is here, then every check with the command that fixes it on the next line.
+"""Show an examination: tables of what is here, then every check.
 
-Commands and tracebacks are never wrapped, so that they can be copied; in tables long words fold,
-none is cut off.
+The command that fixes a check is on the line after it. Commands and tracebacks are never wrapped,
+so that they can be copied; in tables long words fold, none is cut off.
 """
 
 from __future__ import annotations

@@ -67,7 +67,10 @@ class _Console(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Render; what plug-ins, files and devices say reaches the terminal here, without its control characters."""
+        """Render without the control characters of what plug-ins, files and devices say.
+
+        All that they say reaches the terminal here.
+        """
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
@@ -119,7 +122,10 @@ def _point_stdout_to(stream: TextIO | None) -> None:
 
 
 def drop_stdout() -> None:
-    """Throw away what stdout still holds and cannot write, so that the end of the process does not try again."""
+    """Drop what stdout still holds and cannot write.
+
+    Otherwise Python would try to write it again at the end of the process.
+    """
     with suppress(OSError, ValueError):
         if sys.stdout.fileno() == _STDOUT:
             _point_stdout_to(None)
@@ -168,7 +174,10 @@ def progress() -> Progress:
 
 
 class _Rows:
-    """A table; where the screen is too narrow for it, each row under its first cell, a line or more for each other cell."""
+    """A table, or a list where the screen is too narrow for the table.
+
+    In the list, each row stands under its first cell; each other cell has a line or more.
+    """
 
     def __init__(
         self,
@@ -258,7 +267,10 @@ def check_writable(option: str, path: Path) -> None:
         else:
             tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        msg = f"{option}: expected a file that can be written, got {str(path)!r}: {getattr(error, 'strerror', None) or error}"
+        msg = (
+            f"{option}: expected a file that can be written, got {str(path)!r}: "
+            f"{getattr(error, 'strerror', None) or error}"
+        )
         raise UsageError(msg) from error
 
 
@@ -276,7 +288,10 @@ def words(given: list[str] | None) -> tuple[str, ...]:
 
 
 def count(text: str) -> int:
-    """Read an integer >= 1; typer's own words for it depend on its version and leave out what came."""
+    """Read an integer >= 1.
+
+    typer's own message depends on the version of typer and leaves out what came.
+    """
     if text.isdecimal() and len(text) <= _DIGITS and int(text) >= 1:
         return int(text)
     expected = (
@@ -292,7 +307,10 @@ def command(screen: Console, text: str, indent: int = 4) -> None:
 
 
 def mark(screen: Console, status: str) -> Text:
-    """Return ``[✓]``, ``[!]``, ``[✗]`` or ``[-]``, in ASCII where the output can hold nothing else."""
+    """Return ``[✓]``, ``[!]``, ``[✗]`` or ``[-]``.
+
+    The mark is in ASCII where the output can hold nothing else.
+    """
     marks = _MARKS if screen.encoding.lower().startswith("utf") else _ASCII_MARKS
     return Text.assemble("[", (marks[status], STATUS_STYLES[status]), "] ")
 

@@ -70,7 +70,10 @@ def _config(model: str) -> Any:  # noqa: ANN401 -- a configuration of transforme
     if model in CONFIG_MAPPING:
         return CONFIG_MAPPING[model]()
     if not (Path(model) / "config.json").is_file():
-        msg = f"MODEL: expected a model_type of transformers or a folder with a config.json, got {model!r}"
+        msg = (
+            "MODEL: expected a model_type of transformers or a folder with a config.json, "
+            f"got {model!r}"
+        )
         raise UsageError(msg)
     return AutoConfig.from_pretrained(model)
 

@@ -157,7 +157,10 @@ def _refusal(report: ResolutionReport) -> str:
     fixes = [rejection.verdict.fix for rejection in missed if rejection.verdict.fix] or [
         "moe-routing doctor"
     ]
-    return f"nothing to tune on {report.device}: {routes}; {reasons or 'no backend can be tuned'}; try: {fixes[0]}"
+    return (
+        f"nothing to tune on {report.device}: {routes}; "
+        f"{reasons or 'no backend can be tuned'}; try: {fixes[0]}"
+    )
 
 
 def _measure(
@@ -168,8 +171,8 @@ def _measure(
 
     with progress() as bar:
         for router, report in asked:
-            assert isinstance(report.problem, RoutingProblem)  # noqa: S101 -- for mypy: `_chosen` saw to it
-            assert report.winner is not None  # noqa: S101 -- likewise
+            assert isinstance(report.problem, RoutingProblem)  # noqa: S101 -- `_chosen` saw to it
+            assert report.winner is not None  # noqa: S101 -- for mypy
             problem = report.problem
             name = f"{router} {problem.num_experts}/{problem.topk} {problem.dtype}"
             task = bar.add_task(name, total=None)
@@ -182,6 +185,9 @@ def _measure(
                 task: Any = task,  # noqa: ANN401 -- rich's id
                 name: str = name,
             ) -> None:
+                # What comes first is what all of it takes.
+                if bar.tasks[task].total is None and not bar.disable:
+                    bar.console.print(f"{name}: {what}")
                 bar.update(task, description=f"{name}, {what}", completed=done, total=total)
 
             try:
@@ -224,7 +230,10 @@ def _show(one: dict[str, Any], screen: Console) -> None:
         )
         for timed in one["timed"]
     ]
-    title = f"{one['router']}, E={one['num_experts']} K={one['topk']} {one['dtype']}, microseconds in a CUDA graph"
+    title = (
+        f"{one['router']}, E={one['num_experts']} K={one['topk']} {one['dtype']}, "
+        "microseconds in a CUDA graph"
+    )
     columns = ("T", "fastest", "us", "before", "us before")
     screen.print(table(title, *columns, rows=rows, whole=("T", "us", "us before")))
     for kind, status in (("wrong", "problem"), ("unusable", "skipped")):

@@ -29,7 +29,11 @@ LAYOUTS: tuple[Layout, ...] = (
     "contiguous", "sliced", "offset", "transposed", "every_second", "repeated_row", "constant_row",
 )  # fmt: skip
 Profile = Literal["smoke", "quick", "full"]
-"""``smoke`` is for doctor and for the mutants (seconds), ``quick`` for every change, ``full`` for a release."""
+"""Which cases run.
+
+``smoke`` is for doctor and for the mutants (seconds), ``quick`` for every change, ``full`` for a
+release.
+"""
 
 _VOCABULARY = 97
 _OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -109,7 +113,10 @@ class Case:
         )
 
     def generator(self) -> torch.Generator:
-        """Return a generator seeded by the case's words, hence the same on every machine and in every order."""
+        """Return a generator that is seeded by the case's id.
+
+        So it is the same on every machine and in every order.
+        """
         return torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
 
     def logits(self, generator: torch.Generator) -> tuple[Tensor, list[str]]:

@@ -35,10 +35,10 @@ _CLAUSES = (
         "honest_spec",
         "The spec is honest",
         "What the backend accepts works; what it declines is impossible, or a gap with a reason.",
-        "What `supports()` accepts works, and what it declines is tried all the same: built without asking, it must "
-        "raise or be wrong. If it works, the backend must accept it, or name the gap and its reason in its spec "
-        '(`BackendSpec(gaps={"dtype": "half precision is left to ..."})`), which the report prints. A declared gap '
-        "must be one.",
+        "What `supports()` accepts works, and what it declines is tried all the same: built "
+        "without asking, it must raise or be wrong. If it works, the backend must accept it, or "
+        'name the gap and its reason in its spec (`BackendSpec(gaps={"dtype": "half precision is '
+        'left to ..."})`), which the report prints. A declared gap must be one.',
         "otherwise declining is the easiest way to pass.",
     ),
     Clause(
@@ -46,42 +46,49 @@ _CLAUSES = (
         "order_and_ties",
         "Order and ties",
         "Ids come by descending selection score, equal scores by ascending id, -0 equal to +0.",
-        "Ids come by descending selection score; equal scores go to the lower expert id; -0 equals +0.",
-        "CUDA gating kernels break ties to the lowest id, `torch.topk` on a CPU does not, and with bfloat16 logits "
-        "one row in twenty has a tie at the K-th place: the same prompt was routed differently by each backend. "
-        "Sparsemixer's ids are in the order of its rounds, a table's in the table's.",
+        "Ids come by descending selection score; equal scores go to the lower expert id; -0 equals "
+        "+0.",
+        "CUDA gating kernels break ties to the lowest id, `torch.topk` on a CPU does not, and with "
+        "bfloat16 logits one row in twenty has a tie at the K-th place: the same prompt was routed "
+        "differently by each backend. Sparsemixer's ids are in the order of its rounds, a table's "
+        "in the table's.",
     ),
     Clause(
         2,
         "valid_ids",
         "Valid ids",
         "Ids are unique and in [0, E), whatever the input.",
-        "Ids are unique and in `[0, E)`, whatever the input; a token table's are as unique as its entries. An "
-        "`expert_map` may rename them to any others.",
-        "duplicated ids from NaN rows crashed fused expert kernels, and a kernel that began its running maximum at -1 "
-        "returned expert 0 several times when every biased score was below that.",
+        "Ids are unique and in `[0, E)`, whatever the input; a token table's are as unique as its "
+        "entries. An `expert_map` may rename them to any others.",
+        "duplicated ids from NaN rows crashed fused expert kernels, and a kernel that began its "
+        "running maximum at -1 returned expert 0 several times when every biased score was below "
+        "that.",
     ),
     Clause(
         3,
         "non_finite",
         "Non-finite logits",
-        "NaN counts as -inf, logits are clamped to float32's range, no logit makes a weight NaN or inf.",
-        "NaN counts as -inf and infinities as the largest finite numbers; everything else follows from the formula. "
-        "So NaN and -inf are chosen only when fewer than K others exist, several +inf share the weight, and a row "
-        "of NaN and -inf alone gives ids `0..K-1`. Where a bias is added to scores, the score of a NaN logit is that of "
-        "-inf, and the bias still counts. A NaN bias counts as -inf. Weights are never NaN or infinite, unless "
-        "`per_expert_scale` is, or a product leaves float32's range.",
-        "one overflow in one layer otherwise spreads over the batch, or sorts first here and last there.",
+        "NaN counts as -inf, logits are clamped to float32's range, no logit makes a weight NaN or "
+        "inf.",
+        "NaN counts as -inf and infinities as the largest finite numbers; everything else follows "
+        "from the formula. So NaN and -inf are chosen only when fewer than K others exist, several "
+        "+inf share the weight, and a row of NaN and -inf alone gives ids `0..K-1`. Where a bias "
+        "is added to scores, the score of a NaN logit is that of -inf, and the bias still counts. "
+        "A NaN bias counts as -inf. Weights are never NaN or infinite, unless `per_expert_scale` "
+        "is, or a product leaves float32's range.",
+        "one overflow in one layer otherwise spreads over the batch, or sorts first here and last "
+        "there.",
     ),
     Clause(
         4,
         "exact_selection",
         "Exact selection",
         "Selection is exact in float32, and made on the logits where that is the same.",
-        "Selection is exact in float32 of the given logits: bfloat16 and float16 widen exactly, and no score is "
-        "rounded back to the logits' dtype before selection. Where the score is monotonic, selection is on the "
-        "logits.",
-        "softmax in bfloat16 makes ties out of different logits, and a float32 sigmoid is 1 from 17 on.",
+        "Selection is exact in float32 of the given logits: bfloat16 and float16 widen exactly, "
+        "and no score is rounded back to the logits' dtype before selection. Where the score is "
+        "monotonic, selection is on the logits.",
+        "softmax in bfloat16 makes ties out of different logits, and a float32 sigmoid is 1 from "
+        "17 on.",
     ),
     Clause(
         5,
@@ -89,45 +96,50 @@ _CLAUSES = (
         "Gathered weights",
         "Weights are gathered from the unbiased scores, never recovered by subtracting the bias.",
         "The weights are gathered from the unbiased scores.",
-        "recovered as `biased - bias`, a score of 1e-8 under a bias of 12 is 0 in float32, and its row of weights NaN.",
+        "recovered as `biased - bias`, a score of 1e-8 under a bias of 12 is 0 in float32, and its "
+        "row of weights NaN.",
     ),
     Clause(
         6,
         "weights_and_dtypes",
         "Weights and dtypes",
         "Weights are float32, within rtol 2e-6; ids are int32, or int64 on request; contiguous.",
-        "Weights are float32 within the tolerance above; ids are int32, or int64 on request; both are contiguous. "
-        "Given outputs are written in full, and not an element before or after them; inputs stay as they are. "
-        "`expert_map` renames only the ids that come out: its entries stand there as they are, any number that the ids' "
-        "dtype holds. Equal ones are of experts that share a place, and -1 is that of one that is elsewhere; both keep "
-        "their weights.",
-        "DeepEP wants int64, FlashInfer and the Triton expert kernels int32, and a conversion costs more than the "
-        "routing; a kernel that skips its last row works as long as the allocator hands out last step's memory; ids "
-        "that were a view of a sorted row crashed every compiled function that routed few tokens, because the "
-        "compiler had been told that they are contiguous.",
+        "Weights are float32 within the tolerance above; ids are int32, or int64 on request; both "
+        "are contiguous. Given outputs are written in full, and not an element before or after "
+        "them; inputs stay as they are. `expert_map` renames only the ids that come out: its "
+        "entries stand there as they are, any number that the ids' dtype holds. Equal ones are of "
+        "experts that share a place, and -1 is that of one that is elsewhere; both keep their "
+        "weights.",
+        "DeepEP wants int64, FlashInfer and the Triton expert kernels int32, and a conversion "
+        "costs more than the routing; a kernel that skips its last row works as long as the "
+        "allocator hands out last step's memory; ids that were a view of a sorted row crashed "
+        "every compiled function that routed few tokens, because the compiler had been told that "
+        "they are contiguous.",
     ),
     Clause(
         7,
         "bad_arguments",
         "Bad arguments",
         "A wrong argument is a ValueError or TypeError that names it, before any launch.",
-        "A wrong argument is a `TypeError` or `ValueError` that begins with its name and says what came and what was "
-        "expected, before anything is launched. Outputs that share memory with each other or with an operand (from "
-        "its first byte to its last) are wrong, and so are outputs that cannot be written: weights that require a "
-        "gradient while gradients are recorded, inference tensors outside inference mode. Operands may share memory "
-        "with each other. (Inside a compiled function there are no addresses to look at; there outputs are written "
-        "after everything is read.)",
-        "a scale that was too short was read out of bounds; a router fell back to softmax for a sigmoid model without "
-        "a word. (The `Router` does this for every backend.)",
+        "A wrong argument is a `TypeError` or `ValueError` that begins with its name and says what "
+        "came and what was expected, before anything is launched. Outputs that share memory with "
+        "each other or with an operand (from its first byte to its last) are wrong, and so are "
+        "outputs that cannot be written: weights that require a gradient while gradients are "
+        "recorded, inference tensors outside inference mode. Operands may share memory with each "
+        "other. (Inside a compiled function there are no addresses to look at; there outputs are "
+        "written after everything is read.)",
+        "a scale that was too short was read out of bounds; a router fell back to softmax for a "
+        "sigmoid model without a word. (The `Router` does this for every backend.)",
     ),
     Clause(
         8,
         "strides",
         "Strides",
         "Any strides and offsets, past 2**31 elements too; row strides cost no copy.",
-        "Any row stride and any element stride, any offset into the storage, past 2**31 elements too; a row stride "
-        "costs no copy.",
-        "router outputs are slices, and `row * stride` in 32 bits wraps at 16.7 million tokens of 128 experts.",
+        "Any row stride and any element stride, any offset into the storage, past 2**31 elements "
+        "too; a row stride costs no copy.",
+        "router outputs are slices, and `row * stride` in 32 bits wraps at 16.7 million tokens of "
+        "128 experts.",
     ),
     Clause(
         9,
@@ -135,73 +147,81 @@ _CLAUSES = (
         "No tokens",
         "No tokens: empty outputs, and nothing is launched.",
         "T = 0 gives empty outputs of the right shape and dtype, and launches nothing.",
-        "a grid of 0 blocks is an error, and an idle rank of a data-parallel group has exactly that.",
+        "a grid of 0 blocks is an error, and an idle rank of a data-parallel group has exactly "
+        "that.",
     ),
     Clause(
         10,
         "batch_invariance",
         "Batch invariance",
         "A row's bits do not depend on the other rows, their number or its position.",
-        "A row's bits do not depend on the other rows, on how many there are or where it stands, or on which variant "
-        "the size picked.",
+        "A row's bits do not depend on the other rows, on how many there are or where it stands, "
+        "or on which variant the size picked.",
         "reinforcement learning compares log-probabilities of the same tokens from two batches.",
     ),
     Clause(
         11,
         "determinism",
         "Determinism",
-        "The same input gives the same bits in every run, whatever was routed before or is routed by other threads.",
-        "The same input gives the same bits in every run, a hundred times, whatever the kernel has routed or warmed up "
-        "before. A call reads all its operands, also those that changed in place since the last one, and one router "
-        "serves any number of threads.",
-        "ties resolved by whichever thread is first are found in production; a copy of the bias that was kept at the "
-        "first call ignored every update of it, and one scratch buffer for all threads mixed their rows.",
+        "The same input gives the same bits in every run, whatever was routed before or is routed "
+        "by other threads.",
+        "The same input gives the same bits in every run, a hundred times, whatever the kernel has "
+        "routed or warmed up before. A call reads all its operands, also those that changed in "
+        "place since the last one, and one router serves any number of threads.",
+        "ties resolved by whichever thread is first are found in production; a copy of the bias "
+        "that was kept at the first call ignored every update of it, and one scratch buffer for "
+        "all threads mixed their rows.",
     ),
     Clause(
         12,
         "streams_and_graphs",
         "Streams, graphs, devices",
         "No host synchronisation; CUDA graphs, current stream and tensor's device are honoured.",
-        "No synchronisation with the host; capturable in a CUDA graph after one warm-up call, and right on replay "
-        "with other inputs; launched on the current stream and on the tensor's own device, whatever the current one "
-        "is.",
-        "one `.item()` in a layer halves decoding speed, and a kernel on the wrong stream is right until it is not.",
+        "No synchronisation with the host; capturable in a CUDA graph after one warm-up call, and "
+        "right on replay with other inputs; launched on the current stream and on the tensor's own "
+        "device, whatever the current one is.",
+        "one `.item()` in a layer halves decoding speed, and a kernel on the wrong stream is right "
+        "until it is not.",
     ),
     Clause(
         13,
         "padding",
         "Padding",
         "Rows at or past num_valid_tokens get ids -1 and weights 0, without a synchronisation.",
-        "With `num_valid_tokens`, an integer or a tensor on the device, rows at or past it get ids -1 and weights 0 in "
-        "every column, shared slots too, whatever the rows hold. Any number from T on means all rows. A negative "
-        "integer is a wrong argument; a negative number on the device, which nobody reads on the host, means that no "
-        "row is valid. With a token table, a row also counts as padding if "
-        "its token id is outside the table, or if an entry of that token is outside [0, E). Nothing is read past the "
-        "table, and the host learns of none: an error would need a synchronisation.",
-        "graphs are captured at fixed sizes, and the padding's garbage was routed to experts; token ids past the "
-        "table read the memory after it, and what stood there came out as experts.",
+        "With `num_valid_tokens`, an integer or a tensor on the device, rows at or past it get ids "
+        "-1 and weights 0 in every column, shared slots too, whatever the rows hold. Any number "
+        "from T on means all rows. A negative integer is a wrong argument; a negative number on "
+        "the device, which nobody reads on the host, means that no row is valid. With a token "
+        "table, a row also counts as padding if its token id is outside the table, or if an entry "
+        "of that token is outside [0, E). Nothing is read past the table, and the host learns of "
+        "none: an error would need a synchronisation.",
+        "graphs are captured at fixed sizes, and the padding's garbage was routed to experts; "
+        "token ids past the table read the memory after it, and what stood there came out as "
+        "experts.",
     ),
     Clause(
         14,
         "compile_and_export",
         "Compile and export",
         "torch.compile(fullgraph=True), torch.export and fake tensors work, and opcheck passes.",
-        "`torch.compile(fullgraph=True)`, `torch.export` and fake tensors work, and `torch.library.opcheck` passes. "
-        "(The operator `moe_routing::route` does this for every backend; a backend cannot break it but by "
-        "synchronising or by changing inputs.)",
-        "a graph break in every layer costs a model more than its routing, and an operator whose fake kernel says "
-        "something else than the real one crashes the code that was compiled around it.",
+        "`torch.compile(fullgraph=True)`, `torch.export` and fake tensors work, and "
+        "`torch.library.opcheck` passes. (The operator `moe_routing::route` does this for every "
+        "backend; a backend cannot break it but by synchronising or by changing inputs.)",
+        "a graph break in every layer costs a model more than its routing, and an operator whose "
+        "fake kernel says something else than the real one crashes the code that was compiled "
+        "around it.",
     ),
     Clause(
         15,
         "gradients",
         "Gradients",
         "Gradients flow from the weights to logits and scale; selection has none.",
-        "Gradients flow from the weights to the logits and to `per_expert_scale`, equal to autograd through the "
-        "oracle at the chosen ids; selection has none; NaN and infinite logits get 0. Where a NaN or infinite scale "
-        "weighs an expert of a row, the gradient of that row's logits has no stated value; every other gradient is as "
-        "with finite scales. (The product has them in closed "
-        "form for every backend; a kernel with a method `backward` brings its own.)",
+        "Gradients flow from the weights to the logits and to `per_expert_scale`, equal to "
+        "autograd through the oracle at the chosen ids; selection has none; NaN and infinite "
+        "logits get 0. Where a NaN or infinite scale weighs an expert of a row, the gradient of "
+        "that row's logits has no stated value; every other gradient is as with finite scales. "
+        "(The product has them in closed form for every backend; a kernel with a method `backward` "
+        "brings its own.)",
         "a router that returns a weight without its gradient trains, and learns nothing.",
     ),
 )

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from string import Template
 
+from moe_routing_registry.text import require_name
+
 _TEMPLATE = Path(__file__).with_name("template")
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -18,10 +20,10 @@ def files(name: str) -> dict[str, str]:
     >>> sorted(files("acme"))[:2]
     ['README.md', 'moe_routing_acme/__init__.py']
     """
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(require_name("name", name)):
         msg = f"name: expected lower case letters and digits, words joined by hyphens, got {name!r}"
         raise ValueError(msg)
-    package = f"moe_routing_{name.replace('-', '_')}"
+    package = package_of(name)
     places = {
         "pyproject.toml": "pyproject.toml.txt",
         "README.md": "README.md.txt",
@@ -35,6 +37,11 @@ def files(name: str) -> dict[str, str]:
         )
         for place, source in places.items()
     }
+
+
+def package_of(name: str) -> str:
+    """Return the name of the package that a backend of that name is written as."""
+    return f"moe_routing_{name.replace('-', '_')}"
 
 
 def write(name: str, directory: str | Path) -> list[Path]:

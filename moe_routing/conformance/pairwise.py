@@ -49,13 +49,15 @@ def _exists(words: Sequence[Any]) -> bool:
 
 
 def generate() -> list[list[Any]]:
-    """Generate the list: allpairspy's, and a case for each pair that it gave up on because of ``_exists``."""
+    """Generate the list: the cases of allpairspy, and a case for each pair that they lack.
+
+    allpairspy gives up on some pairs because of ``_exists``.
+    """
     from allpairspy import AllPairs
 
     cases = [list(words) for words in AllPairs([list(p) for p in _PARAMETERS], filter_func=_exists)]
-    rest = list(
-        itertools.product(TOKENS[:-1], DTYPES, *_REST)
-    )  # the largest T is paired already, and takes longest
+    # The largest T is paired already, and takes longest.
+    rest = list(itertools.product(TOKENS[:-1], DTYPES, *_REST))
     random.Random(0).shuffle(rest)  # noqa: S311 -- not a secret
     turns = itertools.cycle(rest)
     sizes = [list(words) for words in itertools.product(BUILT_IN, EXPERTS, TOPK) if _exists(words)]

@@ -1,7 +1,7 @@
-"""The pytest plug-in: four options, and which backend ``pytest --pyargs moe_routing.conformance`` is about.
+"""The pytest plug-in: the four options of ``pytest --pyargs moe_routing.conformance``.
 
-Everybody who has this distribution installed loads this file in every run of pytest, so it imports
-next to nothing.
+``--moe-backend`` names the backend that is checked. Everybody who has this distribution installed
+loads this file in every run of pytest, so it imports next to nothing.
 """
 
 from __future__ import annotations

@@ -120,7 +120,10 @@ def to_html(report: Report) -> str:
     verdict, style = report.verdict.partition(":")[0], "passed" if report.ok else "failed"
     title = f"{report.backend}: moe-routing conformance"
     parts = [
-        f"<h1>{escape(report.backend)} <span class='verdict' style='background:var(--{style})'>{verdict}</span></h1>",
+        (
+            f"<h1>{escape(report.backend)} "
+            f"<span class='verdict' style='background:var(--{style})'>{verdict}</span></h1>"
+        ),
         _summary(report),
         "<h2>Families and clauses of the contract</h2>",
         matrix(report),
@@ -133,7 +136,10 @@ def to_html(report: Report) -> str:
             "Nothing to check here", [r for r in report.results if r.status == "not_applicable"]
         ),
         _checks(report),
-        f"<footer>Written by moe-routing {escape(report.versions.get('moe-routing', ''))}, {escape(report.started)}.</footer>",
+        (
+            f"<footer>Written by moe-routing {escape(report.versions.get('moe-routing', ''))}, "
+            f"{escape(report.started)}.</footer>"
+        ),
     ]
     return page(title, parts)
 
@@ -184,7 +190,10 @@ def _cell(results: list[Result]) -> str:
     count = {status: sum(r.status == status for r in results) for status in STATUSES}
     worst = next(status for status in _WORST_FIRST if count[status])
     title = ", ".join(f"{n} {_WORDS[status]}" for status, n in count.items() if n)
-    return f"<td class='{worst}' title='{escape(title)}'>{_MARKS[worst]} <small>{count[worst]}</small></td>"
+    return (
+        f"<td class='{worst}' title='{escape(title)}'>"
+        f"{_MARKS[worst]} <small>{count[worst]}</small></td>"
+    )
 
 
 def legend(report: Report) -> str:
@@ -193,7 +202,10 @@ def legend(report: Report) -> str:
     clauses = "".join(
         f"<tr><th>{p.number}</th><td>{escape(p.rule)}</td></tr>" for p in report.clauses.values()
     )
-    return f"<p>{marks}</p><details open><summary>The clauses</summary><table>{clauses}</table></details>"
+    return (
+        f"<p>{marks}</p>"
+        f"<details open><summary>The clauses</summary><table>{clauses}</table></details>"
+    )
 
 
 def listing(title: str, results: list[Result], style: str) -> str:
@@ -201,7 +213,8 @@ def listing(title: str, results: list[Result], style: str) -> str:
     if not results:
         return ""
     items = "".join(
-        f"<details{' open' if n < _UNFOLDED else ''}><summary class='{style}'><code>{escape(r.id)}</code></summary>"
+        f"<details{' open' if n < _UNFOLDED else ''}>"
+        f"<summary class='{style}'><code>{escape(r.id)}</code></summary>"
         f"<pre>{escape(r.message)}</pre></details>"
         for n, r in enumerate(results)
     )
@@ -227,16 +240,22 @@ def _reasons(title: str, results: list[Result]) -> str:
         return ""
     reasons = _by(results, lambda r: (r.clause, r.check, r.message))
     rows = "".join(
-        f"<tr><td>{r[0].clause}</td><td><code>{escape(r[0].check)}</code></td><td>{escape(r[0].message)}</td><td>{len(r)}</td></tr>"
+        f"<tr><td>{r[0].clause}</td><td><code>{escape(r[0].check)}</code></td>"
+        f"<td>{escape(r[0].message)}</td><td>{len(r)}</td></tr>"
         for r in reasons.values()
     )
-    table = f"<table><thead><tr><th>clause</th><th>check</th><th>reason</th><th>cases</th></tr></thead>{rows}</table>"
-    return f"<h2>{escape(title)} ({len(results)})</h2><details><summary>{len(reasons)} reasons</summary>{table}</details>"
+    head = "<tr><th>clause</th><th>check</th><th>reason</th><th>cases</th></tr>"
+    return (
+        f"<h2>{escape(title)} ({len(results)})</h2>"
+        f"<details><summary>{len(reasons)} reasons</summary>"
+        f"<table><thead>{head}</thead>{rows}</table></details>"
+    )
 
 
 def _checks(report: Report) -> str:
     rows = "".join(
-        f"<tr><td>{r[0].clause}</td><td><code>{escape(r[0].check)}</code></td><td>{sum(x.status == 'passed' for x in r)}</td>"
+        f"<tr><td>{r[0].clause}</td><td><code>{escape(r[0].check)}</code></td>"
+        f"<td>{sum(x.status == 'passed' for x in r)}</td>"
         f"<td>{len(r)}</td><td>{sum(x.seconds for x in r):.2f}</td></tr>"
         for r in _by(report.results, lambda r: r.check).values()
     )

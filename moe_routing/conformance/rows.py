@@ -34,9 +34,14 @@ def _shuffled(row: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def ties(num_experts: int, topk: int, dtype: torch.dtype, generator: torch.Generator) -> Kinds:
-    """Return equal logits: all of them, across the boundary of the K best, on few levels, and both zeros."""
+    """Return rows with equal logits.
+
+    A row is equal everywhere, across the boundary of the K best, on few levels, or zeros of both
+    signs.
+    """
     place = torch.arange(num_experts)
-    across = torch.where((place - topk).abs() <= 2, -float(topk), -place.double())  # noqa: PLR2004 -- two on either side
+    near = (place - topk).abs() <= 2  # noqa: PLR2004 -- two on either side
+    across = torch.where(near, -float(topk), -place.double())
     half = torch.rand(num_experts, generator=generator) < 0.5  # noqa: PLR2004 -- half
     zeros = torch.zeros(num_experts).masked_fill(half, -0.0)
     levels = torch.randint(0, 3, (num_experts,), generator=generator)
@@ -56,7 +61,10 @@ def ties(num_experts: int, topk: int, dtype: torch.dtype, generator: torch.Gener
 
 
 def not_a_number(num_experts: int, dtype: torch.dtype, *, negative: bool, payload: int) -> Tensor:
-    """Return a row of NaNs of that sign, whose fraction bits are all ones above ``payload`` zeros."""
+    """Return a row of NaNs of that sign.
+
+    Their fraction bits are all ones above ``payload`` zeros.
+    """
     bits = torch.full((num_experts,), torch.nan, dtype=dtype).view(_INT_OF_SIZE[dtype.itemsize])
     fraction_bits = round(-torch.tensor(torch.finfo(dtype).eps, dtype=torch.float64).log2().item())
     bits |= ((1 << fraction_bits) - 1) >> payload << payload
@@ -66,7 +74,10 @@ def not_a_number(num_experts: int, dtype: torch.dtype, *, negative: bool, payloa
 def non_finite(
     num_experts: int, topk: int, dtype: torch.dtype, generator: torch.Generator
 ) -> Kinds:
-    """Return rows with NaN of both signs and several payloads, and with infinities, from one to all of them."""
+    """Return rows with NaN of both signs and several payloads, and rows with infinities.
+
+    Of a row's logits, between one and all are such.
+    """
     base = ordinary(1, num_experts, dtype, generator)[0]
     place = torch.randperm(num_experts, generator=generator)
     inf = torch.full_like(base, torch.inf)

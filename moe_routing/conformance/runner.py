@@ -131,7 +131,11 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many were checked, declined by the backend (or excused by a gap of its spec), and cannot be run here."""
+        """The numbers of cases that were checked, declined, and not run.
+
+        The backend declines a case, or a gap of its spec excuses it; a case that is not run cannot
+        be run here.
+        """
         return {
             "checked": self.count("passed") + len(self.failed),
             "declined": self.count("declined") + self.count("gap"),

@@ -42,7 +42,10 @@ class RouterConformance:
         option = metafunc.config.getoption
         backend = cls.backend or option("--moe-backend", default=None)
         if not backend:
-            message = f"{cls.__name__}: name a backend, as the class attribute `backend` or with --moe-backend"
+            message = (
+                f"{cls.__name__}: name a backend, "
+                "as the class attribute `backend` or with --moe-backend"
+            )
             raise ValueError(message)
         from moe_routing.conformance import drawn
         from moe_routing.conformance.checks import ROUTE

@@ -30,7 +30,10 @@ GAP_OF = {
     RejectCode.LAYOUT: "layout",
     RejectCode.TRAINING: "gradients",
 }
-"""Codes by which a backend may decline a problem on a device that it is for, and the capability that it then lacks."""
+"""The capability that a backend lacks if it declines a problem with that code.
+
+It may do so on a device that it is for.
+"""
 
 
 class DeclinedError(Exception):
@@ -63,7 +66,10 @@ class BackendUnderTest:
         return registry().backends[self.backend]
 
     def why_not(self, problems: Iterable[Problem]) -> Rejection | None:
-        """Return why the backend cannot be used on the device whatever is asked of it, or ``None`` where it can."""
+        """Return why the backend cannot be used on the device, or ``None`` where it can.
+
+        The reason holds for whatever is asked of the backend.
+        """
         first = None
         for problem in problems:
             rejection = self.rejection(problem)
@@ -77,7 +83,7 @@ class BackendUnderTest:
         request = Request(backend=self.backend, asked_by="argument")
         return registry().resolve(problem, probe(self.device), request).rejection(self.backend)
 
-    def kernel(self, problem: Problem) -> Any:  # noqa: ANN401 -- each operation's kernels have a type of their own
+    def kernel(self, problem: Problem) -> Any:  # noqa: ANN401 -- each operation has its own type
         """Build the backend's kernel for a problem of any operation.
 
         :raises DeclinedError: the backend declines the problem.
@@ -120,13 +126,19 @@ class BackendUnderTest:
 
 
 def must_match(call: Call, output: RoutingOutput) -> None:
-    """Raise ``AssertionError`` with what is wrong, and the kind of the rows where rows are of a kind."""
+    """Raise ``AssertionError`` if the output is wrong.
+
+    The error says what is wrong, and the kind of the rows where rows are of a kind.
+    """
     if output.ids.dtype != call.ids_dtype:
         msg = f"ids: expected dtype {call.ids_dtype}, got {output.ids.dtype}"
         raise AssertionError(msg)
     for name, tensor in zip(("weights", "ids"), output, strict=True):
         if not tensor.is_contiguous():
-            msg = f"{name}: expected a contiguous tensor, got strides {tensor.stride()} of shape {list(tensor.shape)}"
+            msg = (
+                f"{name}: expected a contiguous tensor, "
+                f"got strides {tensor.stride()} of shape {list(tensor.shape)}"
+            )
             raise AssertionError(msg)
     problems = compare(
         call.spec, call.logits, call.topk, RoutingOutput(*output), **call.operands

@@ -68,7 +68,10 @@ VARIANTS: Mapping[str, RoutingSpec] = MappingProxyType(
 
 
 def fits(spec: RoutingSpec, num_experts: int, topk: int) -> bool:
-    """Whether a problem with this E and K exists (and, for sparsemixer's K rounds, ends in reasonable time)."""
+    """Whether a problem with this E and K exists.
+
+    Sparsemixer's K rounds must also end in reasonable time.
+    """
     if topk > num_experts or spec.zero_experts > num_experts or num_experts % spec.num_groups:
         return False
     group = num_experts // spec.num_groups

@@ -38,7 +38,7 @@ class Case:
     :ivar others: the choice on each device for the example of each operation but ``route``, by
         operation and device.
     :ivar choosing_failure: why there are no reports, where that is not torch's fault.
-    :ivar patched: what loading the plug-ins changed of torch, a sentence each.
+    :ivar patched: what loading and asking the plug-ins changed of torch, a sentence each.
     """
 
     machine: Machine
@@ -69,20 +69,19 @@ def take(device: str | None, router: str | None, *, verify: bool) -> Case:
         backends = dict(
             sorted(known.backends.items(), key=lambda item: (-item[1].priority, item[0]))
         )
-        patched = changed(torch_before, torch_state())
         reports: dict[str, ResolutionReport] = {}
         others: dict[str, dict[str, ResolutionReport]] = {}
         failure = None
         try:
-            with contained(
-                "choosing"
-            ):  # `explain` never raises; importing it may, with a torch that is broken
+            # `explain` never raises; importing it may, with a torch that is broken.
+            with contained("choosing"):
                 reports = {place(info): _choose(router, info) for info in machine.devices}
                 others = {
                     name: _choose_for(name, machine) for name in known.operations if name != "route"
                 }
         except PluginFailure as raised:
             failure = Failure.of(raised.error)
+        patched = changed(torch_before, torch_state())
     return Case(
         machine=machine,
         device=device,
@@ -115,22 +114,24 @@ def _choose(router: str, info: DeviceInfo) -> ResolutionReport:
 def _choose_for(operation: str, machine: Machine) -> dict[str, ResolutionReport]:
     """Let the registry choose for an operation's example.
 
-    If its import raises, the reports carry the error.
+    If that raises, the reports carry the error.
     """
     import moe_routing
     from moe_routing._registry import registry
     from moe_routing_registry import ResolutionReport
 
     try:
-        problem = registry().example(operation)
+        with contained(f"the example of operation {operation!r}", PluginFailure):
+            problem = registry().example(operation)
+            return {
+                place(info): moe_routing.explain(problem, device=place(info))
+                for info in machine.devices
+            }
     except PluginFailure as failure:
         return {
             place(info): ResolutionReport(device=info, error=failure.sentence)
             for info in machine.devices
         }
-    return {
-        place(info): moe_routing.explain(problem, device=place(info)) for info in machine.devices
-    }
 
 
 def model_size(router: str) -> tuple[int | None, int | None]:

@@ -42,7 +42,7 @@ def python(_case: Case) -> list[Check]:
 
 
 def torch(case: Case) -> list[Check]:
-    """Judge whether torch can be imported, is new enough, and was built for the GPUs that are here."""
+    """Judge whether torch can be imported, is new enough, and was built for the GPUs here."""
     machine = case.machine
     failure = machine.torch_failure
     found = machine.toolchains[0]
@@ -50,9 +50,8 @@ def torch(case: Case) -> list[Check]:
         fix = found.fix
         culprits = backend_autoloaders()
         if culprits and "TORCH_DEVICE_BACKEND_AUTOLOAD" in failure.traceback:
-            fix = (
-                f"pip uninstall --yes {shlex.join(culprits)}"  # torch imports them, and they raised
-            )
+            # torch imports these, and they raised.
+            fix = f"pip uninstall --yes {shlex.join(culprits)}"
         unreadable = [
             f.verdict.fix
             for f in case.failures
@@ -136,7 +135,10 @@ def triton(case: Case) -> list[Check]:
     found = _toolchain(case, "triton", platforms=("cuda", "rocm", "xpu"))
     if not triton_interprets():
         return found
-    summary = f"{INTERPRETER} is set: Triton interprets kernels on the CPU, for those who name one of its backends"
+    summary = (
+        f"{INTERPRETER} is set: Triton interprets kernels on the CPU, "
+        "for those who name one of its backends"
+    )
     if not any(info.is_accelerator for info in case.machine.devices):
         return [*found, Check(name="triton", status="ok", summary=summary)]
     summary += ", and compiles none"
@@ -203,7 +205,10 @@ def plugins(case: Case) -> list[Check]:
     """Judge whether every plug-in loaded, and whether the names that they brought are unique."""
     found = []
     for failure in case.failures:
-        summary = f"plug-in {failure.name} of {failure.distribution}: {failure.verdict.reason} [{_code(failure.verdict.code)}]"
+        summary = (
+            f"plug-in {failure.name} of {failure.distribution}: "
+            f"{failure.verdict.reason} [{_code(failure.verdict.code)}]"
+        )
         found.append(
             Check(
                 name="plugins",
@@ -250,7 +255,10 @@ def environment(case: Case) -> list[Check]:
 
 
 def backend(case: Case) -> list[Check]:
-    """Name the backend that would route on each device, and judge whether it is the best that the device could have."""
+    """Name the backend that would route on each device.
+
+    Judge whether it is the best that the device could have.
+    """
     if case.choosing_failure is not None:
         failure = case.choosing_failure
         summary = f"no backend can be chosen: {failure.sentence}"
@@ -339,7 +347,10 @@ def _verified(name: str, device: str) -> Check:
         for f in findings
     )
     if wrong:
-        summary = f"{name} on {device}: {len(wrong)} of {len(findings)} checks failed; first: {wrong[0].sentence}"
+        summary = (
+            f"{name} on {device}: {len(wrong)} of {len(findings)} checks failed; "
+            f"first: {wrong[0].sentence}"
+        )
         return Check(name="verify", status="problem", summary=summary, details=details)
     summary = f"{name} on {device} agrees with the oracle in {len(findings)} checks"
     ours = [remark for remark in said if remark.startswith("moe-routing")]

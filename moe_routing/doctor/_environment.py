@@ -38,7 +38,10 @@ HIDING = {
 """Variables of others that decide which devices torch sees."""
 OTHERS = HIDING | {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0: torch imports no third-party device backends",
-    INTERPRETER: "1: triton interprets kernels on the CPU, for those who name its backends, and compiles none",
+    INTERPRETER: (
+        "1: triton interprets kernels on the CPU, for those who name its backends, "
+        "and compiles none"
+    ),
 }
 """Variables of others that change what is found here."""
 

@@ -8,7 +8,6 @@ import importlib.util
 import signal
 import subprocess
 import sys
-import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from moe_routing.probing import (
     intel_arch,
     toolchains,
 )
-from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.containment import PluginFailure, contained, trace_of
+from moe_routing_registry.text import said_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,8 +42,9 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """Keep what an exception says."""
-        first = str(error).strip().partition("\n")[0]
-        return cls(f"{type(error).__name__}: {first}", "".join(traceback.format_exception(error)))
+        said = said_by(lambda: str(error), "(its message cannot be shown)")
+        first = said.strip().partition("\n")[0]
+        return cls(f"{type(error).__name__}: {first}", trace_of(error))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +161,8 @@ def _raised(printed: str) -> str:
 
     The one at the margin after the last frame of a traceback.
 
-    >>> _raised("Traceback (most recent call last):\n  File 'x.py'\n    f()\nOSError: no\nsuch luck")
+    >>> frames = "Traceback (most recent call last):\n  File 'x.py'\n    f()\n"
+    >>> _raised(frames + "OSError: no\nsuch luck")
     'OSError: no'
     """
     _, _, last = printed.rpartition("\n  File ")
@@ -181,7 +183,10 @@ def _probe_into(found: list[DeviceInfo], failures: dict[str, Failure], only: str
 
 
 def backend_autoloaders() -> list[str]:
-    """Name the distributions that ask torch to import them whenever torch is imported (``torch.backends``)."""
+    """Name the distributions that ask torch to import them whenever torch is imported.
+
+    Their entry points are in the group ``torch.backends``.
+    """
     try:
         with contained("reading metadata"):
             points = importlib.metadata.entry_points(group="torch.backends")

@@ -14,16 +14,20 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from moe_routing._registry import registry
 from moe_routing_registry import Request, UnknownNameError
 from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.text import said_by, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_routing_registry import DeviceInfo
+    from moe_routing_registry.registry import Plugin
 
 SECONDS = 60
 """How long doctor waits for one plug-in.
@@ -34,7 +38,10 @@ _DONE = "done"
 
 
 def leave_out_what_does_not_end(devices: Sequence[DeviceInfo]) -> None:
-    """Leave out of this process the plug-ins that hang, or that end the process, when they are loaded or asked."""
+    """Leave out of this process the plug-ins that hang, or that end the process.
+
+    They do so when they are loaded or asked.
+    """
     known = registry()
     if known.loaded or all(plugin.built_in for plugin in known.plugins()):
         return
@@ -50,7 +57,10 @@ def _first_that_does_not_end(
     left_out: dict[str, str], devices: Sequence[DeviceInfo]
 ) -> tuple[str, str] | None:
     """Load and ask all plug-ins but those left out, in a process that says which one comes next."""
-    script = f"import sys; sys.path[:] = {sys.path!r}; from moe_routing.doctor._plugins import load_and_ask; load_and_ask()"
+    script = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        "from moe_routing.doctor._plugins import load_and_ask; load_and_ask()"
+    )
     command, pipe = [sys.executable, "-c", script], subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)  # noqa: S603 -- this Python
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -104,18 +114,31 @@ def load_and_ask() -> None:
     known = registry()
     for key, why in left_out.items():
         known.leave_out(key, why)
-    known.load(lambda plugin: print(plugin.key, file=channel, flush=True))
+
+    def announce(plugin: Plugin) -> None:
+        _wait_for_threads()
+        print(plugin.key, file=channel, flush=True)
+
+    known.load(announce)
     for name, backend in known.backends.items():
         plugin = known.plugin(name)
         if plugin is not None and not plugin.built_in:
             others = frozenset(known.backends) - {name}
             for operation, device in itertools.product(backend.factories, devices):
-                print(plugin.key, file=channel, flush=True)
+                announce(plugin)
                 with contextlib.suppress(UnknownNameError, PluginFailure):  # which the report says
                     known.resolve(
                         known.example(operation), device, Request(name, "argument", others)
                     )
+    _wait_for_threads()
     print(_DONE, file=channel, flush=True)
+
+
+def _wait_for_threads() -> None:
+    """Wait for the threads that the plug-in of before started, as Python does before a process ends."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
 
 
 def torch_state() -> dict[str, Any]:
@@ -131,15 +154,20 @@ def torch_state() -> dict[str, Any]:
 
 
 def _torch_state(torch: Any) -> dict[str, Any]:  # noqa: ANN401 -- the module
+    # Of the modules the public ones. Of a class also what it inherits: to set a method on the class hides that.
     owners = {
-        "torch": torch,
-        "torch.Tensor": torch.Tensor,
-        "torch.nn.Module": torch.nn.Module,
-        "torch.nn.functional": torch.nn.functional,
+        name: (module,)
+        for name, module in sys.modules.items()
+        if (name == "torch" or name.startswith("torch.")) and "._" not in name
+    }
+    owners |= {
+        "torch.Tensor": torch.Tensor.__mro__[::-1],
+        "torch.nn.Module": torch.nn.Module.__mro__[::-1],
     }
     functions = {
         f"{at}.{name}": value
-        for at, owner in owners.items()
+        for at, several in owners.items()
+        for owner in several
         for name, value in vars(owner).items()
         if callable(value)
     }
@@ -153,14 +181,40 @@ def _torch_state(torch: Any) -> dict[str, Any]:  # noqa: ANN401 -- the module
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
-    """Say what is no longer as it was, a sentence each."""
+    """Say what is no longer as it was, a sentence each.
+
+    What torch replaces by its own, as its compiler does when it is first imported, does not count.
+    """
     return tuple(
-        f"loading the plug-ins changed {name}, which is now {_named(after.get(name))}"
+        f"the plug-ins changed {name}, which is now {said_by(partial(_named, after[name]), 'something else')}"
+        if name in after
+        else f"the plug-ins changed {name}, which is no function now"
         for name, value in before.items()
-        if after.get(name) is not value and (callable(value) or after.get(name) != value)
+        if after.get(name) is not value
+        and (not _is_torchs(after.get(name)) if callable(value) else after.get(name) != value)
     )
 
 
+def _is_torchs(value: object) -> bool:
+    """Tell whether torch defines a class, or a function and all that it wraps.
+
+    ``functools.wraps`` copies a function's names, but not the module that the wrapper is written in.
+    """
+    if type(value) is FunctionType:
+        wrapped = getattr(value, "__wrapped__", None)
+        return _within_torch(value.__globals__.get("__name__")) and (
+            wrapped is None or _is_torchs(wrapped)
+        )
+    return type(value) is type and _within_torch(value.__module__)
+
+
+def _within_torch(module: object) -> bool:
+    return type(module) is str and module.partition(".")[0] == "torch"
+
+
 def _named(value: object) -> str:
+    """Name a function by where it is written: ``functools.wraps`` gives it another's name."""
+    if type(value) is FunctionType:
+        return f"{value.__globals__.get('__name__')}.{value.__code__.co_name}"
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    return f"{module}.{name}" if module and name else repr(value)
+    return f"{module}.{name}" if module and name else shown(value)

@@ -26,7 +26,10 @@ def weights_backward(
     ids: Tensor,
     per_expert_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``logits`` (in its dtype, 0 at NaN and inf) and of ``per_expert_scale`` (empty if none).
+    """Return the gradients of ``logits`` and of ``per_expert_scale``.
+
+    The first has the logits' dtype, and is 0 at NaN and inf. The second is empty if there is no
+    scale.
 
     Only operations that PyTorch can differentiate, and none in place: the derivatives of the
     gradient come out of them.

@@ -31,7 +31,9 @@ def route(  # noqa: PLR0913 -- Kernel's operands
     token_ids: Tensor | None = None,
     expert_table: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return float32 weights and int64 logical ids of the K selected experts, whole or in columns, as ``select`` does.
+    """Return float32 weights and int64 logical ids of the K selected experts.
+
+    Both are whole or in columns, as ``select`` returns the ids.
 
     Loops rather than comprehensions, and conditions rather than calls that do nothing: eager routes
     a few tokens in the time of a few dozen Python calls, and each function here is one of them.
@@ -80,7 +82,9 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
     num_valid_tokens: int | Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> RoutingOutput:
-    """Append shared experts, map logical to physical ids, mask padding, give the ids their dtype, and join the columns.
+    """Append shared experts, map logical to physical ids, and mask padding.
+
+    Then give the ids their dtype, and join the columns.
 
     Both outputs are contiguous: ids that a sort selected are a view of all E of them.
     """
@@ -91,9 +95,8 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
         ids = [*ids, shared.expand(num_tokens, -1)]
         weights = [*weights, weights[0].new_ones(num_tokens, spec.shared_experts)]
     if expert_map is not None:
-        ids = [
-            expert_map[i] for i in ids
-        ]  # -1 is the last entry, and padding: it is -1 again below
+        # -1 takes the last entry, and is padding: it is -1 again below.
+        ids = [expert_map[i] for i in ids]
     if num_valid_tokens is not None:
         past_the_end = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
         padding = past_the_end if padding is None else padding | past_the_end

@@ -193,9 +193,8 @@ def ordered_keys(t: Tensor) -> Tensor:
     but the sign of the negative ones puts those in order too. The complement of the id in the low
     half breaks ties.
     """
-    bits = t.add(0.0).view(
-        torch.int32
-    )  # -0.0 + 0.0 == +0.0, whose bits are those of no other number
+    # -0.0 + 0.0 == +0.0, whose bits are those of no other number.
+    bits = t.add(0.0).view(torch.int32)
     ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
     complement = torch.arange(t.shape[-1] - 1, -1, -1, device=t.device)
     return torch.add(complement, ordered, alpha=1 << 32)

@@ -53,7 +53,7 @@ def score(spec: RoutingSpec, x: Tensor) -> Tensor:
 
 
 def selected_weights(spec: RoutingSpec, x: Tensor, ids: list[Tensor]) -> list[Tensor]:
-    """Compute the float32 weights of the selected experts, renormalised and scaled as the spec says.
+    """Compute the selected experts' float32 weights, renormalised and scaled as the spec says.
 
     :param ids: ``[T, K]`` whole, or K columns ``[T, 1]``; the weights come likewise.
     """

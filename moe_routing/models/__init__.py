@@ -10,7 +10,7 @@ slots with ``spec.replace(shared_experts=...)``.
 from __future__ import annotations
 
 from moe_routing.models._preset import ModelPreset
-from moe_routing.models._read import ConfiguredRouting, from_config
+from moe_routing.models._read import ConfiguredRouting, from_config, spec_of
 from moe_routing.models._table import MODELS, NOT_EXPRESSED
 
-__all__ = ["MODELS", "NOT_EXPRESSED", "ConfiguredRouting", "ModelPreset", "from_config"]
+__all__ = ["MODELS", "NOT_EXPRESSED", "ConfiguredRouting", "ModelPreset", "from_config", "spec_of"]

@@ -26,6 +26,8 @@ class _AnythingElse:
 
 
 ANYTHING_ELSE: Final = _AnythingElse()
+SIZES: Final = ("num_experts", "topk")
+"""What a preset reads and its spec does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,17 @@ class ModelPreset:
     def family(self) -> str:
         """Name of the family that the defaults belong to."""
         return self.spec.family
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The attributes that the spec depends on; of several names for one thing the first."""
+        read = [first(names) for field, names in self.reads.items() if field not in SIZES]
+        return tuple(dict.fromkeys([*self.choices, *read]))
+
+
+def first(names: str | tuple[str, ...]) -> str:
+    """Return the first of the names for one thing."""
+    return names if isinstance(names, str) else names[0]
 
 
 def row(  # noqa: PLR0913 -- the columns of the table

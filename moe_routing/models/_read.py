@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from moe_routing.models._contradictions import contradictions
-from moe_routing.models._preset import ANYTHING_ELSE, row
+from moe_routing.models._preset import ANYTHING_ELSE, SIZES, first, row
 from moe_routing.models._table import MODELS, NOT_EXPRESSED
 from moe_routing_registry import RoutingSpec, UnknownNameError
 from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from moe_routing.models._preset import Changes, ModelPreset, Reads
+
+    Find = Callable[["str | tuple[str, ...]"], tuple[str, object]]
+    """Takes the names of one thing; returns the one under which it was found, and its value."""
 
 _MISSING: Final = object()
 _NESTED = ("text_config", "thinker_config", "llm_config", "language_config")
@@ -24,7 +32,7 @@ _INTEGERS = {"num_experts": 1, "topk": 1, "num_groups": 1, "topk_groups": 1, "ze
 """Fields that are integers, with the smallest that makes sense."""
 _ENTRIES = (bool, int, float)
 """Types of what a list may have for each layer."""
-_SIZES: Reads = {
+_USUAL_SIZES: Reads = {
     "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     "topk": (
         "num_experts_per_tok",
@@ -111,7 +119,9 @@ def _preset_of_plugin(name: str, spec: RoutingSpec) -> ModelPreset:
 
     What else a plug-in's configuration says must be what its spec computes.
     """
-    [preset] = row(name, family="softmax_topk", size=(None, None), reads=_SIZES, source="a plug-in")
+    [preset] = row(
+        name, family="softmax_topk", size=(None, None), reads=_USUAL_SIZES, source="a plug-in"
+    )
     return replace(preset, spec=spec)
 
 
@@ -126,15 +136,37 @@ def _with_router(config: object, model: str | None) -> tuple[str | None, object]
     return model, config
 
 
-def _read(preset: ModelPreset, config: object) -> ConfiguredRouting:
+def spec_of(preset: ModelPreset, values: Mapping[str, object]) -> RoutingSpec:
+    """Return what a preset computes for a configuration with these values.
+
+    :param values: attribute -> value, for each of ``preset.settings``.
+    :raises ValueError: a value is impossible; names its attribute.
+
+    >>> spec_of(MODELS["ernie4_5_moe"], {"moe_norm_min": 0.5}).renorm_floor
+    0.5
+    """
+    fields = [field for field in preset.reads if field not in SIZES]
+    said, _ = _said(preset, lambda names: (first(names), values[first(names)]), fields)
+    return preset.spec.replace(**said)
+
+
+def _said(
+    preset: ModelPreset, find: Find, fields: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of these fields and of those that choices fix, and the names they have."""
     said: dict[str, Any] = {}
     for attribute, options in preset.choices.items():
-        said.update(_chosen(preset, attribute, options, _find(preset, config, attribute)[1]))
+        said.update(_chosen(preset, attribute, options, find(attribute)[1]))
     names: dict[str, str] = {}
-    for field, attribute_names in preset.reads.items():
+    for field in fields:
         if field not in said:
-            names[field], value = _find(preset, config, attribute_names)
+            names[field], value = find(preset.reads[field])
             said[field] = _valued(field, names[field], value)
+    return said, names
+
+
+def _read(preset: ModelPreset, config: object) -> ConfiguredRouting:
+    said, names = _said(preset, partial(_find, preset, config), preset.reads)
     num_experts, topk = said.pop("num_experts"), said.pop("topk")
     try:
         spec = preset.spec.replace(**said)
@@ -225,17 +257,19 @@ def _valued(field: str, attribute: str, value: object) -> bool | int | float:
         and all(type(entry) in _ENTRIES and entry == value[0] for entry in value)
     ):
         value = value[0]
+    number = None if isinstance(value, bool) else value
     if field == "renormalize":
         if isinstance(value, bool):
             return value
         expected = "True or False"
     elif field in _INTEGERS:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= _INTEGERS[field]:
-            return value
+        if isinstance(number, numbers.Integral) and int(number) >= _INTEGERS[field]:
+            return int(number)
         expected = f"an integer >= {_INTEGERS[field]}"
     else:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        with suppress(OverflowError):  # an integer beyond float64
+            if isinstance(number, numbers.Real) and math.isfinite(number):
+                return float(number)
         expected = "a finite number"
     raise ValueError(refusal(attribute, expected, value))
 

@@ -16,8 +16,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_routing_registry.containment import PluginFailure, contained
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from importlib.machinery import ModuleSpec
     from importlib.metadata import Distribution
 
 TRITONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu")
@@ -90,9 +93,7 @@ def _triton(path: Sequence[str] | None) -> Triton | None:
 
     Where several distributions claim it, return the one whose compiled library is there.
     """
-    spec = (
-        importlib.util.find_spec("triton") if path is None else PathFinder.find_spec("triton", path)
-    )
+    spec = _importable("triton") if path is None else PathFinder.find_spec("triton", path)
     places = [Path(place) for place in (spec.submodule_search_locations or () if spec else ())]
     if not places:
         return None
@@ -113,6 +114,18 @@ def _triton(path: Sequence[str] | None) -> Triton | None:
         overwritten=tuple(f"{_name(claim)} {claim.version}" for claim in others),
         broken_by=tuple(sorted(set(_announced(others)) - carried)),
     )
+
+
+def _importable(name: str) -> ModuleSpec | None:
+    """Find what an import would find.
+
+    A stub in ``sys.modules`` has no files, and a finder that somebody installed may raise anything.
+    """
+    try:
+        with contained(f"looking for {name}"):
+            return importlib.util.find_spec(name)
+    except PluginFailure:
+        return None
 
 
 def _name(distribution: Distribution) -> str:

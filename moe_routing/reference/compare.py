@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from moe_routing_registry import RoutingSpec
 
 RTOL = 2e-6
-"""The contract's relative tolerance of weights, against the oracle's at the ids that the backend chose."""
+"""The contract's relative tolerance of weights.
+
+They are compared with the oracle's weights at the ids that the backend chose.
+"""
 ATOL = 1e-12
 CHUNK = 1 << 22
 """Elements compared at a time: float64 copies of them stay below a few hundred MB."""
@@ -120,11 +123,16 @@ def _problems_with_theirs(
         .flatten()[:MANY]
         .tolist()
     ):
-        yield f"row {row}: ids {output.ids[row].tolist()}, its oracle says {exact.ids[row].tolist()}"
+        yield (
+            f"row {row}: ids {output.ids[row].tolist()}, its oracle says {exact.ids[row].tolist()}"
+        )
     theirs = exact.weights.to(output.weights.device)
     far = ~torch.isclose(output.weights.double(), theirs, rtol=RTOL, atol=ATOL, equal_nan=True)
     for row in far.any(-1).nonzero().flatten()[:MANY].tolist():
-        yield f"row {row}: weights {output.weights[row].tolist()}, its oracle says {exact.weights[row].tolist()}"
+        yield (
+            f"row {row}: weights {output.weights[row].tolist()}, "
+            f"its oracle says {exact.weights[row].tolist()}"
+        )
 
 
 def _shape_problems(
@@ -260,7 +268,10 @@ def logical_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
     physical, logical = expert_map.to(ids.device).long().sort()
     if (physical[1:] == physical[:-1]).any():
         different = len(physical.unique())
-        msg = f"expert_map: expected a physical id of its own for each of {len(physical)} experts, got {different} different ids"
+        msg = (
+            f"expert_map: expected a physical id of its own for each of {len(physical)} experts, "
+            f"got {different} different ids"
+        )
         raise ValueError(msg)
     place = torch.searchsorted(physical, ids.contiguous()).clamp(max=len(physical) - 1)
     return torch.where(physical[place] == ids, logical[place], -1)
@@ -286,7 +297,10 @@ def _id_problems(
 
 def _shared_problems(spec: RoutingSpec, weights: Tensor, topk: int, rows: Tensor) -> Iterator[str]:
     if spec.shared_experts and (weights[:, topk:] != 1).any():
-        yield f"shared slots: expected weight 1 in rows from {int(rows[0])} on, got {weights[:, topk:].flatten()[:8].tolist()}"
+        yield (
+            f"shared slots: expected weight 1 in rows from {int(rows[0])} on, "
+            f"got {weights[:, topk:].flatten()[:8].tolist()}"
+        )
 
 
 def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arguments
@@ -319,15 +333,15 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     low, high = (_in_float32(end) for end in (low - tolerance, high + tolerance))
     wrong = ~((weights >= low) & (weights <= high))  # NaN is wrong
     if scale is not None and not scale.isfinite().all():
-        tiny = (
-            oracle.weights_at(spec, l, ids).abs() <= ATOL
-        )  # which float32 may take for 0, and 0 times infinity is NaN
+        # float32 may take such weights for 0, and 0 times infinity is NaN.
+        tiny = oracle.weights_at(spec, l, ids).abs() <= ATOL
         right = (weights == exact) | (weights.isnan() & (exact.isnan() | tiny))
         wrong = torch.where(exact.isfinite(), wrong, ~right)
     for row, k in wrong.nonzero()[:MANY].tolist():
         got, expected = float(weights[row, k]), float(exact[row, k])
         yield (
-            f"row {int(rows[row])}: weight of id {int(ids[row, k])} is {got:.9g}, exactly {expected:.9g}: "
+            f"row {int(rows[row])}: weight of id {int(ids[row, k])} is {got:.9g}, "
+            f"exactly {expected:.9g}: "
             f"off by {abs(got - expected):.3g}, allowed {float(tolerance[row, k]):.3g}"
         )
 
@@ -351,7 +365,10 @@ def _row_problem(
     problems = [row.problem(ids, row.experts(groups)) for groups in row.possible_groups(ids)]
     if not problems:
         touched = sorted({i // row.group_size for i in ids})
-        return f"ids {ids} lie in groups {touched}, which are not among the best {spec.topk_groups}; exact ids are {exact}"
+        return (
+            f"ids {ids} lie in groups {touched}, which are not among the best {spec.topk_groups}; "
+            f"exact ids are {exact}"
+        )
     return min(problems, key=len)  # "" if any choice of groups explains the ids
 
 
@@ -391,15 +408,14 @@ class _Row:
         return [e for g in groups for e in range(g * self.group_size, (g + 1) * self.group_size)]
 
     def problem(self, ids: list[int], eligible: range | list[int]) -> str:
-        """Say why ``ids`` cannot be the best of the ``eligible`` experts in order, or return ``""``."""
+        """Say why ``ids`` cannot be the best ``eligible`` experts in order, or return ``""``."""
         position = {e: p for p, e in enumerate(ids)}
         last = len(ids)
         if any(e not in set(eligible) for e in ids):
             return f"ids {ids} are not all in the groups that were kept"
         order = ids + [e for e in eligible if e not in position]
-        lowest_above: int | None = (
-            None  # of the experts before, the one whose score may be least high
-        )
+        # Of the experts before, the one whose score may be least high.
+        lowest_above: int | None = None
         for place, e in enumerate(order):
             if lowest_above is not None and not self._may_precede(lowest_above, e):
                 return self._said(lowest_above, position[lowest_above], e)
@@ -409,7 +425,10 @@ class _Row:
         for e in sorted(eligible, key=lambda e: (position.get(e, last), e)):
             before = first_of.setdefault(self.same[e], e)
             if before > e:
-                return f"id {before} at position {position[before]} stands before id {e} although their scores are equal"
+                return (
+                    f"id {before} at position {position[before]} stands before id {e} "
+                    "although their scores are equal"
+                )
             first_of[self.same[e]] = max(before, e)
         return ""
 
@@ -422,7 +441,8 @@ class _Row:
     def _said(self, above: int, place: int, below: int) -> str:
         a, b = self.keys[above], self.keys[below]
         return (
-            f"id {above} at position {place} (score {a:.9g}) stands before id {below} (score {b:.9g}): "
+            f"id {above} at position {place} (score {a:.9g}) stands before "
+            f"id {below} (score {b:.9g}): "
             f"a gap of {b - a:.3g}, float32 blurs {self.error[above] + self.error[below]:.3g}"
         )
 

@@ -96,15 +96,17 @@ def score_error(spec: RoutingSpec, l: Tensor) -> Tensor:
         min=torch.finfo(torch.float64).tiny
     )
     small = (-x.abs()).exp()
-    slope = torch.where(
-        x < 0, 1.0, torch.sigmoid(x) / softplus
-    )  # d log softplus / dx is below 1 for x < 0
+    # d log softplus / dx is below 1 for x < 0.
+    slope = torch.where(x < 0, 1.0, torch.sigmoid(x) / softplus)
     relative = (small * exponential / softplus + LOG1P * U + slope * moved) / 2 + FAST_DIVISION * U
     return torch.where(softplus < 2 * FLUSHED, 1.0, relative)
 
 
 def key_error(spec: RoutingSpec, logits: Tensor, keys: Tensor) -> Tensor:
-    """Return the absolute error ``[T, E]`` that a float32 evaluation of the selection keys may have; 0 on logits."""
+    """Return the absolute error ``[T, E]`` that float32 may make in the selection keys.
+
+    It is 0 where selection is on logits.
+    """
     if not spec.needs_bias:
         return torch.zeros_like(keys)
     l = oracle.clean(logits)

@@ -44,15 +44,16 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
     Assumes arguments that ``Router`` would accept; it checks none of them.
 
     >>> from moe_routing_registry import RoutingSpec
-    >>> weights, ids = route(RoutingSpec(family="f", renormalize=True), torch.tensor([[0.0, 1.0, 1.0]]), 2)
+    >>> spec = RoutingSpec(family="f", renormalize=True)
+    >>> weights, ids = route(spec, torch.tensor([[0.0, 1.0, 1.0]]), 2)
     >>> ids.tolist(), weights.tolist()
     ([[1, 2]], [[0.5, 0.5]])
     """
     theirs = brought(spec.family)
     if theirs is not None:
         return theirs(
-            spec, logits, topk, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
-            num_valid_tokens=num_valid_tokens, expert_map=expert_map,
+            spec, logits, topk, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
+            expert_table=expert_table, num_valid_tokens=num_valid_tokens, expert_map=expert_map,
         )  # fmt: skip
     ids = select(spec, logits, topk, bias=bias, token_ids=token_ids, expert_table=expert_table)
     weights = weights_at(spec, logits, ids, per_expert_scale=per_expert_scale)
@@ -67,7 +68,10 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
 
 
 def brought(family: str) -> Callable[..., RoutingOutput] | None:
-    """Return the oracle that a plug-in brought with its family, ``None`` where this module's is the one."""
+    """Return the oracle that a plug-in brought with its family.
+
+    ``None`` means that the family has the oracle of this module.
+    """
     family_spec = registry().families.get(family)
     if family_spec is None or not family_spec.oracle:
         return None
@@ -167,9 +171,10 @@ def log_scores(spec: RoutingSpec, x: Tensor) -> Tensor:
 def _log_softplus(x: Tensor) -> Tensor:
     """Return ``log(log(1 + e^x))``.
 
-    Below -40 it is x, because there log(1 + e^x) is e^x to float64's last bit.
+    Below -40 it is x, because there log(1 + e^x) is e^x to float64's last bit: e^-40 is 4e-18,
+    below float64's unit roundoff 1.1e-16.
     """
-    very_negative = x < -40.0  # noqa: PLR2004 -- e^-40 is 4e-18, below float64's unit roundoff 1.1e-16
+    very_negative = x < -40.0  # noqa: PLR2004 -- see above
     usual = torch.where(very_negative, 0.0, x)
     return torch.where(very_negative, x, torch.logaddexp(usual, torch.zeros_like(usual)).log())
 
@@ -191,9 +196,8 @@ def weights_at(
     if spec.selection == "sparsemixer":
         weights = _sparsemixer_weights(spec, clean(logits), ids)
     elif spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor):
-        log_ratios = (
-            x if spec.score == "softmax" else log_scores(spec, x)
-        )  # softmax's own denominator cancels
+        # The denominator of softmax itself cancels.
+        log_ratios = x if spec.score == "softmax" else log_scores(spec, x)
         weights = torch.softmax(log_ratios.gather(1, ids), dim=-1)
     else:
         weights = log_scores(spec, x).gather(1, ids).exp()
@@ -216,9 +220,8 @@ def _sparsemixer_weights(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Tensor:
     for k in range(ids.shape[1]):
         left = l.scatter(1, ids[:, :k], -torch.inf)
         best = left.detach().amax(-1, keepdim=True)
-        ratio = (best - left.detach()) / left.detach().abs().maximum(
-            best
-        )  # 0/0 is NaN, which is not > 2 * jitter
+        # 0/0 is NaN, which is not > 2 * jitter.
+        ratio = (best - left.detach()) / left.detach().abs().maximum(best)
         masked = left.masked_fill(ratio > 2 * spec.jitter, -torch.inf)
         weights.append(torch.softmax(masked, dim=-1).gather(1, ids[:, k : k + 1]))
     return torch.cat(weights, dim=1)
@@ -251,10 +254,12 @@ def finish(  # noqa: PLR0913 -- the operands of the last steps
 
 
 def descending(keys: Tensor) -> Tensor:
-    """Return the positions of ``keys [T, N]`` by descending key, equal keys by ascending position, -0 equal to +0."""
-    return torch.sort(
-        keys + 0.0, dim=-1, descending=True, stable=True
-    ).indices  # -0 + 0 is +0: radix sorts look at bits
+    """Return the positions of ``keys [T, N]`` by descending key.
+
+    Equal keys are in the order of their positions; -0 is equal to +0.
+    """
+    # -0 + 0 is +0: radix sorts look at bits.
+    return torch.sort(keys + 0.0, dim=-1, descending=True, stable=True).indices
 
 
 def group_scores(spec: RoutingSpec, keys: Tensor) -> Tensor:
@@ -276,7 +281,7 @@ def group_scores(spec: RoutingSpec, keys: Tensor) -> Tensor:
 
 
 def _keep_best_groups(spec: RoutingSpec, keys: Tensor) -> Tensor:
-    """Set the keys outside the best ``topk_groups`` groups to -inf, so that they can never be selected."""
+    """Set the keys outside the best ``topk_groups`` groups to -inf, so that none is selected."""
     kept = torch.zeros(len(keys), spec.num_groups, dtype=torch.bool, device=keys.device)
     kept.scatter_(1, descending(group_scores(spec, keys))[:, : spec.topk_groups], value=True)
     return keys.masked_fill(

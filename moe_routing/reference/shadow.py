@@ -89,7 +89,8 @@ class Shadow:
         self._health = Health(rate=rate)
         self._lock = ForkSafeLock()
         _shadows[self.key] = self
-        self._sampling = random.Random()  # noqa: S311 -- sampling; its own, so that the caller's seeds stay as they are
+        # A generator of its own, so that the caller's seeds stay as they are.
+        self._sampling = random.Random()  # noqa: S311 -- sampling
 
     def health(self) -> Health:
         """Return the counts so far."""
@@ -145,7 +146,9 @@ _shared: dict[float, Shadow] = {}
 
 
 def shadow_of(key: str) -> Shadow | None:
-    """Return what a router's calls are watched by, from inside an operator, which knows only its key.
+    """Return the shadow that watches the calls of a router.
+
+    An operator calls this function; it knows only the router's key.
 
     A compiled or exported program outlives its router, and may have come from another process: then
     nothing watches it, and the logger says so once.
@@ -164,8 +167,8 @@ def shared(rate: float) -> Shadow:
 @cache
 def _say_unwatched(_key: str) -> None:
     _log.warning(
-        "a compiled or exported program asks for shadow mode (verify=), but the router that it was made from is gone or in "
-        "another process: its calls are not compared"
+        "a compiled or exported program asks for shadow mode (verify=), but the router that it was "
+        "made from is gone or in another process: its calls are not compared"
     )
 
 

@@ -201,7 +201,7 @@ def _name_of(distribution: importlib.metadata.Distribution) -> str:
 
 def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -> None:
     try:
-        # A plug-in that turns warnings into errors, or off, does so for itself.
+        # A plug-in that turns warnings into errors, or off, does so for itself, here and below.
         with contained("its import"), warnings.catch_warnings():
             module = plugin.importer()
     except PluginFailure as failure:
@@ -214,7 +214,7 @@ def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -
         )
         return
     try:
-        with contained("its registration"):
+        with contained("its registration"), warnings.catch_warnings():
             brought = _specs(module, plugin.key)
             _check_names(plugin, brought, inventory, reserved)
     except PluginFailure as failure:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moe_routing_registry._fields import require, require_path, require_paths
+from moe_routing_registry import _fields
 from moe_routing_registry.device import DeviceInfo
 from moe_routing_registry.routing_spec import SCORES, RoutingSpec
 from moe_routing_registry.text import refusal, require_name
@@ -22,7 +22,8 @@ API_VERSION = 1
 """Version of the plug-in interface; a spec for another version is rejected."""
 
 CAPABILITIES = (
-    "compile", "cuda_graphs", "dtype", "family", "gradients", "large_sizes", "layout", "several_devices", "shape",
+    "compile", "cuda_graphs", "dtype", "family", "gradients", "large_sizes", "layout",
+    "several_devices", "shape",
 )  # fmt: skip
 """What a backend may leave out deliberately, and state in its spec."""
 
@@ -81,16 +82,16 @@ class Target:
 
     def __post_init__(self) -> None:
         """Check every field, and refuse a version range where versions have no order."""
-        if self.platform != ANY:
-            require_name("platform", self.platform)
-        require("archs", self.archs, frozenset, "a frozenset of strings", of=str)
-        for name in ("min_capability", "max_capability"):
-            version = getattr(self, name)
-            if version is not None:
-                require(name, version, tuple, "a pair of integers or None", of=int)
-                if len(version) != 2:  # noqa: PLR2004 -- major and minor
-                    raise ValueError(refusal(name, "a pair of integers or None", version))
-        require("explicit", self.explicit, bool, "True or False")
+        platform = _fields.text("platform", self.platform)
+        archs = _fields.each("archs", self.archs, frozenset, "a frozenset of strings", _fields.text)
+        _fields.keep(
+            self,
+            platform=platform if platform == ANY else require_name("platform", platform),
+            archs=frozenset(archs),
+            min_capability=_version("min_capability", self.min_capability),
+            max_capability=_version("max_capability", self.max_capability),
+            explicit=_fields.exactly("explicit", self.explicit, bool, "True or False"),
+        )
         if self.platform != "cuda" and (self.min_capability or self.max_capability):
             msg = f"min_capability, max_capability: only platform 'cuda' has an order, got platform {self.platform!r}"
             raise ValueError(msg)
@@ -153,6 +154,16 @@ class Target:
         return " ".join(parts)
 
 
+def _version(name: str, value: object) -> tuple[int, ...] | None:
+    expected = "a pair of integers or None"
+    if value is None:
+        return None
+    numbers = tuple(_fields.each(name, value, tuple, expected, _fields.whole))
+    if len(numbers) != 2:  # noqa: PLR2004 -- major and minor
+        raise ValueError(refusal(name, expected, numbers))
+    return numbers
+
+
 def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
@@ -189,7 +200,8 @@ class BackendSpec:
         for ``explain`` and doctor; as cheap as ``supports``.
     :ivar tuners: name of an operation -> dotted path of what ``moe-routing tune`` calls,
         ``tuner(problem, device, tokens=..., on_step=...)``; nothing for an operation that has
-        nothing to tune.
+        nothing to tune. It calls ``on_step(what, done, total)``, first with how long all of it
+        takes, then before each step with what is done.
     :ivar gaps: what it consciously leaves out: one of ``CAPABILITIES`` -> the reason, for the
         conformance report. What ``supports`` declines without a gap must really be impossible: the
         conformance kit tries it.
@@ -210,27 +222,46 @@ class BackendSpec:
 
     def __post_init__(self) -> None:
         """Check every field: a spec that is accepted can be shown, compared and used."""
-        require_name("name", self.name)
-        require_paths("factories", self.factories)
+        families = self.families
+        expected = "a tuple of at least one Target"
+        _fields.keep(
+            self,
+            name=require_name("name", self.name),
+            factories=_fields.paths("factories", self.factories),
+            targets=tuple(_fields.each("targets", self.targets, tuple, expected, _target)),
+            api_version=_fields.whole("api_version", self.api_version),
+            families=None
+            if families is None
+            else frozenset(
+                _fields.each(
+                    "families", families, frozenset, "a frozenset of names, or None", require_name
+                )
+            ),
+            requirements=tuple(
+                _fields.each(
+                    "requirements",
+                    self.requirements,
+                    tuple,
+                    "a tuple of PEP 508 strings",
+                    _fields.text,
+                )
+            ),
+            priority=_fields.whole("priority", self.priority),
+            summary=_fields.text("summary", self.summary),
+            tuners=_fields.paths("tuners", self.tuners),
+            gaps=_gaps(self.gaps),
+        )
         if not self.factories:
             raise ValueError(
                 refusal("factories", "a factory for at least one operation", self.factories)
             )
-        require("targets", self.targets, tuple, "a tuple of at least one Target", of=Target)
         if not self.targets:
-            raise ValueError(refusal("targets", "a tuple of at least one Target", self.targets))
-        require("api_version", self.api_version, int, "an integer")
-        if self.families is not None:
-            require("families", self.families, frozenset, "a frozenset of names, or None", of=str)
-        require("requirements", self.requirements, tuple, "a tuple of PEP 508 strings", of=str)
-        require("priority", self.priority, int, "an integer")
+            raise ValueError(refusal("targets", expected, self.targets))
         for name in ("supports", "notes"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TypeError(
                     refusal(name, "a function (problem, device), or None", getattr(self, name))
                 )
-        require("summary", self.summary, str, "a string")
-        require_paths("tuners", self.tuners)
         for operation in self.tuners:
             if operation not in self.factories:
                 raise ValueError(
@@ -240,11 +271,25 @@ class BackendSpec:
                         operation,
                     )
                 )
-        require("gaps", self.gaps, Mapping, "a mapping of capabilities to reasons")
-        for capability, reason in self.gaps.items():
-            if capability not in CAPABILITIES or not isinstance(reason, str) or not reason:
-                expected = f"one of {', '.join(CAPABILITIES)} and a reason"
-                raise ValueError(refusal("gaps", expected, (capability, reason)))
+
+
+def _target(name: str, value: object) -> Target:
+    return _fields.exactly(name, value, Target, "a tuple of at least one Target")
+
+
+def _gaps(value: object) -> dict[str, str]:
+    expected = f"one of {', '.join(CAPABILITIES)} and a reason"
+    gaps = {}
+    for capability, reason in _fields.mapping(
+        "gaps", value, "a mapping of capabilities to reasons"
+    ).items():
+        if not isinstance(capability, str) or not isinstance(reason, str):
+            raise TypeError(refusal("gaps", expected, (capability, reason)))
+        gaps[_fields.text("gaps", capability)] = _fields.text("gaps", reason)
+    for capability, reason in gaps.items():
+        if capability not in CAPABILITIES or not reason:
+            raise ValueError(refusal("gaps", expected, (capability, reason)))
+    return gaps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,23 +315,24 @@ class FamilySpec:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require("spec", self.spec, RoutingSpec, "a RoutingSpec")
-        require("source", self.source, str, "a string")
-        require("models", self.models, Mapping, "a mapping of model names to RoutingSpecs")
-        for name, spec in self.models.items():
-            require_name("models", name)
-            require("models", spec, RoutingSpec, f"a RoutingSpec for {name!r}")
-            if spec.family != self.spec.family:
-                raise ValueError(
-                    refusal(
-                        "models",
-                        f"specs of the family {self.spec.family!r}",
-                        f"{name}: {spec.family}",
-                    )
-                )
-        require("oracle", self.oracle, str, "a string")
-        if self.oracle:
-            require_path("oracle", self.oracle)
+        spec = _fields.exactly("spec", self.spec, RoutingSpec, "a RoutingSpec")
+        models = {}
+        for key, value in _fields.mapping(
+            "models", self.models, "a mapping of model names to RoutingSpecs"
+        ).items():
+            name = require_name("models", key)
+            model = _fields.exactly("models", value, RoutingSpec, f"a RoutingSpec for {name!r}")
+            if model.family != spec.family:
+                expected = f"specs of the family {spec.family!r}"
+                raise ValueError(refusal("models", expected, f"{name}: {model.family}"))
+            models[name] = model
+        oracle = _fields.text("oracle", self.oracle)
+        _fields.keep(
+            self,
+            source=_fields.text("source", self.source),
+            models=models,
+            oracle=_fields.path("oracle", oracle) if oracle else "",
+        )
 
     @property
     def names(self) -> frozenset[str]:

@@ -7,10 +7,10 @@ import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from moe_routing_registry.text import printable
+from moe_routing_registry.text import line, printable, said_by, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class PluginFailure(Exception):  # noqa: N818 -- a failure of other code, which this carries
@@ -25,7 +25,7 @@ class PluginFailure(Exception):  # noqa: N818 -- a failure of other code, which 
         """Keep what was done, and what it raised."""
         self.error = error
         self.sentence = sentence(doing, error)
-        self.trace = "".join(traceback.format_exception(error))
+        self.trace = trace_of(error)
         super().__init__(self.sentence)
 
 
@@ -55,15 +55,35 @@ def contained(doing: str, *passing: type[BaseException]) -> Iterator[None]:
         raise PluginFailure(doing, error) from error
 
 
+def notes_of(doing: str, read: Callable[[], object]) -> tuple[str, ...]:
+    """Return the notes of a backend or a kernel, a line each; what is wrong with them is a note.
+
+    >>> notes_of("its notes", lambda: None)
+    ('its notes returned None, not a tuple of strings',)
+    """
+    try:
+        with contained(doing):
+            notes = read()
+            if isinstance(notes, (tuple, list)) and all(isinstance(note, str) for note in notes):
+                return tuple(line(note) for note in notes)
+            return (f"{doing} returned {shown(notes)}, not a tuple of strings",)
+    except PluginFailure as failure:
+        return (failure.sentence,)
+
+
+def trace_of(error: BaseException) -> str:
+    """Return the traceback of what was raised."""
+    return said_by(
+        lambda: "".join(traceback.format_exception(error)), "(its traceback cannot be shown)"
+    )
+
+
 def sentence(doing: str, error: BaseException) -> str:
     """Say in one line what was raised.
 
     Compilers raise pages, of which the traceback keeps every word.
     """
-    try:
-        said = str(error)
-    except Exception:  # noqa: BLE001 -- an exception's own text may raise anything
-        said = "(its message cannot be shown)"
+    said = said_by(lambda: str(error), "(its message cannot be shown)")
     text = (
         f"{doing} raised {type(error).__name__}: {printable(said)}"
         if said

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from moe_routing_registry._fields import require, require_path
+from moe_routing_registry import _fields
 from moe_routing_registry.text import require_name
 
 
@@ -61,7 +61,11 @@ class OperationSpec:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require_name("name", self.name)
-        for field in ("example", "oracle", "contract"):
-            require_path(field, getattr(self, field))
-        require("summary", self.summary, str, "a string")
+        _fields.keep(
+            self,
+            name=require_name("name", self.name),
+            example=_fields.path("example", self.example),
+            oracle=_fields.path("oracle", self.oracle),
+            contract=_fields.path("contract", self.contract),
+            summary=_fields.text("summary", self.summary),
+        )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe_routing_registry import _requirements
 from moe_routing_registry._loading import Inventory, discover, load
 from moe_routing_registry.backend_spec import API_VERSION, BackendSpec
-from moe_routing_registry.containment import PluginFailure, contained
+from moe_routing_registry.containment import PluginFailure, contained, notes_of
 from moe_routing_registry.errors import (
     DuplicateNameError,
     FactoryError,
@@ -21,6 +21,7 @@ from moe_routing_registry.errors import (
     UnknownNameError,
 )
 from moe_routing_registry.locks import ForkSafeLock
+from moe_routing_registry.operation import Problem
 from moe_routing_registry.report import Candidate, Rejection, ResolutionReport
 from moe_routing_registry.request import BACKEND_VARIABLE, BLOCK_VARIABLE, Request
 from moe_routing_registry.text import printable, refusal, shown
@@ -29,10 +30,10 @@ from moe_routing_registry.verdict import FIXABLE, RejectCode, Verdict
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from moe_routing_registry._loading import Plugin
+    from moe_routing_registry._loading import Plugin as Plugin  # noqa: PLC0414 -- what `plugins` returns
     from moe_routing_registry.backend_spec import FamilySpec
     from moe_routing_registry.device import DeviceInfo
-    from moe_routing_registry.operation import OperationSpec, Problem
+    from moe_routing_registry.operation import OperationSpec
 
 
 _loading: ContextVar[bool] = ContextVar("moe_routing_loading", default=False)
@@ -146,7 +147,9 @@ class Registry:
         """
         path = self.operation(operation).example
         with contained(f"importing the example of operation {operation!r}"):
-            problem: Problem = resolve_name(path)
+            problem: object = resolve_name(path)
+            if not isinstance(problem, Problem):
+                raise TypeError(refusal("example", "a Problem", problem))
         return problem
 
     @property
@@ -381,16 +384,8 @@ def _takes_unsupported(factory: Callable[..., object]) -> bool:
 
 
 def _notes(backend: BackendSpec, problem: Problem, device: DeviceInfo) -> tuple[str, ...]:
-    if backend.notes is None:
-        return ()
-    try:
-        with contained("its notes"):
-            notes: object = backend.notes(problem, device)
-    except PluginFailure as failure:
-        return (failure.sentence,)
-    if not isinstance(notes, (tuple, list)) or not all(isinstance(note, str) for note in notes):
-        return (f"its notes returned {shown(notes)}, not a tuple of strings",)
-    return tuple(notes)
+    rule = backend.notes
+    return () if rule is None else notes_of("its notes", lambda: rule(problem, device))
 
 
 def _warn_of(failure: Rejection) -> None:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import numbers
 import re
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _NAME = re.compile(r"[a-z0-9._-]{1,100}")
 """What the names of backends, families, models and score functions are made of."""
 _NAME_RULE = "1 to 100 of the characters a-z, 0-9, '.', '_' and '-'"
+MOST_OF_A_LINE = 1000
+"""Characters of a plug-in's text that are kept."""
 _MOST = 200
 """Characters of a value that an error shows."""
 _FEW = 8
@@ -50,6 +56,30 @@ def printable(text: str) -> str:
     return "".join(map(_printable, text))
 
 
+def line(text: str, most: int = MOST_OF_A_LINE) -> str:
+    r"""Return a text from outside as one line of limited length.
+
+    >>> line("one\n two\x07"), line("a" * 9, 8)
+    ('one  two', 'aaaa ...')
+    """
+    text = printable(str.__str__(text)[: 2 * most]).replace("\n", " ")
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def said_by(value: Callable[[], str], instead: str) -> str:
+    """Return a text that other code computes, or another one if that raises anything.
+
+    >>> said_by(lambda: str(1 / 0), "(nothing)")
+    '(nothing)'
+    """
+    try:
+        return str.__str__(value())
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return instead
+
+
 def _printable(c: str) -> str:
     if c.isprintable() or c in "\n\t":
         return c
@@ -66,14 +96,9 @@ def shown(value: object) -> str:
     >>> shown([object(), 2])
     'a list of 2 items'
     """
-    try:
-        text = _described(value)
-    except BaseException as error:
-        # A value's own text, shape or length may raise anything; the error that shows it is about
-        # something else.
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        text = f"a {type(value).__name__}"
+    # A value's own text, shape or length may raise anything; the error that shows it is about
+    # something else.
+    text = said_by(lambda: _described(value), f"a {type(value).__name__}")
     text = " ".join(printable(text[: 2 * _MOST]).split())
     return text if len(text) <= _MOST else f"{text[: _MOST - 4]} ..."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from moe_routing_registry.text import printable, refusal, shown
+from moe_routing_registry.text import line, refusal, shown
 
 
 class RejectCode(str, Enum):
@@ -80,7 +80,8 @@ class Verdict:
     >>> bool(Verdict.yes())
     True
 
-    Reason and fix are kept as one line without control characters: they are shown on terminals.
+    Reason and fix are shown on terminals: they are kept as one line of at most 1,000 characters,
+    without control characters.
 
     :ivar code: why not, or ``None`` for yes.
     :ivar reason: the same in a sentence, ``""`` for yes.
@@ -96,7 +97,7 @@ class Verdict:
         for name in ("reason", "fix"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(refusal(name, "a string", getattr(self, name)))
-            object.__setattr__(self, name, printable(getattr(self, name)).replace("\n", " "))
+            object.__setattr__(self, name, line(getattr(self, name)))
         code: object = self.code
         if not isinstance(code, RejectCode) and (code is not None or self.reason or self.fix):
             msg = f"code: a rejection needs a RejectCode, got {shown(self.code)} with reason {shown(self.reason)}"

@@ -10,9 +10,11 @@ import inspect
 import runpy
 import textwrap
 import types
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from moe_routing import MoeRoutingWarning
 from moe_routing.integrations.transformers import patch, unpatch
 from moe_routing.integrations.transformers._patch import install
 from moe_routing.integrations.transformers._proof import known
+from moe_routing.integrations.transformers._recipes import RECIPES
 from moe_routing.models import MODELS
 
 AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
@@ -147,6 +150,166 @@ def test_routing_read_from_a_router_is_that_of_the_preset(case, said):
     assert spec == expected.replace(
         **({"scale": 1.0} if case.factor else {}) | own.get(case.model, {})
     )
+
+
+OTHER_MATHS = {
+    "family": lambda family: f"not_{family}",
+    "score": lambda score: "sigmoid" if score == "softmax" else "softmax",
+    "selection": lambda selection: (
+        "logits" if selection == "logits_plus_bias" else "logits_plus_bias"
+    ),
+    "renormalize": lambda renormalize: not renormalize,
+    "renorm_epsilon": lambda epsilon: epsilon + 0.25,
+    "renorm_floor": lambda floor: floor + 0.25,
+    "scale": lambda scale: scale + 1.0,
+    "per_expert_scale": lambda scaled: not scaled,
+    "logit_softcap": lambda cap: 2.0 if cap is None else None,
+    "logit_multiplier": lambda multiplier: multiplier + 1.0,
+    "group_score": lambda score: "max" if score == "top2_sum" else "top2_sum",
+    "jitter": lambda jitter: jitter + 0.25,
+    "shared_experts": lambda experts: experts + 1,
+    "zero_experts": lambda experts: experts + 1,
+}
+
+
+def changed(spec, field):
+    """Return the spec with another value of that field, ``None`` where no other is possible."""
+    try:
+        return spec.replace(**{field: OTHER_MATHS[field](getattr(spec, field))})
+    except ValueError:  # sparsemixer takes no other score, for example
+        return None
+
+
+def stating(preset, field, value):
+    """Return the preset with another value wherever it states that field."""
+    choices = {
+        attribute: {
+            option: said | {field: value} if field in said else said
+            for option, said in options.items()
+        }
+        for attribute, options in preset.choices.items()
+    }
+    return replace(preset, spec=preset.spec.replace(**{field: value}), choices=choices)
+
+
+@pytest.mark.parametrize(("case", "said"), REPLACED)
+def test_a_router_computes_what_its_preset_states_and_nothing_of_its_own(case, said):
+    router, _, _ = made(case, said)
+    spec, recipe = install(router)
+    settings = recipe.settings
+    others = {
+        field: changed(spec, field) for field in OTHER_MATHS.keys() - settings.preset.reads.keys()
+    }
+    assert len([other for other in others.values() if other]) >= 8
+    for field, other in others.items():
+        if other is not None:
+            preset = stating(settings.preset, field, getattr(other, field))
+            assert replace(settings, preset=preset).spec_of(router, None, recipe.topk) == other
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_names_the_preset_of_a_model_that_it_routes(name):
+    routers = {path for path, recipes in known().items() if name in recipes.values()}
+    preset = RECIPES[name].settings.preset.name
+    assert {preset, f"{preset}_text"} & {
+        case.model for case in AGAINST.CASES if case.router in routers
+    }
+
+
+KNOWN_SCORES = r"expected 'sqrtsoftplus' or 'sigmoid' in a configuration of 'deepseek_v4"
+REFUSED = [
+    (
+        "deepseek_v4",
+        "score_fn",
+        torch.nn.ReLU(),
+        rf"scoring_func: {KNOWN_SCORES}', got 'ReLU\(\)'; read from score_fn=ReLU\(\)",
+    ),
+    (
+        "deepseek_v4",
+        "score_fn",
+        torch.nn.Softmax(-1),
+        rf"scoring_func: {KNOWN_SCORES}', got 'softmax'; read from score_fn=",
+    ),
+    ("deepseek_v4_hash", "score_fn", torch.nn.Linear(2, 2), r"read from score_fn=Linear"),
+    (
+        "dbrx",
+        "moe_normalize_expert_weights",
+        2.0,
+        r"expert_weights: expected 1 or None in .*, got 2\.0; read from moe_norm",
+    ),
+    (
+        "cohere2_moe",
+        "expert_selection_fn",
+        "gelu",
+        r"expert_selection_fn: expected 'softmax' or 'sigmoid' in .*, got 'gelu'",
+    ),
+    (
+        "deepseek_v2",
+        "topk_method",
+        "noaux_tc",
+        r"topk_method: expected 'greedy' or 'group_limited_greedy' in .*'noaux_tc'",
+    ),
+    (
+        "deepseek_v3",
+        "num_group",
+        0,
+        r"n_group: expected an integer >= 1, got 0; read from num_group=0",
+    ),
+    (
+        "deepseek_v3",
+        "num_group",
+        torch.ones(2),
+        r"num_group: expected a plain value, got a Tensor of shape \[2\]",
+    ),
+    (
+        "deepseek_v3",
+        "routed_scaling_factor",
+        10**400,
+        r"routed_scaling_factor: expected a finite number, got 1000",
+    ),
+    (
+        "lfm2_moe",
+        "use_expert_bias",
+        torch.ones(1),
+        r"use_expert_bias: expected a plain value, got a Tensor of shape \[1\]",
+    ),
+    (
+        "ernie4_5_moe",
+        "norm_min",
+        -1.0,
+        r"renorm_floor: expected a number from .*, got -1\.0; read from norm_min=-1\.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "attribute", "value", "reason"), REFUSED)
+def test_a_setting_that_the_preset_cannot_have_leaves_the_router_and_is_named(
+    model, attribute, value, reason
+):
+    case = AGAINST.BY_MODEL[model]
+    router, _, _ = made(case, case.settings[0])
+    router._modules.pop(attribute, None)
+    setattr(router, attribute, value)
+    with pytest.warns(MoeRoutingWarning, match=f"its settings cannot be routed: .*{reason}"):
+        assert [layer.replaced for layer in patch(router).layers] == [False]
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "said"),
+    [
+        ("routed_scaling_factor", np.float32(0.5), {"scale": 0.5}),
+        ("topk_group", np.int64(1), {"topk_groups": 1}),
+        ("norm_topk_prob", np.False_, {"renormalize": False}),
+        ("norm_topk_prob", 0, {"renormalize": False}),
+        ("norm_topk_prob", None, {"renormalize": False}),
+    ],
+)
+def test_a_setting_of_another_type_is_followed_as_the_routers_own_code_does(attribute, value, said):
+    case = AGAINST.BY_MODEL["deepseek_v3"]
+    router, _, _ = made(case, case.settings[0])
+    expected = install(made(case, case.settings[0])[0])[0].replace(**said)
+    setattr(router, attribute, value)
+    assert install(router)[0] == expected
 
 
 @pytest.mark.parametrize(("case", "said"), LEFT)

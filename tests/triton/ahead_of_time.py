@@ -94,8 +94,8 @@ def source_of(problem, launch, target, *, general=False):
         **({} if spec.needs_bias else {"bias": None}),
     }
     types = dict.fromkeys(("weights", "per_expert_scale", "bias"), "*fp32") | {
-        "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype],
-        "ids": "*i32", "token_ids": "*i64", "expert_table": "*i64", "num_valid_tokens": "*i32",
+        "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype], "ids": "*i32",
+        "token_ids": "*i64", "expert_table": "*i64", "num_valid_tokens": "*i32",
         "expert_map": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64",
         "expert_stride": "i64", "vocabulary": "i32",
     }  # fmt: skip

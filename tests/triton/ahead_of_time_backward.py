@@ -36,8 +36,8 @@ def compiled(spec, experts, k, dtype, target):
     logits = {"bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     types = {
         "grad_weights": "*fp32", "logits": logits, "ids": "*i32", "per_expert_scale": "*fp32",
-        "grad_logits": logits, "grad_scale": "*fp32",
-        "T": "i32", "row_stride": "i64", "expert_stride": "i64",
+        "grad_logits": logits, "grad_scale": "*fp32", "T": "i32", "row_stride": "i64",
+        "expert_stride": "i64",
     }  # fmt: skip
     signature = {
         name: "constexpr" if name in known else types[name]

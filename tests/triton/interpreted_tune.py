@@ -1,13 +1,15 @@
-"""Tune in Triton's interpreter, by a clock of this script, with one variant that computes wrong.
+"""Tune in Triton's interpreter by a clock of this script.
 
-The script prints JSON.
+A variant is wrong, raises or is faster for many tokens; print JSON.
 
 A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
 """
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import sys
 import warnings
 
@@ -47,26 +49,42 @@ class Altered:
         return run
 
 
-def main():
-    """Tune a problem of which the thread-per-row kernel is wrong or raises.
+def faster_from_24_on(said):
+    """Return a clock by which rows take 33 us, lanes 10 us and one a token, and all else long."""
 
-    The argument says which. The other kernels are right.
-    """
-    torch.set_num_threads(1)
-    right = VARIANTS["thread_per_row"]
-    VARIANTS["thread_per_row"] = right._replace(
-        kernel=Altered(right.kernel, raises=sys.argv[1] == "raises")
-    )
-    problem = RoutingProblem(spec=SPECS["gemma4"], num_experts=16, topk=2, dtype="float32")
-    offered = candidates(problem, CPU)
-    seconds = iter(range(10_000))
-    said = []
+    def clock(_work, _device):
+        tokens, variant = re.match(r"T = (\d+): (\w+),", said[-1][0]).groups()
+        return {"cooperative": 10 + int(tokens), "thread_per_row": 33}.get(variant, 1000)
+
+    return clock
+
+
+def later_is_faster(_said):
+    """Return a clock by which whatever is measured later is faster."""
+    seconds = itertools.count(1)
 
     def clock(work, _device):
         work()
-        return 1e6 / (1 + next(seconds))  # whoever comes later is faster
+        return 1e6 / next(seconds)
 
-    tuned = tune(problem, CPU, tokens=(3, 1), on_step=lambda *step: said.append(step), clock=clock)
+    return clock
+
+
+def main():
+    """Tune a problem of which the rows variant is wrong, raises, or is faster from 24 tokens on, as the argument says."""
+    torch.set_num_threads(1)
+    how, said = sys.argv[1], []
+    if how == "changes":
+        clock, tokens = faster_from_24_on(said), (1, 40)
+    else:
+        right = VARIANTS["thread_per_row"]
+        VARIANTS["thread_per_row"] = right._replace(
+            kernel=Altered(right.kernel, raises=how == "raises")
+        )
+        clock, tokens = later_is_faster(said), (3, 1)
+    problem = RoutingProblem(spec=SPECS["gemma4"], num_experts=16, topk=2, dtype="float32")
+    offered = candidates(problem, CPU)
+    tuned = tune(problem, CPU, tokens=tokens, on_step=lambda *step: said.append(step), clock=clock)
     kept = choose.table_for(CPU, problem)
     json.dump(
         {
@@ -77,7 +95,11 @@ def main():
                 [c for c in offered if c.variant != "thread_per_row"][-1]
             ),
             "source": kept.source,
+            "sizes": sorted(
+                {int(what.split()[2].rstrip(":")) for what, _, _ in said if what.startswith("T = ")}
+            ),
             "steps_said": [said[0], said[-1], len(said)],
+            "of_all": len(offered),
             "of_rows": sum(
                 isinstance(c, Launch) and c.variant == "thread_per_row" for c in offered
             ),

@@ -72,8 +72,8 @@ SIZES = [(64, 6), (128, 8), (160, 8), (256, 8), (512, 10)]
 LAUNCHES = [
     Launch("cooperative", 1, 1, 1), Launch("cooperative", 4, 1, 4),
     Launch("thread_per_row", 32, 1, 1), Launch("thread_per_row", 8, 4, 1),
-    Launch("filter", 16, 2, 1), Launch("filter", 4, 8, 1),
-    Launch("block", 4, 8, 1), Launch("block", 2, 16, 1),
+    Launch("filter", 16, 2, 1), Launch("filter", 4, 8, 1), Launch("block", 4, 8, 1),
+    Launch("block", 2, 16, 1),
 ]  # fmt: skip
 
 

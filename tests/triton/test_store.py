@@ -198,6 +198,10 @@ BROKEN = {
     "a warp that is none": table_of([None, "thread_per_row", 32, 1, 1, 4]),
     "a warp that this device has not": table_of([None, "thread_per_row", 32, 1, 1, 16]),
     "not a power of two": table_of([None, "thread_per_row", 3, 1, 1]),
+    "a schema that is true": table_of([None, "thread_per_row", 32, 1, 1]).replace(
+        b'"schema": 1', b'"schema": true'
+    ),
+    "a list": b"[]",
     "zero": table_of([None, "thread_per_row", 0, 1, 1]),
     "negative": table_of([None, "thread_per_row", -2, 1, 1]),
     "a fraction": table_of([None, "thread_per_row", 2.0, 1, 1]),
@@ -232,6 +236,14 @@ def test_what_is_no_file_is_no_table(target):
     path.parent.mkdir(parents=True)
     path.symlink_to(target)
     assert store.own_table(H200) is None
+
+
+@pytest.mark.parametrize("suffix", [".json", ".lock"])
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_measured(suffix):
+    path = store.user_path(H200).with_suffix(suffix)
+    path.mkdir(parents=True)
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        store.check_keeping(H200)
 
 
 def test_a_pipe_is_no_table_and_no_lock():

@@ -100,8 +100,8 @@ class EagerKernel:
                 [torch.cat([part for (part,) in pieces])] for pieces in zip(*parts, strict=True)
             )
         result = finish(
-            spec, weights, ids,
-            num_experts=self._num_experts, ids_dtype=self._ids_dtype, num_valid_tokens=valid, expert_map=expert_map,
+            spec, weights, ids, num_experts=self._num_experts, ids_dtype=self._ids_dtype,
+            num_valid_tokens=valid, expert_map=expert_map,
         )  # fmt: skip
         if out is None:
             return result

@@ -88,10 +88,11 @@ class Bound:
         valid = num_tokens if num_valid_tokens is None else min(int(num_valid_tokens), num_tokens)
         with _one_launch:
             _route(
-                logits.detach().float().numpy(), bias.detach().numpy(), scale.numpy(), physical.numpy(), valid,
-                num_experts - spec.zero_experts, np.float32(spec.scale),
+                logits.detach().float().numpy(), bias.detach().numpy(), scale.numpy(),
+                physical.numpy(), valid, num_experts - spec.zero_experts, np.float32(spec.scale),
                 SCORE[spec.score], spec.selection == "logits", spec.selection == "scores_plus_bias",
-                spec.renormalize, spec.renorm_epsilon, spec.renorm_floor, self.topk, out.weights.numpy(), out.ids.numpy(),
+                spec.renormalize, spec.renorm_epsilon, spec.renorm_floor, self.topk,
+                out.weights.numpy(), out.ids.numpy(),
             )  # fmt: skip
         return out
 

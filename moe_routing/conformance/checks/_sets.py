@@ -36,9 +36,8 @@ def of_every_variant(
     """Yield cases of every variant: of one size for smoke, two for quick, more for full."""
     for variant in variants:
         for num_experts, topk, dtype in SIZES[: {"smoke": 1, "quick": 2, "full": 3}[profile]]:
-            k = (
-                topk if fits(VARIANTS[variant], num_experts, topk) else 2
-            )  # sparsemixer: as models have it
+            # Sparsemixer has 2, as in models.
+            k = topk if fits(VARIANTS[variant], num_experts, topk) else 2
             yield Case(
                 variant=variant,
                 num_experts=num_experts,

@@ -139,7 +139,10 @@ WRONG = (
     Wrong("logits", "of integers", "softmax_topk", lambda call: call.logits.long()),
     Wrong("logits", "complex", "softmax_topk", lambda call: call.logits.to(torch.complex64)),
     Wrong("logits", "a list", "softmax_topk", lambda call: call.logits.tolist()),
-    Wrong("num_groups", "no divisor of E", "grouped_sigmoid_bias", lambda call: call.logits[:, :60]),
+    Wrong(
+        "num_groups", "no divisor of E", "grouped_sigmoid_bias",
+        lambda call: call.logits[:, :60],
+    ),
     *_vector("per_expert_scale", "gemma4", E),
     *_missing_or_uncalled_for("per_expert_scale", "gemma4", E, torch.float32),
     *_vector("bias", "sigmoid_bias_topk", E),
@@ -147,7 +150,10 @@ WRONG = (
     *_vector("token_ids", "hash_sqrtsoftplus", T, integer=True),
     *_missing_or_uncalled_for("token_ids", "hash_sqrtsoftplus", T, torch.int64),
     Wrong("expert_table", "missing", "hash_sqrtsoftplus", lambda _: None),
-    Wrong("expert_table", "of K columns too few", "hash_sqrtsoftplus", lambda call: _table(call)[:, 1:]),
+    Wrong(
+        "expert_table", "of K columns too few", "hash_sqrtsoftplus",
+        lambda call: _table(call)[:, 1:],
+    ),
     Wrong("expert_table", "of rank 1", "hash_sqrtsoftplus", lambda call: _table(call)[0]),
     Wrong("expert_table", "of floats", "hash_sqrtsoftplus", lambda call: _table(call).float()),
     *_vector("expert_map", "gemma4/shared", E + 2, integer=True),
@@ -155,15 +161,33 @@ WRONG = (
         Wrong("num_valid_tokens", f"{value!r}", "softmax_topk", _always(value))
         for value in (-1, 2.0, True, "3")
     ),
-    Wrong("num_valid_tokens", "of two elements", "softmax_topk", lambda call: call.logits.new_zeros(2, dtype=torch.int64)),
-    Wrong("num_valid_tokens", "of rank 2", "softmax_topk", lambda call: call.logits.new_zeros(1, 1, dtype=torch.int64)),
+    Wrong(
+        "num_valid_tokens", "of two elements", "softmax_topk",
+        lambda call: call.logits.new_zeros(2, dtype=torch.int64),
+    ),
+    Wrong(
+        "num_valid_tokens", "of rank 2", "softmax_topk",
+        lambda call: call.logits.new_zeros(1, 1, dtype=torch.int64),
+    ),
     Wrong("num_valid_tokens", "of floats", "softmax_topk", lambda call: call.logits.new_zeros(1)),
-    Wrong("num_valid_tokens", "of uint8", "softmax_topk", lambda call: call.logits.new_zeros(1, dtype=torch.uint8)),
+    Wrong(
+        "num_valid_tokens", "of uint8", "softmax_topk",
+        lambda call: call.logits.new_zeros(1, dtype=torch.uint8),
+    ),
     Wrong("ids_dtype", "int16", "softmax_topk", lambda _: torch.int16),
     Wrong("out", "of one row too few", "softmax_topk", lambda call: _outputs(call, tokens=T - 1)),
-    Wrong("out", "of one column too many", "softmax_topk", lambda call: _outputs(call, columns=K + 1)),
-    Wrong("out", "of float64 weights", "softmax_topk", lambda call: _outputs(call, weights=torch.float64)),
-    Wrong("out", "one memory for both", "softmax_topk", lambda call: _in_one_memory(_outputs(call)[0])),
+    Wrong(
+        "out", "of one column too many", "softmax_topk",
+        lambda call: _outputs(call, columns=K + 1),
+    ),
+    Wrong(
+        "out", "of float64 weights", "softmax_topk",
+        lambda call: _outputs(call, weights=torch.float64),
+    ),
+    Wrong(
+        "out", "one memory for both", "softmax_topk",
+        lambda call: _in_one_memory(_outputs(call)[0]),
+    ),
     Wrong(
         "out", "weights in the logits", "softmax_topk",
         lambda call: (_within(call.logits, torch.float32), _outputs(call)[1]),
@@ -172,13 +196,19 @@ WRONG = (
         "out", "ids in the scale", "gemma4",
         lambda call: (_outputs(call)[0], _within(call.operands["per_expert_scale"], torch.int32)),
     ),
-    Wrong("out", "not contiguous", "softmax_topk", lambda call: tuple(t[:, ::2] for t in _outputs(call, columns=2 * K))),
+    Wrong(
+        "out", "not contiguous", "softmax_topk",
+        lambda call: tuple(t[:, ::2] for t in _outputs(call, columns=2 * K)),
+    ),
 )  # fmt: skip
 
 
 @check(7, lambda _: WRONG)
 def wrong_arguments_raise_and_are_named(under_test: BackendUnderTest, case: Wrong) -> None:
-    """A wrong argument is a TypeError or ValueError that names it and says what came and what was expected."""
+    """A wrong argument raises an error that names it, and says what came and what was expected.
+
+    The error is a TypeError or ValueError.
+    """
     call = Case(variant=case.variant, num_experts=E, topk=K, num_tokens=T).make(under_test.device)
     arguments: dict[str, Any] = {
         "logits": call.logits,
@@ -247,7 +277,10 @@ WRONG_SPECS = (
 
 @check(7, lambda _: WRONG_SPECS)
 def wrong_specs_raise_and_name_the_field(_subject: BackendUnderTest, case: WrongSpec) -> None:
-    """A spec that no model can have, or with a field that its selection has no use for, cannot be constructed."""
+    """A spec that no model can have cannot be constructed.
+
+    Nor can one with a field that its selection does not use.
+    """
     try:
         wrong: RoutingSpec = VARIANTS[case.family].replace(**{case.argument: case.value})
     except ValueError as error:

@@ -47,7 +47,10 @@ class Changed:
         return self.case.family
 
     def make(self, under_test: BackendUnderTest) -> Call:
-        """Make the call of the changed spec, with a scale of each expert if the change asks for one."""
+        """Make the call of the changed spec.
+
+        It has a scale of each expert if the change asks for one.
+        """
         call = self.case.make(under_test.device)
         call.spec = call.spec.replace(**self.fields)
         if call.spec.per_expert_scale:
@@ -70,12 +73,9 @@ def _changes(spec: RoutingSpec) -> Iterator[dict[str, Any]]:
     yield {"scale": 1e30, "logit_multiplier": 4.0, "zero_experts": 9}
     yield {"scale": 1e-5, "logit_multiplier": 1e-6}
     yield {"renormalize": True, "renorm_epsilon": 0.5, "logit_softcap": 7.5}
-    yield {
-        "renormalize": True,
-        "renorm_epsilon": 0.0,
-        "renorm_floor": floor,
-    }  # which some rows reach
-    yield {"renormalize": True, "renorm_epsilon": 0.25, "renorm_floor": 20.0}  # which all do
+    # Some rows reach the first floor, all the second.
+    yield {"renormalize": True, "renorm_epsilon": 0.0, "renorm_floor": floor}
+    yield {"renormalize": True, "renorm_epsilon": 0.25, "renorm_floor": 20.0}
     yield {
         "renormalize": not spec.renormalize,
         "renorm_epsilon": 0.0,
@@ -101,7 +101,11 @@ def _changed(profile: Profile) -> Iterator[Changed]:
 
 @check(6, _changed)
 def every_field_of_the_spec_is_followed(under_test: BackendUnderTest, case: Changed) -> None:
-    """Negative, zero, small and large scales, caps and multipliers, a large epsilon, a floor that is reached, other groups."""
+    """Unusual scales, caps, multipliers, epsilons, floors and groups of a spec are followed.
+
+    Scales, caps and multipliers are negative, zero, small and large; the epsilon is large; the
+    floor is reached; the groups are others than the family's.
+    """
     under_test.check(case.make(under_test))
 
 

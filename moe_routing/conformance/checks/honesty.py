@@ -185,7 +185,7 @@ def _must_be_impossible(
 
 
 def _built_all_the_same(under_test: BackendUnderTest, problem: RoutingProblem) -> Kernel | None:
-    """Return what the factory builds for a problem that is declined, or ``None`` where it raises."""
+    """Return what the factory builds for a declined problem, or ``None`` where it raises."""
     try:
         kernel: Kernel = registry().build(
             under_test.backend, problem, probe(under_test.device), unsupported=True

@@ -26,7 +26,10 @@ FAR = 1 << 31
 
 @check(8, _sets.in_every_layout)
 def any_strides_are_read_as_they_lie(under_test: BackendUnderTest, case: Case) -> None:
-    """Sliced, offset, transposed, every second column and expanded logits are read where they lie."""
+    """Logits of every layout are read where they lie.
+
+    They are sliced, offset, transposed, expanded, or every second column.
+    """
     call = case.make(under_test.device)
     before = call.logits.clone()
     output = under_test.check(call)
@@ -41,7 +44,7 @@ def any_strides_are_read_as_they_lie(under_test: BackendUnderTest, case: Case) -
 
 @check(8, _sets.where(_sets.of_every_family, tokens=257))
 def row_strides_cost_no_copy(under_test: BackendUnderTest, case: Case) -> None:
-    """Slicing the logits' columns does not make the call allocate more than contiguous logits do."""
+    """A call allocates no more for a slice of the logits' columns than for contiguous logits."""
     dense, sliced = case.make(under_test.device), case.but(layout="sliced").make(under_test.device)
     for call in (dense, sliced):
         under_test.route(call)  # whatever is built, is built now
@@ -152,7 +155,10 @@ def _huge(device: torch.device, elements: int, dtype: torch.dtype) -> torch.Tens
 
 @check(9, _sets.of_every_variant)
 def no_tokens_give_empty_outputs(under_test: BackendUnderTest, case: Case) -> None:
-    """T = 0 gives empty outputs of the right shape and dtype, or the given ones, and launches nothing."""
+    """T = 0 gives empty outputs of the right shape and dtype, and launches nothing.
+
+    Outputs that are given are returned.
+    """
     call = case.but(num_tokens=0).make(under_test.device)
     shape = (0, case.topk + case.spec.shared_experts)
     given = outputs(*shape, torch.int64, under_test.device)
@@ -179,7 +185,10 @@ BY_TABLE = [variant for variant, spec in VARIANTS.items() if spec.selection == "
 
 @check(13, _sets.where(_sets.of_every_variant, variants=BY_TABLE))
 def tokens_without_experts_are_padding(under_test: BackendUnderTest, case: Case) -> None:
-    """A token id outside the table, or an entry of it outside [0, E), makes padding of its row; the others are as ever."""
+    """A row is padding if its token id, or an entry of that token, is out of range.
+
+    The token id is outside the table, or the entry is outside [0, E). The other rows are as ever.
+    """
     for integer in (torch.int32, torch.int64):
         for vocabulary in (1, 97):
             call = _with_a_table(case, integer, vocabulary, under_test.device)
@@ -211,7 +220,10 @@ def _with_a_table(case: Case, integer: torch.dtype, vocabulary: int, device: tor
 
 
 def _with_strays(values: torch.Tensor, places: torch.Tensor, end: int) -> torch.Tensor:
-    """Return the values with numbers outside [0, end) at those places; some are inside again if they are cut to 32 bits."""
+    """Return the values with numbers outside [0, end) at those places.
+
+    Some of these numbers are inside again if they are cut to 32 bits.
+    """
     limits = torch.iinfo(values.dtype)
     strays = [-1, end, end + 1, -end, limits.max, limits.min]
     if values.dtype == torch.int64:
@@ -261,11 +273,6 @@ def padding_is_blank(under_test: BackendUnderTest, case: Case) -> None:
     on_device = [
         torch.tensor(n, device=under_test.device) for n in (2**31, 2**63 - 1, -1, -(2**63))
     ]
-    for given in (
-        2**31,
-        2**63 - 1,
-        2**63,
-        2**70,
-        *on_device,
-    ):  # more than T are all, fewer than 0 are none
+    # More than T are all, fewer than 0 are none.
+    for given in (2**31, 2**63 - 1, 2**63, 2**70, *on_device):
         under_test.check(call.but(num_valid_tokens=given))

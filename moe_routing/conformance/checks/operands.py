@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from moe_routing.conformance.under_test import BackendUnderTest
 
 EIGHT_BITS = (
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
 )  # fmt: skip
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *EIGHT_BITS)
 INTEGERS = (torch.int32, torch.int64)
@@ -53,13 +54,12 @@ def logits_of_rare_dtypes_are_read(under_test: BackendUnderTest, case: Case) -> 
 
 @check(6, _once)
 def operands_of_every_dtype_are_read(under_test: BackendUnderTest, case: Case) -> None:
-    """Bias and scale of any float dtype, and integers of either width, are read as what they are."""
+    """A bias or scale of any float dtype, and integers of either width, are read as they are."""
     call = case.but(mapped=True, valid="tensor").make(under_test.device)
     for name, value in _tensors(call):
         if value.is_floating_point():
-            fine = (
-                value.double() * 1.0001
-            )  # values with digits that every dtype cuts at another place
+            # Values with digits that every dtype cuts at another place.
+            fine = value.double() * 1.0001
             dtypes: tuple[torch.dtype, ...] = FLOATS
         else:
             fine, dtypes = value, INTEGERS
@@ -85,7 +85,8 @@ def _tensors(call: Call) -> list[tuple[str, Tensor]]:
 
 
 HOSTILE = (
-    torch.nan, torch.inf, -torch.inf, 3.4e38, -3.4e38, 1e30, -1e30, 1e9, -1e9, 1e5, -1e5, 0.0, -0.0, 1e-30, -1e-30, 1e-42,
+    torch.nan, torch.inf, -torch.inf, 3.4e38, -3.4e38, 1e30, -1e30, 1e9, -1e9, 1e5, -1e5,
+    0.0, -0.0, 1e-30, -1e-30, 1e-42,
 )  # fmt: skip
 """Values of every sign and magnitude, the last one subnormal."""
 
@@ -182,7 +183,11 @@ def _form(value: int | Tensor) -> str:
 
 @check(6, _once)
 def arguments_may_have_any_form(under_test: BackendUnderTest, case: Case) -> None:
-    """K that a configuration says, a scale by position, and every way to ask for an ids dtype and outputs mean the same."""
+    """Arguments mean the same in every form.
+
+    The forms: K that a configuration says, a scale by position, and every way to ask for an ids
+    dtype and outputs.
+    """
     call = case.but(mapped=True).make(under_test.device)
     plain = under_test.check(call)
     columns = call.topk + call.spec.shared_experts
@@ -305,7 +310,10 @@ def large_tables_are_read_to_their_end(under_test: BackendUnderTest, case: Case)
 
 @check(8, _sets.of_every_family)
 def operands_with_strides_are_read_as_they_lie(under_test: BackendUnderTest, case: Case) -> None:
-    """Vectors and tables that are every third element of others, or start somewhere in them, are read where they lie."""
+    """Vectors and tables with strides and offsets are read where they lie.
+
+    They are every third element of others, or start somewhere in others.
+    """
     call = case.but(mapped=True).make(under_test.device)
     plain = under_test.check(call)
     for name, value in _tensors(call):

@@ -29,7 +29,7 @@ def _batches(profile: Profile) -> Iterator[Case]:
 
 @check(10, _batches)
 def a_rows_bits_do_not_depend_on_its_batch(under_test: BackendUnderTest, case: Case) -> None:
-    """Rows permuted, split into batches of many sizes, and alone, give the bits that they give together."""
+    """Rows give the same bits together, permuted, in batches of many sizes, and alone."""
     call = case.make(under_test.device)
     whole = under_test.route(call)
     order = torch.randperm(case.num_tokens, generator=case.generator()).to(under_test.device)
@@ -51,7 +51,10 @@ def _must_equal(
     ):
         if not same_bits(part, everything[rows]):
             row = int((part != everything[rows]).any(-1).nonzero()[0])
-            msg = f"{name} of a row {how}: {part[row].tolist()}, in the whole: {everything[rows][row].tolist()}"
+            msg = (
+                f"{name} of a row {how}: {part[row].tolist()}, "
+                f"in the whole: {everything[rows][row].tolist()}"
+            )
             raise AssertionError(msg)
 
 

@@ -30,7 +30,10 @@ PAST_A_BLOCK = (1 << 16) + (1 << 12) + 1
 
 
 def _case(variant: str, num_tokens: int, num_experts: int, topk: int) -> Case:
-    """Return the case, with the next E that the groups divide, and the next K below (or above) that fits."""
+    """Return the case with the next E and K that fit.
+
+    E is the next that the groups divide; K is the next below (or above) that fits.
+    """
     spec = VARIANTS[variant]
     experts = -(-num_experts // spec.num_groups) * spec.num_groups
     k = next(k for k in (*range(topk, 0, -1), *range(topk, experts + 1)) if fits(spec, experts, k))
@@ -81,7 +84,10 @@ MASKS = ((-1e4,), (-1e9,), (-torch.inf,), (-1e4, -1e9))
 
 
 def _biased_rows(profile: Profile) -> Iterator[Case]:
-    """Yield every biased variant in the smallest size, with more rows than kernels for few of them take."""
+    """Yield every biased variant in the smallest size, with many rows.
+
+    They are more than kernels for few rows take.
+    """
     return _sets.of_every_variant(
         "full" if profile == "full" else "smoke", variants=BIASED, tokens=4099
     )
@@ -89,7 +95,10 @@ def _biased_rows(profile: Profile) -> Iterator[Case]:
 
 @check(2, _biased_rows)
 def masked_experts_come_last(under_test: BackendUnderTest, case: Case) -> None:
-    """Biases of -1e4, -1e9 or -inf among small ones leave the order of the others exact, for many tokens too."""
+    """Biases of -1e4, -1e9 or -inf among small ones leave the order of the others exact.
+
+    This holds for many tokens too.
+    """
     call = case.make(under_test.device)
     bias = call.operands["bias"]
     assert bias is not None  # noqa: S101 -- for mypy: the variants have one

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from moe_routing.conformance.under_test import BackendUnderTest
 
 TURNS = 3
-"""Calls of a kind: the first is checked and prepared, the second is recognised, and the third like the second."""
+"""Calls of a kind.
+
+The first is checked and prepared, the second is recognised, and the third is like the second.
+"""
 THREADS, CALLS = 8, 12
 
 
@@ -94,7 +97,10 @@ def _must_match(call: Call, output: RoutingOutput, what: str) -> None:
 
 @check(11, _kinds)
 def later_calls_of_a_kind_are_right(under_test: BackendUnderTest, case: Case) -> None:
-    """Calls of the same shapes with other values are right, with outputs to write into and without, and stay as they were."""
+    """Later calls of the same shapes with other values are right, and their outputs stay.
+
+    This holds with outputs to write into and without.
+    """
     call = case.make(under_test.device)
     route = _router(under_test, call)
     for given in (False, True):
@@ -114,7 +120,10 @@ def later_calls_of_a_kind_are_right(under_test: BackendUnderTest, case: Case) ->
 def what_is_prepared_serves_calls_with_and_without_out(
     under_test: BackendUnderTest, case: Case
 ) -> None:
-    """What a kernel prepares from a call without outputs serves calls with them, and the other way round."""
+    """What a kernel prepares from a call without outputs serves calls with them.
+
+    The converse holds too.
+    """
     call = case.make(under_test.device)
     kernel = _kernel(under_test, call)
     if not isinstance(kernel, Prepares):
@@ -128,7 +137,10 @@ def what_is_prepared_serves_calls_with_and_without_out(
             other = _other(call, turn)
             out = _out(other, under_test) if again else None
             output = prepared(_operands(other, out))
-            what = f"prepared {'with' if given else 'without'} out, called {'with' if again else 'without'}"
+            what = (
+                f"prepared {'with' if given else 'without'} out, "
+                f"called {'with' if again else 'without'}"
+            )
             require(
                 out is None or (output.weights is out.weights and output.ids is out.ids),
                 f"{what}: not out is returned",
@@ -136,7 +148,7 @@ def what_is_prepared_serves_calls_with_and_without_out(
             _must_match(other, output, what)
 
 
-def _kernel(under_test: BackendUnderTest, call: Call) -> Any:  # noqa: ANN401 -- a Kernel and what else it can do
+def _kernel(under_test: BackendUnderTest, call: Call) -> Any:  # noqa: ANN401 -- a Kernel and more
     """Return the kernel that serves the call."""
     route, logits = _router(under_test, call), call.logits
     return route.resolve(
@@ -168,7 +180,10 @@ def operands_changed_in_place_are_read_again(under_test: BackendUnderTest, case:
 
 @check(11, _sets.where(_sets.of_every_family, tokens=129))
 def eight_threads_may_share_a_router(under_test: BackendUnderTest, case: Case) -> None:
-    """Eight threads that route at once through one router, each its own inputs, get what each would get alone."""
+    """Eight threads that route at once through one router get what each would get alone.
+
+    Each thread has its own inputs.
+    """
     call = case.make(under_test.device)
     calls = [_other(call, thread) for thread in range(THREADS)]
     route = _router(under_test, call)
@@ -212,7 +227,7 @@ def _of(num_experts: int, profile: Profile) -> Iterator[Case]:
 
 @check(11, _sets.where(_of, 48))
 def a_warmed_up_router_routes_right(under_test: BackendUnderTest, case: Case) -> None:
-    """Router.warmup, and the kernel's own, raise nothing and leave nothing in the calls that follow."""
+    """Router.warmup and the kernel's own raise nothing, and do not change later calls."""
     for tokens in (1, 33):
         call = case.but(num_tokens=tokens).make(under_test.device)
         route = _router(under_test, call)
@@ -246,8 +261,8 @@ def _warm_up(route: Router, call: Call, under_test: BackendUnderTest, *, trainin
     said = f"warmup(training={training})"
     try:
         report = route.warmup(
-            call.logits.shape[1], call.topk,
-            dtype=call.logits.dtype, device=under_test.device, ids_dtype=call.ids_dtype, training=training,
+            call.logits.shape[1], call.topk, dtype=call.logits.dtype, device=under_test.device,
+            ids_dtype=call.ids_dtype, training=training,
         )  # fmt: skip
     except Exception as error:
         msg = f"{said} raises {type(error).__name__}: {error}"
@@ -260,7 +275,10 @@ def _warm_up(route: Router, call: Call, under_test: BackendUnderTest, *, trainin
 
 @check(15, _sets.of_every_family, capability="gradients")
 def later_training_steps_have_right_gradients(under_test: BackendUnderTest, case: Case) -> None:
-    """Logits and scale that change in place between the steps of a training, as an optimiser does it, are read again."""
+    """Logits and scale that change in place between training steps are read again.
+
+    They change as an optimiser changes them.
+    """
     call = _gentle(case.but(valid="tensor"), under_test)
     for turn in range(TURNS):
         other = _other(call, turn + 1)

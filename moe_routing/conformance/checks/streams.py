@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from moe_routing.conformance.cases import Call, Case, Profile
 
 SLEEP_CYCLES = 20_000_000
-"""About 10 ms on a GPU: long against a launch, so that work on a wrong stream overtakes what it should wait for."""
+"""About 10 ms on a GPU.
+
+That is long against a launch, so that work on a wrong stream overtakes what it should wait for.
+"""
 
 
 def _modes(profile: Profile) -> Iterator[Case]:
@@ -35,7 +38,10 @@ def _modes(profile: Profile) -> Iterator[Case]:
 
 @check(12, _modes)
 def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, case: Case) -> None:
-    """A call on a side stream waits for what that stream writes into the logits, and later calls leave its outputs alone."""
+    """A call on a side stream waits for what that stream writes into the logits.
+
+    Later calls do not change its outputs.
+    """
     first, second = case.make(under_test.device), case.make(under_test.device)
     second.logits = first.logits.flip(1).clone()
     under_test.route(first)  # whatever is built, is built now
@@ -98,7 +104,10 @@ def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> Non
 
 @check(12, _modes, capability="cuda_graphs")
 def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Case) -> None:
-    """Captured after one warm-up call, a graph replays on other logits and another number of valid tokens."""
+    """A graph that is captured after one warm-up call replays with other inputs.
+
+    These are other logits and another number of valid tokens.
+    """
     _need_cuda(under_test)
     call = case.but(valid="tensor").make(under_test.device)
     route = under_test.router(call.spec)
@@ -139,7 +148,10 @@ def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None
 
 @check(12, _sets.of_every_family, capability="several_devices")
 def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Case) -> None:
-    """Calls of one router on two devices, in turn, each with and without outputs to write into, stay apart."""
+    """Calls of one router on two devices in turn stay apart.
+
+    Each device has calls with and without outputs to write into.
+    """
     devices = _two_devices(under_test)
     calls = [case.make(device) for device in devices]
     for call in calls:
@@ -154,7 +166,7 @@ def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Ca
             call.ids_dtype,
             call.logits.device,
         )
-        out = given if turn >= 2 else None  # noqa: PLR2004 -- the first turn of each device is without
+        out = given if turn >= 2 else None  # noqa: PLR2004 -- a device's first call has none
         routed.append(
             (
                 call,

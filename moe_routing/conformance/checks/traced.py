@@ -51,7 +51,10 @@ class _Module(torch.nn.Module):
 
 @check(14, _sets.of_every_family, capability="compile")
 def compiles_as_one_graph(under_test: BackendUnderTest, case: Case) -> None:
-    """torch.compile(fullgraph=True) of a module that routes gives the bits of the plain call, for any T."""
+    """torch.compile(fullgraph=True) of a module that routes gives the bits of the plain call.
+
+    This holds for any T.
+    """
     call = case.make(under_test.device)
     under_test.route(call)
     module = _Module(under_test.router(call.spec), call)
@@ -104,7 +107,10 @@ def fake_tensors_give_fake_outputs(under_test: BackendUnderTest, case: Case) -> 
 
 @check(14, _sets.of_every_family, capability="compile")
 def the_operator_passes_opcheck(under_test: BackendUnderTest, case: Case) -> None:
-    """torch.library.opcheck finds nothing wrong with the operator of traced calls, with ids of either dtype."""
+    """torch.library.opcheck finds nothing wrong with the operator of traced calls.
+
+    This holds for ids of either dtype.
+    """
     _opcheck(under_test, case.make(under_test.device), torch.ops.moe_routing.route.default)
 
 
@@ -122,9 +128,8 @@ def _opcheck(under_test: BackendUnderTest, call: Call, operator: Any) -> None:  
         part = call.rows(rows)
         logits = part.logits.detach().requires_grad_(call.logits.requires_grad)
         config = CallConfig(part.spec.to_json(), under_test.backend, part.topk, dtype)
-        with (
-            not_raised()
-        ):  # opcheck looks at the .grad of logits that are no leaf, and torch 2.15 warns of that
+        # opcheck looks at the .grad of logits that are no leaf, and torch 2.15 warns of that.
+        with not_raised():
             torch.library.opcheck(
                 operator, arguments(config, KernelOperands(logits, **part.operands))
             )
@@ -167,7 +172,10 @@ def _scaled(profile: Profile) -> Iterator[Case]:
 def scales_that_are_not_finite_spoil_no_other_gradient(
     under_test: BackendUnderTest, case: Case
 ) -> None:
-    """Gradients of rows that no NaN or infinite scale weighs, of padding and of the scale are as with finite scales."""
+    """NaN and infinite scales change only the gradients of the logits' rows that they weigh.
+
+    Gradients of the other rows, of padding and of the scale are as with finite scales.
+    """
     call = case.make(under_test.device)
     call.operands["num_valid_tokens"] = case.num_tokens - 2
     for zero_experts in (0, case.num_experts // 2):
@@ -183,11 +191,13 @@ def scales_that_are_not_finite_spoil_no_other_gradient(
             require(rows[-2:].all(), "the check itself: padding is weighed by no scale")
             if not same_bits(again[rows], by_logits[rows]):
                 row = int((again != by_logits).any(-1).logical_and(rows).nonzero()[0])
-                msg = f"gradient of logits in row {row}, which no scale of {value} weighs: not as with finite scales"
+                msg = (
+                    f"gradient of logits in row {row}, which no scale of {value} weighs: "
+                    "not as with finite scales"
+                )
                 raise AssertionError(msg)
-            alike = torch.allclose(
-                by_spoilt, by_scale, rtol=GRADIENT_RTOL, atol=GRADIENT_ATOL
-            )  # a sum, in any order
+            # The gradient is a sum, in any order.
+            alike = torch.allclose(by_spoilt, by_scale, rtol=GRADIENT_RTOL, atol=GRADIENT_ATOL)
             require(
                 alike,
                 f"gradient of per_expert_scale: not as with finite scales, where some are {value}",
@@ -209,7 +219,7 @@ def _gradients(
 
 
 def compare_gradients(under_test: BackendUnderTest, case: Case, call: Call) -> None:
-    """Require that a call's gradients are the oracle's, in a direction that the case's words draw."""
+    """Require that a call's gradients are the oracle's, in a direction that the case draws."""
     scale = call.operands.get("per_expert_scale")
     inputs = {"logits": call.logits} | ({} if scale is None else {"per_expert_scale": scale})
     for tensor in inputs.values():
@@ -225,13 +235,11 @@ def compare_gradients(under_test: BackendUnderTest, case: Case, call: Call) -> N
             ours.dtype == tensor.dtype and ours.shape == tensor.shape,
             f"gradient of {name}: {ours.dtype} {tuple(ours.shape)}",
         )
-        info = torch.finfo(
-            tensor.dtype
-        )  # gradients are rounded to it: by half a unit, or half a subnormal's step
+        # Gradients are rounded to this dtype: by half a unit, or half a subnormal's step.
+        info = torch.finfo(tensor.dtype)
         largest = exact.abs().amax(-1, keepdim=True)
-        if (
-            call.spec.selection == "sparsemixer" and name == "logits"
-        ):  # the gradients of its K rounds may cancel
+        # The gradients of sparsemixer's K rounds may cancel.
+        if call.spec.selection == "sparsemixer" and name == "logits":
             largest = largest.maximum(
                 (direction * output.weights.detach()).abs().amax(-1, keepdim=True).to(exact)
             )
@@ -245,7 +253,10 @@ def compare_gradients(under_test: BackendUnderTest, case: Case, call: Call) -> N
         wrong = ~(off <= tolerance)
         if wrong.any():
             where = tuple(wrong.nonzero()[0].tolist())
-            msg = f"gradient of {name} at {where}: {float(ours[where]):.9g}, exactly {float(exact[where]):.9g}"
+            msg = (
+                f"gradient of {name} at {where}: {float(ours[where]):.9g}, "
+                f"exactly {float(exact[where]):.9g}"
+            )
             raise AssertionError(msg)
 
 

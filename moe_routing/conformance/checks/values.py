@@ -99,10 +99,8 @@ def group_sums_beyond_float32_are_equal(under_test: BackendUnderTest, case: Case
     """
     call = case.make(under_test.device)
     groups = call.spec.num_groups
-    for lowest, highest in (
-        (0.6, 1.0),
-        (-1.0, -0.6),
-    ):  # the exact sum of the last group is the highest
+    # The exact sum of the last group is the highest.
+    for lowest, highest in ((0.6, 1.0), (-1.0, -0.6)):
         share = torch.linspace(
             lowest, highest, groups, dtype=torch.float64, device=under_test.device
         )
@@ -120,7 +118,10 @@ def group_sums_beyond_float32_are_equal(under_test: BackendUnderTest, case: Case
 
 @check(2, _sets.rows_of("ties", "non_finite"))
 def ids_are_unique_and_in_range(under_test: BackendUnderTest, case: Case) -> None:
-    """Ids are unique and in [0, E) for awkward rows, and for biases that push every score far down or to NaN."""
+    """Ids are unique and in [0, E) for awkward rows and for awkward biases.
+
+    The biases push every score far down or to NaN.
+    """
     call = case.make(under_test.device)
     _must_be_valid(case, under_test.route(call))
     if not call.spec.needs_bias:
@@ -176,7 +177,10 @@ def _biased_scores(profile: Profile) -> Iterator[Case]:
 
 @check(3, _biased_scores)
 def nan_keeps_its_bias(under_test: BackendUnderTest, case: Case) -> None:
-    """A NaN logit has the score of -inf, and its expert's bias still counts, be it the highest of all; for many tokens too."""
+    """A NaN logit has the score of -inf, and its expert's bias still counts.
+
+    This holds if the bias is the highest of all, and for many tokens too.
+    """
     for tokens in (case.num_tokens, 4099):
         call = case.but(num_tokens=tokens).make(under_test.device)
         call.logits[:, [3, -2]] = torch.nan
@@ -210,7 +214,10 @@ def large_logits_do_not_overflow(under_test: BackendUnderTest, case: Case) -> No
 
 @check(4, _sets.rows_of("close"))
 def selection_is_exact_in_float32(under_test: BackendUnderTest, case: Case) -> None:
-    """Logits a unit in the last place apart, under saturated scores, and subnormal, are told apart."""
+    """Logits that differ by a unit in the last place are told apart.
+
+    This holds under saturated scores, and for subnormal logits.
+    """
     call = case.make(under_test.device)
     under_test.check(call)
     if call.spec.needs_bias:
@@ -242,7 +249,10 @@ def weights_are_gathered_not_subtracted(under_test: BackendUnderTest, case: Case
 
 @check(6, _sets.of_every_variant)
 def weights_match_the_oracle(under_test: BackendUnderTest, case: Case) -> None:
-    """Weights are within tolerance for logits of every magnitude, renormalised and scaled in the right order."""
+    """Weights are within tolerance for logits of every magnitude.
+
+    They are renormalised and scaled in the right order.
+    """
     call = case.make(under_test.device)
     magnitude = torch.logspace(-4, 2, len(call.logits), device=under_test.device)[:, None]
     call.logits = (call.logits * magnitude).to(call.logits.dtype)
@@ -260,7 +270,10 @@ def _scaled(profile: Profile) -> Iterator[Case]:
 def scales_that_are_not_finite_scale_their_expert_alone(
     under_test: BackendUnderTest, case: Case
 ) -> None:
-    """NaN and infinite scales multiply the weights of their experts, and nothing of padding, zero experts or others."""
+    """NaN and infinite scales multiply the weights of their experts alone.
+
+    They change nothing of padding, zero experts or other experts.
+    """
     call = case.but(valid="int").make(under_test.device)
     call.logits[0] *= 40  # weights that are 0 in float32
     scale = torch.linspace(-2, 2, case.num_experts, dtype=torch.float64, device=under_test.device)
@@ -332,11 +345,11 @@ def _must_stay_inside(under_test: BackendUnderTest, call: Call) -> None:
     )
     for name, value in _tensors(call):
         require(same_bits(value, before[name]), f"{name}: was changed")
-    unwritten = weights[inside].isnan() | (ids[inside] == -7)  # noqa: PLR2004 -- what they were filled with
+    unwritten = weights[inside].isnan() | (ids[inside] == -7)  # noqa: PLR2004 -- as filled above
     require(
         not unwritten.any(), f"{int(unwritten.sum())} of {size} elements of out were not written"
     )
-    for name, filled in (("weights", weights.isnan()), ("ids", ids == -7)):  # noqa: PLR2004 -- likewise
+    for name, filled in (("weights", weights.isnan()), ("ids", ids == -7)):  # noqa: PLR2004 -- same
         outside = ~torch.cat([filled[:GUARD], filled[-GUARD:]])
         require(
             not outside.any(),

@@ -5,15 +5,17 @@ Which classes a recipe is proven for stands in ``fingerprints.json``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- its usual name
 
-from moe_routing.integrations.transformers import _logits, _specs
+from moe_routing.integrations.transformers import _logits
 from moe_routing.integrations.transformers._deferred import DeferredSoftmax
+from moe_routing.integrations.transformers._specs import Settings, of, prove_ernie_statics
+from moe_routing.models import MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from moe_routing import RoutingSpec
     from moe_routing._router import Router as Route
     from moe_routing.integrations.transformers._logits import Router
-    from moe_routing.integrations.transformers._specs import Settings
+    from moe_routing.models import ModelPreset
 
 Outputs = tuple[Any, ...]
 
@@ -164,7 +166,7 @@ def _zaya(
 class Recipe:
     """How one kind of router is routed.
 
-    :ivar settings: the attributes that the routing spec depends on, read at each call.
+    :ivar settings: the preset, and the attributes that its spec depends on, read at each call.
     :ivar logits: computes the logits ``[T, E]`` from the router's input.
     :ivar operands: the further operands of the maths; takes what the block passes after the input.
     :ivar weights: dtype of the weights that the router returns.
@@ -219,131 +221,138 @@ class Recipe:
         return self.output(router, logits, weights.to(self.weights(hidden_states, logits)), ids)
 
 
+def _also(name: str, **reads: str) -> ModelPreset:
+    """Return a preset with further reads.
+
+    What its router can change and its configuration cannot.
+    """
+    return replace(MODELS[name], reads={**MODELS[name].reads, **reads})
+
+
+_ZEROS_LOSE = (
+    "it gives experts outside the kept groups the score 0, to which scores below 0 lose; "
+    "here they never win"
+)
+
 RECIPES: Mapping[str, Recipe] = {
-    "afmoe": Recipe(
-        settings=_specs.scaled_by("route_scale", "sigmoid_bias_topk", renorm_epsilon=1e-20),
-        logits=_logits.afmoe,
-        operands=_afmoe_bias,
+    "afmoe": Recipe(settings=of("afmoe"), logits=_logits.afmoe, operands=_afmoe_bias),
+    "axk2": Recipe(
+        settings=replace(of("axk2"), no_groups=_ZEROS_LOSE),
+        logits=_logits.linear_float32,
+        operands=_own_bias,
     ),
-    "axk2": Recipe(settings=_specs.axk2, logits=_logits.linear_float32, operands=_own_bias),
-    "beam": Recipe(settings=_specs.beam, logits=_logits.linear_float32, operands=_own_bias),
-    "cohere2": Recipe(settings=_specs.cohere2, weights=_of_hidden),
+    "beam": Recipe(
+        settings=of("beam", routed_scaling_factor=1.0),
+        logits=_logits.linear_float32,
+        operands=_own_bias,
+    ),
+    "cohere2": Recipe(settings=of("cohere2_moe"), weights=_of_hidden),
     "dbrx": Recipe(
-        settings=_specs.dbrx,
+        settings=of("dbrx"),
         logits=_logits.as_given,
         output=_no_logits,
         method="route_tokens_to_experts",
     ),
-    "deepseek": Recipe(settings=_specs.deepseek, logits=_logits.linear_float32, operands=_own_bias),
-    "deepseek_v2": Recipe(
-        settings=_specs.deepseek_v2, logits=_logits.linear_float32, weights=_float32
+    "deepseek": Recipe(
+        settings=of("deepseek_v3"), logits=_logits.linear_float32, operands=_own_bias
     ),
-    "deepseek_v4": Recipe(settings=_specs.deepseek_v4, operands=_own_bias),
-    "deepseek_v4_hash": Recipe(settings=_specs.deepseek_v4_hash, operands=_hash_table),
+    "deepseek_v2": Recipe(
+        settings=of("deepseek_v2", norm_topk_prob=False),
+        logits=_logits.linear_float32,
+        weights=_float32,
+    ),
+    "deepseek_v4": Recipe(settings=of("deepseek_v4", norm_topk_prob=True), operands=_own_bias),
+    "deepseek_v4_hash": Recipe(
+        settings=of("deepseek_v4_hash", norm_topk_prob=True), operands=_hash_table
+    ),
     "ernie": Recipe(
-        settings=_specs.ernie,
-        prove=_specs.prove_ernie_statics,
+        settings=of("ernie4_5_moe"),
+        prove=prove_ernie_statics,
         logits=_logits.linear_without_autocast,
         operands=_ernie_bias,
         weights=_of_hidden,
     ),
-    "flint": Recipe(
-        settings=_specs.renormalized("sigmoid_topk"), logits=_logits.linear_without_autocast
-    ),
+    "flint": Recipe(settings=of("flint"), logits=_logits.linear_without_autocast),
     "gemma": Recipe(
-        settings=_specs.fixed("gemma4"),
+        settings=of("gemma4", enable_moe_block=True),
         logits=_logits.gemma,
         operands=_gemma_scale,
         weights=_float32,
         output=_probabilities_first,
         topk=_gemma_topk,
     ),
-    "gpt_oss": Recipe(settings=_specs.fixed("topk_softmax"), logits=_logits.linear_with_bias),
+    "gpt_oss": Recipe(settings=of("gpt_oss"), logits=_logits.linear_with_bias),
     "granite": Recipe(
-        settings=_specs.fixed("topk_softmax"),
-        logits=_logits.linear_then_float32,
-        weights=_of_hidden,
+        settings=of("granitemoe"), logits=_logits.linear_then_float32, weights=_of_hidden
     ),
     "granite_ids_first": Recipe(
-        settings=_specs.fixed("topk_softmax"),
+        settings=of("granitemoe"),
         logits=_logits.linear_then_float32,
         weights=_of_hidden,
         output=_ids_first,
     ),
-    "hunyuan": Recipe(
-        settings=_specs.fixed("softmax_topk", renormalize=True), logits=_logits.hunyuan
-    ),
-    "hy_v3": Recipe(
-        settings=_specs.scaled_by(
-            "router_scaling_factor", "sigmoid_bias_topk", renorm_epsilon=1e-20
-        ),
-        logits=_logits.linear_float32,
-        operands=_given_bias,
-    ),
+    "hunyuan": Recipe(settings=of("hunyuan_v1_moe"), logits=_logits.hunyuan),
+    "hy_v3": Recipe(settings=of("hy_v3"), logits=_logits.linear_float32, operands=_given_bias),
     "inkling2": Recipe(
-        settings=_specs.deepseek_v4, logits=_logits.linear_float32_input, operands=_own_bias
+        settings=of("inkling2"), logits=_logits.linear_float32_input, operands=_own_bias
     ),
-    "jamba": Recipe(settings=_specs.fixed("softmax_topk"), weights=_of_hidden),
+    "jamba": Recipe(settings=of("jamba"), weights=_of_hidden),
     "jetmoe": Recipe(
-        settings=_specs.fixed("topk_softmax"),
-        logits=_logits.jetmoe,
-        weights=_of_hidden,
-        output=_sorted_by_expert,
+        settings=of("jetmoe"), logits=_logits.jetmoe, weights=_of_hidden, output=_sorted_by_expert
     ),
-    "kolibri": Recipe(
-        settings=_specs.renormalized("logit_bias_sigmoid"),
-        logits=_logits.kolibri,
-        operands=_own_bias,
-    ),
+    "kolibri": Recipe(settings=of("kolibri1"), logits=_logits.kolibri, operands=_own_bias),
     "laguna": Recipe(
-        settings=_specs.fixed("sigmoid_bias_topk"),
+        settings=of("laguna", moe_routed_scaling_factor=1.0, moe_router_logit_softcapping=0.0),
         logits=_logits.laguna,
         operands=_own_bias,
         weights=_of_hidden,
     ),
     "lara_mini": Recipe(
-        settings=_specs.renormalized("softmax_topk"),
-        logits=_logits.linear_float32,
-        weights=_of_hidden,
+        settings=of("lara_mini"), logits=_logits.linear_float32, weights=_of_hidden
     ),
-    "lfm2": Recipe(settings=_specs.lfm2, operands=_lfm2_bias),
-    "llama4": Recipe(settings=_specs.fixed("topk_sigmoid"), output=_dense_scores),
+    "lfm2": Recipe(settings=of("lfm2_moe"), operands=_lfm2_bias),
+    "llama4": Recipe(settings=of("llama4"), output=_dense_scores),
     "longcat": Recipe(
-        settings=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"),
-        logits=_logits.longcat,
-        operands=_own_bias,
+        settings=of("longcat_flash", zero_expert_num=0), logits=_logits.longcat, operands=_own_bias
     ),
     "longcat_no_logits": Recipe(
-        settings=_specs.scaled_by("routed_scaling_factor", "softmax_bias_topk"),
+        settings=of("longcat_flash", zero_expert_num=0),
         logits=_logits.longcat,
         operands=_own_bias,
         output=_no_logits,
     ),
     "minimax_m2": Recipe(
-        settings=_specs.fixed("sigmoid_bias_topk"),
+        settings=of("minimax_m2"),
         logits=_logits.linear_in_weights_dtype,
         operands=_given_bias,
         weights=_float32,
     ),
     "minimax_m3": Recipe(
-        settings=_specs.fixed("sigmoid_bias_topk"),
+        settings=of("minimax_m3_vl", routed_scaling_factor=1.0),
         logits=_logits.linear_in_weights_dtype,
         operands=_own_bias,
         weights=_float32,
     ),
-    "mistral": Recipe(settings=_specs.mistral, operands=_zero_bias),
+    "mistral": Recipe(settings=of("mistral4"), operands=_zero_bias),
     "mistral_float32": Recipe(
-        settings=_specs.mistral_always, logits=_logits.linear_float32, operands=_zero_bias
+        settings=of("mistral_large4"), logits=_logits.linear_float32, operands=_zero_bias
     ),
-    "mixtral": Recipe(settings=_specs.fixed("softmax_topk", renormalize=True), weights=_float32),
-    "muse_spark": Recipe(settings=_specs.muse_spark, logits=_logits.muse_spark, operands=_own_bias),
-    "phimoe": Recipe(settings=_specs.phimoe, in_training=False),
-    "privacy_filter": Recipe(
-        settings=_specs.privacy_filter, logits=_logits.linear_float32_with_bias
+    "mixtral": Recipe(settings=of("mixtral"), weights=_float32),
+    "muse_spark": Recipe(
+        settings=Settings(
+            _also("muse_spark", renorm_epsilon="norm_topk_prob_eps"), {"output_multiplier": 1.0}
+        ),
+        logits=_logits.muse_spark,
+        operands=_own_bias,
     ),
-    "qwen": Recipe(settings=_specs.renormalized("softmax_topk")),
-    "qwen_always": Recipe(settings=_specs.fixed("softmax_topk", renormalize=True)),
-    "selected": Recipe(settings=_specs.fixed("topk_softmax")),
-    "selected_ids_first": Recipe(settings=_specs.fixed("topk_softmax"), output=_ids_first),
-    "zaya": Recipe(settings=_specs.zaya, whole=_zaya),
+    "phimoe": Recipe(settings=of("phimoe"), in_training=False),
+    "privacy_filter": Recipe(  # whose block multiplies by K again
+        settings=Settings(_also("openai_privacy_filter", scale="1 / top_k")),
+        logits=_logits.linear_float32_with_bias,
+    ),
+    "qwen": Recipe(settings=of("qwen3_moe")),
+    "qwen_always": Recipe(settings=of("qwen3_5_moe")),
+    "selected": Recipe(settings=of("aria")),
+    "selected_ids_first": Recipe(settings=of("aria"), output=_ids_first),
+    "zaya": Recipe(settings=of("zaya"), whole=_zaya),
 }

@@ -17,6 +17,8 @@ def split8(tile):
     """Split ``[ROWS, THREADS_PER_ROW, 8]`` into 8 tensors ``[ROWS, THREADS_PER_ROW]``."""
     ROWS: tl.constexpr = tile.shape[0]
     THREADS_PER_ROW: tl.constexpr = tile.shape[1]
+    # Column 4 a + 2 b + c is at [a, b, c]: tl.split takes the last dimension apart, so three splits
+    # reach every column. All stay in registers.
     even, odd = tl.split(tl.reshape(tile, [ROWS, THREADS_PER_ROW, 2, 2, 2]))
     x04, x26 = tl.split(even)
     x15, x37 = tl.split(odd)
@@ -43,6 +45,8 @@ def load_chunk(first, chunk, known):
         # Two loads of 16 bytes: of one load of 32, Triton would give half to the neighbour thread.
         low = tl.load(base + tl.arange(0, 4)[None, None, :], mask=mask, other=other)
         high = tl.load(base + 4 + tl.arange(0, 4)[None, None, :], mask=mask, other=other)
+        # The join puts the two halves in the last dimension; permuted before it, columns are in
+        # order.
         return tl.reshape(
             tl.permute(tl.join(low, high), [0, 1, 3, 2]), [low.shape[0], low.shape[1], 8]
         )
@@ -75,7 +79,7 @@ def exact_key(t, index):
 
 @triton.jit
 def from_exact(exact, is_selected, first, SPEC: tl.constexpr):
-    """Return the indices in ``exact [ROWS, N]``, 0 where not selected, and the clean logits that stand there."""
+    """Return the indices in ``exact [ROWS, N]``, 0 where not selected, and their clean logits."""
     SELECTION: tl.constexpr = SPEC.value.selection
     picked = tl.where(is_selected, 0xFFFF - (exact & 0xFFFF).to(tl.int32), 0)
     if SELECTION == "logits":
@@ -95,7 +99,9 @@ def sum_of_steps(
     THREADS_PER_ROW: tl.constexpr,
     SPEC: tl.constexpr,
 ):
-    """Sum e**(x - highest) over ``STEPS`` steps, a power of two, of ``THREADS_PER_ROW`` chunks, in ``tree_sum``'s shape.
+    """Sum e**(x - highest) over a row, in the shape of ``tree_sum``.
+
+    ``STEPS``, a power of two, is the number of steps, of ``THREADS_PER_ROW`` chunks each.
 
     ``sums`` is a stack, ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size
     are added at once.
@@ -113,6 +119,7 @@ def sum_of_steps(
             p = tl.where(
                 known[:, :, None], exp_of_many(tl.minimum(x - highest[:, None, None], 0.0)), 0.0
             )
+            # The chunks of all threads lie next to each other in the row.
             step = tree_sum(tl.reshape(p, [ROWS, THREADS_PER_ROW * 8]))
         else:
             step = tl.zeros([ROWS], tl.float32)

@@ -102,7 +102,10 @@ def activate(l, SPEC: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, shift):
-    """Compute the logistic function of x, times e**-shift, for a shift between the row's maximum and 0."""
+    """Compute the logistic function of x, times e**-shift.
+
+    The shift is between the row's maximum and 0.
+    """
     return exp(tl.minimum(x, 0.0) - shift) / (1.0 + exp(-tl.abs(x)))
 
 
@@ -183,6 +186,7 @@ def tree_sum(v):
     N: tl.constexpr = v.shape[1]
     for halvings in tl.static_range(1, 12):
         if N >> halvings:
+            # A sum of two has one order only; one sum over N would have that of the layout.
             v = tl.sum(tl.reshape(v, [ROWS, N >> halvings, 2]), axis=2)
     return tl.reshape(v, [ROWS])
 

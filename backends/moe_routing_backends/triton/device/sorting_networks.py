@@ -210,7 +210,8 @@ def merge_lists(top, rest, lost, AXIS: tl.constexpr, WIDTH: tl.constexpr):
     else:
         m = tl.reduce(
             (top[0], top[1], top[2], top[3], top[4], top[5], top[6], top[7],
-             rest[0], rest[1], rest[2], rest[3], rest[4], rest[5], rest[6], rest[7], lost), AXIS, best_across16
+             rest[0], rest[1], rest[2], rest[3], rest[4], rest[5], rest[6], rest[7], lost),
+            AXIS, best_across16,
         )  # fmt: skip
         merged = (m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7])
         return merged, (m[8], m[9], m[10], m[11], m[12], m[13], m[14], m[15]), m[16]
@@ -219,6 +220,7 @@ def merge_lists(top, rest, lost, AXIS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def in_columns8(t):
     """Lay a tuple of 8 ``[ROWS]`` next to each other, ``[ROWS, 8]``."""
+    # The inverse of `chunks.split8`: bit 2 of a column is the innermost join, bit 0 the outermost.
     even = tl.join(tl.join(t[0], t[4]), tl.join(t[2], t[6]))
     odd = tl.join(tl.join(t[1], t[5]), tl.join(t[3], t[7]))
     return tl.reshape(tl.join(even, odd), [t[0].shape[0], 8])
@@ -230,6 +232,7 @@ def in_columns(top, rest, WIDTH: tl.constexpr):
     if WIDTH == 8:
         return in_columns8(top)
     else:
+        # Permuted so that the first list comes before the second, rather than alternating with it.
         both = tl.permute(tl.join(in_columns8(top), in_columns8(rest)), [0, 2, 1])
         return tl.reshape(both, [top[0].shape[0], 16])
 
@@ -256,12 +259,15 @@ def over_threads(top, rest, thread, WIDTH: tl.constexpr):
                 mine = tl.where(thread == j, every[j * SHARE + i][:, None], mine)
             share += (mine,)
         if SHARE == 8:
-            tile = tl.join(tl.join(tl.join(share[0], share[4]), tl.join(share[2], share[6])),
-                           tl.join(tl.join(share[1], share[5]), tl.join(share[3], share[7])))  # fmt: skip
+            # Joined so that reading the joined dimensions in order gives the columns in order.
+            even = tl.join(tl.join(share[0], share[4]), tl.join(share[2], share[6]))
+            odd = tl.join(tl.join(share[1], share[5]), tl.join(share[3], share[7]))
+            tile = tl.join(even, odd)
         elif SHARE == 4:
             tile = tl.join(tl.join(share[0], share[2]), tl.join(share[1], share[3]))
         elif SHARE == 2:
             tile = tl.join(share[0], share[1])
         else:
             tile = share[0]
+        # The columns of a thread lie next to each other, so this moves nothing between threads.
         return tl.reshape(tile, [thread.shape[0], WIDTH])

@@ -100,6 +100,7 @@ def list_of_8(tile):
 @triton.jit
 def split_in_two(tile):
     """Split ``[ROWS, THREADS_PER_ROW, N]`` into two of half as many."""
+    # Even and odd columns: for a list of the best any two halves will do.
     return tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2]))
 
 
@@ -136,8 +137,9 @@ def list_of_lane(tile, WIDTH: tl.constexpr):
 def shaped8(t, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """Reshape each of a tuple of 8 to ``[ROWS, A, B]``."""
     return (
-        tl.reshape(t[0], [ROWS, A, B]), tl.reshape(t[1], [ROWS, A, B]), tl.reshape(t[2], [ROWS, A, B]),
-        tl.reshape(t[3], [ROWS, A, B]), tl.reshape(t[4], [ROWS, A, B]), tl.reshape(t[5], [ROWS, A, B]),
+        tl.reshape(t[0], [ROWS, A, B]), tl.reshape(t[1], [ROWS, A, B]),
+        tl.reshape(t[2], [ROWS, A, B]), tl.reshape(t[3], [ROWS, A, B]),
+        tl.reshape(t[4], [ROWS, A, B]), tl.reshape(t[5], [ROWS, A, B]),
         tl.reshape(t[6], [ROWS, A, B]), tl.reshape(t[7], [ROWS, A, B]),
     )  # fmt: skip
 
@@ -146,14 +148,15 @@ def shaped8(t, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 def emptied8(t, kept):
     """Set each of a tuple of 8 to 0 where not ``kept``."""
     return (
-        tl.where(kept, t[0], 0), tl.where(kept, t[1], 0), tl.where(kept, t[2], 0), tl.where(kept, t[3], 0),
-        tl.where(kept, t[4], 0), tl.where(kept, t[5], 0), tl.where(kept, t[6], 0), tl.where(kept, t[7], 0),
+        tl.where(kept, t[0], 0), tl.where(kept, t[1], 0), tl.where(kept, t[2], 0),
+        tl.where(kept, t[3], 0), tl.where(kept, t[4], 0), tl.where(kept, t[5], 0),
+        tl.where(kept, t[6], 0), tl.where(kept, t[7], 0),
     )  # fmt: skip
 
 
 @triton.jit
 def grid_of(b, exists, SPEC: tl.constexpr):
-    """Return the scale and the offset ``[1, 1]`` of the grid for scores with the biases ``b [1, N]``.
+    """Return scale and offset ``[1, 1]`` of the grid for scores with the biases ``b [1, N]``.
 
     A score t is at the point t * scale + offset, rounded; points are whole numbers of float32 from
     2**23 to 2**24. Biases more than 64 below the highest are off it. The grid is so wide that no
@@ -172,7 +175,7 @@ def grid_of(b, exists, SPEC: tl.constexpr):
 
 @triton.jit
 def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Pack the point of a score on the grid and the complement of its index into one uint32, never 0.
+    """Pack a score's point on the grid and the complement of its index into one uint32, never 0.
 
     What is off the grid is at its ends. Only a sqrt-softplus can be off the upper one.
     """
@@ -188,7 +191,7 @@ def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
-    """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``, and the last of those ranks.
+    """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``, and the last such rank.
 
     Low bits of a rank make room for the complement of the group, so that no two are equal.
     """
@@ -204,7 +207,7 @@ def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
 
 @triton.jit
 def choose_by_points(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Choose the groups with the highest sums of their best two, given as grid keys ``[ROWS, GROUPS]``.
+    """Choose the groups with the highest sums of their best two grid keys ``[ROWS, GROUPS]``.
 
     :returns: which are kept, and for each row whether another choice is possible: 1 or 0.
     """
@@ -247,10 +250,14 @@ def choose_groups(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
     if TOP2:
         low = value_of_truncated(lowest) + value_of_truncated((second | MASK) ^ MASK)
         high = value_of_truncated(highest) + value_of_truncated(second | MASK)
-        lowest = ordered_key(tl.minimum(tl.maximum(low, -FLOAT32_MAX), FLOAT32_MAX))
-        highest = ordered_key(tl.minimum(tl.maximum(high, -FLOAT32_MAX), FLOAT32_MAX))
-    kept, worst = highest_groups(lowest, GROUPS, KEEP)
-    best_lost = tl.max(tl.where(kept, 0, highest), axis=1)
+        # Sums are clamped as the contract says, and become keys again to be ranked as integers.
+        least = ordered_key(tl.minimum(tl.maximum(low, -FLOAT32_MAX), FLOAT32_MAX))
+        most = ordered_key(tl.minimum(tl.maximum(high, -FLOAT32_MAX), FLOAT32_MAX))
+    else:
+        least = lowest
+        most = highest
+    kept, worst = highest_groups(least, GROUPS, KEEP)
+    best_lost = tl.max(tl.where(kept, 0, most), axis=1)
     return kept, (best_lost >= worst).to(tl.int32)
 
 
@@ -262,7 +269,10 @@ def alike(a, b, MASK: tl.constexpr):
 
 @triton.jit
 def neighbours_alike(t, PAIRS: tl.constexpr, MASK: tl.constexpr):
-    """Tell (1 or 0) whether two neighbours of the first ``PAIRS`` pairs of a list of 8 share their high bits."""
+    """Tell (1 or 0) whether two neighbours of a list of 8 share their high bits.
+
+    Only the first ``PAIRS`` pairs are compared.
+    """
     found = alike(t[0], t[1], MASK)
     for i in tl.static_range(1, 7):
         if i < PAIRS:
@@ -279,10 +289,11 @@ def bias_of(bias, expert, exists, WHOLE: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_block(
-    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    PDL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
+    expert_map, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    THREADS_PER_ROW: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows.
 
@@ -342,12 +353,16 @@ def moe_routing_block(
     if not WHOLE:
         key = tl.where(here, key, 0)
 
+    # From the layout of the loads to one share of a group a thread: here the keys go through shared
+    # memory.
     found = list_of_lane(
         tl.reshape(key, [BLOCK_T, THREADS_PER_ROW, GROUPS * SIZE // THREADS_PER_ROW]), WIDTH
     )
     unsure = tl.zeros([BLOCK_T], tl.int32)
     if GROUPED:
         if THREADS_PER_ROW > GROUPS:
+            # Threads of one group next to each other, so that their lists can be merged along an
+            # axis.
             top = shaped8(found[0], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
             rest = shaped8(found[1], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
             found = merge_lists(
@@ -380,21 +395,22 @@ def moe_routing_block(
     x = activate(x, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights, ids, w, picked, row if EXACT16 else tl.where(unsure != 0, T, row), T, valid, num_valid_tokens,
-        per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+        weights, ids, w, picked, row if EXACT16 else tl.where(unsure != 0, T, row), T, valid,
+        num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
     )  # fmt: skip
     if not EXACT16 and tl.max(unsure, axis=0) != 0:
         for i in range(BLOCK_T):
             if tl.max(tl.where(tl.arange(0, BLOCK_T) == i, unsure, 0), axis=0) != 0:
                 route_by_rounds(
-                    tl.program_id(0) * BLOCK_T + i + tl.arange(0, 1), logits, weights, ids, per_expert_scale, bias,
-                    token_ids, expert_table, num_valid_tokens, expert_map, T, valid, row_stride, expert_stride, 0, SPEC,
-                    ROW_STRIDE, EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE, WIDTH, 1, 1,
+                    tl.program_id(0) * BLOCK_T + i + tl.arange(0, 1), logits, weights, ids,
+                    per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
+                    T, valid, row_stride, expert_stride, 0, SPEC, ROW_STRIDE, EXPERT_STRIDE,
+                    VALID_ON_DEVICE, GROUPS, SIZE, WIDTH, 1, 1,
                 )  # fmt: skip
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:
-    """Serve groups that are a power of two, and lists and shares of a row that a thread sorts in registers."""
+    """Serve powers of two of groups, if a thread can sort its share in registers."""
     spec, threads = problem.spec, launch.threads_per_row
     groups, per_group = spec.num_groups, problem.num_experts // spec.num_groups
     longest = (

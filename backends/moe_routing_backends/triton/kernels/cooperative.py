@@ -55,7 +55,7 @@ SHAPES = ((1, 1), (2, 1), (4, 1), (4, 4), (8, 4), (16, 4))
 
 @triton.jit
 def round_of_max(key, index):
-    """Return the highest ``key [ROWS, N]`` of each row, the lowest index that holds it, and the keys without it."""
+    """Return the highest ``key [ROWS, N]`` of each row, its lowest index, and the other keys."""
     best = tl.max(key, axis=1)
     at = tl.min(tl.where(key == best[:, None], index[None, :], NOWHERE), axis=1)
     return best, at, tl.where(index[None, :] == at[:, None], 0, key)
@@ -63,7 +63,9 @@ def round_of_max(key, index):
 
 @triton.jit
 def distinct_rounds(key, index, found, at_index, in_batch, K: tl.constexpr):
-    """Fill ``found`` and ``at_index [ROWS, N]`` with the K highest of ``key`` and their indices, as long as no two are equal.
+    """Find the K highest keys of each row and their indices, as long as no two are equal.
+
+    They are filled into ``found`` and ``at_index [ROWS, N]``.
 
     A round then needs one maximum, after which every key that holds it goes; where each stood is
     asked when all are known, which no round waits for. Return also whether some keys were equal, so
@@ -93,6 +95,7 @@ def best_groups(
     """Set the keys outside the best groups to 0; ``key [ROWS, GROUPS * SIZE]``, 0 where masked."""
     KEEP: tl.constexpr = SPEC.value.topk_groups
     TOP2: tl.constexpr = SPEC.value.sums_best_two
+    # Experts of a group lie next to each other, so this moves nothing.
     key3 = tl.reshape(key, [ROWS, GROUPS, SIZE])
     score = tl.max(key3, axis=2)
     if TOP2:
@@ -199,10 +202,11 @@ def rounds_of_keys(key, l, index, column, in_batch, UNROLL: tl.constexpr, SPEC: 
 
 @triton.jit
 def route_by_rounds(
-    row, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T, valid, row_stride, expert_stride, vocabulary,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    row, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
+    expert_map, T, valid, row_stride, expert_stride, vocabulary, SPEC: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``row [BLOCK_T]``.
 
@@ -292,28 +296,31 @@ def route_by_rounds(
     else:
         w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     if GATHER and per_expert_scale is not None:
+        # The scales are in registers already; a load would wait for the rounds.
         w *= tl.gather(scales[None, :], picked, 1)
     store_outputs(
-        weights, ids, w, picked, row, T, valid, num_valid_tokens, None if GATHER else per_expert_scale, expert_map,
-        SPEC, VALID_ON_DEVICE, has_experts if SELECTION == "token_table" else None,
+        weights, ids, w, picked, row, T, valid, num_valid_tokens,
+        None if GATHER else per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+        has_experts if SELECTION == "token_table" else None,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_cooperative(
-    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
+    expert_map, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows."""
     launch_dependents(PDL)
     grid_dependency_wait(PDL)
     route_by_rounds(
-        tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), logits, weights, ids, per_expert_scale, bias, token_ids,
-        expert_table, num_valid_tokens, expert_map, T, valid, row_stride, expert_stride, vocabulary, SPEC, ROW_STRIDE,
-        EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE, N, UNROLL, BLOCK_T,
+        tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), logits, weights, ids, per_expert_scale,
+        bias, token_ids, expert_table, num_valid_tokens, expert_map, T, valid, row_stride,
+        expert_stride, vocabulary, SPEC, ROW_STRIDE, EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE,
+        N, UNROLL, BLOCK_T,
     )  # fmt: skip
 
 

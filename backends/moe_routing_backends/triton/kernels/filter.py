@@ -124,6 +124,7 @@ def split4(tile):
     """Split ``[ROWS, THREADS_PER_ROW, 4]`` into 4 tensors ``[ROWS, THREADS_PER_ROW]``."""
     ROWS: tl.constexpr = tile.shape[0]
     THREADS_PER_ROW: tl.constexpr = tile.shape[1]
+    # As `chunks.split8`, of 4 columns.
     even, odd = tl.split(tl.reshape(tile, [ROWS, THREADS_PER_ROW, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -196,6 +197,7 @@ def split_each(tiles):
     odd = ()
     for i in tl.static_range(len(tiles)):
         tile = tiles[i]
+        # One bit of the column a round, so that after all rounds each tensor holds one column.
         a, b = tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2]))
         even += (a,)
         odd += (b,)
@@ -204,7 +206,9 @@ def split_each(tiles):
 
 @triton.jit
 def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
-    """Load rows as they lie in memory, whole cache lines a warp, and hand them over through shared memory.
+    """Load whole rows, and hand each thread its share through shared memory.
+
+    A warp reads whole cache lines.
 
     Scores are guessed before that, where a thread has the same experts in every row, and prepares
     their biases once.
@@ -221,6 +225,7 @@ def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
             low, high = unpack_bf16x2(tile)
     else:
         whole = tl.load(first[:, None] + tl.arange(0, E)[None, :]).to(tl.float32)
+        # Neighbours share a pair, as two bfloat16 in memory share 32 bits.
         low, high = tl.split(tl.reshape(whole, [ROWS, E // 2, 2]))
         if SELECTION == "logits":
             tile = round_to_bf16x2(low, high)
@@ -228,6 +233,7 @@ def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
         even = tl.load(bias + 2 * tl.arange(0, E // 2)).to(tl.float32)[None, :]
         odd = tl.load(bias + 2 * tl.arange(0, E // 2) + 1).to(tl.float32)[None, :]
         tile = approximate_scores(low, high, even, odd)
+    # A thread gets a contiguous share of its row: here the pairs go through shared memory.
     pairs = (tl.reshape(tile, [ROWS, THREADS_PER_ROW, PAIRS]),)
     for i in tl.static_range(7):
         if 1 << i < PAIRS:
@@ -260,7 +266,9 @@ def kth_of_halves(t, K: tl.constexpr):
 
 @triton.jit
 def range_of(threshold, highest, SPEC: tl.constexpr):
-    """Return bounds, as ``ordered_bits``, of the K-th highest and of the highest score, and the threshold to hold pairs to.
+    """Return bounds of the K-th highest and of the highest score, and the threshold for pairs.
+
+    Bounds are ``ordered_bits``.
 
     :param threshold, highest: pairs ``[ROWS]`` with the K-th highest or less, the same in both
         halves, and with the highest. NaN among the pairs, a NaN logit or bias, is no score above
@@ -287,7 +295,9 @@ def range_of(threshold, highest, SPEC: tl.constexpr):
 
 @triton.jit
 def window(least, most, MASK: tl.constexpr):
-    """Return the factor and the offset that ``window_key`` needs for scores between bounds, and the float32 before the least.
+    """Return what ``window_key`` needs for scores between bounds: factor, offset and floor.
+
+    The floor is the float32 before the least score.
 
     The factor is ``MASK + 1`` where a key has room for all that lies between, and half as much for
     each bit too many.
@@ -300,7 +310,7 @@ def window(least, most, MASK: tl.constexpr):
 
 @triton.jit
 def window_key(t, index, factor, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Pack how many float32 a score is above the least, or above what is before it, and the complement of its index.
+    """Pack how many float32 a score is above the floor, and the complement of its index.
 
     A 16-bit logit needs no window.
     """
@@ -397,7 +407,7 @@ def batch(
 
 @triton.jit
 def in_exact_order(found, first, bias, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Return the exact keys of the K highest of a list of window keys, ``found [ROWS, WIDTH]``, highest first."""
+    """Return the exact keys of the K highest window keys in ``found [ROWS, WIDTH]``, in order."""
     K: tl.constexpr = SPEC.value.topk
     column = tl.arange(0, found.shape[1])[None, :]
     index = tl.where(found != 0, MASK - (found & MASK).to(tl.int32), 0)
@@ -417,10 +427,12 @@ def in_exact_order(found, first, bias, MASK: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def best_of_bucket(
-    exact, bucket, first_column, count, masks, bases, first, bias, floor, factor, offset, GAP: tl.constexpr,
-    MASK: tl.constexpr, SPEC: tl.constexpr,
+    exact, bucket, first_column, count, masks, bases, first, bias, floor, factor, offset,
+    GAP: tl.constexpr, MASK: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``count`` columns of ``exact`` from ``first_column`` on with the best exact keys of a bucket, a walk a key.
+    """Fill ``count`` columns of ``exact`` with the best exact keys of a bucket, one walk a key.
+
+    The columns begin at ``first_column``.
 
     A bucket is the experts in the masks whose window keys share the high bits, ``bucket [ROWS]``.
     Slow, and rarely needed.
@@ -460,13 +472,14 @@ def any_left(masks):
 @triton.jit
 def any_of(chosen):
     """Tell whether any of ``chosen [ROWS, THREADS_PER_ROW]`` is true."""
+    # One reduction over all elements, in place of two.
     return tl.max(tl.reshape(chosen.to(tl.int32), [chosen.shape[0] * chosen.shape[1]]), axis=0)
 
 
 @triton.jit
 def best_of(
-    masks, bases, first, bias, floor, factor, offset, GAP: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr,
-    SPEC: tl.constexpr,
+    masks, bases, first, bias, floor, factor, offset, GAP: tl.constexpr, MASK: tl.constexpr,
+    WIDTH: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Sort the experts in the masks.
 
@@ -486,7 +499,9 @@ def best_of(
 
 @triton.jit
 def threshold_of(pairs, GROUP: tl.constexpr, K: tl.constexpr):
-    """Return a threshold that at least K experts of a row reach, in both halves, and the pair with the highest: ``[ROWS]``.
+    """Return a threshold that at least K experts of a row reach, and the highest pair.
+
+    Both are ``[ROWS]``; the threshold is in both halves.
 
     :param pairs: the pairs of each thread, a tuple of ``[ROWS, THREADS_PER_ROW]``.
     """
@@ -509,7 +524,9 @@ def threshold_of(pairs, GROUP: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def masks_of(pairs, threshold, thread, TILED: tl.constexpr):
-    """Return bit masks of the experts that reach the threshold, 16 pairs a mask, and the first expert of each mask.
+    """Return bit masks of the experts that reach the threshold, and each mask's first expert.
+
+    A mask has 16 pairs.
 
     Bit 16 h + p of a mask stands for half h of its pair p. A thread's pairs lie in one piece if
     ``TILED``, else in chunks.
@@ -531,7 +548,9 @@ def masks_of(pairs, threshold, thread, TILED: tl.constexpr):
 
 @triton.jit
 def is_ambiguous(every, is_lossy, MASK: tl.constexpr, K: tl.constexpr):
-    """Tell where two neighbours of a list, down to the best left out, share all bits but the index's, and bits were lost.
+    """Tell where two neighbours of a list may be in the wrong order.
+
+    They share all bits but the index's, and bits were lost. The last pair is the best left out.
 
     :param every: the list and the highest key that it left out, a tuple of ``[ROWS]``.
     """
@@ -543,11 +562,11 @@ def is_ambiguous(every, is_lossy, MASK: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_filter(
-    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    PDL: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, GROUP: tl.constexpr, TILED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
+    expert_map, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, WIDTH: tl.constexpr,
+    THREADS_PER_ROW: tl.constexpr, GROUP: tl.constexpr, TILED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``THREADS_PER_ROW`` threads each, which divide E / 8.
 
@@ -623,8 +642,8 @@ def moe_routing_filter(
                 members = count_of(((found | MASK) == kth[:, None]) & is_selected)
                 missing = tl.where(kth == (lost | MASK), members, 0)
                 exact = best_of_bucket(
-                    exact, kth, K - members, missing, masks, bases, first, bias, floor, factor, offset, GAP, MASK,
-                    SPEC,
+                    exact, kth, K - members, missing, masks, bases, first, bias, floor, factor,
+                    offset, GAP, MASK, SPEC,
                 )  # fmt: skip
                 picked, x = from_exact(exact, is_selected, first, SPEC)
     x = activate(x, SPEC)
@@ -655,7 +674,10 @@ def moe_routing_filter(
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:
-    """Serve what ``thread_per_row`` serves, if scores can be approximated and a thread's equal share fits in registers."""
+    """Serve what ``thread_per_row`` serves, if a thread's equal share fits in registers.
+
+    Scores must be logits, or such that can be approximated.
+    """
     chunks, threads = problem.num_experts // CHUNK, launch.threads_per_row
     equal = chunks % threads == 0 and chunks <= MOST_CHUNKS * threads
     return kind(problem.spec) != "bias" and equal and thread_per_row.supports(problem, launch)

@@ -79,10 +79,12 @@ MOST_UNROLLED = {("logits", 16): 16, ("logits", 32): 8}
 
 @triton.jit
 def best_of_bucket(
-    exact, bucket, first_column, count, first, bias, highest, share, thread, STEPS: tl.constexpr, WIDTH: tl.constexpr,
-    MASK: tl.constexpr, SPEC: tl.constexpr,
+    exact, bucket, first_column, count, first, bias, highest, share, thread, STEPS: tl.constexpr,
+    WIDTH: tl.constexpr, MASK: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``count`` columns of ``exact`` from ``first_column`` on with the best exact keys of a bucket, one scan a key.
+    """Fill ``count`` columns of ``exact`` with the best exact keys of a bucket, one scan a key.
+
+    The columns begin at ``first_column``.
 
     A bucket is the experts whose rough keys share the high bits, ``bucket [ROWS]``. Rows of count 0
     keep what they have.
@@ -116,10 +118,10 @@ def best_of_bucket(
 
 @triton.jit
 def exact_list(
-    best, after, best_lost, dust, first, bias, highest, share, thread, is_selected, STEPS: tl.constexpr, WIDTH: tl.constexpr,
-    MASK: tl.constexpr, SPEC: tl.constexpr,
+    best, after, best_lost, dust, first, bias, highest, share, thread, is_selected,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Return the exact keys ``[ROWS, WIDTH]`` of the selected, highest first, from a list of truncated keys.
+    """Return the exact keys ``[ROWS, WIDTH]`` of the selected from a list of truncated keys.
 
     :param best, after, best_lost: the list, and the highest key that it left out.
     :param dust: the bits of all scores of a thread, combined: truncated keys lost nothing where the
@@ -147,6 +149,7 @@ def exact_list(
             sort8(split8(tl.reshape(low, [ROWS, 1, 8]))),
             sort8(split8(tl.reshape(high, [ROWS, 1, 8]))),
         )
+    # The networks left a dimension of one behind.
     exact = tl.reshape(in_columns(s, r, WIDTH), [ROWS, WIDTH])
     # Where the K-th of the list and the best left out share the high bits, and low bits were lost,
     # the list's experts of that bucket may be the wrong ones. The list above the bucket is right,
@@ -176,10 +179,11 @@ def exact_list(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_thread_per_row(
-    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    PDL: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
+    expert_map, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, WIDTH: tl.constexpr,
+    THREADS_PER_ROW: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``THREADS_PER_ROW`` threads each.
 
@@ -291,7 +295,7 @@ def moe_routing_thread_per_row(
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:
-    """Serve rows of whole chunks, at most ``MOST_CHUNKS`` a thread, and lists that registers hold."""
+    """Serve rows of whole chunks, ``MOST_CHUNKS`` a thread at most, and lists in registers."""
     spec, experts = problem.spec, problem.num_experts
     chunks = experts // CHUNK
     return (

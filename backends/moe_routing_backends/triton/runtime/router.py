@@ -224,7 +224,8 @@ class TritonRouter:
                 return self._route(operands)
             if out is None:
                 out = _tuple(
-                    RoutingOutput, (empty(size, strides, torch.float32), empty(size, strides, ids_dtype))
+                    RoutingOutput,
+                    (empty(size, strides, torch.float32), empty(size, strides, ids_dtype))
                 )  # fmt: skip
             weights, ids = out
             source, to_weights, to_ids = logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
@@ -254,8 +255,8 @@ class TritonRouter:
         """Route a call that a prepared one does not fit."""
         logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
         return self(
-            logits, per_expert_scale=scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
-            num_valid_tokens=valid, expert_map=expert_map, out=out,
+            logits, per_expert_scale=scale, bias=bias, token_ids=token_ids,
+            expert_table=expert_table, num_valid_tokens=valid, expert_map=expert_map, out=out,
         )  # fmt: skip
 
     def _launch_by_jit(  # noqa: PLR0913, PLR0917 -- what a call knows

@@ -5,6 +5,7 @@ One file a device, driver and Triton version.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ def check_keeping(device: DeviceInfo) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir() and not path.is_symlink():  # which no file can replace
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def keep(device: DeviceInfo, rules: Mapping[Key, tuple[Step, ...]]) -> Path:
