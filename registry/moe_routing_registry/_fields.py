@@ -27,7 +27,10 @@ def _is(value: object, kind: type) -> bool:
 
 
 def require_path(name: str, path: object, key: str = "") -> None:
-    """Raise unless the value (of a key, where the field is a mapping) is the dotted path of an attribute."""
+    """Raise unless the value is the dotted path of an attribute.
+
+    :param key: the key that the value belongs to, where the field is a mapping.
+    """
     expected = f"'package.module:attribute'{f' for {key!r}' if key else ''}"
     if not isinstance(path, str):
         raise TypeError(refusal(name, expected, path))

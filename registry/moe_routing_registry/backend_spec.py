@@ -22,7 +22,8 @@ API_VERSION = 1
 """Version of the plug-in interface; a spec for another version is rejected."""
 
 CAPABILITIES = (
-    "compile", "cuda_graphs", "dtype", "family", "gradients", "large_sizes", "layout", "several_devices", "shape",
+    "compile", "cuda_graphs", "dtype", "family", "gradients",
+    "large_sizes", "layout", "several_devices", "shape",
 )  # fmt: skip
 """What a backend may leave out deliberately, and state in its spec."""
 
@@ -40,7 +41,8 @@ def knows_score(problem: RoutingProblem, _device: DeviceInfo | None = None) -> V
     A support rule, or the start of one.
 
     >>> from moe_routing_registry import RoutingProblem
-    >>> problem = RoutingProblem(spec=RoutingSpec(family="f", score="square"), num_experts=8, topk=2, dtype="float32")
+    >>> spec = RoutingSpec(family="f", score="square")
+    >>> problem = RoutingProblem(spec=spec, num_experts=8, topk=2, dtype="float32")
     >>> knows_score(problem).reason
     "knows the score functions softmax, sigmoid, sqrtsoftplus, not 'square'"
     """
@@ -92,12 +94,19 @@ class Target:
                     raise ValueError(refusal(name, "a pair of integers or None", version))
         require("explicit", self.explicit, bool, "True or False")
         if self.platform != "cuda" and (self.min_capability or self.max_capability):
-            msg = f"min_capability, max_capability: only platform 'cuda' has an order, got platform {self.platform!r}"
+            msg = (
+                "min_capability, max_capability: only platform 'cuda' has an order, "
+                f"got platform {self.platform!r}"
+            )
             raise ValueError(msg)
 
     @property
     def narrowness(self) -> int:
-        """0 for any platform, 1 for any accelerator, 2 for one platform, 3 for some generations of it."""
+        """How narrow the target is, from 0 to 3.
+
+        0 is any platform, 1 any accelerator, 2 one platform, and 3 some generations of one
+        platform.
+        """
         if self.platform in (ANY, ACCELERATOR):
             return int(self.platform == ACCELERATOR)
         return 3 if self.archs or self.min_capability or self.max_capability else 2

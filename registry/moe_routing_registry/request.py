@@ -23,7 +23,10 @@ preference: ContextVar[str | None] = ContextVar("moe_routing_preference", defaul
 
 
 _outer: ContextVar[tuple[str | None, ...]] = ContextVar("moe_routing_outer_preferences", default=())
-"""What ``preference`` held outside each ``prefer`` block that this thread or task is in, outermost first."""
+"""The values of ``preference`` outside each ``prefer`` block, outermost first.
+
+The blocks are those that this thread or task is in.
+"""
 
 
 class preferring(ContextDecorator):  # noqa: N801 -- used like the functions of contextlib

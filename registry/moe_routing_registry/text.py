@@ -30,9 +30,8 @@ def require_name(field: str, value: object) -> str:
         raise TypeError(refusal(field, "a string", value))
     if _NAME.fullmatch(value) is None:
         raise ValueError(refusal(field, _NAME_RULE, value))
-    return (
-        value if type(value) is str else str.__str__(value)
-    )  # of a subclass, NumPy's for example, the plain string
+    # Of a subclass, NumPy's for example, the plain string.
+    return value if type(value) is str else str.__str__(value)
 
 
 def printable(text: str) -> str:
@@ -81,9 +80,8 @@ def shown(value: object) -> str:
 def _described(value: object) -> str:
     name = type(value).__name__
     shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and not isinstance(
-        value, numbers.Number
-    ):  # a tensor or an array; NumPy's scalars are numbers
+    # A tensor or an array; NumPy's scalars are numbers.
+    if isinstance(shape, tuple) and not isinstance(value, numbers.Number):
         known = {"dtype": getattr(value, "dtype", None), "device": getattr(value, "device", None)}
         more = "".join(f", {word} {said}" for word, said in known.items() if said is not None)
         return f"a {name} of shape {list(shape)}{more}"

@@ -78,13 +78,12 @@ _counter = itertools.count()
 
 
 def build(problem: RoutingProblem, device: DeviceInfo) -> CompiledRouter:
-    """Compile now, so that a missing compiler is this backend's rejection and never a traceback in a user's call."""
-    router = CompiledRouter(
-        problem,
-        torch.device(device.type)
-        if device.index is None
-        else torch.device(device.type, device.index),
-    )
+    """Bind the problem to the device, and compile now.
+
+    So a missing compiler rejects this backend, and raises no error in a user's call.
+    """
+    where = (device.type,) if device.index is None else (device.type, device.index)
+    router = CompiledRouter(problem, torch.device(*where))
     router.warmup()
     return router
 
@@ -114,9 +113,8 @@ class CompiledRouter:
         **operands: Any,  # noqa: ANN401 -- Kernel's operands, handed on
     ) -> RoutingOutput:
         """Route; see ``Kernel``."""
-        if (
-            logits.stride(1) != 1
-        ):  # a kernel whose lanes read far apart would read the row again for each of the K rounds
+        # A kernel whose lanes read far apart would read the row again for each of the K rounds.
+        if logits.stride(1) != 1:
             logits = logits.contiguous()
         valid = operands.get("num_valid_tokens")
         if isinstance(valid, int):
@@ -132,7 +130,10 @@ class CompiledRouter:
             except TorchDynamoException as error:  # a set of operands that `warmup` could not know
                 cause = getattr(error, "inner_exception", error)
                 said = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
-                msg = f"torch-compile cannot compile {self._problem} with {', '.join(given)}: {said}; use backend='eager'"
+                msg = (
+                    f"torch-compile cannot compile {self._problem} with {', '.join(given)}: "
+                    f"{said}; use backend='eager'"
+                )
                 raise RuntimeError(msg) from error
         return _into(out, result)
 
@@ -211,7 +212,10 @@ class CompiledRouter:
     def _through_dynamo(
         self, kind: tuple[object, ...], logits: Tensor, operands: dict[str, Tensor]
     ) -> RoutingOutput:
-        """Let Dynamo check its guards and compile where needed, and remember what it called for this kind of arguments."""
+        """Let Dynamo check its guards, and compile where needed.
+
+        The router remembers what Dynamo called for this kind of arguments.
+        """
         num_tokens, num_experts = logits.shape
         apart = logits.stride(0)
         # Dynamo compiles anew for some of these, and gives up after some times; so each has a
@@ -253,12 +257,12 @@ class CompiledRouter:
         return torch.compile(own, fullgraph=True, backend=self._inductor)
 
     def _inductor(self, graph: GraphModule, samples: list[Any]) -> Callable[..., Any]:
-        """Compile as Dynamo's backend "inductor" does, and see how what Inductor made is called under AOTAutograd.
+        """Compile as Dynamo's backend "inductor" does.
 
-        AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own
-        caches stay. Shapes and strides are those of a kind of call that is known, and ids come out
-        of keys that hold no others, or are compared with the table's size: neither is looked at
-        again.
+        And record how AOTAutograd calls the function that Inductor made. AOTAutograd's cache would
+        keep what this returns, which cannot be kept; Inductor's own caches stay. Shapes and strides
+        are those of a kind of call that is known, and ids come out of keys that hold no others, or
+        are compared with the table's size: neither is looked at again.
 
         One kernel takes a row whole: split, a reduction is two kernels, each of the K rounds needs
         its own, and their keys depend on T, which makes them int64. A softmax in one pass over the
@@ -348,7 +352,7 @@ def _selection(problem: RoutingProblem) -> Select:
 
 
 def _kind(logits: Tensor, operands: dict[str, Tensor]) -> tuple[object, ...]:
-    """Return all that Dynamo's guards look at and that may differ between the calls for one problem."""
+    """Return all that Dynamo's guards look at and that may differ between calls of a problem."""
     return (
         *logits.shape,
         *logits.stride(),
@@ -372,9 +376,8 @@ class _Run(NamedTuple):
         """
         tensors = {id(logits): "logits", **{id(value): name for name, value in operands.items()}}
         places = [a if isinstance(a, int) else tensors.get(id(a)) for a in self.arguments]
-        several = len(tensors) <= len(
-            operands
-        )  # one tensor came as two operands, and the next time two may come
+        # One tensor came as two operands, and the next time two may come.
+        several = len(tensors) <= len(operands)
         if several or None in places or [id(o) for o in self.outputs] != [id(o) for o in result]:
             return None
         return _Direct(self.function, tuple(places))

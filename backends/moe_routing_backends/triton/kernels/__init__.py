@@ -22,7 +22,10 @@ VARIANTS: Mapping[VariantName, Variant] = {
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:
-    """Tell whether a launch serves a problem, given aligned logits and a device that its variant runs on."""
+    """Tell whether a launch serves a problem.
+
+    The logits must be aligned, and the device one that the variant runs on.
+    """
     return VARIANTS[launch.variant].supports(problem, launch)
 
 
