@@ -122,7 +122,8 @@ def main() -> None:
             print(
                 f"{name:9} {tokens:>6} "
                 + "".join(f"{median[c]:>14.1f} ± {spread[c]:<5.0f}" for c in CONTENDERS)
-                + f"{median['ours'] / median['top-k first']:>14.2f} {median['one-hot'] / median['ours']:>15.1f}"
+                + f"{median['ours'] / median['top-k first']:>14.2f} "
+                + f"{median['one-hot'] / median['ours']:>15.1f}"
             )
     if arguments.json:
         about.write(

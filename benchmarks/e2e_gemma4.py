@@ -36,16 +36,19 @@ if TYPE_CHECKING:
 # google/gemma-4-26B-A4B's text model: 25.2 B parameters, of which 3.8 B take part in a token.
 REAL = {
     "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256,
-    "global_head_dim": 512, "sliding_window": 1024, "max_position_embeddings": 262144, "final_logit_softcapping": 30.0,
-    "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
+    "head_dim": 256, "global_head_dim": 512, "sliding_window": 1024,
+    "max_position_embeddings": 262144, "final_logit_softcapping": 30.0, "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
     "tie_word_embeddings": True, "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
     "moe_intermediate_size": 704,
 }  # fmt: skip
 TINY = REAL | {
-    "vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 6,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 32,
-    "global_head_dim": 64, "sliding_window": 512, "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 64,
+    "vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size": 128,
+    "intermediate_size": 96, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+    "head_dim": 32, "global_head_dim": 64, "sliding_window": 512,
+    "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 64,
 }  # fmt: skip
 BATCHES, REPEATS = (1, 16, 64), 5
 EXPERTS = {1: "batched_mm", 16: "grouped_mm", 64: "grouped_mm"}
@@ -78,9 +81,8 @@ class Bench:
         self.routers = [
             module for module in self.model.modules() if type(module).__name__ == "Gemma4TextRouter"
         ]
-        for router in (
-            self.routers
-        ):  # logits of about N(0, 1), so that routing is neither uniform nor always the same
+        # Logits of about N(0, 1), so that routing is neither uniform nor always the same.
+        for router in self.routers:
             router.proj.weight.normal_()
             router.per_expert_scale.uniform_(0.5, 1.5)
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
@@ -156,7 +158,8 @@ class Decoder:
         self.bench, self.model, device = bench, bench.model, bench.device
         length = -(-(bench.prompt + 2 * bench.steps + 8) // 8) * 8
         if length > bench.config.sliding_window:
-            msg = f"length: expected at most the sliding window of {bench.config.sliding_window}, got {length}"
+            most = bench.config.sliding_window
+            msg = f"length: expected at most the sliding window of {most}, got {length}"
             raise ValueError(msg)
         self.cache = StaticCache(config=bench.config, max_cache_len=length)
         generator = torch.Generator().manual_seed(1)
@@ -190,7 +193,8 @@ class Decoder:
             if hasattr(layer, "cumulative_length_int"):
                 layer.cumulative_length_int = self.bench.prompt
         output = self.model(
-            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True,
+            input_ids=self.token, position_ids=self.position,
+            past_key_values=self.cache, use_cache=True,
             attention_mask={"full_attention": self.mask, "sliding_attention": self.mask},
         )  # fmt: skip
         self.next.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
@@ -238,7 +242,10 @@ def alternate(names: tuple[str, ...], block: Callable[[str], float]) -> dict[str
 
 
 def judged(times: dict[str, list[float]], **about: object) -> dict[str, Any]:
-    """Sum up a stage: medians, spread, what was saved, and the share of routing in a step before and after."""
+    """Sum up a stage: medians, spread, time saved, and the share of routing in a step.
+
+    The share is that before and that after.
+    """
     median = {name: statistics.median(values) for name, values in times.items()}
     ceiling = median["stock"] - median["free"]
     row: dict[str, Any] = {
@@ -262,7 +269,8 @@ def judged(times: dict[str, list[float]], **about: object) -> dict[str, Any]:
     of = row["of_the_ceiling_percent"]
     share = row["routing_share_percent"]
     print(
-        f"{about} ms: {cells} | of the ceiling: {of} | routing's share: {share} | spread: {row['spread_percent']}",
+        f"{about} ms: {cells} | of the ceiling: {of} | routing's share: {share} | "
+        f"spread: {row['spread_percent']}",
         flush=True,
     )
     return row
@@ -398,10 +406,8 @@ def run(out: Path, *, tiny: bool) -> None:
         with bench.routed("recording"):
             decoders[batch].step()
         ids = torch.stack([bench.given[id(router)][1].flatten() for router in bench.routers])
-        print(
-            f"batch {batch}: {statistics.mean(len(row.unique()) for row in ids):.1f} experts a layer",
-            flush=True,
-        )
+        experts_used = statistics.mean(len(row.unique()) for row in ids)
+        print(f"batch {batch}: {experts_used:.1f} experts a layer", flush=True)
 
     with torch.no_grad():
         decoders[batches[0]].prefill()

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from moe_routing.bench.plot import Theme
 
 PUBLISHED_A100 = {
-    "eager": 12.68, "compile-default": 4.50, "compile-reduce-overhead": 4.97, "compile-max-autotune": 4.45,
+    "eager": 12.68, "compile-default": 4.50,
+    "compile-reduce-overhead": 4.97, "compile-max-autotune": 4.45,
 }  # fmt: skip
 """How many times the full sort's time, as published for it."""
 
@@ -101,7 +102,10 @@ def with_compile() -> Result:
             ]
             if any(row.implementation == "compile-default" and row.rounds for row in result.rows):
                 return result
-    msg = "benchmarks/results: expected an h200-*.json of moe-routing bench with compile-default in mode call"
+    msg = (
+        "benchmarks/results: expected an h200-*.json of moe-routing bench "
+        "with compile-default in mode call"
+    )
     raise FileNotFoundError(msg)
 
 

@@ -41,14 +41,17 @@ SPECS = {
     "softmax_renorm": RoutingSpec(family="softmax_topk", renormalize=True),
     "sigmoid": RoutingSpec(family="sigmoid_topk", score="sigmoid", renormalize=True),
     "sigmoid_bias": RoutingSpec(
-        family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias", renormalize=True, scale=2.0
+        family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias",
+        renormalize=True, scale=2.0,
     ),
     "deepseek_v3": RoutingSpec(
-        family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True,
-        renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+        family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias",
+        renormalize=True, renorm_epsilon=1e-20, scale=2.5,
+        num_groups=8, topk_groups=4, group_score="top2_sum",
     ),
     "sqrtsoftplus_bias": RoutingSpec(
-        family="sqrtsoftplus_bias", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5
+        family="sqrtsoftplus_bias", score="sqrtsoftplus", selection="scores_plus_bias",
+        renormalize=True, scale=1.5,
     ),
 }  # fmt: skip
 FLOAT = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -168,11 +171,12 @@ def behind_linear(tokens: int) -> dict[str, Any]:
 
 
 def against_torch(tokens: int) -> dict[str, Any]:
-    """Time whole calls, allocation included, of the router and of PyTorch's ways, E = 128, K = 8, bfloat16."""
-    logits, scale = (
-        torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16),
-        torch.rand(128, device="cuda"),
-    )
+    """Time whole calls of the router and of PyTorch's ways, allocation included.
+
+    E = 128, K = 8, bfloat16.
+    """
+    logits = torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16)
+    scale = torch.rand(128, device="cuda")
     route = Router(GEMMA4, backend="triton")
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: route(logits, 8, scale),

@@ -1,4 +1,4 @@
-"""What the host side costs on a CUDA device at T = 1, what gradients cost, and what a compiled caller pays.
+"""Host times on a CUDA device at T = 1, and times of gradients and of compiled callers.
 
     python benchmarks/gpu_host.py OUT.json [--old DIR]
 
@@ -136,7 +136,8 @@ def gradient(model: str, experts: int, tokens: int) -> dict[str, Any]:
     ]
     row: dict[str, Any] = {
         "model": model, "E": experts, "K": K, "T": tokens, "dtype": "bfloat16",
-        "same bits again": all(torch.equal(a, b) for a, b in zip(fused, again, strict=True)), "largest difference": max(off),
+        "same bits again": all(torch.equal(a, b) for a, b in zip(fused, again, strict=True)),
+        "largest difference": max(off),
     }  # fmt: skip
     for way, call in ways.items():
         row[f"{way}, in a graph"] = round(
@@ -159,14 +160,12 @@ def gradients() -> list[dict[str, Any]]:
 
 
 def compiled_callers() -> dict[str, float]:
-    """Time a compiled function with our operator beside one with a Triton kernel of the user's own."""
+    """Time a compiled function with our operator, and one with a user's own Triton kernel."""
     from moe_routing.bench.full_sort import full_sort
 
     route = moe_routing.get_router("gemma4", backend="triton")
-    logits, scale = (
-        torch.randn(1, E, device="cuda", dtype=torch.bfloat16),
-        torch.rand(E, device="cuda"),
-    )
+    logits = torch.randn(1, E, device="cuda", dtype=torch.bfloat16)
+    scale = torch.rand(E, device="cuda")
 
     def ours(logits: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, ids = route(logits * 2, K, scale)

@@ -1,4 +1,7 @@
-"""SGLang 0.5.23: ``TopK`` layers with plain top-k route through moe_routing, by the hook that ``select_experts`` calls."""
+"""SGLang 0.5.23: ``TopK`` layers with plain top-k route through moe_routing.
+
+``select_experts`` calls it through the hook ``custom_routing_function``.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,8 @@ def adapt(model: nn.Module, router: str) -> int:
         topk: int,
         renormalize: bool,  # noqa: FBT001 -- SGLang's signature
     ) -> tuple[Tensor, Tensor]:
-        return routes[renormalize](
-            gating_output, topk
-        )  # float32 and int32, as SGLang's kernels return them
+        # Float32 and int32, as SGLang's kernels return them.
+        return routes[renormalize](gating_output, topk)
 
     plain = [
         layer.topk_config

@@ -88,10 +88,11 @@ class Bound:
         valid = num_tokens if num_valid_tokens is None else min(int(num_valid_tokens), num_tokens)
         with _one_launch:
             _route(
-                logits.detach().float().numpy(), bias.detach().numpy(), scale.numpy(), physical.numpy(), valid,
-                num_experts - spec.zero_experts, np.float32(spec.scale),
+                logits.detach().float().numpy(), bias.detach().numpy(), scale.numpy(),
+                physical.numpy(), valid, num_experts - spec.zero_experts, np.float32(spec.scale),
                 SCORE[spec.score], spec.selection == "logits", spec.selection == "scores_plus_bias",
-                spec.renormalize, spec.renorm_epsilon, spec.renorm_floor, self.topk, out.weights.numpy(), out.ids.numpy(),
+                spec.renormalize, spec.renorm_epsilon, spec.renorm_floor, self.topk,
+                out.weights.numpy(), out.ids.numpy(),
             )  # fmt: skip
         return out
 
@@ -191,9 +192,8 @@ def _tournament(bits, keys, sent_up, chosen):
     """Write the ids of the best, from the bits of their scores."""
     num_experts = len(bits)
     for e in range(num_experts):
-        ordered = bits[e] ^ (
-            (bits[e] >> 31) & 0x7FFFFFFF
-        )  # the bits of a float, in the order of floats
+        # The bits of a float, in the order of floats.
+        ordered = bits[e] ^ ((bits[e] >> 31) & 0x7FFFFFFF)
         keys[e] = (np.int64(ordered) << 32) | (num_experts - 1 - e)
     for group in range(len(sent_up)):
         sent_up[group] = _highest(keys, group * GROUP)
@@ -287,9 +287,8 @@ def _route(
                 # In float32 and in this order, so that what leaves its range, or is NaN, does so
                 # where the contract says.
                 scaled = np.float32(np.float32(value[k]) * factor) * scale[chosen[k]]
-                weights[t, k] = (
-                    scaled if chosen[k] < weighing else np.float32(0)
-                )  # zero experts come last
+                # Zero experts come last.
+                weights[t, k] = scaled if chosen[k] < weighing else np.float32(0)
                 ids[t, k] = physical[chosen[k]]
             for slot in range(topk, weights.shape[1]):  # shared experts
                 weights[t, slot] = 1

@@ -75,7 +75,7 @@ def exact_key(t, index):
 
 @triton.jit
 def from_exact(exact, is_selected, first, SPEC: tl.constexpr):
-    """Return the indices in ``exact [ROWS, N]``, 0 where not selected, and the clean logits that stand there."""
+    """Return the indices in ``exact [ROWS, N]``, 0 where not selected, and their clean logits."""
     SELECTION: tl.constexpr = SPEC.value.selection
     picked = tl.where(is_selected, 0xFFFF - (exact & 0xFFFF).to(tl.int32), 0)
     if SELECTION == "logits":
@@ -95,10 +95,10 @@ def sum_of_steps(
     THREADS_PER_ROW: tl.constexpr,
     SPEC: tl.constexpr,
 ):
-    """Sum e**(x - highest) over ``STEPS`` steps, a power of two, of ``THREADS_PER_ROW`` chunks, in ``tree_sum``'s shape.
+    """Sum e**(x - highest) of each row, in the shape of ``tree_sum``.
 
-    ``sums`` is a stack, ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size
-    are added at once.
+    A row is ``STEPS`` steps, a power of two, of ``THREADS_PER_ROW`` chunks. ``sums`` is a stack,
+    ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size are added at once.
     """
     sums = highest  # the stack's bottom, which is never read
     for i in tl.static_range(STEPS):

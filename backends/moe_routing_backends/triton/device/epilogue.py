@@ -17,12 +17,13 @@ def is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE: tl.constexpr):
 
 @triton.jit
 def store_outputs(
-    weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map, SPEC: tl.constexpr,
-    VALID_ON_DEVICE: tl.constexpr, has_experts=None,
+    weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
+    SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, has_experts=None,
 ):  # fmt: skip
-    """Store ``w`` and logical ids ``picked``, both ``[ROWS, N]`` of which K columns count, after the epilogue.
+    """Apply the epilogue to ``w`` and logical ids ``picked``, and store both.
 
-    ``has_experts [ROWS]``: rows that a table gives experts to; the others are padding.
+    Both are ``[ROWS, N]``, of which K columns count. ``has_experts [ROWS]``: rows that a table
+    gives experts to; the others are padding.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk

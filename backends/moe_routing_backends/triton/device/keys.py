@@ -1,4 +1,6 @@
-"""Ordered keys: float bits as integers of the same order, so that one integer comparison decides score and tie.
+"""Ordered keys: float bits as integers of the same order.
+
+So one integer comparison decides score and tie.
 
 A float is sign and magnitude; as a two's complement number of the same sign and magnitude its bits
 are in the order of the values, and -0 and +0 are both 0. Every selection in this backend compares
@@ -36,7 +38,9 @@ def clean(x):
 
 @triton.jit
 def ordered_key(x):
-    """Map finite float32 to uint32 in the same order, -0 with +0, and never to 0 (the key of 'not eligible').
+    """Map finite float32 to uint32 in the same order, -0 with +0.
+
+    The result is never 0, which is the key of 'not eligible'.
 
     With sign s = -1 for negative x and 0 otherwise, (m ^ s) - s is -m or m: the magnitude's bits m
     as a signed number.
@@ -79,9 +83,10 @@ def with_index(bits, index, MASK: tl.constexpr):
 
 @triton.jit
 def truncated_key(t, index, MASK: tl.constexpr):
-    """Pack the high bits of a clean float32 and the complement of its index (``index <= MASK``) into one uint32.
+    """Pack the high bits of a clean float32 and the complement of its index into one uint32.
 
-    If a > b then their rough keys, indices aside, are in this order or equal.
+    The index is at most ``MASK``. If a > b then their rough keys, indices aside, are in this order
+    or equal.
     """
     ordered = ordered_bits(t).to(tl.int32, bitcast=True)
     return ((ordered & ~MASK) | (MASK - index)).to(tl.uint32, bitcast=True)

@@ -102,7 +102,7 @@ def activate(l, SPEC: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, shift):
-    """Compute the logistic function of x, times e**-shift, for a shift between the row's maximum and 0."""
+    """Return 1 / (1 + e**-x) times e**-shift, for a shift between the row's maximum and 0."""
     return exp(tl.minimum(x, 0.0) - shift) / (1.0 + exp(-tl.abs(x)))
 
 

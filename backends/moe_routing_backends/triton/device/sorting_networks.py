@@ -195,22 +195,22 @@ def best_across16(
 def merge_lists(top, rest, lost, AXIS: tl.constexpr, WIDTH: tl.constexpr):
     """Merge the lists of the threads along an axis, and the highest keys that they left out.
 
-    Of 8, ``rest`` is ``top``.
+    In a list of 8, ``rest`` is ``top``.
     """
     if WIDTH == 8:
         # tl.reduce takes and returns flat tuples: the list is spread out here and put together
         # again below.
         m = tl.reduce(
             (top[0], top[1], top[2], top[3], top[4], top[5], top[6], top[7], lost),
-            AXIS,
-            best_across8,
-        )
+            AXIS, best_across8,
+        )  # fmt: skip
         merged = (m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7])
         return merged, merged, m[8]
     else:
         m = tl.reduce(
             (top[0], top[1], top[2], top[3], top[4], top[5], top[6], top[7],
-             rest[0], rest[1], rest[2], rest[3], rest[4], rest[5], rest[6], rest[7], lost), AXIS, best_across16
+             rest[0], rest[1], rest[2], rest[3], rest[4], rest[5], rest[6], rest[7], lost),
+            AXIS, best_across16,
         )  # fmt: skip
         merged = (m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7])
         return merged, (m[8], m[9], m[10], m[11], m[12], m[13], m[14], m[15]), m[16]
@@ -256,8 +256,9 @@ def over_threads(top, rest, thread, WIDTH: tl.constexpr):
                 mine = tl.where(thread == j, every[j * SHARE + i][:, None], mine)
             share += (mine,)
         if SHARE == 8:
-            tile = tl.join(tl.join(tl.join(share[0], share[4]), tl.join(share[2], share[6])),
-                           tl.join(tl.join(share[1], share[5]), tl.join(share[3], share[7])))  # fmt: skip
+            even = tl.join(tl.join(share[0], share[4]), tl.join(share[2], share[6]))
+            odd = tl.join(tl.join(share[1], share[5]), tl.join(share[3], share[7]))
+            tile = tl.join(even, odd)
         elif SHARE == 4:
             tile = tl.join(tl.join(share[0], share[2]), tl.join(share[1], share[3]))
         elif SHARE == 2:

@@ -85,8 +85,8 @@ def is_finite(raw):
 def moe_routing_backward(
     grad_weights, logits, ids, per_expert_scale, grad_logits, grad_scale,
     T: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
-    UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Go back through ``grad_weights [T, K]``.
 

@@ -136,8 +136,9 @@ def list_of_lane(tile, WIDTH: tl.constexpr):
 def shaped8(t, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """Reshape each of a tuple of 8 to ``[ROWS, A, B]``."""
     return (
-        tl.reshape(t[0], [ROWS, A, B]), tl.reshape(t[1], [ROWS, A, B]), tl.reshape(t[2], [ROWS, A, B]),
-        tl.reshape(t[3], [ROWS, A, B]), tl.reshape(t[4], [ROWS, A, B]), tl.reshape(t[5], [ROWS, A, B]),
+        tl.reshape(t[0], [ROWS, A, B]), tl.reshape(t[1], [ROWS, A, B]),
+        tl.reshape(t[2], [ROWS, A, B]), tl.reshape(t[3], [ROWS, A, B]),
+        tl.reshape(t[4], [ROWS, A, B]), tl.reshape(t[5], [ROWS, A, B]),
         tl.reshape(t[6], [ROWS, A, B]), tl.reshape(t[7], [ROWS, A, B]),
     )  # fmt: skip
 
@@ -146,19 +147,21 @@ def shaped8(t, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 def emptied8(t, kept):
     """Set each of a tuple of 8 to 0 where not ``kept``."""
     return (
-        tl.where(kept, t[0], 0), tl.where(kept, t[1], 0), tl.where(kept, t[2], 0), tl.where(kept, t[3], 0),
-        tl.where(kept, t[4], 0), tl.where(kept, t[5], 0), tl.where(kept, t[6], 0), tl.where(kept, t[7], 0),
+        tl.where(kept, t[0], 0), tl.where(kept, t[1], 0), tl.where(kept, t[2], 0),
+        tl.where(kept, t[3], 0), tl.where(kept, t[4], 0), tl.where(kept, t[5], 0),
+        tl.where(kept, t[6], 0), tl.where(kept, t[7], 0),
     )  # fmt: skip
 
 
 @triton.jit
 def grid_of(b, exists, SPEC: tl.constexpr):
-    """Return the scale and the offset ``[1, 1]`` of the grid for scores with the biases ``b [1, N]``.
+    """Return the scale and the offset, ``[1, 1]``, of the grid for biased scores.
 
-    A score t is at the point t * scale + offset, rounded; points are whole numbers of float32 from
-    2**23 to 2**24. Biases more than 64 below the highest are off it. The grid is so wide that no
-    number on it is more than 8 times its width: the offset's rounding is less than the 64 points
-    kept free at each end, and points are still closer than float32 is there.
+    ``b [1, N]`` are the biases. A score t is at the point t * scale + offset, rounded; points are
+    whole numbers of float32 from 2**23 to 2**24. Biases more than 64 below the highest are off it.
+    The grid is so wide that no number on it is more than 8 times its width: the offset's rounding
+    is less than the 64 points kept free at each end, and points are still closer than float32 is
+    there.
     """
     SCORE: tl.constexpr = SPEC.value.score
     highest = tl.max(tl.where(exists[None, :], b, -FLOAT32_MAX), axis=1)
@@ -172,9 +175,10 @@ def grid_of(b, exists, SPEC: tl.constexpr):
 
 @triton.jit
 def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Pack the point of a score on the grid and the complement of its index into one uint32, never 0.
+    """Pack the point of a score on the grid and the complement of its index into one uint32.
 
-    What is off the grid is at its ends. Only a sqrt-softplus can be off the upper one.
+    The key is never 0. What is off the grid is at its ends. Only a sqrt-softplus can be off the
+    upper one.
     """
     point = tl.fma(t, tl.broadcast_to(scale, t.shape), tl.broadcast_to(offset, t.shape))
     point = tl.maximum(point, TWO_TO_23 + LOWEST_POINT)
@@ -188,9 +192,10 @@ def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
-    """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``, and the last of those ranks.
+    """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``.
 
-    Low bits of a rank make room for the complement of the group, so that no two are equal.
+    And return the lowest of their ranks. Low bits of a rank make room for the complement of the
+    group, so that no two are equal.
     """
     LOW: tl.constexpr = GROUPS - 1
     left = (rank | LOW) ^ tl.arange(0, GROUPS).to(tl.uint32)[None, :]
@@ -204,8 +209,9 @@ def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
 
 @triton.jit
 def choose_by_points(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Choose the groups with the highest sums of their best two, given as grid keys ``[ROWS, GROUPS]``.
+    """Choose the groups with the highest sums of their best two.
 
+    :param first, second: grid keys ``[ROWS, GROUPS]`` of the best and the second of each group.
     :returns: which are kept, and for each row whether another choice is possible: 1 or 0.
     """
     GROUPS: tl.constexpr = SPEC.value.num_groups
@@ -262,7 +268,10 @@ def alike(a, b, MASK: tl.constexpr):
 
 @triton.jit
 def neighbours_alike(t, PAIRS: tl.constexpr, MASK: tl.constexpr):
-    """Tell (1 or 0) whether two neighbours of the first ``PAIRS`` pairs of a list of 8 share their high bits."""
+    """Tell (1 or 0) whether two neighbours in a list of 8 share their high bits.
+
+    Only the first ``PAIRS`` pairs of neighbours are compared.
+    """
     found = alike(t[0], t[1], MASK)
     for i in tl.static_range(1, 7):
         if i < PAIRS:
@@ -279,10 +288,13 @@ def bias_of(bias, expert, exists, WHOLE: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_block(
-    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    PDL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits, weights, ids, per_expert_scale, bias,
+    token_ids, expert_table, num_valid_tokens, expert_map,
+    T: tl.int32, valid: tl.int32,
+    row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
+    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    THREADS_PER_ROW: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows.
 
@@ -295,15 +307,13 @@ def moe_routing_block(
     TOP2: tl.constexpr = SPEC.value.sums_best_two
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    readable = tl.minimum(row, T - 1).to(
-        tl.int64
-    )  # rows past the last read the last: no mask for them
+    # Rows past the last read the last: no mask for them.
+    readable = tl.minimum(row, T - 1).to(tl.int64)
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(
-            readable * row_stride, 4
-        )  # the launcher has checked 16 bytes
+        # The launcher has checked 16 bytes.
+        first = logits + tl.multiple_of(readable * row_stride, 4)
     PER: tl.constexpr = E // GROUPS
     WHOLE: tl.constexpr = PER == SIZE
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
@@ -350,13 +360,8 @@ def moe_routing_block(
         if THREADS_PER_ROW > GROUPS:
             top = shaped8(found[0], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
             rest = shaped8(found[1], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
-            found = merge_lists(
-                top,
-                rest,
-                tl.reshape(found[2], [BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS]),
-                2,
-                WIDTH,
-            )
+            left_out = tl.reshape(found[2], [BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS])
+            found = merge_lists(top, rest, left_out, 2, WIDTH)
         first_of, second_of = found[0][0], found[0][1]
         if GRID and TOP2:
             kept, unsure = choose_by_points(first_of, second_of, MASK, SPEC)
@@ -372,34 +377,37 @@ def moe_routing_block(
         x = value_of_exact16(keys, MASK)
     else:
         x = clean(tl.load(first[:, None] + picked))
-        unsure |= alike(best[K - 1] if K <= 8 else after[K - 9], lost, MASK) | neighbours_alike(
-            best, K, MASK
-        )
+        last_alike = alike(best[K - 1] if K <= 8 else after[K - 9], lost, MASK)
+        unsure |= last_alike | neighbours_alike(best, K, MASK)
         if WIDTH > 8 and K > 7:
             unsure |= neighbours_alike(after, K - 8, MASK) | alike(best[7], after[0], MASK)
     x = activate(x, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights, ids, w, picked, row if EXACT16 else tl.where(unsure != 0, T, row), T, valid, num_valid_tokens,
-        per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+        weights, ids, w, picked, row if EXACT16 else tl.where(unsure != 0, T, row), T, valid,
+        num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
     )  # fmt: skip
     if not EXACT16 and tl.max(unsure, axis=0) != 0:
         for i in range(BLOCK_T):
             if tl.max(tl.where(tl.arange(0, BLOCK_T) == i, unsure, 0), axis=0) != 0:
                 route_by_rounds(
-                    tl.program_id(0) * BLOCK_T + i + tl.arange(0, 1), logits, weights, ids, per_expert_scale, bias,
-                    token_ids, expert_table, num_valid_tokens, expert_map, T, valid, row_stride, expert_stride, 0, SPEC,
-                    ROW_STRIDE, EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE, WIDTH, 1, 1,
+                    tl.program_id(0) * BLOCK_T + i + tl.arange(0, 1),
+                    logits, weights, ids, per_expert_scale, bias,
+                    token_ids, expert_table, num_valid_tokens, expert_map,
+                    T, valid, row_stride, expert_stride, 0,
+                    SPEC, ROW_STRIDE, EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE, WIDTH, 1, 1,
                 )  # fmt: skip
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:
-    """Serve groups that are a power of two, and lists and shares of a row that a thread sorts in registers."""
+    """Serve groups that are a power of two.
+
+    Lists, and each thread's share of a row, must be so short that a thread sorts them in registers.
+    """
     spec, threads = problem.spec, launch.threads_per_row
     groups, per_group = spec.num_groups, problem.num_experts // spec.num_groups
-    longest = (
-        WIDEST_LIST if groups == 1 else CHUNK
-    )  # with groups, Triton 3.6 may compile lists of 16 for minutes
+    # With groups, Triton 3.6 may compile lists of 16 for minutes.
+    longest = WIDEST_LIST if groups == 1 else CHUNK
     tile = groups * next_power_of_two(per_group)
     return (
         selects_by_value(problem)

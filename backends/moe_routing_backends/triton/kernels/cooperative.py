@@ -55,7 +55,10 @@ SHAPES = ((1, 1), (2, 1), (4, 1), (4, 4), (8, 4), (16, 4))
 
 @triton.jit
 def round_of_max(key, index):
-    """Return the highest ``key [ROWS, N]`` of each row, the lowest index that holds it, and the keys without it."""
+    """Return the highest ``key [ROWS, N]`` of each row, and the keys without it.
+
+    Between the two, the lowest index that holds it.
+    """
     best = tl.max(key, axis=1)
     at = tl.min(tl.where(key == best[:, None], index[None, :], NOWHERE), axis=1)
     return best, at, tl.where(index[None, :] == at[:, None], 0, key)
@@ -63,11 +66,11 @@ def round_of_max(key, index):
 
 @triton.jit
 def distinct_rounds(key, index, found, at_index, in_batch, K: tl.constexpr):
-    """Fill ``found`` and ``at_index [ROWS, N]`` with the K highest of ``key`` and their indices, as long as no two are equal.
+    """Fill ``found`` and ``at_index [ROWS, N]`` with the K highest of ``key`` and their indices.
 
-    A round then needs one maximum, after which every key that holds it goes; where each stood is
-    asked when all are known, which no round waits for. Return also whether some keys were equal, so
-    that more than K are not below the last.
+    Right as long as no two are equal. A round then needs one maximum, after which every key that
+    holds it goes; where each stood is asked when all are known, which no round waits for. Return
+    also whether some keys were equal, so that more than K are not below the last.
     """
     column = tl.arange(0, found.shape[1])
     left = key
@@ -199,10 +202,12 @@ def rounds_of_keys(key, l, index, column, in_batch, UNROLL: tl.constexpr, SPEC: 
 
 @triton.jit
 def route_by_rounds(
-    row, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
+    row, logits, weights, ids, per_expert_scale, bias,
+    token_ids, expert_table, num_valid_tokens, expert_map,
     T, valid, row_stride, expert_stride, vocabulary,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``row [BLOCK_T]``.
 
@@ -294,26 +299,31 @@ def route_by_rounds(
     if GATHER and per_expert_scale is not None:
         w *= tl.gather(scales[None, :], picked, 1)
     store_outputs(
-        weights, ids, w, picked, row, T, valid, num_valid_tokens, None if GATHER else per_expert_scale, expert_map,
+        weights, ids, w, picked, row, T, valid, num_valid_tokens,
+        None if GATHER else per_expert_scale, expert_map,
         SPEC, VALID_ON_DEVICE, has_experts if SELECTION == "token_table" else None,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_cooperative(
-    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    logits, weights, ids, per_expert_scale, bias,
+    token_ids, expert_table, num_valid_tokens, expert_map,
+    T: tl.int32, valid: tl.int32,
+    row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
+    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows."""
     launch_dependents(PDL)
     grid_dependency_wait(PDL)
     route_by_rounds(
-        tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), logits, weights, ids, per_expert_scale, bias, token_ids,
-        expert_table, num_valid_tokens, expert_map, T, valid, row_stride, expert_stride, vocabulary, SPEC, ROW_STRIDE,
-        EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE, N, UNROLL, BLOCK_T,
+        tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T),
+        logits, weights, ids, per_expert_scale, bias,
+        token_ids, expert_table, num_valid_tokens, expert_map,
+        T, valid, row_stride, expert_stride, vocabulary,
+        SPEC, ROW_STRIDE, EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE, N, UNROLL, BLOCK_T,
     )  # fmt: skip
 
 

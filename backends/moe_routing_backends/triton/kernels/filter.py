@@ -204,10 +204,10 @@ def split_each(tiles):
 
 @triton.jit
 def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
-    """Load rows as they lie in memory, whole cache lines a warp, and hand them over through shared memory.
+    """Load rows as they lie in memory, whole cache lines a warp.
 
-    Scores are guessed before that, where a thread has the same experts in every row, and prepares
-    their biases once.
+    The threads hand them over through shared memory. Scores are guessed before that, where a thread
+    has the same experts in every row, and prepares their biases once.
 
     :returns: the pairs of each thread's share of its row, which lies in one piece.
     """
@@ -260,7 +260,9 @@ def kth_of_halves(t, K: tl.constexpr):
 
 @triton.jit
 def range_of(threshold, highest, SPEC: tl.constexpr):
-    """Return bounds, as ``ordered_bits``, of the K-th highest and of the highest score, and the threshold to hold pairs to.
+    """Return bounds of the K-th highest and of the highest score, and the threshold for pairs.
+
+    The bounds are ``ordered_bits``.
 
     :param threshold, highest: pairs ``[ROWS]`` with the K-th highest or less, the same in both
         halves, and with the highest. NaN among the pairs, a NaN logit or bias, is no score above
@@ -287,10 +289,10 @@ def range_of(threshold, highest, SPEC: tl.constexpr):
 
 @triton.jit
 def window(least, most, MASK: tl.constexpr):
-    """Return the factor and the offset that ``window_key`` needs for scores between bounds, and the float32 before the least.
+    """Return the factor and the offset that ``window_key`` needs for scores between bounds.
 
-    The factor is ``MASK + 1`` where a key has room for all that lies between, and half as much for
-    each bit too many.
+    And the float32 before the least. The factor is ``MASK + 1`` where a key has room for all that
+    lies between, and half as much for each bit too many.
     """
     ROOM: tl.constexpr = 2**32 // (MASK + 1)
     bits_lost = tl.maximum(index_of_bit((most - least + 2 * MASK + 2) // ROOM) + 1, 0)
@@ -300,9 +302,10 @@ def window(least, most, MASK: tl.constexpr):
 
 @triton.jit
 def window_key(t, index, factor, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Pack how many float32 a score is above the least, or above what is before it, and the complement of its index.
+    """Pack the distance of a score from the least, and the complement of its index.
 
-    A 16-bit logit needs no window.
+    The distance counts float32 numbers, from the least or from the number before it. A 16-bit logit
+    needs no window.
     """
     if t.dtype != tl.float32:
         return exact16_key(t, index, MASK)
@@ -315,7 +318,7 @@ def window_key(t, index, factor, offset, MASK: tl.constexpr, SPEC: tl.constexpr)
 def take(masks, bases):
     """Take the lowest bit out of the first mask that is not empty.
 
-    Whether there was one, its index, what is left.
+    Return whether there was one, its base and its index, and the masks that are left.
     """
     LAST: tl.constexpr = len(masks) - 1
     mask = masks[LAST]
@@ -359,7 +362,7 @@ def score_at(index, first, bias, floor, SPEC: tl.constexpr):
 def candidate(masks, bases, first, bias, floor, GAP: tl.constexpr, SPEC: tl.constexpr):
     """Take one expert out of the masks.
 
-    Whether there was one, its index, its ``score_at``, and the masks left.
+    Return whether there was one, its index, its ``score_at``, and the masks that are left.
 
     Bit 16 h + p stands for half h of a thread's p-th pair; after 4 pairs, a chunk, there are 4
     times ``GAP`` experts of others.
@@ -372,20 +375,12 @@ def candidate(masks, bases, first, bias, floor, GAP: tl.constexpr, SPEC: tl.cons
 
 @triton.jit
 def batch(
-    masks,
-    bases,
-    first,
-    bias,
-    floor,
-    factor,
-    offset,
-    GAP: tl.constexpr,
-    MASK: tl.constexpr,
-    SPEC: tl.constexpr,
-):
+    masks, bases, first, bias, floor, factor, offset,
+    GAP: tl.constexpr, MASK: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
     """Take up to 4 experts out of the masks.
 
-    Their keys, highest first and filled up to 8, and what is left.
+    Return their keys, highest first and filled up to 8, and the masks that are left.
     """
     keys = ()
     for _ in tl.static_range(4):
@@ -397,17 +392,18 @@ def batch(
 
 @triton.jit
 def in_exact_order(found, first, bias, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Return the exact keys of the K highest of a list of window keys, ``found [ROWS, WIDTH]``, highest first."""
+    """Return the exact keys of the K highest of a list, highest first.
+
+    The list is one of window keys, ``found [ROWS, WIDTH]``.
+    """
     K: tl.constexpr = SPEC.value.topk
     column = tl.arange(0, found.shape[1])[None, :]
     index = tl.where(found != 0, MASK - (found & MASK).to(tl.int32), 0)
-    left = tl.where(
-        found != 0, exact_key(score_at(index, first, bias, -FLOAT32_MAX, SPEC), index), 0
-    )
+    key = exact_key(score_at(index, first, bias, -FLOAT32_MAX, SPEC), index)
+    left = tl.where(found != 0, key, 0)
     ordered = tl.zeros(found.shape, tl.uint64)
-    rounds = tl.minimum(
-        tl.max(count_of(found != 0), axis=0), K
-    )  # K, but not to the compiler: it would unroll the loop
+    # K, but not to the compiler: it would unroll the loop.
+    rounds = tl.minimum(tl.max(count_of(found != 0), axis=0), K)
     for k in range(rounds):
         best = tl.max(left, axis=1)[:, None]
         ordered = tl.where(column == k, best, ordered)
@@ -417,13 +413,14 @@ def in_exact_order(found, first, bias, MASK: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def best_of_bucket(
-    exact, bucket, first_column, count, masks, bases, first, bias, floor, factor, offset, GAP: tl.constexpr,
-    MASK: tl.constexpr, SPEC: tl.constexpr,
+    exact, bucket, first_column, count, masks, bases, first, bias, floor, factor, offset,
+    GAP: tl.constexpr, MASK: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``count`` columns of ``exact`` from ``first_column`` on with the best exact keys of a bucket, a walk a key.
+    """Fill ``count`` columns of ``exact`` with the best exact keys of a bucket.
 
-    A bucket is the experts in the masks whose window keys share the high bits, ``bucket [ROWS]``.
-    Slow, and rarely needed.
+    The columns are those from ``first_column`` on. A bucket is the experts in the masks whose
+    window keys share the high bits, ``bucket [ROWS]``. Each key takes a walk through the masks,
+    which is slow, and rarely needed.
     """
     column = tl.arange(0, exact.shape[1])[None, :]
     last = tl.zeros(bucket.shape, tl.uint64) - 1
@@ -465,12 +462,12 @@ def any_of(chosen):
 
 @triton.jit
 def best_of(
-    masks, bases, first, bias, floor, factor, offset, GAP: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr,
-    SPEC: tl.constexpr,
+    masks, bases, first, bias, floor, factor, offset,
+    GAP: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Sort the experts in the masks.
 
-    The ``WIDTH`` highest keys of each row, and the highest left out.
+    Return the ``WIDTH`` highest keys of each row, and the highest key that is left out.
     """
     top, masks = batch(masks, bases, first, bias, floor, factor, offset, GAP, MASK, SPEC)
     nothing = top[0] * 0
@@ -486,7 +483,9 @@ def best_of(
 
 @triton.jit
 def threshold_of(pairs, GROUP: tl.constexpr, K: tl.constexpr):
-    """Return a threshold that at least K experts of a row reach, in both halves, and the pair with the highest: ``[ROWS]``.
+    """Return a threshold that at least K experts of a row reach, and the pair with the highest.
+
+    Both are ``[ROWS]``; the threshold stands in both halves.
 
     :param pairs: the pairs of each thread, a tuple of ``[ROWS, THREADS_PER_ROW]``.
     """
@@ -509,10 +508,10 @@ def threshold_of(pairs, GROUP: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def masks_of(pairs, threshold, thread, TILED: tl.constexpr):
-    """Return bit masks of the experts that reach the threshold, 16 pairs a mask, and the first expert of each mask.
+    """Return bit masks of the experts that reach the threshold, and the first expert of each.
 
-    Bit 16 h + p of a mask stands for half h of its pair p. A thread's pairs lie in one piece if
-    ``TILED``, else in chunks.
+    A mask has 16 pairs. Bit 16 h + p of a mask stands for half h of its pair p. A thread's pairs
+    lie in one piece if ``TILED``, else in chunks.
     """
     PAIRS: tl.constexpr = len(pairs)
     THREADS_PER_ROW: tl.constexpr = thread.shape[1]
@@ -523,15 +522,16 @@ def masks_of(pairs, threshold, thread, TILED: tl.constexpr):
         for j in tl.static_range(16 if 16 * i + 16 <= PAIRS else PAIRS % 16):
             mask |= mask_not_below(pairs[16 * i + j], threshold[:, None], 0x00010001 << j)
         masks += (mask,)
-        bases += (
-            thread * (2 * PAIRS if TILED else 8) + i * (32 if TILED else 32 * THREADS_PER_ROW),
-        )
+        base = thread * (2 * PAIRS if TILED else 8) + i * (32 if TILED else 32 * THREADS_PER_ROW)
+        bases += (base,)
     return masks, bases
 
 
 @triton.jit
 def is_ambiguous(every, is_lossy, MASK: tl.constexpr, K: tl.constexpr):
-    """Tell where two neighbours of a list, down to the best left out, share all bits but the index's, and bits were lost.
+    """Tell where two neighbours of a list share all bits but the index's, and bits were lost.
+
+    Neighbours count down to the best key that the list left out.
 
     :param every: the list and the highest key that it left out, a tuple of ``[ROWS]``.
     """
@@ -543,11 +543,13 @@ def is_ambiguous(every, is_lossy, MASK: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_filter(
-    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    PDL: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, GROUP: tl.constexpr, TILED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    logits, weights, ids, per_expert_scale, bias,
+    token_ids, expert_table, num_valid_tokens, expert_map,
+    T: tl.int32, valid: tl.int32,
+    row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
+    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, WIDTH: tl.constexpr,
+    THREADS_PER_ROW: tl.constexpr, GROUP: tl.constexpr, TILED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``THREADS_PER_ROW`` threads each, which divide E / 8.
 
@@ -566,9 +568,8 @@ def moe_routing_filter(
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(
-            readable * row_stride, 4
-        )  # the launcher has checked 16 bytes
+        # The launcher has checked 16 bytes.
+        first = logits + tl.multiple_of(readable * row_stride, 4)
     STEPS: tl.constexpr = E // 8 // THREADS_PER_ROW
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
     GAP: tl.constexpr = 0 if TILED else 2 * THREADS_PER_ROW - 2
@@ -603,16 +604,15 @@ def moe_routing_filter(
     is_selected = (column < K)[None, :]
     top, rest, lost = best_of(
         masks, bases, first, bias, floor, factor, offset, GAP, MASK, WIDTH, SPEC
-    )  # fmt: skip
+    )
     found = over_threads(top, rest, thread, WIDTH)
     picked = tl.where(is_selected, MASK - (found & MASK).to(tl.int32), 0)
     if EXACT16:
         x = value_of_exact16(found, MASK)
     else:
         x = clean(tl.load(first[:, None] + picked))
-        is_lossy = (
-            factor + thread.to(tl.uint32) * 0 != MASK + 1
-        )  # over all threads: else the compiler does all above twice
+        # Over all threads: else the compiler does all above twice.
+        is_lossy = factor + thread.to(tl.uint32) * 0 != MASK + 1
         if any_of(is_lossy) != 0:
             every = top + (lost,) if WIDTH == 8 else top + rest + (lost,)
             if any_of(is_ambiguous(every, is_lossy, MASK, K)) != 0:
@@ -623,8 +623,8 @@ def moe_routing_filter(
                 members = count_of(((found | MASK) == kth[:, None]) & is_selected)
                 missing = tl.where(kth == (lost | MASK), members, 0)
                 exact = best_of_bucket(
-                    exact, kth, K - members, missing, masks, bases, first, bias, floor, factor, offset, GAP, MASK,
-                    SPEC,
+                    exact, kth, K - members, missing, masks, bases, first, bias, floor, factor,
+                    offset, GAP, MASK, SPEC,
                 )  # fmt: skip
                 picked, x = from_exact(exact, is_selected, first, SPEC)
     x = activate(x, SPEC)
@@ -639,23 +639,16 @@ def moe_routing_filter(
         total = sum_of_steps(first, highest, STEPS_2, E // 8, BLOCK_T, THREADS_PER_ROW, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights,
-        ids,
-        w,
-        picked,
-        row,
-        T,
-        valid,
-        num_valid_tokens,
-        per_expert_scale,
-        expert_map,
-        SPEC,
-        VALID_ON_DEVICE,
-    )
+        weights, ids, w, picked, row, T, valid,
+        num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+    )  # fmt: skip
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:
-    """Serve what ``thread_per_row`` serves, if scores can be approximated and a thread's equal share fits in registers."""
+    """Serve what ``thread_per_row`` serves, if scores can be approximated.
+
+    The threads' shares of a row must be equal, and fit in registers.
+    """
     chunks, threads = problem.num_experts // CHUNK, launch.threads_per_row
     equal = chunks % threads == 0 and chunks <= MOST_CHUNKS * threads
     return kind(problem.spec) != "bias" and equal and thread_per_row.supports(problem, launch)
@@ -675,7 +668,7 @@ def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
 
 
 def runs_on(device: DeviceInfo) -> bool:
-    """Run where the variant was measured, and what is newer.
+    """Run on devices like those on which the variant was measured, and on newer ones.
 
     Older devices have no packed minimum of bfloat16.
     """

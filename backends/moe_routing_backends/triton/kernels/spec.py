@@ -18,8 +18,8 @@ VariantName = Literal["cooperative", "thread_per_row", "filter", "block"]
 RUNTIME_ARGUMENTS = 14
 """How many arguments of a forward kernel, the same for all variants, stand before its constants."""
 NOT_SPECIALIZED = (
-    "T", "valid", "row_stride", "expert_stride", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
-    "expert_map", "vocabulary",
+    "T", "valid", "row_stride", "expert_stride", "per_expert_scale", "bias",
+    "token_ids", "expert_table", "num_valid_tokens", "expert_map", "vocabulary",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel."""
 CHUNK = 8
@@ -37,7 +37,7 @@ WARP = 32
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """The routing formula and the sizes that a kernel is compiled for, as one compile-time constant.
+    """The routing formula and the sizes that a kernel is compiled for: one compile-time constant.
 
     Kernels read ``SPEC.value.<field>`` and bind what they use to a ``tl.constexpr``: Triton 3.3
     compiles attributes of ``tl.constexpr`` itself only, and no comparison of a bare string with
@@ -72,7 +72,10 @@ class KernelSpec:
 
     @property
     def value(self) -> KernelSpec:
-        """Return itself: Triton's interpreter hands constants to kernels as they are, not in a ``tl.constexpr``."""
+        """Return itself.
+
+        Triton's interpreter hands constants to kernels as they are, not in a ``tl.constexpr``.
+        """
         return self
 
 
@@ -194,7 +197,10 @@ def kind(spec: RoutingSpec) -> Kind:
 
 
 def selects_by_value(problem: RoutingProblem) -> bool:
-    """Tell whether the K experts with the highest logits or biased scores are selected, of rows that lie in one piece."""
+    """Tell whether the K experts with the highest logits or biased scores are selected.
+
+    And whether each row of the logits lies in one piece.
+    """
     spec = problem.spec
     by_value = spec.selection in ("logits", "scores_plus_bias", "logits_plus_bias")
     return by_value and problem.layout == "rows" and not spec.topk_per_group

@@ -79,13 +79,14 @@ MOST_UNROLLED = {("logits", 16): 16, ("logits", 32): 8}
 
 @triton.jit
 def best_of_bucket(
-    exact, bucket, first_column, count, first, bias, highest, share, thread, STEPS: tl.constexpr, WIDTH: tl.constexpr,
-    MASK: tl.constexpr, SPEC: tl.constexpr,
+    exact, bucket, first_column, count, first, bias, highest, share, thread,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``count`` columns of ``exact`` from ``first_column`` on with the best exact keys of a bucket, one scan a key.
+    """Fill ``count`` columns of ``exact`` with the best exact keys of a bucket.
 
-    A bucket is the experts whose rough keys share the high bits, ``bucket [ROWS]``. Rows of count 0
-    keep what they have.
+    The columns are those from ``first_column`` on. A bucket is the experts whose rough keys share
+    the high bits, ``bucket [ROWS]``. Each key takes one scan of the row. Rows of count 0 keep what
+    they have.
     """
     E: tl.constexpr = SPEC.value.num_experts
     CHUNKS: tl.constexpr = E // 8
@@ -116,10 +117,12 @@ def best_of_bucket(
 
 @triton.jit
 def exact_list(
-    best, after, best_lost, dust, first, bias, highest, share, thread, is_selected, STEPS: tl.constexpr, WIDTH: tl.constexpr,
-    MASK: tl.constexpr, SPEC: tl.constexpr,
+    best, after, best_lost, dust, first, bias, highest, share, thread, is_selected,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Return the exact keys ``[ROWS, WIDTH]`` of the selected, highest first, from a list of truncated keys.
+    """Return the exact keys of the selected experts, ``[ROWS, WIDTH]``, highest first.
+
+    They come from a list of truncated keys.
 
     :param best, after, best_lost: the list, and the highest key that it left out.
     :param dust: the bits of all scores of a thread, combined: truncated keys lost nothing where the
@@ -157,29 +160,21 @@ def exact_list(
     unsure = tl.where((kth == (best_lost | MASK)) & (lost_bits != 0), members, 0)
     if tl.max(unsure, axis=0) != 0:
         exact = best_of_bucket(
-            exact,
-            kth,
-            K - members,
-            unsure,
-            first,
-            bias,
-            highest,
-            share,
-            thread,
-            STEPS,
-            WIDTH,
-            MASK,
-            SPEC,
-        )
+            exact, kth, K - members, unsure, first, bias, highest, share, thread,
+            STEPS, WIDTH, MASK, SPEC,
+        )  # fmt: skip
     return exact
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_thread_per_row(
-    logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-    T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
-    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    PDL: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits, weights, ids, per_expert_scale, bias,
+    token_ids, expert_table, num_valid_tokens, expert_map,
+    T: tl.int32, valid: tl.int32,
+    row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32,
+    SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, WIDTH: tl.constexpr,
+    THREADS_PER_ROW: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``THREADS_PER_ROW`` threads each.
 
@@ -194,15 +189,13 @@ def moe_routing_thread_per_row(
     launch_dependents(PDL)
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    readable = tl.minimum(row, T - 1).to(
-        tl.int64
-    )  # rows past the last read the last: no mask on any load
+    # Rows past the last read the last: no mask on any load.
+    readable = tl.minimum(row, T - 1).to(tl.int64)
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(
-            readable * row_stride, 4
-        )  # the launcher has checked 16 bytes
+        # The launcher has checked 16 bytes.
+        first = logits + tl.multiple_of(readable * row_stride, 4)
     CHUNKS: tl.constexpr = E // 8
     STEPS: tl.constexpr = (CHUNKS + THREADS_PER_ROW - 1) // THREADS_PER_ROW
     POWER: tl.constexpr = triton.next_power_of_2(STEPS)
@@ -234,9 +227,8 @@ def moe_routing_thread_per_row(
             else:
                 b = raw
                 if SELECTION != "logits":
-                    b = selection_bias(
-                        tl.load(bias + (index if WHOLE else tl.minimum(index, E - 1))), SPEC
-                    )
+                    at = index if WHOLE else tl.minimum(index, E - 1)
+                    b = selection_bias(tl.load(bias + at), SPEC)
                 t = selection_score(raw, b, highest[:, None, None], share[:, None, None], SPEC)
                 key = truncated_key(t, index, MASK)
                 d0, d1, d2, d3, d4, d5, d6, d7 = split8(t.to(tl.int32, bitcast=True))
@@ -253,21 +245,9 @@ def moe_routing_thread_per_row(
         x = activate(value_of_exact16(found, MASK), SPEC)
     else:
         exact = exact_list(
-            best,
-            after,
-            best_lost,
-            dust,
-            first,
-            bias,
-            highest,
-            share,
-            thread,
-            is_selected,
-            STEPS,
-            WIDTH,
-            MASK,
-            SPEC,
-        )
+            best, after, best_lost, dust, first, bias, highest, share, thread, is_selected,
+            STEPS, WIDTH, MASK, SPEC,
+        )  # fmt: skip
         picked, x = from_exact(exact, is_selected, first, SPEC)
         x = activate(x, SPEC)
     if WHOLE_ROW and (not SOFTMAX_KEYS and CAP == 0.0):
@@ -275,23 +255,16 @@ def moe_routing_thread_per_row(
         total = sum_of_steps(first, highest, POWER, CHUNKS, BLOCK_T, THREADS_PER_ROW, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights,
-        ids,
-        w,
-        picked,
-        row,
-        T,
-        valid,
-        num_valid_tokens,
-        per_expert_scale,
-        expert_map,
-        SPEC,
-        VALID_ON_DEVICE,
-    )
+        weights, ids, w, picked, row, T, valid,
+        num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+    )  # fmt: skip
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:
-    """Serve rows of whole chunks, at most ``MOST_CHUNKS`` a thread, and lists that registers hold."""
+    """Serve rows of whole chunks, at most ``MOST_CHUNKS`` a thread.
+
+    The list of the selected experts must fit in registers.
+    """
     spec, experts = problem.spec, problem.num_experts
     chunks = experts // CHUNK
     return (
