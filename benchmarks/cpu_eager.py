@@ -1,6 +1,6 @@
-"""The eager backend on the CPU beside the two formulas that people write.
+"""The eager backend on the CPU against the two formulas that people write.
 
-One thread, medians and spread.
+It runs in one thread, and prints medians and spread.
 
     python benchmarks/cpu_eager.py [--json FILE] [--tokens 1,16,64,256,4096,65536]
 
@@ -72,7 +72,7 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Time every contender in turn, again and again, so that a noisy moment meets all of them.
 
-    Microseconds a call.
+    Return microseconds a call.
     """
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     calls = max(1, 20_000 // inputs[0].numel())

@@ -1,6 +1,6 @@
 """What routing is worth end to end.
 
-Gemma4-26B-A4B's real shape with random bf16 weights, on one GPU.
+The model has Gemma4-26B-A4B's real shape with random bf16 weights, on one GPU.
 
 ``python benchmarks/e2e_gemma4.py run OUT.json`` builds the model on the GPU (50.5 GB, nothing is
 downloaded) and times prefill and decode with a static cache at batch 1, 16 and 64, through four
@@ -54,7 +54,7 @@ BATCHES, REPEATS = (1, 16, 64), 5
 EXPERTS = {1: "batched_mm", 16: "grouped_mm", 64: "grouped_mm"}
 """The faster implementation of the experts for decoding.
 
-Batched_mm copies the weights of every pair of token and expert.
+``batched_mm`` copies the weights of every pair of token and expert.
 """
 Forward = Any
 
@@ -131,7 +131,7 @@ def logits_of(router: Forward, hidden: Tensor) -> Tensor:
 def full_sort_forward(router: Forward, hidden: Tensor) -> tuple[Tensor, ...]:
     """Route as the published kernel does, in one launch behind the projection.
 
-    Int64 ids, as stock returns them.
+    Its ids are int64, as stock returns them.
     """
     from full_sort import full_sort
 
@@ -244,7 +244,7 @@ def alternate(names: tuple[str, ...], block: Callable[[str], float]) -> dict[str
 def judged(times: dict[str, list[float]], **about: object) -> dict[str, Any]:
     """Sum up a stage: medians, spread, time saved, and the share of routing in a step.
 
-    The share is that before and that after.
+    The share is given for each way to route.
     """
     median = {name: statistics.median(values) for name, values in times.items()}
     ceiling = median["stock"] - median["free"]

@@ -1,6 +1,6 @@
 """Time routing on a CUDA device against the full-sort kernel, eager PyTorch and torch.compile.
 
-Write one JSON.
+It writes one JSON file.
 
 Run from the repository's root: ``python benchmarks/gpu.py OUT.json [--quick] [--kernels]``.
 Microseconds a call: the median of CUDA-graph replays that rotate over 4 to 16 input sets, as in a
@@ -146,9 +146,9 @@ def case(  # noqa: PLR0913 -- what a case is
 
 
 def behind_linear(tokens: int) -> dict[str, Any]:
-    """Time the linear layer that gives Gemma4's logits, alone and with routing behind it, in turns.
+    """Time the linear layer that gives Gemma4's logits, alone and with routing after it, in turns.
 
-    Bfloat16.
+    All is bfloat16.
     """
     sets = 16 if tokens <= 64 else 4  # noqa: PLR2004 -- as many as fit a graph of a millisecond
     weight = torch.randn(128, HIDDEN, device="cuda", dtype=torch.bfloat16) / HIDDEN**0.5
@@ -196,7 +196,7 @@ def against_torch(tokens: int) -> dict[str, Any]:
 
 
 def sized() -> list[tuple[str, int, int, tuple[int, ...], bool]]:
-    """Return specs, sizes, numbers of tokens, and whether the full sort is timed beside."""
+    """Return specs, sizes, numbers of tokens, and whether the full sort is timed too."""
     return [(*size, True) for size in SIZES] + [(*other, False) for other in OTHERS]
 
 

@@ -1,6 +1,6 @@
 """Write the tables of README and of docs/performance.md that say what was measured.
 
-Part of ``make figures``.
+It is part of ``make figures``.
 
 ``python benchmarks/tables.py`` writes each between its marks; with ``--check`` it names the pages
 that are not as the kept results say, and exits with 1.
@@ -48,7 +48,7 @@ def peers() -> dict[str, Any]:
 def fastest_peer(row: dict[str, Any]) -> float:
     """Return the least time of a row of ``peers``.
 
-    The full sort is not a peer, but what ours is timed beside.
+    The full sort is not a peer, but what ours is timed against.
     """
     return min(time for name, time in row["us"].items() if name != "full sort")
 

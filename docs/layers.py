@@ -144,9 +144,9 @@ def picture() -> str:
         '<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" '
         f'orient="auto">{tip}</marker>'
     )
+    view = f'viewBox="0 0 {width} {height}"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {FONT} '
-        'text-anchor="middle">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {view} {FONT} text-anchor="middle">',
         f"<defs>{marker}</defs>",
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
     ]
@@ -156,10 +156,10 @@ def picture() -> str:
         lines.append(f'<line {ends} stroke="#57606a" marker-end="url(#tip)"/>')
     for box, (x, y) in place.items():
         middle = x + WIDTH // 2
+        edge = 'rx="6" fill="#f6f8fa" stroke="#1b1f24"'
         name = 'font-size="14" font-weight="bold" fill="#1b1f24"'
         lines += [
-            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#f6f8fa" '
-            'stroke="#1b1f24"/>',
+            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" {edge}/>',
             f'<text x="{middle}" y="{y + 20}" {name}>{box}</text>',
             f'<text x="{middle}" y="{y + 37}" font-size="11" fill="#57606a">{SAYS[box]}</text>',
         ]

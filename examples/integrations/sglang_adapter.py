@@ -1,6 +1,6 @@
 """SGLang 0.5.23: ``TopK`` layers with plain top-k route through moe_routing.
 
-``select_experts`` calls it through the hook ``custom_routing_function``.
+``select_experts`` calls the hook ``custom_routing_function``, which the adapter sets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def adapt(model: nn.Module, router: str) -> int:
     """Route a loaded model's plain TopK layers by a model name, ``"qwen3_moe"`` for example.
 
-    Return how many.
+    Return the number of those layers.
     """
     spec = moe_routing.get_router(router).spec
     routes = {

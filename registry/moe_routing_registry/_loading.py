@@ -178,13 +178,8 @@ def _entry_points(inventory: Inventory) -> list[importlib.metadata.EntryPoint]:
                     if point.group == hooks.ENTRY_POINT_GROUP
                 ]
         except PluginFailure as failure:
-            inventory.fail(
-                name.partition(" ")[0],
-                name,
-                RejectCode.IMPORT_FAILED,
-                failure.sentence,
-                failure.trace,
-            )
+            code, short = RejectCode.IMPORT_FAILED, name.partition(" ")[0]
+            inventory.fail(short, name, code, failure.sentence, failure.trace)
         else:
             # As in `entry_points`, of two installations of a distribution the first on sys.path
             # counts.
@@ -206,26 +201,16 @@ def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -
         with contained("its import"), warnings.catch_warnings():
             module = plugin.importer()
     except PluginFailure as failure:
-        inventory.fail(
-            plugin.name,
-            plugin.distribution,
-            RejectCode.IMPORT_FAILED,
-            failure.sentence,
-            failure.trace,
-        )
+        code = RejectCode.IMPORT_FAILED
+        inventory.fail(plugin.name, plugin.distribution, code, failure.sentence, failure.trace)
         return
     try:
         with contained("its registration"):
             brought = _specs(module, plugin.key)
             _check_names(plugin, brought, inventory, reserved)
     except PluginFailure as failure:
-        inventory.fail(
-            plugin.name,
-            plugin.distribution,
-            RejectCode.REGISTRATION_FAILED,
-            failure.sentence,
-            failure.trace,
-        )
+        code = RejectCode.REGISTRATION_FAILED
+        inventory.fail(plugin.name, plugin.distribution, code, failure.sentence, failure.trace)
         return
     inventory.add_all_of(plugin, brought)
 

@@ -1,4 +1,4 @@
-"""Cards that plug-ins hand in.
+"""Specs that plug-ins provide.
 
 ``BackendSpec`` for a backend, ``FamilySpec`` for a routing family.
 """
@@ -38,7 +38,7 @@ NotesRule = Callable[[Any, DeviceInfo], tuple[str, ...]]
 def knows_score(problem: RoutingProblem, _device: DeviceInfo | None = None) -> Verdict:
     """Accept the score functions that every built-in backend knows.
 
-    A support rule, or the start of one.
+    It is a support rule, or the start of one.
 
     >>> from moe_routing_registry import RoutingProblem
     >>> spec = RoutingSpec(family="f", score="square")
@@ -170,7 +170,7 @@ def _dotted(version: tuple[int, int]) -> str:
 class BackendSpec:
     """Describes a backend to the registry.
 
-    Everything that the choice needs, without importing the backend.
+    It holds everything that the choice needs, so that the backend need not be imported.
 
     Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
 

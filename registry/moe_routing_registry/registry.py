@@ -115,12 +115,12 @@ class Registry:
 
     @property
     def backends(self) -> Mapping[str, BackendSpec]:
-        """Cards of the backends by name."""
+        """Specs of the backends by name."""
         return self.load().backends
 
     @property
     def families(self) -> Mapping[str, FamilySpec]:
-        """Cards of the families that plug-ins brought, by name."""
+        """Specs of the families that plug-ins brought, by name."""
         return self.load().families
 
     @property

@@ -67,7 +67,7 @@ Any other value asks for maths that nobody would compute.
 class RoutingSpec:
     """How ``logits [T, E]`` become ``weights [T, K]`` and ``ids [T, K]``.
 
-    One frozen row of data for each family.
+    A spec is one frozen row of data for each family.
 
     The steps, in order::
 

@@ -35,11 +35,10 @@ def require_name(field: str, value: object) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return the text without what steers a terminal.
+    r"""Return the text without characters that steer a terminal.
 
-    Control characters, bidirectional overrides, lone surrogates.
-
-    Newlines and tabs stay; a space of another width becomes a space.
+    These are control characters, bidirectional overrides and lone surrogates. Newlines and tabs
+    stay; a space of another width becomes a space.
 
     >>> printable("red\x1b[31m, bell\x07, \u202etfel")
     'red[31m, bell, tfel'
@@ -58,7 +57,7 @@ def _printable(c: str) -> str:
 def shown(value: object) -> str:
     """Return a value as an error names it.
 
-    Short, in one line, and never the elements of a tensor or an array.
+    It is short, in one line, and never has the elements of a tensor or an array.
 
     >>> shown("a" * 300)[-5:], shown(2.5), shown([1, 2])
     ('a ...', '2.5', '[1, 2]')

@@ -17,12 +17,12 @@ class RejectCode(str, Enum):
     IMPORT_FAILED = "import_failed"
     """The plug-in's module raised at import, or its metadata could not be read.
 
-    For doctor, also: its import did not end.
+    Doctor also uses it for an import that does not end.
     """
     REGISTRATION_FAILED = "registration_failed"
     """The plug-in's hook raised, is misspelt, or returned something other than specs.
 
-    Or the name of one of its specs is built in.
+    Or one of its specs has the name of a built-in one.
     """
     API_VERSION = "api_version"
     """The spec is written for another version of the plug-in interface."""

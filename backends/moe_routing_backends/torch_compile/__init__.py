@@ -1,6 +1,6 @@
 """The plain formula through ``torch.compile``: for every accelerator without kernels of its own.
 
-Free of torch.
+This file stays free of torch.
 """
 
 from __future__ import annotations

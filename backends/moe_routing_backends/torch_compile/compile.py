@@ -72,7 +72,7 @@ OTHERS = Operands._fields[1:-1]
 _POINT = 2.0**44
 """Scale of sums in fixed point: int64 holds the sum of 2**18 numbers up to 1, each to 2**-44.
 
-Finer than float32.
+That is finer than float32.
 """
 _counter = itertools.count()
 
@@ -91,7 +91,7 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> CompiledRouter:
 class CompiledRouter:
     """The compiled formula of one problem.
 
-    One graph for T = 1, one for every larger T, for each set of operands.
+    Each set of operands has one graph for T = 1, and one for every larger T.
 
     Rows may lie apart in memory; what is not contiguous in any row is copied first.
     """
@@ -138,9 +138,9 @@ class CompiledRouter:
         return _into(out, result)
 
     def prepared(self, operands: Operands) -> Prepared | None:
-        """Return what routes calls of this one's shapes, strides and dtypes in less host time.
+        """Return a function that routes calls of this one's shapes, strides and dtypes.
 
-        ``None`` if none was seen.
+        It takes less host time. ``None`` if no such call was seen.
         """
         logits, *others, _ = operands
         counted = isinstance(operands.num_valid_tokens, int)
@@ -293,9 +293,9 @@ class CompiledRouter:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return how operations are taken apart.
+    """Return how operations are decomposed.
 
-    As Inductor does, but for sums, which have the same bits in every order.
+    They are as in Inductor, but for sums, which have the same bits in every order.
 
     The order of a reduction is that of the lanes, which Inductor chooses for each kernel, some by
     timing them: for one token and for many, and for plain and for padded calls, weights would
@@ -317,7 +317,7 @@ def _sum(
 ) -> Tensor:
     """Add up numbers between 0 and 1, the powers of a softmax, in fixed point.
 
-    Integers are left alone.
+    Sums of integers are left as they are.
     """
     if not x.is_floating_point() or dtype is not None:
         return NotImplemented  # type: ignore[no-any-return] # what leaves an operation as it is

@@ -1,6 +1,6 @@
 """Triton kernels for CUDA and ROCm, and for Intel's XPU: one code base, two backends.
 
-Free of torch and triton.
+This file stays free of torch and triton.
 
 Where Triton interprets kernels (``TRITON_INTERPRET=1``), which it does on the CPU, the CPU is a
 target of both, for those who name them.

@@ -68,10 +68,8 @@ class Bound:
     ) -> RoutingOutput:
         """Route ``logits [T, E]``.
 
-        Float32 weights and integer ids, both ``[T, K + shared_experts]``.
-
-        ``token_ids`` and ``expert_table`` come as ``None``: the backend declines the selection that
-        takes them.
+        Return float32 weights and integer ids, both ``[T, K + shared_experts]``. ``token_ids`` and
+        ``expert_table`` come as ``None``: the backend declines the selection that takes them.
         """
         spec, (num_tokens, num_experts) = self.spec, logits.shape
         slots = num_experts + spec.shared_experts
@@ -111,7 +109,7 @@ T2, T3, T4, T5, T6, T7 = TERMS[2:]
 def _exp(d, power_bits, result):
     """Write e^d for d <= 0: 2^n times a Taylor polynomial of what is left, |r| <= ln(2)/2.
 
-    Vectorised by LLVM.
+    LLVM vectorises it.
     """
     power = power_bits.view(np.float32)
     for e in range(len(d)):

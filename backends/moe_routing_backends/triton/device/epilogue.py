@@ -1,6 +1,6 @@
 """The last steps that all variants share.
 
-Scale by expert, shared slots, expert map, padding, stores.
+These are the scale by expert, shared slots, expert map, padding and stores.
 """
 
 from __future__ import annotations

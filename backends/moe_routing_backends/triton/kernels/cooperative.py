@@ -55,9 +55,9 @@ SHAPES = ((1, 1), (2, 1), (4, 1), (4, 4), (8, 4), (16, 4))
 
 @triton.jit
 def round_of_max(key, index):
-    """Return the highest ``key [ROWS, N]`` of each row, and the keys without it.
+    """Return the highest ``key [ROWS, N]`` of each row, its index, and the keys without it.
 
-    Between the two, the lowest index that holds it.
+    Of equal keys it is the one of the lowest index.
     """
     best = tl.max(key, axis=1)
     at = tl.min(tl.where(key == best[:, None], index[None, :], NOWHERE), axis=1)
@@ -169,7 +169,7 @@ def rounds_of_exact16(key, column, K: tl.constexpr, UNROLL: tl.constexpr):
 def rounds_of_keys(key, l, index, column, in_batch, UNROLL: tl.constexpr, SPEC: tl.constexpr):
     """Return the K highest keys of each row, their indices, and the weights of sparsemixer.
 
-    ``[ROWS, N]`` each.
+    Each is ``[ROWS, N]``.
 
     :param l: the clean logits, which sparsemixer's weights are computed from, round by round.
     """

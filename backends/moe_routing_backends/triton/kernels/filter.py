@@ -1,6 +1,6 @@
 """Filter kernel, for many tokens on GPUs that compare two bfloat16 in one instruction (sm_90).
 
-Top-k in two passes.
+It finds the top k in two passes.
 
 Tile: ``[BLOCK_T, THREADS_PER_ROW]`` threads. A thread holds its share of a row in registers as
 pairs of bfloat16. Other dtypes are rounded to bfloat16, which keeps their order or makes ties.
@@ -242,10 +242,8 @@ def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
 def kth_of_halves(t, K: tl.constexpr):
     """Return the K-th highest of two descending lists of 8, the halves of ``t``, in both halves.
 
-    K <= 16.
-
-    The K highest are i of one list and K - i of the other for some i, and the lowest of them is the
-    lower of those two ends; for every other i that minimum is no higher.
+    K is at most 16. The K highest are i of one list and K - i of the other for some i, and the
+    lowest of them is the lower of those two ends; for every other i that minimum is no higher.
     """
     found = tl.full(t[0].shape, LOWEST_BF16X2, tl.int32)
     for i in tl.static_range(0 if K <= 8 else K - 8, K + 1 if K <= 8 else 9):
@@ -342,7 +340,7 @@ def take(masks, bases):
 def score_at(index, first, bias, floor, SPEC: tl.constexpr):
     """Load what selection looks at for the experts ``index [ROWS, N]``.
 
-    A 16-bit logit as it is, or a finite float32.
+    That is a 16-bit logit as it is, or a finite float32.
 
     :param floor: what NaN and all that is lower counts as; nothing that is selected is so low,
         unless it is -FLOAT32_MAX.

@@ -73,7 +73,7 @@ MOST_CHUNKS = 64
 MOST_UNROLLED = {("logits", 16): 16, ("logits", 32): 8}
 """Chunks of a row that are loaded before the first is sorted, by kind and bits.
 
-4 for the others, whose code is long.
+The number is 4 for the others, whose code is long.
 """
 
 
