@@ -158,10 +158,11 @@ def emptied8(t, kept):
 def grid_of(b, exists, SPEC: tl.constexpr):
     """Return scale and offset ``[1, 1]`` of the grid for scores with the biases ``b [1, N]``.
 
-    A score t is at the point t * scale + offset, rounded; points are whole numbers of float32 from
-    2**23 to 2**24. Biases more than 64 below the highest are off it. The grid is so wide that no
-    number on it is more than 8 times its width: the offset's rounding is less than the 64 points
-    kept free at each end, and points are still closer than float32 is there.
+    ``b [1, N]`` are the biases. A score t is at the point t * scale + offset, rounded; points are
+    whole numbers of float32 from 2**23 to 2**24. Biases more than 64 below the highest are off it.
+    The grid is so wide that no number on it is more than 8 times its width: the offset's rounding
+    is less than the 64 points kept free at each end, and points are still closer than float32 is
+    there.
     """
     SCORE: tl.constexpr = SPEC.value.score
     highest = tl.max(tl.where(exists[None, :], b, -FLOAT32_MAX), axis=1)
@@ -177,7 +178,8 @@ def grid_of(b, exists, SPEC: tl.constexpr):
 def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
     """Pack a score's point on the grid and the complement of its index into one uint32, never 0.
 
-    What is off the grid is at its ends. Only a sqrt-softplus can be off the upper one.
+    The key is never 0. What is off the grid is at its ends. Only a sqrt-softplus can be off the
+    upper one.
     """
     point = tl.fma(t, tl.broadcast_to(scale, t.shape), tl.broadcast_to(offset, t.shape))
     point = tl.maximum(point, TWO_TO_23 + LOWEST_POINT)
@@ -193,7 +195,8 @@ def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
 def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
     """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``, and the last such rank.
 
-    Low bits of a rank make room for the complement of the group, so that no two are equal.
+    And return the lowest of their ranks. Low bits of a rank make room for the complement of the
+    group, so that no two are equal.
     """
     LOW: tl.constexpr = GROUPS - 1
     left = (rank | LOW) ^ tl.arange(0, GROUPS).to(tl.uint32)[None, :]
@@ -209,6 +212,7 @@ def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
 def choose_by_points(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
     """Choose the groups with the highest sums of their best two grid keys ``[ROWS, GROUPS]``.
 
+    :param first, second: grid keys ``[ROWS, GROUPS]`` of the best and the second of each group.
     :returns: which are kept, and for each row whether another choice is possible: 1 or 0.
     """
     GROUPS: tl.constexpr = SPEC.value.num_groups
@@ -306,15 +310,13 @@ def moe_routing_block(
     TOP2: tl.constexpr = SPEC.value.sums_best_two
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    readable = tl.minimum(row, T - 1).to(
-        tl.int64
-    )  # rows past the last read the last: no mask for them
+    # Rows past the last read the last: no mask for them.
+    readable = tl.minimum(row, T - 1).to(tl.int64)
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(
-            readable * row_stride, 4
-        )  # the launcher has checked 16 bytes
+        # The launcher has checked 16 bytes.
+        first = logits + tl.multiple_of(readable * row_stride, 4)
     PER: tl.constexpr = E // GROUPS
     WHOLE: tl.constexpr = PER == SIZE
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
@@ -365,13 +367,8 @@ def moe_routing_block(
             # axis.
             top = shaped8(found[0], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
             rest = shaped8(found[1], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
-            found = merge_lists(
-                top,
-                rest,
-                tl.reshape(found[2], [BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS]),
-                2,
-                WIDTH,
-            )
+            left_out = tl.reshape(found[2], [BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS])
+            found = merge_lists(top, rest, left_out, 2, WIDTH)
         first_of, second_of = found[0][0], found[0][1]
         if GRID and TOP2:
             kept, unsure = choose_by_points(first_of, second_of, MASK, SPEC)
@@ -387,9 +384,8 @@ def moe_routing_block(
         x = value_of_exact16(keys, MASK)
     else:
         x = clean(tl.load(first[:, None] + picked))
-        unsure |= alike(best[K - 1] if K <= 8 else after[K - 9], lost, MASK) | neighbours_alike(
-            best, K, MASK
-        )
+        last_alike = alike(best[K - 1] if K <= 8 else after[K - 9], lost, MASK)
+        unsure |= last_alike | neighbours_alike(best, K, MASK)
         if WIDTH > 8 and K > 7:
             unsure |= neighbours_alike(after, K - 8, MASK) | alike(best[7], after[0], MASK)
     x = activate(x, SPEC)
@@ -413,9 +409,8 @@ def supports(problem: RoutingProblem, launch: Launch) -> bool:
     """Serve powers of two of groups, if a thread can sort its share in registers."""
     spec, threads = problem.spec, launch.threads_per_row
     groups, per_group = spec.num_groups, problem.num_experts // spec.num_groups
-    longest = (
-        WIDEST_LIST if groups == 1 else CHUNK
-    )  # with groups, Triton 3.6 may compile lists of 16 for minutes
+    # With groups, Triton 3.6 may compile lists of 16 for minutes.
+    longest = WIDEST_LIST if groups == 1 else CHUNK
     tile = groups * next_power_of_two(per_group)
     return (
         selects_by_value(problem)
