@@ -58,9 +58,9 @@ Cases = dict[tuple[str, str, int, int, int], dict[str, Any]]
 
 
 def ours() -> Cases:
-    """Return the newest whole run of ``gpu.py`` on an H200.
+    """Return the cases of the newest whole run of ``gpu.py`` on an H200.
 
-    And the cases that were measured since, variant by variant.
+    Cases that were measured since, variant by variant, replace older ones.
     """
     whole, since = newest("whole_calls_do_bench"), newest("start_early")
     return _right([*whole["cases"], *(since["cases"] if since["date"] > whole["date"] else [])])

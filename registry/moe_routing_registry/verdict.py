@@ -22,7 +22,7 @@ class RejectCode(str, Enum):
     REGISTRATION_FAILED = "registration_failed"
     """The plug-in's hook raised, is misspelt, or returned something other than specs.
 
-    Or one of its specs has the name of a built-in one.
+    It also stands for a spec with the name of a built-in one.
     """
     API_VERSION = "api_version"
     """The spec is written for another version of the plug-in interface."""
@@ -49,9 +49,9 @@ class RejectCode(str, Enum):
     LAYOUT = "layout"
     """It does not take these strides."""
     TRAINING = "training"
-    """It has no gradients.
+    """It has no gradients, or cannot go back through maths that the closed form does not know.
 
-    Or it has no backward of its own for maths that the closed form does not know.
+    Such maths needs a backward of the backend's own.
     """
     EXPLICIT_ONLY = "explicit_only"
     """It could run, but only when it is named."""

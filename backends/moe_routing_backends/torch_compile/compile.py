@@ -259,7 +259,7 @@ class CompiledRouter:
     def _inductor(self, graph: GraphModule, samples: list[Any]) -> Callable[..., Any]:
         """Compile as Dynamo's backend "inductor" does.
 
-        And record how AOTAutograd calls the function that Inductor made. AOTAutograd's cache would
+        Record how AOTAutograd calls the function that Inductor made. AOTAutograd's cache would
         keep what this returns, which cannot be kept; Inductor's own caches stay. Shapes and strides
         are those of a kind of call that is known, and ids come out of keys that hold no others, or
         are compared with the table's size: neither is looked at again.

@@ -101,10 +101,9 @@ def sum_of_steps(
 ):
     """Sum e**(x - highest) over a row, in the shape of ``tree_sum``.
 
-    ``STEPS``, a power of two, is the number of steps, of ``THREADS_PER_ROW`` chunks each.
-
-    A row is ``STEPS`` steps, a power of two, of ``THREADS_PER_ROW`` chunks. ``sums`` is a stack,
-    ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size are added at once.
+    A row is ``STEPS`` steps, a power of two, of ``THREADS_PER_ROW`` chunks each. ``sums`` is a
+    stack, ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size are added at
+    once.
     """
     sums = highest  # the stack's bottom, which is never read
     for i in tl.static_range(STEPS):

@@ -22,8 +22,6 @@ def store_outputs(
 ):  # fmt: skip
     """Apply the epilogue to ``w`` and logical ids ``picked``, and store them.
 
-    Both are ``[ROWS, N]``, of which K columns count.
-
     Both are ``[ROWS, N]``, of which K columns count. ``has_experts [ROWS]``: rows that a table
     gives experts to; the others are padding.
     """

@@ -158,11 +158,10 @@ def emptied8(t, kept):
 def grid_of(b, exists, SPEC: tl.constexpr):
     """Return scale and offset ``[1, 1]`` of the grid for scores with the biases ``b [1, N]``.
 
-    ``b [1, N]`` are the biases. A score t is at the point t * scale + offset, rounded; points are
-    whole numbers of float32 from 2**23 to 2**24. Biases more than 64 below the highest are off it.
-    The grid is so wide that no number on it is more than 8 times its width: the offset's rounding
-    is less than the 64 points kept free at each end, and points are still closer than float32 is
-    there.
+    A score t is at the point t * scale + offset, rounded; points are whole numbers of float32 from
+    2**23 to 2**24. Biases more than 64 below the highest are off it. The grid is so wide that no
+    number on it is more than 8 times its width: the offset's rounding is less than the 64 points
+    kept free at each end, and points are still closer than float32 is there.
     """
     SCORE: tl.constexpr = SPEC.value.score
     highest = tl.max(tl.where(exists[None, :], b, -FLOAT32_MAX), axis=1)
@@ -178,8 +177,7 @@ def grid_of(b, exists, SPEC: tl.constexpr):
 def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
     """Pack a score's point on the grid and the complement of its index into one uint32, never 0.
 
-    The key is never 0. What is off the grid is at its ends. Only a sqrt-softplus can be off the
-    upper one.
+    What is off the grid is at its ends. Only a sqrt-softplus can be off the upper one.
     """
     point = tl.fma(t, tl.broadcast_to(scale, t.shape), tl.broadcast_to(offset, t.shape))
     point = tl.maximum(point, TWO_TO_23 + LOWEST_POINT)
@@ -193,9 +191,9 @@ def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
-    """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``, and the last such rank.
+    """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``.
 
-    And return the lowest of their ranks. Low bits of a rank make room for the complement of the
+    Return also the lowest of their ranks. Low bits of a rank make room for the complement of the
     group, so that no two are equal.
     """
     LOW: tl.constexpr = GROUPS - 1
@@ -210,7 +208,7 @@ def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
 
 @triton.jit
 def choose_by_points(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Choose the groups with the highest sums of their best two grid keys ``[ROWS, GROUPS]``.
+    """Choose the groups with the highest sums of their best two grid keys.
 
     :param first, second: grid keys ``[ROWS, GROUPS]`` of the best and the second of each group.
     :returns: which are kept, and for each row whether another choice is possible: 1 or 0.

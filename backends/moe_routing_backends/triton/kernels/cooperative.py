@@ -65,11 +65,9 @@ def round_of_max(key, index):
 def distinct_rounds(key, index, found, at_index, in_batch, K: tl.constexpr):
     """Find the K highest keys of each row and their indices, as long as no two are equal.
 
-    They are filled into ``found`` and ``at_index [ROWS, N]``.
-
-    Right as long as no two are equal. A round then needs one maximum, after which every key that
-    holds it goes; where each stood is asked when all are known, which no round waits for. Return
-    also whether some keys were equal, so that more than K are not below the last.
+    They are filled into ``found`` and ``at_index [ROWS, N]``. A round needs one maximum, after
+    which every key that holds it goes; where each stood is asked when all are known, which no round
+    waits for. Return also whether some keys were equal, so that more than K are not below the last.
     """
     column = tl.arange(0, found.shape[1])
     left = key

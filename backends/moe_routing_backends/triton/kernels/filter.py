@@ -208,10 +208,8 @@ def split_each(tiles):
 def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
     """Load whole rows, and hand each thread its share through shared memory.
 
-    A warp reads whole cache lines.
-
-    The threads hand them over through shared memory. Scores are guessed before that, where a thread
-    has the same experts in every row, and prepares their biases once.
+    A warp reads whole cache lines. Scores are guessed before the threads hand them over, where a
+    thread has the same experts in every row, and prepares their biases once.
 
     :returns: the pairs of each thread's share of its row, which lies in one piece.
     """
@@ -295,10 +293,8 @@ def range_of(threshold, highest, SPEC: tl.constexpr):
 def window(least, most, MASK: tl.constexpr):
     """Return what ``window_key`` needs for scores between bounds: factor, offset and floor.
 
-    The floor is the float32 before the least score.
-
-    And the float32 before the least. The factor is ``MASK + 1`` where a key has room for all that
-    lies between, and half as much for each bit too many.
+    The floor is the float32 before the least score. The factor is ``MASK + 1`` where a key has room
+    for all that lies between, and half as much for each bit too many.
     """
     ROOM: tl.constexpr = 2**32 // (MASK + 1)
     bits_lost = tl.maximum(index_of_bit((most - least + 2 * MASK + 2) // ROOM) + 1, 0)
@@ -310,8 +306,7 @@ def window(least, most, MASK: tl.constexpr):
 def window_key(t, index, factor, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
     """Pack how many float32 a score is above the floor, and the complement of its index.
 
-    The distance counts float32 numbers, from the least or from the number before it. A 16-bit logit
-    needs no window.
+    A 16-bit logit needs no window.
     """
     if t.dtype != tl.float32:
         return exact16_key(t, index, MASK)
@@ -421,8 +416,6 @@ def best_of_bucket(
 ):  # fmt: skip
     """Fill ``count`` columns of ``exact`` with the best exact keys of a bucket, one walk a key.
 
-    The columns begin at ``first_column``.
-
     The columns are those from ``first_column`` on. A bucket is the experts in the masks whose
     window keys share the high bits, ``bucket [ROWS]``. Each key takes a walk through the masks,
     which is slow, and rarely needed.
@@ -515,8 +508,6 @@ def threshold_of(pairs, GROUP: tl.constexpr, K: tl.constexpr):
 @triton.jit
 def masks_of(pairs, threshold, thread, TILED: tl.constexpr):
     """Return bit masks of the experts that reach the threshold, and each mask's first expert.
-
-    A mask has 16 pairs.
 
     A mask has 16 pairs. Bit 16 h + p of a mask stands for half h of its pair p. A thread's pairs
     lie in one piece if ``TILED``, else in chunks.

@@ -84,11 +84,8 @@ def best_of_bucket(
 ):  # fmt: skip
     """Fill ``count`` columns of ``exact`` with the best exact keys of a bucket, one scan a key.
 
-    The columns begin at ``first_column``.
-
     The columns are those from ``first_column`` on. A bucket is the experts whose rough keys share
-    the high bits, ``bucket [ROWS]``. Each key takes one scan of the row. Rows of count 0 keep what
-    they have.
+    the high bits, ``bucket [ROWS]``. Rows of count 0 keep what they have.
     """
     E: tl.constexpr = SPEC.value.num_experts
     CHUNKS: tl.constexpr = E // 8
