@@ -38,7 +38,10 @@ def times(held: dict[str, Any], path: str) -> Times:
 def beyond(
     slower: Times, faster: Times, places: list[tuple[str, int]]
 ) -> list[tuple[float, str, int]]:
-    """Return where every run of one is slower than every run of the other by more than the margin, the most first."""
+    """Return where every run of one is slower than every run of the other.
+
+    Only differences above the margin count, and the largest comes first.
+    """
     ratios = ((min(slower[at]) / max(faster[at]), *at) for at in places)
     return sorted((ratio for ratio in ratios if ratio[0] > MARGIN), reverse=True)
 

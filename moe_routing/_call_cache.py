@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 
 class _Absent(Tensor):
-    """A type of tensor that no caller brings: the guard tells it from an empty tensor by its type."""
+    """A type of tensor that no caller brings.
+
+    The guard tells it from an empty tensor by its type.
+    """
 
 
 ABSENT = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(8))
@@ -159,7 +162,9 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
 
 
 def _is_nested(tensor: Tensor | None, index: int, seen: list[Tensor | None]) -> bool:
-    """Tell nested tensors, of which the guard must not be asked: it wants strides, and ends the process.
+    """Tell whether a tensor is nested, and must not reach the guard.
+
+    The guard asks for strides, and ends the process.
 
     :param seen: the vectors that came last, which mostly come again: they are not asked again.
     """

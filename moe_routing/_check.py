@@ -115,7 +115,10 @@ def check_operands(
 
 
 def check_dense(operands: Operands) -> None:
-    """Require dense tensors: sparse, nested and other layouts have no strides that a kernel could read by."""
+    """Require dense tensors.
+
+    Sparse, nested and other layouts have no strides that a kernel could read by.
+    """
     given = [*operands._asdict().items(), *(("out", tensor) for tensor in operands.out or ())]
     for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
@@ -134,8 +137,8 @@ def is_dense(tensor: Tensor) -> bool:
 def check_writable(out: RoutingOutput) -> None:
     """Require outputs that may be written in this mode.
 
-    Outside inference mode nothing writes what was made inside, and nobody writes a tensor that stands
-    for zeros and has no memory.
+    Outside inference mode nothing writes what was made inside, and nobody writes a tensor that
+    stands for zeros and has no memory.
     """
     if any(is_zero_tensor(tensor) for tensor in out):
         _wrong(ValueError, "out", "tensors that can be written", "tensors of zeros without memory")

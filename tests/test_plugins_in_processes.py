@@ -117,7 +117,8 @@ OPERATION = """
 from moe_routing_registry import OperationSpec
 @hookimpl
 def moe_routing_operations():
-    return [OperationSpec(name="sort", example="odd:EXAMPLE", oracle="odd:rule", contract="odd:rule")]
+    return [OperationSpec(name="sort", example="odd:EXAMPLE", oracle="odd:rule",
+                          contract="odd:rule")]
 """
 
 

@@ -126,7 +126,10 @@ def _preset_of_plugin(name: str, spec: RoutingSpec) -> ModelPreset:
 
 
 def _with_router(config: object, model: str | None) -> tuple[str | None, object]:
-    """Return the part of the configuration that has the router, with its model type (its parent's where it has none)."""
+    """Return the part of the configuration that has the router, and its model type.
+
+    The model type is its parent's where the part has none.
+    """
     named = _get(config, "model_type")
     model = named if isinstance(named, str) and named else model
     for name in _NESTED:
@@ -189,8 +192,11 @@ def _refuse_contradictions(preset: ModelPreset, config: object, spec: RoutingSpe
         return None if value is _MISSING else value
 
     for name, value, expected in contradictions(spec, read, get):
-        msg = f"{name}: expected {expected!r} in a configuration of {preset.name!r}, whose preset computes {spec.formula}, "
-        raise ValueError(msg + f"got {shown(value)}")
+        msg = (
+            f"{name}: expected {expected!r} in a configuration of {preset.name!r}, "
+            f"whose preset computes {spec.formula}, got {shown(value)}"
+        )
+        raise ValueError(msg)
 
 
 def _find(preset: ModelPreset, config: object, names: str | tuple[str, ...]) -> tuple[str, object]:
@@ -250,7 +256,10 @@ def _chosen(
 
 
 def _valued(field: str, attribute: str, value: object) -> bool | int | float:
-    """Check a value's type; a list with an entry for each layer counts as its entry where all are equal."""
+    """Check the type of a value, and return the value.
+
+    A list with an entry for each layer counts as its entry where all are equal.
+    """
     if (
         isinstance(value, (list, tuple))
         and value

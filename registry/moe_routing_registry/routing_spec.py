@@ -51,9 +51,15 @@ _NUMBERS = {
 """Each number and the range that it may be in."""
 _NO_GROUPS: dict[str, object] = {"num_groups": 1, "topk_per_group": False}
 _UNUSED: dict[str, dict[str, object]] = {
-    "sparsemixer": { "score": "softmax", "renormalize": False, "logit_softcap": None, "logit_multiplier": 1.0, **_NO_GROUPS },
+    "sparsemixer": {
+        "score": "softmax",
+        "renormalize": False,
+        "logit_softcap": None,
+        "logit_multiplier": 1.0,
+        **_NO_GROUPS,
+    },
     "token_table": _NO_GROUPS,
-}  # fmt: skip
+}
 """Fields that a selection has no use for, with their defaults.
 
 Any other value asks for maths that nobody would compute.

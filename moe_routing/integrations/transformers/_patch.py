@@ -52,10 +52,13 @@ def patch(model: nn.Module) -> PatchReport:
 
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
-    >>> model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    >>> heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    >>> model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
     >>> report = patch(model)
-    >>> [layer.name for layer in report.replaced], report.layers[0].routing, report.left
-    (['model.layers.0.mlp.gate', 'model.layers.1.mlp.gate'], 'ids = topk(l); w = softmax(l[ids])', ())
+    >>> [layer.name for layer in report.replaced], report.left
+    (['model.layers.0.mlp.gate', 'model.layers.1.mlp.gate'], ())
+    >>> report.layers[0].routing
+    'ids = topk(l); w = softmax(l[ids])'
     >>> unpatch(model)
     """
     _require_module(model)

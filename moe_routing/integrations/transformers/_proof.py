@@ -63,5 +63,7 @@ def path_of(cls: type) -> str:
 
 def short(cls: type) -> str:
     """Name a class of transformers by its model, ``gemma4.Gemma4TextRouter``; others whole."""
-    name = cls.__module__.rpartition(".modeling_")[2]
-    return f"{name if cls.__module__.startswith('transformers.') else cls.__module__}.{cls.__qualname__}"
+    module = cls.__module__
+    if module.startswith("transformers."):
+        module = module.rpartition(".modeling_")[2]
+    return f"{module}.{cls.__qualname__}"

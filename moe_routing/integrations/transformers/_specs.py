@@ -126,7 +126,7 @@ _KEPT: Mapping[str, tuple[str, Callable[[Any], object]]] = {
     "scoring_func": ("score_fn", _score_name),
     "use_expert_bias": ("use_expert_bias", bool),
 }
-"""Attribute of a configuration -> the one in which routers keep it, and its value made from theirs."""
+"""Attribute of a configuration -> the router's attribute for it, and how to read its value there."""
 
 
 def _kept(attribute: str) -> tuple[str, Callable[[Any], object]]:

@@ -138,7 +138,10 @@ def parse(file: Path) -> list[ast.stmt]:
 
 
 def find(nodes: Iterable[ast.AST], name: str) -> Iterator[ast.FunctionDef]:
-    """Yield the functions of a qualified name, those in a branch, a handler or any other block too."""
+    """Yield the functions of a qualified name.
+
+    Functions in a branch, a handler or any other block are found too.
+    """
     head, _, rest = name.partition(".")
     for node in nodes:
         if isinstance(node, ast.FunctionDef) and node.name == name:

@@ -1,4 +1,6 @@
-"""What of vLLM this integration calls and is called by, and whether the installed vLLM still looks so.
+"""The functions of vLLM that this integration calls or is called by.
+
+The file also tells whether the installed vLLM still has them as they were read.
 
 The sources are read, not imported: importing a model of vLLM takes seconds and may initialise a
 device, the doctor must not do that, and a plug-in runs in the process that must not.
@@ -21,7 +23,10 @@ PLUGIN = "moe-routing"
 
 
 class PatchPoint(NamedTuple):
-    """A function of vLLM: its file inside the package, its qualified name, and its parameters without their types."""
+    """A function of vLLM.
+
+    It has a file inside the package, a qualified name, and parameters, given without their types.
+    """
 
     file: str
     name: str

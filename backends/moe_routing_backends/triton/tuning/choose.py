@@ -47,7 +47,10 @@ def describe_table(device: DeviceInfo, problem: RoutingProblem) -> str:
 
 @cache
 def shipped(device: DeviceInfo) -> Table:
-    """Return the table that comes with this package for the device's arch or platform, or the one that is derived."""
+    """Return the table that comes with this package for the device's arch or platform.
+
+    Without one, return the table that is derived from sm_90's.
+    """
     for name in (device.arch, device.platform):
         table = usable(SHIPPED / f"{name}.json")
         if table is not None:
@@ -72,7 +75,10 @@ def derived(device: DeviceInfo) -> Table:
 
 
 def supports_pdl(device: DeviceInfo) -> bool:
-    """Tell whether the device can start a kernel while the previous kernel still runs (``device/pdl.py``)."""
+    """Tell whether the device can start a kernel while the previous kernel still runs.
+
+    ``device/pdl.py`` says how.
+    """
     return (
         device.platform == "cuda"
         and device.capability is not None
