@@ -6,8 +6,8 @@
     python benchmarks/launch_tables.py cliffs KINDS TABLE.json OUT.json ...
 
 ``measure`` measures every rule of these kinds. ``table`` makes a table of the measurements, and of
-the other rules that ship. ``without`` prints what the rules would lose without a variant. ``cliffs``
-measures a table, and its exit code is 1 where a time falls.
+the other rules that ship. ``without`` prints what the rules would lose without a variant.
+``cliffs`` measures a table, and its exit code is 1 where a time falls.
 
 KINDS are those of rules, with commas (``logits,row_sum``), or ``all``. ``measure`` does for every
 rule what ``moe-routing tune`` does for one problem. It writes OUT.json after each rule, and leaves
@@ -217,7 +217,10 @@ def measure_all(kinds: str, out: Path) -> bool:
             *found.wrong,
             flush=True,
         )
-        what = "microseconds of a call by rule, size and launch: variant, rows a program, threads a row, warps"
+        what = (
+            "microseconds of a call by rule, size and launch: variant, rows a program, threads a "
+            "row, warps"
+        )
         write(out, what, arch=device.arch, rules=results)
     return not failed
 
@@ -289,8 +292,10 @@ def without(variant: str, rules: Sequence[Mapping[str, Any]]) -> None:
         losses.append(
             (
                 loss - 1,
-                f"{'/'.join(map(str, rule['key']))} at T = {tokens}, "
-                f"no other measured at {unknown} sizes",
+                (
+                    f"{'/'.join(map(str, rule['key']))} at T = {tokens}, "
+                    f"no other measured at {unknown} sizes"
+                ),
             )
         )
     for loss, place in sorted(losses, reverse=True):

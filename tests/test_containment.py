@@ -64,7 +64,9 @@ RAISES = {
     "CancelledError": "import asyncio; raise asyncio.CancelledError",
     "GeneratorExit": "raise GeneratorExit",
     "a panic": "class Panic(BaseException): pass\nraise Panic('rust')",
-    "an error whose message ends the process": "class Mute(BaseException):\n    def __str__(self): raise SystemExit\nraise Mute",
+    "an error whose message ends the process": (
+        "class Mute(BaseException):\n    def __str__(self): raise SystemExit\nraise Mute"
+    ),
     "an error whose message is no plain string": """
 class Own(str):
     def isprintable(self): raise SystemExit
@@ -72,8 +74,12 @@ class E(Exception):
     def __str__(self): return Own()
 raise E
 """,
-    "an error whose cause cannot be had": "class E(Exception):\n    __cause__ = property(lambda self: 1 / 0)\nraise E",
-    "an error without words": "class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute",
+    "an error whose cause cannot be had": (
+        "class E(Exception):\n    __cause__ = property(lambda self: 1 / 0)\nraise E"
+    ),
+    "an error without words": (
+        "class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute"
+    ),
     "a syntax error": "def (",
     "recursion": "def f(): f()\nf()",
     "a missing module": "import no_such_module",
@@ -251,7 +257,10 @@ def test_a_plug_in_that_turns_warnings_into_errors_does_so_for_itself(install_pl
 
 
 def test_a_hook_that_turns_warnings_into_errors_does_so_for_itself(install_plugin):
-    hook = "@hookimpl\ndef moe_routing_backends():\n    import warnings\n    warnings.simplefilter('error')\n    return []\n"
+    hook = (
+        "@hookimpl\ndef moe_routing_backends():\n    import warnings\n"
+        "    warnings.simplefilter('error')\n    return []\n"
+    )
     install_plugin("strict_hook", HEAD + hook)
     before = list(warnings.filters)
     registry().load()
@@ -386,15 +395,24 @@ def test_a_support_rule_that_answers_with_something_else_costs_only_its_backend(
             "its notes returned None, not a tuple of strings",
         ),
         (
-            "class Own:\n    __class__ = property(lambda self: 1 / 0)\ndef rule(problem, device): return Own()",
+            (
+                "class Own:\n    __class__ = property(lambda self: 1 / 0)\n"
+                "def rule(problem, device): return Own()"
+            ),
             "its notes raised ZeroDivisionError: division by zero",
         ),
         (
-            "class Own(list):\n    def __iter__(self): raise SystemExit\ndef rule(problem, device): return Own()",
+            (
+                "class Own(list):\n    def __iter__(self): raise SystemExit\n"
+                "def rule(problem, device): return Own()"
+            ),
             "its notes raised SystemExit",
         ),
         (
-            "class Own(str): __format__ = None\ndef rule(problem, device): return [Own('a\\x1b\\nb')]",
+            (
+                "class Own(str): __format__ = None\n"
+                "def rule(problem, device): return [Own('a\\x1b\\nb')]"
+            ),
             "a b",
         ),
         ("def rule(problem, device): return ['a' * 10**6]", "a" * 996 + " ..."),

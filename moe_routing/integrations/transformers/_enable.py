@@ -81,7 +81,10 @@ def enable() -> None:
             pass
     except ImportError as error:
         disable()
-        msg = f"transformers' patch mapping cannot be used here: {error}; install that, or call patch(model) after loading"
+        msg = (
+            f"transformers' patch mapping cannot be used here: {error}; install that, or call "
+            "patch(model) after loading"
+        )
         raise RuntimeError(msg) from error
 
 

@@ -49,7 +49,10 @@ def recipe_of(cls: type) -> Recipe:
     require_own_methods(cls)
     found = fingerprint(cls)
     if found not in known()[path]:
-        msg = f"the code of {path} is none that is known (fingerprint {found}): it was changed, or this transformers is newer"
+        msg = (
+            f"the code of {path} is none that is known (fingerprint {found}): it was changed, or "
+            "this transformers is newer"
+        )
         raise RefusedError(msg)
     return RECIPES[known()[path][found]]
 

@@ -44,12 +44,15 @@ def require_plain(module: nn.Module, name: str, own: Method) -> None:
     if _is_bound(inner, module, own) if hooked else any(_cells(module, override, own)):
         return
     if hooked:
-        msg = f"accelerate's hook calls {described(inner)} in place of its {name}; "
-        raise RefusedError(
-            msg
-            + "call accelerate.hooks.remove_hook_from_module, then patch, then add the hook again"
+        msg = (
+            f"accelerate's hook calls {described(inner)} in place of its {name}; call "
+            "accelerate.hooks.remove_hook_from_module, then patch, then add the hook again"
         )
-    msg = f"its {name} was replaced before, by {described(override)}; take that off, call patch, then put it back"
+        raise RefusedError(msg)
+    msg = (
+        f"its {name} was replaced before, by {described(override)}; take that off, call patch, "
+        "then put it back"
+    )
     raise RefusedError(msg)
 
 
@@ -64,7 +67,8 @@ def reaches(module: nn.Module, name: str, own: Method) -> bool:
 def require_own_forward(block: nn.Module) -> None:
     """Raise ``RefusedError`` if a block runs another forward than its class's.
 
-    A fused kernel that routes is an example. Wrappers of accelerate, torch and transformers pass if they are seen to call the block's own.
+    A fused kernel that routes is an example. Wrappers of accelerate, torch and transformers pass if
+    they are seen to call the block's own.
     """
     for name in ("forward", "__call__"):
         cls = defining(type(block), name)

@@ -158,7 +158,10 @@ def _reason(root: Path, name: str) -> str:
     found = body(root, name).fingerprint
     if found in known().bodies[name]:
         return ""
-    return f"its code is none that was read (fingerprint {found}): it was changed, or this vLLM is newer"
+    return (
+        f"its code is none that was read (fingerprint {found}): it was changed, or this vLLM is "
+        "newer"
+    )
 
 
 def _imported(statements: list[ast.stmt]) -> dict[str, tuple[str, str]]:

@@ -31,8 +31,9 @@ _log = logging.getLogger(
 def register() -> None:
     """Route through ``moe_routing`` in the routers that vLLM builds from now on in this process.
 
-    Nothing happens unless ``MOE_ROUTING_VLLM=1``. vLLM calls it in every process; further calls change nothing. On a vLLM whose version or
-    signatures are not those that were read nothing is replaced, and one ``PluginWarning`` says so.
+    Nothing happens unless ``MOE_ROUTING_VLLM=1``. vLLM calls it in every process; further calls
+    change nothing. On a vLLM whose version or signatures are not those that were read nothing is
+    replaced, and one ``PluginWarning`` says so.
 
     :raises ValueError: the variable is neither yes nor no.
 

@@ -37,10 +37,12 @@ PATCH_POINTS = (
     PatchPoint(
         f"{ROUTERS}/router_factory.py",
         "create_fused_moe_router",
-        "(top_k, global_num_experts, renormalize=True, use_grouped_topk=False, num_expert_group=None, topk_group=None, "
-        "scoring_func='softmax', num_fused_shared_experts=0, shared_expert_weight=1.0, routed_scaling_factor=1.0, "
-        "e_score_correction_bias=None, custom_routing_function=None, eplb_state=None, zero_expert_type=None, "
-        "num_logical_experts=None, hash_indices_table=None, bias_vl=None, image_sentinel_lo=0, skip_padding=False)",
+        "(top_k, global_num_experts, renormalize=True, use_grouped_topk=False, "
+        "num_expert_group=None, topk_group=None, scoring_func='softmax', "
+        "num_fused_shared_experts=0, shared_expert_weight=1.0, routed_scaling_factor=1.0, "
+        "e_score_correction_bias=None, custom_routing_function=None, eplb_state=None, "
+        "zero_expert_type=None, num_logical_experts=None, hash_indices_table=None, bias_vl=None, "
+        "image_sentinel_lo=0, skip_padding=False)",
     ),
     PatchPoint(
         f"{ROUTERS}/base_router.py",

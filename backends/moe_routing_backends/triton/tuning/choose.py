@@ -70,7 +70,10 @@ def derived(device: DeviceInfo) -> Table:
         for key, steps in measured.rules.items()
         if key[0] != APPROXIMATED or filters
     }
-    provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
+    provenance = (
+        f"from the table of sm_90 ({measured.provenance}), unmeasured on "
+        f"{device.arch or 'this device'}"
+    )
     return Table("the derived table", provenance, rules)
 
 

@@ -516,7 +516,10 @@ class Inputs:
                 self.problem.spec, logits, self.problem.topk, some, **operands
             ).problems
             if problems:
-                msg = f"the launch in use computes something else than the oracle, so nothing is tuned: {problems[0]}"
+                msg = (
+                    "the launch in use computes something else than the oracle, so nothing is "
+                    f"tuned: {problems[0]}"
+                )
                 raise RuntimeError(msg)
 
     def same(self, router: TritonRouter, tokens: int) -> bool:
