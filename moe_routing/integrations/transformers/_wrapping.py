@@ -86,9 +86,9 @@ def require_own_forward(block: nn.Module) -> None:
         ("accelerate.", "torch.", "transformers.")
     )
     if not (known and reaches(block, "forward", own)):
-        cls = short(defining(type(block), "forward"))
+        home = short(defining(type(block), "forward"))
         msg = (
-            f"the forward of {cls} around it was replaced, by {described(override)}; "
+            f"the forward of {home} around it was replaced, by {described(override)}; "
             "take that off, call patch, then put it back"
         )
         raise RefusedError(msg)
