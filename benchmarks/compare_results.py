@@ -31,14 +31,18 @@ def times(held: dict[str, Any], path: str) -> Times:
         named = ((f"{c['spec']} {c['dtype']} {c['E']}/{c['K']}", c) for c in cases)
         return {(name, case["T"]): [case["us"]] for name, case in named}
     sys.exit(
-        f"{path}: expected a result of launch_tables.py cliffs or of gpu.py, got one of {', '.join(held)}"
+        f"{path}: expected a result of launch_tables.py cliffs or of gpu.py, got one of "
+        f"{', '.join(held)}"
     )
 
 
 def beyond(
     slower: Times, faster: Times, places: list[tuple[str, int]]
 ) -> list[tuple[float, str, int]]:
-    """Return where every run of one is slower than every run of the other by more than the margin, the most first."""
+    """Return where every run of one is slower than every run of the other.
+
+    Only differences above the margin count, and the largest comes first.
+    """
     ratios = ((min(slower[at]) / max(faster[at]), *at) for at in places)
     return sorted((ratio for ratio in ratios if ratio[0] > MARGIN), reverse=True)
 
@@ -50,7 +54,8 @@ def main(before_path: str, after_path: str) -> int:
     )
     if before["device"] != after["device"]:
         sys.exit(
-            f"{after_path}: expected a result of {before['device']}, as {before_path} is, got one of {after['device']}"
+            f"{after_path}: expected a result of {before['device']}, as {before_path} is, got one "
+            f"of {after['device']}"
         )
     old, new = times(before, before_path), times(after, after_path)
     shared = sorted(old.keys() & new.keys())

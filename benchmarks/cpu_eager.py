@@ -1,6 +1,6 @@
-"""The eager backend on the CPU beside the two formulas that people write.
+"""The eager backend on the CPU against the two formulas that people write.
 
-One thread, medians and spread.
+It runs in one thread, and prints medians and spread.
 
     python benchmarks/cpu_eager.py [--json FILE] [--tokens 1,16,64,256,4096,65536]
 
@@ -72,7 +72,7 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Time every contender in turn, again and again, so that a noisy moment meets all of them.
 
-    Microseconds a call.
+    Return microseconds a call.
     """
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     calls = max(1, 20_000 // inputs[0].numel())
@@ -122,7 +122,8 @@ def main() -> None:
             print(
                 f"{name:9} {tokens:>6} "
                 + "".join(f"{median[c]:>14.1f} ± {spread[c]:<5.0f}" for c in CONTENDERS)
-                + f"{median['ours'] / median['top-k first']:>14.2f} {median['one-hot'] / median['ours']:>15.1f}"
+                + f"{median['ours'] / median['top-k first']:>14.2f} "
+                + f"{median['one-hot'] / median['ours']:>15.1f}"
             )
     if arguments.json:
         about.write(

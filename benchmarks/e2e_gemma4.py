@@ -1,6 +1,6 @@
 """What routing is worth end to end.
 
-Gemma4-26B-A4B's real shape with random bf16 weights, on one GPU.
+The model has Gemma4-26B-A4B's real shape with random bf16 weights, on one GPU.
 
 ``python benchmarks/e2e_gemma4.py run OUT.json`` builds the model on the GPU (50.5 GB, nothing is
 downloaded) and times prefill and decode with a static cache at batch 1, 16 and 64, through four
@@ -54,7 +54,7 @@ BATCHES, REPEATS = (1, 16, 64), 5
 EXPERTS = {1: "batched_mm", 16: "grouped_mm", 64: "grouped_mm"}
 """The faster implementation of the experts for decoding.
 
-Batched_mm copies the weights of every pair of token and expert.
+``batched_mm`` copies the weights of every pair of token and expert.
 """
 Forward = Any
 
@@ -81,9 +81,8 @@ class Bench:
         self.routers = [
             module for module in self.model.modules() if type(module).__name__ == "Gemma4TextRouter"
         ]
-        for router in (
-            self.routers
-        ):  # logits of about N(0, 1), so that routing is neither uniform nor always the same
+        # Logits of about N(0, 1), so that routing is neither uniform nor always the same.
+        for router in self.routers:
             router.proj.weight.normal_()
             router.per_expert_scale.uniform_(0.5, 1.5)
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
@@ -132,7 +131,7 @@ def logits_of(router: Forward, hidden: Tensor) -> Tensor:
 def full_sort_forward(router: Forward, hidden: Tensor) -> tuple[Tensor, ...]:
     """Route as the published kernel does, in one launch behind the projection.
 
-    Int64 ids, as stock returns them.
+    Its ids are int64, as stock returns them.
     """
     from full_sort import full_sort
 
@@ -159,7 +158,8 @@ class Decoder:
         self.bench, self.model, device = bench, bench.model, bench.device
         length = -(-(bench.prompt + 2 * bench.steps + 8) // 8) * 8
         if length > bench.config.sliding_window:
-            msg = f"length: expected at most the sliding window of {bench.config.sliding_window}, got {length}"
+            most = bench.config.sliding_window
+            msg = f"length: expected at most the sliding window of {most}, got {length}"
             raise ValueError(msg)
         self.cache = StaticCache(config=bench.config, max_cache_len=length)
         generator = torch.Generator().manual_seed(1)
@@ -242,7 +242,10 @@ def alternate(names: tuple[str, ...], block: Callable[[str], float]) -> dict[str
 
 
 def judged(times: dict[str, list[float]], **about: object) -> dict[str, Any]:
-    """Sum up a stage: medians, spread, what was saved, and the share of routing in a step before and after."""
+    """Sum up a stage: medians, spread, time saved, and the share of routing in a step.
+
+    The share is given for each way to route.
+    """
     median = {name: statistics.median(values) for name, values in times.items()}
     ceiling = median["stock"] - median["free"]
     row: dict[str, Any] = {
@@ -266,7 +269,8 @@ def judged(times: dict[str, list[float]], **about: object) -> dict[str, Any]:
     of = row["of_the_ceiling_percent"]
     share = row["routing_share_percent"]
     print(
-        f"{about} ms: {cells} | of the ceiling: {of} | routing's share: {share} | spread: {row['spread_percent']}",
+        f"{about} ms: {cells} | of the ceiling: {of} | routing's share: {share} | "
+        f"spread: {row['spread_percent']}",
         flush=True,
     )
     return row
@@ -402,10 +406,8 @@ def run(out: Path, *, tiny: bool) -> None:
         with bench.routed("recording"):
             decoders[batch].step()
         ids = torch.stack([bench.given[id(router)][1].flatten() for router in bench.routers])
-        print(
-            f"batch {batch}: {statistics.mean(len(row.unique()) for row in ids):.1f} experts a layer",
-            flush=True,
-        )
+        experts_used = statistics.mean(len(row.unique()) for row in ids)
+        print(f"batch {batch}: {experts_used:.1f} experts a layer", flush=True)
 
     with torch.no_grad():
         decoders[batches[0]].prefill()

@@ -102,7 +102,10 @@ def with_compile() -> Result:
             ]
             if any(row.implementation == "compile-default" and row.rounds for row in result.rows):
                 return result
-    msg = "benchmarks/results: expected an h200-*.json of moe-routing bench with compile-default in mode call"
+    msg = (
+        "benchmarks/results: expected an h200-*.json of moe-routing bench "
+        "with compile-default in mode call"
+    )
     raise FileNotFoundError(msg)
 
 

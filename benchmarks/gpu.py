@@ -1,6 +1,6 @@
 """Time routing on a CUDA device against the full-sort kernel, eager PyTorch and torch.compile.
 
-Write one JSON.
+It writes one JSON file.
 
 Run from the repository's root: ``python benchmarks/gpu.py OUT.json [--quick] [--kernels]``.
 Microseconds a call: the median of CUDA-graph replays that rotate over 4 to 16 input sets, as in a
@@ -41,14 +41,17 @@ SPECS = {
     "softmax_renorm": RoutingSpec(family="softmax_topk", renormalize=True),
     "sigmoid": RoutingSpec(family="sigmoid_topk", score="sigmoid", renormalize=True),
     "sigmoid_bias": RoutingSpec(
-        family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias", renormalize=True, scale=2.0
+        family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias",
+        renormalize=True, scale=2.0,
     ),
     "deepseek_v3": RoutingSpec(
-        family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True,
-        renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+        family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias",
+        renormalize=True, renorm_epsilon=1e-20, scale=2.5,
+        num_groups=8, topk_groups=4, group_score="top2_sum",
     ),
     "sqrtsoftplus_bias": RoutingSpec(
-        family="sqrtsoftplus_bias", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5
+        family="sqrtsoftplus_bias", score="sqrtsoftplus", selection="scores_plus_bias",
+        renormalize=True, scale=1.5,
     ),
 }  # fmt: skip
 FLOAT = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -143,9 +146,9 @@ def case(  # noqa: PLR0913 -- what a case is
 
 
 def behind_linear(tokens: int) -> dict[str, Any]:
-    """Time the linear layer that gives Gemma4's logits, alone and with routing behind it, in turns.
+    """Time the linear layer that gives Gemma4's logits, alone and with routing after it, in turns.
 
-    Bfloat16.
+    All is bfloat16.
     """
     sets = 16 if tokens <= 64 else 4  # noqa: PLR2004 -- as many as fit a graph of a millisecond
     weight = torch.randn(128, HIDDEN, device="cuda", dtype=torch.bfloat16) / HIDDEN**0.5
@@ -168,11 +171,12 @@ def behind_linear(tokens: int) -> dict[str, Any]:
 
 
 def against_torch(tokens: int) -> dict[str, Any]:
-    """Time whole calls, allocation included, of the router and of PyTorch's ways, E = 128, K = 8, bfloat16."""
-    logits, scale = (
-        torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16),
-        torch.rand(128, device="cuda"),
-    )
+    """Time whole calls of the router and of PyTorch's ways, allocation included.
+
+    E = 128, K = 8, bfloat16.
+    """
+    logits = torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16)
+    scale = torch.rand(128, device="cuda")
     route = Router(GEMMA4, backend="triton")
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: route(logits, 8, scale),
@@ -192,7 +196,7 @@ def against_torch(tokens: int) -> dict[str, Any]:
 
 
 def sized() -> list[tuple[str, int, int, tuple[int, ...], bool]]:
-    """Return specs, sizes, numbers of tokens, and whether the full sort is timed beside."""
+    """Return specs, sizes, numbers of tokens, and whether the full sort is timed too."""
     return [(*size, True) for size in SIZES] + [(*other, False) for other in OTHERS]
 
 

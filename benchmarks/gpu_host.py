@@ -1,12 +1,12 @@
-"""What the host side costs on a CUDA device at T = 1, what gradients cost, and what a compiled caller pays.
+"""Host times on a CUDA device at T = 1, and times of gradients and of compiled callers.
 
     python benchmarks/gpu_host.py OUT.json [--old DIR]
 
 `--old` names a checkout of another version, whose host times are measured in the same run, in
 processes that take turns with this one's. Host times: medians over blocks of 50 calls between
-synchronisations, so that the queue is never full. Gradients: the fused kernel beside the closed
-form in PyTorch, replayed in CUDA graphs, and whole calls of both. Compiled callers: a function with
-our operator beside the same function with a Triton kernel of the user's own, both compiled.
+synchronisations, so that the queue is never full. Gradients: the fused kernel and the closed form
+in PyTorch, replayed in CUDA graphs, and whole calls of both. Compiled callers: a function with our
+operator and the same function with a user's own Triton kernel, both compiled.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def parts() -> dict[str, float]:
 
 
 def gradient(model: str, experts: int, tokens: int) -> dict[str, Any]:
-    """Time the fused backward kernel beside the closed form."""
+    """Time the fused backward kernel against the closed form."""
     from triton.testing import do_bench, do_bench_cudagraph
 
     from moe_routing.formula import weights_backward
@@ -160,14 +160,12 @@ def gradients() -> list[dict[str, Any]]:
 
 
 def compiled_callers() -> dict[str, float]:
-    """Time a compiled function with our operator beside one with a Triton kernel of the user's own."""
+    """Time a compiled function with our operator, and one with a user's own Triton kernel."""
     from moe_routing.bench.full_sort import full_sort
 
     route = moe_routing.get_router("gemma4", backend="triton")
-    logits, scale = (
-        torch.randn(1, E, device="cuda", dtype=torch.bfloat16),
-        torch.rand(E, device="cuda"),
-    )
+    logits = torch.randn(1, E, device="cuda", dtype=torch.bfloat16)
+    scale = torch.rand(E, device="cuda")
 
     def ours(logits: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, ids = route(logits * 2, K, scale)
@@ -244,14 +242,8 @@ def main() -> None:
 
     info = moe_routing.probe("cuda")
     what = "host time of a call at T = 1, gradients, compiled callers; microseconds"
-    about.write(
-        Path(arguments.out),
-        what,
-        device=info.name,
-        driver=info.driver,
-        triton=triton.__version__,
-        **measured,
-    )
+    machine = {"device": info.name, "driver": info.driver, "triton": triton.__version__}
+    about.write(Path(arguments.out), what, **machine, **measured)
 
 
 if __name__ == "__main__":

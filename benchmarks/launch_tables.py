@@ -1,9 +1,13 @@
-"""Measure launches on a dense grid of sizes, make a launch table of them, or find where a table has cliffs.
+"""Measure launches on a dense grid of sizes, or make or judge a launch table.
 
-    python benchmarks/launch_tables.py measure KINDS OUT.json                 # every rule of these kinds
-    python benchmarks/launch_tables.py table OUT.json TABLE.json              # of them, and of what else ships
-    python benchmarks/launch_tables.py without VARIANT OUT.json               # what they would lose without a variant
-    python benchmarks/launch_tables.py cliffs KINDS TABLE.json OUT.json ...   # exit code 1 where a time falls
+    python benchmarks/launch_tables.py measure KINDS OUT.json
+    python benchmarks/launch_tables.py table OUT.json TABLE.json
+    python benchmarks/launch_tables.py without VARIANT OUT.json
+    python benchmarks/launch_tables.py cliffs KINDS TABLE.json OUT.json ...
+
+``measure`` measures every rule of these kinds. ``table`` makes a table of the measurements, and of
+the other rules that ship. ``without`` prints what the rules would lose without a variant.
+``cliffs`` measures a table, and its exit code is 1 where a time falls.
 
 KINDS are those of rules, with commas (``logits,row_sum``), or ``all``. ``measure`` does for every
 rule what ``moe-routing tune`` does for one problem. It writes OUT.json after each rule, and leaves
@@ -60,14 +64,17 @@ SPECS = {
     "logits": RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True),
     "row_sum": RoutingSpec(family="softmax_topk"),
     "sigmoid_bias": RoutingSpec(
-        family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias", renormalize=True, scale=2.0
+        family="sigmoid_bias_topk", score="sigmoid", selection="scores_plus_bias",
+        renormalize=True, scale=2.0,
     ),
     "grouped": RoutingSpec(
-        family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True,
-        renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+        family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias",
+        renormalize=True, renorm_epsilon=1e-20, scale=2.5,
+        num_groups=8, topk_groups=4, group_score="top2_sum",
     ),
     "bias": RoutingSpec(
-        family="sqrtsoftplus_bias", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5
+        family="sqrtsoftplus_bias", score="sqrtsoftplus", selection="scores_plus_bias",
+        renormalize=True, scale=1.5,
     ),
 }  # fmt: skip
 """A spec for each kind of rule."""
@@ -167,7 +174,10 @@ def shown(launch: Launch) -> str:
 
 
 def measure_all(kinds: str, out: Path) -> bool:
-    """Measure the rules that OUT.json does not hold yet, write it after each, and tell whether all could be measured."""
+    """Measure the rules that OUT.json does not hold yet, and write it after each.
+
+    Return whether all could be measured.
+    """
     device, failed = probe("cuda:0"), False
     results = (
         _of_this_device(json.loads(out.read_text(encoding="utf-8")))["rules"]
@@ -207,7 +217,10 @@ def measure_all(kinds: str, out: Path) -> bool:
             *found.wrong,
             flush=True,
         )
-        what = "microseconds of a call by rule, size and launch: variant, rows a program, threads a row, warps"
+        what = (
+            "microseconds of a call by rule, size and launch: variant, rows a program, threads a "
+            "row, warps"
+        )
         write(out, what, arch=device.arch, rules=results)
     return not failed
 
@@ -221,7 +234,10 @@ def make_table(held: Mapping[str, Any], path: Path) -> None:
         read(shipped(held["arch"])),
         {tuple(rule["key"]): steps_of(times_of(rule)) for rule in held["rules"]},
     )
-    provenance = f"measured at {len(TOKENS)} sizes and between, with {held['with']} on an {held['device']} on {held['date']}"
+    provenance = (
+        f"measured at {len(TOKENS)} sizes and between, with {held['with']} "
+        f"on an {held['device']} on {held['date']}"
+    )
     if left := sorted({key[0] for key in others.rules.keys() - measured.keys()}):
         provenance += f"; {' and '.join(left)} in part: {others.provenance}"
     _replace(path, to_json(held["arch"], provenance, {**others.rules, **measured}))
@@ -260,7 +276,10 @@ def kept(times: Mapping[int, Mapping[Launch, float]]) -> dict[str, Any]:
 
 
 def without(variant: str, rules: Sequence[Mapping[str, Any]]) -> None:
-    """Print for each rule, the worst first, how much slower the fastest launch of the other variants is at some size."""
+    """Print for each rule how much slower the fastest launch of the other variants is.
+
+    The size is the one at which that is worst, and the worst rule comes first.
+    """
     losses = []
     for rule in rules:
         others = {
@@ -273,7 +292,10 @@ def without(variant: str, rules: Sequence[Mapping[str, Any]]) -> None:
         losses.append(
             (
                 loss - 1,
-                f"{'/'.join(map(str, rule['key']))} at T = {tokens}, no other measured at {unknown} sizes",
+                (
+                    f"{'/'.join(map(str, rule['key']))} at T = {tokens}, "
+                    f"no other measured at {unknown} sizes"
+                ),
             )
         )
     for loss, place in sorted(losses, reverse=True):
@@ -304,7 +326,7 @@ def cliffs(kinds: str, tables: Mapping[Path, Table]) -> bool:
 def fell(
     out: Path, provenance: str, timed: Mapping[RoutingProblem, tuple[tuple[Step, ...], Times]]
 ) -> bool:
-    """Write what was timed of a table, print the worst places, and tell whether there is a cliff."""
+    """Write the times of a table, print the worst places, and tell whether there is a cliff."""
     results, falls = [], []
     for problem, (steps, times) in timed.items():
         us = {T: times[T, launch_at(steps, T)] for T in TOKENS}

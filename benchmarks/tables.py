@@ -1,6 +1,6 @@
 """Write the tables of README and of docs/performance.md that say what was measured.
 
-Part of ``make figures``.
+It is part of ``make figures``.
 
 ``python benchmarks/tables.py`` writes each between its marks; with ``--check`` it names the pages
 that are not as the kept results say, and exits with 1.
@@ -48,7 +48,7 @@ def peers() -> dict[str, Any]:
 def fastest_peer(row: dict[str, Any]) -> float:
     """Return the least time of a row of ``peers``.
 
-    The full sort is not a peer, but what ours is timed beside.
+    The full sort is not a peer, but what ours is timed against.
     """
     return min(time for name, time in row["us"].items() if name != "full sort")
 
@@ -58,7 +58,10 @@ Cases = dict[tuple[str, str, int, int, int], dict[str, Any]]
 
 
 def ours() -> Cases:
-    """Return the newest whole run of ``gpu.py`` on an H200, and what was measured since, variant by variant."""
+    """Return the cases of the newest whole run of ``gpu.py`` on an H200.
+
+    Cases that were measured since, variant by variant, replace older ones.
+    """
     whole, since = newest("whole_calls_do_bench"), newest("start_early")
     return _right([*whole["cases"], *(since["cases"] if since["date"] > whole["date"] else [])])
 
@@ -111,16 +114,14 @@ def against_peers() -> Iterable[str]:
     """Yield a line for each row that has a target, and how many are met."""
     held, timed, on_h100 = peers(), ours(), ours_on_h100()
     met = met_before = ahead = 0
-    yield "| logits | E / K | T | floor | best peer | target | full sort | ours, before | full sort, H100 | ours, H100 | met |"
+    yield (
+        "| logits | E / K | T | floor | best peer | target | full sort | ours, before "
+        "| full sort, H100 | ours, H100 | met |"
+    )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for row in held["rows"]:
-        dtype, experts, k, tokens, target = (
-            row["dtype"],
-            row["E"],
-            row["K"],
-            row["T"],
-            row["target"],
-        )
+        dtype, experts, k, tokens = row["dtype"], row["E"], row["K"], row["T"]
+        target = row["target"]
         before, case = (cases["gemma4", dtype, experts, k, tokens] for cases in (timed, on_h100))
         moved = tokens * (experts * (2 if dtype == "bfloat16" else 4) + k * 8)
         best = fastest_peer(row)
@@ -143,7 +144,8 @@ def against_peers() -> Iterable[str]:
         yield f"| {dtype} | {experts} / {k} | {tokens:,} | " + " | ".join(cells) + " |"
     yield ""
     yield (
-        f"Ahead of every peer in {ahead} of {len(held['rows'])} rows, on the H100 too; {met} targets are met on the H100, and "
+        f"Ahead of every peer in {ahead} of {len(held['rows'])} rows, on the H100 too; "
+        f"{met} targets are met on the H100, and "
         f"{met_before} were on the H200 with the kernels before."
     )
 
@@ -177,7 +179,8 @@ def of_families() -> Iterable[str]:
             yield f"| `{spec}` | {dtype} | {experts} / {k} | {cells} |"
 
     yield ""
-    yield f"At most {OF_GEMMA4} times in {sum(ratio <= OF_GEMMA4 for ratio in ratios)} of {len(ratios)}."
+    within = sum(ratio <= OF_GEMMA4 for ratio in ratios)
+    yield f"At most {OF_GEMMA4} times in {within} of {len(ratios)}."
 
 
 def compiled_ahead() -> Iterable[str]:

@@ -1,6 +1,6 @@
 """Time the torch-compile backend on a CUDA device against compiling the reference formula.
 
-Write one JSON.
+It writes one JSON file.
 
 Run from the repository's root: ``python benchmarks/torch_compile.py OUT.json``. E = 128, K = 8,
 bfloat16, whole calls with allocation: by ``triton.testing.do_bench`` (the device's clock, with the

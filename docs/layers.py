@@ -140,9 +140,13 @@ def picture() -> str:
             place[box] = (left + column * (WIDTH + GAP), MARGIN + number * ROW)
     height = 2 * MARGIN + (len(LAYERS) - 1) * ROW + HEIGHT
     tip = '<path d="M0 0 8 4 0 8z" fill="#57606a"/>'
-    marker = f'<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">{tip}</marker>'
+    marker = (
+        '<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" '
+        f'orient="auto">{tip}</marker>'
+    )
+    view = f'viewBox="0 0 {width} {height}"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {FONT} text-anchor="middle">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {view} {FONT} text-anchor="middle">',
         f"<defs>{marker}</defs>",
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
     ]
@@ -151,10 +155,13 @@ def picture() -> str:
         ends = f'x1="{x + WIDTH // 2}" y1="{y + HEIGHT}" x2="{to_x + WIDTH // 2}" y2="{to_y}"'
         lines.append(f'<line {ends} stroke="#57606a" marker-end="url(#tip)"/>')
     for box, (x, y) in place.items():
+        middle = x + WIDTH // 2
+        edge = 'rx="6" fill="#f6f8fa" stroke="#1b1f24"'
+        name = 'font-size="14" font-weight="bold" fill="#1b1f24"'
         lines += [
-            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#f6f8fa" stroke="#1b1f24"/>',
-            f'<text x="{x + WIDTH // 2}" y="{y + 20}" font-size="14" font-weight="bold" fill="#1b1f24">{box}</text>',
-            f'<text x="{x + WIDTH // 2}" y="{y + 37}" font-size="11" fill="#57606a">{SAYS[box]}</text>',
+            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" {edge}/>',
+            f'<text x="{middle}" y="{y + 20}" {name}>{box}</text>',
+            f'<text x="{middle}" y="{y + 37}" font-size="11" fill="#57606a">{SAYS[box]}</text>',
         ]
     return "\n".join([*lines, "</svg>"]) + "\n"
 

@@ -1,6 +1,6 @@
-"""Writes what is generated in the docs as Markdown.
+"""Write what is generated in the docs as Markdown.
 
-Tables from the specs, and the clauses of the contract.
+That is tables from the specs, and the clauses of the contract.
 
 ``python docs/tables.py`` writes the clauses into ``contract.md`` again; a test holds that page to
 them.

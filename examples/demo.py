@@ -147,7 +147,10 @@ class Layer(NamedTuple):
 
 
 def build(recipe: Recipe, device: str) -> nn.Module:
-    """Build the model with random weights, and routers whose logits, biases and scales tell experts apart."""
+    """Build the model with random weights.
+
+    The logits, biases and scales of its routers tell experts apart.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()

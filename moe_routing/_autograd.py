@@ -1,4 +1,6 @@
-"""Gradients of routing: what a plain call records, what ``torch.func`` transforms, and the derivative of the gradient.
+"""Gradients of routing.
+
+What a plain call records, what ``torch.func`` transforms, and the derivative of the gradient.
 
 The weights are differentiable in the logits and in ``per_expert_scale``; the selection is a
 constant. The first derivative is the kernel's own backward or the closed form
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
 Gradients = tuple[Tensor, Tensor]
 """Of the logits, and of the scale (empty if there is none)."""
 Backward = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Gradients]
-"""``backward(grad_weights [T, K], logits [T, E], ids [T, K], per_expert_scale [E] or None)``, of contiguous ids and grads."""
+"""``backward(grad_weights [T, K], logits [T, E], ids [T, K], per_expert_scale [E] or None)``.
+
+``grad_weights`` and ``ids`` are contiguous.
+"""
 _tuple = tuple.__new__
 
 
@@ -67,7 +72,10 @@ def apply_map(ids: Tensor, expert_map: Tensor) -> Tensor:
 
 
 class Routing(torch.autograd.Function):
-    """``weights, ids = Routing.apply(rule, route, *operands)``, the operands without ``expert_map`` and ``out``."""
+    """``weights, ids = Routing.apply(rule, route, *operands)``.
+
+    The operands come without ``expert_map`` and ``out``.
+    """
 
     @staticmethod
     def forward(rule: Rule, route: Prepared, *operands: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG004, ANN401 -- torch's protocol
@@ -135,7 +143,8 @@ class Routing(torch.autograd.Function):
     ) -> Any:  # noqa: ANN401 -- torch's protocol
         """Route a batch of calls.
 
-        At once if only operands with a row for each token are batched, otherwise one by one.
+        They are routed at once if only operands with a row for each token are batched, and
+        otherwise one by one.
         """
         size, dims, (logits, scale, bias, token_ids, expert_table, valid) = (
             info.batch_size,
@@ -156,7 +165,11 @@ class Routing(torch.autograd.Function):
 
 
 class RoutingBackward(torch.autograd.Function):
-    """``grad_logits, grad_scale = RoutingBackward.apply(rule, grad_weights, logits, ids, per_expert_scale)``."""
+    """The first derivative of ``Routing``, which has derivatives itself.
+
+    ``grad_logits, grad_scale = RoutingBackward.apply(rule, grad_weights, logits, ids,
+    per_expert_scale)``.
+    """
 
     @staticmethod
     def forward(
@@ -196,7 +209,8 @@ class RoutingBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, *operands: Any) -> Any:  # noqa: ANN401 -- torch's protocol
         """Go back through a batch.
 
-        At once without a scale, whose gradient is a sum over the tokens of one call.
+        The calls go at once without a scale, and otherwise one by one: the gradient of a scale is a
+        sum over the tokens of one call.
         """
         size, dims = info.batch_size, in_dims[1:]
         if operands[3] is None:
@@ -211,9 +225,9 @@ def double_backward(
     saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
     directions: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of ``grad_weights``, ``logits``, ``ids`` and ``per_expert_scale`` through the first derivative.
+    """Return the gradients of the inputs of the first derivative.
 
-    :param saved: those four.
+    :param saved: the inputs: ``grad_weights``, ``logits``, ``ids`` and ``per_expert_scale``.
     :param directions: gradients of what ``RoutingBackward`` returned; ``None`` counts as zero.
     """
     gradient, inputs = _as_function(spec, *saved)
@@ -243,7 +257,10 @@ def _or_zeros(direction: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _flat(batch: int, operand: Tensor | None, dim: int | None) -> Tensor | None:
-    """Turn ``[B, T, ...]``, or ``[T, ...]`` that is the same for the whole batch, into ``[B * T, ...]``."""
+    """Turn ``[B, T, ...]`` into ``[B * T, ...]``.
+
+    ``[T, ...]``, which is the same for the whole batch, is repeated B times.
+    """
     if operand is None:
         return None
     return (

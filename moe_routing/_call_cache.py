@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 
 class _Absent(Tensor):
-    """A type of tensor that no caller brings: the guard tells it from an empty tensor by its type."""
+    """A type of tensor that no caller brings.
+
+    The guard tells it from an empty tensor by its type.
+    """
 
 
 ABSENT = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(8))
@@ -67,10 +70,10 @@ def never(_operands: Operands, _topk: int | None, _ids_dtype: torch.dtype | None
 
 
 def matcher(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None) -> Matches:
-    """Return what tells whether a call is like this one.
+    """Return a function that tells whether a call is like this one.
 
-    In its tensors' types, dtypes, devices, shapes and strides,
-    in whether gradients are wanted, and in that ``out``, if it is given, overlaps nothing.
+    Such a call has the same types, dtypes, devices, shapes and strides of tensors, wants gradients
+    or not as this one does, and its ``out``, if it has one, overlaps nothing.
 
     :param topk: as the caller wrote it, like ``ids_dtype``.
     """
@@ -159,7 +162,9 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
 
 
 def _is_nested(tensor: Tensor | None, index: int, seen: list[Tensor | None]) -> bool:
-    """Tell nested tensors, of which the guard must not be asked: it wants strides, and ends the process.
+    """Tell whether a tensor is nested, and must not reach the guard.
+
+    The guard asks for strides, and ends the process.
 
     :param seen: the vectors that came last, which mostly come again: they are not asked again.
     """
@@ -224,7 +229,7 @@ def _tensors(operands: Operands) -> tuple[Tensor, ...]:
 def _grad_mode(operands: Operands) -> bool | None:
     """Return the grad mode if the call depends on it.
 
-    Gradients are wanted, or an output could not be written.
+    It does if gradients are wanted, or if an output could not be written.
     """
     logits, scale, *_, out = operands
     needed = (
@@ -244,7 +249,9 @@ def described(
     """
     logits, scale, *others, valid, expert_map, out = operands
     return (
-        *map(_described, (logits, scale, *others, valid if isinstance(valid, Tensor) else None, expert_map)),
+        *map(_described, (
+            logits, scale, *others, valid if isinstance(valid, Tensor) else None, expert_map,
+        )),
         None if out is None else (type(out), *map(_described, out), overlap(operands)),
         type(topk), topk, ids_dtype, type(valid), preference.get(), is_grad_enabled(),
         forward_ad._current_level >= 0, torch.is_inference_mode_enabled(),  # noqa: SLF001 -- as above

@@ -45,7 +45,7 @@ def _wrong(error: type[Exception], argument: str, expected: str, got: object) ->
 def integer(argument: str, value: object, expected: str = "an int") -> int:
     """Return an integer of any type (NumPy's for example) as Python's.
 
-    No bool, and no tensor, whose value may be elsewhere.
+    A bool is refused, and a tensor too: its value may be on another device.
 
     >>> integer("topk", True)
     Traceback (most recent call last):
@@ -129,7 +129,10 @@ def check_operands(
 
 
 def check_dense(operands: Operands) -> None:
-    """Require dense tensors: sparse, nested and other layouts have no strides that a kernel could read by."""
+    """Require dense tensors.
+
+    Sparse, nested and other layouts have no strides that a kernel could read by.
+    """
     given = [*operands._asdict().items(), *(("out", tensor) for tensor in operands.out or ())]
     for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
@@ -148,8 +151,8 @@ def is_dense(tensor: Tensor) -> bool:
 def check_writable(out: RoutingOutput) -> None:
     """Require outputs that may be written in this mode.
 
-    Outside inference mode nothing writes what was made inside, and nobody writes a tensor that stands
-    for zeros and has no memory.
+    Outside inference mode nothing writes what was made inside, and nobody writes a tensor that
+    stands for zeros and has no memory.
     """
     if any(is_zero_tensor(tensor) for tensor in out):
         _wrong(ValueError, "out", "tensors that can be written", "tensors of zeros without memory")
@@ -194,7 +197,10 @@ def check_vector(  # noqa: PLR0913 -- said once for every vector operand
     integer: bool = False,
     wanted: bool = True,
 ) -> None:
-    """Require a one-dimensional operand of that length on the logits' device, or none where the spec takes none."""
+    """Require a one-dimensional operand of that length on the logits' device.
+
+    Require ``None`` where the spec takes no such operand.
+    """
     if value is None and not wanted:
         return
     kind = "an int32 or int64" if integer else "a float"
@@ -248,9 +254,8 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
 def counted(operands: Operands) -> Operands:
     """Give a number of valid tokens that is no tensor the form in which kernels take it.
 
-    An int from 0 to T, for more are all.
-
-    The logits have not been checked yet.
+    That is an int from 0 to T: a larger number means all tokens. The logits have not been checked
+    yet.
     """
     logits, valid = operands.logits, operands.num_valid_tokens
     if valid is None or isinstance(valid, Tensor):

@@ -95,7 +95,10 @@ class Resolved(NamedTuple):
         )
 
     def warm_up_backward(self) -> None:
-        """Go back through zeros once with each dtype that a scale comes in, so that a kernel's backward is compiled."""
+        """Go back through zeros once with each dtype that a scale may have.
+
+        So a kernel's backward is compiled.
+        """
         problem, device = self.problem, self.report.device
         if device is None:
             return
@@ -233,7 +236,10 @@ _filling = ForkSafeLock()
 
 
 def dispatcher_of(spec: str, requested: str | None) -> Dispatcher:
-    """Return the process's dispatcher for a spec, as its canonical JSON, and the name of a backend or ``None``.
+    """Return the process's dispatcher for a spec and a backend.
+
+    :param spec: the canonical JSON of the spec.
+    :param requested: the name of a backend, or ``None``.
 
     A backend that is registered or unregistered by hand starts them anew.
     """
@@ -279,7 +285,10 @@ def _kernel(name: str, problem: RoutingProblem, device: DeviceInfo) -> Kernel:
         if key in _kernels:
             return _kernels[key]
         if key in _building.get():
-            msg = f"the factory of backend {name!r} routed {problem}, the problem that it is building for"
+            msg = (
+                f"the factory of backend {name!r} routed {problem}, "
+                "the problem that it is building for"
+            )
             raise RuntimeError(msg)
         token = _building.set((*_building.get(), key))
         try:
@@ -318,9 +327,11 @@ def _refused(name: str, verdict: Verdict, trace: str = "") -> FactoryError:
 
 
 def _require_closed_form(name: str, problem: RoutingProblem) -> None:
-    """Refuse a backend whose kernel has no ``backward`` for training, unless the built-in gradient knows the maths.
+    """Refuse to train with a kernel that has no ``backward``.
 
-    :raises FactoryError: it does not.
+    Accept it if the built-in gradient knows the maths.
+
+    :raises FactoryError: the built-in gradient does not know the maths.
     """
     spec = problem.spec
     family = registry().families.get(spec.family)
@@ -341,7 +352,10 @@ def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:
         return
     fix = f"; fix: {missed.verdict.fix}" if missed.verdict.fix else ""
     where = printable(str(report.device))
-    text = f"{where} routes with {report.winner!r}, not with {missed.name!r}, which {missed.verdict.reason}{fix}"
+    text = (
+        f"{where} routes with {report.winner!r}, not with {missed.name!r}, "
+        f"which {missed.verdict.reason}{fix}"
+    )
     if request.strict:
         msg = f"{STRICT_VARIABLE} is set and {text}"
         raise BackendUnavailableError(msg, report)

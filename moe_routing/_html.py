@@ -1,6 +1,6 @@
-"""The shell of every page that is written here.
+"""The frame of every HTML page that the tools write.
 
-One file, no scripts, light and dark, from a phone's width up.
+A page is one file without scripts, light or dark, for screens from a phone's width up.
 """
 
 from __future__ import annotations
@@ -26,22 +26,28 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
-.verdict { display: inline-block; padding: .1rem .7rem; border-radius: 1rem; color: var(--paper); font-weight: 600;
-  font-size: 1rem; vertical-align: middle; }
+.verdict { display: inline-block; padding: .1rem .7rem; border-radius: 1rem; color: var(--paper);
+  font-weight: 600; font-size: 1rem; vertical-align: middle; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; }
 dt { color: var(--declined); } dd { margin: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
-th, td { border: 1px solid var(--line); padding: .25rem .5rem; text-align: left; vertical-align: top; }
-thead th { background: var(--soft); } .matrix td { text-align: center; min-width: 2.2rem; white-space: nowrap; }
+th, td { border: 1px solid var(--line); padding: .25rem .5rem;
+  text-align: left; vertical-align: top; }
+thead th { background: var(--soft); }
+.matrix td { text-align: center; min-width: 2.2rem; white-space: nowrap; }
 .matrix th abbr { text-decoration: none; cursor: help; }
-.passed { color: var(--passed); } .failed { color: var(--failed); font-weight: 700; } .gap { color: var(--gap); }
-.declined { color: var(--declined); } .not_run { color: var(--not_run); } .not_applicable { color: var(--not_applicable); }
-td.failed { background: color-mix(in srgb, var(--failed) 15%, transparent); } td small { opacity: .75; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; margin: .3rem 0; }
+.passed { color: var(--passed); } .failed { color: var(--failed); font-weight: 700; }
+.gap { color: var(--gap); } .declined { color: var(--declined); }
+.not_run { color: var(--not_run); } .not_applicable { color: var(--not_applicable); }
+td.failed { background: color-mix(in srgb, var(--failed) 15%, transparent); }
+td small { opacity: .75; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem;
+  margin: .3rem 0; }
 code { font-family: ui-monospace, monospace; font-size: .88em; overflow-wrap: anywhere; }
-.plot { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; } .plot > * { max-width: 100%; }
-.plot td { white-space: nowrap; } .plot td:not(:nth-child(2)), .plot th:not(:nth-child(2)) { text-align: right; }
+.plot { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.plot > * { max-width: 100%; } .plot td { white-space: nowrap; }
+.plot td:not(:nth-child(2)), .plot th:not(:nth-child(2)) { text-align: right; }
 img { max-width: 100%; height: auto; }
 footer { margin-top: 3rem; color: var(--declined); font-size: .85rem; }
 """
@@ -50,7 +56,7 @@ footer { margin-top: 3rem; color: var(--declined); font-size: .85rem; }
 def escape(text: object) -> str:
     """Return a value's text, safe between tags and in attributes.
 
-    The one way for text from outside into a page.
+    All text from outside enters a page through this function.
     """
     return html.escape(printable(str(text)))
 
@@ -63,19 +69,23 @@ def page(title: str, parts: Iterable[str]) -> str:
     >>> page("a < b", ["<p>c</p>"]).count("a &lt; b")
     1
     """
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(title)}</title>"
+    head = (
+        "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>{escape(title)}</title><style>{CSS}</style>"
+    )
     body = "\n".join(parts)
-    return f"<!doctype html>\n<html lang='en'><head>{head}<style>{CSS}</style></head>\n<body>\n{body}\n</body></html>\n"
+    return f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table that scrolls sideways by itself where the page is narrow.
 
-    >>> table(["a"], [["<b>"]])
-    "<div class='scroll'><table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table></div>"
+    >>> table(["a"], [["<b>"]]).partition("</thead>")[2]
+    '<tbody><tr><td>&lt;b&gt;</td></tr></tbody></table></div>'
     """
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f"<div class='scroll'><table>{inside}</table></div>"

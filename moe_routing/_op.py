@@ -1,7 +1,6 @@
 """The operators ``moe_routing::route``, ``route_training`` and ``route_backward``.
 
-What tracing, tensor subclasses and
-exported programs call.
+Tracing, tensor subclasses and exported programs call them.
 
 A plain call never comes here: going through an operator costs more than choosing the backend. The
 spec travels as its canonical JSON, so that an exported program can be loaded in another process,
@@ -32,15 +31,15 @@ _pytree._register_namedtuple(RoutingOutput, serialized_type_name="moe_routing.Ro
 # arguments.
 _LIBRARY = torch.library.Library("moe_routing", "DEF")
 _SCHEMA = (
-    "(Tensor logits, Tensor? per_expert_scale, Tensor? bias, Tensor? token_ids, Tensor? expert_table, "
-    "Tensor? num_valid_tokens, Tensor? expert_map, str spec, int topk, bool int64_ids, "
-    "str? backend, str? shadow=None) -> (Tensor weights, Tensor ids)"
+    "(Tensor logits, Tensor? per_expert_scale, Tensor? bias, Tensor? token_ids, "
+    "Tensor? expert_table, Tensor? num_valid_tokens, Tensor? expert_map, str spec, int topk, "
+    "bool int64_ids, str? backend, str? shadow=None) -> (Tensor weights, Tensor ids)"
 )
 _LIBRARY.define(f"route{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(f"route_training{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
-    "route_backward(Tensor grad_weights, Tensor logits, Tensor ids, Tensor? per_expert_scale, str spec, str? backend) "
-    "-> (Tensor grad_logits, Tensor grad_per_expert_scale)",
+    "route_backward(Tensor grad_weights, Tensor logits, Tensor ids, Tensor? per_expert_scale, "
+    "str spec, str? backend) -> (Tensor grad_logits, Tensor grad_per_expert_scale)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

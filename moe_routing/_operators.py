@@ -37,7 +37,7 @@ class CallConfig(NamedTuple):
 def call(config: CallConfig, operands: Operands, *, training: bool) -> RoutingOutput:
     """Call an operator with checked arguments.
 
-    The one with an autograd formula, which costs more, only for gradients.
+    The operator with an autograd formula costs more, and is called only for gradients.
     """
     valid, expert_map, out = operands[5:]
     if valid is not None and not isinstance(valid, Tensor):
@@ -78,7 +78,10 @@ def route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     *,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Route real tensors: choose or find the kernel, and see that its outputs are what the fake kernel says."""
+    """Route real tensors: choose or find the kernel, and check its outputs.
+
+    They must be what the fake kernel says.
+    """
     dispatcher = dispatcher_of(spec, backend)
     ids_dtype = torch.int64 if int64_ids else torch.int32
     num_tokens, num_experts = logits.shape

@@ -1,6 +1,4 @@
-"""Whether the outputs that a call brings share memory.
-
-With each other, or with what the kernel reads.
+"""Whether the outputs that a call brings share memory with each other or with inputs.
 
 Only addresses tell. Two views of one storage may lie apart, and tensors of two storages may share
 memory that somebody else owns, a NumPy array's for example. What is compared is the range from a
@@ -43,9 +41,9 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    """Return where a tensor begins.
+    """Return the address where a tensor begins.
 
-    0 for one without elements or memory, a fake or a meta tensor for example.
+    It is 0 for a tensor without elements or memory, a fake or a meta tensor for example.
     """
     try:
         return tensor.data_ptr()
@@ -62,7 +60,9 @@ def span(tensor: Tensor) -> int:
 
 
 def lies_apart(operands: Operands) -> Callable[[Operands], bool]:
-    """Return what tells whether ``out`` overlaps nothing, for calls whose tensors have these types, shapes and strides.
+    """Return a function that tells whether ``out`` overlaps nothing.
+
+    It serves calls whose tensors have these types, shapes and strides.
 
     It costs an address for each tensor and two comparisons for each input: the spans are known. Of
     tensors without memory it says no.

@@ -1,6 +1,6 @@
 """The functions that users call.
 
-Get a router, list what there is, explain a choice, prefer a backend.
+They get a router, list names, explain a choice and prefer a backend.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def named(router: str) -> RoutingSpec:
 def list_routers() -> Mapping[str, RoutingSpec]:
     """Return every name that ``get_router`` takes, with its spec.
 
-    Families, models, and those of plug-ins.
+    The names are those of families and models, also of plug-ins.
 
     >>> list_routers()["mixtral"].formula
     'ids = topk(l); w = softmax(l[ids])'
@@ -234,10 +234,10 @@ def _explain(problem: Problem, device: torch.device | str, backend: str | None) 
 
 
 def prefer(backend: str) -> AbstractContextManager[None]:
-    """Use that backend for every call inside the block, in this thread or task, unless the router names its own.
+    """Use that backend for every call inside the block, in this thread or task.
 
-    What it returns may be used for several blocks, one after another, inside each other or in
-    several threads.
+    A router that names a backend of its own keeps it. What ``prefer`` returns may be used for
+    several blocks, one after another, inside each other or in several threads.
 
     :raises UnknownNameError: no such backend.
 

@@ -12,7 +12,10 @@ BUILT_IN = {
     "torch-compile": "moe_routing_backends.torch_compile",
     "triton": "moe_routing_backends.triton",
 }
-"""The same lines as ``[project.entry-points]`` in pyproject.toml (a test holds that), for a checkout without metadata."""
+"""The lines of ``[project.entry-points]`` in pyproject.toml, for a checkout without metadata.
+
+A test checks that they are the same.
+"""
 
 _registry = Registry(BUILT_IN, reserved={*FAMILIES, *MODELS}, operations=OPERATIONS)
 

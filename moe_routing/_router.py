@@ -148,7 +148,8 @@ class Router:
         """
         if is_dynamo_compiling():
             operands = Operands(
-                logits, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map, out  # type: ignore[arg-type] # checked next
+                logits, per_expert_scale, bias, token_ids, expert_table,
+                num_valid_tokens, expert_map, out,  # type: ignore[arg-type] # checked next
             )  # fmt: skip
             return self._traced(operands, topk, ids_dtype)
         if type(out) is tuple and len(out) == 2:  # noqa: PLR2004 -- a pair
@@ -337,7 +338,10 @@ class Router:
         """
         num_experts = num_experts if num_experts is not None else self.num_experts
         if num_experts is None:
-            msg = "num_experts: expected an int (this router was not made from a configuration), got None"
+            msg = (
+                "num_experts: expected an int (this router was not made from a configuration), "
+                "got None"
+            )
             raise TypeError(msg)
         topk = self._default_topk() if topk is None else topk
         choices = [
@@ -475,7 +479,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 
 def _refuse_out(operands: Operands, *, differentiable: bool) -> None:
-    """Refuse outputs to write into where the weights need derivatives, or the outputs themselves do."""
+    """Refuse ``out`` where the weights need derivatives, or ``out`` itself does."""
     out = operands.out
     if out is None:
         return
@@ -483,7 +487,10 @@ def _refuse_out(operands: Operands, *, differentiable: bool) -> None:
         msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
         raise ValueError(msg)
     if is_grad_enabled() and out.weights.requires_grad:
-        msg = "out: expected tensors that require no gradient, got weights that do; use torch.no_grad()"
+        msg = (
+            "out: expected tensors that require no gradient, got weights that do; "
+            "use torch.no_grad()"
+        )
         raise ValueError(msg)
 
 

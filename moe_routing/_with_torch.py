@@ -1,4 +1,6 @@
-"""Registers the operators as soon as torch is there, whichever of ``import torch`` and ``import moe_routing`` comes first.
+"""Registers the operators as soon as torch is imported.
+
+It does so whichever of ``import torch`` and ``import moe_routing`` comes first.
 
 ``torch.export.load`` finds an operator only if it is registered, and a process that loads a program
 may use nothing else of this package. So importing the package is enough; but it does not import

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _ROWS = (
     FamilySpec(
         spec=RoutingSpec(family="softmax_topk"),
-        source="Shazeer et al. 2017 (arXiv:1701.06538), Switch Transformer; Qwen2-MoE and OLMoE as it stands, "
-        "Mixtral and Qwen3-MoE with renormalize=True",
+        source="Shazeer et al. 2017 (arXiv:1701.06538), Switch Transformer; "
+        "Qwen2-MoE and OLMoE as it stands, Mixtral and Qwen3-MoE with renormalize=True",
     ),
     FamilySpec(
         spec=RoutingSpec(family="topk_softmax", renormalize=True),
@@ -29,16 +29,18 @@ _ROWS = (
     ),
     FamilySpec(
         spec=RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True),
-        source="Gemma 4 26B-A4B and DiffusionGemma: topk_softmax, then a learned scale of each expert",
+        source="Gemma 4 26B-A4B and DiffusionGemma: topk_softmax, "
+        "then a learned scale of each expert",
     ),
     FamilySpec(
         spec=RoutingSpec(family="softmax_bias_topk", selection="scores_plus_bias"),
-        source="Ernie 4.5 (with a renormalisation bounded below), LongCat-Flash (arXiv:2509.01322, with zero experts)",
+        source="Ernie 4.5 (with a renormalisation bounded below), "
+        "LongCat-Flash (arXiv:2509.01322, with zero experts)",
     ),
     FamilySpec(
         spec=RoutingSpec(family="sigmoid_topk", score="sigmoid"),
-        source="Flint and Cohere2-MoE (with renormalize=True); selected on the logits, because sigmoid is monotonic "
-        "and its float32 value saturates",
+        source="Flint and Cohere2-MoE (with renormalize=True); selected on the logits, "
+        "because sigmoid is monotonic and its float32 value saturates",
     ),
     FamilySpec(
         spec=RoutingSpec(
@@ -47,8 +49,8 @@ _ROWS = (
             selection="scores_plus_bias",
             renormalize=True,
         ),
-        source="loss-free balancing (Wang et al. 2024, arXiv:2408.15664) without groups: MiniMax-M2, AFMoE, LFM2-MoE, "
-        "GLM-4.5, Kimi-K2",
+        source="loss-free balancing (Wang et al. 2024, arXiv:2408.15664) without groups: "
+        "MiniMax-M2, AFMoE, LFM2-MoE, GLM-4.5, Kimi-K2",
     ),
     FamilySpec(
         spec=RoutingSpec(
@@ -83,11 +85,13 @@ _ROWS = (
             selection="token_table",
             renormalize=True,
         ),
-        source="first layers of DeepSeek-V4, after hash layers (Roller et al. 2021, arXiv:2106.04426); its c is 1.5",
+        source="first layers of DeepSeek-V4, after hash layers "
+        "(Roller et al. 2021, arXiv:2106.04426); its c is 1.5",
     ),
     FamilySpec(
         spec=RoutingSpec(family="topk_sigmoid", score="sigmoid"),
-        source="Llama 4: the weights scale the experts' input there, which is the caller's business",
+        source="Llama 4: the weights scale the experts' input there, "
+        "which is the caller's business",
     ),
     FamilySpec(
         spec=RoutingSpec(family="sparsemixer", selection="sparsemixer"),
@@ -110,7 +114,7 @@ _ROWS = (
 FAMILIES: Mapping[str, FamilySpec] = MappingProxyType({row.spec.family: row for row in _ROWS})
 """Every built-in family by its name.
 
-Its maths with the defaults below, and where the formula comes from.
+A row has the maths, with the defaults below, and the source of the formula.
 
 A yes/no that models of one family answer differently (``renormalize`` of ``softmax_topk``) is no
 here, and the factor ``c`` is 1: a model name, or ``RoutingSpec.replace``, says otherwise.

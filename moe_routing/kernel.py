@@ -33,7 +33,7 @@ class RoutingOutput(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The tensors of one routing call, in the order in which every part of this package passes them.
+    """The tensors of one routing call, in the order that all of this package uses.
 
     ``Router.__call__`` describes each of them; ``Kernel.__call__`` takes the same names as keyword
     arguments.
@@ -98,7 +98,9 @@ class Prepares(Protocol):
     """A kernel that takes less host time for calls that are like one that it has routed."""
 
     def prepared(self, operands: Operands) -> Prepared | None:
-        """Return a function for later calls of the same shapes, strides, dtypes and devices, or ``None``.
+        """Return a function for later calls, or ``None``.
+
+        It serves calls of the same shapes, strides, dtypes and devices.
 
         :param operands: what was routed. Later calls bring the same operands, contiguous where they
             are vectors; ``out`` may come or not, and an int ``num_valid_tokens`` may have another
@@ -126,7 +128,9 @@ class Differentiates(Protocol):
     def backward(
         self, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the gradients of ``logits`` (in its dtype) and of ``per_expert_scale`` (empty if that is ``None``).
+        """Return the gradients of ``logits`` and of ``per_expert_scale``.
+
+        The first has the dtype of ``logits``; the second is empty if the scale is ``None``.
 
         :param grad_weights: float32 ``[T, K]``, contiguous, of the K selected experts.
         :param ids: ``[T, K]``, contiguous logical ids; -1 in rows of padding.

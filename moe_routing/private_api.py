@@ -58,16 +58,18 @@ else:  # without CUDA no device is current, so nothing asks for its stream or it
 
 
 def tensor_guard(examples: Sequence[Tensor]) -> Callable[..., bool] | None:
-    """Return a check that as many tensors are like these, dispatch keys and ``requires_grad`` included.
+    """Return a check that as many tensors are like these.
 
-    It is the guard with which Dynamo's compiled functions begin.
+    Dispatch keys and ``requires_grad`` are compared too. The check is the guard with which Dynamo's
+    compiled functions begin.
 
     :returns: ``None`` if this PyTorch has no such guard, or one that takes other arguments. Only
         host time is lost then: the caller describes a call that it cannot recognise.
 
     >>> alike = tensor_guard([torch.zeros(2, 3)])
-    >>> alike(torch.ones(2, 3)), alike(torch.ones(3, 2).t()), alike(torch.ones(2, 3, requires_grad=True))
-    (True, False, False)
+    >>> others = torch.ones(2, 3), torch.ones(3, 2).t(), torch.ones(2, 3, requires_grad=True)
+    >>> [alike(other) for other in others]
+    [True, False, False]
     """
     sizes, strides = [list(t.shape) for t in examples], [list(t.stride()) for t in examples]
     try:
@@ -94,12 +96,18 @@ def is_fake_mode() -> bool:
 
 
 def privateuse1_name() -> str:
-    """Return the name of the device type that a foreign backend registered, or PyTorch's own word for none."""
+    """Return the name of the device type that a foreign backend registered.
+
+    Without one, it is PyTorch's own name.
+    """
     return torch._C._get_privateuse1_backend_name()  # noqa: SLF001 -- this file's purpose
 
 
 def compile_by_inductor(module: Any, inputs: Any, **options: Any) -> Any:  # noqa: ANN401 -- Inductor's own
-    """Compile a graph as Inductor's backend of ``torch.compile`` does, and return the function that takes a list."""
+    """Compile a graph as the backend "inductor" of ``torch.compile`` does.
+
+    Return the function, which takes a list.
+    """
     from torch._inductor.compile_fx import compile_fx_inner
 
     return compile_fx_inner(module, inputs, **options)
@@ -114,10 +122,10 @@ _runtime: Any = None
 
 
 def is_observed() -> bool:
-    """Tell whether somebody watches launches.
+    """Tell whether a profiler of PyTorch, or a launch hook of Triton, watches launches.
 
-    That is a profiler of PyTorch, or a launch hook of Triton, as Proton sets them. Every launch
-    asks, so this is one function, and takes less than 0.1 us.
+    Proton, for example, sets such hooks. Every launch asks, so this is one function, and takes less
+    than 0.1 us.
     """
     try:
         return bool(
@@ -149,11 +157,12 @@ NEEDED = (
 
 
 def launcher_of(compiled: Any, constants: tuple[Any, ...]) -> tuple[Launcher, str]:  # noqa: ANN401 -- Triton's own object
-    """Return the cheapest launcher for a kernel that Triton compiled, and why it is not the direct one (or ``""``).
+    """Return the cheapest launcher for a kernel that Triton compiled, and a reason.
 
-    The direct launcher calls the C function that Triton's own launcher calls in the end. Its
-    arguments have one of two known shapes (Triton 3.6, and 3.7 to 3.9). For any other shape the
-    compiled kernel's ``run`` is called, whose arguments are the same in all of these versions.
+    The reason says why the launcher is not the direct one, and is ``""`` if it is. The direct
+    launcher calls the C function that Triton's own launcher calls in the end. Its arguments have
+    one of two known shapes (Triton 3.6, and 3.7 to 3.9). For any other shape the compiled kernel's
+    ``run`` is called, whose arguments are the same in all of these versions.
     """
     run = compiled.run
     function, metadata = compiled.function, compiled.packed_metadata

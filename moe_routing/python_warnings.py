@@ -1,4 +1,7 @@
-"""Python warnings that other libraries emit while we build a kernel are shown, and never become its error."""
+"""Python warnings that other libraries emit while we build a kernel are shown.
+
+They never become an error of the kernel.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ _count = _Count()
 
 @contextlib.contextmanager
 def not_raised() -> Iterator[None]:
-    """Show warnings inside the block where the filters in force (``python -W error``, pytest's) would raise them.
+    """Show warnings inside the block where the filters in force would raise them.
+
+    Such filters are those of ``python -W error`` and of pytest.
 
     Filters belong to the process, so a block in one thread counts for warnings of all threads while
     it is open. They are changed by the first block that opens and restored by the last one that

@@ -1,6 +1,7 @@
 """Fixtures for every test.
 
-Real plug-in distributions on disk, a clean environment, and one seed for all random numbers.
+They are real plug-in distributions on disk, a clean environment, and one seed for all random
+numbers.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
 def pytest_ignore_collect(collection_path):
     """Only test files hold tests.
 
-    The others are what they run in processes of their own, and not for a doctest's import.
+    Tests run the other files in processes of their own, and doctest must not import those.
     """
     return (
         collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
@@ -106,7 +107,7 @@ def _no_settings_from_outside(monkeypatch):
 def _seeded(request):
     """Start torch's and Python's random numbers of each test from the run's seed.
 
-    Hypothesis does so by itself.
+    The library hypothesis does so by itself.
     """
     seed = zlib.crc32(str(request.config.getoption(SEED)).encode())
     torch.manual_seed(seed)
@@ -126,7 +127,10 @@ def _nothing_compiled_before():
 
 @pytest.fixture
 def install_plugin(tmp_path, monkeypatch):
-    """Write a distribution with one module and one entry point, where importlib.metadata and import find it."""
+    """Return a function that writes a distribution with one module and one entry point.
+
+    importlib.metadata finds the distribution, and ``import`` the module.
+    """
     written = []
 
     def install(module, body, *, distribution=None, entry_point=None):
@@ -159,7 +163,8 @@ def build(problem, device):
 
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name={name!r}, factories={{"route": "{module}:build"}}, targets=(Target("cpu"),), {extra})]
+    factories = {{"route": "{module}:build"}}
+    return [BackendSpec(name={name!r}, factories=factories, targets=(Target("cpu"),), {extra})]
 """
 
 

@@ -245,13 +245,19 @@ CASES = {
         {},
         {"num_valid_tokens": torch.zeros(2, dtype=torch.int32)},
         ValueError,
-        r"num_valid_tokens: expected an int, or an int32 or int64 tensor of shape \[\] or \[1\], got a Tensor of shape \[2\]",
+        (
+            r"num_valid_tokens: expected an int, or an int32 or int64 tensor "
+            r"of shape \[\] or \[1\], got a Tensor of shape \[2\]"
+        ),
     ),
     "valid tokens of rank 2": (
         {},
         {"num_valid_tokens": torch.ones(1, 1, dtype=torch.int64)},
         ValueError,
-        r"num_valid_tokens: expected an int, .* tensor of shape \[\] or \[1\], got a Tensor of shape \[1, 1\]",
+        (
+            r"num_valid_tokens: expected an int, .* tensor of shape \[\] or \[1\], "
+            r"got a Tensor of shape \[1, 1\]"
+        ),
     ),
     "valid tokens elsewhere": (
         {},

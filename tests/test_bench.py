@@ -1,4 +1,7 @@
-"""moe-routing bench: what is wrong gets no number, what got slower is said, and what is drawn is there."""
+"""``moe-routing bench``: wrong backends get no number, and plots are drawn.
+
+What got slower is reported.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,7 @@ MEASURED = 7.0
 def _steady_clock(monkeypatch):
     """Run what is to be timed, and say that it took the same time.
 
-    No test depends on how busy the machine is.
+    So no test depends on how busy the machine is.
     """
 
     def call(work, _device):
@@ -108,7 +111,8 @@ def every_round(microseconds):
 
 
 def test_importing_it_imports_no_torch_triton_or_matplotlib():
-    script = "import sys, moe_routing.bench; print(sorted({'torch', 'triton', 'matplotlib'} & set(sys.modules)))"
+    heavy = "{'torch', 'triton', 'matplotlib'}"
+    script = f"import sys, moe_routing.bench; print(sorted({heavy} & set(sys.modules)))"
     assert process(script).stdout.strip() == "[]"
 
 
@@ -402,7 +406,8 @@ def test_a_plot_without_matplotlib_names_the_extra():
 def test_csv_has_a_line_for_every_row_and_plots_are_a_picture_and_a_page_of_its_own(cli, tmp_path):
     threads = torch.get_num_threads()
     code, out, err = cli(
-        f"{SHORT} --tokens 1,16 --csv --plot {tmp_path}/a.png --plot {tmp_path}/a.html --compare none"
+        f"{SHORT} --tokens 1,16 --csv --plot {tmp_path}/a.png --plot {tmp_path}/a.html "
+        "--compare none"
     )
     assert (code, err) == (0, "")
     rows = list(csv.DictReader(io.StringIO(out)))

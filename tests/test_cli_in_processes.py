@@ -1,6 +1,6 @@
-"""The command line where the ground is bad.
+"""The command line where something around it fails.
 
-Stdout closed or full, files that cannot be written, sizes that cannot be.
+stdout is closed or full, files cannot be written, sizes are impossible.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMANDS = ["--help", "--version", "list", "list --json"]
 def shell(line, *path, **environment):
     """Run a command line of a shell in which ``M`` is the program.
 
-    Return exit code, stdout and stderr.
+    Return the exit code, stdout and stderr.
     """
     sources = os.pathsep.join(map(str, (*path, *SOURCES)))
     environment = os.environ | {"PYTHONPATH": sources, "PYTHONIOENCODING": "utf-8"} | environment

@@ -1,4 +1,7 @@
-"""Kept results of one kind of device are compared, and what got slower beyond the noise is named."""
+"""Kept results of one kind of device are compared.
+
+What got slower beyond the noise is named.
+"""
 
 import json
 import subprocess

@@ -1,6 +1,6 @@
-"""A plug-in costs only itself.
+"""A broken plug-in costs only itself.
 
-Every way in which a distribution on disk can be broken, and what a backend spec may hold.
+Distributions on disk are broken in every way, and the values of backend specs are tested.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ RAISES = {
     "CancelledError": "import asyncio; raise asyncio.CancelledError",
     "GeneratorExit": "raise GeneratorExit",
     "a panic": "class Panic(BaseException): pass\nraise Panic('rust')",
-    "an error whose message ends the process": "class Mute(BaseException):\n    def __str__(self): raise SystemExit\nraise Mute",
+    "an error whose message ends the process": (
+        "class Mute(BaseException):\n    def __str__(self): raise SystemExit\nraise Mute"
+    ),
     "an error whose message is no plain string": """
 class Own(str):
     def isprintable(self): raise SystemExit
@@ -72,8 +74,12 @@ class E(Exception):
     def __str__(self): return Own()
 raise E
 """,
-    "an error whose cause cannot be had": "class E(Exception):\n    __cause__ = property(lambda self: 1 / 0)\nraise E",
-    "an error without words": "class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute",
+    "an error whose cause cannot be had": (
+        "class E(Exception):\n    __cause__ = property(lambda self: 1 / 0)\nraise E"
+    ),
+    "an error without words": (
+        "class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute"
+    ),
     "a syntax error": "def (",
     "recursion": "def f(): f()\nf()",
     "a missing module": "import no_such_module",
@@ -131,7 +137,10 @@ HOOKS = {
         "expected a sequence of FamilySpec",
     ),
     "returns a subclass": (
-        "def moe_routing_backends(own=type('Own', (BackendSpec,), {})): return [own(name='a', factories=ROUTE, targets=T)]",
+        (
+            "def moe_routing_backends(own=type('Own', (BackendSpec,), {})): "
+            "return [own(name='a', factories=ROUTE, targets=T)]"
+        ),
         "expected a sequence of BackendSpec",
     ),
     "wants an argument": (
@@ -143,19 +152,31 @@ HOOKS = {
         "its registration raised BaseException: rust",
     ),
     "wrong field": (
-        "def moe_routing_backends(): return [BackendSpec(name='a', factories=ROUTE, targets=T, priority='9')]",
+        (
+            "def moe_routing_backends(): "
+            "return [BackendSpec(name='a', factories=ROUTE, targets=T, priority='9')]"
+        ),
         "priority: expected an integer, got '9'",
     ),
     "name of a built-in backend": (
-        "def moe_routing_backends(): return [BackendSpec(name='eager', factories={'route': 'a:b'}, targets=(Target('cpu'),))]",
+        (
+            "def moe_routing_backends(): return [BackendSpec(name='eager', "
+            "factories={'route': 'a:b'}, targets=(Target('cpu'),))]"
+        ),
         "'eager' is the name of a built-in backend",
     ),
     "name of a built-in family": (
-        "def moe_routing_families(): return [FamilySpec(spec=RoutingSpec(family='gemma4'), source='x', oracle='a:b')]",
+        (
+            "def moe_routing_families(): "
+            "return [FamilySpec(spec=RoutingSpec(family='gemma4'), source='x', oracle='a:b')]"
+        ),
         "'gemma4' is the name of a built-in family or model",
     ),
     "name of a built-in model": (
-        "def moe_routing_families(s=RoutingSpec(family='a')): return [FamilySpec(spec=s, source='', models={'mixtral': s})]",
+        (
+            "def moe_routing_families(s=RoutingSpec(family='a')): "
+            "return [FamilySpec(spec=s, source='', models={'mixtral': s})]"
+        ),
         "'mixtral' is the name of a built-in family or model",
     ),
     "one backend twice": (
@@ -163,7 +184,10 @@ HOOKS = {
         "'acme' is the name of two of its backends",
     ),
     "one name twice": (
-        "def moe_routing_families(): return [FamilySpec(spec=RoutingSpec(family='acme_route'), source='x')] * 2",
+        (
+            "def moe_routing_families(): "
+            "return [FamilySpec(spec=RoutingSpec(family='acme_route'), source='x')] * 2"
+        ),
         "'acme_route' is the name of a family or model of broken-dist 1.0 already",
     ),
 }
@@ -220,8 +244,10 @@ def test_a_plug_ins_wrapper_sees_only_its_own_hooks(install_plugin, install_back
 @pytest.mark.slow
 def test_a_plug_in_that_routes_at_its_import_is_refused_and_does_not_recurse(install_plugin):
     install_plugin("eager_beaver", "import moe_routing\nmoe_routing.list_backends()")
-    script = "import warnings, moe_routing; warnings.simplefilter('ignore'); print(moe_routing.explain('mixtral'))"
-    said = run(script)
+    said = run(
+        "import warnings, moe_routing; warnings.simplefilter('ignore'); "
+        "print(moe_routing.explain('mixtral'))"
+    )
     assert said.startswith("eager: ")
     assert "not eager_beaver: its import raised RuntimeError: plug-ins are being loaded" in said
 
@@ -238,13 +264,17 @@ def test_where_warnings_are_errors_only_the_first_call_raises(install_plugin):
 def test_a_plug_in_that_turns_warnings_into_errors_does_so_for_itself(install_plugin):
     install_plugin("aa_strict", "import warnings\nwarnings.simplefilter('error')\n1 / 0")
     done = run(
-        "import moe_routing; print(moe_routing.explain('mixtral').winner); print(moe_routing.explain('mixtral').winner)"
+        "import moe_routing; print(moe_routing.explain('mixtral').winner); "
+        "print(moe_routing.explain('mixtral').winner)"
     )
     assert done == "eager\neager\n"
 
 
 def test_a_hook_that_turns_warnings_into_errors_does_so_for_itself(install_plugin):
-    hook = "@hookimpl\ndef moe_routing_backends():\n    import warnings\n    warnings.simplefilter('error')\n    return []\n"
+    hook = (
+        "@hookimpl\ndef moe_routing_backends():\n    import warnings\n"
+        "    warnings.simplefilter('error')\n    return []\n"
+    )
     install_plugin("strict_hook", HEAD + hook)
     before = list(warnings.filters)
     registry().load()
@@ -261,7 +291,10 @@ def test_the_command_that_uninstalls_is_safe_to_copy(install_plugin):
 
 
 def test_two_plug_ins_with_one_family_leave_the_first(install_plugin):
-    hook = "@hookimpl\ndef moe_routing_families(): return [FamilySpec(spec=RoutingSpec(family='acme_route'), source=__name__)]"
+    hook = (
+        "@hookimpl\ndef moe_routing_families(): "
+        "return [FamilySpec(spec=RoutingSpec(family='acme_route'), source=__name__)]"
+    )
     install_plugin("one", HEAD + hook)
     install_plugin("two", HEAD + hook)
     known = registry()
@@ -324,9 +357,15 @@ def test_metadata_that_cannot_be_decoded_costs_only_its_distribution(
 
 
 def with_backend(install_plugin, body, **extra):
-    """Install a backend ``acme`` whose spec is ordinary but for ``extra``, with ``body`` in its module."""
+    """Install a backend ``acme`` whose spec is ordinary but for ``extra``.
+
+    :param body: code in the module of the backend.
+    """
     fields = "".join(f", {name}={value}" for name, value in extra.items())
-    spec = f"BackendSpec(name='acme', factories={{'route': 'acme_plugin:build'}}, targets=(Target('cpu'),), priority=99{fields})"
+    spec = (
+        "BackendSpec(name='acme', factories={'route': 'acme_plugin:build'}, "
+        f"targets=(Target('cpu'),), priority=99{fields})"
+    )
     install_plugin(
         "acme_plugin", f"{HEAD}{body}\n@hookimpl\ndef moe_routing_backends(): return [{spec}]\n"
     )
@@ -370,15 +409,24 @@ def test_a_support_rule_that_answers_with_something_else_costs_only_its_backend(
             "its notes returned None, not a tuple of strings",
         ),
         (
-            "class Own:\n    __class__ = property(lambda self: 1 / 0)\ndef rule(problem, device): return Own()",
+            (
+                "class Own:\n    __class__ = property(lambda self: 1 / 0)\n"
+                "def rule(problem, device): return Own()"
+            ),
             "its notes raised ZeroDivisionError: division by zero",
         ),
         (
-            "class Own(list):\n    def __iter__(self): raise SystemExit\ndef rule(problem, device): return Own()",
+            (
+                "class Own(list):\n    def __iter__(self): raise SystemExit\n"
+                "def rule(problem, device): return Own()"
+            ),
             "its notes raised SystemExit",
         ),
         (
-            "class Own(str): __format__ = None\ndef rule(problem, device): return [Own('a\\x1b\\nb')]",
+            (
+                "class Own(str): __format__ = None\n"
+                "def rule(problem, device): return [Own('a\\x1b\\nb')]"
+            ),
             "a b",
         ),
         ("def rule(problem, device): return ['a' * 10**6]", "a" * 996 + " ..."),
@@ -682,10 +730,8 @@ def test_a_spec_refuses_a_wrong_type_or_a_number_that_float32_cannot_hold_by_nam
 
 
 def test_an_error_shows_the_shape_of_a_tensor_and_never_its_elements():
-    with pytest.raises(
-        TypeError,
-        match=r"scale: expected a number, got a Tensor of shape \[3\], dtype torch.float32, device ",
-    ):
+    said = r"scale: expected a number, got a Tensor of shape \[3\], dtype torch.float32, device "
+    with pytest.raises(TypeError, match=said):
         RoutingSpec(family="f", scale=torch.full((3,), 7.25))
 
 
@@ -794,8 +840,8 @@ def moe_routing_families():
 
 @hookimpl
 def moe_routing_backends():
-    own = frozenset({{"acme_route"}})
-    return [BackendSpec(name="acme", factories={{"route": "acme_family:build"}}, targets=(Target("cpu"),), families=own)]
+    own, factories = frozenset({{"acme_route"}}), {{"route": "acme_family:build"}}
+    return [BackendSpec(name="acme", factories=factories, targets=(Target("cpu"),), families=own)]
 
 class Kernel:
     def __call__(self, logits, **operands):
@@ -806,7 +852,10 @@ class Kernel:
 def build(problem, device):
     return Kernel()
 """
-BACKWARD = "    def backward(self, grad_weights, logits, ids, scale): return torch.ones_like(logits), logits.new_empty(0)"
+BACKWARD = (
+    "    def backward(self, grad_weights, logits, ids, scale): "
+    "return torch.ones_like(logits), logits.new_empty(0)"
+)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def _one_thread():
 def demo(monkeypatch, capsys):
     """Run the demo in this process, in a terminal of 80 columns.
 
-    Return its exit code and what it printed.
+    Return its exit code and its output.
     """
 
     def run(*arguments):
@@ -81,7 +81,10 @@ def test_demo_names_the_backends_where_the_one_asked_for_is_unknown(demo):
 
 @pytest.mark.slow
 def test_demo_without_transformers_says_what_mends_it():
-    code = f"import sys, runpy; sys.modules['transformers'] = None; runpy.run_path({str(DEMO)!r}, run_name='__main__')"
+    code = (
+        "import sys, runpy; sys.modules['transformers'] = None; "
+        f"runpy.run_path({str(DEMO)!r}, run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "python -m pip install -e '.[transformers]'" in done.stdout

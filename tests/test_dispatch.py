@@ -1,6 +1,6 @@
 """One dispatcher for plain, traced and training calls.
 
-What is built, how often, and what a warm call costs.
+The tests count what it builds, how often, and what a warm call costs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def build_warning(problem, device):
 
 
 def build_routing(problem, device):
-    """Route other problems, in this thread and in another, before there is a kernel for this one."""
+    """Route other problems before the kernel of this one exists.
+
+    One is routed in this thread, and one in another.
+    """
     route = Router(problem.spec, backend="recursive")
     if problem.num_experts == E:
         route(torch.randn(3, 2 * E), K, torch.rand(2 * E))
@@ -217,10 +220,8 @@ def test_a_score_that_nobody_can_differentiate_is_refused_for_training_only(add_
     try:
         route = Router(RoutingSpec(family="cubic", score="cube"), backend="plain")
         route(torch.randn(3, E), K)
-        with pytest.raises(
-            BackendUnavailableError,
-            match=r"has no `backward`, and the built-in gradient does not know the score function 'cube'",
-        ):
+        said = "and the built-in gradient does not know the score function 'cube'"
+        with pytest.raises(BackendUnavailableError, match=f"has no `backward`, {said}"):
             route(torch.randn(3, E, requires_grad=True), K)
     finally:
         registry().unregister("plain")

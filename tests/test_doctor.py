@@ -1,4 +1,7 @@
-"""The doctor on machines that are broken in many ways, each in a real process, and on recorded devices."""
+"""The doctor on machines that are broken in many ways, and on recorded devices.
+
+Each machine is a real process.
+"""
 
 from __future__ import annotations
 
@@ -75,15 +78,21 @@ def supports(problem, device):
 def moe_routing_backends():
     factories = {"route": "shaky:build"}
     return [
-        BackendSpec(name="shaky", factories=factories, targets=(Target("*"),), priority=98, supports=supports),
-        BackendSpec(name="warp", factories=factories, targets=(Target("cuda"),), priority=99, requirements=("warpcore>=3",)),
+        BackendSpec(name="shaky", factories=factories, targets=(Target("*"),), priority=98,
+                    supports=supports),
+        BackendSpec(name="warp", factories=factories, targets=(Target("cuda"),), priority=99,
+                    requirements=("warpcore>=3",)),
     ]
 """
 
 
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory):
-    """A healthy torch, an IPEX that fits no torch and raises at import, a plug-in that raises, and one whose rule raises."""
+    """The folder of packages of a machine in trouble, whose torch is healthy.
+
+    IPEX fits no torch and raises at import, one plug-in raises, and the support rule of another
+    raises.
+    """
     site = tmp_path_factory.mktemp("troubled")
     write(site, "intel_extension_for_pytorch/__init__.py", "import os; os.exit(127)\n")
     write_distribution(site, "intel-extension-for-pytorch", "2.7.0")

@@ -1,6 +1,6 @@
-"""What is the eager backend's own.
+"""What only the eager backend has.
 
-Three ways to select that must agree, and bits that do not depend on T.
+Its three ways to select must agree, and its bits must not depend on T.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What an error shows of a value.
 
-Its type and shape, never the elements of a tensor, in one line, whatever its text does.
+It shows type and shape in one line, and never the elements of a tensor, whatever the text of the
+value.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ ARGUMENTS = [
     for name, (value, _) in VALUES.items()
     if name not in ("a number without end", "a length that raises")
 ]
-"""Those that are no number and no list of one.
+"""Those that are no number and no list of one number.
 
 Nobody has to measure a list that cannot be measured.
 """

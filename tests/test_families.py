@@ -1,6 +1,6 @@
 """The built-in families.
 
-Complete, named as documented, and related to each other as their formulas say.
+They are complete, named as documented, and related to each other as their formulas say.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def test_every_family_serves_a_model():
 
 
 def test_importing_families_and_models_imports_neither_torch_nor_transformers():
-    code = "import sys, moe_routing.families, moe_routing.models; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, moe_routing.families, moe_routing.models; "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

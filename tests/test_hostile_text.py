@@ -40,9 +40,13 @@ from moe_routing_registry import DeviceInfo, RejectCode, ResolutionReport, Verdi
 from moe_routing_registry.report import Candidate, Rejection
 from moe_routing_registry.text import printable
 
-STEERING = "\x1b[31m\x1b]0;title\x07\x1b]8;;http://evil\x07\x9b2J\u202egnihtyna\u2066\u200f\x00\x7f\r\x08\ud800"
+STEERING = (
+    "\x1b[31m\x1b]0;title\x07\x1b]8;;http://evil\x07\x9b2J"
+    "\u202egnihtyna\u2066\u200f\x00\x7f\r\x08\ud800"
+)
 MARKUP = "[red]r[/red] [/nope] [link=http://evil]x[/link] :boom: $x^{$ "
-HOSTILE = f"<script>alert(1)</script><img/src=x/onerror='alert(2)'>\"'&amp; </pre></td> {MARKUP}{STEERING}"
+TAGS = "<script>alert(1)</script><img/src=x/onerror='alert(2)'>\"'&amp; </pre></td> "
+HOSTILE = f"{TAGS}{MARKUP}{STEERING}"
 KEPT = {"status", "state", "code", "winner", "type", "index"}
 """Keys of words from closed lists."""
 DRIVEN = re.compile(
@@ -192,7 +196,10 @@ def test_junit_and_json_can_be_written_and_read(conformance, tmp_path):
 
 @pytest.fixture(params=[40, 80, 100_000])
 def screen(request, monkeypatch):
-    """Return what shows something on a console of that width, in colour, and returns what reached the terminal."""
+    """Return a function that shows something on a coloured console of that width.
+
+    The function returns the text that reached the terminal.
+    """
     monkeypatch.setenv("COLUMNS", str(request.param))
     monkeypatch.setenv("FORCE_COLOR", "1")
 

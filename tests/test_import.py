@@ -32,7 +32,8 @@ import torch
 def loaded(step):
     before = set(sys.modules)
     step()
-    return sorted(name for name in set(sys.modules) - before if name.partition(".")[0] not in sys.stdlib_module_names)
+    new = set(sys.modules) - before
+    return sorted(name for name in new if name.partition(".")[0] not in sys.stdlib_module_names)
 by_import = loaded(lambda: __import__("moe_routing"))
 by_router = loaded(lambda: sys.modules["moe_routing"].get_router("gemma4"))
 initialized = [device for device in ("cuda", "xpu") if getattr(torch, device).is_initialized()]
@@ -81,7 +82,10 @@ def test_an_unknown_attribute_is_an_attribute_error():
 
 
 def imports(path):
-    """Yield what a file imports, as the dotted names of modules and of what is imported from them."""
+    """Yield the dotted names of what a file imports.
+
+    They are modules, and names that are imported from modules.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)

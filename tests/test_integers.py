@@ -1,6 +1,6 @@
 """Integers that callers bring.
 
-Of any type that is one, of any size, in plain, compiled and exported calls.
+They may have any integer type and any size, in plain, compiled and exported calls.
 """
 
 from __future__ import annotations
@@ -138,7 +138,10 @@ COUNTED = []
 
 
 def build_counting(problem, device):
-    """Make a third party's kernel, which prepares and which never looks whether there are so many rows."""
+    """Make a third party's kernel that prepares calls.
+
+    It never compares the number of valid tokens with the number of rows.
+    """
     from moe_routing_backends.eager.route import EagerKernel, build
 
     class Counting(EagerKernel):
@@ -203,7 +206,10 @@ def test_an_exported_program_takes_any_number_of_valid_tokens(valid):
     ],
 )
 def test_tensors_that_are_no_number_are_refused_where_functions_are_compiled_and_exported(valid):
-    said = r"num_valid_tokens: expected an int, or an int32 or int64 tensor of shape \[\] or \[1\], got "
+    said = (
+        r"num_valid_tokens: expected an int, "
+        r"or an int32 or int64 tensor of shape \[\] or \[1\], got "
+    )
     with pytest.raises(ValueError, match=said):
         torch.export.export(Module(), (LOGITS, valid))
     with pytest.raises(ValueError, match=said):

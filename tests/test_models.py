@@ -1,4 +1,7 @@
-"""Model presets: complete against transformers' own list, true to its defaults, and strict about configurations."""
+"""Model presets: complete against transformers' own list, and true to its defaults.
+
+They are strict about configurations.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ FOLDERS = Path(transformers.__file__).parent / "models"
 BAILING = {name for name in MODELS if name.startswith("bailing_moe")}
 NOT_IN_TRANSFORMERS = {"deepseek_v4_hash", "interns1_pro", "interns1_pro_text", "kimi_k2"} | BAILING
 OTHER_DEFAULTS = {"kimi_k25"}
-"""Presets of a released configuration, because transformers' class has a text model of its choice."""
+"""Presets that follow a released configuration.
+
+transformers' class has a text model of its choice.
+"""
 REQUIRED = {
     "deepseek_ocr2_text": {"num_experts_per_tok": 6},
     "deepseek_v2": {"num_experts_per_tok": 6},
@@ -31,7 +37,7 @@ REQUIRED = {
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"] * 42},
     "gemma4_text": {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8},
 }
-"""What a configuration class must be told before it has a router at all (or the same one in every layer)."""
+"""Arguments that a configuration class needs for a router, or for the same one in all layers."""
 TEXT_OF = {name: f"{name}_text" for name in MODELS if f"{name}_text" in MODELS} | {
     "nemotron_h_omni": "nemotron_h",
     "qwen3_omni_moe_thinker": "qwen3_omni_moe_text",
@@ -151,7 +157,7 @@ def test_every_attribute_that_a_preset_reads_must_be_there(name):
 
 
 def moe_configuration_classes():
-    """Find every configuration class of transformers that says anything about experts, by folder."""
+    """Find every configuration class of transformers that mentions experts, by folder."""
     for folder in sorted(FOLDERS.iterdir()):
         sources = [path.read_text() for path in folder.glob("configuration_*.py")]
         if not any("expert" in source for source in sources):
@@ -295,7 +301,10 @@ def test_numpys_scalars_are_read_as_pythons():
         (
             "mixtral",
             {"num_experts_per_tok": 9},
-            r"^topk: expected 1 <= topk <= num_experts \(8\), got 9; read from .*num_experts_per_tok",
+            (
+                r"^topk: expected 1 <= topk <= num_experts \(8\), got 9; "
+                r"read from .*num_experts_per_tok"
+            ),
         ),
         (
             "qwen3_moe",
@@ -404,7 +413,10 @@ def test_a_setting_that_a_preset_would_not_follow_is_refused_by_name(
     name, attribute, value, expected
 ):
     preset = re.escape(MODELS[name].spec.formula.partition(";")[0][:8])
-    message = rf"^{attribute}: expected {expected} in a configuration of '{name}', whose preset computes {preset}.*got {value!r}$"
+    message = (
+        rf"^{attribute}: expected {expected} in a configuration of '{name}', "
+        rf"whose preset computes {preset}.*got {value!r}$"
+    )
     with pytest.raises(ValueError, match=message):
         from_config(said(name) | {attribute: value})
 

@@ -1,6 +1,6 @@
 """Every preset against the router that transformers itself runs.
 
-Real classes, random weights, the same logits.
+Classes are real, weights are random, and both get the same logits.
 
 A case names the router's class and the settings worth telling apart. The configuration class is
 transformers', our side reads it with ``from_config``, and the logits are those that the module
@@ -407,7 +407,10 @@ FROM_ELSEWHERE = {"interns1_pro", "interns1_pro_text"}
 
 
 def configured(case, said):
-    """Build the configuration with tiny sizes, under the very attribute names that the preset reads."""
+    """Build the configuration with tiny sizes.
+
+    They go by the attribute names that the preset reads.
+    """
     names = MODELS[case.model].reads
     first = {
         name: names[name] if isinstance(names[name], str) else names[name][0]
@@ -422,7 +425,10 @@ def configured(case, said):
 
 
 def built(case, config):
-    """Build the router with random weights, biases, scales and tables, all of which change the outcome."""
+    """Build the router with random weights, biases, scales and tables.
+
+    Each of them changes the outcome.
+    """
     folder, name = case.router.split(".")
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     arguments = (H, E, K) if case.model == "jetmoe" else (config, *case.layer)
@@ -464,7 +470,10 @@ def dense(weights, ids, num_experts):
 
 
 def assert_same(theirs, ours, *, ordered, zero_experts=0):
-    """Compare ids, as sets where transformers leaves them unsorted, and the weights of each expert."""
+    """Compare ids, and the weights of each expert.
+
+    Ids are compared as sets where transformers leaves them unsorted.
+    """
     weights, ids = ours
     assert len(ids.unique(dim=0)) > 1  # else a bias alone decided
     num_experts = theirs.logits.shape[1]
@@ -611,7 +620,10 @@ def test_the_source_of_a_preset_names_the_class_that_it_is_proven_against(case):
 
 
 def test_the_installed_transformers_has_every_model_of_the_cases():
-    """``HERE`` is shorter with the oldest transformers only, in ``make transformers-check``, which does not run this file."""
+    """``HERE`` is shorter only with the oldest transformers.
+
+    ``make transformers-check`` installs it, and does not run this file.
+    """
     assert [case.model for case in CASES if case not in HERE] == []
 
 
@@ -731,9 +743,9 @@ BLOCKS = {
 
 
 class Weigher(nn.Module):
-    """Stands in for the experts.
+    """A stand-in for the experts.
 
-    Every expert returns 1, so that the block returns the sum of the weights it applied.
+    Every expert returns 1, so the block returns the sum of the weights that it applied.
     """
 
     def forward(self, hidden, _ids, weights):

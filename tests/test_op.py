@@ -1,6 +1,6 @@
 """Tracing, fake tensors and gradients.
 
-Contract points 14 and 15, and what they cost nobody else.
+Contract points 14 and 15 hold, and cost other calls nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ GEMMA = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 SPECS = {
     **{name: spec.spec for name, spec in FAMILIES.items()},
     "grouped": RoutingSpec(
-        family="g", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20, scale=2.5,
-        num_groups=4, topk_groups=2, group_score="top2_sum",
+        family="g", score="sigmoid", selection="scores_plus_bias", renormalize=True,
+        renorm_epsilon=1e-20, scale=2.5, num_groups=4, topk_groups=2, group_score="top2_sum",
     ),
     "capped": RoutingSpec(family="c", logit_softcap=5.0, logit_multiplier=0.7, renormalize=True),
     "floor reached": RoutingSpec(family="f", renormalize=True, renorm_floor=0.9),

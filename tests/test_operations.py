@@ -1,6 +1,6 @@
 """An operation from outside.
 
-Registered with its oracle, resolved on two backends, and held to a clause of its own.
+It is registered with its oracle, resolved on two backends, and checked by a clause of its own.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ def triple(problem, device):
     return lambda x: x * 3
 
 def supports(problem, device):
-    return Verdict.yes() if problem.size <= 8 else Verdict.no(RejectCode.SHAPE, "copies up to 8 numbers")
+    too_many = Verdict.no(RejectCode.SHAPE, "copies up to 8 numbers")
+    return Verdict.yes() if problem.size <= 8 else too_many
 
 @hookimpl
 def moe_routing_operations():
     return [
         OperationSpec(
-            name="scaled_copy", example="copying:EXAMPLE", oracle="copying_kit:oracle", contract="copying_kit:CONTRACT",
-            summary="twice each number",
+            name="scaled_copy", example="copying:EXAMPLE", oracle="copying_kit:oracle",
+            contract="copying_kit:CONTRACT", summary="twice each number",
         )
     ]
 
@@ -59,7 +60,10 @@ def moe_routing_operations():
 def moe_routing_backends():
     def backend(name, priority, **more):
         factories = {"scaled_copy": f"copying:{name}"}
-        return BackendSpec(name=name, factories=factories, targets=(Target("*"),), priority=priority, **more)
+        targets = (Target("*"),)
+        return BackendSpec(
+            name=name, factories=factories, targets=targets, priority=priority, **more
+        )
 
     return [backend("double", 3, supports=supports), backend("add", 2), backend("triple", 1)]
 """
@@ -85,7 +89,8 @@ class Case:
         return str(self.size)
 
 CLAUSES = {
-    1: Clause(1, "exact", "Exact", "Each number is doubled, exactly.", "Each number is doubled, exactly.", "an example."),
+    1: Clause(1, "exact", "Exact", "Each number is doubled, exactly.",
+              "Each number is doubled, exactly.", "an example."),
 }
 CONTRACT = Contract(CLAUSES, problems=lambda: [copying.EXAMPLE])
 

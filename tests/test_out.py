@@ -1,6 +1,6 @@
 """Outputs that the caller gives.
 
-What they may share memory with, and when they cannot be written.
+The tests say what they may share memory with, and when they cannot be written.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def outputs(ids_dtype=torch.int32):
 def in_memory_of(value, output, *, behind=True):
     """Return the value and the output in one memory.
 
-    The first element of one is where the last of the other is.
+    The first element of one has the address of the last element of the other.
     """
     first, second = (value, output) if behind else (output, value)
     begin = (first.nbytes - 1) // second.element_size()

@@ -1,6 +1,6 @@
 """Plug-ins that hang, crash, print or patch, on disk and in real processes.
 
-Doctor names each, and everything else goes on.
+``moe-routing doctor`` names each, and everything else goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def rule(problem, device): return Verdict.yes()
 TAIL = """
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="odd-backend", factories={"route": "odd:build"}, targets=(Target("cpu"),), supports=rule)]
+    return [BackendSpec(name="odd-backend", factories={"route": "odd:build"},
+                        targets=(Target("cpu"),), supports=rule)]
 """
 SECONDS = 8
 """Instead of the minute that doctor waits, so that the tests need not."""
@@ -95,7 +96,10 @@ def test_doctor_leaves_out_a_plug_in_that_does_not_come_back(command, body, said
 
 
 def test_doctor_says_what_a_plug_in_changed_of_torch(command):
-    body = "import torch\ndef topk(*arguments, **named): return None\ntorch.topk = topk\ntorch.set_default_dtype(torch.float64)"
+    body = (
+        "import torch\ndef topk(*arguments, **named): return None\n"
+        "torch.topk = topk\ntorch.set_default_dtype(torch.float64)"
+    )
     done = command(body, "doctor", "--device", "cpu", "--check", "plugins", "--json", seconds=LONG)
     said = [check["summary"] for check in json.loads(done.stdout)["checks"]]
     assert "the plug-ins changed torch.topk, which is now odd.topk" in said
@@ -106,8 +110,8 @@ EXAMPLES = {
     "none": ("EXAMPLE = None", "example: expected a Problem, got None"),
     "one that raises": (
         (
-            "class Problem:\n    to_dict, family = dict, ''\n    operation = property(lambda self: sys.exit())\n"
-            "EXAMPLE = Problem()"
+            "class Problem:\n    to_dict, family = dict, ''\n"
+            "    operation = property(lambda self: sys.exit())\nEXAMPLE = Problem()"
         ),
         "raised SystemExit",
     ),
@@ -123,7 +127,8 @@ OPERATION = """
 from moe_routing_registry import OperationSpec
 @hookimpl
 def moe_routing_operations():
-    return [OperationSpec(name="sort", example="odd:EXAMPLE", oracle="odd:rule", contract="odd:rule")]
+    return [OperationSpec(name="sort", example="odd:EXAMPLE", oracle="odd:rule",
+                          contract="odd:rule")]
 """
 
 
@@ -139,7 +144,10 @@ def test_an_example_that_is_none_costs_only_its_operation(command, body, said):
 
 CHANGES = {
     "a function of a submodule, in a rule": (
-        "def rule(problem, device):\n    import torch\n    torch.cuda.is_available = lambda: True\n    return Verdict.yes()",
+        (
+            "def rule(problem, device):\n    import torch\n"
+            "    torch.cuda.is_available = lambda: True\n    return Verdict.yes()"
+        ),
         ["the plug-ins changed torch.cuda.is_available, which is now odd.<lambda>"],
     ),
     "a method that a class inherits": (
@@ -147,13 +155,16 @@ CHANGES = {
         ["the plug-ins changed torch.Tensor.contiguous, which is now odd.<lambda>"],
     ),
     "a function by a wrapper of its name": (
-        "import functools, torch.nn.functional as F\n@functools.wraps(F.glu)\ndef fast(x): return x\nF.glu = fast",
+        (
+            "import functools, torch.nn.functional as F\n"
+            "@functools.wraps(F.glu)\ndef fast(x): return x\nF.glu = fast"
+        ),
         ["the plug-ins changed torch.nn.functional.glu, which is now odd.fast"],
     ),
     "a function by a value that raises": (
         (
-            "import torch\nclass Value:\n    def __getattr__(self, name): raise SystemExit\n    def __call__(self): pass\n"
-            "torch.special.logit = Value()"
+            "import torch\nclass Value:\n    def __getattr__(self, name): raise SystemExit\n"
+            "    def __call__(self): pass\ntorch.special.logit = Value()"
         ),
         ["the plug-ins changed torch.special.logit, which is now something else"],
     ),

@@ -1,4 +1,7 @@
-"""Probing: what is here, privateuse1 renamed in a real process, and recorded answers of devices that are not here."""
+"""Probing: this machine, recorded answers of other devices, and privateuse1.
+
+A real process renames privateuse1.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def fresh_process(script, path=None):
 def write_distribution(site, name, version, *, entry_points="", files=()):
     """Write what pip would leave of a distribution.
 
-    Metadata, entry points, files and their record.
+    That is metadata, entry points, files and their record.
     """
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
@@ -197,7 +200,9 @@ class Acme(types.ModuleType):
     def get_device_properties(self, index):
         self.calls.append(index)
         threading.Event().wait(0.05)
-        return types.SimpleNamespace(name=f"Acme {index}", total_memory=2**30, multi_processor_count=7)
+        return types.SimpleNamespace(
+            name=f"Acme {index}", total_memory=2**30, multi_processor_count=7
+        )
 acme = Acme("torch.acme")
 torch._register_device_module("acme", acme)
 probe = moe_routing.probing.probe
@@ -216,10 +221,11 @@ try:
     probe("acme:40")
 except ValueError as error:
     absent = str(error)
+names = [n for n in moe_routing.probing.device_names() if n.startswith(("cpu", "acme"))]
 print(json.dumps({
-    "untouched": untouched, "nameless": nameless.to_dict(), "calls": calls, "same": len({id(a) for a in answers}),
-    "answer": answers[0].to_dict(), "given": given, "currents": [first, second], "absent": absent,
-    "names": [name for name in moe_routing.probing.device_names() if name.startswith(("cpu", "acme"))][:3],
+    "untouched": untouched, "nameless": nameless.to_dict(), "calls": calls,
+    "same": len({id(a) for a in answers}), "answer": answers[0].to_dict(), "given": given,
+    "currents": [first, second], "absent": absent, "names": names[:3],
     "modules": sorted({"triton"} & set(sys.modules)),
 }))
 """
@@ -227,7 +233,10 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def acme(tmp_path_factory):
-    """What a process found out in which privateuse1 is called acme, triton and IPEX raise when they are imported."""
+    """Answers of a process in which privateuse1 is called acme.
+
+    triton and IPEX raise there when they are imported.
+    """
     site = tmp_path_factory.mktemp("site")
     write_triton(site, "triton 3.7.1", ("amd", "nvidia"), "library")
     ipex = [("intel_extension_for_pytorch/__init__.py", "import os; os.exit(127)\n")]
@@ -329,7 +338,7 @@ def test_a_triton_without_metadata_is_one_of_unknown_version(tmp_path):
 def overwritten(tmp_path):
     """``pip install triton`` over triton-xpu.
 
-    The folder of its backend stays, its compiled library does not.
+    The folder of triton-xpu's backend stays, and its compiled library does not.
     """
     write_triton(tmp_path, "triton-xpu 3.7.2", ("intel",), "the library of XPU")
     write_triton(tmp_path, "triton 3.7.1", ("amd", "nvidia"), "library")
@@ -466,13 +475,19 @@ def test_ipex_is_usable_only_as_the_retired_pair_and_a_mismatch_is_explained(
         (
             CUDA_BUILD,
             "proc/driver/nvidia/version",
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12.2.0\n",
+            (
+                "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  "
+                "Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12.2.0\n"
+            ),
             "535.104.05",
         ),
         (
             CUDA_BUILD,
             "proc/driver/nvidia/version",
-            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (builder@host)\n",
+            (
+                "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  "
+                "Release Build  (builder@host)\n"
+            ),
             "580.65.06",
         ),
         (CUDA_BUILD, "proc/driver/nvidia/version", "something else\n", ""),

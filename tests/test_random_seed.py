@@ -1,4 +1,7 @@
-"""Every run of the tests, in CI as on any machine, starts from one new seed that the header of pytest shows."""
+"""Every run of the tests starts from one new seed, in CI as on any machine.
+
+The header of pytest shows the seed.
+"""
 
 import random
 import zlib

@@ -420,7 +420,9 @@ def test_the_registry_works_where_torch_is_missing(tmp_path):
         shutil.copytree(Path(package.__file__).parent, tmp_path / package.__name__)
     script = f"""
 import sys
-sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT / "registry")!r}, {str(ROOT / "backends")!r}, {str(ROOT)!r}]
+sys.path[:0] = [
+    {str(tmp_path)!r}, {str(ROOT / "registry")!r}, {str(ROOT / "backends")!r}, {str(ROOT)!r}
+]
 from moe_routing._registry import registry
 assert "eager" in registry().backends, registry().failures
 assert registry().distribution("eager") == "moe-routing (no metadata)"

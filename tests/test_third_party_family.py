@@ -1,6 +1,6 @@
-"""A family that the fields of RoutingSpec cannot say.
+"""A family that the fields of RoutingSpec cannot express.
 
-A plug-in brings its spec, its oracle and its backend.
+A plug-in brings the family's spec, oracle and backend.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ SPEC = RoutingSpec(family="acme_square", score="square")
 
 @hookimpl
 def moe_routing_families():
-    return [FamilySpec(spec=SPEC, source="ACME, 2026", models={"acme_moe": SPEC}, oracle="acme_square:oracle")]
+    return [FamilySpec(spec=SPEC, source="ACME, 2026", models={"acme_moe": SPEC},
+                       oracle="acme_square:oracle")]
 
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="acme", factories={"route": "acme_square:build"}, targets=(Target("cpu"),), priority=10,
+    return [BackendSpec(name="acme", factories={"route": "acme_square:build"},
+                        targets=(Target("cpu"),), priority=10,
                         families=frozenset({"acme_square"}))]
 
 def square(logits, topk):
@@ -73,12 +75,14 @@ def test_a_third_partys_family_is_routed_by_its_backend_and_held_to_its_oracle(i
 CONFIGURATION = """
 import moe_routing
 from moe_routing.models import from_config
-route = moe_routing.get_router({"model_type": "acme_moe", "num_experts": 8, "num_experts_per_tok": 2})
-assert (route.spec, route.num_experts, route.topk) == (moe_routing.get_router("acme_moe").spec, 8, 2), route
-nested = {"model_type": "acme_vision", "llm_config": {"model_type": "acme_moe", "n_routed_experts": 8, "moe_top_k": 2}}
-assert from_config(nested).model == "acme_moe"
+sizes = {"num_experts": 8, "num_experts_per_tok": 2}
+route = moe_routing.get_router({"model_type": "acme_moe", **sizes})
+spec = moe_routing.get_router("acme_moe").spec
+assert (route.spec, route.num_experts, route.topk) == (spec, 8, 2), route
+text = {"model_type": "acme_moe", "n_routed_experts": 8, "moe_top_k": 2}
+assert from_config({"model_type": "acme_vision", "llm_config": text}).model == "acme_moe"
 for said, name in (({}, "num_experts"), ({"num_experts": 8}, "num_experts_per_tok"),
-                   ({"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}, "norm_topk_prob")):
+                   (sizes | {"norm_topk_prob": True}, "norm_topk_prob")):
     try:
         from_config({"model_type": "acme_moe", **said})
     except ValueError as error:
@@ -118,7 +122,8 @@ def oracle(spec, logits, topk, **operands):
 OWN_BACKEND = """
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="lowest", factories={"route": "acme_lowest:build"}, targets=(Target("cpu"),), priority=1)]
+    return [BackendSpec(name="lowest", factories={"route": "acme_lowest:build"},
+                        targets=(Target("cpu"),), priority=1)]
 
 def build(problem, device):
     import torch
@@ -132,7 +137,8 @@ NO_BACKEND = """
 import moe_routing, torch
 report = moe_routing.explain("acme_lowest")
 assert report.winner is None, report
-assert {r.verdict.code.value for r in report.rejected if r.name in ("eager", "torch-compile")} == {"family"}, report
+ours = [r for r in report.rejected if r.name in ("eager", "torch-compile")]
+assert {r.verdict.code.value for r in ours} == {"family"}, report
 assert "'acme_lowest' has an oracle of its own" in report.rejection("eager").verdict.reason
 for backend in (None, "eager"):
     try:
@@ -152,8 +158,10 @@ assert route(torch.tensor([[3.0, 1.0, 2.0]]), 2).ids.tolist() == [[1, 2]]
 assert (route.backend, route.health().wrong) == ("lowest", 0), route.report
 named = frozenset({"acme_lowest"})
 for name, families in (("names_it", named), ("names_nothing", None)):
-    spec = BackendSpec(name=name, factories={"route": "acme_lowest:build"}, targets=(Target("cpu"),), families=families)
-    registry().register(spec)
+    factories = {"route": "acme_lowest:build"}
+    registry().register(
+        BackendSpec(name=name, factories=factories, targets=(Target("cpu"),), families=families)
+    )
 report = moe_routing.explain("acme_lowest")
 assert report.rejection("names_it").verdict.code.value == "explicit_only"
 assert report.rejection("names_nothing").verdict.code.value == "family"

@@ -1,6 +1,6 @@
 """The torch-compile backend.
 
-On the CPU when named, on accelerators that nobody knows, and where nothing compiles.
+The tests name it on the CPU, and run where the accelerator is unknown or nothing compiles.
 """
 
 from __future__ import annotations
@@ -316,7 +316,9 @@ def test_a_device_that_inductor_does_not_know_falls_to_eager_said_once_with_the_
             def inside(x):
                 if isinstance(x, torch.Tensor) and x.device.type == "acmenpu":
                     return x.on_cpu
-                return torch.device("cpu") if isinstance(x, torch.device) and x.type == "acmenpu" else x
+                if isinstance(x, torch.device) and x.type == "acmenpu":
+                    return torch.device("cpu")
+                return x
 
             if func.name() == "aten::_copy_from":
                 args[1].on_cpu.copy_(inside(args[0]))
@@ -336,12 +338,14 @@ def test_a_device_that_inductor_does_not_know_falls_to_eager_said_once_with_the_
             route(to_npu(cpu), 2)
         said = [w for w in caught if isinstance(w.message, moe_routing.DowngradeWarning)]
         assert len(said) == 1, said
-        assert "acmenpu:0 routes with 'eager', not with 'torch-compile'" in str(said[0].message), said[0].message
+        words = str(said[0].message)
+        assert "acmenpu:0 routes with 'eager', not with 'torch-compile'" in words, words
         assert ids.device.type == "acmenpu"
         assert torch.equal(ids.on_cpu, route(cpu, 2).ids)
         assert route.backend == "eager"
         route(to_npu(cpu), 2)
-        print(route.report.rejection("torch-compile").verdict.code.value, route.report.device.platform)
+        rejection = route.report.rejection("torch-compile")
+        print(rejection.verdict.code.value, route.report.device.platform)
         """
     )
     assert said.split() == ["factory_failed", "acmenpu"]

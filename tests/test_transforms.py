@@ -1,6 +1,6 @@
 """torch.func, higher derivatives, DTensor, lazy negation and fake-tensor modes.
 
-Right, or refused by name.
+Each gives right results, or an error that names it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def reference(spec, ids, logits, per_expert_scale=None):
 
 @pytest.fixture(params=SPECS)
 def case(request):
-    """Return a function of the logits that routes, and one that computes the same with PyTorch's operations."""
+    """Return two functions of the logits that compute the same weights.
+
+    One routes, the other uses PyTorch's operations.
+    """
     spec = SPECS[request.param]
     route, given, logits = Router(spec), given_for(spec), torch.randn(T, E)
     ids = route(logits, K, **given).ids[:, :K].long()
@@ -307,13 +310,16 @@ os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WOR
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 spec = moe_routing.RoutingSpec(
-    family="sharded", score="sigmoid", selection="scores_plus_bias", renormalize=True, per_expert_scale=True, shared_experts=1
+    family="sharded", score="sigmoid", selection="scores_plus_bias", renormalize=True,
+    per_expert_scale=True, shared_experts=1,
 )
 route = moe_routing.Router(spec)
-compiled = torch.compile(lambda *given, **named: tuple(route(*given, **named)), fullgraph=True, backend="aot_eager")
+plain = lambda *given, **named: tuple(route(*given, **named))
+compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
 torch.manual_seed(0)
 for tokens in (6, 5, 1):  # evenly, unevenly, and with a rank that has no row
-    logits, scale, bias, upstream = torch.randn(tokens, 8), torch.rand(8), torch.randn(8), torch.randn(tokens, 3)
+    logits, scale, bias = torch.randn(tokens, 8), torch.rand(8), torch.randn(8)
+    upstream = torch.randn(tokens, 3)
     plain_logits, plain_scale = logits.clone().requires_grad_(), scale.clone().requires_grad_()
     expected = route(plain_logits, 2, plain_scale, bias=bias)
     expected.weights.backward(upstream)
@@ -326,7 +332,8 @@ for tokens in (6, 5, 1):  # evenly, unevenly, and with a rank that has no row
                 torch.compiler.reset()
                 with torch.no_grad():
                     weights, ids = call(x, 2, s, bias=spread(bias))
-                assert (weights.placements, ids.placements) == ((result,), (result,)), (place, weights.placements)
+                placed = (weights.placements, ids.placements)
+                assert placed == ((result,), (result,)), (place, placed)
                 assert weights.shape == (tokens, 3)
                 assert torch.equal(ids.full_tensor(), expected.ids), place
                 assert torch.equal(weights.full_tensor(), expected.weights), place
@@ -337,9 +344,11 @@ for tokens in (6, 5, 1):  # evenly, unevenly, and with a rank that has no row
                 torch.testing.assert_close(got, plain_scale.grad)
     x = distribute_tensor(logits, mesh, [Shard(0)])
     padded = route(x, 2, scale, bias=bias, num_valid_tokens=1)
-    assert torch.equal(padded.ids.full_tensor(), route(logits, 2, scale, bias=bias, num_valid_tokens=1).ids)
+    whole = route(logits, 2, scale, bias=bias, num_valid_tokens=1)
+    assert torch.equal(padded.ids.full_tensor(), whole.ids)
 try:
-    route(distribute_tensor(logits, mesh, [Shard(0)]), 2, scale, bias=bias, out=tuple(t.detach() for t in expected))
+    out = tuple(t.detach() for t in expected)
+    route(distribute_tensor(logits, mesh, [Shard(0)]), 2, scale, bias=bias, out=out)
 except ValueError as error:
     assert str(error).startswith("out: expected None with logits that are a DTensor"), error
 else:

@@ -1,4 +1,7 @@
-"""``moe-routing tune``: what it asks a backend's tuner, what it shows, and how it refuses where there is nothing to tune."""
+"""``moe-routing tune``: what it asks of a backend's tuner, and what it shows.
+
+It refuses where there is nothing to tune.
+"""
 
 from __future__ import annotations
 

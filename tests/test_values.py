@@ -159,7 +159,8 @@ def test_a_process_that_is_forked_during_another_threads_first_call_routes(durin
             shadow.replace = stopping(shadow.replace)
         else:
             inside.set()
-        route = moe_routing.Router(moe_routing.RoutingSpec(family="forked", renormalize=True), verify=True)
+        spec = moe_routing.RoutingSpec(family="forked", renormalize=True)
+        route = moe_routing.Router(spec, verify=True)
         logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
         thread = threading.Thread(target=lambda: route(logits, 2))
         thread.start()

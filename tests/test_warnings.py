@@ -1,4 +1,7 @@
-"""Warnings inside ``not_raised`` are shown, and filters that raise are in force before and after it."""
+"""Warnings inside ``not_raised`` are shown.
+
+Filters that raise are in force before and after it.
+"""
 
 from __future__ import annotations
 

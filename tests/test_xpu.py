@@ -1,4 +1,7 @@
-"""Intel's XPU: when triton-xpu is chosen, its launch table, its launch options, and one router on several kinds of devices."""
+"""Intel's XPU: when triton-xpu is chosen, its launch table and its launch options.
+
+One router also runs on several kinds of devices.
+"""
 
 from __future__ import annotations
 

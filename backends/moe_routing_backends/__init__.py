@@ -1,1 +1,4 @@
-"""The built-in backends, one folder each, found through the same entry points as everybody else's."""
+"""The built-in backends, one folder each.
+
+They are found through entry points, as other people's backends are.
+"""

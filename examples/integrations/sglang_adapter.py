@@ -1,4 +1,7 @@
-"""SGLang 0.5.23: ``TopK`` layers with plain top-k route through moe_routing, by the hook that ``select_experts`` calls."""
+"""SGLang 0.5.23: ``TopK`` layers with plain top-k route through moe_routing.
+
+``select_experts`` calls the hook ``custom_routing_function``, which the adapter sets.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 def adapt(model: nn.Module, router: str) -> int:
     """Route a loaded model's plain TopK layers by a model name, ``"qwen3_moe"`` for example.
 
-    Return how many.
+    Return the number of those layers.
     """
     spec = moe_routing.get_router(router).spec
     routes = {
@@ -28,9 +31,8 @@ def adapt(model: nn.Module, router: str) -> int:
         topk: int,
         renormalize: bool,  # noqa: FBT001 -- SGLang's signature
     ) -> tuple[Tensor, Tensor]:
-        return routes[renormalize](
-            gating_output, topk
-        )  # float32 and int32, as SGLang's kernels return them
+        # Float32 and int32, as SGLang's kernels return them.
+        return routes[renormalize](gating_output, topk)
 
     plain = [
         layer.topk_config

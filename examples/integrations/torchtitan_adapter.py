@@ -1,4 +1,7 @@
-"""torchtitan 0.3: token-choice routers, for training, whose routing and gradients are moe_routing's."""
+"""torchtitan 0.3: token-choice routers that route through moe_routing, in training as well.
+
+The gradients come from moe_routing too.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ class Router(TokenChoiceTopKRouter):
     def forward(
         self, x_BLD: Tensor, expert_bias_E: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return weights ``[B, L, K]`` in float32, ids ``[B, L, K]`` in int64, and the scores ``[B, L, E]``."""
+        """Return weights in float32, ids in int64, and the scores.
+
+        Weights and ids are ``[B, L, K]``, the scores ``[B, L, E]``.
+        """
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits: Tensor = self.gate(x_BLD)
         bias = (
@@ -48,7 +54,10 @@ def adapt(model: nn.Module) -> int:
 
 
 def _spec(router: TokenChoiceTopKRouter) -> moe_routing.RoutingSpec:
-    """Return the spec of a router, which selects on the scores whether its block has a bias or not."""
+    """Return the spec of a router.
+
+    A router selects on the scores, whether its block has a bias or not.
+    """
     grouped = router.num_expert_groups is not None
     return moe_routing.RoutingSpec(
         family=f"torchtitan_{router.score_func}",

@@ -1,6 +1,6 @@
 """Time acme against eager: `python benchmark.py [T ...]`.
 
-Prints acme's time, and how many times as fast as eager that is.
+It prints acme's time, and how many times as fast as eager that is.
 """
 
 import sys

@@ -135,7 +135,10 @@ def load_and_ask() -> None:
 
 
 def _wait_for_threads() -> None:
-    """Wait for the threads that the plug-in of before started, as Python does before a process ends."""
+    """Wait for the threads that the previous plug-in started.
+
+    Python does so before a process ends.
+    """
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -154,7 +157,8 @@ def torch_state() -> dict[str, Any]:
 
 
 def _torch_state(torch: Any) -> dict[str, Any]:  # noqa: ANN401 -- the module
-    # Of the modules the public ones. Of a class also what it inherits: to set a method on the class hides that.
+    # Of the modules the public ones. Of a class also what it inherits: to set a method on the class
+    # hides that.
     owners = {
         name: (module,)
         for name, module in sys.modules.items()
@@ -186,7 +190,8 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
     What torch replaces by its own, as its compiler does when it is first imported, does not count.
     """
     return tuple(
-        f"the plug-ins changed {name}, which is now {said_by(partial(_named, after[name]), 'something else')}"
+        f"the plug-ins changed {name}, which is now "
+        f"{said_by(partial(_named, after[name]), 'something else')}"
         if name in after
         else f"the plug-ins changed {name}, which is no function now"
         for name, value in before.items()
@@ -198,7 +203,8 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
 def _is_torchs(value: object) -> bool:
     """Tell whether torch defines a class, or a function and all that it wraps.
 
-    ``functools.wraps`` copies a function's names, but not the module that the wrapper is written in.
+    ``functools.wraps`` copies a function's names, but not the module that the wrapper is written
+    in.
     """
     if type(value) is FunctionType:
         wrapped = getattr(value, "__wrapped__", None)

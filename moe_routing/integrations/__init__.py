@@ -1,1 +1,4 @@
-"""Real clients: libraries and engines whose mixture-of-experts models route through ``moe_routing``. Imports none of them."""
+"""Real clients: libraries and engines whose models route through ``moe_routing``.
+
+This file imports none of them.
+"""

@@ -17,7 +17,10 @@ _IGNORED = {"annotation", "returns", "decorator_list", "type_comment", "type_par
 
 
 def digest(bases: list[str], trees: Mapping[str, ast.AST]) -> str:
-    """Hash syntax trees so that every Python gives the same answer, and layout, names of classes and comments none."""
+    """Hash syntax trees so that every version of Python gives the same answer.
+
+    Layout, names of classes and comments do not change it.
+    """
     text = json.dumps([bases, [[name, _plain(trees[name])] for name in sorted(trees)]])
     return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
 

@@ -1,10 +1,10 @@
-"""Model presets: transformers' ``model_type`` -> routing spec, and how a configuration object is read.
+"""Model presets: transformers' ``model_type`` -> routing spec, read from a configuration.
 
-Free of torch and of transformers: a configuration is any object or dict with a ``model_type``.
-Every preset is proven in ``tests/test_models.py`` against the router that transformers 5.24 itself
-runs, on the same logits. The presets compute the *routed* weights only: shared experts are added by
-the models themselves, so ``shared_experts`` is 0 in all of them; an engine that fuses them asks for
-slots with ``spec.replace(shared_experts=...)``.
+This package is free of torch and of transformers: a configuration is any object or dict with a
+``model_type``. Every preset is proven in ``tests/test_models.py`` against the router that
+transformers 5.24 itself runs, on the same logits. The presets compute the *routed* weights only:
+shared experts are added by the models themselves, so ``shared_experts`` is 0 in all of them; an
+engine that fuses them asks for slots with ``spec.replace(shared_experts=...)``.
 """
 
 from __future__ import annotations

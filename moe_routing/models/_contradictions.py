@@ -60,9 +60,10 @@ def _is_group_count(spec: RoutingSpec, value: object) -> bool:
 SETTINGS = (
     Setting(
         (
-            "scoring_func", "scoring_function", "score_func", "score_function", "moe_router_activation",
-            "moe_router_activation_func", "moe_router_score_function", "router_score_function", "router_activation",
-            "router_activation_func", "moe_score_func", "moe_score_function", "moe_gate_act", "gating_function",
+            "scoring_func", "scoring_function", "score_func", "score_function",
+            "moe_router_activation", "moe_router_activation_func", "moe_router_score_function",
+            "router_score_function", "router_activation", "router_activation_func",
+            "moe_score_func", "moe_score_function", "moe_gate_act", "gating_function",
             "expert_selection_fn",
         ),
         _is_score,
@@ -70,28 +71,35 @@ SETTINGS = (
     ),
     Setting(
         (
-            "norm_topk_prob", "norm_topk", "route_norm", "norm_expert_weight", "moe_renormalize", "moe_router_renormalize",
-            "normalize_expert_weights", "renormalize",
+            "norm_topk_prob", "norm_topk", "route_norm", "norm_expert_weight", "moe_renormalize",
+            "moe_router_renormalize", "normalize_expert_weights", "renormalize",
         ),
         lambda spec, value: isinstance(value, (bool, int)) and bool(value) == spec.renormalize,
         lambda spec: spec.renormalize,
     ),
     Setting(("topk_method", "moe_topk_method"), _is_method, _method),
     Setting(
-        ("use_routing_bias", "use_expert_bias", "use_router_bias", "use_moe_router_bias", "moe_router_enable_expert_bias"),
+        (
+            "use_routing_bias", "use_expert_bias", "use_router_bias", "use_moe_router_bias",
+            "moe_router_enable_expert_bias",
+        ),
         lambda spec, value: isinstance(value, (bool, int)) and bool(value) == spec.needs_bias,
         lambda spec: spec.needs_bias,
     ),
     Setting(
         (
-            "routed_scaling_factor", "route_scale", "router_scaling_factor", "moe_router_scaling_factor",
-            "moe_routed_scaling_factor", "moe_router_topk_scaling_factor",
+            "routed_scaling_factor", "route_scale", "router_scaling_factor",
+            "moe_router_scaling_factor", "moe_routed_scaling_factor",
+            "moe_router_topk_scaling_factor",
         ),
         lambda spec, value: _is_number(value, spec.scale),
         lambda spec: spec.scale,
     ),
     Setting(
-        ("n_group", "num_expert_group", "num_expert_groups", "router_n_groups", "moe_router_num_groups"),
+        (
+            "n_group", "num_expert_group", "num_expert_groups", "router_n_groups",
+            "moe_router_num_groups",
+        ),
         _is_group_count,
         lambda spec: spec.num_groups,
     ),
@@ -111,9 +119,15 @@ SETTINGS = (
         lambda spec: spec.logit_softcap or 0.0,
     ),
     Setting(
-        ("zero_expert_num",), lambda spec, value: _is_number(value, spec.zero_experts), lambda spec: spec.zero_experts
+        ("zero_expert_num",),
+        lambda spec, value: _is_number(value, spec.zero_experts),
+        lambda spec: spec.zero_experts,
     ),
-    Setting(("zero_expert_type",), lambda spec, value: not spec.zero_experts or value == "identity", lambda _: "identity"),
+    Setting(
+        ("zero_expert_type",),
+        lambda spec, value: not spec.zero_experts or value == "identity",
+        lambda _: "identity",
+    ),
 )  # fmt: skip
 
 

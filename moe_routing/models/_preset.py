@@ -32,7 +32,9 @@ SIZES: Final = ("num_experts", "topk")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPreset:
-    """A model name, its routing with the defaults of its configuration class, and how a configuration changes it.
+    """A model name, and its routing with the defaults of its configuration class.
+
+    The preset also says how a configuration changes that routing.
 
     :ivar name: the ``model_type`` of transformers, or of the released configuration where
         transformers has none.

@@ -128,8 +128,8 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
         "deepseek_v3",
         size=(256, 8),
         scale=2.5,
-        source="DeepseekV3TopkRouter. Experts outside the kept groups are out of the running (-inf); older transformers gave "
-        "them the score 0, to which a biased score below 0 loses.",
+        source="DeepseekV3TopkRouter. Experts outside the kept groups are out of the running "
+        "(-inf); older transformers gave them the score 0, to which a biased score below 0 loses.",
     ),
     *grouped("deepseek_v32", size=(256, 8), scale=2.5, source="DeepseekV32TopkRouter."),
     *grouped("axk1", size=(192, 8), scale=2.5, source="AXK1TopkRouter."),
@@ -156,8 +156,9 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
         choices=BAILING_SCORE,
         defaults={**BAILING_DEFAULTS, "score_function": "softmax"},
         renormalize=True,
-        source="the released configurations of Ling and Ring, and vLLM's BailingMoE (transformers has no model of that name). "
-        "Ling 1 takes a softmax and has no score_function; Ling 2, of the same name, takes a sigmoid and adds expert_bias.",
+        source="the released configurations of Ling and Ring, and vLLM's BailingMoE (transformers "
+        "has no model of that name). Ling 1 takes a softmax and has no score_function; Ling 2, of "
+        "the same name, takes a sigmoid and adds expert_bias.",
     ),
     *row(
         "bailing_moe_v2",
@@ -171,15 +172,15 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
         choices=BAILING_SCORE,
         defaults={**BAILING_DEFAULTS, "score_function": "sigmoid"},
         scale=2.5,
-        source="the released configurations of Ling 2, Ring 2 and later, and vLLM's BailingMoE (transformers has no model of "
-        "that name); the operand bias is the gate's expert_bias.",
+        source="the released configurations of Ling 2, Ring 2 and later, and vLLM's BailingMoE "
+        "(transformers has no model of that name); the operand bias is the gate's expert_bias.",
     ),
     *ungrouped(
         "axk2",
         size=(128, 8),
         scale=2.5,
-        source="AXK2TopkRouter. It gives experts outside the kept groups the score 0, to which a biased score below 0 loses; "
-        "here, as in vLLM, they are out of the running.",
+        source="AXK2TopkRouter. It gives experts outside the kept groups the score 0, to which a "
+        "biased score below 0 loses; here, as in vLLM, they are out of the running.",
     ),
     *ungrouped("dots1", size=(None, None), renormalize=False, source="Dots1TopkRouter."),
     *ungrouped("dots3_note", "dots3_note_text", size=(256, 8), source="Dots3NoteTextTopkRouter."),
@@ -209,8 +210,8 @@ DEEPSEEK_ROUTERS: list[ModelPreset] = [
         size=(384, 8),
         scale=2.827,
         choices={**GROUPS, "scoring_func": {"sigmoid": {}}, "topk_method": {"noaux_tc": {}}},
-        source="the released configuration of Kimi-K2 over DeepSeek-V3's router (transformers has no model of that name, "
-        "and reads Kimi-K2.5's text model as 'deepseek_v3').",
+        source="the released configuration of Kimi-K2 over DeepSeek-V3's router (transformers has "
+        "no model of that name, and reads Kimi-K2.5's text model as 'deepseek_v3').",
     ),
     *ungrouped("mimo_v2_flash", size=(256, 8), source="MiMoV2FlashTopkRouter."),
     *ungrouped("nemotron_h", "nemotron_h_omni", size=(8, 2), source="NemotronHTopkRouter."),
@@ -252,7 +253,8 @@ BIASED: list[ModelPreset] = [
         size=(128, 4),
         reads={**LOCAL, "scale": "routed_scaling_factor"},
         scale=2.0,
-        source="MiniMaxM3VLTopKRouter; MiniMaxM3VLSparseMoeBlock scales the experts' sum by c, here it is in the weights.",
+        source="MiniMaxM3VLTopKRouter; MiniMaxM3VLSparseMoeBlock scales the experts' sum by c, "
+        "here it is in the weights.",
     ),
     *row(
         "step3p7",
@@ -264,7 +266,8 @@ BIASED: list[ModelPreset] = [
             "topk": ("num_experts_per_tok", "moe_top_k"),
             "scale": "moe_router_scaling_factor",
         },
-        source="Step3p7TopKRouter; Step3p7SparseMoeBlock scales the experts' sum by c, here it is in the weights.",
+        source="Step3p7TopKRouter; Step3p7SparseMoeBlock scales the experts' sum by c, here it is "
+        "in the weights.",
     ),
     *row(
         "laguna",
@@ -276,7 +279,8 @@ BIASED: list[ModelPreset] = [
             "logit_softcap": "moe_router_logit_softcapping",
         },
         choices={"moe_router_logit_softcapping": {0: {"logit_softcap": None}, ANYTHING_ELSE: {}}},
-        source="LagunaTopKRouter; LagunaSparseMoeBlock scales the experts' sum by c, here it is in the weights.",
+        source="LagunaTopKRouter; LagunaSparseMoeBlock scales the experts' sum by c, here it is in "
+        "the weights.",
     ),
     *row(
         "lfm2_moe",
@@ -308,7 +312,8 @@ BIASED: list[ModelPreset] = [
         size=(64, 2),
         reads={**LOCAL, "scale": "router_scaling_factor"},
         renorm_epsilon=1e-20,
-        source="Dots3NoteVisionTopKRouter; the operand bias is Dots3NoteVisionMoE.e_score_correction_bias.",
+        source="Dots3NoteVisionTopKRouter; the operand bias is "
+        "Dots3NoteVisionMoE.e_score_correction_bias.",
     ),
     *row(
         "muse_spark",
@@ -318,7 +323,8 @@ BIASED: list[ModelPreset] = [
         reads={**LOCAL, "scale": "routed_scaling_factor", "logit_multiplier": "output_multiplier"},
         logit_multiplier=0.1767766952966369,
         renorm_epsilon=1e-15,
-        source="MuseSparkTopkRouter, which multiplies its logits by output_multiplier; here they come unmultiplied.",
+        source="MuseSparkTopkRouter, which multiplies its logits by output_multiplier; here they "
+        "come unmultiplied.",
     ),
     *row(
         "inkling2",
@@ -356,8 +362,8 @@ BIASED: list[ModelPreset] = [
         },
         scale=1.5,
         renorm_epsilon=1e-20,
-        source="DeepseekV4TopKRouter, which renormalises whatever norm_topk_prob says: False is refused here. "
-        "Layers whose mlp_layer_types is 'hash_moe' are 'deepseek_v4_hash'.",
+        source="DeepseekV4TopKRouter, which renormalises whatever norm_topk_prob says: False is "
+        "refused here. Layers whose mlp_layer_types is 'hash_moe' are 'deepseek_v4_hash'.",
     ),
     *row(
         "deepseek_v4_hash",
@@ -373,7 +379,8 @@ BIASED: list[ModelPreset] = [
         },
         scale=1.5,
         renorm_epsilon=1e-20,
-        source="DeepseekV4HashRouter, of the first layers; the operand expert_table is its buffer tid2eid.",
+        source="DeepseekV4HashRouter, of the first layers; the operand expert_table is its buffer "
+        "tid2eid.",
     ),
 ]
 
@@ -384,8 +391,8 @@ UNBIASED: list[ModelPreset] = [
         size=(256, 6),
         reads={**EXPERTS, "renormalize": "norm_topk_prob"},
         renormalize=True,
-        source="FlintTopKRouter, which selects on the sigmoid; here it is on the logits, which is the same where the sigmoid "
-        "does not saturate.",
+        source="FlintTopKRouter, which selects on the sigmoid; here it is on the logits, which is "
+        "the same where the sigmoid does not saturate.",
     ),
     *row(
         "llama4",
@@ -393,7 +400,8 @@ UNBIASED: list[ModelPreset] = [
         family="topk_sigmoid",
         size=(16, 1),
         reads={"num_experts": "num_local_experts", "topk": "num_experts_per_tok"},
-        source="Llama4Router: its dense scores [T, E] are these weights at these ids, and 0 elsewhere.",
+        source="Llama4Router: its dense scores [T, E] are these weights at these ids, and 0 "
+        "elsewhere.",
     ),
     *row(
         "phimoe",

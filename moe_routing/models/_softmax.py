@@ -82,7 +82,8 @@ PLAIN: list[ModelPreset] = [
         family="softmax_topk",
         size=(128, 8),
         reads=NORM,
-        source="Qwen3MoeTopKRouter. The class's default does not renormalise, the released checkpoints do.",
+        source="Qwen3MoeTopKRouter. The class's default does not renormalise, the released "
+        "checkpoints do.",
     ),
     *row(
         "qwen3_next",
@@ -170,7 +171,8 @@ PLAIN: list[ModelPreset] = [
             "topk": ("moe_topk", "num_experts_per_tok"),
         },
         renormalize=True,
-        source="HunYuanMoEV1Gate. Lists with a number for each layer are read where all layers agree.",
+        source="HunYuanMoEV1Gate. Lists with a number for each layer are read where all layers "
+        "agree.",
     ),
     *row(
         "dbrx",
@@ -184,8 +186,9 @@ PLAIN: list[ModelPreset] = [
             }
         },
         renormalize=True,
-        source="DbrxFFN, which rounds the softmax to the logits' dtype before it selects (here: selection on the logits). "
-        "Its weights may be divided by any p-norm; p = 1, as released, or no norm at all can be expressed.",
+        source="DbrxFFN, which rounds the softmax to the logits' dtype before it selects (here: "
+        "selection on the logits). Its weights may be divided by any p-norm; p = 1, as released, "
+        "or no norm at all can be expressed.",
     ),
     *row(
         "deepseek_v2",
@@ -193,8 +196,9 @@ PLAIN: list[ModelPreset] = [
         size=(64, None),
         reads=DEEPSEEK_V2,
         choices={**GREEDY_OR_GROUPED, "norm_topk_prob": {False: {}}},
-        source="DeepseekV2TopkRouter. With norm_topk_prob=True, which no released checkpoint has, vLLM renormalises, "
-        "DeepSeek's own code renormalises and does not scale, and transformers does neither: such a configuration is refused.",
+        source="DeepseekV2TopkRouter. With norm_topk_prob=True, which no released checkpoint has, "
+        "vLLM renormalises, DeepSeek's own code renormalises and does not scale, and transformers "
+        "does neither: such a configuration is refused.",
     ),
     *row(
         "deepseek_ocr2",
@@ -221,8 +225,9 @@ PLAIN: list[ModelPreset] = [
         reads={**MISTRAL, "renormalize": "norm_topk_prob"},
         choices=MISTRAL_GROUPS,
         renormalize=True,
-        source="Mistral4TopkRouter, whose 1e-20 added to a sum of at least 1/E changes no float32. With more than one group "
-        "give `bias` zeros. The softmax is in the logits' dtype there, in float32 here.",
+        source="Mistral4TopkRouter, whose 1e-20 added to a sum of at least 1/E changes no float32. "
+        "With more than one group give `bias` zeros. The softmax is in the logits' dtype there, in "
+        "float32 here.",
     ),
     *row(
         "mistral_large4",
@@ -232,7 +237,8 @@ PLAIN: list[ModelPreset] = [
         reads=MISTRAL,
         choices=MISTRAL_GROUPS,
         renormalize=True,
-        source="MistralLarge4TextTopkRouter: Mistral 4 that always renormalises. With more than one group give `bias` zeros.",
+        source="MistralLarge4TextTopkRouter: Mistral 4 that always renormalises. With more than "
+        "one group give `bias` zeros.",
     ),
     *row(
         "interns1_pro",
@@ -245,8 +251,8 @@ PLAIN: list[ModelPreset] = [
             "renormalize": "norm_topk_prob",
             "num_groups": "router_n_groups",
         },
-        source="vLLM's InternS1Pro and the released configuration (transformers has no such model). vLLM leaves the ids group "
-        "after group, here they are ordered by descending logit.",
+        source="vLLM's InternS1Pro and the released configuration (transformers has no such "
+        "model). vLLM leaves the ids group after group, here they are ordered by descending logit.",
     ),
 ]
 
@@ -256,14 +262,16 @@ SELECTED_FIRST: list[ModelPreset] = [
         family="topk_softmax",
         size=(128, 4),
         reads=LOCAL,
-        source="GptOssTopKRouter, whose softmax is in the logits' dtype; vLLM's and this one's are in float32.",
+        source="GptOssTopKRouter, whose softmax is in the logits' dtype; vLLM's and this one's are "
+        "in float32.",
     ),
     *row(
         "openai_privacy_filter",
         family="topk_softmax",
         size=(128, 4),
         reads=LOCAL,
-        source="OpenAIPrivacyFilterTopKRouter divides by K, OpenAIPrivacyFilterMLP multiplies by K again: neither is done.",
+        source="OpenAIPrivacyFilterTopKRouter divides by K, OpenAIPrivacyFilterMLP multiplies by K "
+        "again: neither is done.",
     ),
     *row(
         "aria",
@@ -318,7 +326,8 @@ SELECTED_FIRST: list[ModelPreset] = [
         family="gemma4",
         size=(None, None),
         reads={"num_experts": "num_experts", "topk": "top_k_experts"},
-        source="DiffusionGemmaTextRouter; the operand per_expert_scale is its parameter of that name.",
+        source="DiffusionGemmaTextRouter; the operand per_expert_scale is its parameter of that "
+        "name.",
     ),
 ]
 
@@ -354,8 +363,9 @@ BIASED: list[ModelPreset] = [
         },
         scale=6.0,
         zero_experts=256,
-        source="LongcatFlashTopkRouter. It leaves the zero experts their weights, which then scale the identity; here, as in "
-        "vLLM's fused path, they get weight 0, and spec.replace(zero_experts=0) gives those weights too.",
+        source="LongcatFlashTopkRouter. It leaves the zero experts their weights, which then scale "
+        "the identity; here, as in vLLM's fused path, they get weight 0, and "
+        "spec.replace(zero_experts=0) gives those weights too.",
     ),
     *row(
         "zaya",
@@ -363,7 +373,7 @@ BIASED: list[ModelPreset] = [
         size=(17, 1),
         reads=EXPERTS,
         zero_experts=1,
-        source="ZayaRouter, whose last logit is an expert that skips; it renames that id to 0, here it stays E - 1. "
-        "The softmax is in the logits' dtype there, in float32 here.",
+        source="ZayaRouter, whose last logit is an expert that skips; it renames that id to 0, "
+        "here it stays E - 1. The softmax is in the logits' dtype there, in float32 here.",
     ),
 ]

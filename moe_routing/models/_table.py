@@ -39,12 +39,27 @@ A model with several parts is there under its own name and its text model's.
 
 NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
     {
-        "doge": "an expert's score is the sum of the scores of two product keys, each found by a top-k of its own",
-        "inkling_mm_model": "the logits of the shared experts take part in the renormalisation of the routed ones",
-        "inkling_text": "the logits of the shared experts take part in the renormalisation of the routed ones",
-        "nllb-moe": "tokens beyond an expert's capacity are dropped, so routing depends on the tokens before",
-        "switch_transformers": "tokens beyond an expert's capacity are dropped, so routing depends on the tokens before",
-        "vitpose_backbone": "there is no router: the caller names the expert of each image (dataset_index)",
+        "doge": (
+            "an expert's score is the sum of the scores of two product keys, each found by a top-k "
+            "of its own"
+        ),
+        "inkling_mm_model": (
+            "the logits of the shared experts take part in the renormalisation of the routed ones"
+        ),
+        "inkling_text": (
+            "the logits of the shared experts take part in the renormalisation of the routed ones"
+        ),
+        "nllb-moe": (
+            "tokens beyond an expert's capacity are dropped, so routing depends on the tokens "
+            "before"
+        ),
+        "switch_transformers": (
+            "tokens beyond an expert's capacity are dropped, so routing depends on the tokens "
+            "before"
+        ),
+        "vitpose_backbone": (
+            "there is no router: the caller names the expert of each image (dataset_index)"
+        ),
     }
 )
 """Models of transformers 5.24 with experts whose routing ``RoutingSpec`` cannot express.

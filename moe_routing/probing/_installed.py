@@ -91,7 +91,7 @@ def _distribution(name: str, path: Sequence[str] | None) -> Distribution | None:
 def _triton(path: Sequence[str] | None) -> Triton | None:
     """Find the triton on disk.
 
-    Where several distributions claim it, the one whose compiled library is there.
+    Where several distributions claim it, return the one whose compiled library is there.
     """
     spec = _importable("triton") if path is None else PathFinder.find_spec("triton", path)
     places = [Path(place) for place in (spec.submodule_search_locations or () if spec else ())]
@@ -142,7 +142,7 @@ def _announced(distributions: Iterable[Distribution]) -> list[str]:
 
 
 def _wrote(distribution: Distribution, places: Iterable[Path]) -> bool:
-    """Say whether the compiled library on disk has the size that the distribution recorded for its own."""
+    """Say whether the compiled library on disk has the size that the distribution recorded."""
     libraries = [place.parent / _LIBRARY for place in places]
     sizes = {library.stat().st_size for library in libraries if library.is_file()}
     return any(str(file) == _LIBRARY and file.size in sizes for file in distribution.files or ())

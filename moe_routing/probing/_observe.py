@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 _WITHOUT_INDEX = ("cpu", "mps", "meta")
 _INDEXED = ("cuda", "xpu")
 NUMPY_WARNING = "Failed to initialize NumPy"
-"""How torch's warning begins at its import in an environment without NumPy, which nothing here needs."""
+"""How the warning begins that torch gives at its import in an environment without NumPy.
+
+Nothing here needs NumPy.
+"""
 
 
 class UnknownDeviceError(ValueError):
@@ -202,7 +205,10 @@ def _require_present(kind: str, index: int | None) -> None:
     if count is None or (index or 0) < count:
         return
     wanted = kind if index is None else f"{kind}:{index}"
-    msg = f"device: {wanted!r} is not on this machine; torch {TorchBuild.read().version} sees {', '.join(present())}"
+    msg = (
+        f"device: {wanted!r} is not on this machine; "
+        f"torch {TorchBuild.read().version} sees {', '.join(present())}"
+    )
     raise AbsentDeviceError(msg)
 
 
@@ -229,9 +235,9 @@ def _properties(kind: str, index: int | None) -> object:
 
 
 def driver_version(build: TorchBuild, root: Path = Path("/")) -> str:
-    """Read the version of NVIDIA's or AMD's driver off the file in which the running one says it.
+    """Read the version of NVIDIA's or AMD's running driver from the driver's own file.
 
-    ``""`` without one.
+    Without such a file, return ``""``.
     """
     file = root / ("sys/module/amdgpu/version" if build.hip else "proc/driver/nvidia/version")
     if (

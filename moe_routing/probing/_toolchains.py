@@ -1,6 +1,6 @@
-"""What can compile for a device.
+"""The toolchains of a device: torch, triton, ROCm, XPU and IPEX.
 
-Torch, triton, ROCm, XPU and IPEX, installed against usable, with the command that fixes.
+Each is installed or usable, and has the command that fixes it.
 """
 
 from __future__ import annotations
@@ -88,11 +88,13 @@ def _triton(platform: str, triton: Triton | None) -> Toolchain:
     version = triton.version or None
     overwrote = ""
     if triton.overwritten:
-        overwrote = f"{triton.distribution} {triton.version} has overwritten {' and '.join(triton.overwritten)}"
+        others = " and ".join(triton.overwritten)
+        overwrote = f"{triton.distribution} {triton.version} has overwritten {others}"
         gone = " ".join([triton.distribution, *(other.split()[0] for other in triton.overwritten)])
         fix = f"pip uninstall --yes {gone}" + (f" && {fix}" if fix else "")
     if triton.broken_by:
-        detail = f"{overwrote}, which still announces {', '.join(triton.broken_by)}: importing triton.backends raises"
+        announced = ", ".join(triton.broken_by)
+        detail = f"{overwrote}, which still announces {announced}: importing triton.backends raises"
         return Toolchain(name="triton", version=version, usable=False, detail=detail, fix=fix)
     wanted = _TRITON_BACKEND.get(platform)
     fits = wanted in triton.backends if needed else bool(triton.backends)
@@ -141,11 +143,14 @@ def _ipex(platform: str, build: TorchBuild | None, version: str | None) -> Toolc
     local = version.partition("+")[2]
     if not (_is_2_8(version) and _is_2_8(torch_version)):
         detail = (
-            f"{version} with torch {torch_version}: importing it raises. Its last release, 2.8, works with torch 2.8 "
-            "only; later versions of torch contain what it brought"
+            f"{version} with torch {torch_version}: importing it raises. Its last release, 2.8, "
+            "works with torch 2.8 only; later versions of torch contain what it brought"
         )
     elif platform == "xpu" and "xpu" not in local:
-        detail = f"{version} is the build for the CPU (PyPI has no other); torch's own XPU build does without it"
+        detail = (
+            f"{version} is the build for the CPU (PyPI has no other); "
+            "torch's own XPU build does without it"
+        )
     else:
         return Toolchain(
             name="ipex", version=version, usable=True, detail="the retired pair with torch 2.8"

@@ -30,9 +30,12 @@ def to_html(gathered: Gathered) -> str:
 def _parts(gathered: Gathered) -> Iterator[str]:
     doctor = gathered.doctor
     verdict, style = ("fine", "passed") if gathered.ok else ("needs a look", "failed")
-    yield f"<h1>moe-routing report <span class='verdict' style='background:var(--{style})'>{verdict}</span></h1>"
+    background = f"background:var(--{style})"
+    shown = f"<span class='verdict' style='{background}'>{verdict}</span>"
+    yield f"<h1>moe-routing report {shown}</h1>"
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    yield f"<p>{escape(', '.join(f'{name} {version}' for name, version in doctor['versions'].items()))}; {now}</p>"
+    versions = ", ".join(f"{name} {version}" for name, version in doctor["versions"].items())
+    yield f"<p>{escape(versions)}; {now}</p>"
     yield from _checks(doctor)
     yield from _machine(doctor)
     yield from _backends(doctor)
@@ -47,7 +50,8 @@ def _checks(doctor: dict[str, Any]) -> Iterator[str]:
             continue
         mark, style = _MARKS[check["status"]]
         fix = f"<pre>{escape(check['fix'])}</pre>" if check["fix"] else ""
-        found = f"<span class='{style}'>{mark}</span> <b>{escape(check['name'])}</b>: {escape(check['summary'])}"
+        name, summary = escape(check["name"]), escape(check["summary"])
+        found = f"<span class='{style}'>{mark}</span> <b>{name}</b>: {summary}"
         yield f"<div>{found}{fix}</div>"
 
 
@@ -89,7 +93,8 @@ def _backends(doctor: dict[str, Any]) -> Iterator[str]:
             if s["fix"]
         )
     for failure in doctor["plugin_failures"]:
-        yield f"<p class='failed'>plug-in {escape(failure['name'])}: {escape(failure['reason'])}</p>"
+        name, reason = escape(failure["name"]), escape(failure["reason"])
+        yield f"<p class='failed'>plug-in {name}: {reason}</p>"
 
 
 def _conformance(gathered: Gathered) -> Iterator[str]:

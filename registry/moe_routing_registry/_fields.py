@@ -1,7 +1,7 @@
 """Checks of the fields of specs.
 
-Each returns the field as a value of Python's own types, and raises an error that names the field, what
-was expected and what came. A spec keeps what it gets from here: the methods of a plug-in's own
+Each returns the field as a value of Python's own types, and raises an error that names the field,
+what was expected and what came. A spec keeps what it gets from here: the methods of a plug-in's own
 subclass of ``str``, ``int`` or ``tuple`` might raise in the middle of somebody's routing.
 """
 

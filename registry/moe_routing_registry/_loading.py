@@ -114,8 +114,9 @@ def load(
     left_out: Mapping[str, str],
     on_plugin: Callable[[Plugin], object],
 ) -> Inventory:
-    """Load the entry points of the group, and those of ``built_in`` (name -> module) that no metadata names.
+    """Load the plug-ins: the entry points of the group, and the built-in plug-ins.
 
+    :param built_in: name -> module of each built-in plug-in, for those that no metadata names.
     :param reserved: names of the built-in families and models, which no plug-in may bring.
     :param operations: the built-in operations, by name.
     :param left_out: key of a plug-in -> why it is not loaded.
@@ -177,13 +178,8 @@ def _entry_points(inventory: Inventory) -> list[importlib.metadata.EntryPoint]:
                     if point.group == hooks.ENTRY_POINT_GROUP
                 ]
         except PluginFailure as failure:
-            inventory.fail(
-                name.partition(" ")[0],
-                name,
-                RejectCode.IMPORT_FAILED,
-                failure.sentence,
-                failure.trace,
-            )
+            code, short = RejectCode.IMPORT_FAILED, name.partition(" ")[0]
+            inventory.fail(short, name, code, failure.sentence, failure.trace)
         else:
             # As in `entry_points`, of two installations of a distribution the first on sys.path
             # counts.
@@ -205,26 +201,16 @@ def _load_one(plugin: Plugin, inventory: Inventory, reserved: Collection[str]) -
         with contained("its import"), warnings.catch_warnings():
             module = plugin.importer()
     except PluginFailure as failure:
-        inventory.fail(
-            plugin.name,
-            plugin.distribution,
-            RejectCode.IMPORT_FAILED,
-            failure.sentence,
-            failure.trace,
-        )
+        code = RejectCode.IMPORT_FAILED
+        inventory.fail(plugin.name, plugin.distribution, code, failure.sentence, failure.trace)
         return
     try:
         with contained("its registration"), warnings.catch_warnings():
             brought = _specs(module, plugin.key)
             _check_names(plugin, brought, inventory, reserved)
     except PluginFailure as failure:
-        inventory.fail(
-            plugin.name,
-            plugin.distribution,
-            RejectCode.REGISTRATION_FAILED,
-            failure.sentence,
-            failure.trace,
-        )
+        code = RejectCode.REGISTRATION_FAILED
+        inventory.fail(plugin.name, plugin.distribution, code, failure.sentence, failure.trace)
         return
     inventory.add_all_of(plugin, brought)
 
@@ -252,7 +238,10 @@ def _specs(module: object, key: str) -> Brought:
 
 
 def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:
-    """Call a hook; raise ``TypeError`` unless each implementation returns a sequence of specs of that kind."""
+    """Call a hook, and return the specs of all its implementations.
+
+    :raises TypeError: an implementation returns anything but a sequence of specs of that kind.
+    """
     expected = f"a sequence of {kind.__name__}"
     results: list[object] = hook()
     if hook.get_hookimpls() and not results:  # pluggy drops what is None
@@ -271,7 +260,11 @@ def _called(hook: pluggy.HookCaller, kind: type[Any]) -> list[Any]:
 def _check_names(
     plugin: Plugin, brought: Brought, inventory: Inventory, reserved: Collection[str]
 ) -> None:
-    """Raise ``ValueError`` for a name that is built in, one that the distribution uses twice, or another's router's name."""
+    """Raise ``ValueError`` for a name that is taken.
+
+    A name is taken if it is built in, if the distribution uses it for two backends, or if it is
+    the name of a family, a model or an operation already.
+    """
     own = [spec.name for spec in brought.backends]
     for name in own:
         owner = inventory.plugins.get(name)
@@ -287,14 +280,12 @@ def _check_names(
     for row in brought.families:
         for name in sorted(row.names):
             if name in reserved:
-                msg = (
-                    f"{name!r} is the name of a built-in family or model; a plug-in's needs another"
-                )
+                what = "a built-in family or model"
+                msg = f"{name!r} is the name of {what}; a plug-in's needs another"
                 raise ValueError(msg)
             if name in taken:
-                brought_by = inventory.distributions.get(
-                    ("family", taken[name]), plugin.distribution
-                )
+                key = ("family", taken[name])
+                brought_by = inventory.distributions.get(key, plugin.distribution)
                 msg = f"{name!r} is the name of a family or model of {brought_by} already"
                 raise ValueError(msg)
         taken |= dict.fromkeys(row.names, row.spec.family)

@@ -23,9 +23,8 @@ def check(requirements: tuple[str, ...]) -> Verdict:
         try:
             with contained(f"checking its requirement {text!r}"):
                 verdict = _check_one(text)
-        except (
-            PluginFailure
-        ) as failure:  # a marker that cannot be evaluated, metadata that cannot be read
+        except PluginFailure as failure:
+            # A marker that cannot be evaluated, or metadata that cannot be read.
             return Verdict.no(RejectCode.REQUIREMENT_MISSING, failure.sentence)
         if not verdict:
             return verdict
@@ -33,10 +32,8 @@ def check(requirements: tuple[str, ...]) -> Verdict:
 
 
 def _check_one(text: str) -> Verdict:
-    from packaging.requirements import (
-        InvalidRequirement,
-        Requirement,
-    )  # 25 ms that most processes need not pay
+    # Imported here: the import takes 25 ms, and most processes need not pay them.
+    from packaging.requirements import InvalidRequirement, Requirement
 
     try:
         requirement = Requirement(text)

@@ -1,4 +1,4 @@
-"""Cards that plug-ins hand in.
+"""Specs that plug-ins provide.
 
 ``BackendSpec`` for a backend, ``FamilySpec`` for a routing family.
 """
@@ -38,10 +38,11 @@ NotesRule = Callable[[Any, DeviceInfo], tuple[str, ...]]
 def knows_score(problem: RoutingProblem, _device: DeviceInfo | None = None) -> Verdict:
     """Accept the score functions that every built-in backend knows.
 
-    A support rule, or the start of one.
+    It is a support rule, or the start of one.
 
     >>> from moe_routing_registry import RoutingProblem
-    >>> problem = RoutingProblem(spec=RoutingSpec(family="f", score="square"), num_experts=8, topk=2, dtype="float32")
+    >>> spec = RoutingSpec(family="f", score="square")
+    >>> problem = RoutingProblem(spec=spec, num_experts=8, topk=2, dtype="float32")
     >>> knows_score(problem).reason
     "knows the score functions softmax, sigmoid, sqrtsoftplus, not 'square'"
     """
@@ -93,12 +94,19 @@ class Target:
             explicit=_fields.exactly("explicit", self.explicit, bool, "True or False"),
         )
         if self.platform != "cuda" and (self.min_capability or self.max_capability):
-            msg = f"min_capability, max_capability: only platform 'cuda' has an order, got platform {self.platform!r}"
+            msg = (
+                "min_capability, max_capability: only platform 'cuda' has an order, "
+                f"got platform {self.platform!r}"
+            )
             raise ValueError(msg)
 
     @property
     def narrowness(self) -> int:
-        """0 for any platform, 1 for any accelerator, 2 for one platform, 3 for some generations of it."""
+        """How narrow the target is, from 0 to 3.
+
+        0 is any platform, 1 any accelerator, 2 one platform, and 3 some generations of one
+        platform.
+        """
         if self.platform in (ANY, ACCELERATOR):
             return int(self.platform == ACCELERATOR)
         return 3 if self.archs or self.min_capability or self.max_capability else 2
@@ -172,7 +180,7 @@ def _dotted(version: tuple[int, int]) -> str:
 class BackendSpec:
     """Describes a backend to the registry.
 
-    Everything that the choice needs, without importing the backend.
+    It holds everything that the choice needs, so that the backend need not be imported.
 
     Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and what came.
 

@@ -18,7 +18,10 @@ class MoeRoutingWarning(UserWarning):
 
 
 class PluginWarning(MoeRoutingWarning):
-    """A plug-in failed; it costs only itself, and ``moe-routing doctor --verbose`` shows the traceback."""
+    """A plug-in failed, and only that plug-in is not used.
+
+    ``moe-routing doctor --verbose`` shows the traceback.
+    """
 
 
 class DowngradeWarning(MoeRoutingWarning):

@@ -36,4 +36,7 @@ def moe_routing_families() -> Sequence[FamilySpec]:  # type: ignore[empty-body]
 
 @hookspec
 def moe_routing_operations() -> Sequence[OperationSpec]:  # type: ignore[empty-body]
-    """Return the specs of the operations that this plug-in brings, for which any plug-in's backends may have factories."""
+    """Return the specs of the operations that this plug-in provides.
+
+    The backends of any plug-in may have factories for them.
+    """

@@ -19,7 +19,9 @@ _LOCKS: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
 
 
 class ForkSafeLock:
-    """A ``threading.RLock`` for ``with`` statements, released in a forked child unless the forking thread itself holds it.
+    """A ``threading.RLock`` for ``with`` statements, released in a forked child.
+
+    A lock that the forking thread itself holds stays held.
 
     >>> lock = ForkSafeLock()
     >>> with lock, lock:

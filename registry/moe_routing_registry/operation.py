@@ -40,10 +40,11 @@ class Problem(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationSpec:
-    """An operation: a name for users and backends, and where the parts are that only some tools import.
+    """An operation: a name for users and backends, and the paths of its parts.
 
-    Each path is ``"package.module:attribute"``, imported when it is needed. Raises ``TypeError`` or
-    ``ValueError`` that names the field, what was expected and what came.
+    Only some tools import those parts. Each path is ``"package.module:attribute"``, imported when
+    it is needed. Raises ``TypeError`` or ``ValueError`` that names the field, what was expected and
+    what came.
 
     :ivar name: the key in ``BackendSpec.factories``, and the ``operation`` of its problems.
     :ivar example: path of a problem, for which doctor asks every backend.

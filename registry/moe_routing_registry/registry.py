@@ -116,12 +116,12 @@ class Registry:
 
     @property
     def backends(self) -> Mapping[str, BackendSpec]:
-        """Cards of the backends by name."""
+        """Specs of the backends by name."""
         return self.load().backends
 
     @property
     def families(self) -> Mapping[str, FamilySpec]:
-        """Cards of the families that plug-ins brought, by name."""
+        """Specs of the families that plug-ins brought, by name."""
         return self.load().families
 
     @property
@@ -237,7 +237,10 @@ class Registry:
         )
 
     def check_names(self, request: Request) -> None:
-        """Raise for a wrong backend in an argument, context or environment, and for an unresolved duplicate."""
+        """Raise for a wrong name of a backend, and for a duplicate name that is not resolved.
+
+        The name may come from an argument, a context or the environment.
+        """
         known = {*self.backends, *(failure.name for failure in self.failures)}
         if not isinstance(request.backend, (str, type(None))):
             raise TypeError(refusal("backend", "a name, or None", request.backend))
@@ -284,7 +287,8 @@ class Registry:
             reason = (
                 f"is written for plug-in interface {backend.api_version}, this is {API_VERSION}"
             )
-            fix = f"pip install --upgrade moe-routing {shlex.quote(self.distribution(backend.name).partition(' ')[0])}"
+            package = self.distribution(backend.name).partition(" ")[0]
+            fix = f"pip install --upgrade moe-routing {shlex.quote(package)}"
             return Verdict.no(RejectCode.API_VERSION, reason, fix)
         return Verdict.yes()
 
@@ -306,7 +310,10 @@ class Registry:
             or self.distribution(backend.name) == self.distribution(name, "family")
         ):
             return Verdict.yes()
-        reason = f"computes what the fields of a spec say, and family {name!r} has an oracle of its own, which may say more"
+        reason = (
+            f"computes what the fields of a spec say, and family {name!r} has an oracle "
+            "of its own, which may say more"
+        )
         return Verdict.no(RejectCode.FAMILY, reason)
 
     @staticmethod
@@ -351,7 +358,9 @@ class Registry:
         return bound
 
     def builds_unsupported(self, name: str, operation: str) -> bool:
-        """Whether the backend's factory for an operation can be told to build what its support rule declines.
+        """Tell whether a backend can be told to build what its support rule declines.
+
+        The answer is about its factory for that operation.
 
         :raises FactoryError: the factory cannot be imported.
         """
@@ -363,7 +372,9 @@ class Registry:
             raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
 
     def tuner(self, name: str, operation: str) -> Any:  # noqa: ANN401 -- what it takes and returns, its caller knows
-        """Import what measures a backend's launches of an operation, or return ``None`` where it has nothing to tune.
+        """Import the function that measures a backend's launches of an operation.
+
+        ``None`` where the backend has nothing to tune.
 
         :raises PluginFailure: its import raised.
         """
@@ -390,7 +401,10 @@ def _notes(backend: BackendSpec, problem: Problem, device: DeviceInfo) -> tuple[
 
 def _warn_of(failure: Rejection) -> None:
     who = printable(f"plug-in {failure.name!r} of {failure.distribution}")
-    text = f"{who} is not used: {failure.verdict.reason}; `moe-routing doctor --verbose` shows the traceback"
+    text = (
+        f"{who} is not used: {failure.verdict.reason}; "
+        "`moe-routing doctor --verbose` shows the traceback"
+    )
     warnings.warn(text, PluginWarning, stacklevel=2)
 
 
@@ -421,7 +435,8 @@ def _offers(
 ) -> Verdict:
     if problem.operation in backend.factories:
         return Verdict.yes()
-    reason = f"has no factory for the operation {problem.operation!r}; it computes {', '.join(backend.factories)}"
+    computes = ", ".join(backend.factories)
+    reason = f"has no factory for the operation {problem.operation!r}; it computes {computes}"
     return Verdict.no(RejectCode.OPERATION, reason)
 
 

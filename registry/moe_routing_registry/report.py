@@ -1,4 +1,7 @@
-"""``ResolutionReport``: who won, who asked for it, who else could have, and why everyone else could not."""
+"""``ResolutionReport``: which backend was chosen, who asked for it, and why no other was.
+
+It also names the other backends that could serve the request.
+"""
 
 from __future__ import annotations
 

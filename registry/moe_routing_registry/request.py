@@ -23,7 +23,10 @@ preference: ContextVar[str | None] = ContextVar("moe_routing_preference", defaul
 
 
 _outer: ContextVar[tuple[str | None, ...]] = ContextVar("moe_routing_outer_preferences", default=())
-"""What ``preference`` held outside each ``prefer`` block that this thread or task is in, outermost first."""
+"""The values of ``preference`` outside each ``prefer`` block, outermost first.
+
+The blocks are those that this thread or task is in.
+"""
 
 
 class preferring(ContextDecorator):  # noqa: N801 -- used like the functions of contextlib
@@ -101,7 +104,7 @@ def flag(variable: str) -> bool:
 def verify_rate(verify: float | bool | None) -> float:  # noqa: FBT001 -- True is what users write
     """Return the share of calls to compare.
 
-    The argument's, or the environment's where it is ``None``.
+    It is the argument's, or the environment's where the argument is ``None``.
 
     :raises TypeError: the argument is no number.
     :raises ValueError: neither a share from 0 to 1, nor ``MOE_ROUTING_VERIFY`` as ``sample:SHARE``,

@@ -51,9 +51,15 @@ _NUMBERS = {
 """Each number and the range that it may be in."""
 _NO_GROUPS: dict[str, object] = {"num_groups": 1, "topk_per_group": False}
 _UNUSED: dict[str, dict[str, object]] = {
-    "sparsemixer": { "score": "softmax", "renormalize": False, "logit_softcap": None, "logit_multiplier": 1.0, **_NO_GROUPS },
+    "sparsemixer": {
+        "score": "softmax",
+        "renormalize": False,
+        "logit_softcap": None,
+        "logit_multiplier": 1.0,
+        **_NO_GROUPS,
+    },
     "token_table": _NO_GROUPS,
-}  # fmt: skip
+}
 """Fields that a selection has no use for, with their defaults.
 
 Any other value asks for maths that nobody would compute.
@@ -64,7 +70,7 @@ Any other value asks for maths that nobody would compute.
 class RoutingSpec:
     """How ``logits [T, E]`` become ``weights [T, K]`` and ``ids [T, K]``.
 
-    One frozen row of data for each family.
+    A spec is one frozen row of data for each family.
 
     The steps, in order::
 
@@ -139,7 +145,10 @@ class RoutingSpec:
     _key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check every field, and turn NumPy's scalars into Python's, so that equal specs have equal hashes and texts."""
+        """Check every field, and turn NumPy's scalars into Python's.
+
+        So equal specs have equal hashes and texts.
+        """
         for name in _NAMES:
             self._set(name, require_name(name, getattr(self, name)))
         for name in _FLAGS:
@@ -259,7 +268,8 @@ class RoutingSpec:
         try:
             values = json.loads(text)
         except (ValueError, TypeError, RecursionError) as error:
-            msg = f"spec: expected the JSON text of a RoutingSpec, got {type(error).__name__}: {error}"
+            got = f"{type(error).__name__}: {error}"
+            msg = f"spec: expected the JSON text of a RoutingSpec, got {got}"
             raise ValueError(msg) from error
         if not isinstance(values, dict):
             raise ValueError(refusal("spec", "a JSON object", values))  # noqa: TRY004 -- a text's content, not an argument
@@ -296,14 +306,16 @@ class RoutingSpec:
         if self.selection == "token_table":
             return "table[token_id]"
         if self.selection == "sparsemixer":
-            return f"K rounds of argmax(l), each without entries (m-l)/max(|l|,m) > {2 * self.jitter:g}"
+            left_out = f"(m-l)/max(|l|,m) > {2 * self.jitter:g}"
+            return f"K rounds of argmax(l), each without entries {left_out}"
         what = {"scores_plus_bias": f"{score}+b", "logits_plus_bias": f"{x}+b"}.get(
             self.selection, "l"
         )
         if self.topk_per_group:
             return f"top K/{self.num_groups} of {what} in each of {self.num_groups} groups"
         if self.grouped:
-            return f"topk({what}) in the best {self.topk_groups} of {self.num_groups} groups by {self.group_score}"
+            groups = f"the best {self.topk_groups} of {self.num_groups} groups"
+            return f"topk({what}) in {groups} by {self.group_score}"
         return f"topk({what})"
 
     def _weight_formula(self, x: str, score: str) -> str:

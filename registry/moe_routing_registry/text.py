@@ -38,17 +38,15 @@ def require_name(field: str, value: object) -> str:
         raise TypeError(refusal(field, "a string", value))
     if _NAME.fullmatch(value) is None:
         raise ValueError(refusal(field, _NAME_RULE, value))
-    return (
-        value if type(value) is str else str.__str__(value)
-    )  # of a subclass, NumPy's for example, the plain string
+    # Of a subclass, NumPy's for example, the plain string.
+    return value if type(value) is str else str.__str__(value)
 
 
 def printable(text: str) -> str:
-    r"""Return the text without what steers a terminal.
+    r"""Return the text without characters that steer a terminal.
 
-    Control characters, bidirectional overrides, lone surrogates.
-
-    Newlines and tabs stay; a space of another width becomes a space.
+    These are control characters, bidirectional overrides and lone surrogates. Newlines and tabs
+    stay; a space of another width becomes a space.
 
     >>> printable("red\x1b[31m, bell\x07, \u202etfel")
     'red[31m, bell, tfel'
@@ -91,7 +89,7 @@ def _printable(c: str) -> str:
 def shown(value: object) -> str:
     """Return a value as an error names it.
 
-    Short, in one line, and never the elements of a tensor or an array.
+    It is short, in one line, and never has the elements of a tensor or an array.
 
     >>> shown("a" * 300)[-5:], shown(2.5), shown([1, 2])
     ('a ...', '2.5', '[1, 2]')
@@ -108,9 +106,8 @@ def shown(value: object) -> str:
 def _described(value: object) -> str:
     name = type(value).__name__
     shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and not isinstance(
-        value, numbers.Number
-    ):  # a tensor or an array; NumPy's scalars are numbers
+    # A tensor or an array; NumPy's scalars are numbers.
+    if isinstance(shape, tuple) and not isinstance(value, numbers.Number):
         known = {"dtype": getattr(value, "dtype", None), "device": getattr(value, "device", None)}
         more = "".join(f", {word} {said}" for word, said in known.items() if said is not None)
         return f"a {name} of shape {list(shape)}{more}"

@@ -1,4 +1,7 @@
-"""``Verdict``: yes, or no with a code from a closed list, a sentence and the command that fixes it."""
+"""``Verdict``: yes, or no with a code, a sentence and the command that fixes it.
+
+The codes are a closed list, ``RejectCode``.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,15 @@ class RejectCode(str, Enum):
     """Why a backend is not used. Tests and scripts rely on these, never on the sentences."""
 
     IMPORT_FAILED = "import_failed"
-    """The plug-in's module raised at import, or (for doctor) its import did not end.
+    """The plug-in's module raised at import, or its metadata could not be read.
 
-    Or metadata could not be read.
+    Doctor also uses it for an import that does not end.
     """
     REGISTRATION_FAILED = "registration_failed"
-    """The plug-in's hook raised, is misspelt, returned something other than specs, or a spec whose name is built in."""
+    """The plug-in's hook raised, is misspelt, or returned something other than specs.
+
+    It also stands for a spec with the name of a built-in one.
+    """
     API_VERSION = "api_version"
     """The spec is written for another version of the plug-in interface."""
     BLOCKED = "blocked"
@@ -43,7 +49,10 @@ class RejectCode(str, Enum):
     LAYOUT = "layout"
     """It does not take these strides."""
     TRAINING = "training"
-    """It has no gradients, or no backward of its own for maths that the closed form does not know."""
+    """It has no gradients, or cannot go back through maths that the closed form does not know.
+
+    Such maths needs a backward of the backend's own.
+    """
     EXPLICIT_ONLY = "explicit_only"
     """It could run, but only when it is named."""
     SUPPORT_RULE_FAILED = "support_rule_failed"
@@ -62,7 +71,10 @@ FIXABLE = frozenset(
         RejectCode.FACTORY_FAILED,
     }
 )
-"""Codes that say that the machine or the plug-in is at fault, so that a better backend was to be had."""
+"""Codes of a fault of the machine or of the plug-in.
+
+Without that fault, a better backend could have been chosen.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +112,8 @@ class Verdict:
             object.__setattr__(self, name, line(getattr(self, name)))
         code: object = self.code
         if not isinstance(code, RejectCode) and (code is not None or self.reason or self.fix):
-            msg = f"code: a rejection needs a RejectCode, got {shown(self.code)} with reason {shown(self.reason)}"
+            got = f"{shown(self.code)} with reason {shown(self.reason)}"
+            msg = f"code: a rejection needs a RejectCode, got {got}"
             raise TypeError(msg)
         if self.code is not None and not self.reason:
             msg = f"reason: a rejection needs a sentence with its code, got {shown(self.reason)}"

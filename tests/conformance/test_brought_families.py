@@ -11,14 +11,18 @@ import pytest
 from moe_routing.conformance.clauses import CLAUSES
 
 PLUGIN = """
-    from moe_routing_registry import ANY, BackendSpec, FamilySpec, RejectCode, RoutingSpec, Target, Verdict, hookimpl
+    from moe_routing_registry import (
+        ANY, BackendSpec, FamilySpec, RejectCode, RoutingSpec, Target, Verdict, hookimpl
+    )
 
     SPEC = RoutingSpec(family="softsign_topk", score="softsign")
 
     def supports(problem, device):
         if problem.spec.score != "softsign":
             return Verdict.no(RejectCode.FAMILY, "knows softsign only")
-        return Verdict.no(RejectCode.TRAINING, "has no gradients") if problem.training else Verdict.yes()
+        if problem.training:
+            return Verdict.no(RejectCode.TRAINING, "has no gradients")
+        return Verdict.yes()
 
     @hookimpl
     def moe_routing_families():
@@ -26,10 +30,11 @@ PLUGIN = """
 
     @hookimpl
     def moe_routing_backends():
+        factories = {"route": "softsign_plugin:build"}
         targets = (Target(ANY),)
         gaps = {"gradients": "nobody trains with softsign"}
-        return [BackendSpec(name="softsign", factories={"route": "softsign_plugin:build"}, targets=targets,
-                        supports=supports, gaps=gaps)]
+        return [BackendSpec(name="softsign", factories=factories, targets=targets,
+                            supports=supports, gaps=gaps)]
 
     def oracle(spec, logits, topk, **operands):
         from moe_routing.reference import oracle as kit
@@ -51,7 +56,8 @@ PLUGIN = """
             with torch.no_grad():
                 weights, ids = oracle(problem.spec, logits, problem.topk, **operands)
             if out is None:
-                return RoutingOutput(weights.float().contiguous(), ids.to(getattr(torch, problem.ids_dtype)).contiguous())
+                ids = ids.to(getattr(torch, problem.ids_dtype))
+                return RoutingOutput(weights.float().contiguous(), ids.contiguous())
             out.weights.copy_(weights)
             out.ids.copy_(ids)
             return out

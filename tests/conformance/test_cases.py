@@ -1,4 +1,7 @@
-"""The cases: a pairwise sample that loses no pair, the same everywhere, in the memory that they say."""
+"""The cases: a pairwise sample that loses no pair, and is the same everywhere.
+
+Each case needs the memory that it says.
+"""
 
 import itertools
 

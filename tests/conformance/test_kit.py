@@ -1,6 +1,6 @@
-"""The eager backend conforms, whichever door one comes in by.
+"""The eager backend conforms, by every entry point.
 
-Reports, gaps, and the quick verification.
+Reports, gaps and the quick verification are tested here too.
 """
 
 import dataclasses
@@ -73,7 +73,10 @@ def pytest_on(*arguments):
 
 @pytest.mark.slow
 def test_a_suite_without_a_backend_is_told_so(tmp_path):
-    suite = "from moe_routing.conformance import RouterConformance\nclass TestAcme(RouterConformance):\n    pass\n"
+    suite = (
+        "from moe_routing.conformance import RouterConformance\n"
+        "class TestAcme(RouterConformance):\n    pass\n"
+    )
     (tmp_path / "test_acme.py").write_text(suite)
     ran = pytest_on("--rootdir", str(tmp_path), str(tmp_path))
     assert ran.returncode != 0
@@ -278,9 +281,9 @@ def test_a_verdict_says_what_was_checked_what_was_declined_and_what_was_not_run(
     report.results[1:2] = [
         dataclasses.replace(report.results[4], status="not_run", message="needs a GPU")
     ] * 3
-    assert (
-        report.verdict
-        == "conforms: 1 checked, 2 declined (no: 1; 32-bit (wrong): 1), 3 not run here (needs a GPU: 3)"
+    assert report.verdict == (
+        "conforms: 1 checked, 2 declined (no: 1; 32-bit (wrong): 1), "
+        "3 not run here (needs a GPU: 3)"
     )
     assert report.to_dict()["verdict"] == report.verdict
     assert report.to_dict()["counts"] == {"checked": 1, "declined": 2, "not_run": 3}

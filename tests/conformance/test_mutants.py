@@ -1,4 +1,7 @@
-"""Every deliberately wrong backend is caught, by the check that is named for it, and a right one by none."""
+"""Each deliberately wrong backend fails the check that its row names.
+
+A right backend fails no check.
+"""
 
 import random
 import re
@@ -20,7 +23,10 @@ NOTHING_FOR_THE_REFERENCE = (
 
 
 def results(mutant, check):
-    """Run one check on the mutant's variants, in the smallest profile that has cases which can catch it."""
+    """Run one check on the mutant's variants, and return the results.
+
+    The profile is the smallest that has cases which can catch the mutant.
+    """
     with registered(mutant) as name, drawn.seeded(random.getrandbits(32)):
         under_test = backend_under_test(name, "cpu")
         items = chain(checks.named(check).items("smoke"), checks.named(check).items("quick"))

@@ -1,6 +1,6 @@
 """The oracle against an independent brute force.
 
-Enumeration of all selections, arithmetic of 50 digits.
+It enumerates all selections, and computes with 50 digits.
 """
 
 import itertools
@@ -62,7 +62,10 @@ def scores(spec, x):
 
 
 def best_ordered(keys, among, count):
-    """Return, of all ordered selections, the one with the highest keys, lower ids first among equals."""
+    """Return the ordered selection that has the highest keys.
+
+    Among equal keys, lower ids come first.
+    """
     return max(itertools.permutations(among, count), key=lambda ids: [(keys[i], -i) for i in ids])
 
 

@@ -27,7 +27,10 @@ def commands(block):
 
 
 class Shell:
-    """A shell in an environment of its own, where moe-routing is installed as it is here, with what it needs."""
+    """A shell in a virtual environment of its own.
+
+    moe-routing is installed in it as it is here, with its requirements.
+    """
 
     def __init__(self, directory):
         self.directory = directory

@@ -1,6 +1,6 @@
 """What the tests of the integration share.
 
-The routers and models of the presets' tests, and how outputs compare.
+It has the routers and models of the presets' tests, and compares outputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_here(case):
 def parts(output):
     """Split an output into weights ``[T, K]``, ids ``[T, K]`` and the rest.
 
-    Dense scores and sorted pairs are all rest.
+    Dense scores and sorted pairs belong to the rest.
     """
     ids = [
         item
@@ -50,7 +50,7 @@ def parts(output):
 def in_order_of_ids(output):
     """Return the output with each token's experts in ascending order.
 
-    Transformers leaves some unsorted.
+    Some routers of transformers leave them unsorted.
     """
     weights, ids, rest = parts(output)
     if not ids:

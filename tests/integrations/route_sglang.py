@@ -1,4 +1,6 @@
-"""Route through SGLang's own ``TopK`` layers on a CPU, by SGLang and by us, and print what differs as JSON.
+"""Route through SGLang's own ``TopK`` layers on a CPU, by SGLang and by us.
+
+The script prints the differences as JSON.
 
 ``python route_sglang.py`` with sglang 0.5.23, the packages that it imports, and ``sglang_adapter``
 on the path. SGLang is installed without torchvision, whose published builds do not load with a
@@ -30,7 +32,8 @@ class Empty(ModuleType):
 
 
 def import_sglang():
-    is_torchvision_available()  # transformers remembers the answer, so that it does not take the empty module for a real one
+    # transformers remembers the answer, so that it does not take the empty module for a real one.
+    is_torchvision_available()
     for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
         sys.modules.setdefault(name, Empty(name))
     from sglang.srt.configs.shared_experts import SharedExpertsConfig

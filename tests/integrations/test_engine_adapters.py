@@ -1,6 +1,6 @@
 """The adapters of docs/integrations.md.
 
-Type-checked against the engines' signatures, and called as the engines call them.
+They are type-checked against the engines' signatures, and called as the engines call them.
 """
 
 from __future__ import annotations
@@ -171,19 +171,13 @@ SGLANG = (
 
 
 def answer(script, packages, site):
-    """Install packages without their requirements, run a script of this folder beside the adapters, and return its JSON."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(site),
-        *packages,
-    ]
-    subprocess.run(command, check=True)
+    """Run a script of this folder, and return the JSON that it prints.
+
+    The packages are installed without their requirements, and are on the script's path, as the
+    adapters are.
+    """
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(site), *packages]
+    subprocess.run([sys.executable, *install], check=True)
     path = os.pathsep.join([str(site), str(ADAPTERS), *sys.path])
     command = [sys.executable, str(Path(__file__).with_name(script))]
     done = subprocess.run(

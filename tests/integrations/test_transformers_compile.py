@@ -1,6 +1,6 @@
 """``torch.compile(fullgraph=True)`` of patched models.
 
-Few tokens and many, every implementation of the experts, both ways.
+They get few tokens and many, with every implementation of the experts, in inference and training.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MODELS = ("mixtral", "qwen3_moe", "deepseek_v3", "gemma4_text")
 NEEDS_A_GPU = {"deepgemm", "sonicmoe", "deepgemm_megamoe"}
 EXPERTS = sorted({"eager", *ALL_EXPERTS_FUNCTIONS} - NEEDS_A_GPU)
 TRACED_IN_PARTS = {"eager"}
-"""Experts that loop over those that got tokens, which Dynamo cannot trace as one graph.
+"""Experts that loop over those that got tokens.
 
-Traced, but not compiled, here.
+Dynamo cannot trace them as one graph. They are traced here, but not compiled.
 """
 BY_INDUCTOR = {"grouped_mm"}
 """Experts whose models are compiled to machine code.
@@ -31,9 +31,9 @@ BY_INDUCTOR = {"grouped_mm"}
 The others stop at AOTAutograd's graph, which takes less time.
 """
 TO_MACHINE_CODE = {("inference", "one token"), ("training", "more tokens")}
-"""Of the four graphs of such a model, the two that Inductor compiles.
+"""The two graphs of such a model, of four, that Inductor compiles.
 
-Both ways, and both kinds of shapes.
+One is of inference and one of training, and each has its kind of shapes.
 """
 TOKENS = (1, 2, 3, 7, 130)
 

@@ -1,6 +1,6 @@
 """Patched models under the hooks, wrappers and copies of other libraries.
 
-The real ones, in every order.
+The libraries are the real ones, and come in every order.
 """
 
 from __future__ import annotations
@@ -337,7 +337,8 @@ FSDP = """
     from transformers import AutoModelForCausalLM, MixtralConfig
     from moe_routing.integrations.transformers import patch, unpatch
 
-    dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+    store = "file://" + sys.argv[1]
+    dist.init_process_group("gloo", init_method=store, rank=int(sys.argv[2]), world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     ids = torch.arange(14).view(2, 7)
 
@@ -354,8 +355,9 @@ FSDP = """
         return loss.detach(), grad
 
     theirs = trained(model())
+    orders = ("patch first", "shard first", "shard, patch, unpatch", "patch, shard, unpatch")
     for shard_router in (True, False):
-        for order in ("patch first", "shard first", "shard, patch, unpatch", "patch, shard, unpatch"):
+        for order in orders:
             m = model()
             stock = [type(layer.mlp.gate) for layer in m.model.layers]
             if order.startswith("patch"):
@@ -376,7 +378,8 @@ FSDP = """
                 for layer in m.model.layers:
                     names = [base.__module__ for base in type(layer.mlp.gate).__mro__]
                     assert not any("moe_routing" in name for name in names), names
-                    assert type(layer.mlp.gate).__name__ == ("FSDP" if shard_router else "") + "MixtralTopKRouter"
+                    name = ("FSDP" if shard_router else "") + "MixtralTopKRouter"
+                    assert type(layer.mlp.gate).__name__ == name
     dist.destroy_process_group()
     print("held")
 """
@@ -424,9 +427,9 @@ EXPERT_PARALLEL = """
 
 
 def run_processes(code, tmp_path, *, number=1, **values):
-    """Run a script in new processes, each with a file for all and its rank.
+    """Run a script in new processes, and return what each printed.
 
-    Return what each printed.
+    Each gets a file that all share, and its rank.
     """
     text = textwrap.dedent(code)
     for name, value in values.items():
@@ -463,7 +466,10 @@ def test_transformers_expert_parallelism_before_and_after(tmp_path):
 
 
 def test_the_wrapper_of_older_expert_parallelism_is_followed_both_ways():
-    """In transformers 5.17 expert parallelism wraps the router's forward in a closure, as this code of its module does."""
+    """Expert parallelism of transformers 5.17 wraps the router's forward in a closure.
+
+    The code below does so too, under the name of that module.
+    """
     from transformers.distributed import tensor_parallel
 
     code = """
@@ -539,7 +545,8 @@ LOADED = """
     gate = model.model.layers[0].mlp.gate
     assert type(gate) is routers.MixtralTopKRouter
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=torch.arange(14).view(2, 7)).logits, torch.load({logits}))
+        ours = model(input_ids=torch.arange(14).view(2, 7)).logits
+        torch.testing.assert_close(ours, torch.load({logits}))
     assert len(patch(model).replaced) == 2
     unpatch(model)
     assert type(gate).__module__ == "transformers.models.mixtral.modeling_mixtral"
@@ -735,7 +742,10 @@ def fused(_self, hidden):
 def test_a_block_whose_class_was_replaced_is_left_and_says_who_did(monkeypatch):
     monkeypatch.setattr(MixtralSparseMoeBlock, "forward", fused)
     model = mixtral()
-    reason = r"the forward of mixtral.MixtralSparseMoeBlock around it was replaced, by .*hooks.fused; put the class's own back"
+    reason = (
+        r"the forward of mixtral.MixtralSparseMoeBlock around it was replaced, by .*hooks.fused; "
+        "put the class's own back"
+    )
     with pytest.warns(MoeRoutingWarning, match=reason):
         assert len(patch(model).left) == 2
     assert_no_mark(model)

@@ -1,4 +1,7 @@
-"""Whole tiny models of transformers with random weights, before and after ``patch``, and loaded under ``enable``."""
+"""Whole tiny models of transformers with random weights.
+
+They run before and after ``patch``, and loaded under ``enable``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A router that cannot be proven to be the one that is known keeps its own code, and the report says why."""
+"""A router without proof that its code is known keeps that code.
+
+The report says why.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,10 @@ def test_a_class_whose_forward_was_replaced_is_left(model, monkeypatch):
         return stock(self, hidden_states)
 
     monkeypatch.setattr(ROUTER, "forward", forward)
-    reason = r"the forward of MixtralTopKRouter was replaced, by .*is_left.<locals>.forward; put the class's own back"
+    reason = (
+        r"the forward of MixtralTopKRouter was replaced, by .*is_left.<locals>.forward; "
+        "put the class's own back"
+    )
     assert len(left(model, reason).left) == 3
 
 
@@ -198,7 +204,10 @@ def test_a_class_without_source_is_refused():
 
 
 def test_the_name_alone_proves_nothing(tmp_path):
-    source = "from torch import nn\nclass MixtralTopKRouter(nn.Module):\n    def forward(self, x):\n        return x, x, x\n"
+    source = (
+        "from torch import nn\nclass MixtralTopKRouter(nn.Module):\n"
+        "    def forward(self, x):\n        return x, x, x\n"
+    )
     module = loaded(tmp_path, source, "transformers.models.mixtral.modeling_mixtral")
     with pytest.raises(
         RefusedError, match=r"the code of mixtral.MixtralTopKRouter is none that is known"
@@ -232,8 +241,8 @@ def test_report_says_what_was_replaced_by_what(model):
     assert str(report).splitlines() == [
         "3 of 3 routers replaced",
         (
-            "[replaced] model.layers.0.mlp.gate to model.layers.2.mlp.gate (3) (mixtral.MixtralTopKRouter): "
-            "ids = topk(l); w = softmax(l[ids]) by eager"
+            "[replaced] model.layers.0.mlp.gate to model.layers.2.mlp.gate (3) "
+            "(mixtral.MixtralTopKRouter): ids = topk(l); w = softmax(l[ids]) by eager"
         ),
     ]
     said = report.to_dict()
@@ -286,7 +295,7 @@ def test_command_is_exit_code_1_where_a_router_is_left_or_there_is_none(cli):
 def test_command_is_exit_code_2_for_what_is_no_model(cli):
     code, _, said = cli("transformers", "nosuch")
     assert code == 2
-    assert (
-        said
-        == "moe-routing: MODEL: expected a model_type of transformers or a folder with a config.json, got 'nosuch'\n"
+    assert said == (
+        "moe-routing: MODEL: expected a model_type of transformers or a folder with a config.json, "
+        "got 'nosuch'\n"
     )

@@ -1,6 +1,6 @@
 """Every router of transformers that a preset is proven against.
 
-Its own code and ours, on the same input.
+Its own code and ours run on the same input.
 """
 
 from __future__ import annotations

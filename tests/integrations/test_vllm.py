@@ -1,6 +1,6 @@
 """The plug-in for vLLM where vLLM is missing, unknown, or looks as it was recorded.
 
-Real processes, and packages on disk.
+The processes and the packages on disk are real.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ class BaseRouter:
     def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
         raise NotImplementedError
 
-    def _select_experts(self, hidden_states, router_logits, topk_indices_dtype=None, *, input_ids=None):
-        return self._compute_routing(hidden_states, router_logits, topk_indices_dtype, input_ids=input_ids)
+    def _select_experts(
+        self, hidden_states, router_logits, topk_indices_dtype=None, *, input_ids=None
+    ):
+        return self._compute_routing(hidden_states, router_logits, topk_indices_dtype,
+                                     input_ids=input_ids)
 """,
     "model_executor/layers/fused_moe/router/fused_topk_router.py": """
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
@@ -62,7 +65,9 @@ def fused_topk(logits, top_k):
     return weights.softmax(-1), ids
 
 class FusedTopKRouter(BaseRouter):
-    def __init__(self, top_k, global_num_experts, scoring_func="softmax", renormalize=True, eplb_state=None):
+    def __init__(
+        self, top_k, global_num_experts, scoring_func="softmax", renormalize=True, eplb_state=None
+    ):
         self.top_k, self.scoring_func, self.renormalize = top_k, scoring_func, renormalize
 
     def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
@@ -84,19 +89,24 @@ register()
 register()
 """
 SAY = """
-print(json.dumps({"report": report().to_dict(), "imported": sorted({"vllm", "torch"} & set(sys.modules))}))
+imported = sorted({"vllm", "torch"} & set(sys.modules))
+print(json.dumps({"report": report().to_dict(), "imported": imported}))
 """
 ROUTE = """
 import torch
 from vllm.model_executor.layers.fused_moe import layer
 router = layer.create_fused_moe_router(2, global_num_experts=4)
-weights, ids = router._compute_routing(torch.zeros(1, 8), torch.tensor([[0.0, 3.0, 1.0, 3.0]]), torch.int64)
+logits = torch.tensor([[0.0, 3.0, 1.0, 3.0]])
+weights, ids = router._compute_routing(torch.zeros(1, 8), logits, torch.int64)
 assert ids.tolist() == [[1, 3]] and ids.dtype == torch.int64 and weights.tolist() == [[0.5, 0.5]]
 """
 
 
 def write_vllm(site, version="0.33.0", **changed):
-    """Write that package with another version, or with other text for a file whose name, less the suffix, is given."""
+    """Write that package into ``site``, and return ``site``.
+
+    :param changed: other text for a file, by the file's name without its suffix.
+    """
     for file, text in FILES.items():
         (site / "vllm" / file).parent.mkdir(parents=True, exist_ok=True)
         (site / "vllm" / file).write_text(changed.get(Path(file).stem, text))
@@ -141,7 +151,7 @@ def result(script, *path, **environment):
 def doctor(monkeypatch):
     """The doctor's findings by check, with a folder before everything else on sys.path.
 
-    It imports nothing of vLLM.
+    The doctor imports nothing of vLLM.
     """
 
     def examined(site, **environment):
@@ -199,10 +209,8 @@ def test_a_known_vllm_is_routed_by_us(tmp_path, version):
 
 
 def test_switching_it_on_imports_no_model_of_vllm(tmp_path):
-    script = (
-        START
-        + "print(json.dumps([name for name in sys.modules if name.startswith('vllm.model_executor.models')]))"
-    )
+    models = "[name for name in sys.modules if name.startswith('vllm.model_executor.models')]"
+    script = START + f"print(json.dumps({models}))"
     assert result(script, write_vllm(tmp_path), MOE_ROUTING_VLLM="1") == ([], 0)
 
 
@@ -210,6 +218,7 @@ UNTOUCHED = """
 from vllm.model_executor.layers.fused_moe import layer
 assert not hasattr(layer.create_fused_moe_router, "__wrapped__")
 """
+WITHOUT_RENORMALIZE = FACTORY.replace("renormalize=True", "renormalize=False")
 UNKNOWN = {
     "newer": ({"version": "0.34.0"}, "its version is 0.34.0, and only 0.32 and 0.33 were read"),
     "changed": (
@@ -217,9 +226,7 @@ UNKNOWN = {
         "_compute_routing takes (self, logits), not (self, hidden_states",
     ),
     "default": (
-        {
-            "router_factory": f"def create_fused_moe_router{FACTORY.replace('renormalize=True', 'renormalize=False')}: ..."
-        },
+        {"router_factory": f"def create_fused_moe_router{WITHOUT_RENORMALIZE}: ..."},
         "create_fused_moe_router takes (top_k, global_num_experts, renormalize=False",
     ),
 }

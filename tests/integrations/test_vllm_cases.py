@@ -1,4 +1,6 @@
-"""The cases that vLLM's own tests of its routing kernels go through, against a reference written here in plain torch.
+"""The cases of vLLM's own tests of its routing kernels.
+
+They are compared with a reference that is written here in plain torch.
 
 vLLM's order: by descending score, of equal scores the lower id first. The reference works in
 float64 on the widened logits, so it has no ties that the logits do not have.

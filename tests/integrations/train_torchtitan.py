@@ -1,4 +1,6 @@
-"""Train torchtitan's own tiny DeepSeek-V3 for ten steps, routed by itself and by us, and print both as JSON.
+"""Train torchtitan's own tiny DeepSeek-V3 for ten steps, routed by itself and by us.
+
+The script prints both runs as JSON.
 
 ``python train_torchtitan.py`` with torchtitan 0.3.0 and ``torchtitan_adapter`` on the path. The
 model is torchtitan's ``debugmodel``, three of its six layers: one dense, one that selects by

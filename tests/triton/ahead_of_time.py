@@ -1,6 +1,6 @@
 """Compile the kernels for GPUs that are not here.
 
-Print registers, spills and shared memory as JSON.
+The script prints registers, spills and shared memory as JSON.
 
 A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed.
 Arguments: names of targets. A target is compiled for every size, but most for one dtype a size;
@@ -59,7 +59,10 @@ def launches(problem, name):
 
 
 def shown(launch, target):
-    """Name a launch by its rows for 32 threads, so that one line of the table holds what is derived from one another."""
+    """Name a launch by its rows for 32 threads.
+
+    So launches that are derived from one another share a line of the table.
+    """
     rows = (
         launch.block_t
         if launch.variant == "cooperative"
@@ -159,7 +162,7 @@ def read_back(binary, target):
 def waits(lines):
     """Say when machine code waits for the previous kernels.
 
-    Before it touches memory, after that, or never.
+    It waits before it touches memory, after that, or never.
     """
     touches = [
         number for number, line in enumerate(lines) if re.search(r"\b(LDG|STG|RED|ATOM)", line)

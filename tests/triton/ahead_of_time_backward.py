@@ -1,6 +1,6 @@
 """Compile the backward kernel for GPUs that are not here.
 
-Print registers, spills and shared memory as JSON.
+The script prints registers, spills and shared memory as JSON.
 
 A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed.
 Arguments: names of targets.

@@ -80,7 +80,7 @@ def sort_kernel(a, b, out, count, BLOCK: tl.constexpr, WHAT: tl.constexpr):
 def as_keys(bits, dtype):
     """Turn zeros and ones into keys of a dtype.
 
-    Int32 keys are pairs of bfloat16, whose other half has the opposite.
+    Keys of int32 are pairs of bfloat16, whose other half has the opposite.
     """
     if dtype == torch.int32:
         one = 0x3F80
@@ -230,7 +230,10 @@ def numbers():
 
 
 def float32_problems():
-    """Keys of float32 must be in the order of the numbers, and a truncated key must bound its number."""
+    """Keys of float32 must have the order of the numbers.
+
+    A truncated key must bound its number.
+    """
     x = numbers()
     key = torch.zeros(len(x), dtype=torch.int64)
     on = [t.to(DEVICE) for t in (x, key, *(torch.zeros(len(x)) for _ in range(3)))]
@@ -376,7 +379,10 @@ MATHS = {
     "sqrtsoftplus": (lambda x: torch.nn.functional.softplus(x).sqrt(), (-80.0, 60.0), 5.0),
     "reciprocal": (lambda x: x.reciprocal(), (1.0, 1e30), 2.5),
 }
-"""The function in float64, where it is asked for, and by how many units in the last place ours may be off."""
+"""Each function in float64, its range, and the largest error that ours may have.
+
+The error is in units in the last place.
+"""
 
 
 def ulps_off():

@@ -1,6 +1,6 @@
 """Run the Triton kernels in Triton's interpreter, on the CPU, against the oracle.
 
-Print what was found as JSON.
+The script prints what was found as JSON.
 
 A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
 ``2/10`` runs every tenth case, from the second on; any other text runs the cases whose title begins
@@ -39,10 +39,10 @@ from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa
 
 
 def patch_once_a_launch():
-    """Let the interpreter replace Triton's functions by its own once a launch and module, not at each call of a function.
+    """Let the interpreter replace Triton's functions once a launch and module.
 
-    It looks for what to replace at every call, thousands a launch, and finds all replaced: three
-    quarters of its time.
+    Otherwise it replaces them at each call of a function. It looks for what to replace at every
+    call, thousands a launch, and finds all replaced: three quarters of its time.
     """
     from triton.runtime import interpreter
 
@@ -68,29 +68,44 @@ torch.set_default_device(DEVICE.type)
 SPECS = {
     "gemma4": RoutingSpec(family="f", renormalize=True, per_expert_scale=True),
     "softmax": RoutingSpec(family="f"),
-    "softmax_bias": RoutingSpec(family="f", selection="scores_plus_bias", renormalize=True, renorm_floor=1e-12),
-    "zero_experts": RoutingSpec(family="f", selection="scores_plus_bias", scale=6.0, zero_experts=3),
+    "softmax_bias": RoutingSpec(
+        family="f", selection="scores_plus_bias", renormalize=True, renorm_floor=1e-12
+    ),
+    "zero_experts": RoutingSpec(
+        family="f", selection="scores_plus_bias", scale=6.0, zero_experts=3
+    ),
     "sigmoid": RoutingSpec(family="f", score="sigmoid"),
     "sigmoid_renorm": RoutingSpec(family="f", score="sigmoid", renormalize=True),
     "deepseek_v3": RoutingSpec(
-        family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True, renorm_epsilon=1e-20, scale=2.5,
-        num_groups=8, topk_groups=4, group_score="top2_sum",
+        family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True,
+        renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
     ),
     "sigmoid_bias": RoutingSpec(
-        family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True, scale=2.0, shared_experts=1
+        family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True,
+        scale=2.0, shared_experts=1,
     ),
     "one_group": RoutingSpec(  # where groups are twins, one is kept and the other not
-        family="f", score="sigmoid", selection="scores_plus_bias", num_groups=8, topk_groups=1, group_score="top2_sum",
+        family="f", score="sigmoid", selection="scores_plus_bias",
+        num_groups=8, topk_groups=1, group_score="top2_sum",
     ),
     "deepseek_v2": RoutingSpec(family="f", num_groups=8, topk_groups=3, scale=16.0),
-    "sqrtsoftplus": RoutingSpec(family="f", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5),
-    "token_table": RoutingSpec(family="f", score="sqrtsoftplus", selection="token_table", renormalize=True, scale=1.5),
+    "sqrtsoftplus": RoutingSpec(
+        family="f", score="sqrtsoftplus", selection="scores_plus_bias", renormalize=True, scale=1.5
+    ),
+    "token_table": RoutingSpec(
+        family="f", score="sqrtsoftplus", selection="token_table", renormalize=True, scale=1.5
+    ),
     "sparsemixer": RoutingSpec(family="f", selection="sparsemixer"),
-    "top2_of_logits": RoutingSpec(family="f", num_groups=4, topk_groups=2, group_score="top2_sum", renormalize=True),
+    "top2_of_logits": RoutingSpec(
+        family="f", num_groups=4, topk_groups=2, group_score="top2_sum", renormalize=True
+    ),
     "topk_per_group": RoutingSpec(family="f", num_groups=4, topk_per_group=True, renormalize=True),
     "logit_bias": RoutingSpec(family="f", score="sigmoid", selection="logits_plus_bias"),
     "soft_cap": RoutingSpec(family="f", renormalize=True, logit_softcap=30.0, logit_multiplier=0.7),
-    "shared": RoutingSpec(family="f", score="sigmoid", renormalize=True, shared_experts=2, scale=2.5, per_expert_scale=True),
+    "shared": RoutingSpec(
+        family="f", score="sigmoid", renormalize=True, shared_experts=2, scale=2.5,
+        per_expert_scale=True,
+    ),
 }  # fmt: skip
 SIEVED = ("gemma4", "softmax", "sigmoid_renorm", "sigmoid_bias", "soft_cap", "shared")
 ROWS = ("gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared")
@@ -127,7 +142,7 @@ def close(tokens, experts, generator):
 
 
 def twins(tokens, experts, generator):
-    """What routers see, but every expert of the second half has a twin in the first that differs in the lowest bits only."""
+    """What routers see, but the second half repeats the first up to the lowest bits."""
     x = torch.randn(tokens, experts, generator=generator)
     half = experts // 2
     x[:, -half:] = x[:, :half] * (
@@ -137,9 +152,9 @@ def twins(tokens, experts, generator):
 
 
 def far(tokens, experts, generator):
-    """Twins below a best that is 8, 64, 512, .
+    """The rows of ``twins`` below a best that is 8, 64, 512, ... times as high.
 
-    Times as high: 32-bit keys cannot hold both that and the lowest bits.
+    32-bit keys cannot hold both that and the lowest bits.
     """
     x = twins(tokens, experts, generator)
     x[:, experts // 3] = 2.0 ** (3.4 + 3 * torch.arange(tokens))
@@ -149,7 +164,7 @@ def far(tokens, experts, generator):
 def silent(tokens, experts, generator):
     """What routers see, but two experts are NaN in every row.
 
-    Those whose biases are the highest (``biases``).
+    The two have the highest biases (``biases``).
     """
     x = torch.randn(tokens, experts, generator=generator)
     x[:, 3] = x[:, -2] = torch.nan
@@ -177,7 +192,7 @@ def normal(tokens, experts, generator):
 def biases(experts, kind, generator):
     """Small ones as in trained models.
 
-    Beside scores of some kinds others: without end, of twins, far apart.
+    Scores of some kinds get others: infinite ones, equal halves, or values far apart.
     """
     bias = torch.randn(experts, generator=generator) * 0.1
     if kind == "hostile":

@@ -1,4 +1,6 @@
-"""Run the backward kernel in Triton's interpreter, against the closed form in float64 and the oracle; print JSON.
+"""Run the backward kernel in Triton's interpreter.
+
+It is compared with the closed form in float64 and with the oracle, and the script prints JSON.
 
 A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
 """
@@ -33,9 +35,9 @@ TOKENS = 11
 
 
 def chosen_by(spec, logits, k, generator):
-    """Return ids as the spec would choose them, near enough: K of the highest, in order.
+    """Return ids nearly as the spec would choose them: K of the highest, in order.
 
-    Padding in one row.
+    One row is padding.
     """
     tie_broken = torch.nan_to_num(logits.float(), nan=-1e30, posinf=1e30, neginf=-1e30)
     ids = tie_broken.sort(descending=True, stable=True).indices[:, :k]
@@ -48,7 +50,11 @@ def chosen_by(spec, logits, k, generator):
 
 
 def off(ours, exact, rtol, atol):
-    """Return what is wrong, given the tolerance relative to the element and to the largest of its row."""
+    """Return what is wrong.
+
+    :param rtol: tolerance relative to the element.
+    :param atol: tolerance relative to the largest of the element's row.
+    """
     allowed = rtol * exact.abs() + atol * exact.abs().amax(-1, keepdim=True) + 1e-30
     wrong = ~((ours.double() - exact).abs() <= allowed)
     return [
@@ -57,7 +63,10 @@ def off(ours, exact, rtol, atol):
 
 
 def run(name, dtype, *, awkward):
-    """Go back once; compare with the closed form, and with autograd through the oracle where all logits are finite."""
+    """Go back once, and compare with the closed form.
+
+    Where all logits are finite, compare also with autograd through the oracle.
+    """
     spec = ALL[name]
     generator = torch.Generator().manual_seed(11)
     experts, k = (24, 4) if dtype is torch.float32 else (40, 3)

@@ -71,7 +71,10 @@ def later_is_faster(_said):
 
 
 def main():
-    """Tune a problem of which the rows variant is wrong, raises, or is faster from 24 tokens on, as the argument says."""
+    """Tune a problem whose rows variant has a fault, or is faster from 24 tokens on.
+
+    The argument says which; the faults are a wrong result and an exception.
+    """
     torch.set_num_threads(1)
     how, said = sys.argv[1], []
     if how == "changes":

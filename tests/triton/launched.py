@@ -1,6 +1,6 @@
-"""What the direct launch hands to Triton's C function, beside what Triton's own launcher hands it.
+"""Compare what the direct launch and Triton's own launcher hand to Triton's C function.
 
-Print JSON.
+The script prints JSON.
 
 A process of its own for one version of Triton, which is found first on PYTHONPATH. No driver is
 needed: kernels are compiled for sm_90, Triton's own launcher is made for each, and in the place of
@@ -43,7 +43,10 @@ def launcher(kernel, noted):
 
 
 def compare(kernel):
-    """Launch both ways; return why the direct way is not taken, and whether both hand over the same."""
+    """Launch both ways, and compare what they hand over.
+
+    Return also why the direct way is not taken.
+    """
     noted = []
     run = launcher(kernel, noted)
     names = kernel.src.fn.arg_names
@@ -57,19 +60,8 @@ def compare(kernel):
     loaded = SimpleNamespace(run=run, function=FUNCTION, packed_metadata=kernel.packed_metadata)
     ours, reason = launcher_of(loaded, constants)
     ours(BLOCKS, STREAM, arguments)
-    run(
-        BLOCKS,
-        1,
-        1,
-        STREAM,
-        FUNCTION,
-        kernel.packed_metadata,
-        None,
-        None,
-        None,
-        *arguments,
-        *constants,
-    )
+    hooks = (None, None, None)  # no launch metadata, and no hook before and after the launch
+    run(BLOCKS, 1, 1, STREAM, FUNCTION, kernel.packed_metadata, *hooks, *arguments, *constants)
     return {
         "reason": reason,
         "same": len(noted) == 2 and noted[0] == noted[1],

@@ -1,7 +1,9 @@
-"""Compare what the kernels compile to before and after a change that must change nothing, such as renames and moves.
+"""Compare the compiled kernels before and after a change that renames or moves code.
 
     python tests/triton/machine_code.py before.json             # in the old tree
-    python tests/triton/machine_code.py after.json before.json  # in the new one: names what differs, exit code 1
+    python tests/triton/machine_code.py after.json before.json  # in the new tree
+
+The second command names what differs, and its exit code is 1 if anything does.
 
 Every case is compared as Triton IR, without names and locations, since the same IR compiles to the
 same instructions; the launches that ship for a few problems are compared as machine code too,
@@ -80,7 +82,10 @@ def digest(text):
 
 
 def plain(text):
-    """Return Triton IR without names and locations, and with constants where they are used, not where they are defined."""
+    """Return Triton IR without names and locations.
+
+    Constants stand where they are used, not where they are defined.
+    """
     text = re.sub(r" ?loc\(.*?\)+", "", text)
     text = re.sub(r"^(#loc.*)?\n", "", text, flags=re.MULTILINE)
     definition = r"^ *(%[A-Za-z_0-9.$-]+) = arith.constant (.*)\n"

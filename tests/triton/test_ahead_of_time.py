@@ -21,14 +21,17 @@ SHARED_MEMORY = {
 }
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 WORTH_A_LOOK = 1.05
-"""A kernel that needs this many times what the table says has lost something, or the table is to be written again."""
+"""A kernel may need up to this many times what the table says.
+
+One that needs more has lost something, or the table must be written again.
+"""
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """What the compilers say of every case, by target.
 
-    A process a target, as many at a time as there are cores.
+    Each target has a process, and as many run at a time as there are cores.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 

@@ -1,4 +1,7 @@
-"""The backward kernel: interpreted against the closed form and the oracle, and compiled for GPUs that are not here."""
+"""The backward kernel.
+
+It is interpreted against the closed form and the oracle, and compiled for GPUs that are not here.
+"""
 
 import json
 import os

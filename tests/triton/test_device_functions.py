@@ -1,4 +1,7 @@
-"""The device functions that kernels share, each alone, in Triton's interpreter (compiled in ``tests/test_on_a_gpu.py``)."""
+"""The device functions that kernels share, each alone, in Triton's interpreter.
+
+``tests/test_on_a_gpu.py`` compiles them.
+"""
 
 import json
 import os

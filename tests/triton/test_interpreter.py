@@ -78,7 +78,7 @@ def test_the_cooperative_kernel_agrees_with_the_oracle_on_awkward_rows(found, na
     "name",
     ["gemma4", "softmax", "softmax_bias", "sigmoid_renorm", "logit_bias", "soft_cap", "shared"],
 )
-def test_the_thread_per_row_kernel_agrees_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(
+def test_the_thread_per_row_kernel_agrees_with_the_oracle_and_bit_for_bit_with_the_cooperative_one(
     found, name
 ):
     cases = {
@@ -143,9 +143,7 @@ def test_approximate_scores_are_off_by_no_more_than_the_filters_threshold_is_low
 
 
 @pytest.mark.slow
-def test_random_cases_of_every_variant_agree_with_the_oracle_and_with_the_cooperative_kernel_bit_for_bit(
-    found,
-):
+def test_random_cases_of_every_variant_agree_with_the_oracle_and_with_the_cooperative_kernel(found):
     cases = {case: problems for case, problems in found.items() if case.startswith("drawn ")}
     variants = {
         variant

@@ -1,6 +1,6 @@
 """The host side of the Triton backend, as far as it goes without a device.
 
-What is compiled, and when it must not be.
+The tests say what is compiled, and when nothing may be.
 """
 
 import json

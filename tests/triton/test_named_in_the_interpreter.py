@@ -97,14 +97,19 @@ torch.manual_seed(5)
 logits, scale, bias = torch.randn(5, 32), torch.rand(32) + 0.5, torch.rand(32)
 logits[0, :3] = torch.nan
 logits[1, 3] = torch.inf
-operands = {"mixtral": {}, "gemma4": {"per_expert_scale": scale}, "deepseek_v3": {"bias": bias}, "sparsemixer": {}}
+operands = {
+    "mixtral": {}, "gemma4": {"per_expert_scale": scale}, "deepseek_v3": {"bias": bias},
+    "sparsemixer": {},
+}
+padded = {"ids_dtype": torch.int64, "num_valid_tokens": torch.tensor([3])}
 found = {}
 for name, given in operands.items():
     routers = [moe_routing.get_router(name, backend=backend) for backend in (sys.argv[1], "eager")]
     found[name] = []
-    for more in ({}, {"ids_dtype": torch.int64, "num_valid_tokens": torch.tensor([3])}, {"num_valid_tokens": 4}):
+    for more in ({}, padded, {"num_valid_tokens": 4}):
         ours, theirs = (route(logits, 2, **given, **more) for route in routers)
-        found[name] += [torch.equal(ours.ids, theirs.ids), torch.allclose(ours.weights, theirs.weights, rtol=1e-6, atol=0)]
+        close = torch.allclose(ours.weights, theirs.weights, rtol=1e-6, atol=0)
+        found[name] += [torch.equal(ours.ids, theirs.ids), close]
     out = torch.empty(5, 2), torch.empty(5, 2, dtype=torch.int32)
     found[name] += [routers[0](logits, 2, **given, out=out).ids is out[1]]
     found[name] += [torch.equal(out[1], routers[1](logits, 2, **given).ids)]
@@ -146,7 +151,8 @@ route = moe_routing.get_router("mixtral")
 route(torch.randn(2, 8), 2)
 report = moe_routing.explain("mixtral")
 named = moe_routing.explain("mixtral", backend="triton")
-json.dump([route.backend, report.rejection("triton").verdict.code.value, named.winner, list(named.notes)], sys.stdout)
+code = report.rejection("triton").verdict.code.value
+json.dump([route.backend, code, named.winner, list(named.notes)], sys.stdout)
 """
     chosen, code, named, notes = json.loads(interpreted("-c", script))
     assert (chosen, code, named) == ("eager", "explicit_only", "triton")

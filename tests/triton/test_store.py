@@ -1,6 +1,6 @@
 """The user's own launch tables.
 
-Kept for one device, driver and Triton, merged, and never lost to another process.
+They are kept for one device, driver and Triton, merged, and never lost to another process.
 """
 
 import dataclasses
@@ -126,13 +126,15 @@ KEEPING = """
     from moe_routing_backends.triton.kernels.spec import Launch
     from moe_routing_registry import DeviceInfo, Toolchain
 
-    device = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200", driver="580.1", warp_sizes=(32,),
-                        toolchains=(Toolchain(name="triton", version="3.6.0", usable=True),))
+    toolchains = (Toolchain(name="triton", version="3.6.0", usable=True),)
+    device = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200",
+                        driver="580.1", warp_sizes=(32,), toolchains=toolchains)
+    steps = (table.Step(float("inf"), Launch("cooperative", 1, 1, 1)),)
     first = int(sys.argv[1])
     print("ready", flush=True)
     sys.stdin.readline()
     for experts in range(first, first + 100):
-        store.keep(device, {("logits", 16, experts, 8): (table.Step(float("inf"), Launch("cooperative", 1, 1, 1)),)})
+        store.keep(device, {("logits", 16, experts, 8): steps})
 """
 
 
@@ -333,10 +335,13 @@ KILLED = """
     from moe_routing_backends.triton.kernels.spec import Launch
     from moe_routing_registry import DeviceInfo, Toolchain
 
-    device = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200", driver="580.1", warp_sizes=(32,),
-                        toolchains=(Toolchain(name="triton", version="3.6.0", usable=True),))
-    Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after the temporary file, before the table
-    store.keep(device, {("logits", 16, 64, 8): (table.Step(float("inf"), Launch("cooperative", 1, 1, 1)),)})
+    toolchains = (Toolchain(name="triton", version="3.6.0", usable=True),)
+    device = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200",
+                        driver="580.1", warp_sizes=(32,), toolchains=toolchains)
+    steps = (table.Step(float("inf"), Launch("cooperative", 1, 1, 1)),)
+    # After the temporary file, before the table.
+    Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    store.keep(device, {("logits", 16, 64, 8): steps})
 """
 
 

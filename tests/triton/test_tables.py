@@ -1,4 +1,7 @@
-"""Launch tables: which kernel serves how many tokens, and what happens to a table that cannot be read."""
+"""Launch tables: which kernel serves how many tokens.
+
+A table that cannot be read is tested too.
+"""
 
 import json
 import math
@@ -14,7 +17,10 @@ from moe_routing_backends.triton.tuning import choose, store, table
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
 H200 = DeviceInfo(type="cuda", platform="cuda", arch="sm_90", name="NVIDIA H200", warp_sizes=(32,))
-RULE = '{"schema": 1, "provenance": "x", "rules": [{"kind": "logits", "bits": 16, "experts": 8, "width": 8, "steps": [%s]}]}'
+RULE = (
+    '{"schema": 1, "provenance": "x", "rules": '
+    '[{"kind": "logits", "bits": 16, "experts": 8, "width": 8, "steps": [%s]}]}'
+)
 GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 
 

@@ -1,6 +1,6 @@
 """Tuning: candidates are checked before they are timed, and what is kept applies from then on.
 
-In the interpreter.
+Kernels run in Triton's interpreter.
 """
 
 import json
@@ -91,7 +91,10 @@ def test_where_the_fastest_changes_between_two_sizes_the_change_is_looked_for(tu
 
 
 def taken(inputs, tokens):
-    """Return the logits and outputs that a measurement of so many tokens takes in turns, until the first come again."""
+    """Return the logits and outputs that a measurement of so many tokens takes in turns.
+
+    The list ends where the first come again.
+    """
     calls = []
     turn = inputs.turns(lambda logits, *, out: calls.append((logits, *out)), tokens)
     while len(calls) < 2 or calls[-1][0].data_ptr() != calls[0][0].data_ptr():

@@ -1,4 +1,7 @@
-"""Tiny checkpoints with random weights, saved by transformers, and the tokens that transformers itself generates from them."""
+"""Tiny checkpoints with random weights, saved by transformers.
+
+The file also has the tokens that transformers itself generates from them.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ MODELS = {
         "n_shared_experts": 1,
         "first_k_dense_replace": 0,
         "q_lora_rank": 32,
-        "kv_lora_rank": 512,  # this and the next are what vLLM's latent attention has a CPU kernel for
+        # vLLM's latent attention has a CPU kernel for these two alone.
+        "kv_lora_rank": 512,
         "qk_rope_head_dim": 64,
         "qk_nope_head_dim": 32,
         "v_head_dim": 32,
@@ -83,7 +87,7 @@ def build(model_type):
 def save(folder):
     """Save every model below the folder.
 
-    Return by model type what transformers generates from it.
+    Return, by model type, the tokens that transformers generates from it.
     """
     tokens = {}
     for model_type in MODELS:

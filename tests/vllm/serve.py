@@ -1,6 +1,6 @@
 """Serve each checkpoint with vLLM's engine and write what it generated.
 
-``serve.py JOB.json RESULT.json``.
+The command is ``serve.py JOB.json RESULT.json``.
 
 The job names the checkpoints by model type, the prompt and the number of new tokens; ``prefer`` a
 backend of ours to generate a second time with, in the same engine; ``parallel`` the checkpoints to

@@ -1,6 +1,6 @@
 """vLLM's whole engine on a CPU, without the plug-in, with it, and with it as on a CPU that has AMX.
 
-A process each.
+Each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def build(problem, device):
 
 @hookimpl
 def moe_routing_backends():
-    return [BackendSpec(name="upside-down", factories={"route": "upside_down:build"}, targets=(Target("*"),), priority=-1)]
+    return [BackendSpec(name="upside-down", factories={"route": "upside_down:build"},
+                        targets=(Target("*"),), priority=-1)]
 """
 
 
@@ -60,7 +61,8 @@ def checkpoints(tmp_path_factory):
 def served(checkpoints, wrong_backend, tmp_path_factory):
     """What the engine generated.
 
-    Without the plug-in (``off``), with it (``on``), with it as on a CPU with AMX (``amx``).
+    It ran without the plug-in (``off``), with it (``on``), and with it as on a CPU with AMX
+    (``amx``).
     """
     scratch = tmp_path_factory.mktemp("served")
     running = {}
@@ -109,9 +111,9 @@ def test_the_tokens_are_those_of_vllm_alone(served, model_type):
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_tokens_on_a_cpu_with_amx_are_the_same(served, model_type):
-    """torch says that there is AMX.
+    """torch says that the CPU has AMX.
 
-    VLLM then takes another latent attention, which refuses float32, but for our setting.
+    vLLM then takes another latent attention, which refuses float32, but for our setting.
     """
     assert served["amx"]["tokens"][model_type] == served["off"]["tokens"][model_type]
     assert served["amx"]["calls"][model_type] > 0
@@ -156,9 +158,13 @@ def test_every_layer_calls_us_at_every_step(served, model_type):
 def test_each_model_is_routed_by_its_own_formula(served):
     report = served["on"]["report"]
     assert report["active"]
+    deepseek = (
+        "ids = topk(sigmoid(l)+b) in the best 2 of 4 groups by top2_sum; "
+        "w = sigmoid(l)[ids] / (sum + 1e-20)"
+    )
     assert {site["formula"]: site["layers"] for site in report["sites"]} == {
         "ids = topk(l); w = softmax(l[ids])": 2 * LAYERS,  # Qwen3-MoE and gpt-oss
-        "ids = topk(sigmoid(l)+b) in the best 2 of 4 groups by top2_sum; w = sigmoid(l)[ids] / (sum + 1e-20)": LAYERS,
+        deepseek: LAYERS,
         "ids = topk(l); w = softmax(l[ids]) * per_expert_scale[ids]": LAYERS,
     }
     assert served["off"]["report"] == {"active": False, "refusal": "", "sites": []}

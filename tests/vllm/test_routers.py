@@ -1,6 +1,6 @@
 """vLLM's own router objects, those of its GPU path too, made on a CPU.
 
-What they answer once we compute for them.
+The tests compare what they answer once we compute for them.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def test_gemma4_whose_scale_is_read_at_every_call(logits, make):
         {},
         {"renormalize": False},
         {"use_grouped_topk": True, "num_expert_group": 8, "topk_group": 3},
-        {"use_grouped_topk": True, "num_expert_group": 8, "topk_group": 3, "scoring_func": "sigmoid",
-         "e_score_correction_bias": ..., "routed_scaling_factor": 2.5},
+        {"use_grouped_topk": True, "num_expert_group": 8, "topk_group": 3,
+         "scoring_func": "sigmoid", "e_score_correction_bias": ..., "routed_scaling_factor": 2.5},
     ],
     ids=["softmax", "not renormalised", "groups", "groups with a bias"],
 )  # fmt: skip
@@ -170,7 +170,10 @@ def test_the_cpu_router_agrees_with_its_own_code(logits, bias, arguments):
 
 @pytest.mark.skipif(
     not hasattr(torch.ops._C, "biased_topk_cpu"),
-    reason="vLLM loads its build for CPUs without AVX-512 here, which lacks the kernel that is compared",
+    reason=(
+        "vLLM loads its build for CPUs without AVX-512 here, "
+        "which lacks the kernel that is compared"
+    ),
 )
 def test_the_cpu_router_agrees_with_its_own_kernel_for_deepseek_v4():
     logits, bias = torch.randn(2, T, 256, generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""Run ``moe-routing doctor`` where torch answers what it answered beside an Arc Pro B60.
+"""Run ``moe-routing doctor`` where torch answers as it did on a machine with an Arc Pro B60.
 
 All packages are the real ones.
 

@@ -1,6 +1,6 @@
 """Run every launch of the XPU's table in Triton's interpreter, against the oracle.
 
-Print what was found wrong as JSON.
+The script prints what is wrong as JSON.
 
 A process of its own, as ``interpreted.py``, whose rows and comparison it uses.
 """
@@ -27,7 +27,10 @@ TOPK = {8: 8, 16: 10}
 
 
 def main():
-    """Interpret each launch once for its bits and list width, on hostile rows or on rows whose scores are close."""
+    """Interpret each launch once for its bits and list width.
+
+    Rows are hostile in bfloat16, and have close scores in float32.
+    """
     torch.set_num_threads(1)
     found = {}
     for (kind, bits, experts, width), steps in parse(

@@ -1,6 +1,6 @@
 """Compile the kernels for Intel GPUs, with Triton-XPU and without hardware.
 
-Print what came out as JSON.
+The script prints the results as JSON.
 
 A process of its own, in which ``triton`` is Triton-XPU. Every launch that the XPU's table gives for
 some problems, and the backward kernel, at sub-groups of 16 and 32 lanes, for an Arc Pro B60
@@ -65,9 +65,9 @@ TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
 
 
 def cases():
-    """Yield what to compile.
+    """Yield what to compile: the problem, a launch, and whether it ships so.
 
-    The problem, each launch, and again at the other sub-group, and whether it ships so.
+    Each launch comes again at the other sub-group size.
     """
     table = parse((SHIPPED / "xpu.json").read_text(), "xpu.json")
     for dtype in TYPES:
@@ -144,9 +144,9 @@ def compiled(problem, launch):
 
 
 def scalars(llir):
-    """Turn vectors of one into scalars, in LLVM's text.
+    """Turn vectors of one element into scalars, in LLVM's text.
 
-    What took an element out or put it in becomes a move.
+    An instruction that took the element out or put it in becomes a move.
     """
     moved = re.sub(r"extractelement (<1 x (\w+)>) (\S+), i64 0", r"bitcast \2 \3 to \2", llir)
     moved = re.sub(
@@ -177,7 +177,10 @@ def without_a_device():
 
 
 def machine_code(spirv):
-    """Compile on for pvc; return instructions and spilled registers, or nothing where there is no ocloc."""
+    """Compile on for pvc, and return the numbers of instructions and spilled registers.
+
+    Return nothing where there is no ocloc.
+    """
     ocloc = shutil.which("ocloc")
     if ocloc is None:
         return {}

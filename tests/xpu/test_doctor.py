@@ -1,6 +1,6 @@
-"""Doctor beside an Arc Pro B60 and the real packages of Intel, right and wrong.
+"""The doctor with an Arc Pro B60 and the real packages of Intel, right and wrong.
 
-``make xpu-check`` runs this.
+``make xpu-check`` runs these tests.
 """
 
 import json
@@ -46,9 +46,9 @@ def test_a_triton_that_overwrote_triton_xpu_is_named_with_the_command_that_mends
     assert status == "warning"
     assert "carries amd, nvidia, not intel" in summary
     assert "triton 3.7.1 has overwritten triton-xpu 3.3.0b1" in summary
-    assert (
-        fix
-        == "pip uninstall --yes triton triton-xpu && uv pip install --reinstall torch --torch-backend=xpu"
+    assert fix == (
+        "pip uninstall --yes triton triton-xpu && "
+        "uv pip install --reinstall torch --torch-backend=xpu"
     )
     assert report["reports"]["xpu:0"]["winner"] == "torch-compile"
 

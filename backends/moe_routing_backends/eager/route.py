@@ -1,4 +1,6 @@
-"""The eager backend: the plain formula, on a CPU a piece of the rows at a time, with the selection that is fastest there.
+"""The eager backend: the plain formula in PyTorch operations.
+
+On a CPU it routes a piece of the rows at a time, with the selection that is fastest there.
 
 At E = 128, K = 8 and T >= 256 exact ties cost nothing: K rounds of a vectorised maximum over keys
 take less time than ``torch.topk``, whose ties are arbitrary (``benchmarks/cpu_eager.py``).
@@ -28,7 +30,10 @@ SORT_UP_TO = 1 << 8
 Its few calls cost less than the keys' many.
 """
 TOPK_UP_TO = 3 << 12
-"""Elements up to which one ``torch.topk`` over the keys, a row after another, beats K rounds of a maximum over all of them."""
+"""Elements up to which one ``torch.topk`` over the keys beats K rounds of a maximum.
+
+``torch.topk`` takes a row after another; a round takes the maximum over all rows at once.
+"""
 ROUNDS_UP_TO = 24
 """K above which the rounds never win."""
 CHUNK = 1 << 17
@@ -73,7 +78,10 @@ class EagerKernel:
         return self.route(Operands(logits, **operands))
 
     def prepared(self, operands: Operands) -> Prepared:
-        """Return what routes without unpacking keywords, and without asking again which way to select is fastest."""
+        """Return a function that routes calls of this one's shapes in less host time.
+
+        It unpacks no keywords, and does not ask again which way to select is fastest.
+        """
         if not self._on_cpu or self._spec.num_groups > 1:
             return self.route
         rows = min(len(operands.logits), self._rows_at_a_time or 1)
@@ -82,7 +90,10 @@ class EagerKernel:
         )
 
     def route(self, operands: Operands, *, select: Select | None = None) -> RoutingOutput:
-        """Route, on a CPU a piece of the rows at a time, so that their keys stay in a core's cache."""
+        """Route; on a CPU a piece of the rows at a time.
+
+        So the keys of a piece stay in a core's cache.
+        """
         logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
         spec, topk, most = self._spec, self._topk, self._rows_at_a_time
         select = select or self._select

@@ -1,6 +1,6 @@
 """The plain formula through ``torch.compile``: for every accelerator without kernels of its own.
 
-Free of torch.
+This file stays free of torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ def moe_routing_backends() -> list[BackendSpec]:
             targets=(Target(ACCELERATOR), Target("cpu", explicit=True)),
             priority=50,
             supports=knows_score,
-            summary="the plain formula through torch.compile, on any accelerator; on the CPU when named",
+            summary=(
+                "the plain formula through torch.compile, on any accelerator; on the CPU when named"
+            ),
         )
     ]

@@ -72,19 +72,18 @@ OTHERS = Operands._fields[1:-1]
 _POINT = 2.0**44
 """Scale of sums in fixed point: int64 holds the sum of 2**18 numbers up to 1, each to 2**-44.
 
-Finer than float32.
+That is finer than float32.
 """
 _counter = itertools.count()
 
 
 def build(problem: RoutingProblem, device: DeviceInfo) -> CompiledRouter:
-    """Compile now, so that a missing compiler is this backend's rejection and never a traceback in a user's call."""
-    router = CompiledRouter(
-        problem,
-        torch.device(device.type)
-        if device.index is None
-        else torch.device(device.type, device.index),
-    )
+    """Bind the problem to the device, and compile now.
+
+    So a missing compiler rejects this backend, and raises no error in a user's call.
+    """
+    where = (device.type,) if device.index is None else (device.type, device.index)
+    router = CompiledRouter(problem, torch.device(*where))
     router.warmup()
     return router
 
@@ -92,7 +91,7 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> CompiledRouter:
 class CompiledRouter:
     """The compiled formula of one problem.
 
-    One graph for T = 1, one for every larger T, for each set of operands.
+    Each set of operands has one graph for T = 1, and one for every larger T.
 
     Rows may lie apart in memory; what is not contiguous in any row is copied first.
     """
@@ -114,9 +113,8 @@ class CompiledRouter:
         **operands: Any,  # noqa: ANN401 -- Kernel's operands, handed on
     ) -> RoutingOutput:
         """Route; see ``Kernel``."""
-        if (
-            logits.stride(1) != 1
-        ):  # a kernel whose lanes read far apart would read the row again for each of the K rounds
+        # A kernel whose lanes read far apart would read the row again for each of the K rounds.
+        if logits.stride(1) != 1:
             logits = logits.contiguous()
         valid = operands.get("num_valid_tokens")
         if isinstance(valid, int):
@@ -132,14 +130,17 @@ class CompiledRouter:
             except TorchDynamoException as error:  # a set of operands that `warmup` could not know
                 cause = getattr(error, "inner_exception", error)
                 said = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
-                msg = f"torch-compile cannot compile {self._problem} with {', '.join(given)}: {said}; use backend='eager'"
+                msg = (
+                    f"torch-compile cannot compile {self._problem} with {', '.join(given)}: "
+                    f"{said}; use backend='eager'"
+                )
                 raise RuntimeError(msg) from error
         return _into(out, result)
 
     def prepared(self, operands: Operands) -> Prepared | None:
-        """Return what routes calls of this one's shapes, strides and dtypes in less host time.
+        """Return a function that routes calls of this one's shapes, strides and dtypes.
 
-        ``None`` if none was seen.
+        It takes less host time. ``None`` if no such call was seen.
         """
         logits, *others, _ = operands
         counted = isinstance(operands.num_valid_tokens, int)
@@ -211,7 +212,10 @@ class CompiledRouter:
     def _through_dynamo(
         self, kind: tuple[object, ...], logits: Tensor, operands: dict[str, Tensor]
     ) -> RoutingOutput:
-        """Let Dynamo check its guards and compile where needed, and remember what it called for this kind of arguments."""
+        """Let Dynamo check its guards, and compile where needed.
+
+        The router remembers what Dynamo called for this kind of arguments.
+        """
         num_tokens, num_experts = logits.shape
         apart = logits.stride(0)
         # Dynamo compiles anew for some of these, and gives up after some times; so each has a
@@ -253,12 +257,12 @@ class CompiledRouter:
         return torch.compile(own, fullgraph=True, backend=self._inductor)
 
     def _inductor(self, graph: GraphModule, samples: list[Any]) -> Callable[..., Any]:
-        """Compile as Dynamo's backend "inductor" does, and see how what Inductor made is called under AOTAutograd.
+        """Compile as Dynamo's backend "inductor" does.
 
-        AOTAutograd's cache would keep what this returns, which cannot be kept; Inductor's own
-        caches stay. Shapes and strides are those of a kind of call that is known, and ids come out
-        of keys that hold no others, or are compared with the table's size: neither is looked at
-        again.
+        Record how AOTAutograd calls the function that Inductor made. AOTAutograd's cache would
+        keep what this returns, which cannot be kept; Inductor's own caches stay. Shapes and strides
+        are those of a kind of call that is known, and ids come out of keys that hold no others, or
+        are compared with the table's size: neither is looked at again.
 
         One kernel takes a row whole: split, a reduction is two kernels, each of the K rounds needs
         its own, and their keys depend on T, which makes them int64. A softmax in one pass over the
@@ -289,9 +293,9 @@ class CompiledRouter:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return how operations are taken apart.
+    """Return how operations are decomposed.
 
-    As Inductor does, but for sums, which have the same bits in every order.
+    They are as in Inductor, but for sums, which have the same bits in every order.
 
     The order of a reduction is that of the lanes, which Inductor chooses for each kernel, some by
     timing them: for one token and for many, and for plain and for padded calls, weights would
@@ -313,7 +317,7 @@ def _sum(
 ) -> Tensor:
     """Add up numbers between 0 and 1, the powers of a softmax, in fixed point.
 
-    Integers are left alone.
+    Sums of integers are left as they are.
     """
     if not x.is_floating_point() or dtype is not None:
         return NotImplemented  # type: ignore[no-any-return] # what leaves an operation as it is
@@ -348,7 +352,7 @@ def _selection(problem: RoutingProblem) -> Select:
 
 
 def _kind(logits: Tensor, operands: dict[str, Tensor]) -> tuple[object, ...]:
-    """Return all that Dynamo's guards look at and that may differ between the calls for one problem."""
+    """Return all that Dynamo's guards look at and that may differ between calls of a problem."""
     return (
         *logits.shape,
         *logits.stride(),
@@ -372,9 +376,8 @@ class _Run(NamedTuple):
         """
         tensors = {id(logits): "logits", **{id(value): name for name, value in operands.items()}}
         places = [a if isinstance(a, int) else tensors.get(id(a)) for a in self.arguments]
-        several = len(tensors) <= len(
-            operands
-        )  # one tensor came as two operands, and the next time two may come
+        # One tensor came as two operands, and the next time two may come.
+        several = len(tensors) <= len(operands)
         if several or None in places or [id(o) for o in self.outputs] != [id(o) for o in result]:
             return None
         return _Direct(self.function, tuple(places))

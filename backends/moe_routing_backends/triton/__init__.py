@@ -1,6 +1,6 @@
 """Triton kernels for CUDA and ROCm, and for Intel's XPU: one code base, two backends.
 
-Free of torch and triton.
+This file stays free of torch and triton.
 
 Where Triton interprets kernels (``TRITON_INTERPRET=1``), which it does on the CPU, the CPU is a
 target of both, for those who name them.
@@ -34,16 +34,23 @@ BATTLEMAGE = DeviceInfo(type="xpu", platform="xpu", arch="bmg-g21", warp_sizes=(
 
 
 def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
-    """Accept what the kernels take, where a Triton for this platform is installed, or interprets on this CPU."""
+    """Accept what the kernels take, where Triton can run them.
+
+    A Triton for this platform must be installed, or interpret on this CPU.
+    """
     if triton_interprets() and device.platform != "cpu":
-        reason = f"{INTERPRETER} is set: Triton interprets kernels on the CPU, and compiles none for {device.platform}"
+        reason = (
+            f"{INTERPRETER} is set: Triton interprets kernels on the CPU, "
+            f"and compiles none for {device.platform}"
+        )
         return Verdict.no(RejectCode.TOOLCHAIN, reason, f"unset {INTERPRETER}")
     toolchain = device.toolchain("triton")
     if toolchain is None or not toolchain.usable:
         detail = toolchain.detail if toolchain else "triton is not installed"
+        detail = detail or "the one installed does not"
         return Verdict.no(
             RejectCode.TOOLCHAIN,
-            f"needs a Triton that compiles for {device.platform}: {detail or 'the one installed does not'}",
+            f"needs a Triton that compiles for {device.platform}: {detail}",
             toolchain.fix if toolchain and toolchain.fix else "pip install 'moe-routing[triton]'",
         )
     if problem.dtype not in DTYPES:
@@ -73,13 +80,16 @@ def notes(
 ) -> tuple[str, ...]:
     """Say which launch table applies to the problem, and how its numbers came about.
 
-    And that kernels are interpreted.
+    On a CPU, say also that Triton interprets the kernels.
     """
     from moe_routing_backends.triton.tuning.choose import describe_table
 
     if device.platform != "cpu":
         return (describe_table(device, problem),)
-    what = "Triton's interpreter runs the kernels on the CPU, a program after another: to look into them, not for speed"
+    what = (
+        "Triton's interpreter runs the kernels on the CPU, a program after another: "
+        "to look into them, not for speed"
+    )
     return (what, describe_table(interpreted_as, problem))
 
 

@@ -68,10 +68,8 @@ class Bound:
     ) -> RoutingOutput:
         """Route ``logits [T, E]``.
 
-        Float32 weights and integer ids, both ``[T, K + shared_experts]``.
-
-        ``token_ids`` and ``expert_table`` come as ``None``: the backend declines the selection that
-        takes them.
+        Return float32 weights and integer ids, both ``[T, K + shared_experts]``. ``token_ids`` and
+        ``expert_table`` come as ``None``: the backend declines the selection that takes them.
         """
         spec, (num_tokens, num_experts) = self.spec, logits.shape
         slots = num_experts + spec.shared_experts
@@ -111,7 +109,7 @@ T2, T3, T4, T5, T6, T7 = TERMS[2:]
 def _exp(d, power_bits, result):
     """Write e^d for d <= 0: 2^n times a Taylor polynomial of what is left, |r| <= ln(2)/2.
 
-    Vectorised by LLVM.
+    LLVM vectorises it.
     """
     power = power_bits.view(np.float32)
     for e in range(len(d)):
@@ -192,9 +190,8 @@ def _tournament(bits, keys, sent_up, chosen):
     """Write the ids of the best, from the bits of their scores."""
     num_experts = len(bits)
     for e in range(num_experts):
-        ordered = bits[e] ^ (
-            (bits[e] >> 31) & 0x7FFFFFFF
-        )  # the bits of a float, in the order of floats
+        # The bits of a float, in the order of floats.
+        ordered = bits[e] ^ ((bits[e] >> 31) & 0x7FFFFFFF)
         keys[e] = (np.int64(ordered) << 32) | (num_experts - 1 - e)
     for group in range(len(sent_up)):
         sent_up[group] = _highest(keys, group * GROUP)
@@ -288,9 +285,8 @@ def _route(
                 # In float32 and in this order, so that what leaves its range, or is NaN, does so
                 # where the contract says.
                 scaled = np.float32(np.float32(value[k]) * factor) * scale[chosen[k]]
-                weights[t, k] = (
-                    scaled if chosen[k] < weighing else np.float32(0)
-                )  # zero experts come last
+                # Zero experts come last.
+                weights[t, k] = scaled if chosen[k] < weighing else np.float32(0)
                 ids[t, k] = physical[chosen[k]]
             for slot in range(topk, weights.shape[1]):  # shared experts
                 weights[t, slot] = 1

@@ -36,11 +36,12 @@ class _StandIn(type):
         module, name = cls.stock
         caller = sys._getframe(1).f_globals["__name__"]  # noqa: SLF001 -- the mapping goes by name alone; this tells whose it is
         if caller != module:
-            msg = f"{caller} has a class {name} of its own, which transformers' patch mapping takes for the one in {module}; "
-            raise RuntimeError(
-                msg
-                + "call moe_routing.integrations.transformers.disable() and load this model again"
+            msg = (
+                f"{caller} has a class {name} of its own, which transformers' patch mapping takes "
+                f"for the one in {module}; call moe_routing.integrations.transformers.disable() "
+                "and load this model again"
             )
+            raise RuntimeError(msg)
         router = _class_named(module, name)(*args, **kwargs)
         try:
             install(router)
@@ -57,7 +58,7 @@ class _StandIn(type):
 
 
 def enable() -> None:
-    """Let every model that transformers loads from now on route through ``moe_routing``, until ``disable``.
+    """Let every model that transformers loads, until ``disable``, route through ``moe_routing``.
 
     Works through ``transformers.monkey_patching.register_patch_mapping``, which ``from_pretrained``
     and ``from_config`` read; calling a model's class does not. The models are as if ``patch`` had
@@ -80,7 +81,10 @@ def enable() -> None:
             pass
     except ImportError as error:
         disable()
-        msg = f"transformers' patch mapping cannot be used here: {error}; install that, or call patch(model) after loading"
+        msg = (
+            f"transformers' patch mapping cannot be used here: {error}; install that, or call "
+            "patch(model) after loading"
+        )
         raise RuntimeError(msg) from error
 
 

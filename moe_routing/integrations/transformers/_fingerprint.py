@@ -50,7 +50,10 @@ def fingerprint(cls: type) -> str:
 
 
 def require_own_methods(cls: type) -> None:
-    """Raise ``RefusedError`` if a method of a class was written in another module than the class, or is no function."""
+    """Raise ``RefusedError`` if a method of a class is not the class's own.
+
+    It is not if it was written in another module than the class, or is no function.
+    """
     for name, value in vars(cls).items():
         is_function = isinstance(value, FunctionType)
         if (

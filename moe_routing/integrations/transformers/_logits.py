@@ -1,4 +1,7 @@
-"""The logits of each kind of router, computed from the router's input with its own parameters, dtypes and submodules."""
+"""The logits of each kind of router, computed from the router's input.
+
+The parameters, dtypes and submodules are the router's own.
+"""
 
 from __future__ import annotations
 

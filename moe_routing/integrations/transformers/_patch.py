@@ -52,10 +52,13 @@ def patch(model: nn.Module) -> PatchReport:
 
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
-    >>> model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    >>> heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    >>> model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
     >>> report = patch(model)
-    >>> [layer.name for layer in report.replaced], report.layers[0].routing, report.left
-    (['model.layers.0.mlp.gate', 'model.layers.1.mlp.gate'], 'ids = topk(l); w = softmax(l[ids])', ())
+    >>> [layer.name for layer in report.replaced], report.left
+    (['model.layers.0.mlp.gate', 'model.layers.1.mlp.gate'], ())
+    >>> report.layers[0].routing
+    'ids = topk(l); w = softmax(l[ids])'
     >>> unpatch(model)
     """
     _require_module(model)
@@ -102,12 +105,18 @@ def install(router: nn.Module) -> tuple[RoutingSpec, Recipe]:
     made = routed(stock)
     current = vars(made.cls)[made.method]
     if current is not made.ours:
-        msg = f"the {made.method} of moe_routing's class was replaced, by {described(current)}; put the class's own back"
+        msg = (
+            f"the {made.method} of moe_routing's class was replaced, by {described(current)}; put "
+            "the class's own back"
+        )
         raise RefusedError(msg)
     if before is None:
         require_plain(router, made.method, made.own)
     elif not reaches(router, made.method, before.ours):
-        msg = f"its {made.method} was replaced after patch, by {described(vars(router)[made.method])}, which does not call it"
+        msg = (
+            f"its {made.method} was replaced after patch, by "
+            f"{described(vars(router)[made.method])}, which does not call it"
+        )
         raise RefusedError(msg)
     if made.method != "forward":  # the router is its own block
         require_own_forward(router)
@@ -128,7 +137,10 @@ def _remove(module: nn.Module) -> None:
         return
     wrapper = vars(made.cls)[made.method]
     if wrapper is not made.ours:
-        text = f"{described(wrapper)} replaced the {made.method} of moe_routing's class, that {short(made.stock)} no longer has"
+        text = (
+            f"{described(wrapper)} replaced the {made.method} of moe_routing's class, that "
+            f"{short(made.stock)} no longer has"
+        )
         warnings.warn(text, MoeRoutingWarning, stacklevel=3)
     swap(module, made.cls, made.stock)
     rebind(module, made.method, made.ours, made.own)

@@ -49,7 +49,10 @@ def recipe_of(cls: type) -> Recipe:
     require_own_methods(cls)
     found = fingerprint(cls)
     if found not in known()[path]:
-        msg = f"the code of {path} is none that is known (fingerprint {found}): it was changed, or this transformers is newer"
+        msg = (
+            f"the code of {path} is none that is known (fingerprint {found}): it was changed, or "
+            "this transformers is newer"
+        )
         raise RefusedError(msg)
     return RECIPES[known()[path][found]]
 
@@ -63,5 +66,7 @@ def path_of(cls: type) -> str:
 
 def short(cls: type) -> str:
     """Name a class of transformers by its model, ``gemma4.Gemma4TextRouter``; others whole."""
-    name = cls.__module__.rpartition(".modeling_")[2]
-    return f"{name if cls.__module__.startswith('transformers.') else cls.__module__}.{cls.__qualname__}"
+    module = cls.__module__
+    if module.startswith("transformers."):
+        module = module.rpartition(".modeling_")[2]
+    return f"{module}.{cls.__qualname__}"

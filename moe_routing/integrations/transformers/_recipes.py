@@ -1,6 +1,7 @@
-"""Recipes: how each kind of router in transformers is routed, and in which form its block expects what comes out.
+"""Recipes: how each kind of router in transformers is routed, and the form of its outputs.
 
-Which classes a recipe is proven for stands in ``fingerprints.json``.
+The router's block expects that form. Which classes a recipe is proven for stands in
+``fingerprints.json``.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def _lfm2_bias(router: Router, expert_bias: Tensor | None = None) -> dict[str, T
 
 
 def _zero_bias(router: Router) -> dict[str, Tensor]:
-    """Give zeros where groups are scored by their probabilities, which no order of the logits gives."""
+    """Return zeros as a bias where groups are scored by their probabilities.
+
+    No order of the logits gives the order of those scores.
+    """
     weight: Tensor = router.weight
     return {} if router.num_group == 1 else {"bias": weight.new_zeros(router.num_experts)}
 
@@ -117,7 +121,10 @@ def _no_logits(_router: Router, _logits: Tensor, weights: Tensor, ids: Tensor) -
 
 
 def _probabilities_first(router: Router, logits: Tensor, weights: Tensor, ids: Tensor) -> Outputs:
-    """Leave the probabilities for later where only the decoder layer sees them, which throws them away."""
+    """Leave the probabilities for later where only the decoder layer sees them.
+
+    The decoder layer throws them away.
+    """
     seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or router._forward_hooks  # noqa: SLF001 -- no public way
     return (
         F.softmax(logits, dim=-1, dtype=torch.float32) if seen else DeferredSoftmax(logits),

@@ -57,14 +57,16 @@ class PatchReport:
         return tuple(layer for layer in self.layers if not layer.replaced)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data: ``schema_version``, and ``layers`` with their fields and ``replaced``."""
+        """Return plain data: ``schema_version``, and the fields and ``replaced`` of ``layers``."""
         layers = [{**asdict(layer), "replaced": layer.replaced} for layer in self.layers]
         return {"schema_version": SCHEMA_VERSION, "layers": layers}
 
     def __str__(self) -> str:
         """Say it in lines, runs of layers that fared alike in one.
 
-        >>> print(PatchReport((Layer("layers.0.mlp", "Gate", "ids = topk(l)"), Layer("layers.1.mlp", "Gate", reason="why"))))
+        >>> replaced = Layer("layers.0.mlp", "Gate", "ids = topk(l)")
+        >>> left = Layer("layers.1.mlp", "Gate", reason="why")
+        >>> print(PatchReport((replaced, left)))
         1 of 2 routers replaced
         [replaced] layers.0.mlp (Gate): ids = topk(l)
         [left] layers.1.mlp (Gate): why

@@ -126,7 +126,7 @@ _KEPT: Mapping[str, tuple[str, Callable[[Any], object]]] = {
     "scoring_func": ("score_fn", _score_name),
     "use_expert_bias": ("use_expert_bias", bool),
 }
-"""Attribute of a configuration -> the one in which routers keep it, and its value made from theirs."""
+"""Attribute of a configuration -> the router's attribute for it, and how to read the value."""
 
 
 def _kept(attribute: str) -> tuple[str, Callable[[Any], object]]:
@@ -134,7 +134,10 @@ def _kept(attribute: str) -> tuple[str, Callable[[Any], object]]:
 
 
 def prove_ernie_statics(router: Router) -> None:
-    """Raise ``RefusedError`` unless the submodule that Ernie's recipe replaces computes what is known."""
+    """Raise ``RefusedError`` unless the submodule that Ernie's recipe replaces is known."""
     if fingerprint(type(router.moe_statics)) not in ERNIE_STATICS:
-        msg = f"the code of {type(router.moe_statics).__qualname__}, which adds its bias, is none that is known"
+        msg = (
+            f"the code of {type(router.moe_statics).__qualname__}, which adds its bias, is none "
+            "that is known"
+        )
         raise RefusedError(msg)

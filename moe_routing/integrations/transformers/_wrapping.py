@@ -44,12 +44,15 @@ def require_plain(module: nn.Module, name: str, own: Method) -> None:
     if _is_bound(inner, module, own) if hooked else any(_cells(module, override, own)):
         return
     if hooked:
-        msg = f"accelerate's hook calls {described(inner)} in place of its {name}; "
-        raise RefusedError(
-            msg
-            + "call accelerate.hooks.remove_hook_from_module, then patch, then add the hook again"
+        msg = (
+            f"accelerate's hook calls {described(inner)} in place of its {name}; call "
+            "accelerate.hooks.remove_hook_from_module, then patch, then add the hook again"
         )
-    msg = f"its {name} was replaced before, by {described(override)}; take that off, call patch, then put it back"
+        raise RefusedError(msg)
+    msg = (
+        f"its {name} was replaced before, by {described(override)}; take that off, call patch, "
+        "then put it back"
+    )
     raise RefusedError(msg)
 
 
@@ -62,9 +65,10 @@ def reaches(module: nn.Module, name: str, own: Method) -> bool:
 
 
 def require_own_forward(block: nn.Module) -> None:
-    """Raise ``RefusedError`` if a block runs another forward than its class's, a fused kernel that routes for example.
+    """Raise ``RefusedError`` if a block runs another forward than its class's.
 
-    Wrappers of accelerate, torch and transformers pass if they are seen to call the block's own.
+    A fused kernel that routes is an example. Wrappers of accelerate, torch and transformers pass if
+    they are seen to call the block's own.
     """
     for name in ("forward", "__call__"):
         cls = defining(type(block), name)
@@ -82,8 +86,12 @@ def require_own_forward(block: nn.Module) -> None:
         ("accelerate.", "torch.", "transformers.")
     )
     if not (known and reaches(block, "forward", own)):
-        msg = f"the forward of {short(defining(type(block), 'forward'))} around it was replaced, by {described(override)}; "
-        raise RefusedError(msg + "take that off, call patch, then put it back")
+        home = short(defining(type(block), "forward"))
+        msg = (
+            f"the forward of {home} around it was replaced, by {described(override)}; "
+            "take that off, call patch, then put it back"
+        )
+        raise RefusedError(msg)
 
 
 def defining(cls: type, name: str) -> type:
@@ -92,7 +100,7 @@ def defining(cls: type, name: str) -> type:
 
 
 def _home(value: object) -> str:
-    """Return the module that the code of a callable is in, ``""`` for what is no Python function."""
+    """Return the module of a callable's code, or ``""`` if the callable is no Python function."""
     while isinstance(value, partial):
         value = value.func
     function = getattr(value, "__func__", value)
@@ -100,7 +108,10 @@ def _home(value: object) -> str:
 
 
 def rebind(module: nn.Module, name: str, old: Method, new: Method) -> None:
-    """Bind anew what was bound to the class's ``old`` method, as far as ``require_plain`` lets pass."""
+    """Bind anew what was bound to the class's ``old`` method.
+
+    Only what ``require_plain`` lets pass can be bound.
+    """
     attributes = vars(module)
     for key in (name, _KEPT):
         if _is_bound(attributes.get(key), module, old):

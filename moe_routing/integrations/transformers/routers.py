@@ -117,9 +117,10 @@ class Made:
         """Run what the stock class has as its method now; warn if that is none of its own."""
         current = getattr(self.stock, self.method)
         if current is not self.own and not torch.compiler.is_compiling():
-            text = f"the {self.method} of {self.stock.__name__} was replaced after patch, by {described(current)}"
             _warn_once(
-                f"{text}: its routers run that, not moe_routing; put the class's own {self.method} back to route them"
+                f"the {self.method} of {self.stock.__name__} was replaced after patch, "
+                f"by {described(current)}: its routers run that, not moe_routing; "
+                f"put the class's own {self.method} back to route them"
             )
         return current(router, *args, **kwargs)
 

@@ -138,7 +138,10 @@ def parse(file: Path) -> list[ast.stmt]:
 
 
 def find(nodes: Iterable[ast.AST], name: str) -> Iterator[ast.FunctionDef]:
-    """Yield the functions of a qualified name, those in a branch, a handler or any other block too."""
+    """Yield the functions of a qualified name.
+
+    Functions in a branch, a handler or any other block are found too.
+    """
     head, _, rest = name.partition(".")
     for node in nodes:
         if isinstance(node, ast.FunctionDef) and node.name == name:
@@ -155,7 +158,10 @@ def _reason(root: Path, name: str) -> str:
     found = body(root, name).fingerprint
     if found in known().bodies[name]:
         return ""
-    return f"its code is none that was read (fingerprint {found}): it was changed, or this vLLM is newer"
+    return (
+        f"its code is none that was read (fingerprint {found}): it was changed, or this vLLM is "
+        "newer"
+    )
 
 
 def _imported(statements: list[ast.stmt]) -> dict[str, tuple[str, str]]:

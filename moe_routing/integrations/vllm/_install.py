@@ -29,10 +29,11 @@ _log = logging.getLogger(
 
 
 def register() -> None:
-    """Route through ``moe_routing`` in the routers that vLLM builds from now on in this process, if ``MOE_ROUTING_VLLM=1``.
+    """Route through ``moe_routing`` in the routers that vLLM builds from now on in this process.
 
-    vLLM calls it in every process; further calls change nothing. On a vLLM whose version or
-    signatures are not those that were read nothing is replaced, and one ``PluginWarning`` says so.
+    Nothing happens unless ``MOE_ROUTING_VLLM=1``. vLLM calls it in every process; further calls
+    change nothing. On a vLLM whose version or signatures are not those that were read nothing is
+    replaced, and one ``PluginWarning`` says so.
 
     :raises ValueError: the variable is neither yes nor no.
 
@@ -58,7 +59,10 @@ def register() -> None:
 
 
 def _watching(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap vLLM's factory: what it returns is its own object still, with one method of the instance replaced."""
+    """Wrap vLLM's factory; the objects that it returns are still its own.
+
+    One method of each instance is replaced.
+    """
 
     @functools.wraps(factory)
     def create(top_k: int, global_num_experts: int, *arguments: Any, **named: Any) -> VllmRouter:  # noqa: ANN401 -- whatever vLLM's callers pass

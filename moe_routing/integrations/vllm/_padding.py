@@ -21,7 +21,10 @@ _ALIGNED = 128
 
 
 def rule() -> Callable[[int], Tensor | None]:
-    """Return vLLM's rule: from a number of rows to which of them are padding, ``[rows]``, bool, or ``None`` for none."""
+    """Return vLLM's rule, which takes a number of rows and tells which of them are padding.
+
+    The rule returns bools ``[rows]``, or ``None`` if no row is padding.
+    """
     from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 
     of_vllm: Callable[[int], Tensor | None] = fused_topk_router._get_padding_mask  # noqa: SLF001 -- its routers call it too

@@ -67,7 +67,10 @@ def _refuse_unknown(name: str, router: VllmRouter) -> None:
     if not reason and name not in _RULES:
         reason = "this class is not known"
     elif not reason and "_compute_routing" in vars(router):
-        reason = f"its _compute_routing was replaced before, by {described(vars(router)['_compute_routing'])}"
+        reason = (
+            "its _compute_routing was replaced before, by "
+            f"{described(vars(router)['_compute_routing'])}"
+        )
     if reason := reason or why_left(name):
         raise _LeftAloneError(reason)
 
@@ -92,7 +95,10 @@ def _bias(router: VllmRouter, _num_experts: int) -> Plan:
 def _grouped(router: VllmRouter, num_experts: int) -> Plan:
     _refuse_aiter()
     if num_experts <= router.num_expert_group:
-        msg = f"{num_experts} experts make no {router.num_expert_group} groups, and vLLM then ignores the groups"
+        msg = (
+            f"{num_experts} experts make no {router.num_expert_group} groups, and vLLM then "
+            "ignores the groups"
+        )
         raise _LeftAloneError(msg)
     return Plan(_groups(router), blanks_padding=router.skip_padding)
 
@@ -105,7 +111,10 @@ def _cpu(router: VllmRouter, num_experts: int) -> Plan:
     if router.custom_routing_function is not None:
         return _custom(router, num_experts)
     if router.scoring_func != "softmax" or router.e_score_correction_bias is not None:
-        msg = f"vLLM routes {router.scoring_func} with a bias or a table otherwise on a CPU than on a GPU"
+        msg = (
+            f"vLLM routes {router.scoring_func} with a bias or a table otherwise on a CPU than on "
+            "a GPU"
+        )
         raise _LeftAloneError(msg)
     return Plan(FAMILIES["softmax_topk"].spec.replace(renormalize=router.renormalize))
 
@@ -118,7 +127,10 @@ def _custom(router: VllmRouter, _num_experts: int) -> Plan:
         and function.__qualname__ == name
         and is_from(module, function.__func__)
     ):
-        msg = f"{described(function)} is the model's own function; vLLM knows some by identity and fuses them with the experts"
+        msg = (
+            f"{described(function)} is the model's own function; vLLM knows some by identity and "
+            "fuses them with the experts"
+        )
         raise _LeftAloneError(msg)
     if reason := why_left("gemma4.Gemma4Router"):
         raise _LeftAloneError(reason)
@@ -169,5 +181,7 @@ _RULES: dict[str, Callable[[VllmRouter, int], Plan]] = {
 _KEPT = {
     "zero_expert_router.ZeroExpertRouter": "it computes the zero experts' output on the way",
     "routing_simulator_router.RoutingSimulatorRouter": "simulated routing was asked for",
-    "aiter_shared_routed_fused_moe_router.AiterSharedRoutedFusedMoERouter": "shared experts ride in its fused kernel",
+    "aiter_shared_routed_fused_moe_router.AiterSharedRoutedFusedMoERouter": (
+        "shared experts ride in its fused kernel"
+    ),
 }

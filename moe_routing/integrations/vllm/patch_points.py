@@ -1,4 +1,6 @@
-"""What of vLLM this integration calls and is called by, and whether the installed vLLM still looks so.
+"""The functions of vLLM that this integration calls or is called by.
+
+The file also tells whether the installed vLLM still has them as they were read.
 
 The sources are read, not imported: importing a model of vLLM takes seconds and may initialise a
 device, the doctor must not do that, and a plug-in runs in the process that must not.
@@ -21,7 +23,10 @@ PLUGIN = "moe-routing"
 
 
 class PatchPoint(NamedTuple):
-    """A function of vLLM: its file inside the package, its qualified name, and its parameters without their types."""
+    """A function of vLLM.
+
+    It has a file inside the package, a qualified name, and parameters, given without their types.
+    """
 
     file: str
     name: str
@@ -32,10 +37,12 @@ PATCH_POINTS = (
     PatchPoint(
         f"{ROUTERS}/router_factory.py",
         "create_fused_moe_router",
-        "(top_k, global_num_experts, renormalize=True, use_grouped_topk=False, num_expert_group=None, topk_group=None, "
-        "scoring_func='softmax', num_fused_shared_experts=0, shared_expert_weight=1.0, routed_scaling_factor=1.0, "
-        "e_score_correction_bias=None, custom_routing_function=None, eplb_state=None, zero_expert_type=None, "
-        "num_logical_experts=None, hash_indices_table=None, bias_vl=None, image_sentinel_lo=0, skip_padding=False)",
+        "(top_k, global_num_experts, renormalize=True, use_grouped_topk=False, "
+        "num_expert_group=None, topk_group=None, scoring_func='softmax', "
+        "num_fused_shared_experts=0, shared_expert_weight=1.0, routed_scaling_factor=1.0, "
+        "e_score_correction_bias=None, custom_routing_function=None, eplb_state=None, "
+        "zero_expert_type=None, num_logical_experts=None, hash_indices_table=None, bias_vl=None, "
+        "image_sentinel_lo=0, skip_padding=False)",
     ),
     PatchPoint(
         f"{ROUTERS}/base_router.py",

@@ -1,6 +1,6 @@
 """A random call as a few words of data, from which its tensors are made again.
 
-It fits on a line, and it can be shrunk.
+The data fits on a line, and it can be shrunk.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def build(call: Call) -> Operands:
 def simpler(call: Call, row: int | None) -> Iterator[Call]:
     """Yield calls with one thing less in them.
 
-    The row that fails alone, a default instead of what was drawn.
+    Examples are the row that fails alone, and a default instead of a drawn value.
     """
     if row is not None and call.row is None:
         yield dataclasses.replace(call, row=row)

@@ -1,4 +1,7 @@
-"""Draw calls: every field, dtype, layout and kind of number, the usual ones more often than the rare."""
+"""Draw calls: every field, dtype, layout and kind of number.
+
+Usual ones are drawn more often than rare ones.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ FEW_ROUNDS = 8
 
 
 def spec(rng: random.Random) -> RoutingSpec:
-    """Draw a built-in family with a few changes, or a spec of any fields, until it is one that there is."""
+    """Draw a built-in family with a few changes, or a spec of any fields.
+
+    Draw again until the spec is valid.
+    """
     while True:
         with contextlib.suppress(ValueError):  # a field that the selection has no use for
             return _spec(rng)
@@ -175,7 +181,10 @@ def _call(rng: random.Random, limits: Limits) -> Call:
 
 
 def _other_numbers(form: Call, rng: random.Random, limits: Limits) -> Call:
-    """Draw what may differ between calls of one form, which a compiler compiles once for one token and once for many."""
+    """Draw what may differ between calls of one form.
+
+    A compiler compiles the form once for one token and once for many.
+    """
     tokens = rng.choice((0, 1, 2, 3, 5, 8, 17, 40))
     if rng.random() < 0.02 and form.experts <= 64:
         tokens = rng.randint(41, 3000)

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, as a backend of the CPU.
 
-Each problem by one of the variants that serve it.
+One of the variants that serve a problem routes it.
 
 Under its own name the backend takes the variant that is fast on a GPU: for as few tokens as are
 interpreted here, always one.
@@ -27,7 +27,10 @@ INTERPRETED = "triton-interpreted"
 
 
 def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
-    """Build for one launch, which the problem alone decides, so that a call that is run again takes the same."""
+    """Build the kernel with one launch, which the problem alone decides.
+
+    So a call that is run again takes the same launch.
+    """
     from moe_routing_backends.triton.kernels import VARIANTS, supports
     from moe_routing_backends.triton.kernels.spec import Launch
     from moe_routing_backends.triton.runtime.router import TritonRouter

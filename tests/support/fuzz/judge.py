@@ -1,6 +1,6 @@
-"""Hold one call's outputs to the reference.
+"""Compare one call's outputs with the reference.
 
-Ids as exactly as float32 can tell, weights within the contract's bounds.
+Ids must be as exact as float32 can tell, and weights within the contract's bounds.
 """
 
 from __future__ import annotations
@@ -111,7 +111,10 @@ def _shown(numbers: Tensor) -> str:
 def _selected(
     spec: RoutingSpec, l: Tensor, bias: Tensor | None, ids: Tensor
 ) -> tuple[Tensor, int, Tensor]:
-    """Return which rows have wrong ids, how many rows have others than the exact ones and are right, and the exact ids."""
+    """Return which rows have wrong ids, the number of near ties, and the exact ids.
+
+    A near tie is a row whose ids are right and not the exact ones.
+    """
     by, off = reference.selected_on(spec, l, bias)
     wanted = reference.select(spec, by, ids.shape[1])
     wrong = (ids != wanted).any(1)
@@ -133,7 +136,9 @@ def _selected(
 def possible(
     spec: RoutingSpec, by: Tensor, off: Tensor, keys: list[tuple[float, ...]], ids: list[int]
 ) -> bool:
-    """Whether scores within their bounds exist for which these ids, in this order, are right (necessary conditions of it).
+    """Whether scores within their bounds exist for which these ids, in this order, are right.
+
+    The function checks necessary conditions of it.
 
     :param keys: experts with equal keys have equal scores in any arithmetic.
     """
@@ -150,7 +155,9 @@ def possible(
         highest = min(highest, high[i])
         if highest < low[i]:
             return False
-    last = {}  # of each set of experts that compete for places: the highest value that its last chosen may have
+    # Of each set of experts that compete for places: the highest value that the last chosen may
+    # have.
+    last = {}
     running = torch.inf
     counts = dict.fromkeys(range(groups), 0)
     for i in ids:
@@ -193,7 +200,10 @@ def _groups(spec: RoutingSpec, by: Tensor, off: Tensor) -> tuple[set[int], set[i
 
 
 def _ties_by_id(keys: list[tuple[float, ...]], ids: list[int], size: int) -> bool:
-    """Whether the chosen with equal keys come by ascending id, and none was chosen before a lower one of its group."""
+    """Whether equal keys are chosen by ascending id.
+
+    No expert is chosen before a lower one of its group.
+    """
     chosen: dict[tuple[float, ...], int] = {}
     for i in ids:
         if chosen.setdefault(keys[i], i) > i:

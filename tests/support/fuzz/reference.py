@@ -32,13 +32,16 @@ SUM = 2.0**-21
 TINY = 2.0**-125
 RTOL, ATOL = 2e-6, 1e-12
 THRESHOLD = 1e-6
-"""How far from sparsemixer's threshold, in shares of both sides, an entry may count as masked or not."""
+"""The distance from sparsemixer's threshold at which an entry may count as masked or not.
+
+It is relative to the sum of both sides.
+"""
 
 
 def as_double(operand: Tensor) -> Tensor:
     """The same numbers in float64.
 
-    From 8-bit formats by way of float32, for some have no other way.
+    8-bit formats go by way of float32, because some have no other way.
     """
     return operand if operand.dtype is torch.float64 else operand.float().double()
 
@@ -46,7 +49,7 @@ def as_double(operand: Tensor) -> Tensor:
 def widened(logits: Tensor) -> Tensor:
     """``l``: the logit in float32, NaN as -inf, clamped to float32's finite range.
 
-    Here as float64.
+    Here it is a float64.
     """
     l = logits.float().double()
     return torch.where(l.isnan(), -torch.inf, l).clamp(-MAX, MAX)
@@ -73,7 +76,7 @@ def log_score(spec: RoutingSpec, x: Tensor) -> Tensor:
 
 
 def log_score_error(spec: RoutingSpec, x: Tensor, off: Tensor) -> Tensor:
-    """How far the logarithm may be off where ``x`` is off.
+    """The error of the logarithm of a score, given the error of ``x``.
 
     A score grows by at most e**d where its ``x`` grows by d.
     """
@@ -126,7 +129,10 @@ def group_scores(spec: RoutingSpec, by: Tensor) -> Tensor:
 
 
 def group_sums(spec: RoutingSpec, by: Tensor) -> Tensor:
-    """The maximum of each group, or the sum of its best two (of one, where it has one), before the clamp."""
+    """The maximum of each group, or the sum of its best two, before the clamp.
+
+    A group of one expert has its one value as the sum.
+    """
     groups = by.unflatten(-1, (spec.num_groups, -1))
     if spec.group_score == "max":
         return groups.amax(-1)
@@ -233,7 +239,7 @@ def scored(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
 
 
 def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
-    """In each round, a softmax over what was not chosen before and is not far below the round's best."""
+    """In each round, a softmax over the experts that are left and near the round's best."""
     x, off = transformed(spec, l)
     left = torch.ones_like(l, dtype=torch.bool)
     weights, offs = [], []
@@ -259,7 +265,10 @@ def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
 def is_padding(
     tokens: int, experts: int, valid: int | None, token_ids: Tensor | None, table: Tensor | None
 ) -> Tensor:
-    """Rows past the valid ones, and rows whose token or whose token's entries are outside their range."""
+    """Rows past the valid ones, and rows whose token is outside the table.
+
+    Rows of a token with an entry that is no expert are padding too.
+    """
     padding = torch.arange(tokens) >= (tokens if valid is None else min(valid, tokens))
     if token_ids is not None:
         outside = (token_ids < 0) | (token_ids >= len(table))

@@ -1,4 +1,4 @@
-"""Draw random calls, route them by one backend, and print each whose outputs are not what the reference says.
+"""Draw random calls, route them by one backend, and print each that the reference contradicts.
 
 A call is printed as the command that routes it alone. The exit code is 1 if there is one.
 """
@@ -111,7 +111,8 @@ def run(
                 f"{done} of {asked.count} calls by {backend}, seed {asked.seed}: {len(wrong)} wrong"
             )
     tell(
-        f"{done} calls in {time.monotonic() - start:.0f} s, {len(wrong)} wrong; {near_ties} near ties went either way"
+        f"{done} calls in {time.monotonic() - start:.0f} s, {len(wrong)} wrong; "
+        f"{near_ties} near ties went either way"
     )
     return wrong, near_ties
 

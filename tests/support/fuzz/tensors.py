@@ -148,7 +148,8 @@ def table(  # noqa: PLR0913, PLR0917 -- what a table is made of
 ) -> tuple[Tensor, Tensor]:
     """Return token ids and their table.
 
-    ``repeated`` names some experts twice, ``outside`` what there is not, far and near.
+    ``repeated`` names some experts twice; ``outside`` has ids and entries out of range, far and
+    near.
     """
     vocabulary = int(torch.randint(1, 60, (), generator=generator))
     entries = torch.rand(vocabulary, E, generator=generator).argsort(1)[:, :topk]
@@ -203,7 +204,7 @@ MAPS = ("larger", "shared")
 
 
 def expert_map(kind: str, slots: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return physical ids: of a larger range, or with experts that are elsewhere (-1) and some that share one."""
+    """Return physical ids: of a larger range, or some elsewhere (-1) and some shared."""
     if kind == "larger":
         return torch.randperm(slots * 3 + 5, generator=generator)[:slots].to(dtype)
     return torch.randint(-1, max(1, slots // 2), (slots,), generator=generator).to(dtype)
@@ -215,7 +216,10 @@ OUTPUTS = ("aligned", "odd")
 def outputs(
     kind: str, T: int, columns: int, ids_dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-    """Return outputs to write into, ``before`` or aligned inside storage, and that storage, which is filled with 7."""
+    """Return outputs to write into, and the storage around them, which is filled with 7.
+
+    :param kind: ``"odd"`` outputs begin 3 elements into their storage, ``"aligned"`` ones 16.
+    """
     before = {"aligned": 16, "odd": 3}[kind]
     whole = [
         torch.full((before + T * columns + 5,), 7, dtype=dtype)

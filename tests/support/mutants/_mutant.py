@@ -115,7 +115,11 @@ MUTANTS: list[Mutant] = []
 def caught_by(
     check: str, *variants: str, saying: str, supports: Any = None, only_on: str = ""
 ) -> Callable[[Any], Any]:
-    """Enter a mutant into the table, with the check that must catch it and what the check must say."""
+    """Enter a mutant into the table.
+
+    :param check: the check that must catch it.
+    :param saying: what the check must say, a regular expression.
+    """
 
     def enter(factory: Any) -> Any:
         MUTANTS.append(Mutant(factory, check, saying, variants, supports, only_on))
@@ -126,7 +130,10 @@ def caught_by(
 
 @contextlib.contextmanager
 def registered(mutant: Mutant) -> Iterator[str]:
-    """Register a mutant (or the reference, as a mutant of nothing) as a backend inside the block, and yield its name."""
+    """Register a mutant as a backend inside the block, and yield its name.
+
+    The reference is a mutant of nothing.
+    """
     spec = BackendSpec(
         name=mutant.name,
         factories={"route": f"{mutant.factory.__module__}:{mutant.factory.__name__}"},

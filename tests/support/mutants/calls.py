@@ -162,7 +162,10 @@ class PaddingKeepsItsWeights(Reference):
     "tokens_without_experts_are_padding", "hash_sqrtsoftplus", saying="padding: row 0 needs ids -1"
 )
 class TokenIdsWrapAround(Reference):
-    """Looks up token id -1 from the end of the table, and the nearest token of the table for others that it lacks."""
+    """Looks up token id -1 from the end of the table.
+
+    For other ids that the table lacks, it takes the nearest token of the table.
+    """
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
         table, tokens = operands["expert_table"], operands["token_ids"]

@@ -51,7 +51,10 @@ class DeclinesWhatItCan(Reference):
     saying="takes no keyword `unsupported`",
 )
 class AsksItsOwnSupportsAgain(Reference):
-    """Declines strided logits, and its factory refuses them too, so that nobody can see that it routes them right."""
+    """Declines strided logits, and its factory refuses them too.
+
+    So nobody can see that it routes them right.
+    """
 
     def __init__(self, problem: RoutingProblem, device: DeviceInfo) -> None:
         super().__init__(problem, device)
@@ -67,7 +70,7 @@ class AsksItsOwnSupportsAgain(Reference):
     saying="but routes it right",
 )
 class DeclinesUntilItIsTold(AsksItsOwnSupportsAgain):
-    """Asks its support rule again unless it is told to build all the same, and then routes right."""
+    """Asks its support rule again, and routes right when it is told to build all the same."""
 
     def __init__(
         self, problem: RoutingProblem, device: DeviceInfo, *, unsupported: bool = False

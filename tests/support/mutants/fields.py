@@ -206,7 +206,10 @@ class GradientThroughTheFloor(_WithABackward):
     def backward(
         self, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the gradients of the spec without its floor, scaled to the denominator that there was."""
+        """Return the gradients of the spec without its floor.
+
+        They are scaled to the denominator with the floor.
+        """
         if self.spec.renorm_floor < 1e-3:
             return super().backward(grad_weights, logits, ids, scale)
         floored = oracle.weights_at(self.spec, logits, ids.long())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Eager:
     """The right backend of the family here.
 
-    The kernel of ``eager``, which reads nothing on the host.
+    It is the kernel of ``eager``, which reads nothing on the host.
     """
 
     def __init__(self, problem: RoutingProblem, device: DeviceInfo) -> None:

@@ -197,7 +197,10 @@ class BiasesThatAreNoNumbersAreZero(Changing):
     saying=r"stands before id \d+ \(score",
 )
 class KeysOnOneGrid(Reference):
-    """Sorts many rows by integers that spread over the range of the scores, which a mask makes too wide for the others."""
+    """Sorts many rows by integers that spread over the range of the scores.
+
+    A mask makes the range too wide for the other scores.
+    """
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
         if len(logits) < 4096 or not self.spec.needs_bias or self.spec.num_groups > 1:
@@ -287,10 +290,13 @@ class MapThroughFloat32(Changing):
         return physical.float().double().clamp(max=2**31 - 128).long()
 
 
+ELSEWHERE = r"^every second expert is elsewhere, a map of torch.int32: row \d+: "
+
+
 @caught_by(
     "experts_may_share_a_physical_id_or_be_elsewhere",
     "topk_softmax",
-    saying=r"^every second expert is elsewhere, a map of torch.int32: row \d+: weights \[.*; without expert_map \[",
+    saying=ELSEWHERE + r"weights \[.*; without expert_map \[",
 )
 class ElsewhereHasNoWeight(Reference):
     """Leaves an expert that is elsewhere to whoever has it, and its weight out."""
@@ -305,7 +311,7 @@ class ElsewhereHasNoWeight(Reference):
 @caught_by(
     "experts_may_share_a_physical_id_or_be_elsewhere",
     "topk_softmax",
-    saying=r"^every second expert is elsewhere, a map of torch.int32: row \d+: ids \[-1, .*, renamed \[-1, .*\d",
+    saying=ELSEWHERE + r"ids \[-1, .*, renamed \[-1, .*\d",
 )
 class RowsThatBeginElsewhereArePadding(Reference):
     """Tells padding by the first physical id."""
@@ -320,7 +326,7 @@ class RowsThatBeginElsewhereArePadding(Reference):
 @caught_by(
     "experts_may_share_a_physical_id_or_be_elsewhere",
     "topk_softmax",
-    saying=r"^every second expert is elsewhere, a map of torch.int32: row \d+: ids \[.*4294967295, .*, renamed \[",
+    saying=ELSEWHERE + r"ids \[.*4294967295, .*, renamed \[",
 )
 class MapWithoutASign(Changing):
     """Widens a map of int32 as if its entries had no sign."""

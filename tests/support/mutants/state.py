@@ -288,7 +288,10 @@ class ScratchOfInferenceMode(Reference):
     saying="gradient of logits at|gradient of per_expert_scale at",
 )
 class BackwardOfTheFirstStep(Reference):
-    """Keeps, for each tensor of logits, what its backward needs, and never asks whether the logits have changed."""
+    """Keeps what the backward of each tensor of logits needs.
+
+    It never asks whether the logits have changed.
+    """
 
     def backward(
         self, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: Tensor | None

@@ -76,7 +76,7 @@ def swap_halves(pair):
 def mask_not_below(pair, threshold, BITS: tl.constexpr):
     """Return the bits of ``BITS`` whose half of ``pair`` is not below that of ``threshold``.
 
-    NaN never is.
+    NaN is never below.
     """
     if INTERPRETED:
         p0, p1 = unpack_bf16x2(pair)

@@ -1,6 +1,6 @@
 """Rows in chunks of 8 experts, 16 bytes of 16-bit logits.
 
-Loads, exact keys, and softmax statistics over a whole row.
+They are loaded, packed into exact keys, and summed up for softmax over a whole row.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def count_of(chosen):
 def exact_key(t, index):
     """Pack a clean float32 and its index into one uint64: higher score first, then lower index.
 
-    Never 0.
+    The key is never 0.
     """
     return (ordered_key(t).to(tl.uint64) << 32) | (0xFFFF - index).to(tl.uint64)
 
@@ -101,10 +101,9 @@ def sum_of_steps(
 ):
     """Sum e**(x - highest) over a row, in the shape of ``tree_sum``.
 
-    ``STEPS``, a power of two, is the number of steps, of ``THREADS_PER_ROW`` chunks each.
-
-    ``sums`` is a stack, ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size
-    are added at once.
+    A row is ``STEPS`` steps, a power of two, of ``THREADS_PER_ROW`` chunks each. ``sums`` is a
+    stack, ``(latest, those below)``, of sums over 1, 2, 4, ... steps: two of a size are added at
+    once.
     """
     sums = highest  # the stack's bottom, which is never read
     for i in tl.static_range(STEPS):

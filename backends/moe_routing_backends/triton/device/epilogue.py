@@ -1,6 +1,6 @@
 """The last steps that all variants share.
 
-Scale by expert, shared slots, expert map, padding, stores.
+These are the scale by expert, shared slots, expert map, padding and stores.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ def store_outputs(
 ):  # fmt: skip
     """Apply the epilogue to ``w`` and logical ids ``picked``, and store them.
 
-    Both are ``[ROWS, N]``, of which K columns count.
-
-    ``has_experts [ROWS]``: rows that a table gives experts to; the others are padding.
+    Both are ``[ROWS, N]``, of which K columns count. ``has_experts [ROWS]``: rows that a table
+    gives experts to; the others are padding.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk

@@ -66,10 +66,8 @@ def value_of_key(key):
 def ordered_bits(t, ZEROS: tl.constexpr = True):
     """Map clean float32 to uint32 in the same order, neighbours to neighbours.
 
-    ``ZEROS``: whether t may be -0, which is +0.
-
-    ``t + 0.0`` turns -0 into +0; flipping the sign of positive and all bits of negative floats is
-    the usual map.
+    ``ZEROS``: whether t may be -0, which counts as +0. ``t + 0.0`` turns -0 into +0; flipping the
+    sign of positive and all bits of negative floats is the usual map.
     """
     bits = (t + 0.0 if ZEROS else t).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
@@ -85,9 +83,8 @@ def with_index(bits, index, MASK: tl.constexpr):
 def truncated_key(t, index, MASK: tl.constexpr):
     """Pack the high bits of a clean float32 and the complement of its index into one uint32.
 
-    ``index <= MASK``.
-
-    If a > b then their rough keys, indices aside, are in this order or equal.
+    The index is at most ``MASK``. If a > b then their rough keys, indices aside, are in this order
+    or equal.
     """
     ordered = ordered_bits(t).to(tl.int32, bitcast=True)
     return ((ordered & ~MASK) | (MASK - index)).to(tl.uint32, bitcast=True)

@@ -49,7 +49,7 @@ def exp(d):
 def exp_of_many(d):
     """Return e**d for d <= 0 with one rounding less cared for.
 
-    For sums, where a term's error counts by its share.
+    It is for sums, where a term's error counts by its share.
     """
     return tl.math.exp2(d * LOG2E_HIGH)
 
@@ -58,7 +58,7 @@ def exp_of_many(d):
 def log1p(e):
     """Compute the logarithm of 1 + e for 0 <= e <= 1 to 3 units of 2**-24.
 
-    E + e**2 q(e), q a minimax polynomial.
+    It is e + e**2 q(e), with a minimax polynomial q.
     """
     q = tl.fma(e, 0.005364826414734125, -0.03006580099463463)
     q = tl.fma(e, q, 0.07920455187559128)
@@ -119,7 +119,7 @@ def sqrtsoftplus(x, shift):
 
 @triton.jit
 def reciprocal(d):
-    """Return 1 / d for d >= 1 within 2 units in the last index.
+    """Return 1 / d for d >= 1 within 2 units in the last place.
 
     Where that is below 2**-126 it may be 0.
     """

@@ -135,7 +135,7 @@ def merge16(t, s):
 def insert(top, rest, lost, s, WIDTH: tl.constexpr):
     """Put 8 descending keys into the list of the ``WIDTH`` highest, ``top`` and (of 16) ``rest``.
 
-    The highest left out.
+    Return the list, and the highest key that is left out.
     """
     if WIDTH == 8:
         return sort_bitonic8(best8(top, s)), rest, highest_lost(lost, top, s)
@@ -152,9 +152,9 @@ def across8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 @triton.jit
 def best_across8(a0, a1, a2, a3, a4, a5, a6, a7, a_lost, b0, b1, b2, b3, b4, b5, b6, b7, b_lost):
-    """Combine the lists of two threads, and the highest keys they left out.
+    """Combine the lists of two threads, and the highest keys that they left out.
 
-    What ``tl.reduce`` calls.
+    ``tl.reduce`` calls it.
     """
     a, b = (a0, a1, a2, a3, a4, a5, a6, a7), (b0, b1, b2, b3, b4, b5, b6, b7)
     t, _rest, lost = insert(a, a, tl.maximum(a_lost, b_lost), b, 8)
@@ -171,40 +171,24 @@ def best_across16(
     t, r, lost = insert(t, r, tl.maximum(a_lost, b_lost), (b0, b1, b2, b3, b4, b5, b6, b7), 16)
     t, r, lost = insert(t, r, lost, (d0, d1, d2, d3, d4, d5, d6, d7), 16)
     return (
-        t[0],
-        t[1],
-        t[2],
-        t[3],
-        t[4],
-        t[5],
-        t[6],
-        t[7],
-        r[0],
-        r[1],
-        r[2],
-        r[3],
-        r[4],
-        r[5],
-        r[6],
-        r[7],
-        lost,
-    )
+        t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7],
+        r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], lost,
+    )  # fmt: skip
 
 
 @triton.jit
 def merge_lists(top, rest, lost, AXIS: tl.constexpr, WIDTH: tl.constexpr):
     """Merge the lists of the threads along an axis, and the highest keys that they left out.
 
-    Of 8, ``rest`` is ``top``.
+    In a list of 8, ``rest`` is ``top``.
     """
     if WIDTH == 8:
         # tl.reduce takes and returns flat tuples: the list is spread out here and put together
         # again below.
         m = tl.reduce(
             (top[0], top[1], top[2], top[3], top[4], top[5], top[6], top[7], lost),
-            AXIS,
-            best_across8,
-        )
+            AXIS, best_across8,
+        )  # fmt: skip
         merged = (m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7])
         return merged, merged, m[8]
     else:

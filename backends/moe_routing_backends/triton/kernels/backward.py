@@ -74,14 +74,9 @@ def is_finite(raw):
 
 @triton.jit(
     do_not_specialize=[
-        "grad_weights",
-        "ids",
-        "per_expert_scale",
-        "T",
-        "row_stride",
-        "expert_stride",
+        "grad_weights", "ids", "per_expert_scale", "T", "row_stride", "expert_stride",
     ]
-)
+)  # fmt: skip
 def moe_routing_backward(
     grad_weights, logits, ids, per_expert_scale, grad_logits, grad_scale, T: tl.int32,
     row_stride: tl.int64, expert_stride: tl.int64, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr,

@@ -191,9 +191,10 @@ def grid_key(t, index, scale, offset, MASK: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
-    """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``, and the last such rank.
+    """Tell which ``KEEP`` groups have the highest ``rank [ROWS, GROUPS]``.
 
-    Low bits of a rank make room for the complement of the group, so that no two are equal.
+    Return also the lowest of their ranks. Low bits of a rank make room for the complement of the
+    group, so that no two are equal.
     """
     LOW: tl.constexpr = GROUPS - 1
     left = (rank | LOW) ^ tl.arange(0, GROUPS).to(tl.uint32)[None, :]
@@ -207,8 +208,9 @@ def highest_groups(rank, GROUPS: tl.constexpr, KEEP: tl.constexpr):
 
 @triton.jit
 def choose_by_points(first, second, MASK: tl.constexpr, SPEC: tl.constexpr):
-    """Choose the groups with the highest sums of their best two grid keys ``[ROWS, GROUPS]``.
+    """Choose the groups with the highest sums of their best two grid keys.
 
+    :param first, second: grid keys ``[ROWS, GROUPS]`` of the best and the second of each group.
     :returns: which are kept, and for each row whether another choice is possible: 1 or 0.
     """
     GROUPS: tl.constexpr = SPEC.value.num_groups
@@ -306,15 +308,13 @@ def moe_routing_block(
     TOP2: tl.constexpr = SPEC.value.sums_best_two
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    readable = tl.minimum(row, T - 1).to(
-        tl.int64
-    )  # rows past the last read the last: no mask for them
+    # Rows past the last read the last: no mask for them.
+    readable = tl.minimum(row, T - 1).to(tl.int64)
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(
-            readable * row_stride, 4
-        )  # the launcher has checked 16 bytes
+        # The launcher has checked 16 bytes.
+        first = logits + tl.multiple_of(readable * row_stride, 4)
     PER: tl.constexpr = E // GROUPS
     WHOLE: tl.constexpr = PER == SIZE
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
@@ -365,13 +365,8 @@ def moe_routing_block(
             # axis.
             top = shaped8(found[0], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
             rest = shaped8(found[1], BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS)
-            found = merge_lists(
-                top,
-                rest,
-                tl.reshape(found[2], [BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS]),
-                2,
-                WIDTH,
-            )
+            left_out = tl.reshape(found[2], [BLOCK_T, GROUPS, THREADS_PER_ROW // GROUPS])
+            found = merge_lists(top, rest, left_out, 2, WIDTH)
         first_of, second_of = found[0][0], found[0][1]
         if GRID and TOP2:
             kept, unsure = choose_by_points(first_of, second_of, MASK, SPEC)
@@ -387,9 +382,8 @@ def moe_routing_block(
         x = value_of_exact16(keys, MASK)
     else:
         x = clean(tl.load(first[:, None] + picked))
-        unsure |= alike(best[K - 1] if K <= 8 else after[K - 9], lost, MASK) | neighbours_alike(
-            best, K, MASK
-        )
+        last_alike = alike(best[K - 1] if K <= 8 else after[K - 9], lost, MASK)
+        unsure |= last_alike | neighbours_alike(best, K, MASK)
         if WIDTH > 8 and K > 7:
             unsure |= neighbours_alike(after, K - 8, MASK) | alike(best[7], after[0], MASK)
     x = activate(x, SPEC)
@@ -413,9 +407,8 @@ def supports(problem: RoutingProblem, launch: Launch) -> bool:
     """Serve powers of two of groups, if a thread can sort its share in registers."""
     spec, threads = problem.spec, launch.threads_per_row
     groups, per_group = spec.num_groups, problem.num_experts // spec.num_groups
-    longest = (
-        WIDEST_LIST if groups == 1 else CHUNK
-    )  # with groups, Triton 3.6 may compile lists of 16 for minutes
+    # With groups, Triton 3.6 may compile lists of 16 for minutes.
+    longest = WIDEST_LIST if groups == 1 else CHUNK
     tile = groups * next_power_of_two(per_group)
     return (
         selects_by_value(problem)

@@ -65,11 +65,9 @@ def round_of_max(key, index):
 def distinct_rounds(key, index, found, at_index, in_batch, K: tl.constexpr):
     """Find the K highest keys of each row and their indices, as long as no two are equal.
 
-    They are filled into ``found`` and ``at_index [ROWS, N]``.
-
-    A round then needs one maximum, after which every key that holds it goes; where each stood is
-    asked when all are known, which no round waits for. Return also whether some keys were equal, so
-    that more than K are not below the last.
+    They are filled into ``found`` and ``at_index [ROWS, N]``. A round needs one maximum, after
+    which every key that holds it goes; where each stood is asked when all are known, which no round
+    waits for. Return also whether some keys were equal, so that more than K are not below the last.
     """
     column = tl.arange(0, found.shape[1])
     left = key
@@ -169,7 +167,7 @@ def rounds_of_exact16(key, column, K: tl.constexpr, UNROLL: tl.constexpr):
 def rounds_of_keys(key, l, index, column, in_batch, UNROLL: tl.constexpr, SPEC: tl.constexpr):
     """Return the K highest keys of each row, their indices, and the weights of sparsemixer.
 
-    ``[ROWS, N]`` each.
+    Each is ``[ROWS, N]``.
 
     :param l: the clean logits, which sparsemixer's weights are computed from, round by round.
     """

@@ -1,6 +1,6 @@
 """Filter kernel, for many tokens on GPUs that compare two bfloat16 in one instruction (sm_90).
 
-Top-k in two passes.
+It finds the top k in two passes.
 
 Tile: ``[BLOCK_T, THREADS_PER_ROW]`` threads. A thread holds its share of a row in registers as
 pairs of bfloat16. Other dtypes are rounded to bfloat16, which keeps their order or makes ties.
@@ -208,10 +208,8 @@ def split_each(tiles):
 def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
     """Load whole rows, and hand each thread its share through shared memory.
 
-    A warp reads whole cache lines.
-
-    Scores are guessed before that, where a thread has the same experts in every row, and prepares
-    their biases once.
+    A warp reads whole cache lines. Scores are guessed before the threads hand them over, where a
+    thread has the same experts in every row, and prepares their biases once.
 
     :returns: the pairs of each thread's share of its row, which lies in one piece.
     """
@@ -248,10 +246,8 @@ def load_tile(first, bias, THREADS_PER_ROW: tl.constexpr, SPEC: tl.constexpr):
 def kth_of_halves(t, K: tl.constexpr):
     """Return the K-th highest of two descending lists of 8, the halves of ``t``, in both halves.
 
-    K <= 16.
-
-    The K highest are i of one list and K - i of the other for some i, and the lowest of them is the
-    lower of those two ends; for every other i that minimum is no higher.
+    K is at most 16. The K highest are i of one list and K - i of the other for some i, and the
+    lowest of them is the lower of those two ends; for every other i that minimum is no higher.
     """
     found = tl.full(t[0].shape, LOWEST_BF16X2, tl.int32)
     for i in tl.static_range(0 if K <= 8 else K - 8, K + 1 if K <= 8 else 9):
@@ -297,10 +293,8 @@ def range_of(threshold, highest, SPEC: tl.constexpr):
 def window(least, most, MASK: tl.constexpr):
     """Return what ``window_key`` needs for scores between bounds: factor, offset and floor.
 
-    The floor is the float32 before the least score.
-
-    The factor is ``MASK + 1`` where a key has room for all that lies between, and half as much for
-    each bit too many.
+    The floor is the float32 before the least score. The factor is ``MASK + 1`` where a key has room
+    for all that lies between, and half as much for each bit too many.
     """
     ROOM: tl.constexpr = 2**32 // (MASK + 1)
     bits_lost = tl.maximum(index_of_bit((most - least + 2 * MASK + 2) // ROOM) + 1, 0)
@@ -325,7 +319,7 @@ def window_key(t, index, factor, offset, MASK: tl.constexpr, SPEC: tl.constexpr)
 def take(masks, bases):
     """Take the lowest bit out of the first mask that is not empty.
 
-    Whether there was one, its index, what is left.
+    Return whether there was one, its base and its index, and the masks that are left.
     """
     LAST: tl.constexpr = len(masks) - 1
     mask = masks[LAST]
@@ -349,7 +343,7 @@ def take(masks, bases):
 def score_at(index, first, bias, floor, SPEC: tl.constexpr):
     """Load what selection looks at for the experts ``index [ROWS, N]``.
 
-    A 16-bit logit as it is, or a finite float32.
+    That is a 16-bit logit as it is, or a finite float32.
 
     :param floor: what NaN and all that is lower counts as; nothing that is selected is so low,
         unless it is -FLOAT32_MAX.
@@ -369,7 +363,7 @@ def score_at(index, first, bias, floor, SPEC: tl.constexpr):
 def candidate(masks, bases, first, bias, floor, GAP: tl.constexpr, SPEC: tl.constexpr):
     """Take one expert out of the masks.
 
-    Whether there was one, its index, its ``score_at``, and the masks left.
+    Return whether there was one, its index, its ``score_at``, and the masks that are left.
 
     Bit 16 h + p stands for half h of a thread's p-th pair; after 4 pairs, a chunk, there are 4
     times ``GAP`` experts of others.
@@ -382,20 +376,12 @@ def candidate(masks, bases, first, bias, floor, GAP: tl.constexpr, SPEC: tl.cons
 
 @triton.jit
 def batch(
-    masks,
-    bases,
-    first,
-    bias,
-    floor,
-    factor,
-    offset,
-    GAP: tl.constexpr,
-    MASK: tl.constexpr,
-    SPEC: tl.constexpr,
-):
+    masks, bases, first, bias, floor, factor, offset,
+    GAP: tl.constexpr, MASK: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
     """Take up to 4 experts out of the masks.
 
-    Their keys, highest first and filled up to 8, and what is left.
+    Return their keys, highest first and filled up to 8, and the masks that are left.
     """
     keys = ()
     for _ in tl.static_range(4):
@@ -411,13 +397,11 @@ def in_exact_order(found, first, bias, MASK: tl.constexpr, SPEC: tl.constexpr):
     K: tl.constexpr = SPEC.value.topk
     column = tl.arange(0, found.shape[1])[None, :]
     index = tl.where(found != 0, MASK - (found & MASK).to(tl.int32), 0)
-    left = tl.where(
-        found != 0, exact_key(score_at(index, first, bias, -FLOAT32_MAX, SPEC), index), 0
-    )
+    key = exact_key(score_at(index, first, bias, -FLOAT32_MAX, SPEC), index)
+    left = tl.where(found != 0, key, 0)
     ordered = tl.zeros(found.shape, tl.uint64)
-    rounds = tl.minimum(
-        tl.max(count_of(found != 0), axis=0), K
-    )  # K, but not to the compiler: it would unroll the loop
+    # K, but not to the compiler: it would unroll the loop.
+    rounds = tl.minimum(tl.max(count_of(found != 0), axis=0), K)
     for k in range(rounds):
         best = tl.max(left, axis=1)[:, None]
         ordered = tl.where(column == k, best, ordered)
@@ -432,10 +416,9 @@ def best_of_bucket(
 ):  # fmt: skip
     """Fill ``count`` columns of ``exact`` with the best exact keys of a bucket, one walk a key.
 
-    The columns begin at ``first_column``.
-
-    A bucket is the experts in the masks whose window keys share the high bits, ``bucket [ROWS]``.
-    Slow, and rarely needed.
+    The columns are those from ``first_column`` on. A bucket is the experts in the masks whose
+    window keys share the high bits, ``bucket [ROWS]``. Each key takes a walk through the masks,
+    which is slow, and rarely needed.
     """
     column = tl.arange(0, exact.shape[1])[None, :]
     last = tl.zeros(bucket.shape, tl.uint64) - 1
@@ -483,7 +466,7 @@ def best_of(
 ):  # fmt: skip
     """Sort the experts in the masks.
 
-    The ``WIDTH`` highest keys of each row, and the highest left out.
+    Return the ``WIDTH`` highest keys of each row, and the highest key that is left out.
     """
     top, masks = batch(masks, bases, first, bias, floor, factor, offset, GAP, MASK, SPEC)
     nothing = top[0] * 0
@@ -526,10 +509,8 @@ def threshold_of(pairs, GROUP: tl.constexpr, K: tl.constexpr):
 def masks_of(pairs, threshold, thread, TILED: tl.constexpr):
     """Return bit masks of the experts that reach the threshold, and each mask's first expert.
 
-    A mask has 16 pairs.
-
-    Bit 16 h + p of a mask stands for half h of its pair p. A thread's pairs lie in one piece if
-    ``TILED``, else in chunks.
+    A mask has 16 pairs. Bit 16 h + p of a mask stands for half h of its pair p. A thread's pairs
+    lie in one piece if ``TILED``, else in chunks.
     """
     PAIRS: tl.constexpr = len(pairs)
     THREADS_PER_ROW: tl.constexpr = thread.shape[1]
@@ -540,9 +521,8 @@ def masks_of(pairs, threshold, thread, TILED: tl.constexpr):
         for j in tl.static_range(16 if 16 * i + 16 <= PAIRS else PAIRS % 16):
             mask |= mask_not_below(pairs[16 * i + j], threshold[:, None], 0x00010001 << j)
         masks += (mask,)
-        bases += (
-            thread * (2 * PAIRS if TILED else 8) + i * (32 if TILED else 32 * THREADS_PER_ROW),
-        )
+        base = thread * (2 * PAIRS if TILED else 8) + i * (32 if TILED else 32 * THREADS_PER_ROW)
+        bases += (base,)
     return masks, bases
 
 
@@ -585,9 +565,8 @@ def moe_routing_filter(
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(
-            readable * row_stride, 4
-        )  # the launcher has checked 16 bytes
+        # The launcher has checked 16 bytes.
+        first = logits + tl.multiple_of(readable * row_stride, 4)
     STEPS: tl.constexpr = E // 8 // THREADS_PER_ROW
     MASK: tl.constexpr = triton.next_power_of_2(E) - 1
     GAP: tl.constexpr = 0 if TILED else 2 * THREADS_PER_ROW - 2
@@ -622,16 +601,15 @@ def moe_routing_filter(
     is_selected = (column < K)[None, :]
     top, rest, lost = best_of(
         masks, bases, first, bias, floor, factor, offset, GAP, MASK, WIDTH, SPEC
-    )  # fmt: skip
+    )
     found = over_threads(top, rest, thread, WIDTH)
     picked = tl.where(is_selected, MASK - (found & MASK).to(tl.int32), 0)
     if EXACT16:
         x = value_of_exact16(found, MASK)
     else:
         x = clean(tl.load(first[:, None] + picked))
-        is_lossy = (
-            factor + thread.to(tl.uint32) * 0 != MASK + 1
-        )  # over all threads: else the compiler does all above twice
+        # Over all threads: else the compiler does all above twice.
+        is_lossy = factor + thread.to(tl.uint32) * 0 != MASK + 1
         if any_of(is_lossy) != 0:
             every = top + (lost,) if WIDTH == 8 else top + rest + (lost,)
             if any_of(is_ambiguous(every, is_lossy, MASK, K)) != 0:
@@ -658,19 +636,9 @@ def moe_routing_filter(
         total = sum_of_steps(first, highest, STEPS_2, E // 8, BLOCK_T, THREADS_PER_ROW, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights,
-        ids,
-        w,
-        picked,
-        row,
-        T,
-        valid,
-        num_valid_tokens,
-        per_expert_scale,
-        expert_map,
-        SPEC,
-        VALID_ON_DEVICE,
-    )
+        weights, ids, w, picked, row, T, valid,
+        num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+    )  # fmt: skip
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:
@@ -697,7 +665,7 @@ def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
 
 
 def runs_on(device: DeviceInfo) -> bool:
-    """Run where the variant was measured, and what is newer.
+    """Run on devices like those on which the variant was measured, and on newer ones.
 
     Older devices have no packed minimum of bfloat16.
     """

@@ -1,6 +1,6 @@
 """What the kernels of all variants share on the host.
 
-The compile-time constant, a launch, and what a variant is.
+This is the compile-time constant, a launch, and what a variant is.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ Where the filter does not run, rules for other biased scores apply.
 def kind(spec: RoutingSpec) -> Kind:
     """Class a spec by what its kernel does for every expert of a row.
 
-    Launch tables have rules by that.
+    Launch tables have rules by that kind.
 
     >>> from moe_routing_registry import RoutingSpec
     >>> kind(RoutingSpec(family="f", renormalize=True)), kind(RoutingSpec(family="f"))

@@ -73,7 +73,7 @@ MOST_CHUNKS = 64
 MOST_UNROLLED = {("logits", 16): 16, ("logits", 32): 8}
 """Chunks of a row that are loaded before the first is sorted, by kind and bits.
 
-4 for the others, whose code is long.
+The number is 4 for the others, whose code is long.
 """
 
 
@@ -84,10 +84,8 @@ def best_of_bucket(
 ):  # fmt: skip
     """Fill ``count`` columns of ``exact`` with the best exact keys of a bucket, one scan a key.
 
-    The columns begin at ``first_column``.
-
-    A bucket is the experts whose rough keys share the high bits, ``bucket [ROWS]``. Rows of count 0
-    keep what they have.
+    The columns are those from ``first_column`` on. A bucket is the experts whose rough keys share
+    the high bits, ``bucket [ROWS]``. Rows of count 0 keep what they have.
     """
     E: tl.constexpr = SPEC.value.num_experts
     CHUNKS: tl.constexpr = E // 8
@@ -160,20 +158,9 @@ def exact_list(
     unsure = tl.where((kth == (best_lost | MASK)) & (lost_bits != 0), members, 0)
     if tl.max(unsure, axis=0) != 0:
         exact = best_of_bucket(
-            exact,
-            kth,
-            K - members,
-            unsure,
-            first,
-            bias,
-            highest,
-            share,
-            thread,
-            STEPS,
-            WIDTH,
-            MASK,
-            SPEC,
-        )
+            exact, kth, K - members, unsure, first, bias, highest, share, thread,
+            STEPS, WIDTH, MASK, SPEC,
+        )  # fmt: skip
     return exact
 
 
@@ -198,15 +185,13 @@ def moe_routing_thread_per_row(
     launch_dependents(PDL)
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    readable = tl.minimum(row, T - 1).to(
-        tl.int64
-    )  # rows past the last read the last: no mask on any load
+    # Rows past the last read the last: no mask on any load.
+    readable = tl.minimum(row, T - 1).to(tl.int64)
     if ROW_STRIDE:
         first = logits + readable * ROW_STRIDE
     else:
-        first = logits + tl.multiple_of(
-            readable * row_stride, 4
-        )  # the launcher has checked 16 bytes
+        # The launcher has checked 16 bytes.
+        first = logits + tl.multiple_of(readable * row_stride, 4)
     CHUNKS: tl.constexpr = E // 8
     STEPS: tl.constexpr = (CHUNKS + THREADS_PER_ROW - 1) // THREADS_PER_ROW
     POWER: tl.constexpr = triton.next_power_of_2(STEPS)
@@ -238,9 +223,8 @@ def moe_routing_thread_per_row(
             else:
                 b = raw
                 if SELECTION != "logits":
-                    b = selection_bias(
-                        tl.load(bias + (index if WHOLE else tl.minimum(index, E - 1))), SPEC
-                    )
+                    at = index if WHOLE else tl.minimum(index, E - 1)
+                    b = selection_bias(tl.load(bias + at), SPEC)
                 t = selection_score(raw, b, highest[:, None, None], share[:, None, None], SPEC)
                 key = truncated_key(t, index, MASK)
                 d0, d1, d2, d3, d4, d5, d6, d7 = split8(t.to(tl.int32, bitcast=True))
@@ -257,21 +241,9 @@ def moe_routing_thread_per_row(
         x = activate(value_of_exact16(found, MASK), SPEC)
     else:
         exact = exact_list(
-            best,
-            after,
-            best_lost,
-            dust,
-            first,
-            bias,
-            highest,
-            share,
-            thread,
-            is_selected,
-            STEPS,
-            WIDTH,
-            MASK,
-            SPEC,
-        )
+            best, after, best_lost, dust, first, bias, highest, share, thread, is_selected,
+            STEPS, WIDTH, MASK, SPEC,
+        )  # fmt: skip
         picked, x = from_exact(exact, is_selected, first, SPEC)
         x = activate(x, SPEC)
     if WHOLE_ROW and (not SOFTMAX_KEYS and CAP == 0.0):
@@ -279,19 +251,9 @@ def moe_routing_thread_per_row(
         total = sum_of_steps(first, highest, POWER, CHUNKS, BLOCK_T, THREADS_PER_ROW, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights,
-        ids,
-        w,
-        picked,
-        row,
-        T,
-        valid,
-        num_valid_tokens,
-        per_expert_scale,
-        expert_map,
-        SPEC,
-        VALID_ON_DEVICE,
-    )
+        weights, ids, w, picked, row, T, valid,
+        num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+    )  # fmt: skip
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:

@@ -22,7 +22,7 @@ RUNTIME_ARGUMENTS = 9
 MOST_SUMS = 2048
 """Partial sums of the scale's gradient, one a program.
 
-Fixed by T, so that they are added alike in every run.
+T alone fixes their number, so that they are added alike in every run.
 """
 EXPERTS_A_WARP = 512
 """Experts that a warp holds in registers: of one row, or of several."""
@@ -43,7 +43,7 @@ def constants(problem: RoutingProblem) -> tuple[dict[str, Any], int]:
 class Gradient:
     """Goes back through the weights of one problem.
 
-    Two allocations, one kernel, and a sum where there is a scale.
+    A call makes two allocations, one kernel, and a sum where there is a scale.
     """
 
     def __init__(self, problem: RoutingProblem, index: int, compiled: Compiled) -> None:
@@ -76,16 +76,9 @@ class Gradient:
         scale_dtype = None if per_expert_scale is None else per_expert_scale.dtype
         key = ("backward", dense, expert_stride == 1, logits.data_ptr() % ALIGNMENT, scale_dtype)
         arguments = (
-            grad_weights,
-            logits,
-            ids,
-            per_expert_scale,
-            grad_logits,
-            sums,
-            T,
-            row_stride,
-            expert_stride,
-        )
+            grad_weights, logits, ids, per_expert_scale, grad_logits, sums,
+            T, row_stride, expert_stride,
+        )  # fmt: skip
         ready = self._compiled.launchers.get(key)
         if ready is None or current_device() != self._index or is_observed():
             self._compiled.launch_and_keep(

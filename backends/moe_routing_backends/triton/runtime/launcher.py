@@ -1,8 +1,9 @@
-"""Compiling a kernel by its first launch, and keeping the cheapest launcher that the installed Triton allows.
+"""Compile a kernel by its first launch, and keep its cheapest launcher.
 
-``kernel[grid](...)`` spends most of its time on finding the compiled kernel that the arguments ask
-for. The launcher that is kept was made for one compiled kernel, and hands over pointers and numbers
-alone (``moe_routing.private_api.launcher_of``).
+It is the cheapest that the installed Triton allows. ``kernel[grid](...)`` spends most of its time
+on finding the compiled kernel that the arguments ask for. The launcher that is kept was made for
+one compiled kernel, and hands over pointers and numbers alone
+(``moe_routing.private_api.launcher_of``).
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ ALIGNMENT = 16
 NEVER_CURRENT = -2
 """The CPU's index, which no current device has, and no lack of one either (-1)."""
 _interpreting = ForkSafeLock()
-"""Triton's interpreter patches its language for the time of a launch, so one kernel is interpreted at a time."""
+"""Held while a kernel is interpreted, one at a time.
+
+Triton's interpreter patches its language for the time of a launch.
+"""
 READABLE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 """Dtypes of vectors that Triton reads on every device.
 
-Some of the 8-bit formats it knows on some, and one on none.
+It reads some of the 8-bit formats on some devices, and one on none.
 """
 
 
@@ -81,9 +85,11 @@ class Compiled:
             problem, device = self._problem, self._device
             training = ", training=True" if key[0] == "backward" else ""
             msg = (
-                f"moe-routing's Triton kernel for {problem} is not compiled yet, and nothing compiles while a CUDA graph is "
-                f"captured: before the capture, call route.warmup({problem.num_experts}, {problem.topk}, "
-                f"dtype=torch.{problem.dtype}, device='{device}'{training}), or route inputs of the same kind once"
+                f"moe-routing's Triton kernel for {problem} is not compiled yet, and nothing "
+                "compiles while a CUDA graph is captured: before the capture, call "
+                f"route.warmup({problem.num_experts}, {problem.topk}, "
+                f"dtype=torch.{problem.dtype}, device='{device}'{training}), "
+                "or route inputs of the same kind once"
             )
             raise RuntimeError(msg)
         if is_profiling():
@@ -111,9 +117,8 @@ class Compiled:
         if self._device.type == "cpu":
             self._interpret(kernel, blocks, (*arguments, *constants), num_warps)
             return
-        if (
-            self._device.type == "xpu"
-        ):  # always by the JIT: nothing else of Triton-XPU could be tried
+        if self._device.type == "xpu":
+            # Always by the JIT: nothing else of Triton-XPU could be tried.
             with torch.xpu.device(self._device):
                 options = launch_options(num_warps, warp_size)
                 kernel[blocks,](*arguments, *constants, enable_fp_fusion=False, **options)
@@ -141,5 +146,8 @@ class Compiled:
 
 @cache
 def _say_once(reason: str) -> None:
-    text = f"moe-routing launches through Triton's own launcher, which takes the host some 2 us longer: {reason}"
+    text = (
+        "moe-routing launches through Triton's own launcher, "
+        f"which takes the host some 2 us longer: {reason}"
+    )
     warnings.warn(text, RuntimeWarning, stacklevel=2)

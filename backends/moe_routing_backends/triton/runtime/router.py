@@ -1,4 +1,7 @@
-"""The host side: which variant serves this T, and its launch, in as few host microseconds as Triton allows."""
+"""The host side: choose the variant that serves this T, and launch it.
+
+It takes as few microseconds of the host as Triton allows.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def build_for_xpu(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
 def _built(problem: RoutingProblem, device: DeviceInfo, interpreted_as: DeviceInfo) -> TritonRouter:
     on_cpu = device.type == "cpu"
     if on_cpu == isinstance(VARIANTS["cooperative"].kernel, JITFunction):
-        msg = f"{INTERPRETER} was changed after Triton's kernels were imported: set or unset it before Python starts"
+        msg = (
+            f"{INTERPRETER} was changed after Triton's kernels were imported: "
+            "set or unset it before Python starts"
+        )
         raise RuntimeError(msg)
     return TritonRouter(
         problem, device, table_for(interpreted_as, problem).steps(problem) if on_cpu else None
@@ -69,7 +75,7 @@ class TritonRouter:
     ) -> None:
         """Look up the launches for the problem, or take the given.
 
-        A table that cannot be used is warned of here.
+        Warn of a table that cannot be used.
         """
         self._problem = problem
         self._index = NEVER_CURRENT if device.type == "cpu" else device.index or 0
@@ -118,10 +124,8 @@ class TritonRouter:
             weights, ids = out
         elif here:
             size, strides = (T, self._columns), (self._columns, 1)
-            weights, ids = (
-                empty(size, strides, torch.float32),
-                empty(size, strides, self._ids_dtype),
-            )
+            weights = empty(size, strides, torch.float32)
+            ids = empty(size, strides, self._ids_dtype)
             out = _tuple(RoutingOutput, (weights, ids))
         else:
             weights = torch.empty((T, self._columns), dtype=torch.float32, device=logits.device)
@@ -136,13 +140,8 @@ class TritonRouter:
         if bias is not None:
             bias_at, bias_dtype = bias.data_ptr(), bias.dtype
         key: tuple[Any, ...] = (
-            step,
-            aligned,
-            row_stride == self._experts,
-            expert_stride == 1,
-            scale_dtype,
-            bias_dtype,
-        )
+            step, aligned, row_stride == self._experts, expert_stride == 1, scale_dtype, bias_dtype,
+        )  # fmt: skip
         if not aligned:  # a kernel is compiled for the alignment of each of the three
             key = (*key, source % ALIGNMENT, to_weights % ALIGNMENT, to_ids % ALIGNMENT)
         valid, vocabulary = T, 0
@@ -170,19 +169,10 @@ class TritonRouter:
             (T + block - 1) // block,
             current_stream(self._index),
             (
-                source,
-                to_weights,
-                to_ids,
-                scale_at,
-                bias_at,
-                *rest,
-                T,
-                valid,
-                row_stride,
-                expert_stride,
-                vocabulary,
+                source, to_weights, to_ids, scale_at, bias_at, *rest,
+                T, valid, row_stride, expert_stride, vocabulary,
             ),
-        )
+        )  # fmt: skip
         return out
 
     def _choose(self, tokens: int, *, aligned: bool) -> tuple[int, Launch]:
@@ -191,10 +181,10 @@ class TritonRouter:
         return (step, launch) if aligned or launch.variant == "cooperative" else (-1, FALLBACK)
 
     def prepared(self, operands: Operands) -> Prepared | None:
-        """Return what routes calls of the shapes, strides and dtypes of this one, which has been routed, in less host time.
+        """Return a function that routes calls of this one's shapes, strides and dtypes.
 
-        All that depends on those is worked out here. ``None`` where such calls are not launched
-        directly.
+        It takes less host time: all that depends on those is worked out here. This call has been
+        routed before. ``None`` where such calls are not launched directly.
         """
         logits, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
         T, _ = logits.shape
@@ -272,17 +262,12 @@ class TritonRouter:
         """Gather what a launch through Triton's JIT takes."""
         scale, bias, *others = operands
         readable = [as_readable(vector) for vector in (scale, bias)]
-        if (
-            readable[0] is not scale or readable[1] is not bias
-        ):  # no launcher is ever kept for such a key
+        if readable[0] is not scale or readable[1] is not bias:
+            # No launcher is ever kept for such a key.
             names = (
-                "per_expert_scale",
-                "bias",
-                "token_ids",
-                "expert_table",
-                "num_valid_tokens",
-                "expert_map",
-            )
+                "per_expert_scale", "bias", "token_ids",
+                "expert_table", "num_valid_tokens", "expert_map",
+            )  # fmt: skip
             given: dict[str, Any] = dict(zip(names, (*readable, *others), strict=True))
             if given["num_valid_tokens"] is None:
                 given["num_valid_tokens"] = valid
@@ -290,11 +275,10 @@ class TritonRouter:
             return
         row_stride, expert_stride = logits.stride()
         T = len(logits)
+        is_packed = row_stride == self._experts and expert_stride == 1
         named = {
             **constants(self._problem, launch),
-            "ROW_STRIDE": self._experts
-            if row_stride == self._experts and expert_stride == 1
-            else 0,
+            "ROW_STRIDE": self._experts if is_packed else 0,
             "EXPERT_STRIDE": 1 if expert_stride == 1 else 0,
             "VALID_ON_DEVICE": operands[4] is not None,
             "PDL": self._pdl,
@@ -310,7 +294,9 @@ class TritonRouter:
     def backward(
         self, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the gradients of ``logits`` (in its dtype) and of ``per_expert_scale`` (empty if none), in one kernel.
+        """Return the gradients of ``logits`` and of ``per_expert_scale``, in one kernel.
+
+        The former is in the dtype of ``logits``, the latter empty if there is no scale.
 
         :param grad_weights: float32 ``[T, K]``, of the K selected experts.
         :param ids: ``[T, K]``, logical ids; -1 in rows of padding.
@@ -318,24 +304,24 @@ class TritonRouter:
         return self._gradient(grad_weights, logits, ids, per_expert_scale)
 
     def warmup(self) -> None:
-        """Compile every variant that some number of tokens would pick, by routing zeros through it."""
+        """Compile every variant that some number of tokens would pick.
+
+        It routes zeros through each.
+        """
         spec, device = self._problem.spec, self._device
         dtype: torch.dtype = getattr(torch, self._problem.dtype)
         # Vectors come in float32 or in the model's dtype, and a kernel is compiled for one of them.
-        for vectors in (
-            {torch.float32, dtype} if spec.per_expert_scale or spec.needs_bias else {dtype}
-        ):
+        has_vectors = spec.per_expert_scale or spec.needs_bias
+        for vectors in {torch.float32, dtype} if has_vectors else {dtype}:
             operands: dict[str, Any] = {}
             if spec.per_expert_scale:
-                operands["per_expert_scale"] = torch.ones(
-                    self._experts, dtype=vectors, device=device
-                )
+                scale = torch.ones(self._experts, dtype=vectors, device=device)
+                operands["per_expert_scale"] = scale
             if spec.needs_bias:
                 operands["bias"] = torch.zeros(self._experts, dtype=vectors, device=device)
             if spec.selection == "token_table":
-                operands["expert_table"] = torch.zeros(
-                    1, self._problem.topk, dtype=torch.int64, device=device
-                )
+                table = torch.zeros(1, self._problem.topk, dtype=torch.int64, device=device)
+                operands["expert_table"] = table
             for T in [1, *(int(limit) + 1 for limit in self._limits)]:
                 logits = torch.zeros(T, self._experts, dtype=dtype, device=device)
                 if spec.selection == "token_table":

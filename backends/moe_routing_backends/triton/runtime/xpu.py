@@ -1,6 +1,4 @@
-"""What Intel's GPUs need in addition to the kernels.
-
-How many lanes a sub-group has, under the name that their Triton takes.
+"""Launch options for Intel's GPUs: the lanes of a sub-group, under the name that Triton-XPU takes.
 
 A register is 64 bytes on Xe2 (Battlemage) and Xe-HPC (Data Center Max), one 32-bit value of each of
 16 lanes, and a hardware thread has 128 of them (256 if half as many threads are resident). So a
@@ -18,14 +16,14 @@ from typing import Any
 SUB_GROUP = 16
 """Lanes of a sub-group where the launch names no number.
 
-Then it was made for warps of 32, and gets twice as many.
+Such a launch was made for warps of 32 lanes, and gets twice as many warps.
 """
 OPTIONS = ("warp_size", "threads_per_warp")
 """The launch option's name in Triton-XPU from 3.6, and before."""
 
 
 def in_sub_groups(options: Any, num_warps: int, warp_size: int) -> dict[str, int]:  # noqa: ANN401 -- Triton's own dataclass
-    """Return the launch options for so many warps, by what the installed Triton's options are called.
+    """Return the launch options, under the names that the installed Triton knows.
 
     :param options: an instance of its options, as ``parse_options`` of its backend returns.
     :param num_warps: warps a program.
@@ -36,7 +34,8 @@ def in_sub_groups(options: Any, num_warps: int, warp_size: int) -> dict[str, int
     names = {field.name for field in fields(options)}
     name = next((name for name in OPTIONS if name in names), None)
     if name is None:
-        msg = f"this Triton-XPU's launch options have none of {', '.join(OPTIONS)}: {', '.join(sorted(names))}"
+        has = ", ".join(sorted(names))
+        msg = f"this Triton-XPU's launch options have none of {', '.join(OPTIONS)}: {has}"
         raise RuntimeError(msg)
     if not warp_size:
         return {"num_warps": num_warps * 32 // SUB_GROUP, name: SUB_GROUP}

@@ -47,7 +47,10 @@ def describe_table(device: DeviceInfo, problem: RoutingProblem) -> str:
 
 @cache
 def shipped(device: DeviceInfo) -> Table:
-    """Return the table that comes with this package for the device's arch or platform, or the one that is derived."""
+    """Return the table that comes with this package for the device's arch or platform.
+
+    Without one, return the table that is derived from sm_90's.
+    """
     for name in (device.arch, device.platform):
         table = usable(SHIPPED / f"{name}.json")
         if table is not None:
@@ -67,12 +70,18 @@ def derived(device: DeviceInfo) -> Table:
         for key, steps in measured.rules.items()
         if key[0] != APPROXIMATED or filters
     }
-    provenance = f"from the table of sm_90 ({measured.provenance}), unmeasured on {device.arch or 'this device'}"
+    provenance = (
+        f"from the table of sm_90 ({measured.provenance}), unmeasured on "
+        f"{device.arch or 'this device'}"
+    )
     return Table("the derived table", provenance, rules)
 
 
 def supports_pdl(device: DeviceInfo) -> bool:
-    """Tell whether the device can start a kernel while the previous kernel still runs (``device/pdl.py``)."""
+    """Tell whether the device can start a kernel while the previous kernel still runs.
+
+    ``device/pdl.py`` says how.
+    """
     return (
         device.platform == "cuda"
         and device.capability is not None

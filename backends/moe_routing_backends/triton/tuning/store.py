@@ -119,7 +119,10 @@ def keep(device: DeviceInfo, rules: Mapping[Key, tuple[Step, ...]]) -> Path:
         kept = own_table(device)
         known = identity(device)
         versions = ", ".join(f"{key} {known[key]}" for key in ("driver", "triton") if known[key])
-        provenance = f"tuned on this {known['name'] or device.arch} ({versions}), {datetime.now(timezone.utc).date()}"
+        provenance = (
+            f"tuned on this {known['name'] or device.arch} ({versions}), "
+            f"{datetime.now(timezone.utc).date()}"
+        )
         text = to_json(device.arch, provenance, {**(kept.rules if kept else {}), **rules}, known)
         parse(text, str(path))
         write(path, text)

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 FALLBACK = Launch("cooperative", 2, 1, 1)
-"""What serves rows of any alignment, and every number of tokens for which the table has no launch that can."""
+"""The launch that serves rows of any alignment.
+
+It also serves every number of tokens for which the table has no launch that can.
+"""
 FEWEST_THREADS = 2
 """Threads a row that the filter is launched with at least.
 
@@ -50,7 +53,10 @@ WARPS = (8, 16, 32, 64)
 """Threads a warp, on the devices that Triton compiles for."""
 
 Key = tuple[str, int, int, int]
-"""What a rule is for: the kind of a spec, the bits of a logit, E, and the width of the list of the selected, 8 or 16."""
+"""What a rule is for: the kind of a spec, the bits of a logit, E, and the width of a list.
+
+The list is that of the selected, and its width is 8 or 16.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +118,10 @@ class Table:
 
 
 def _serving(problem: RoutingProblem, launch: Launch) -> Launch | None:
-    """Return the launch; where the filter's threads cannot share a row evenly, with fewer threads or as thread_per_row.
+    """Return the launch that serves the problem in place of this one, or None.
 
-    Or None.
+    Where the filter's threads cannot share a row evenly, the filter gets fewer threads, or
+    thread_per_row serves.
     """
     if launch.variant == "filter":
         narrow = launch
@@ -137,7 +144,8 @@ def key_of(problem: RoutingProblem) -> Key:
 def parse(text: str, source: str) -> Table:
     """Read a table; ``ValueError`` names what is wrong with it.
 
-    >>> parse('{"schema": 1, "arch": "sm_90", "provenance": "by hand", "rules": []}', "x.json").provenance
+    >>> text = '{"schema": 1, "arch": "sm_90", "provenance": "by hand", "rules": []}'
+    >>> parse(text, "x.json").provenance
     'by hand'
     """
     try:
@@ -269,7 +277,10 @@ def to_json(
 
 
 def usable(path: Path) -> Table | None:
-    """Read a table; one that is not there is ``None``, and so, with a warning, is one that cannot be used."""
+    """Read a table; return ``None`` where there is no file.
+
+    Return ``None``, with a warning, also for a table that cannot be used.
+    """
     try:
         if not path.is_file():  # also a device or a pipe, which may have no end
             return None

@@ -44,9 +44,12 @@ A table of fewer keeps slow launches.
 EVERY = 4
 """One of so many sizes is measured with every candidate."""
 NEAR = 1.25
-"""How much slower than the fastest a candidate may be at a size on either side, to be measured between."""
+"""How many times as slow as the fastest a candidate may be, to be measured between two sizes.
+
+It must be that near at a size on either side.
+"""
 CONTENDERS = 8
-"""About how many are."""
+"""About so many candidates are measured between two sizes."""
 ROUNDS = 2
 """How often these are measured at each size, in passes over all sizes; the least time counts."""
 BRACKET = 1.05
@@ -71,7 +74,10 @@ MOST_CALLS = 64
 """Calls in a CUDA graph; capturing each takes the host some microseconds."""
 REPLAYS = 9
 COMPILING, MEASURING = 3.2, 0.003
-"""Seconds that a kernel's compilation and a measurement took on average, in one process, with an H100."""
+"""Seconds that a kernel's compilation and a measurement took on average.
+
+They took so long in one process, with an H100.
+"""
 HEAD_START = 1_000_000
 """Clock cycles for which the device waits while the host queues the replays."""
 
@@ -184,7 +190,9 @@ def measure(
     on_step: OnStep = lambda _what, _done, _total: None,
     clock: Clock | None = None,
 ) -> Measured:
-    """Check and time candidates for each number of tokens, then look for the sizes at which the fastest changes.
+    """Check and time candidates for each number of tokens.
+
+    Then look for the sizes at which the fastest changes.
 
     :param tokens: every candidate is timed at each of these; by default at one of ``EVERY`` of
         ``TOKENS``, and then at each of ``TOKENS`` the candidates that are near the fastest there or
@@ -226,7 +234,10 @@ def measure(
 
 
 def _contenders(times: Mapping[int, Mapping[Launch, float]], tokens: int) -> list[Launch]:
-    """Return the launches that are near the fastest there, or at the next measured size on either side."""
+    """Return the launches that are near the fastest at that size.
+
+    The next measured size on either side counts too.
+    """
     below, above = [T for T in times if tokens > T][-1:], [T for T in times if tokens < T][:1]
     sizes = [*below, *([tokens] if tokens in times else []), *above]
     near = [
@@ -239,7 +250,7 @@ def _contenders(times: Mapping[int, Mapping[Launch, float]], tokens: int) -> lis
 
 
 def _unsettled(times: Mapping[int, Mapping[Launch, float]]) -> tuple[int, list[Launch]] | None:
-    """Return a size between two that are far apart and have different launches, and these launches."""
+    """Return a size between two that are far apart, and the different launches of the two."""
     for (below, first), (above, second) in itertools.pairwise(chosen(times).items()):
         if first != second and above > below + 1 and above > below * BRACKET:
             return max(below + 1, math.isqrt(below * above)), [first, second]
@@ -361,7 +372,8 @@ def steps_of(times: Mapping[int, Mapping[Launch, float]]) -> tuple[Step, ...]:
 
     >>> from moe_routing_backends.triton.kernels.spec import Launch
     >>> a, b = Launch("cooperative", 1, 1, 1), Launch("thread_per_row", 32, 1, 1)
-    >>> [step.tokens for step in steps_of({1: {a: 1.0, b: 3.0}, 100: {a: 2.0, b: 1.99}, 10000: {a: 9.0, b: 4.0}})]
+    >>> times = {1: {a: 1.0, b: 3.0}, 100: {a: 2.0, b: 1.99}, 10000: {a: 9.0, b: 4.0}}
+    >>> [step.tokens for step in steps_of(times)]
     [1000, inf]
     """
     launches = chosen(times)
@@ -486,7 +498,10 @@ class Inputs:
         return router(logits, **self._others(tokens), out=out)
 
     def expect(self, router: TritonRouter, tokens: int) -> None:
-        """Route with the launch in use, compare with the float64 oracle, and keep the bits that all others must have."""
+        """Route with the launch in use, and compare with the float64 oracle.
+
+        Keep the bits, which all other launches must give too.
+        """
         output = self.routed(router, tokens)
         self._expected = RoutingOutput(output.weights.clone(), output.ids.clone())
         for part in {slice(0, SAMPLE).indices(tokens), slice(-SAMPLE, None).indices(tokens)}:
@@ -501,7 +516,10 @@ class Inputs:
                 self.problem.spec, logits, self.problem.topk, some, **operands
             ).problems
             if problems:
-                msg = f"the launch in use computes something else than the oracle, so nothing is tuned: {problems[0]}"
+                msg = (
+                    "the launch in use computes something else than the oracle, so nothing is "
+                    f"tuned: {problems[0]}"
+                )
                 raise RuntimeError(msg)
 
     def same(self, router: TritonRouter, tokens: int) -> bool:

@@ -35,7 +35,7 @@ class TokenChoiceTopKRouter(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute what torchtitan's docstring says.
 
-        Scores and ids ``[B, L, K]``, all scores ``[B, L, E]``.
+        Return scores and ids ``[B, L, K]``, and all scores ``[B, L, E]``.
         """
         logits = self.gate(x_BLD).float()
         scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(-1)
@@ -60,7 +60,10 @@ class TokenChoiceTopKRouter(nn.Module):
 
 
 class MoE(nn.Module):
-    """The router's caller: the bias goes by position, the sum of experts is by weight, counts come from a map of ids."""
+    """The router's caller.
+
+    It passes the bias by position, sums the experts by weight, and counts tokens by a map of ids.
+    """
 
     def __init__(
         self, router: TokenChoiceTopKRouter, experts: Tensor, expert_bias: Tensor | None

@@ -1,6 +1,6 @@
 """The patch point of SGLang 0.5.23, sglang/srt/layers/moe/topk.py.
 
-Its names, types and one caller.
+The file has its names and types, and one caller.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TopK(nn.Module):
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> StandardTopKOutput:
         """Route as select_experts does.
 
-        Its own maths, or the custom function, called by keywords.
+        It computes by its own maths, or calls the custom function by keywords.
         """
         config = self.topk_config
         if config.custom_routing_function is None:

@@ -1,4 +1,7 @@
-"""The patch point of TensorRT-LLM (NVIDIA/TensorRT-LLM 0f3e29af, tensorrt_llm/_torch/modules/fused_moe/routing.py)."""
+"""The patch point of TensorRT-LLM.
+
+NVIDIA/TensorRT-LLM 0f3e29af, tensorrt_llm/_torch/modules/fused_moe/routing.py.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ class BaseMoeRoutingMethod(nn.Module):
 
 
 def run_moe(method: BaseMoeRoutingMethod, router_logits: Tensor, experts: Tensor) -> Tensor:
-    """Sum the experts of each token ``[E, H]`` by weight, as the engine's MoE modules use a method."""
+    """Return the weighted sum of each token's experts, given all ``[E, H]``.
+
+    The engine's MoE modules use a routing method in this way.
+    """
     token_selected_experts, token_final_scales = method.apply(router_logits)
     if token_selected_experts.shape != (router_logits.shape[0], method.experts_per_token):
         msg = f"selected experts: {list(token_selected_experts.shape)}"
