@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from moe_routing._public import explain, get_router, list_backends, list_routers, prefer
     from moe_routing._router import Router
     from moe_routing.kernel import Kernel, Operands, RoutingOutput
+    from moe_routing.planning._plan import plan
+    from moe_routing.planning.kernel import DispatchPlan
     from moe_routing.probing import AbsentDeviceError, UnknownDeviceError, devices, probe
     from moe_routing_registry import (
         BackendUnavailableError,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AbsentDeviceError": "moe_routing.probing",
     "BackendUnavailableError": "moe_routing_registry",
+    "DispatchPlan": "moe_routing.planning.kernel",
     "DowngradeWarning": "moe_routing_registry.errors",
     "Kernel": "moe_routing.kernel",
     "MoeRoutingWarning": "moe_routing_registry.errors",
@@ -52,6 +55,7 @@ _HOME = {
     "get_router": "moe_routing._public",
     "list_backends": "moe_routing._public",
     "list_routers": "moe_routing._public",
+    "plan": "moe_routing.planning._plan",
     "prefer": "moe_routing._public",
     "probe": "moe_routing.probing",
 }
@@ -60,6 +64,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AbsentDeviceError",
     "BackendUnavailableError",
+    "DispatchPlan",
     "DowngradeWarning",
     "Kernel",
     "MoeRoutingWarning",
@@ -76,6 +81,7 @@ __all__ = [
     "get_router",
     "list_backends",
     "list_routers",
+    "plan",
     "prefer",
     "probe",
 ]

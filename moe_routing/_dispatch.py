@@ -13,7 +13,7 @@ import dataclasses
 import warnings
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,12 +42,12 @@ from moe_routing_registry.routing_spec import SCORES
 from moe_routing_registry.text import printable, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
 
     from moe_routing._autograd import Backward
     from moe_routing.kernel import Kernel
     from moe_routing.reference.shadow import Shadow
-    from moe_routing_registry import DeviceInfo, ResolutionReport
+    from moe_routing_registry import DeviceInfo, Problem, ResolutionReport
 
 Key = tuple[torch.device, torch.dtype, int, int, torch.dtype, bool, bool, "str | None"]
 """Device, logits dtype, E, K, ids dtype, rows, training, preference: what a choice depends on."""
@@ -203,31 +203,50 @@ class Dispatcher:
             training=training,
             layout="rows" if rows else "strided",
         )
+        require = _require_closed_form if training else None
         request = Request.gather(self._requested)
-        info = probe(device)
-        report = registry().resolve(problem, info, request)
-        while report.winner is not None:
-            try:
-                kernel = _kernel(report.winner, problem, info)
-                if training and not isinstance(kernel, Differentiates):
-                    _require_closed_form(report.winner, problem)
-            except FactoryError as error:
-                report = report.without(error.rejection)
-                if report.winner is None:
-                    raise BackendUnavailableError(report.why, report) from error
-                continue
-            backward = (
-                kernel.backward
-                if isinstance(kernel, Differentiates)
-                else partial(weights_backward, self.spec)
-            )
-            _warn_of_downgrade(report, request)
-            return Resolved(kernel, report, problem, backward)
-        raise BackendUnavailableError(report.why, report)
+        kernel, report = chosen(problem, probe(device), request, require=require)
+        backward = (
+            kernel.backward
+            if isinstance(kernel, Differentiates)
+            else partial(weights_backward, self.spec)
+        )
+        return Resolved(kernel, report, problem, backward)
+
+
+def chosen(
+    problem: Problem,
+    device: DeviceInfo,
+    request: Request,
+    *,
+    require: Callable[[str, Any, Any], None] | None = None,
+) -> tuple[Any, ResolutionReport]:
+    """Choose a backend for a problem of any operation, and return its kernel and why.
+
+    A backend whose factory fails is passed over, unless it was named.
+
+    :param require: is called with the backend's name, its kernel and the problem; raises
+        ``FactoryError`` for a kernel that cannot do what the problem needs.
+    :raises BackendUnavailableError: no backend fits, or the one that was named does not.
+    """
+    report = registry().resolve(problem, device, request)
+    while report.winner is not None:
+        try:
+            kernel = _kernel(report.winner, problem, device)
+            if require is not None:
+                require(report.winner, kernel, problem)
+        except FactoryError as error:
+            report = report.without(error.rejection)
+            if report.winner is None:
+                raise BackendUnavailableError(report.why, report) from error
+            continue
+        _warn_of_downgrade(report, request)
+        return kernel, report
+    raise BackendUnavailableError(report.why, report)
 
 
 _dispatchers: dict[tuple[str, str | None], Dispatcher] = {}
-_kernels: dict[tuple[str, RoutingProblem, DeviceInfo], Kernel] = {}
+_kernels: dict[tuple[str, Problem, DeviceInfo], Any] = {}
 _locks: dict[Hashable, ForkSafeLock] = {}
 _registry = registry()
 _generation = 0
@@ -273,14 +292,16 @@ _building: ContextVar[tuple[Hashable, ...]] = ContextVar("moe_routing_building",
 """What this thread's factories are building, the innermost last."""
 
 
-def _kernel(name: str, problem: RoutingProblem, device: DeviceInfo) -> Kernel:
+def _kernel(name: str, problem: Problem, device: DeviceInfo) -> Any:  # noqa: ANN401 -- each operation has its own type
     """Return the backend's kernel for the problem, with or without gradients.
 
     Build it if it is the first.
 
     :raises FactoryError: the factory raised, or returned no callable.
     """
-    key = (name, dataclasses.replace(problem, training=False), device)
+    if isinstance(problem, RoutingProblem):
+        problem = dataclasses.replace(problem, training=False)
+    key = (name, problem, device)
     with _lock_for(key):
         if key in _kernels:
             return _kernels[key]
@@ -295,7 +316,7 @@ def _kernel(name: str, problem: RoutingProblem, device: DeviceInfo) -> Kernel:
             # Whatever the caller is in the middle of, a kernel and the tensors that it keeps are
             # real.
             with not_raised(), unset_fake_temporarily(), torch.inference_mode(mode=False):
-                kernel: Kernel = registry().build(name, problem, device)
+                kernel = registry().build(name, problem, device)
                 _look_for_methods(name, kernel)
         finally:
             _building.reset(token)
@@ -326,13 +347,15 @@ def _refused(name: str, verdict: Verdict, trace: str = "") -> FactoryError:
     )
 
 
-def _require_closed_form(name: str, problem: RoutingProblem) -> None:
+def _require_closed_form(name: str, kernel: object, problem: RoutingProblem) -> None:
     """Refuse to train with a kernel that has no ``backward``.
 
     Accept it if the built-in gradient knows the maths.
 
     :raises FactoryError: the built-in gradient does not know the maths.
     """
+    if isinstance(kernel, Differentiates):
+        return
     spec = problem.spec
     family = registry().families.get(spec.family)
     if spec.score not in SCORES:
@@ -352,8 +375,10 @@ def _warn_of_downgrade(report: ResolutionReport, request: Request) -> None:
         return
     fix = f"; fix: {missed.verdict.fix}" if missed.verdict.fix else ""
     where = printable(str(report.device))
+    operation = "route" if report.problem is None else report.problem.operation
+    doing = "routes" if operation == "route" else f"computes {operation}"
     text = (
-        f"{where} routes with {report.winner!r}, not with {missed.name!r}, "
+        f"{where} {doing} with {report.winner!r}, not with {missed.name!r}, "
         f"which {missed.verdict.reason}{fix}"
     )
     if request.strict:

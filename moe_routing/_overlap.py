@@ -36,11 +36,11 @@ def overlap(operands: Operands) -> str:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    a, b = _address(one), _address(other)
+    a, b = address(one), address(other)
     return a != 0 and b != 0 and -span(one) < a - b < span(other)
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
     """Return the address where a tensor begins.
 
     It is 0 for a tensor without elements or memory, a fake or a meta tensor for example.

@@ -20,4 +20,11 @@ OPERATIONS = (
         contract="moe_routing.conformance.checks:ROUTE",
         summary="router logits to the weights and ids of each token's experts",
     ),
+    OperationSpec(
+        name="plan",
+        example="moe_routing.planning.problem:PLAN_EXAMPLE",
+        oracle="moe_routing.reference.plan_oracle:plan",
+        contract="moe_routing.conformance.planning:PLAN",
+        summary="ids to the places of tokens grouped by expert",
+    ),
 )

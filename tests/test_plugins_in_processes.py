@@ -117,7 +117,8 @@ EXAMPLES = {
     ),
     "one whose text raises": (
         (
-            "class Problem:\n    to_dict, family, operation = dict, '', 'sort'\n    def __str__(self): sys.exit()\n"
+            "class Problem:\n    to_dict, family, operation = dict, '', 'sort'\n"
+            "    def __str__(self): sys.exit()\n"
             "EXAMPLE = Problem()"
         ),
         "raised SystemExit",

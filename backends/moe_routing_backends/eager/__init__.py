@@ -5,7 +5,17 @@ This file stays free of torch.
 
 from __future__ import annotations
 
-from moe_routing_registry import ANY, BackendSpec, Target, hookimpl, knows_score
+from typing import TYPE_CHECKING, Any
+
+from moe_routing_registry import ANY, BackendSpec, Target, Verdict, hookimpl, knows_score
+
+if TYPE_CHECKING:
+    from moe_routing_registry import DeviceInfo
+
+
+def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of either operation
+    """Accept every plan, and the score functions that every built-in backend knows."""
+    return knows_score(problem, device) if problem.operation == "route" else Verdict.yes()
 
 
 @hookimpl
@@ -14,10 +24,13 @@ def moe_routing_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="eager",
-            factories={"route": "moe_routing_backends.eager.route:build"},
+            factories={
+                "route": "moe_routing_backends.eager.route:build",
+                "plan": "moe_routing_backends.eager.plan:build",
+            },
             targets=(Target(ANY),),
             priority=0,
-            supports=knows_score,
+            supports=supports,
             summary="plain PyTorch operations, on any device",
         )
     ]

@@ -296,7 +296,7 @@ def usable(path: Path) -> Table | None:
 
 
 def warn_ignored(path: Path, why: str) -> None:
-    """Warn that a table is not used, in a line: what is wrong with it may quote all that it holds."""
+    """Warn in a line that a table is not used; the reason may quote all that it holds."""
     warnings.warn(
         f"moe-routing ignores the launch table {printable(str(path))}: {line(why)}",
         RuntimeWarning,

@@ -1,0 +1,248 @@
+"""``plan``: checks the arguments, finds the kernel, and calls it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from moe_routing._call_cache import ORDINARY, UNREADABLE
+from moe_routing._dispatch import chosen
+from moe_routing._registry import registry
+from moe_routing.planning import _check, _op
+from moe_routing.planning.kernel import DispatchPlan
+from moe_routing.private_api import dispatch_keys, is_fake_mode, is_functorch_wrapped_tensor
+from moe_routing.probing import probe
+from moe_routing_registry import Request
+from moe_routing_registry.request import preference
+from moe_routing_registry.text import refusal
+
+if TYPE_CHECKING:
+    from moe_routing.planning.kernel import PlanKernel
+    from moe_routing.planning.problem import PlanProblem
+
+_CALLS_KEPT = 1024
+"""Kinds of calls that are remembered; when there are more, remembering begins anew."""
+_tuple = tuple.__new__
+"""Makes a named tuple in half the time of its own constructor, which is a Python function."""
+
+
+class _Call(NamedTuple):
+    """Calls that passed the checks, and what serves them.
+
+    :ivar kernel: ``None`` where there is no pair.
+    :ivar parts: the shape of each part of a plan that such a call allocates, or ``None``.
+    """
+
+    kernel: PlanKernel | None
+    problem: PlanProblem
+    capacity: int | None
+    parts: tuple[tuple[int, ...] | None, ...]
+
+
+_calls: dict[tuple[object, ...], _Call] = {}
+_registry = registry()
+
+
+def plan(  # noqa: PLR0913 -- one argument each for what a plan can be asked for
+    ids: Tensor,
+    num_experts: int,
+    *,
+    block: int | None = None,
+    capacity: int | None = None,
+    drop: Literal["last", "least_weight"] = "last",
+    weights: Tensor | None = None,
+    masked: bool = False,
+    backend: str | None = None,
+    out: DispatchPlan | None = None,
+) -> DispatchPlan:
+    """Group the pairs of a token and a slot by expert, without a host synchronisation.
+
+    The order is by expert, then by token, then by slot, so the same ids give the same plan on every
+    device and for every launch.
+
+    :param ids: ``[T, K]``, int32 or int64, any strides; T may be 0, K is at most 64. An id outside
+        ``[0, num_experts)``, -1 of padding for example, has no expert, and its pair no place among
+        the experts'. Ids may repeat in a row.
+    :param num_experts: E, at most 4,096.
+    :param block: let each expert begin at a multiple of it, and leave places empty for that: the
+        format of vLLM's and SGLang's ``moe_align_block_size``; 128 is DeepGEMM's contiguous layout.
+    :param capacity: the most places of an expert. What is beyond has no place, and counts in
+        ``num_dropped``.
+    :param drop: which pairs of an expert are beyond its capacity: the ``"last"`` by token and slot,
+        or those of the ``"least_weight"``, of equal weights the last.
+    :param weights: float32 ``[T, K]``, for ``drop="least_weight"``; NaN counts as -inf.
+    :param masked: give each expert a row of a matrix ``[E, capacity]``, DeepGEMM's masked layout.
+    :param backend: use this one or raise. Without it the registry chooses, as for a router.
+    :param out: a plan to fill, of the shapes that this call returns, whose tensors share memory
+        neither with each other nor with an input.
+    :returns: a ``DispatchPlan`` of int32 tensors on the ids' device, or ``out``.
+    :raises TypeError: an argument has the wrong type or dtype.
+    :raises ValueError: an argument has the wrong value, shape or device, or the number of places
+        does not fit int32.
+    :raises BackendUnavailableError: no backend fits, or the one that was named does not.
+
+    >>> made = plan(torch.tensor([[1, 0], [1, 2]]), 3)
+    >>> made.order.tolist(), made.counts.tolist(), made.offsets.tolist()
+    ([1, 0, 2, 3], [1, 2, 1], [0, 1, 3, 4])
+    >>> made.inverse.tolist()
+    [[1, 0], [2, 3]]
+    """
+    if is_dynamo_compiling():
+        return _traced(ids, num_experts, block, capacity, drop, weights, masked, backend, out)
+    try:
+        key = (
+            ids.shape, ids.stride(), ids.dtype, ids.device, type(ids),
+            dispatch_keys(ids).raw_repr(), num_experts, type(num_experts), block, type(block),
+            capacity, type(capacity), masked, type(masked), drop, backend, preference.get(),
+            _registry.generation, None if weights is None else _described(weights),
+            None if out is None else (type(out), *map(_described, out)),
+            torch.is_inference_mode_enabled() if out is not None else None,
+        )  # fmt: skip
+        known = _calls.get(key)
+    except UNREADABLE:
+        key, known = None, None
+    if known is None:
+        return _first(key, ids, num_experts, block, capacity, drop, weights, masked, backend, out)
+    kernel, _, most, parts = known
+    if out is None:
+        out = _allocated(parts, ids.device)
+    else:
+        _check.check_addresses(out, (ids, weights))
+    if kernel is None:
+        return _without_pairs(known, out)
+    kernel(ids, out, capacity=most, weights=weights)
+    return out
+
+
+def _described(tensor: Tensor | None) -> tuple[object, ...] | None:
+    if tensor is None:
+        return None
+    keys = dispatch_keys(tensor).raw_repr()
+    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, keys
+
+
+def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
+    key: tuple[object, ...] | None,
+    ids: Tensor,
+    num_experts: int,
+    block: int | None,
+    capacity: int | None,
+    drop: str,
+    weights: Tensor | None,
+    masked: bool,  # noqa: FBT001 -- likewise
+    backend: str | None,
+    out: DispatchPlan | None,
+) -> DispatchPlan:
+    """Check a call, choose what serves it, and remember that for later calls like it."""
+    problem, most = _check.checked(
+        ids, num_experts, block=block, capacity=capacity, drop=drop, weights=weights, masked=masked
+    )
+    _check_backend(backend)
+    parts = shapes(problem, len(ids), most)
+    if out is not None:
+        out = _check.check_out(out, parts, ids)
+        _check.check_addresses(out, (ids, weights))
+    if not all(t is None or _ordinary(t) for t in (ids, weights, *(out or ()))):
+        made = _op.call(problem, ids, most, weights, backend)
+        return made if out is None else _copied(made, out)
+    kernel = None
+    if ids.numel():
+        kernel, _ = chosen(problem, probe(ids.device), Request.gather(backend))
+    call = _Call(kernel, problem, most, parts)
+    out = _allocated(parts, ids.device) if out is None else out
+    if kernel is None:
+        _without_pairs(call, out)
+    else:
+        kernel(ids, out, capacity=most, weights=weights)
+    if key is not None:
+        if len(_calls) >= _CALLS_KEPT:
+            _calls.clear()
+        _calls[key] = call
+    return out
+
+
+def _check_backend(backend: object) -> None:
+    if backend is not None:
+        if not isinstance(backend, str):
+            raise TypeError(refusal("backend", "a name, or None", backend))
+        _registry.check_names(Request(backend=backend, asked_by="argument"))
+
+
+def _ordinary(tensor: Tensor) -> bool:
+    """Tell whether a tensor is memory that a kernel may read, as its shape and strides say."""
+    return (
+        type(tensor) in ORDINARY
+        and not is_functorch_wrapped_tensor(tensor)
+        and not tensor.is_neg()
+        and not is_fake_mode()
+    )
+
+
+def shapes(
+    problem: PlanProblem, num_tokens: int, capacity: int | None
+) -> tuple[tuple[int, ...] | None, ...]:
+    """Return the shape of each part of a plan, ``None`` for the parts that it does not have."""
+    length, blocks = _check.lengths(problem, num_tokens, capacity)
+    experts = problem.num_experts
+    return (
+        (experts, length // experts) if problem.layout == "masked" else (length,),
+        (num_tokens, problem.topk),
+        (experts,),
+        (experts + 1,),
+        (blocks,) if problem.layout == "blocks" else None,
+        None if problem.drop == "nothing" else (1,),
+    )
+
+
+def _allocated(parts: tuple[tuple[int, ...] | None, ...], device: torch.device) -> DispatchPlan:
+    made = [
+        None if shape is None else torch.empty(shape, dtype=torch.int32, device=device)
+        for shape in parts
+    ]
+    return _tuple(DispatchPlan, made)
+
+
+def _without_pairs(call: _Call, out: DispatchPlan) -> DispatchPlan:
+    """Fill a plan of no tokens: no kernel is asked for that."""
+    for part in (out.order, out.inverse, out.counts, out.offsets, out.num_dropped):
+        if part is not None:
+            part.zero_()  # no pair is 0, the number of pairs
+    if call.problem.layout == "masked":
+        assert call.capacity is not None  # noqa: S101 -- for mypy: a masked problem has one
+        torch.arange(len(out.offsets), out=out.offsets).mul_(call.capacity)
+    return out
+
+
+def _copied(made: DispatchPlan, out: DispatchPlan) -> DispatchPlan:
+    for part, given in zip(made, out, strict=True):
+        if part is not None and given is not None:
+            given.copy_(part)
+    return out
+
+
+def _traced(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
+    ids: Tensor,
+    num_experts: int,
+    block: int | None,
+    capacity: int | None,
+    drop: str,
+    weights: Tensor | None,
+    masked: bool,  # noqa: FBT001 -- likewise
+    backend: str | None,
+    out: DispatchPlan | None,
+) -> DispatchPlan:
+    """Put the operator into the graph that Dynamo is making."""
+    problem, most = _check.checked(
+        ids, num_experts, block=block, capacity=capacity, drop=drop, weights=weights, masked=masked
+    )
+    if backend is not None:
+        from moe_routing._traced import check_backend
+
+        check_backend(backend)
+    if out is not None:
+        out = _check.check_out(out, shapes(problem, len(ids), most), ids)
+    made = _op.call(problem, ids, most, weights, backend)
+    return made if out is None else _copied(made, out)
