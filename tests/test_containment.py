@@ -214,7 +214,8 @@ def test_a_hooks_answer_is_read_once(install_plugin):
 class Again(list):
     def __iter__(self):
         self.append(3)
-        return iter([BackendSpec(name="acme", factories=ROUTE, targets=T)] if len(self) == 1 else self)
+        specs = [BackendSpec(name="acme", factories=ROUTE, targets=T)]
+        return iter(specs if len(self) == 1 else self)
 
 @hookimpl
 def moe_routing_backends(): return Again()

@@ -117,8 +117,8 @@ EXAMPLES = {
     ),
     "one whose text raises": (
         (
-            "class Problem:\n    to_dict, family, operation = dict, '', 'sort'\n    def __str__(self): sys.exit()\n"
-            "EXAMPLE = Problem()"
+            "class Problem:\n    to_dict, family, operation = dict, '', 'sort'\n"
+            "    def __str__(self): sys.exit()\nEXAMPLE = Problem()"
         ),
         "raised SystemExit",
     ),

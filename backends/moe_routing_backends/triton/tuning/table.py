@@ -296,7 +296,10 @@ def usable(path: Path) -> Table | None:
 
 
 def warn_ignored(path: Path, why: str) -> None:
-    """Warn that a table is not used, in a line: what is wrong with it may quote all that it holds."""
+    """Warn in one line that a table is not used.
+
+    The reason is cut to that line, because it may quote all that the table holds.
+    """
     warnings.warn(
         f"moe-routing ignores the launch table {printable(str(path))}: {line(why)}",
         RuntimeWarning,
