@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from moe_routing.planning.kernel import DispatchPlan, PlanKernel
+from moe_routing.planning.kernel import DispatchPlan, PlanKernel, RoutedPlan
 from moe_routing.planning.problem import PlanProblem
 
-__all__ = ["DispatchPlan", "PlanKernel", "PlanProblem"]
+__all__ = ["DispatchPlan", "PlanKernel", "PlanProblem", "RoutedPlan"]
