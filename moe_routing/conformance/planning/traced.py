@@ -107,5 +107,9 @@ def the_operator_passes_opcheck(under_test: BackendUnderTest, case: Case) -> Non
         call.ids, call.weights, problem.num_experts, problem.block, call.capacity or 0,
         problem.layout, problem.drop, under_test.backend,
     )  # fmt: skip
-    with not_raised():
-        torch.library.opcheck(torch.ops.moe_routing.plan.default, arguments)
+    try:
+        with not_raised():
+            torch.library.opcheck(torch.ops.moe_routing.plan.default, arguments)
+    except Exception as error:
+        msg = f"opcheck raises {type(error).__name__}: {error}"
+        raise AssertionError(msg) from error

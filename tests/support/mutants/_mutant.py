@@ -92,6 +92,7 @@ class Mutant:
     :ivar saying: regular expression of what the check must say: that a mutant crashes proves
         nothing.
     :ivar variants: the variants whose cases are enough to catch it; all of them where empty.
+    :ivar operation: what the factory builds kernels of.
     """
 
     factory: Callable[[RoutingProblem, DeviceInfo], Any]
@@ -100,6 +101,7 @@ class Mutant:
     variants: tuple[str, ...] = ()
     supports: Callable[[RoutingProblem, DeviceInfo], Verdict] | None = None
     only_on: str = ""
+    operation: str = "route"
 
     @property
     def name(self) -> str:
@@ -136,7 +138,7 @@ def registered(mutant: Mutant) -> Iterator[str]:
     """
     spec = BackendSpec(
         name=mutant.name,
-        factories={"route": f"{mutant.factory.__module__}:{mutant.factory.__name__}"},
+        factories={mutant.operation: f"{mutant.factory.__module__}:{mutant.factory.__name__}"},
         targets=(Target(ANY),),
         supports=mutant.supports,
     )
