@@ -53,9 +53,10 @@ _CLAUSES = (
         "no block. Places without a pair hold `T * K`. `order` has as many places as any ids of "
         "this number could need, `T * K + min(T * K, E) * (block - 1)`. `block_experts` has the "
         "expert of each of the `ceil(len(order) / block)` blocks, and -1 from the end of the last "
-        "expert on. `block` is any positive int. Field by field it is what `moe_align_block_size` "
-        "of vLLM and SGLang returns: `order` is `sorted_token_ids`, `block_experts` is "
-        "`expert_ids`, and `offsets[E]` is `num_tokens_post_padded`.",
+        "expert on. `block` is any positive int. Up to the end of the last expert it is, field by "
+        "field, what `moe_align_block_size` of vLLM and SGLang returns: `order` is "
+        "`sorted_token_ids`, `block_experts` is `expert_ids`, and `offsets[E]` is "
+        "`num_tokens_post_padded`.",
         "an unwritten place past the last pair sent a GEMM to a row that does not exist.",
     ),
     Clause(

@@ -148,7 +148,7 @@ def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None
 
 
 @check(12, _sets.of_every_family, capability="several_devices")
-def one_router_servestwo_devices_in_turn(under_test: BackendUnderTest, case: Case) -> None:
+def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Case) -> None:
     """Calls of one router on two devices in turn stay apart.
 
     Each device has logits of its own, and calls with and without outputs to write into.
