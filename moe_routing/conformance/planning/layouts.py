@@ -61,7 +61,7 @@ def _least(profile: Profile) -> Iterator[Case]:
     for capacity, weights in product(capacities, ids.WEIGHTS):
         yield Case(capacity=capacity, drop="least_weight", weights=weights)
         if profile != "smoke":
-            for block, kind in ((None, "padding"), (16, "random"), (3, "first_expert")):
+            for block, kind in ((None, "padding"), (16, "random"), (32, "first_expert")):
                 yield Case(
                     capacity=capacity, drop="least_weight", weights=weights, block=block, ids=kind,
                     num_tokens=257, num_experts=20,
@@ -75,7 +75,7 @@ def the_pairs_of_least_weight_are_dropped(under_test: BackendUnderTest, case: Ca
 
 
 def _masked(profile: Profile) -> Iterator[Case]:
-    kinds = ("random", "last_expert")
+    kinds: tuple[str, ...] = ("random", "last_expert")
     if profile != "smoke":
         kinds = (*ids.INSIDE, "padding", "other_ranks")
     for capacity, kind in product((1, 7, 300), kinds):

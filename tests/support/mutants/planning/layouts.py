@@ -79,7 +79,8 @@ class RanksIn8Bits(Reference):
 
     def plan(self, ids: Tensor, capacity: int | None, weights: Tensor | None) -> DispatchPlan:
         made = super().plan(ids, capacity, weights)
-        if self.problem.drop == "last" and capacity == 1 and _dropping(made):
+        rows = self.problem.layout == "masked"
+        if self.problem.drop == "last" and capacity == 1 and not rows and _dropping(made):
             every = plan(_with(self.problem, layout="sorted", block=1, drop="nothing"), ids)
             if int(every.counts.max()) > 256:
                 made = made._replace(num_dropped=made.num_dropped - 1)
@@ -166,7 +167,7 @@ class OfEqualWeightsTheFirstIsDropped(Reference):
         equal = self.problem.drop == "least_weight" and len(weights.unique()) < weights.numel() / 2
         if equal and self.problem.layout == "sorted" and not weights.isnan().any():
             steps = torch.arange(weights.numel()).view(weights.shape)
-            ranks = torch.searchsorted(weights.unique(), weights)
+            ranks = torch.searchsorted(weights.unique(), weights.contiguous())
             weights = (ranks * weights.numel() + steps).float()
         return super().plan(ids, capacity, weights)
 
