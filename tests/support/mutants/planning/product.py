@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_routing.planning import _check, _op, _plan
+from moe_routing.planning import _check, call, op
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +87,7 @@ def _what_is_missing_is_empty(_right: Callable[..., Any]) -> Callable[..., Any]:
 
     from moe_routing.planning import DispatchPlan
 
-    def call(problem: Any, ids: Any, capacity: Any, weights: Any, backend: Any) -> Any:
+    def called(problem: Any, ids: Any, capacity: Any, weights: Any, backend: Any) -> Any:
         return DispatchPlan(
             *torch.ops.moe_routing.plan(
                 ids, weights, problem.num_experts, problem.block, capacity or 0, problem.layout,
@@ -95,7 +95,7 @@ def _what_is_missing_is_empty(_right: Callable[..., Any]) -> Callable[..., Any]:
             )
         )  # fmt: skip
 
-    return call
+    return called
 
 
 CHANGES = (
@@ -121,18 +121,18 @@ CHANGES = (
     ),
     Change(
         "no_tokens_give_a_plan_without_pairs", "^offsets: ",
-        _plan, "_without_pairs", _offsets_stay_zero,
+        call, "_without_pairs", _offsets_stay_zero,
     ),
     Change(
         "fake_tensors_give_fake_plans", "^block_experts: expected",
-        _plan, "shapes", _blocks_for_every_expert,
+        call, "shapes", _blocks_for_every_expert,
     ),
     Change(
         "compiles_as_one_graph", "^expected a DispatchPlan, got <class 'tuple'>",
-        _op, "call", _a_plain_tuple,
+        op, "call", _a_plain_tuple,
     ),
     Change(
         "exports_and_comes_back", "^the loaded program: block_experts: expected None",
-        _op, "call", _what_is_missing_is_empty,
+        op, "call", _what_is_missing_is_empty,
     ),
 )  # fmt: skip
