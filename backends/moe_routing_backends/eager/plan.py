@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 from moe_routing.formula.plan import plan
 
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo
 
 RADIX_FROM = 1 << 15
-"""Pairs from which PyTorch sorts integers by radix, a pass for each byte.
+"""Numbers from which PyTorch sorts integers by radix, a pass for each byte.
 
-It compares fewer pairs, in the same time whatever their dtype.
+Fewer are compared, which takes the same time for every dtype.
 """
+FILLED_FROM = 1 << 13
+"""Pairs from which sorting ``RADIX_FROM`` numbers by radix takes less time than comparing these."""
 MOST_IN_BYTES = 255
 """E up to which the keys, 0 to E, fit in bytes."""
 
@@ -58,7 +61,7 @@ class SortedOnCpu:
         """Keep what every call needs."""
         dtype: torch.dtype = getattr(torch, problem.ids_dtype)
         lowest = torch.iinfo(dtype).min
-        experts = problem.num_experts
+        self._experts = experts = problem.num_experts
         # Tensors, because PyTorch makes one of a Python number at every call.
         self._sign = torch.tensor(lowest, dtype=dtype, device="cpu")
         self._none = torch.tensor(lowest + experts, dtype=dtype, device="cpu")
@@ -77,13 +80,15 @@ class SortedOnCpu:
         """Fill ``out``; see ``PlanKernel``."""
         keys = torch.bitwise_xor(ids.reshape(-1), self._sign).clamp_max_(self._none)
         every = self._few
-        if len(keys) >= RADIX_FROM:
-            # The lower bytes, in which the sign bit is not: the keys 0 to E.
+        pairs = len(keys)
+        if pairs >= FILLED_FROM:
+            # The lower bytes, in which the sign bit is not: the keys 0 to E. More of E come last.
             every = self._many
-            keys = keys.to(every.dtype)
+            keys = pad(keys.to(every.dtype), (0, max(0, RADIX_FROM - pairs)), value=self._experts)
         keys, order = keys.sort(stable=True)
+        order = order[:pairs]
         torch.searchsorted(keys, every, out_int32=True, out=out.offsets)
         torch.sub(out.offsets[1:], out.offsets[:-1], out=out.counts)
         out.order.copy_(order)
-        places = torch.arange(len(order), dtype=torch.int32, device="cpu")
+        places = torch.arange(pairs, dtype=torch.int32, device="cpu")
         out.inverse.view(-1).scatter_(0, order, places)
