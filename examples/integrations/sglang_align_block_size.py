@@ -21,11 +21,11 @@ MAX_EXPERTS = 4095
 """With SGLang's own bucket, as many as a plan may have."""
 
 
-def moe_align_block_size(
+def moe_align_block_size(  # noqa: PLR0913 -- SGLang's signature
     topk_ids: Tensor,
     block_size: int,
     num_experts: int,
-    ignore_invalid_expert: bool = False,  # noqa: FBT001, FBT002 -- SGLang's signature
+    ignore_invalid_expert: bool = False,  # noqa: FBT001, FBT002 -- likewise
     *,
     return_inactive_prefix_count: bool = False,
     pad_expert_ids: bool = False,  # noqa: ARG001 -- the expert of a block past the last is -1 anyway

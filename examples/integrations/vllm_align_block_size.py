@@ -6,7 +6,7 @@ vLLM's kernels leave them as their threads come.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,7 +24,7 @@ def moe_align_block_size(  # noqa: PLR0913, PLR0917 -- vLLM's signature
     pad_sorted_ids: bool = False,  # noqa: FBT001, FBT002 -- likewise
     ignore_invalid_experts: bool = False,  # noqa: FBT001, FBT002 -- likewise
     *,
-    return_scatter_idx: Literal[False] = False,
+    return_scatter_idx: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sorted pairs, the expert of each block, and the number of places in use.
 

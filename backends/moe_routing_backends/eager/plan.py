@@ -79,14 +79,16 @@ class SortedOnCpu:
     ) -> None:
         """Fill ``out``; see ``PlanKernel``."""
         keys = torch.bitwise_xor(ids.reshape(-1), self._sign).clamp_max_(self._none)
-        every = self._few
         pairs = len(keys)
-        if pairs >= FILLED_FROM:
+        if pairs < FILLED_FROM:
+            every = self._few
+            keys, order = keys.sort(stable=True)
+        else:
             # The lower bytes, in which the sign bit is not: the keys 0 to E. More of E come last.
             every = self._many
-            keys = pad(keys.to(every.dtype), (0, max(0, RADIX_FROM - pairs)), value=self._experts)
-        keys, order = keys.sort(stable=True)
-        order = order[:pairs]
+            filled = (0, max(0, RADIX_FROM - pairs))
+            keys, order = pad(keys.to(every.dtype), filled, value=self._experts).sort(stable=True)
+            order = order[:pairs]
         torch.searchsorted(keys, every, out_int32=True, out=out.offsets)
         torch.sub(out.offsets[1:], out.offsets[:-1], out=out.counts)
         out.order.copy_(order)
