@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from moe_routing_registry.text import refusal
+
 Layout = Literal["sorted", "blocks", "masked"]
 Drop = Literal["nothing", "last", "least_weight"]
 
@@ -43,6 +45,17 @@ class PlanProblem:
     layout: Layout = "sorted"
     block: int = 1
     drop: Drop = "nothing"
+
+    def __post_init__(self) -> None:
+        """Require sizes that ``plan`` takes.
+
+        :raises ValueError: a size is out of its range.
+        """
+        most = {"num_experts": MAX_EXPERTS, "topk": MAX_TOPK, "block": MOST}
+        for name, limit in most.items():
+            if not 1 <= getattr(self, name) <= limit:
+                expected = f"an int from 1 to {limit}"
+                raise ValueError(refusal(name, expected, getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
