@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree
 
 from moe_routing.kernel import RoutingOutput
-from moe_routing.planning import _op as _planning  # noqa: F401 -- registers the operator of `plan`
+from moe_routing.planning import op as _planning  # noqa: F401 -- registers the operator of `plan`
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -48,9 +48,7 @@ def list_routers(
             {
                 "schema_version": SCHEMA_VERSION,
                 "routers": [entry.to_dict() for entry in found],
-                "operations": [
-                    {"name": spec.name, "summary": spec.summary} for spec in operations
-                ],
+                "operations": [{"name": spec.name, "summary": spec.summary} for spec in operations],
             }
         )
         return

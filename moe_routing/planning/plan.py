@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from moe_routing._call_cache import ORDINARY, UNREADABLE
 from moe_routing._dispatch import chosen
 from moe_routing._registry import registry
-from moe_routing.planning import _check, _op
+from moe_routing.planning import _check, op
 from moe_routing.planning.kernel import DispatchPlan
 from moe_routing.private_api import dispatch_keys, is_fake_mode, is_functorch_wrapped_tensor
 from moe_routing.probing import probe
@@ -141,12 +141,12 @@ def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
         ids, num_experts, block=block, capacity=capacity, drop=drop, weights=weights, masked=masked
     )
     _check_backend(backend)
-    parts = shapes(problem, len(ids), most)
+    parts = shapes(problem, ids.shape[0], most)
     if out is not None:
         out = _check.check_out(out, parts, ids)
         _check.check_addresses(out, (ids, weights))
     if not all(t is None or _ordinary(t) for t in (ids, weights, *(out or ()))):
-        made = _op.call(problem, ids, most, weights, backend)
+        made = op.call(problem, ids, most, weights, backend)
         return made if out is None else _copied(made, out)
     kernel = None
     if ids.numel():
@@ -243,6 +243,6 @@ def _traced(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
 
         check_backend(backend)
     if out is not None:
-        out = _check.check_out(out, shapes(problem, len(ids), most), ids)
-    made = _op.call(problem, ids, most, weights, backend)
+        out = _check.check_out(out, shapes(problem, ids.shape[0], most), ids)
+    made = op.call(problem, ids, most, weights, backend)
     return made if out is None else _copied(made, out)

@@ -70,7 +70,7 @@ def _plan(  # noqa: PLR0913, PLR0917 -- the operator's schema
     backend: str | None,
 ) -> _Parts:
     """Plan real tensors."""
-    from moe_routing.planning._plan import plan
+    from moe_routing.planning.plan import plan
 
     made = plan(
         ids,
@@ -96,7 +96,7 @@ def _plan_fake(  # noqa: PLR0913, PLR0917 -- the operator's schema
     backend: str | None,  # noqa: ARG001 -- likewise
 ) -> _Parts:
     """Return the parts that a real call would, unfilled."""
-    from moe_routing.planning._plan import shapes
+    from moe_routing.planning.plan import shapes
 
     problem = PlanProblem(
         num_experts=num_experts, topk=ids.shape[1], layout=layout, block=block, drop=drop
