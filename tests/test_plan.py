@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_routing
 from moe_routing._registry import registry
@@ -272,18 +273,22 @@ def test_importing_the_problem_imports_no_torch():
 
 def step(logits):
     """Route and plan, with rows that only pad."""
-    weights, ids = moe_routing.get_router("mixtral")(logits, K, num_valid_tokens=5)
+    weights, ids = moe_routing.get_router("mixtral")(logits, K, num_valid_tokens=2)
     return weights, moe_routing.plan(ids, E, block=8, capacity=3)
 
 
 def test_route_and_plan_compile_as_one_graph():
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
-    for tokens in (7, 12):
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=graphs, dynamic=True)
+    compiled_so_far = []
+    for tokens in (7, 12, 3):  # more pairs than experts, and fewer
         logits = torch.randn(tokens, E)
         weights, made = compiled(logits)
         expected, plan = step(logits)
         assert torch.equal(weights, expected)
         same(made, plan)
+        compiled_so_far.append(graphs.frame_count)
+    assert len(set(compiled_so_far)) == 1, "a number of tokens is compiled again"
 
 
 def test_route_and_plan_export(tmp_path):
@@ -294,8 +299,10 @@ def test_route_and_plan_export(tmp_path):
     tokens = torch.export.Dim("tokens", min=2, max=512)
     program = torch.export.export(Step(), (torch.randn(7, E),), dynamic_shapes=({0: tokens},))
     torch.export.save(program, tmp_path / "step.pt2")
-    logits = torch.randn(12, E)
-    weights, made = torch.export.load(tmp_path / "step.pt2").module()(logits)
-    expected, plan = step(logits)
-    assert torch.equal(weights, expected)
-    same(made, plan)
+    loaded = torch.export.load(tmp_path / "step.pt2").module()
+    for count in (12, 3):  # more pairs than experts, and fewer
+        logits = torch.randn(count, E)
+        weights, made = loaded(logits)
+        expected, plan = step(logits)
+        assert torch.equal(weights, expected)
+        same(made, plan)
