@@ -277,6 +277,7 @@ def step(logits):
     return weights, moe_routing.plan(ids, E, block=8, capacity=3)
 
 
+@pytest.mark.slow
 def test_route_and_plan_compile_as_one_graph():
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=graphs, dynamic=True)
