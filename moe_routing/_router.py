@@ -214,7 +214,7 @@ class Router:
         ([[1, 2], [0, 2]], [2, 0, 1, 3], [0, 1, 2, 4])
         """
         from moe_routing.planning import RoutedPlan
-        from moe_routing.planning._plan import plan
+        from moe_routing.planning.call import plan
 
         if num_experts is None:
             if expert_map is not None:

@@ -79,7 +79,9 @@ def places(pairs: int, num_experts: int, block: int) -> int:
     Each expert that has a pair, at most as many as there are pairs, leaves at most ``block - 1``
     places empty.
     """
-    return pairs + min(pairs, num_experts) * (block - 1)
+    # Where T is symbolic, `min` would make a guard of which is less.
+    fewer: int = torch.sym_min(pairs, num_experts)
+    return pairs + fewer * (block - 1)
 
 
 def without_least_weight(
