@@ -50,7 +50,8 @@ def plan(
         length = num_experts * capacity
     else:
         blocks = (counts + (problem.block - 1)) // problem.block
-        offsets = torch.nn.functional.pad(blocks.cumsum(0) * problem.block, (1, 0))
+        ends = blocks.cumsum(0) * problem.block
+        offsets = torch.nn.functional.pad(ends, (1, 0))
         length = places(len(order), num_experts, problem.block)
     expert = sorted_keys.long()
     place = offsets[expert] - starts[expert] + torch.arange(len(order), device=ids.device)
@@ -64,7 +65,7 @@ def plan(
         padded = padded.view(num_experts, -1)
     else:
         first = torch.arange(0, length, problem.block, device=ids.device)
-        found = torch.searchsorted(offsets[1:], first, right=True)
+        found = torch.searchsorted(ends, first, right=True)
         block_experts = torch.where(found == num_experts, -1, found).int()
     return DispatchPlan(
         padded.int(), inverse, counts.int(), offsets.int(), block_experts, num_dropped
