@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 NARROWEST = 16
 """Shortest vector over experts."""
+WIDEST_CHUNK = 64
 NOT_SPECIALIZED = (
     "ids", "partial", "within", "order", "inverse", "counts", "offsets", "block_experts",
     "num_dropped", "pairs", "length", "blocks", "groups", "capacity", "row_stride", "slot_stride",
@@ -40,16 +41,16 @@ class PlanSpec:
     """What a kernel is compiled for: one compile-time constant, like ``KernelSpec``.
 
     :ivar width: the length of vectors over experts: a power of two, at least ``NARROWEST`` and E.
-    :ivar levels: its logarithm.
     :ivar block: 0 except in the layout in blocks.
+    :ivar chunk: places of a block that are filled at a time.
     :ivar drops: what is beyond an expert's capacity has no place.
     """
 
     num_experts: int
     width: int
-    levels: int
     topk: int
     block: int
+    chunk: int
     masked: bool
     drops: bool
 
@@ -65,9 +66,9 @@ def plan_spec(problem: PlanProblem) -> PlanSpec:
     return PlanSpec(
         num_experts=problem.num_experts,
         width=width,
-        levels=width.bit_length() - 1,
         topk=problem.topk,
         block=problem.block if problem.layout == "blocks" else 0,
+        chunk=min(WIDEST_CHUNK, next_power_of_two(problem.block)),
         masked=problem.layout == "masked",
         drops=problem.drop == "last",
     )
@@ -118,34 +119,15 @@ def laid_out(count, capacity, SPEC: tl.constexpr):
 
 
 @triton.jit
-def expert_of_place(end, place, SPEC: tl.constexpr):
-    """Return how many experts end at or before each place, which is its expert: a binary search."""
-    LEVELS: tl.constexpr = SPEC.value.levels
-    low = tl.zeros_like(place)
-    for level in tl.static_range(LEVELS):
-        step = 1 << (LEVELS - 1 - level)
-        low = tl.where(tl.gather(end, low + (step - 1), axis=0) <= place, low + step, low)
-    return tl.where(tl.gather(end, low, axis=0) <= place, low + 1, low)
-
-
-@triton.jit
 def fill_the_rest(
-    order,
-    counts,
-    offsets,
-    block_experts,
-    num_dropped,
-    count,
-    kept,
-    start,
-    end,
-    pairs,
-    length,
-    blocks,
-    SPEC: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Write what no pair writes: counts, offsets, and in layouts with empty places those."""
+    order, counts, offsets, block_experts, num_dropped, count, kept, start, end, total,
+    pairs, length, blocks, capacity, SPEC: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write what no pair writes.
+
+    Those are counts and offsets, the empty places of masked rows, and what comes after the last
+    block of the last expert.
+    """
     E: tl.constexpr = SPEC.value.num_experts
     WIDTH: tl.constexpr = SPEC.value.width
     BLOCK: tl.constexpr = SPEC.value.block
@@ -157,25 +139,53 @@ def fill_the_rest(
         tl.store(offsets + expert + 1, end, mask=expert == E - 1)
         if SPEC.value.drops:
             tl.store(num_dropped, tl.sum(count - kept, axis=0))
-    if SPEC.value.masked or BLOCK > 0:
-        lane = tl.arange(0, TILE)
-        # Tiles are counted, and not places, whose sum with a stride may exceed int32.
+    lane = tl.arange(0, TILE)
+    none = pairs + tl.zeros([TILE], tl.int32)
+    # Tiles are counted, and not places, whose sum with a stride may exceed int32.
+    if SPEC.value.masked:
         for tile in range(program, (length - 1) // TILE + 1, programs):
-            first = tile * TILE
-            inside = lane < length - first
-            place = first + tl.where(inside, lane, 0)
-            found = expert_of_place(end, place, SPEC)
-            at = tl.minimum(found, WIDTH - 1)
-            used = tl.gather(start, at, axis=0) + tl.gather(kept, at, axis=0)
-            empty = (found >= E) | (place >= used)
-            tl.store(order + place, pairs + tl.zeros_like(place), mask=inside & empty)
-    if BLOCK > 0:
-        lane = tl.arange(0, TILE)
-        for tile in range(program, (blocks - 1) // TILE + 1, programs):
-            inside = lane < blocks - tile * TILE
-            number = tile * TILE + tl.where(inside, lane, 0)
-            found = expert_of_place(end, number * BLOCK, SPEC)
-            tl.store(block_experts + number, tl.where(found < E, found, -1), mask=inside)
+            inside = lane < length - tile * TILE
+            place = tile * TILE + tl.where(inside, lane, 0)
+            row = place // capacity
+            empty = place - row * capacity >= tl.gather(kept, row, axis=0)
+            tl.store(order + place, none, mask=inside & empty)
+    elif BLOCK > 0:
+        left = length - total
+        for tile in range(program, (left + TILE - 1) // TILE, programs):
+            inside = lane < left - tile * TILE
+            tl.store(order + total + tile * TILE + tl.where(inside, lane, 0), none, mask=inside)
+        first = total // BLOCK
+        left = blocks - first
+        for tile in range(program, (left + TILE - 1) // TILE, programs):
+            inside = lane < left - tile * TILE
+            at = first + tile * TILE + tl.where(inside, lane, 0)
+            tl.store(block_experts + at, none * 0 - 1, mask=inside)
+
+
+@triton.jit
+def fill_blocks(
+    order, block_experts, expert, in_expert, place, placed, at, kept, pairs, SPEC: tl.constexpr
+):
+    """Write what belongs to blocks: the expert of each, and the empty places of an expert's last.
+
+    The first pair of a block writes the former, the last pair of an expert the latter.
+
+    :param in_expert: how many pairs of its expert are before each pair.
+    """
+    BLOCK: tl.constexpr = SPEC.value.block
+    CHUNK: tl.constexpr = SPEC.value.chunk
+    in_block = in_expert % BLOCK
+    tl.store(block_experts + place // BLOCK, expert, mask=placed & (in_block == 0))
+    last = placed & (in_expert == tl.gather(kept, at, axis=0) - 1)
+    # Few programs have the last pair of an expert.
+    if tl.max(last.to(tl.int32), axis=0) > 0:
+        left = tl.where(last, BLOCK - 1 - in_block, 0)
+        for first in range(0, BLOCK - 1, CHUNK):
+            lane = first + tl.arange(0, CHUNK)
+            empty = (place + 1)[:, None] + lane[None, :]
+            tl.store(
+                order + empty, pairs + tl.zeros_like(empty), mask=lane[None, :] < left[:, None]
+            )
 
 
 @triton.jit
@@ -191,36 +201,29 @@ def rank_among(expert):
 
 @triton.jit
 def place_pairs(
-    order,
-    inverse,
-    expert,
-    rank,
-    pair,
-    inside,
-    before,
-    pairs_before,
-    start,
-    total,
-    pairs,
-    capacity,
-    SPEC: tl.constexpr,
-):
+    order, inverse, block_experts, expert, rank, pair, inside, before, pairs_before, kept, start,
+    total, pairs, capacity, SPEC: tl.constexpr,
+):  # fmt: skip
     """Give some consecutive pairs their places.
 
     :param rank: of each pair among these, by ``rank_among``.
     :param before: the pairs of each expert among the ``pairs_before`` pairs before these.
+    :param kept: the pairs of each expert that have a place.
     :param total: the places of all experts.
     """
     E: tl.constexpr = SPEC.value.num_experts
     WIDTH: tl.constexpr = SPEC.value.width
     at = tl.minimum(expert, WIDTH - 1)
     placed = inside & (expert < E)
-    if SPEC.value.drops:
+    if SPEC.value.drops or SPEC.value.block > 0:
         in_expert = tl.gather(before, at, axis=0) + rank
-        placed = placed & (in_expert < capacity)
+        if SPEC.value.drops:
+            placed = placed & (in_expert < capacity)
         place = tl.gather(start, at, axis=0) + in_expert
-    else:
+    else:  # one look-up less
         place = tl.gather(start + before, at, axis=0) + rank
+    if SPEC.value.block > 0:
+        fill_blocks(order, block_experts, expert, in_expert, place, placed, at, kept, pairs, SPEC)
     if SPEC.value.masked or SPEC.value.block > 0:
         tl.store(order + place, pair, mask=placed)
         tl.store(inverse + pair, tl.where(placed, place, -1), mask=inside)
@@ -228,10 +231,10 @@ def place_pairs(
         # Only if some pair of all has no place are there sums over threads.
         if total < pairs:
             without = (inside & (placed == 0)).to(tl.int32)
-            kept = before
+            placed_before = before
             if SPEC.value.drops:
-                kept = tl.minimum(before, capacity)
-            behind = total + pairs_before - tl.sum(kept, axis=0)
+                placed_before = tl.minimum(before, capacity)
+            behind = total + pairs_before - tl.sum(placed_before, axis=0)
             place = tl.where(placed, place, behind + tl.cumsum(without, axis=0) - without)
         tl.store(order + place, pair, mask=inside)
         tl.store(inverse + pair, place, mask=inside)
@@ -269,12 +272,12 @@ def moe_routing_plan(
     kept, start, end = laid_out(count, capacity, SPEC)
     total = tl.max(end, axis=0)
     place_pairs(
-        order, inverse, expert, rank_among(expert), pair, inside, before, first, start, total,
-        pairs, capacity, SPEC,
+        order, inverse, block_experts, expert, rank_among(expert), pair, inside, before, first,
+        kept, start, total, pairs, capacity, SPEC,
     )  # fmt: skip
     fill_the_rest(
-        order, counts, offsets, block_experts, num_dropped, count, kept, start, end,
-        pairs, length, blocks, SPEC, TILE,
+        order, counts, offsets, block_experts, num_dropped, count, kept, start, end, total,
+        pairs, length, blocks, capacity, SPEC, TILE,
     )  # fmt: skip
 
 
@@ -380,8 +383,8 @@ def moe_routing_plan_place(
     kept, start, end = laid_out(count, capacity, SPEC)
     total = tl.max(end, axis=0)
     fill_the_rest(
-        order, counts, offsets, block_experts, num_dropped, count, kept, start, end,
-        pairs, length, blocks, SPEC, TILE,
+        order, counts, offsets, block_experts, num_dropped, count, kept, start, end, total,
+        pairs, length, blocks, capacity, SPEC, TILE,
     )  # fmt: skip
     for step in range(0, SIZE - STEP, STEP):
         # The next pairs are on their way while these are placed.
@@ -391,13 +394,13 @@ def moe_routing_plan_place(
             ids, next_pair, next_inside, row_stride, slot_stride, SPEC, FLAT
         )
         place_pairs(
-            order, inverse, expert, rank, pair, inside, before, first + step, start, total, pairs,
-            capacity, SPEC,
+            order, inverse, block_experts, expert, rank, pair, inside, before, first + step, kept,
+            start, total, pairs, capacity, SPEC,
         )  # fmt: skip
         before += counted(expert, SPEC)
         inside, pair, expert = next_inside, next_pair, next_expert
         rank = rank_among(expert)
     place_pairs(
-        order, inverse, expert, rank, pair, inside, before, first + SIZE - STEP, start, total,
-        pairs, capacity, SPEC,
+        order, inverse, block_experts, expert, rank, pair, inside, before, first + SIZE - STEP,
+        kept, start, total, pairs, capacity, SPEC,
     )  # fmt: skip
