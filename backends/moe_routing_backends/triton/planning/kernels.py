@@ -119,67 +119,57 @@ def laid_out(count, capacity, SPEC: tl.constexpr):
 
 
 @triton.jit
-def fill_the_rest(
-    order, counts, offsets, block_experts, num_dropped, count, kept, start, end, total,
-    pairs, length, blocks, capacity, SPEC: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Write what no pair writes.
-
-    Those are counts and offsets, the empty places of masked rows, and what comes after the last
-    block of the last expert.
-    """
+def write_counts(counts, offsets, num_dropped, count, kept, start, end, SPEC: tl.constexpr):
+    """Write what the plan says of each expert; one program does."""
     E: tl.constexpr = SPEC.value.num_experts
     WIDTH: tl.constexpr = SPEC.value.width
-    BLOCK: tl.constexpr = SPEC.value.block
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    expert = tl.arange(0, WIDTH)
-    if program == 0:
+    if tl.program_id(0) == 0:
+        expert = tl.arange(0, WIDTH)
         tl.store(counts + expert, kept, mask=expert < E)
         tl.store(offsets + expert, start, mask=expert < E)
         tl.store(offsets + expert + 1, end, mask=expert == E - 1)
         if SPEC.value.drops:
             tl.store(num_dropped, tl.sum(count - kept, axis=0))
-    lane = tl.arange(0, TILE)
-    none = pairs + tl.zeros([TILE], tl.int32)
-    # Tiles are counted, and not places, whose sum with a stride may exceed int32.
-    if SPEC.value.masked:
-        for tile in range(program, (length - 1) // TILE + 1, programs):
-            inside = lane < length - tile * TILE
-            place = tile * TILE + tl.where(inside, lane, 0)
-            row = place // capacity
-            empty = place - row * capacity >= tl.gather(kept, row, axis=0)
-            tl.store(order + place, none, mask=inside & empty)
-    elif BLOCK > 0:
-        left = length - total
-        for tile in range(program, (left + TILE - 1) // TILE, programs):
-            inside = lane < left - tile * TILE
-            tl.store(order + total + tile * TILE + tl.where(inside, lane, 0), none, mask=inside)
-        first = total // BLOCK
-        left = blocks - first
-        for tile in range(program, (left + TILE - 1) // TILE, programs):
-            inside = lane < left - tile * TILE
-            at = first + tile * TILE + tl.where(inside, lane, 0)
-            tl.store(block_experts + at, none * 0 - 1, mask=inside)
 
 
 @triton.jit
-def fill_blocks(
-    order, block_experts, expert, in_expert, place, placed, at, kept, pairs, SPEC: tl.constexpr
-):
-    """Write what belongs to blocks: the expert of each, and the empty places of an expert's last.
+def fill(tensor, first, end, value, TILE: tl.constexpr):
+    """Write a value to the elements from ``first`` on, all programs together."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    lane = tl.arange(0, TILE)
+    left = end - first
+    # Tiles are counted, and not elements, whose sum with a stride may exceed int32.
+    for tile in range(program, (left - 1) // TILE + 1, programs):
+        inside = lane < left - tile * TILE
+        at = first + tile * TILE + tl.where(inside, lane, 0)
+        tl.store(tensor + at, value + tl.zeros_like(at), mask=inside)
 
-    The first pair of a block writes the former, the last pair of an expert the latter.
+
+@triton.jit
+def fill_rows(order, kept, pairs, length, capacity, TILE: tl.constexpr):
+    """Write the empty places of the rows of a masked plan, all programs together."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    lane = tl.arange(0, TILE)
+    for tile in range(program, (length - 1) // TILE + 1, programs):
+        inside = lane < length - tile * TILE
+        place = tile * TILE + tl.where(inside, lane, 0)
+        row = place // capacity
+        empty = place - row * capacity >= tl.gather(kept, row, axis=0)
+        tl.store(order + place, pairs + tl.zeros_like(place), mask=inside & empty)
+
+
+@triton.jit
+def fill_last_blocks(order, in_expert, place, placed, at, kept, pairs, SPEC: tl.constexpr):
+    """Write the empty places of the last block of each expert; its last pair does that.
 
     :param in_expert: how many pairs of its expert are before each pair.
     """
     BLOCK: tl.constexpr = SPEC.value.block
     CHUNK: tl.constexpr = SPEC.value.chunk
-    in_block = in_expert % BLOCK
-    tl.store(block_experts + place // BLOCK, expert, mask=placed & (in_block == 0))
     last = placed & (in_expert == tl.gather(kept, at, axis=0) - 1)
     # Few programs have the last pair of an expert.
     if tl.max(last.to(tl.int32), axis=0) > 0:
-        left = tl.where(last, BLOCK - 1 - in_block, 0)
+        left = tl.where(last, BLOCK - 1 - in_expert % BLOCK, 0)
         for first in range(0, BLOCK - 1, CHUNK):
             lane = first + tl.arange(0, CHUNK)
             empty = (place + 1)[:, None] + lane[None, :]
@@ -202,7 +192,7 @@ def rank_among(expert):
 @triton.jit
 def place_pairs(
     order, inverse, block_experts, expert, rank, pair, inside, before, pairs_before, kept, start,
-    total, pairs, capacity, SPEC: tl.constexpr,
+    total, pairs, capacity, SPEC: tl.constexpr, FILLED: tl.constexpr,
 ):  # fmt: skip
     """Give some consecutive pairs their places.
 
@@ -210,6 +200,7 @@ def place_pairs(
     :param before: the pairs of each expert among the ``pairs_before`` pairs before these.
     :param kept: the pairs of each expert that have a place.
     :param total: the places of all experts.
+    :param FILLED: whether an earlier launch has filled the empty places.
     """
     E: tl.constexpr = SPEC.value.num_experts
     WIDTH: tl.constexpr = SPEC.value.width
@@ -223,7 +214,10 @@ def place_pairs(
     else:  # one look-up less
         place = tl.gather(start + before, at, axis=0) + rank
     if SPEC.value.block > 0:
-        fill_blocks(order, block_experts, expert, in_expert, place, placed, at, kept, pairs, SPEC)
+        begins = placed & (in_expert % SPEC.value.block == 0)
+        tl.store(block_experts + place // SPEC.value.block, expert, mask=begins)
+        if not FILLED:
+            fill_last_blocks(order, in_expert, place, placed, at, kept, pairs, SPEC)
     if SPEC.value.masked or SPEC.value.block > 0:
         tl.store(order + place, pair, mask=placed)
         tl.store(inverse + pair, tl.where(placed, place, -1), mask=inside)
@@ -273,23 +267,26 @@ def moe_routing_plan(
     total = tl.max(end, axis=0)
     place_pairs(
         order, inverse, block_experts, expert, rank_among(expert), pair, inside, before, first,
-        kept, start, total, pairs, capacity, SPEC,
+        kept, start, total, pairs, capacity, SPEC, False,
     )  # fmt: skip
-    fill_the_rest(
-        order, counts, offsets, block_experts, num_dropped, count, kept, start, end, total,
-        pairs, length, blocks, capacity, SPEC, TILE,
-    )  # fmt: skip
+    write_counts(counts, offsets, num_dropped, count, kept, start, end, SPEC)
+    if SPEC.value.masked:
+        fill_rows(order, kept, pairs, length, capacity, TILE)
+    elif SPEC.value.block > 0:
+        fill(order, total, length, pairs, TILE)
+        fill(block_experts, total // SPEC.value.block, blocks, -1, TILE)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_plan_count(
-    ids, partial, within, pairs, row_stride, slot_stride,
+    ids, partial, within, order, block_experts, pairs, length, blocks, row_stride, slot_stride,
     SPEC: tl.constexpr, FLAT: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Count the pairs of ``GROUP`` blocks of ``SIZE`` pairs: ``partial [groups, width]``.
 
     In ``within [blocks, width]`` it writes the counts of the blocks of the group before each one.
+    In layouts with empty places it makes all places empty.
     """
     WIDTH: tl.constexpr = SPEC.value.width
     column = tl.arange(0, WIDTH)
@@ -304,6 +301,10 @@ def moe_routing_plan_count(
     expert = expert_of_pair(
         ids, first + tl.where(inside, lane, 0), inside, row_stride, slot_stride, SPEC, FLAT
     )
+    if SPEC.value.masked or SPEC.value.block > 0:
+        fill(order, 0, length, pairs, SIZE)
+    if SPEC.value.block > 0:
+        fill(block_experts, 0, blocks, -1, SIZE)
     count = tl.zeros([WIDTH], tl.int32)
     for tile in range(GROUP - 1):
         # The next pairs are on their way while these are counted.
@@ -344,10 +345,9 @@ def moe_routing_plan_scan(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_plan_place(
     ids, partial, within, order, inverse, counts, offsets, block_experts, num_dropped,
-    pairs, length, blocks, groups, capacity, row_stride, slot_stride,
+    pairs, groups, capacity, row_stride, slot_stride,
     SPEC: tl.constexpr, FLAT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
-    GROUP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SCANNED: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, SCANNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Place the ``SIZE`` pairs of a block, ``STEP`` at a time, given the counts of all blocks.
 
@@ -382,10 +382,7 @@ def moe_routing_plan_place(
         before += tl.load(within + program * WIDTH + column)
     kept, start, end = laid_out(count, capacity, SPEC)
     total = tl.max(end, axis=0)
-    fill_the_rest(
-        order, counts, offsets, block_experts, num_dropped, count, kept, start, end, total,
-        pairs, length, blocks, capacity, SPEC, TILE,
-    )  # fmt: skip
+    write_counts(counts, offsets, num_dropped, count, kept, start, end, SPEC)
     for step in range(0, SIZE - STEP, STEP):
         # The next pairs are on their way while these are placed.
         next_inside = lane < pairs - first - step - STEP
@@ -395,12 +392,12 @@ def moe_routing_plan_place(
         )
         place_pairs(
             order, inverse, block_experts, expert, rank, pair, inside, before, first + step, kept,
-            start, total, pairs, capacity, SPEC,
+            start, total, pairs, capacity, SPEC, True,
         )  # fmt: skip
         before += counted(expert, SPEC)
         inside, pair, expert = next_inside, next_pair, next_expert
         rank = rank_among(expert)
     place_pairs(
         order, inverse, block_experts, expert, rank, pair, inside, before, first + SIZE - STEP,
-        kept, start, total, pairs, capacity, SPEC,
+        kept, start, total, pairs, capacity, SPEC, True,
     )  # fmt: skip

@@ -119,7 +119,7 @@ class TritonPlanner:
         within = partial[groups + 1 :] if group > 1 else partial
         self._launch(
             here, (number, flat, "count"), moe_routing_plan_count, groups,
-            (ids, partial, within, pairs, row_stride, slot_stride),
+            (ids, partial, within, out.order, out.block_experts, *sizes[:3], *sizes[4:]),
             (self._spec, flat, launch.size, group, self._pdl), launch.num_warps,
         )  # fmt: skip
         rows = next_power_of_two(groups)
@@ -135,10 +135,9 @@ class TritonPlanner:
             rows = min(rows, max(1, MOST_SUMMED * launch.num_warps // width))
         self._launch(
             here, (number, flat, rows), moe_routing_plan_place, programs,
-            (ids, partial, within, *out, *sizes[:3], groups, *sizes[3:]),
+            (ids, partial, within, *out, pairs, groups, *sizes[3:]),
             (
-                self._spec, flat, launch.size, launch.step, group, launch.tile, rows, scanned,
-                self._pdl,
+                self._spec, flat, launch.size, launch.step, group, rows, scanned, self._pdl,
             ), launch.num_warps,
         )  # fmt: skip
 
