@@ -21,13 +21,22 @@ class Subclass(torch.Tensor):
 
 
 class Recording(Reference):
-    """Writes down the type of each tensor of ids that it is called with."""
+    """Writes down the type of the ids that it is called with, and whether weights are no memory."""
 
-    called_with: list[type] = []  # noqa: RUF012 -- the test clears it
+    called_with: list[tuple] = []  # noqa: RUF012 -- the tests clear it
 
-    def read(self, ids):
-        self.called_with.append(type(ids))
-        return ids
+    def plan(self, ids, capacity, weights):
+        lazy = weights is not None and (weights.is_neg() or weights._is_zerotensor())
+        self.called_with.append((type(ids), lazy))
+        return super().plan(ids, capacity, weights)
+
+
+@pytest.fixture
+def recording():
+    """Register the backend that records, and yield its name."""
+    Recording.called_with.clear()
+    with registered(Mutant(Recording, "", operation="plan")) as name:
+        yield name
 
 
 def same(made, expected):
@@ -56,23 +65,22 @@ def test_a_subclass_of_tensor_is_planned(out):
     ],
     ids=["negated lazily", "zeros without memory"],
 )
-def test_weights_count_as_what_they_are(weights):
+def test_a_kernel_is_given_memory_that_holds_the_weights(weights, recording):
     real = weights.clone().resolve_neg() + 0.0
-    options = {"capacity": 1, "drop": "least_weight"}
+    options = {"capacity": 1, "drop": "least_weight", "backend": recording}
     expected = moe_routing.plan(IDS, 3, weights=real, **options)
     for _ in range(2):
         assert same(moe_routing.plan(IDS, 3, weights=weights, **options), expected)
+    assert Recording.called_with == [(torch.Tensor, False)] * 3
 
 
-def test_no_kernel_is_called_where_operators_are_faked():
-    with registered(Mutant(Recording, "", operation="plan")) as name:
-        Recording.called_with.clear()
-        for calls in (1, 2):
-            moe_routing.plan(IDS, 3, backend=name)
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                made = moe_routing.plan(IDS, 3, backend=name)
-            assert type(made.order) is FakeTensor
-            assert Recording.called_with == [torch.Tensor] * calls
+def test_no_kernel_is_called_where_operators_are_faked(recording):
+    for calls in (1, 2):
+        moe_routing.plan(IDS, 3, backend=recording)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            made = moe_routing.plan(IDS, 3, backend=recording)
+        assert type(made.order) is FakeTensor
+        assert Recording.called_with == [(torch.Tensor, False)] * calls
 
 
 def test_the_operator_refuses_what_plan_refuses():
