@@ -12,7 +12,8 @@ _CLAUSES = (
         "What the backend accepts is planned; what it declines is impossible, or a gap.",
         "What `supports()` accepts works, and what it declines is tried all the same: built "
         "without asking, it must raise or be wrong. If it works, the backend must accept it, or "
-        "give the reason in its spec's `gaps`.",
+        "give the reason in its spec's `gaps`. A declared gap must be one, in this operation or in "
+        "another that the backend computes.",
         "otherwise declining is the easiest way to pass.",
     ),
     Clause(
