@@ -147,11 +147,8 @@ def test_list_of_a_text_shows_only_names_with_it_and_their_source(cli):
 
 def test_list_of_a_text_that_nothing_contains_is_wrong_usage(cli):
     code, out, err = cli("list zebra")
-    assert (code, out) == (2, "")
-    assert (
-        err
-        == "moe-routing: no family or model has 'zebra' in its name; `moe-routing list` shows all\n"
-    )
+    said = "no family, model or operation has 'zebra' in its name; `moe-routing list` shows all"
+    assert (code, out, err) == (2, "", f"moe-routing: {said}\n")
 
 
 def test_explain_shows_the_choice_and_why(cli):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
@@ -19,22 +20,36 @@ PAGES = [
     "docs/families.md",
     "docs/index.md",
     "docs/integrations.md",
+    "docs/plan.md",
 ]
 
 
-def python_blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+def blocks_of(page, language):
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_on_a_page_runs(page, capsys):
-    blocks = python_blocks(page)
+    blocks = blocks_of(page, "python")
     assert blocks
     names = {}
     exec("import torch, moe_routing", names)  # noqa: S102 -- a page's later blocks build on its first
     for block in blocks:
         exec(compile(block, page, "exec"), names)  # noqa: S102 -- running it is the test
     capsys.readouterr()
+
+
+def test_the_results_on_the_page_about_plan_are_right():
+    blocks = blocks_of("docs/plan.md", "pycon")
+    assert len(blocks) > 5
+    names = {}
+    exec("import torch, moe_routing", names)  # noqa: S102 -- as above
+    examples = doctest.DocTestParser().get_doctest(
+        "\n".join(blocks), names, "docs/plan.md", None, None
+    )
+    assert doctest.DocTestRunner().run(examples).failed == 0
 
 
 def test_the_clauses_of_the_contract_are_those_of_the_code(monkeypatch):

@@ -100,6 +100,10 @@ app.command(
             "moe-routing explain softmax_topk -e 64 -k 6 --backend eager",
             "can this backend do it? exit code 1 if not",
         ),
+        (
+            "moe-routing explain plan -e 128 -k 8 --device cuda:0",
+            "which backend groups tokens by expert there",
+        ),
     ),
 )(explain)
 app.command(

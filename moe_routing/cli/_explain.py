@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,10 +27,11 @@ from moe_routing.probing import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import Request, RoutingProblem
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from rich.console import Console
 
-    from moe_routing.cli._catalogue import Entry
-    from moe_routing_registry import ResolutionReport
+    from moe_routing_registry import Problem, ResolutionReport
 
 SCHEMA_VERSION = 1
 
@@ -46,7 +48,10 @@ class Dtype(str, Enum):
 def explain(  # noqa: PLR0913 -- the options of the command
     router: Annotated[
         str,
-        typer.Argument(metavar="ROUTER", help="A model or family; `moe-routing list` shows them."),
+        typer.Argument(
+            metavar="ROUTER",
+            help="A model or family, as `moe-routing list` shows them, or an operation: plan.",
+        ),
     ],
     *,
     device: Annotated[str, typer.Option(help="The device: cpu, cuda:0, xpu, mps, ...")] = "cpu",
@@ -70,45 +75,59 @@ def explain(  # noqa: PLR0913 -- the options of the command
             help="Experts a token; the model's own, else 8.",
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the logits.")] = Dtype.BFLOAT16,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the logits; bfloat16.", show_default=False)
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="This backend or none.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Show which backend would route, who asked for it, and why the others would not."""
-    entry = look_up(router)
+    """Show which backend would be used, who asked for it, and why the others would not."""
+    from moe_routing._registry import registry
+
     if backend is not None:
-        _require_backend(backend)
-    report = _ask(
-        entry, device, num_experts or entry.num_experts, topk or entry.topk, dtype.value, backend
-    )
-    if as_json:
-        print_json(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "router": router,
-                "formula": entry.spec.formula,
-                **report.to_dict(),
-            }
-        )
+        registry().check_names(Request(backend=backend, asked_by="argument"))
+    operation = registry().operations.get(router)
+    if operation is not None and router != "route":
+        asked = _sized(router, num_experts=num_experts, topk=topk, dtype=dtype)
+        said, report = {"operation": router}, _ask(asked, device=device, backend=backend)
+        does = operation.summary
     else:
-        _show(console(), entry, device, report)
+        entry = look_up(router)
+        does = entry.spec.formula
+        said = {"router": router, "formula": does}
+        report = _ask(
+            entry.name,
+            device=device,
+            num_experts=num_experts or entry.num_experts,
+            topk=topk or entry.topk,
+            dtype=(dtype or Dtype.BFLOAT16).value,
+            backend=backend,
+        )
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, **said, **report.to_dict()})
+    else:
+        _show(console(), router, does, device, report)
     raise typer.Exit(0 if report.winner else 1)
 
 
-def _require_backend(name: str) -> None:
+def _sized(operation: str, *, dtype: Dtype | None, **sizes: int | None) -> Problem:
+    """Return the example of an operation, with the sizes that were given."""
     from moe_routing._registry import registry
 
-    registry().check_names(Request(backend=name, asked_by="argument"))
+    problem: Any = registry().example(operation)
+    known = {field.name for field in fields(problem)} if is_dataclass(problem) else set()
+    given = {name: value for name, value in {**sizes, "dtype": dtype}.items() if value is not None}
+    for name in sorted(given.keys() - known):
+        msg = f"--{name.replace('_', '-')}: the operation {operation!r} has none"
+        raise UsageError(msg)
+    try:
+        sized: Problem = replace(problem, **given) if given else problem
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return sized
 
 
-def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command
-    entry: Entry,
-    device: str,
-    num_experts: int | None,
-    topk: int | None,
-    dtype: str,
-    backend: str | None,
-) -> ResolutionReport:
+def _ask(asked: str | Problem, *, device: str, **options: Any) -> ResolutionReport:  # noqa: ANN401 -- those of `explain`
     import moe_routing
 
     try:
@@ -122,9 +141,7 @@ def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command
             "`moe-routing doctor` says more"
         )
         raise Unusable(msg) from error
-    report = moe_routing.explain(
-        entry.name, device=device, num_experts=num_experts, topk=topk, dtype=dtype, backend=backend
-    )
+    report = moe_routing.explain(asked, device=device, **options)
     if report.problem is None:
         kind, _, sentence = report.error.partition(": ")
         if kind == "ValueError":  # E, K and the family do not go together
@@ -133,13 +150,15 @@ def _ask(  # noqa: PLR0913, PLR0917 -- the options of the command
     return report
 
 
-def _show(screen: Console, entry: Entry, device: str, report: ResolutionReport) -> None:
+def _show(screen: Console, name: str, does: str, device: str, report: ResolutionReport) -> None:
     place = str(report.device or device)
-    screen.print(Text.assemble((entry.name, "bold"), f" on {place}"))
-    screen.print(Padding(Text(entry.spec.formula, style="cyan"), (0, 0, 0, 4), expand=False))
+    screen.print(Text.assemble((name, "bold"), f" on {place}"))
+    screen.print(Padding(Text(does, style="cyan"), (0, 0, 0, 4), expand=False))
     problem = report.problem
     if isinstance(problem, RoutingProblem):
         screen.print(f"    E={problem.num_experts} K={problem.topk} {problem.dtype}")
+    elif problem is not None:
+        screen.print(Padding(Text(str(problem)), (0, 0, 0, 4), expand=False))
     status = ("warning" if report.missed else "ok") if report.winner else "problem"
     answer = f"{report.winner}: {report.why}" if report.winner else f"no backend: {report.why}"
     screen.print(mark(screen, status) + Text(answer))

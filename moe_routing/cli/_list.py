@@ -30,14 +30,26 @@ def list_routers(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """List families and model names with their formula and source."""
+    """List families and model names with their formula and source, and the operations."""
+    from moe_routing._registry import registry
+
     found = [entry for entry in catalogue().values() if containing.lower() in entry.name]
-    if not found:
-        msg = f"no family or model has {containing!r} in its name; `moe-routing list` shows all"
+    operations = [
+        spec for name, spec in registry().operations.items() if containing.lower() in name
+    ]
+    if not found and not operations:
+        msg = (
+            f"no family, model or operation has {containing!r} in its name; "
+            "`moe-routing list` shows all"
+        )
         raise UsageError(msg)
     if as_json:
         print_json(
-            {"schema_version": SCHEMA_VERSION, "routers": [entry.to_dict() for entry in found]}
+            {
+                "schema_version": SCHEMA_VERSION,
+                "routers": [entry.to_dict() for entry in found],
+                "operations": [{"name": spec.name, "summary": spec.summary} for spec in operations],
+            }
         )
         return
     screen = console()
@@ -51,6 +63,10 @@ def list_routers(
         screen.print(Text("Models, by formula", style="bold underline"))
         for names, formula, sources in _by_formula(models):
             _block(screen, names, formula, *(sources if verbose or containing else ()))
+    if operations:
+        screen.print(Text("Operations, which backends compute", style="bold underline"))
+        for spec in operations:
+            _block(screen, spec.name, spec.summary)
     screen.print(
         "In formulas: l logits, b selection bias, E experts, K top-k, w weights, "
         "ids the experts chosen."

@@ -146,7 +146,7 @@ def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
         ids, num_experts, block=block, capacity=capacity, drop=drop, weights=weights, masked=masked
     )
     _check_backend(backend)
-    parts = shapes(problem, len(ids), most)
+    parts = shapes(problem, ids.shape[0], most)
     if out is not None:
         out = _check.check_out(out, parts, ids)
         _check.check_addresses(out, (ids, weights))
@@ -270,6 +270,6 @@ def _traced(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
 
         check_backend(backend)
     if out is not None:
-        out = _check.check_out(out, shapes(problem, len(ids), most), ids)
+        out = _check.check_out(out, shapes(problem, ids.shape[0], most), ids)
     made = op.call(problem, ids, most, weights, backend)
     return made if out is None else _copied(made, out)

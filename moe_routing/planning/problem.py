@@ -44,6 +44,20 @@ class PlanProblem:
     block: int = 1
     drop: Drop = "nothing"
 
+    def __post_init__(self) -> None:
+        """Require sizes that ``plan`` takes.
+
+        :raises ValueError: a size is out of its range.
+        """
+        most = {"num_experts": MAX_EXPERTS, "topk": MAX_TOPK, "block": MOST}
+        for name, limit in most.items():
+            if not 1 <= getattr(self, name) <= limit:
+                # Here, so that importing the operators does not import the registry.
+                from moe_routing_registry.text import refusal
+
+                expected = f"an int from 1 to {limit}"
+                raise ValueError(refusal(name, expected, getattr(self, name)))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {

@@ -270,7 +270,7 @@ class Registry:
                 return verdict, ""
         verdict, trace = self._ask(backend, problem, device)
         if verdict and request.backend != backend.name and not _chosen_by_itself(backend, device):
-            fix = f"get_router(..., backend={backend.name!r})"
+            fix = f"with moe_routing.prefer({backend.name!r}): ..."
             return Verdict.no(
                 RejectCode.EXPLICIT_ONLY, "fits, but is only used when it is named", fix
             ), ""

@@ -1,8 +1,15 @@
-"""``plan`` in plain PyTorch."""
+"""``plan`` in plain PyTorch.
+
+On a CPU the sorted layout is written straight into the outputs, in as few calls as it takes: with
+few tokens each call costs more than its work (``benchmarks/cpu_plan.py``).
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad
 
 from moe_routing.formula.plan import plan
 
@@ -12,9 +19,21 @@ if TYPE_CHECKING:
     from moe_routing.planning import DispatchPlan, PlanKernel, PlanProblem
     from moe_routing_registry import DeviceInfo
 
+RADIX_FROM = 1 << 15
+"""Numbers from which PyTorch sorts integers by radix, a pass for each byte.
 
-def build(problem: PlanProblem, _device: DeviceInfo) -> PlanKernel:
+Fewer are compared, which takes the same time for every dtype.
+"""
+FILLED_FROM = 1 << 13
+"""Pairs from which sorting ``RADIX_FROM`` numbers by radix takes less time than comparing these."""
+MOST_IN_BYTES = 255
+"""E up to which the keys, 0 to E, fit in bytes."""
+
+
+def build(problem: PlanProblem, device: DeviceInfo) -> PlanKernel:
     """Make the kernel; there is nothing to compile."""
+    if device.platform == "cpu" and problem.layout == "sorted" and problem.drop == "nothing":
+        return SortedOnCpu(problem)
 
     def fill(
         ids: Tensor,
@@ -28,3 +47,50 @@ def build(problem: PlanProblem, _device: DeviceInfo) -> PlanKernel:
                 given.copy_(part)
 
     return fill
+
+
+class SortedOnCpu:
+    """A ``PlanKernel`` for the sorted layout on a CPU.
+
+    An id of an expert keeps its bits as a key; every other id becomes E. Seen as unsigned numbers,
+    negative ids are above E too, so one minimum replaces them all. PyTorch has no minimum of
+    unsigned numbers; flipping the sign bit of signed ones gives the same order.
+    """
+
+    def __init__(self, problem: PlanProblem) -> None:
+        """Keep what every call needs."""
+        dtype: torch.dtype = getattr(torch, problem.ids_dtype)
+        lowest = torch.iinfo(dtype).min
+        self._experts = experts = problem.num_experts
+        # Tensors, because PyTorch makes one of a Python number at every call.
+        self._sign = torch.tensor(lowest, dtype=dtype, device="cpu")
+        self._none = torch.tensor(lowest + experts, dtype=dtype, device="cpu")
+        self._few = torch.arange(lowest, lowest + experts + 1, dtype=dtype, device="cpu")
+        narrow = torch.uint8 if experts <= MOST_IN_BYTES else torch.int16
+        self._many = torch.arange(experts + 1, dtype=narrow, device="cpu")
+
+    def __call__(
+        self,
+        ids: Tensor,
+        out: DispatchPlan,
+        *,
+        capacity: int | None = None,  # noqa: ARG002 -- of problems that drop
+        weights: Tensor | None = None,  # noqa: ARG002 -- likewise
+    ) -> None:
+        """Fill ``out``; see ``PlanKernel``."""
+        keys = torch.bitwise_xor(ids.reshape(-1), self._sign).clamp_max_(self._none)
+        pairs = len(keys)
+        if pairs < FILLED_FROM:
+            every = self._few
+            keys, order = keys.sort(stable=True)
+        else:
+            # The lower bytes, in which the sign bit is not: the keys 0 to E. More of E come last.
+            every = self._many
+            filled = (0, max(0, RADIX_FROM - pairs))
+            keys, order = pad(keys.to(every.dtype), filled, value=self._experts).sort(stable=True)
+            order = order[:pairs]
+        torch.searchsorted(keys, every, out_int32=True, out=out.offsets)
+        torch.sub(out.offsets[1:], out.offsets[:-1], out=out.counts)
+        out.order.copy_(order)
+        places = torch.arange(pairs, dtype=torch.int32, device="cpu")
+        out.inverse.view(-1).scatter_(0, order, places)

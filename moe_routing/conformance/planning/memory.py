@@ -66,7 +66,7 @@ def _memories(profile: Profile) -> Iterator[Case]:
         for case in _sets.in_every_form(profile):
             yield case.but(memory=memory, ids_dtype=dtype)
         yield Case(memory=memory, ids_dtype=dtype, num_tokens=1, topk=3)
-        yield Case(memory=memory, ids_dtype=dtype, ids="strays")
+        yield Case(memory=memory, ids_dtype=dtype, ids="other_ranks")
         if profile != "smoke":
             yield Case(memory=memory, ids_dtype=dtype, num_tokens=2053, topk=6, num_experts=300)
 

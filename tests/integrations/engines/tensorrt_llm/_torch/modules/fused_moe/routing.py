@@ -18,7 +18,7 @@ class RoutingMethodType(IntEnum):
 class BaseMoeRoutingMethod(nn.Module):
     top_k: int
 
-    def apply(self, _router_logits: Tensor) -> tuple[Tensor, Tensor]:
+    def apply(self, _router_logits: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override] # theirs is no Module.apply
         raise NotImplementedError
 
     def get_experts_per_token(self) -> int:
