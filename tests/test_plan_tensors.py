@@ -12,6 +12,8 @@ from mutants.planning import Reference
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import moe_routing
+from moe_routing._dispatch import chosen
+from moe_routing.planning import call
 
 IDS = torch.tensor([[1, 0], [1, 2], [-1, 1]], dtype=torch.int32)
 
@@ -86,3 +88,14 @@ def test_no_kernel_is_called_where_operators_are_faked(recording):
 def test_the_operator_refuses_what_plan_refuses():
     with pytest.raises(ValueError, match=r"^num_experts: expected an int from 1 to 4096, got 5000"):
         torch.ops.moe_routing.plan(IDS, None, 5000, 1, 0, "sorted", "nothing", None)
+
+
+def test_a_choice_is_made_once_for_calls_of_the_operator(recording, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        call, "chosen", lambda *arguments: made.append(arguments) or chosen(*arguments)
+    )
+    for _ in range(3):
+        torch.ops.moe_routing.plan(IDS, None, 3, 1, 0, "sorted", "nothing", recording)
+    assert len(made) == 1
+    assert len(Recording.called_with) == 3
