@@ -90,9 +90,18 @@ def is_zero_tensor(tensor: Tensor) -> bool:
     return tensor._is_zerotensor()  # noqa: SLF001 -- this file's purpose
 
 
+_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001 -- this file's purpose
+
+
 def is_fake_mode() -> bool:
-    """Tell whether operators compute with fake tensors at the moment."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None  # noqa: SLF001 -- likewise
+    """Tell whether operators compute with fake tensors at the moment.
+
+    Mostly there is no mode at all, and counting them takes less time than looking for one.
+    """
+    return (
+        _modes() > 0
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None  # noqa: SLF001 -- likewise
+    )
 
 
 def privateuse1_name() -> str:

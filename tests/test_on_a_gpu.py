@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutants import MUTANTS, registered
-from mutants.on_cuda import Eager
+from mutants import MUTANTS, planning, registered
 
-from moe_routing.conformance import checks, drawn, run
+from moe_routing.conformance import drawn, run
+from moe_routing.conformance.contract import contract_of
 from moe_routing.conformance.runner import backend_under_test, evaluate
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("operation", ["route", "plan"])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_a_backend_conforms_on_the_gpu(backend):
-    report = run(backend, "cuda:0", profile="smoke")
+def test_a_backend_conforms_on_the_gpu(backend, operation):
+    report = run(backend, "cuda:0", operation=operation, profile="smoke")
     assert [(result.id, result.message) for result in report.failed] == []
     assert report.ok
 
@@ -34,31 +35,31 @@ def test_device_functions_do_what_they_say_when_they_are_compiled():
     assert not any(json.loads(done.stdout)["wrong"].values())
 
 
-def evaluated(backend, check):
-    """Run one check on gemma4's cases."""
+def evaluated(backend, mutant):
+    """Run the check that must catch a mutant, of a router on gemma4's cases."""
     under_test = backend_under_test(backend, "cuda:0")
-    for item in checks.named(check).items("smoke"):
-        if getattr(item.case, "variant", None) == "gemma4":
+    contract = contract_of(mutant.operation)
+    (check,) = (check for check in contract.checks if check.name == mutant.caught_by)
+    for item in check.items("smoke"):
+        if getattr(item.case, "variant", "gemma4") == "gemma4":
             yield evaluate(item, under_test)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "mutant", [m for m in MUTANTS if issubclass(m.factory, Eager)], ids=lambda mutant: mutant.name
+    "mutant",
+    [mutant for mutant in (*MUTANTS, *planning.MUTANTS) if mutant.only_on],
+    ids=lambda mutant: f"{mutant.name}-by-{mutant.caught_by}",
 )
 def test_a_mutant_that_is_wrong_on_cuda_alone_is_caught_and_eager_is_not(mutant):
     if mutant.only_on == "two devices" and torch.cuda.device_count() == 1:
         pytest.skip("needs two devices")
     with drawn.seeded(random.getrandbits(32)):
         assert [
-            result.message
-            for result in evaluated("eager", mutant.caught_by)
-            if result.status != "passed"
+            result.message for result in evaluated("eager", mutant) if result.status != "passed"
         ] == []
         with registered(mutant) as name:
             said = [
-                result.message
-                for result in evaluated(name, mutant.caught_by)
-                if result.status == "failed"
+                result.message for result in evaluated(name, mutant) if result.status == "failed"
             ]
     assert any(re.search(mutant.saying, message) for message in said), said

@@ -38,7 +38,8 @@ _CLAUSES = (
         "What `supports()` accepts works, and what it declines is tried all the same: built "
         "without asking, it must raise or be wrong. If it works, the backend must accept it, or "
         'name the gap and its reason in its spec (`BackendSpec(gaps={"dtype": "half precision is '
-        'left to ..."})`), which the report prints. A declared gap must be one.',
+        'left to ..."})`), which the report prints. A declared gap must be one, in this operation '
+        "or in another that the backend computes.",
         "otherwise declining is the easiest way to pass.",
     ),
     Clause(

@@ -80,6 +80,8 @@ class Contract:
     :ivar problems: returns problems of ordinary sizes. A backend that declines each of them, and
         not for its family, dtype, size, layout or gradients, cannot be used on the device at all.
     :ivar checks: what ``check`` entered.
+    :ivar declinable: returns problems of every kind that a backend may decline; those of
+        ``problems`` where it is ``None``.
 
     >>> contract = Contract({}, list)
     >>> @contract.check(1, cases=lambda profile: [])
@@ -92,6 +94,11 @@ class Contract:
     clauses: Mapping[int, Clause]
     problems: Callable[[], Iterable[Problem]]
     checks: list[Check] = field(default_factory=list)
+    declinable: Callable[[], Iterable[Problem]] | None = None
+
+    def every_kind(self) -> Iterable[Problem]:
+        """Return the problems by which it shows what a backend declines."""
+        return (self.declinable or self.problems)()
 
     def check(
         self, clause: int, cases: Callable[[Profile], Iterable[Named]], *, capability: str = ""

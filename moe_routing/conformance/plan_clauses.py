@@ -12,7 +12,8 @@ _CLAUSES = (
         "What the backend accepts is planned; what it declines is impossible, or a gap.",
         "What `supports()` accepts works, and what it declines is tried all the same: built "
         "without asking, it must raise or be wrong. If it works, the backend must accept it, or "
-        "give the reason in its spec's `gaps`.",
+        "give the reason in its spec's `gaps`. A declared gap must be one, in this operation or in "
+        "another that the backend computes.",
         "otherwise declining is the easiest way to pass.",
     ),
     Clause(
@@ -90,7 +91,9 @@ _CLAUSES = (
         "Ids are int32 or int64, weights float32, both of any strides and offsets, and stay as "
         "they are. All parts of a plan are int32, contiguous and on the ids' device. A plan that "
         "is given as `out` is filled and returned: every element of it, and not an element before "
-        "or after. T may be 0: then no expert has a pair, and nothing is launched.",
+        "or after. T may be 0: then no expert has a pair, and nothing is launched. Weights may "
+        "require gradients, and calls may follow each other with gradients, without them and in "
+        "inference mode: a plan is the same, and has no gradient.",
         "ids are a slice of a wider tensor in some routers; a kernel that left out the counts of "
         "experts without pairs worked as long as the memory held zeros.",
     ),

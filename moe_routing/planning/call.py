@@ -13,7 +13,12 @@ from moe_routing._dispatch import chosen
 from moe_routing._registry import registry
 from moe_routing.planning import _check, op
 from moe_routing.planning.kernel import DispatchPlan
-from moe_routing.private_api import dispatch_keys, is_fake_mode, is_functorch_wrapped_tensor
+from moe_routing.private_api import (
+    dispatch_keys,
+    is_fake_mode,
+    is_functorch_wrapped_tensor,
+    is_zero_tensor,
+)
 from moe_routing.probing import probe
 from moe_routing_registry import Request
 from moe_routing_registry.request import preference
@@ -104,7 +109,7 @@ def plan(  # noqa: PLR0913 -- one argument each for what a plan can be asked for
         known = _calls.get(key)
     except UNREADABLE:
         key, known = None, None
-    if known is None:
+    if known is None or is_fake_mode():
         return _first(key, ids, num_experts, block, capacity, drop, weights, masked, backend, out)
     kernel, _, most, parts = known
     if out is None:
@@ -148,20 +153,60 @@ def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
     if not all(t is None or _ordinary(t) for t in (ids, weights, *(out or ()))):
         made = op.call(problem, ids, most, weights, backend)
         return made if out is None else _copied(made, out)
+    call = _chosen(problem, ids, most, backend)
+    out = _allocated(parts, ids.device) if out is None else out
+    _fill(call, ids, out, weights)
+    if key is not None:
+        _remember(key, call)
+    return out
+
+
+def _remember(key: tuple[object, ...], call: _Call) -> None:
+    if len(_calls) >= _CALLS_KEPT:
+        _calls.clear()
+    _calls[key] = call
+
+
+def _chosen(problem: PlanProblem, ids: Tensor, capacity: int | None, backend: str | None) -> _Call:
+    """Choose what serves checked arguments."""
     kernel = None
     if ids.numel():
         kernel, _ = chosen(problem, probe(ids.device), Request.gather(backend))
-    call = _Call(kernel, problem, most, parts)
-    out = _allocated(parts, ids.device) if out is None else out
-    if kernel is None:
-        _without_pairs(call, out)
-    else:
-        kernel(ids, out, capacity=most, weights=weights)
-    if key is not None:
-        if len(_calls) >= _CALLS_KEPT:
-            _calls.clear()
-        _calls[key] = call
+    return _Call(kernel, problem, capacity, shapes(problem, len(ids), capacity))
+
+
+def _fill(call: _Call, ids: Tensor, out: DispatchPlan, weights: Tensor | None) -> DispatchPlan:
+    if call.kernel is None:
+        return _without_pairs(call, out)
+    call.kernel(ids, out, capacity=call.capacity, weights=weights)
     return out
+
+
+def planned(  # noqa: PLR0913, PLR0917 -- the operator's arguments
+    ids: Tensor,
+    weights: Tensor | None,
+    num_experts: int,
+    block: int | None,
+    capacity: int | None,
+    drop: str,
+    masked: bool,  # noqa: FBT001 -- likewise
+    backend: str | None,
+) -> DispatchPlan:
+    """Plan for the operator, which is given memory, whatever the type of its tensors."""
+    key = (
+        ids.shape, ids.dtype, ids.device, num_experts, block, capacity, drop, masked, backend,
+        preference.get(), _registry.generation,
+        None if weights is None else (weights.shape, weights.dtype, weights.device),
+    )  # fmt: skip
+    call = _calls.get(key)
+    if call is None:
+        problem, most = _check.checked(
+            ids, num_experts, block=block, capacity=capacity, drop=drop, weights=weights,
+            masked=masked,
+        )  # fmt: skip
+        call = _chosen(problem, ids, most, backend)
+        _remember(key, call)
+    return _fill(call, ids, _allocated(call.parts, ids.device), weights)
 
 
 def _check_backend(backend: object) -> None:
@@ -177,6 +222,7 @@ def _ordinary(tensor: Tensor) -> bool:
         type(tensor) in ORDINARY
         and not is_functorch_wrapped_tensor(tensor)
         and not tensor.is_neg()
+        and not is_zero_tensor(tensor)
         and not is_fake_mode()
     )
 

@@ -71,17 +71,17 @@ def _plan(  # noqa: PLR0913, PLR0917 -- the operator's schema
     backend: str | None,
 ) -> _Parts:
     """Plan real tensors."""
-    from moe_routing.planning.call import plan
+    from moe_routing.planning.call import planned
 
-    made = plan(
+    made = planned(
         ids,
+        weights,
         num_experts,
-        block=block if layout == "blocks" else None,
-        capacity=None if drop == "nothing" else capacity,
-        drop="last" if drop == "nothing" else drop,
-        weights=weights,
-        masked=layout == "masked",
-        backend=backend,
+        block if layout == "blocks" else None,
+        None if drop == "nothing" else capacity,
+        "last" if drop == "nothing" else drop,
+        layout == "masked",
+        backend,
     )
     return tuple(made.counts.new_empty(0) if part is None else part for part in made)
 

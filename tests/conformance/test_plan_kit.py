@@ -12,7 +12,9 @@ from mutants.planning import Reference
 from moe_routing._registry import registry
 from moe_routing.cli._app import run as command
 from moe_routing.conformance import run
+from moe_routing.conformance.contract import contract_of
 from moe_routing.conformance.plan_clauses import CLAUSES
+from moe_routing.conformance.runner import backend_under_test, evaluate
 from moe_routing_registry import BackendSpec, RejectCode, Target, Verdict
 
 COMPILES = 9
@@ -79,6 +81,13 @@ def sorted_only(problem, device):
     )
 
 
+def blocks_declined(problem, device):
+    return sorted_only(problem, device) if problem.operation == "plan" else Verdict.yes()
+
+
+GAPS_ARE_REAL = "a_declared_gap_is_real"
+
+
 def declining(**gaps):
     """Return a context of a backend that declines blocks and the masked layout."""
     return registered(Mutant(Reference, "", supports=sorted_only, operation="plan", gaps=gaps))
@@ -90,6 +99,25 @@ def test_declining_a_layout_with_a_reason_in_the_spec_is_no_failure():
     assert report.ok
     assert "(has no empty places: " in report.verdict
     assert report.gaps == {"layout": "blocks are left to eager"}
+
+
+def test_a_gap_of_plans_is_real_for_the_router_of_the_same_backend_too():
+    factories = {"route": "mutants:Reference", "plan": "mutants.planning:Reference"}
+    spec = BackendSpec(
+        name="both", factories=factories, targets=(Target("cpu"),), supports=blocks_declined,
+        gaps={"layout": "blocks are left to eager", "shape": "any", "cuda_graphs": "never tried"},
+    )  # fmt: skip
+    registry().register(spec)
+    try:
+        under_test = backend_under_test("both", "cpu")
+        for operation in factories:
+            (check,) = (c for c in contract_of(operation).checks if c.name == GAPS_ARE_REAL)
+            found = {r.case: r for r in (evaluate(i, under_test) for i in check.items("smoke"))}
+            assert found["layout"].status == "passed"
+            assert found["shape"].message == "declares a gap in shape, but declines nothing for it"
+            assert found["cuda_graphs"].message == "cuda_graphs cannot be tried here"
+    finally:
+        registry().unregister("both")
 
 
 def test_declining_a_layout_that_could_be_had_fails():

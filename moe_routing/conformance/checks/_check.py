@@ -20,7 +20,15 @@ def _problems() -> Iterator[RoutingProblem]:
         yield Case(variant=variant, topk=8).problem()
 
 
-ROUTE = Contract(CLAUSES, _problems)
+def _declinable() -> Iterator[RoutingProblem]:
+    from moe_routing.conformance.checks.honesty import Problems
+
+    for variant in VARIANTS:
+        for case, training in Problems(variant, "quick"):
+            yield case.problem(training=training)
+
+
+ROUTE = Contract(CLAUSES, _problems, declinable=_declinable)
 check = ROUTE.check
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_routing._registry import registry
+from moe_routing.conformance import gaps
 from moe_routing.conformance.cases import Case
-from moe_routing.conformance.checks._check import ROUTE, check, require
+from moe_routing.conformance.checks._check import check, require
 from moe_routing.conformance.under_test import (
     GAP_OF,
     BackendUnderTest,
@@ -17,7 +18,6 @@ from moe_routing.conformance.under_test import (
 from moe_routing.conformance.variants import VARIANTS, fits
 from moe_routing.families import FAMILIES
 from moe_routing.probing import probe
-from moe_routing_registry.backend_spec import CAPABILITIES
 from moe_routing_registry.containment import PluginFailure, contained
 from moe_routing_registry.errors import FactoryError
 
@@ -205,57 +205,7 @@ def _routes_right(under_test: BackendUnderTest, case: Case, kernel: Kernel) -> b
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """A capability that a spec may declare a gap in."""
-
-    id: str
-    family: str = ""
-
-
-@check(0, lambda _: [Gap(capability) for capability in CAPABILITIES])
-def a_declared_gap_is_real(under_test: BackendUnderTest, case: Gap) -> None:
+@check(0, gaps.every_gap)
+def a_declared_gap_is_real(under_test: BackendUnderTest, case: gaps.Gap) -> None:
     """What the spec declares a gap in is declined, or tried and found to fail."""
-    if case.id not in under_test.spec.gaps:
-        msg = "the spec declares no such gap"
-        raise NotApplicableError(msg)
-    if case.id in GAP_OF.values():
-        codes = {code for code, gap in GAP_OF.items() if gap == case.id}
-        asked = [
-            words.problem(training=training)
-            for v in VARIANTS
-            for words, training in Problems(v, "quick")
-        ]
-        verdicts = [
-            verdict for problem in asked if (verdict := _verdict(under_test, problem)) is not None
-        ]
-        require(
-            any(v.code in codes for v in verdicts),
-            f"declares a gap in {case.id}, but declines nothing for it",
-        )
-        return
-    fails = [
-        _fails(under_test, item)
-        for c in ROUTE.checks
-        if c.capability == case.id
-        for item in c.items("smoke")
-    ]
-    known = [failed for failed in fails if failed is not None]
-    if not known:
-        msg = f"{case.id} cannot be tried here"
-        raise NotApplicableError(msg)
-    require(any(known), f"declares a gap in {case.id}, but passes every check of it")
-
-
-def _fails(under_test: BackendUnderTest, item: object) -> bool | None:
-    from moe_routing.conformance.contract import Item
-
-    assert isinstance(item, Item)  # noqa: S101 -- for mypy
-    try:
-        with contained("the check", NotApplicableError):
-            item.check.run(under_test, item.case)
-    except NotApplicableError:
-        return None
-    except PluginFailure:  # any failure is one
-        return True
-    return False
+    gaps.must_be_real(under_test, case)

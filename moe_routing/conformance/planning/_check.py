@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from moe_routing.conformance.contract import Contract
 from moe_routing.conformance.plan_clauses import CLAUSES
 from moe_routing.planning.problem import PLAN_EXAMPLE, PlanProblem
@@ -18,7 +20,15 @@ def _problems() -> Iterator[PlanProblem]:
     yield PlanProblem(num_experts=64, topk=8, layout="masked", drop="last")
 
 
-PLAN = Contract(CLAUSES, _problems)
+def _declinable() -> Iterator[PlanProblem]:
+    from moe_routing.conformance.planning.honesty import every_form
+
+    for form in every_form("quick"):
+        for case in form:
+            yield case.make(torch.device("cpu")).problem
+
+
+PLAN = Contract(CLAUSES, _problems, declinable=_declinable)
 check = PLAN.check
 
 

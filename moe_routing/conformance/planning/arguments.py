@@ -167,6 +167,7 @@ WRONG = (
     ),
     _out("a list", lambda _, out: list(out)),
     _out("a tensor", lambda _, out: out.order),
+    _out("a plain tuple", lambda _, out: tuple(out)),
     _out("of five", lambda _, out: tuple(out)[:5]),
     _out("of None", lambda _, out: (None,) * len(out)),
     _out("of int64 places", lambda _, out: out._replace(order=out.order.long())),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_routing._registry import registry
+from moe_routing.conformance import gaps
 from moe_routing.conformance.planning import _sets, cases
 from moe_routing.conformance.planning._check import check, require
 from moe_routing.conformance.planning.cases import Case
@@ -53,7 +54,8 @@ class Problems:
                 )  # fmt: skip
 
 
-def _forms(profile: Profile) -> list[Problems]:
+def every_form(profile: Profile) -> list[Problems]:
+    """Return every layout and policy."""
     return [Problems(form, profile) for form in range(len(_sets.FORMS))]
 
 
@@ -70,7 +72,7 @@ def _verdict(under_test: BackendUnderTest, case: Case) -> Verdict | None:
     return rejection.verdict
 
 
-@check(0, _forms)
+@check(0, every_form)
 def what_it_accepts_it_plans(under_test: BackendUnderTest, case: Problems) -> None:
     """Every problem that the backend accepts can be built and planned."""
     accepted = [words for words in case if _verdict(under_test, words) is None]
@@ -87,7 +89,7 @@ def what_it_accepts_it_plans(under_test: BackendUnderTest, case: Problems) -> No
             raise AssertionError(msg) from failure.error
 
 
-@check(0, _forms)
+@check(0, every_form)
 def what_it_declines_cannot_be_planned(under_test: BackendUnderTest, case: Problems) -> None:
     """What the backend declines, built all the same, fails or is wrong, or its spec says why."""
     declined: dict[Verdict, list[Case]] = {}
@@ -142,3 +144,9 @@ def _plans_right(under_test: BackendUnderTest, case: Case, kernel: Any) -> bool:
     except PluginFailure:  # whatever a kernel raises on what it declined: it cannot do it
         return False
     return True
+
+
+@check(0, gaps.every_gap)
+def a_declared_gap_is_real(under_test: BackendUnderTest, case: gaps.Gap) -> None:
+    """What the spec declares a gap in is declined, or tried and found to fail."""
+    gaps.must_be_real(under_test, case)

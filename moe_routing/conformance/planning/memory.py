@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,7 @@ from moe_routing.conformance.under_test import same_bits
 from moe_routing.planning import DispatchPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -41,10 +41,7 @@ def must_fill_and_keep_to(under_test: BackendUnderTest, call: Call) -> None:
         parts.append(memory[GUARD : GUARD + size].view(shape))
     out = DispatchPlan(*parts)  # type: ignore[arg-type]  # only the last two may be None
     made = cases.plan(under_test, call, out)
-    require(
-        all(one is other for one, other in zip(made, out, strict=True)),
-        "out: not its tensors are returned",
-    )
+    require(made is out, "out: not what is returned")
     cases.must_match(call, out, "out")
     names = (name for name, part in zip(out._fields, out, strict=True) if part is not None)
     for name, memory in zip(names, whole, strict=True):
@@ -69,7 +66,7 @@ def _memories(profile: Profile) -> Iterator[Case]:
         for case in _sets.in_every_form(profile):
             yield case.but(memory=memory, ids_dtype=dtype)
         yield Case(memory=memory, ids_dtype=dtype, num_tokens=1, topk=3)
-        yield Case(memory=memory, ids_dtype=dtype, ids="strays")
+        yield Case(memory=memory, ids_dtype=dtype, ids="other_ranks")
         if profile != "smoke":
             yield Case(memory=memory, ids_dtype=dtype, num_tokens=2053, topk=6, num_experts=300)
 
@@ -83,6 +80,32 @@ def ids_of_any_strides_are_read_as_they_lie(under_test: BackendUnderTest, case: 
     after = [t for t in (call.ids, call.weights) if t is not None]
     for name, old, new in zip(("ids", "weights"), before, after, strict=False):
         require(same_bits(old.contiguous(), new.contiguous()), f"{name}: were changed")
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "torch.inference_mode": torch.inference_mode,
+    "torch.no_grad": torch.no_grad,
+    "torch.enable_grad": torch.enable_grad,
+}
+
+
+@check(6, _sets.in_every_form)
+def gradients_and_grad_modes_change_nothing(under_test: BackendUnderTest, case: Case) -> None:
+    """Weights that require gradients, and calls in every mode of gradients, give the same plan."""
+    call = case.but(topk=7).make(under_test.device)
+    if call.weights is not None:
+        call = call.but(weights=call.weights.requires_grad_())
+    before = "nothing"
+    for mode in [*MODES, *reversed(MODES)]:
+        what = f"in {mode} after {before}"
+        try:
+            with MODES[mode]():
+                made = cases.plan(under_test, call)
+        except (RuntimeError, ValueError) as error:
+            msg = f"{what}: raises {type(error).__name__}: {error}"
+            raise AssertionError(msg) from error
+        cases.must_match(call, made, what)
+        before = mode
 
 
 def _empty(profile: Profile) -> Iterator[Case]:

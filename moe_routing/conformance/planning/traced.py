@@ -72,22 +72,30 @@ def exports_and_comes_back(under_test: BackendUnderTest, case: Case) -> None:
 
 @check(9, _sets.in_every_form, capability="compile")
 def fake_tensors_give_fake_plans(under_test: BackendUnderTest, case: Case) -> None:
-    """Fake tensors give a plan of the right shapes, and later calls are as before."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Fake tensors, and real ones where operators are faked, give a plan of the right shapes.
+
+    Later calls are as before.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     call = case.make(under_test.device)
-    with FakeTensorMode() as mode:
-        weights = None if call.weights is None else mode.from_tensor(call.weights)
-        fake = call.but(ids=mode.from_tensor(call.ids), weights=weights)
-        with under_test.declining():
-            made = moe_routing.plan(
-                fake.ids, fake.num_experts, backend=under_test.backend, **fake.options
-            )
-    for name, part, shape in zip(made._fields, made, call.shapes, strict=True):
-        got = None if part is None else (tuple(part.shape), part.dtype, part.device)
-        expected = None if shape is None else (shape, torch.int32, call.ids.device)
-        require(got == expected, f"{name}: expected {expected}, got {got}")
-    cases.checked(under_test, call, "after fake tensors")
+    for turn in ("a first call", "a call like an earlier one"):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            weights = None if call.weights is None else mode.from_tensor(call.weights)
+            fake = call.but(ids=mode.from_tensor(call.ids), weights=weights)
+            with under_test.declining():
+                plans = [
+                    moe_routing.plan(
+                        some.ids, some.num_experts, backend=under_test.backend, **some.options
+                    )
+                    for some in (fake, call)
+                ]
+        for made in plans:
+            for name, part, shape in zip(made._fields, made, call.shapes, strict=True):
+                got = None if part is None else (type(part), tuple(part.shape), part.dtype)
+                expected = None if shape is None else (FakeTensor, shape, torch.int32)
+                require(got == expected, f"{turn}: {name}: expected {expected}, got {got}")
+        cases.checked(under_test, call, "after fake tensors")
 
 
 def _opchecked(profile: Profile) -> Iterator[Case]:

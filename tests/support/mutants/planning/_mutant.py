@@ -51,17 +51,16 @@ class Reference:
                 given.copy_(part)
 
 
-def caught_by(check: str, *, saying: str, supports: Any = None, only_on: str = "") -> Any:
+def caught_by(check: str, *, saying: str, **more: Any) -> Any:
     """Enter a mutant into the table.
 
     :param check: the check that must catch it.
     :param saying: what the check must say, a regular expression.
+    :param more: other fields of ``Mutant``.
     """
 
     def enter(factory: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS.append(
-            Mutant(factory, check, saying, supports=supports, only_on=only_on, operation="plan")
-        )
+        MUTANTS.append(Mutant(factory, check, saying, operation="plan", **more))
         return factory
 
     return enter

@@ -58,6 +58,15 @@ class DeclinesUntilItIsTold(AsksItsOwnSupportsAgain):
 
 
 @caught_by(
+    "a_declared_gap_is_real",
+    gaps={"dtype": "int64 is for others"},
+    saying="^declares a gap in dtype, but declines nothing for it$",
+)
+class DeclaresAGapThatIsNone(Reference):
+    """Plans int64 ids, and says that it does not."""
+
+
+@caught_by(
     "what_it_accepts_it_plans",
     saying="accepts plan E=1024 K=22 .*, but its kernel raised BackendUnavailableError",
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from mutants.planning._mutant import Reference, caught_by
 
 if TYPE_CHECKING:
@@ -56,6 +58,31 @@ class PairsOfPlaces(Reference):
         room = out.order.untyped_storage().nbytes() // 4 > after
         if made.inverse.numel() % 2 and room:
             out.order.as_strided((1,), (1,), after).zero_()
+
+
+@caught_by(
+    "gradients_and_grad_modes_change_nothing",
+    saying=r"^in torch.enable_grad after .*: raises RuntimeError: Can't call numpy\(\)",
+)
+class WeightsThroughNumpy(Reference):
+    """Reads the weights by NumPy, which refuses those that require gradients."""
+
+    def plan(self, ids: Tensor, capacity: int | None, weights: Tensor | None) -> DispatchPlan:
+        if weights is not None:
+            weights.numpy()
+        return super().plan(ids, capacity, weights)
+
+
+@caught_by("gradients_and_grad_modes_change_nothing", saying=r"raises RuntimeError: Inplace update")
+class ScratchOfInferenceMode(Reference):
+    """Works in a buffer that it makes in the first call, which inference mode may mark."""
+
+    scratch: Tensor | None = None
+
+    def read(self, ids: Tensor) -> Tensor:
+        if self.scratch is None or self.scratch.shape != ids.shape:
+            self.scratch = torch.empty_like(ids, memory_format=torch.contiguous_format)
+        return self.scratch.copy_(ids)
 
 
 @caught_by("given_outputs_are_filled_and_nothing_else", saying=r"^out: counts: .* got -7$")

@@ -11,8 +11,7 @@ from mutants.planning._mutant import Reference, caught_by
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_routing.planning import DispatchPlan, PlanProblem
-    from moe_routing_registry import DeviceInfo
+    from moe_routing.planning import DispatchPlan
 
 
 @caught_by(
@@ -60,7 +59,8 @@ class ReversesWhatDescends(Reference):
     def plan(self, ids: Tensor, capacity: int | None, weights: Tensor | None) -> DispatchPlan:
         made = super().plan(ids, capacity, weights)
         flat = ids.reshape(-1)
-        if self.problem.layout == "sorted" and flat[0] > flat[-1] and (flat.diff() <= 0).all():
+        descends = len(flat) > 8 and flat[0] > flat[-1] and (flat.diff() <= 0).all()
+        if self.problem.layout == "sorted" and descends:
             made = made._replace(order=torch.arange(len(flat)).flip(0))
         return made
 
@@ -75,7 +75,7 @@ class TokensIn16Bits(Reference):
 
 
 LISTED = {
-    1, 2, 3, 7, 8, 20, 32, 33, 60, 64, 128, 160, 255, 256, 257, 300, 384, 512, 1000, 1024, 4096,
+    1, 2, 3, 7, 8, 16, 20, 32, 33, 60, 64, 128, 160, 255, 256, 257, 300, 384, 512, 1000, 1024, 4096,
 }  # fmt: skip
 """Numbers of experts in the kit's lists."""
 
@@ -125,10 +125,8 @@ class IdsIn32Bits(Reference):
 
 @caught_by("ids_of_route_are_planned_as_they_are", saying=r"^(order|counts): \d+ of")
 class RowsThatBeginElsewhereArePadding(Reference):
-    """Takes a row for padding where its first expert is on another rank."""
-
-    def __init__(self, problem: PlanProblem, device: DeviceInfo) -> None:
-        super().__init__(problem, device)
+    """Takes a row for padding that begins with -1, and has only this rank's experts beyond."""
 
     def read(self, ids: Tensor) -> Tensor:
-        return ids.masked_fill(ids[:, :1] == -1, -1)
+        here = ((ids >= -1) & (ids < self.problem.num_experts)).all(-1, keepdim=True)
+        return ids.masked_fill((ids[:, :1] == -1) & here, -1)

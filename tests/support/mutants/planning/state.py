@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,17 +19,16 @@ if TYPE_CHECKING:
 
 @caught_by("the_same_call_gives_the_same_bits", saying=r"^run \d+ of 50: order: \d+ of")
 class TicketsThatRunOut(Reference):
-    """After some calls in a thread, two places of an expert are taken in the other order."""
+    """After 30 calls with the same ids, pairs take their places in the other order."""
 
     def __init__(self, problem: PlanProblem, device: DeviceInfo) -> None:
         super().__init__(problem, device)
-        self.calls = 0
+        self.calls: Counter[Tensor] = Counter()  # keeps the tensors, which are told by identity
 
-    def write(self, made: DispatchPlan, out: DispatchPlan) -> None:
-        super().write(made, out)
-        self.calls += threading.current_thread() is threading.main_thread()
-        if self.calls > 30:
-            out.order.copy_(out.order.flip(-1))
+    def plan(self, ids: Tensor, capacity: int | None, weights: Tensor | None) -> DispatchPlan:
+        made = super().plan(ids, capacity, weights)
+        self.calls[ids] += 1
+        return made if self.calls[ids] <= 30 else made._replace(order=made.order.flip(-1))
 
 
 @caught_by("operands_changed_in_place_are_read_again", saying=r"^weights changed in place: ")
