@@ -43,7 +43,7 @@ SAYS = {
     "conformance": "the contract and its kit",
     "integrations": "transformers, vLLM, ...",
     "backends": "eager, torch-compile, triton",
-    "router": "get_router, Router, dispatcher",
+    "router": "get_router, plan, dispatcher",
     "reference": "oracle, error bounds, shadow mode",
     "formula": "the maths in PyTorch",
     "probing": "devices, toolchains",
@@ -60,8 +60,10 @@ TOP = {
     "operations": "families",
     "kernel": "kernel",
     "private_api": "kernel",
+    "planning.kernel": "kernel",
+    "planning.problem": "kernel",
 }
-"""Modules at the top of `moe_routing` that do not belong to the router.
+"""Modules of `moe_routing` that belong neither to the router nor to the box of their package.
 
 `_html` needs nothing, and is not worth a box.
 """
@@ -80,8 +82,9 @@ def box_of(module: str) -> str:
     if first != "moe_routing":
         return "backends" if first == "moe_routing_backends" else first
     name = rest[0] if rest else ""
-    if name in TOP:
-        return TOP[name]
+    for known in (name, ".".join(rest)):
+        if known in TOP:
+            return TOP[known]
     return "cli" if name == "__main__" else name if name in SAYS else "router"
 
 

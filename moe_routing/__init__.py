@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from moe_routing._public import explain, get_router, list_backends, list_routers, prefer
     from moe_routing._router import Router
     from moe_routing.kernel import Kernel, Operands, RoutingOutput
+    from moe_routing.planning.call import plan
     from moe_routing.planning.kernel import DispatchPlan
-    from moe_routing.planning.plan import plan
     from moe_routing.probing import AbsentDeviceError, UnknownDeviceError, devices, probe
     from moe_routing_registry import (
         BackendUnavailableError,
@@ -55,7 +55,7 @@ _HOME = {
     "get_router": "moe_routing._public",
     "list_backends": "moe_routing._public",
     "list_routers": "moe_routing._public",
-    "plan": "moe_routing.planning.plan",
+    "plan": "moe_routing.planning.call",
     "prefer": "moe_routing._public",
     "probe": "moe_routing.probing",
 }

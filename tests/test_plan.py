@@ -65,7 +65,7 @@ def install(install_plugin, monkeypatch):
     def installed(module, body):
         install_plugin(module, body)
         monkeypatch.setattr(registry(), "_inventory", None)
-        monkeypatch.setattr("moe_routing.planning.plan._calls", {})
+        monkeypatch.setattr("moe_routing.planning.call._calls", {})
         return importlib.import_module(module)
 
     return installed

@@ -12,10 +12,11 @@ import torch
 from torch.utils import _pytree
 
 from moe_routing.planning.kernel import DispatchPlan
-from moe_routing.planning.problem import PlanProblem
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe_routing.planning.problem import PlanProblem
 
 # So that torch.export.save can write down a program that returns a plan.
 _pytree._register_namedtuple(DispatchPlan, serialized_type_name="moe_routing.DispatchPlan")  # noqa: SLF001 -- torch.export's error message names it
@@ -70,7 +71,7 @@ def _plan(  # noqa: PLR0913, PLR0917 -- the operator's schema
     backend: str | None,
 ) -> _Parts:
     """Plan real tensors."""
-    from moe_routing.planning.plan import plan
+    from moe_routing.planning.call import plan
 
     made = plan(
         ids,
@@ -96,7 +97,8 @@ def _plan_fake(  # noqa: PLR0913, PLR0917 -- the operator's schema
     backend: str | None,  # noqa: ARG001 -- likewise
 ) -> _Parts:
     """Return the parts that a real call would, unfilled."""
-    from moe_routing.planning.plan import shapes
+    from moe_routing.planning.call import shapes
+    from moe_routing.planning.problem import PlanProblem
 
     problem = PlanProblem(
         num_experts=num_experts, topk=ids.shape[1], layout=layout, block=block, drop=drop
