@@ -115,7 +115,7 @@ def check_out(out: object, parts: tuple[tuple[int, ...] | None, ...], ids: Tenso
     :raises TypeError: a part is missing, too many, or of another dtype.
     :raises ValueError: a part has another shape or device, or cannot be written.
     """
-    if not isinstance(out, tuple) or len(out) != len(DispatchPlan._fields):
+    if not isinstance(out, DispatchPlan):
         raise TypeError(refusal("out", "a DispatchPlan", out))
     for name, part, wanted in zip(DispatchPlan._fields, out, parts, strict=True):
         if (part is None) != (wanted is None):
@@ -134,8 +134,8 @@ def check_out(out: object, parts: tuple[tuple[int, ...] | None, ...], ids: Tenso
             expected = f"a contiguous {name} of shape {list(wanted)} on {ids.device}"
             raise ValueError(refusal("out", expected, part))
         if is_zero_tensor(part) or (part.is_inference() and not torch.is_inference_mode_enabled()):
-            raise ValueError(refusal("out", f"a {name} that can be written here", part))
-    return DispatchPlan(*out)
+            raise ValueError(refusal("out", f"{name} that can be written here", part))
+    return out
 
 
 def check_addresses(out: DispatchPlan, inputs: tuple[Tensor | None, ...]) -> None:

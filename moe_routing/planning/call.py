@@ -13,7 +13,12 @@ from moe_routing._dispatch import chosen
 from moe_routing._registry import registry
 from moe_routing.planning import _check, op
 from moe_routing.planning.kernel import DispatchPlan
-from moe_routing.private_api import dispatch_keys, is_fake_mode, is_functorch_wrapped_tensor
+from moe_routing.private_api import (
+    dispatch_keys,
+    is_fake_mode,
+    is_functorch_wrapped_tensor,
+    is_zero_tensor,
+)
 from moe_routing.probing import probe
 from moe_routing_registry import Request
 from moe_routing_registry.request import preference
@@ -104,7 +109,7 @@ def plan(  # noqa: PLR0913 -- one argument each for what a plan can be asked for
         known = _calls.get(key)
     except UNREADABLE:
         key, known = None, None
-    if known is None:
+    if known is None or is_fake_mode():
         return _first(key, ids, num_experts, block, capacity, drop, weights, masked, backend, out)
     kernel, _, most, parts = known
     if out is None:
@@ -148,20 +153,41 @@ def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
     if not all(t is None or _ordinary(t) for t in (ids, weights, *(out or ()))):
         made = op.call(problem, ids, most, weights, backend)
         return made if out is None else _copied(made, out)
-    kernel = None
-    if ids.numel():
-        kernel, _ = chosen(problem, probe(ids.device), Request.gather(backend))
-    call = _Call(kernel, problem, most, parts)
+    call = _chosen(problem, ids, most, backend)
     out = _allocated(parts, ids.device) if out is None else out
-    if kernel is None:
-        _without_pairs(call, out)
-    else:
-        kernel(ids, out, capacity=most, weights=weights)
+    _fill(call, ids, out, weights)
     if key is not None:
         if len(_calls) >= _CALLS_KEPT:
             _calls.clear()
         _calls[key] = call
     return out
+
+
+def _chosen(problem: PlanProblem, ids: Tensor, capacity: int | None, backend: str | None) -> _Call:
+    """Choose what serves checked arguments."""
+    kernel = None
+    if ids.numel():
+        kernel, _ = chosen(problem, probe(ids.device), Request.gather(backend))
+    return _Call(kernel, problem, capacity, shapes(problem, ids.shape[0], capacity))
+
+
+def _fill(call: _Call, ids: Tensor, out: DispatchPlan, weights: Tensor | None) -> DispatchPlan:
+    if call.kernel is None:
+        return _without_pairs(call, out)
+    call.kernel(ids, out, capacity=call.capacity, weights=weights)
+    return out
+
+
+def planned(
+    problem: PlanProblem,
+    ids: Tensor,
+    capacity: int | None,
+    weights: Tensor | None,
+    backend: str | None,
+) -> DispatchPlan:
+    """Plan for the operator: its arguments are checked, and its tensors are memory."""
+    call = _chosen(problem, ids, capacity, backend)
+    return _fill(call, ids, _allocated(call.parts, ids.device), weights)
 
 
 def _check_backend(backend: object) -> None:
@@ -177,6 +203,7 @@ def _ordinary(tensor: Tensor) -> bool:
         type(tensor) in ORDINARY
         and not is_functorch_wrapped_tensor(tensor)
         and not tensor.is_neg()
+        and not is_zero_tensor(tensor)
         and not is_fake_mode()
     )
 

@@ -71,9 +71,10 @@ def _plan(  # noqa: PLR0913, PLR0917 -- the operator's schema
     backend: str | None,
 ) -> _Parts:
     """Plan real tensors."""
-    from moe_routing.planning.call import plan
+    from moe_routing.planning._check import checked
+    from moe_routing.planning.call import planned
 
-    made = plan(
+    problem, most = checked(
         ids,
         num_experts,
         block=block if layout == "blocks" else None,
@@ -81,8 +82,8 @@ def _plan(  # noqa: PLR0913, PLR0917 -- the operator's schema
         drop="last" if drop == "nothing" else drop,
         weights=weights,
         masked=layout == "masked",
-        backend=backend,
     )
+    made = planned(problem, ids, most, weights, backend)
     return tuple(made.counts.new_empty(0) if part is None else part for part in made)
 
 
