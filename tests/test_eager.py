@@ -106,18 +106,21 @@ EDGES = {
 }
 
 
+@pytest.mark.parametrize("strays", ["none", "one", "many"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("experts", [1, MOST_IN_BYTES, MOST_IN_BYTES + 1, 4096])
 @pytest.mark.parametrize("tokens", [5, *EDGES.values()], ids=["few", *EDGES])
-def test_every_way_to_sort_makes_the_plan_of_the_definition(tokens, experts, dtype):
-    """Ids that have an expert, that are one too high or low, and of any bits, in random order."""
+def test_every_way_to_sort_makes_the_plan_of_the_definition(tokens, experts, dtype, strays):
     whole = torch.iinfo(dtype)
-    ids = torch.randint(-2, experts + 2, (tokens, 1), dtype=dtype)
-    ids[::3] = torch.randint(whole.min, whole.max, ids[::3].shape, dtype=dtype)
-    ids[0] = whole.max
-    ids[1] = whole.min
-    # Their lower bytes are those of an expert.
-    ids[2] = 1 << 20
+    ids = torch.randint(0, experts, (tokens, 1), dtype=dtype)
+    if strays == "one":
+        ids[tokens // 2] = -1
+    elif strays == "many":
+        ids[::4] = torch.randint(whole.min, whole.max, ids[::4].shape, dtype=dtype)
+        ids[0] = whole.max
+        ids[1] = whole.min
+        ids[2] = 1 << 20  # its lower bytes are those of an expert
+        ids[3] = experts
     problem = PlanProblem(num_experts=experts, topk=1, ids_dtype=str(dtype).removeprefix("torch."))
     made = moe_routing.plan(ids, experts, backend="eager")
     for part, expected in zip(made, plan_oracle.plan(problem, ids), strict=True):
