@@ -77,15 +77,16 @@ class SortedOnCpu:
     ) -> None:
         """Fill ``out``; see ``PlanKernel``."""
         keys = torch.bitwise_xor(ids.reshape(-1), self._sign).clamp_max_(self._none)
+        starts, ends = out.offsets[:-1], out.offsets[1:]
         if len(keys) < FILLED_FROM:
             keys, order = keys.sort(stable=True)
             torch.searchsorted(keys, self._every, out_int32=True, out=out.offsets)
         else:
             keys, order = self._by_radix(keys)
             every = torch.arange(self._experts, dtype=keys.dtype, device="cpu")
-            out.offsets[:1].zero_()
-            torch.searchsorted(keys, every, right=True, out_int32=True, out=out.offsets[1:])
-        torch.sub(out.offsets[1:], out.offsets[:-1], out=out.counts)
+            starts[:1].zero_()
+            torch.searchsorted(keys, every, right=True, out_int32=True, out=ends)
+        torch.sub(ends, starts, out=out.counts)
         out.order.copy_(order)
         places = torch.arange(len(order), dtype=torch.int32, device="cpu")
         out.inverse.view(-1).scatter_(0, order, places)
@@ -99,7 +100,9 @@ class SortedOnCpu:
         if highest == MOST_IN_BYTES + 1 and bool(keys.max() < self._none):
             highest = MOST_IN_BYTES
         narrow = torch.uint8 if highest <= MOST_IN_BYTES else torch.int16
-        # What is filled in has the highest key, and stands last, so that it stays there.
-        filled = (0, max(0, RADIX_FROM - pairs))
-        keys, order = pad(keys.to(narrow), filled, value=highest).sort(stable=True)
+        keys = keys.to(narrow)
+        if pairs < RADIX_FROM:
+            # What is filled in has the highest key, and stands last, so that it stays there.
+            keys = pad(keys, (0, RADIX_FROM - pairs), value=highest)
+        keys, order = keys.sort(stable=True)
         return keys[:pairs], order[:pairs]
