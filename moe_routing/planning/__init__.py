@@ -10,16 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_routing.planning.kernel import DispatchPlan, PlanKernel
+    from moe_routing.planning.kernel import DispatchPlan, PlanKernel, RoutedPlan
     from moe_routing.planning.problem import PlanProblem
 
 _HOME = {
     "DispatchPlan": "moe_routing.planning.kernel",
     "PlanKernel": "moe_routing.planning.kernel",
     "PlanProblem": "moe_routing.planning.problem",
+    "RoutedPlan": "moe_routing.planning.kernel",
 }
 
-__all__ = ["DispatchPlan", "PlanKernel", "PlanProblem"]
+__all__ = ["DispatchPlan", "PlanKernel", "PlanProblem", "RoutedPlan"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 -- the TYPE_CHECKING block above holds the types

@@ -157,10 +157,14 @@ def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
     out = _allocated(parts, ids.device) if out is None else out
     _fill(call, ids, out, weights)
     if key is not None:
-        if len(_calls) >= _CALLS_KEPT:
-            _calls.clear()
-        _calls[key] = call
+        _remember(key, call)
     return out
+
+
+def _remember(key: tuple[object, ...], call: _Call) -> None:
+    if len(_calls) >= _CALLS_KEPT:
+        _calls.clear()
+    _calls[key] = call
 
 
 def _chosen(problem: PlanProblem, ids: Tensor, capacity: int | None, backend: str | None) -> _Call:
@@ -178,15 +182,30 @@ def _fill(call: _Call, ids: Tensor, out: DispatchPlan, weights: Tensor | None) -
     return out
 
 
-def planned(
-    problem: PlanProblem,
+def planned(  # noqa: PLR0913, PLR0917 -- the operator's arguments
     ids: Tensor,
-    capacity: int | None,
     weights: Tensor | None,
+    num_experts: int,
+    block: int | None,
+    capacity: int | None,
+    drop: str,
+    masked: bool,  # noqa: FBT001 -- likewise
     backend: str | None,
 ) -> DispatchPlan:
-    """Plan for the operator: its arguments are checked, and its tensors are memory."""
-    call = _chosen(problem, ids, capacity, backend)
+    """Plan for the operator, which is given memory, whatever the type of its tensors."""
+    key = (
+        ids.shape, ids.dtype, ids.device, num_experts, block, capacity, drop, masked, backend,
+        preference.get(), _registry.generation,
+        None if weights is None else (weights.shape, weights.dtype, weights.device),
+    )  # fmt: skip
+    call = _calls.get(key)
+    if call is None:
+        problem, most = _check.checked(
+            ids, num_experts, block=block, capacity=capacity, drop=drop, weights=weights,
+            masked=masked,
+        )  # fmt: skip
+        call = _chosen(problem, ids, most, backend)
+        _remember(key, call)
     return _fill(call, ids, _allocated(call.parts, ids.device), weights)
 
 

@@ -71,19 +71,18 @@ def _plan(  # noqa: PLR0913, PLR0917 -- the operator's schema
     backend: str | None,
 ) -> _Parts:
     """Plan real tensors."""
-    from moe_routing.planning._check import checked
     from moe_routing.planning.call import planned
 
-    problem, most = checked(
+    made = planned(
         ids,
+        weights,
         num_experts,
-        block=block if layout == "blocks" else None,
-        capacity=None if drop == "nothing" else capacity,
-        drop="last" if drop == "nothing" else drop,
-        weights=weights,
-        masked=layout == "masked",
+        block if layout == "blocks" else None,
+        None if drop == "nothing" else capacity,
+        "last" if drop == "nothing" else drop,
+        layout == "masked",
+        backend,
     )
-    made = planned(problem, ids, most, weights, backend)
     return tuple(made.counts.new_empty(0) if part is None else part for part in made)
 
 
