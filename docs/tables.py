@@ -12,12 +12,14 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing.conformance.clauses import CLAUSES
+from moe_routing.conformance.contract import contract_of
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from moe_routing.conformance.contract import Contract
 
 
 def write(folder: Path) -> None:
@@ -63,33 +65,37 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 CONTRACT = Path(__file__).with_name("contract.md")
-_BEGIN, _END = (
-    "<!-- written by docs/tables.py from moe_routing/conformance/clauses.py -->",
-    "<!-- until here -->",
-)
+_SOURCES = {
+    "route": "moe_routing/conformance/clauses.py",
+    "plan": "moe_routing/conformance/plan_clauses.py",
+}
+"""Operations with a section of clauses in ``contract.md``, and where their clauses are."""
+_END = "<!-- until here -->"
 
 
 def contract() -> str:
     """Return ``contract.md`` with its clauses written again."""
-    from moe_routing.conformance.checks import ROUTE
+    text = CONTRACT.read_text(encoding="utf-8")
+    for operation, source in _SOURCES.items():
+        begin = f"<!-- written by docs/tables.py from {source} -->"
+        before, _, rest = text.partition(begin)
+        parts = [begin, *_clauses(contract_of(operation)), _END]
+        text = before + "\n\n".join(parts) + rest.partition(_END)[2]
+    return text
 
-    before, _, rest = CONTRACT.read_text(encoding="utf-8").partition(_BEGIN)
-    parts = [_BEGIN]
-    for clause in CLAUSES.values():
+
+def _clauses(contract: Contract) -> Iterable[str]:
+    for clause in contract.clauses.values():
         names = ", ".join(
-            f"`{check.name}`" for check in ROUTE.checks if check.clause == clause.number
+            f"`{check.name}`" for check in contract.checks if check.clause == clause.number
         )
-        text = textwrap.fill(
-            f"{clause.text} *Why:* {clause.reason}",
-            110,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        checks = textwrap.fill(
-            f"Checks: {names}.", 110, break_long_words=False, break_on_hyphens=False
-        )
-        parts.append(f"### {clause.number}. {clause.title}\n\n{text}\n\n{checks}")
-    return before + "\n\n".join(parts) + "\n\n" + _END + rest.partition(_END)[2]
+        text = _filled(f"{clause.text} *Why:* {clause.reason}")
+        checks = _filled(f"Checks: {names}.")
+        yield f"### {clause.number}. {clause.title}\n\n{text}\n\n{checks}"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ A call like an earlier one goes straight to the kernel.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moe_routing._call_cache import Matches
     from moe_routing._dispatch import Resolved
     from moe_routing.kernel import Prepared
+    from moe_routing.planning import RoutedPlan
     from moe_routing.reference.shadow import Health, Shadow
     from moe_routing_registry import ResolutionReport
 
@@ -173,6 +174,82 @@ class Router:
         except UNREADABLE:
             known = False
         return latest.route(operands) if known else self._dispatch(operands, topk, ids_dtype)  # type: ignore[union-attr] # known
+
+    def with_plan(  # noqa: PLR0913 -- the arguments of a call, and those of `plan`
+        self,
+        logits: Tensor,
+        topk: int | None = None,
+        per_expert_scale: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_table: Tensor | None = None,
+        num_valid_tokens: int | Tensor | None = None,
+        expert_map: Tensor | None = None,
+        ids_dtype: torch.dtype | None = None,
+        num_experts: int | None = None,
+        block: int | None = None,
+        capacity: int | None = None,
+        drop: Literal["last", "least_weight"] = "last",
+        masked: bool = False,
+        out: RoutedPlan | None = None,
+    ) -> RoutedPlan:
+        """Route, and plan the ids: a call of the router, then ``moe_routing.plan`` of its ids.
+
+        Padding, other ranks' experts and shared experts are planned as they stand in the ids.
+
+        :param num_experts: how many ids the plan knows. E + shared experts without an
+            ``expert_map``; with one it must be given, for its entries are not read on the host.
+        :param block: as in ``moe_routing.plan``, like ``capacity``, ``drop`` and ``masked``;
+            ``drop="least_weight"`` looks at the weights that are returned.
+        :param out: ``(weights, ids, plan)`` to write into.
+        :returns: ``RoutedPlan(weights, ids, plan)``.
+        :raises TypeError: an argument has the wrong type or dtype.
+        :raises ValueError: an argument has the wrong value, shape or device.
+        :raises BackendUnavailableError: no backend fits, or the one that was named does not.
+
+        >>> route = Router(RoutingSpec(family="topk_softmax", renormalize=True))
+        >>> routed = route.with_plan(torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]]), 2)
+        >>> routed.ids.tolist(), routed.plan.order.tolist(), routed.plan.offsets.tolist()
+        ([[1, 2], [0, 2]], [2, 0, 1, 3], [0, 1, 2, 4])
+        """
+        from moe_routing.planning import RoutedPlan
+        from moe_routing.planning.call import plan
+
+        if num_experts is None:
+            if expert_map is not None:
+                expected = "an int, how many physical experts there are, with an expert_map"
+                raise TypeError(refusal("num_experts", expected, None))
+            num_experts = _columns(logits) + self.spec.shared_experts
+        pair = planned = None
+        if out is not None:
+            if not isinstance(out, tuple) or len(out) != len(RoutedPlan._fields):
+                raise TypeError(refusal("out", "a RoutedPlan", out))
+            pair, planned = RoutingOutput(*out[:2]), out[2]
+        weights, ids = self(
+            logits,
+            topk,
+            per_expert_scale,
+            bias=bias,
+            token_ids=token_ids,
+            expert_table=expert_table,
+            num_valid_tokens=num_valid_tokens,
+            expert_map=expert_map,
+            ids_dtype=ids_dtype,
+            out=pair,
+        )
+        made = plan(
+            ids,
+            num_experts,
+            block=block,
+            capacity=capacity,
+            drop=drop,
+            weights=weights.detach() if drop == "least_weight" else None,
+            masked=masked,
+            backend=self._requested,
+            out=planned,
+        )
+        return RoutedPlan(weights, ids, made)
 
     def _dispatch(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
@@ -422,6 +499,11 @@ class Router:
             ids_dtype = torch.int32 if out is None else out.ids.dtype
         _check.check_operands(self.spec, operands, topk, ids_dtype, num_experts=self.num_experts)
         return operands, topk, ids_dtype
+
+
+def _columns(logits: object) -> int:
+    """Return E; 1 for what is no logits, which the call refuses by name."""
+    return logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 1
 
 
 def _rebuilt(

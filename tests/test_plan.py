@@ -220,7 +220,7 @@ def test_a_factory_that_fails_costs_only_its_backend(install):
 def test_doctor_says_who_plans():
     report = examine(device="cpu", checks=["backend"])
     (plans,) = [each for each in report["operations"] if each["name"] == "plan"]
-    assert plans["backends"] == ["torch-compile", "eager"]
+    assert plans["backends"] == ["triton", "triton-xpu", "torch-compile", "eager"]
     assert plans["devices"]["cpu"] == {
         "problem": "plan E=128 K=8 int32",
         "winner": "eager",

@@ -55,7 +55,9 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     ] = False,
     clause: Annotated[
         list[int] | None,
-        typer.Option(help="Only this clause of the contract (route: 0 to 15); repeatable."),
+        typer.Option(
+            help="Only this clause of the contract (route: 0 to 15, plan: 0 to 10); repeatable."
+        ),
     ] = None,
     seed: Annotated[
         int | None,

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from moe_routing.conformance.contract import Contract
     from moe_routing.conformance.quick import verify
     from moe_routing.conformance.runner import Report, Result, run
-    from moe_routing.conformance.suite import RouterConformance
+    from moe_routing.conformance.suite import PlanConformance, RouterConformance
 
 _HOME = {
     "Clause": ("moe_routing.conformance.clauses", "Clause"),
     "Contract": ("moe_routing.conformance.contract", "Contract"),
+    "PlanConformance": ("moe_routing.conformance.suite", "PlanConformance"),
     "Report": ("moe_routing.conformance.runner", "Report"),
     "Result": ("moe_routing.conformance.runner", "Result"),
     "RouterConformance": ("moe_routing.conformance.suite", "RouterConformance"),
@@ -25,7 +26,10 @@ _HOME = {
     "verify": ("moe_routing.conformance.quick", "verify"),
 }
 
-__all__ = ["Clause", "Contract", "Report", "Result", "RouterConformance", "run", "verify"]
+__all__ = [
+    "Clause", "Contract", "PlanConformance", "Report", "Result", "RouterConformance", "run",
+    "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 -- the TYPE_CHECKING block above holds the types

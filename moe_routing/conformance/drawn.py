@@ -44,9 +44,14 @@ def seeded(seed: int | None) -> Iterator[None]:
         _seed.reset(token)
 
 
+def current_seed() -> int:
+    """Return the seed of the block, or the process's own outside of one."""
+    return _seed.get()
+
+
 def cases(profile: Profile) -> Iterator[Case]:
     """Yield cases of every variant."""
-    seed = _seed.get()
+    seed = current_seed()
     numbers = random.Random(seed)  # noqa: S311 -- not a secret
     for variant in VARIANTS:
         for _ in range(_CASES[profile]):

@@ -1,4 +1,4 @@
-"""The pytest plug-in: the four options of ``pytest --pyargs moe_routing.conformance``.
+"""The pytest plug-in: the five options of ``pytest --pyargs moe_routing.conformance``.
 
 ``--moe-backend`` names the backend that is checked. Everybody who has this distribution installed
 loads this file in every run of pytest, so it imports next to nothing.
@@ -15,11 +15,21 @@ if TYPE_CHECKING:
     import pytest
 
 
+_FILES = {"test_named_backend.py": "route", "test_named_backend_plan.py": "plan"}
+"""The kit's own test files, and the operation that each is about."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--moe-backend``, ``--moe-device``, ``--moe-full`` and ``--moe-seed``."""
+    """Add the options."""
     group = parser.getgroup("moe-routing", "conformance of a routing backend (moe-routing)")
     group.addoption(
         "--moe-backend", metavar="NAME", help="the backend that moe_routing.conformance checks"
+    )
+    group.addoption(
+        "--moe-operation",
+        choices=sorted(_FILES.values()),
+        default="route",
+        help="the operation whose contract it is held to (default: route)",
     )
     group.addoption(
         "--moe-device", metavar="DEVICE", help="the device that it is checked on (default: cpu)"
@@ -49,8 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave the kit's own test file alone unless a backend is named."""
-    if collection_path.name != "test_named_backend.py" or config.getoption("--moe-backend"):
+    """Leave the kit's own test files alone, but the operation's if a backend is named."""
+    operation = _FILES.get(collection_path.name)
+    if operation is None or (
+        config.getoption("--moe-backend") and config.getoption("--moe-operation") == operation
+    ):
         return None
     return (
         True

@@ -1,4 +1,4 @@
-"""``RouterConformance``: the contract as a test class, a method a clause.
+"""``RouterConformance`` and ``PlanConformance``: a contract as a test class, a method a clause.
 
 Importing this imports neither torch nor pytest.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_routing.conformance.clauses import CLAUSES
+from moe_routing.conformance import clauses, plan_clauses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import pytest
 
@@ -21,17 +21,10 @@ if TYPE_CHECKING:
 _FAILED = "{id}\n{sentence}\n{message}"
 
 
-class RouterConformance:
-    """Subclass this in a test file, name a backend, and pytest runs the contract against it.
+class _Conformance:
+    """The contract of one operation as tests; ``RouterConformance`` says how it is used."""
 
-    :cvar backend: the backend's name; without one, the option ``--moe-backend`` says.
-    :cvar device: the device, ``"cpu"`` unless this or ``--moe-device`` says otherwise.
-    :cvar profile: ``"quick"``, ``"smoke"`` or ``"full"``; the option ``--moe-full`` overrides it.
-
-    A check that the backend declines, that its ``gaps`` excuse, or that makes no sense on the
-    device, is a skip with the reason; ``moe-routing conformance`` writes the same into a report.
-    """
-
+    operation: ClassVar[str]
     backend: ClassVar[str] = ""
     device: ClassVar[str] = ""
     profile: ClassVar[Profile] = "quick"
@@ -48,18 +41,19 @@ class RouterConformance:
             )
             raise ValueError(message)
         from moe_routing.conformance import drawn
-        from moe_routing.conformance.checks import ROUTE
+        from moe_routing.conformance.contract import contract_of
         from moe_routing.conformance.runner import NotUsableError, backend_under_test
 
         device = cls.device or option("--moe-device", default=None) or "cpu"
         under_test = backend_under_test(backend, device)
-        rejection = under_test.why_not(ROUTE.problems())
+        contract = contract_of(cls.operation)
+        rejection = under_test.why_not(contract.problems())
         if rejection is not None:
             raise NotUsableError(under_test, rejection)
         profile: Profile = "full" if option("--moe-full", default=False) else cls.profile
         clause = int(metafunc.function.__name__.split("_")[1])
         with drawn.seeded(option("--moe-seed", default=None)):
-            items = [item for item in ROUTE.items(profile) if item.check.clause == clause]
+            items = [item for item in contract.items(profile) if item.check.clause == clause]
         names = [f"{item.id}-{backend}-{device}" for item in items]
         metafunc.parametrize(
             ("item", "under_test"), [(item, (backend, device)) for item in items], ids=names
@@ -82,20 +76,46 @@ class RouterConformance:
             pytest.skip(f"{result.status}: {result.message}")
 
 
-def _method(clause: Clause) -> Callable[[RouterConformance, Item, tuple[str, str]], None]:
+def _method(clause: Clause) -> Callable[[_Conformance, Item, tuple[str, str]], None]:
     """Return the test method of a clause.
 
     Pytest names a test by the function, so each clause has its own.
     """
 
-    def test(self: RouterConformance, item: Item, under_test: tuple[str, str]) -> None:
+    def test(self: _Conformance, item: Item, under_test: tuple[str, str]) -> None:
         self._hold(item, under_test)
 
     test.__name__ = f"test_{clause.number:02d}_{clause.name}"
-    test.__qualname__ = f"RouterConformance.{test.__name__}"
     test.__doc__ = clause.rule
     return test
 
 
-for _clause in CLAUSES.values():
-    setattr(RouterConformance, f"test_{_clause.number:02d}_{_clause.name}", _method(_clause))
+class RouterConformance(_Conformance):
+    """Subclass this in a test file, name a backend, and pytest runs the contract against it.
+
+    :cvar backend: the backend's name; without one, the option ``--moe-backend`` says.
+    :cvar device: the device, ``"cpu"`` unless this or ``--moe-device`` says otherwise.
+    :cvar profile: ``"quick"``, ``"smoke"`` or ``"full"``; the option ``--moe-full`` overrides it.
+
+    A check that the backend declines, that its ``gaps`` excuse, or that makes no sense on the
+    device, is a skip with the reason; ``moe-routing conformance`` writes the same into a report.
+    """
+
+    operation = "route"
+
+
+class PlanConformance(_Conformance):
+    """The same for the operation ``plan``: subclass it, and name a backend."""
+
+    operation = "plan"
+
+
+def _add_methods(suite: type[_Conformance], contents: Mapping[int, Clause]) -> None:
+    for clause in contents.values():
+        method = _method(clause)
+        method.__qualname__ = f"{suite.__name__}.{method.__name__}"
+        setattr(suite, method.__name__, method)
+
+
+_add_methods(RouterConformance, clauses.CLAUSES)
+_add_methods(PlanConformance, plan_clauses.CLAUSES)

@@ -1,7 +1,8 @@
-"""The backend under test on one device, used as users use it: through ``get_router``."""
+"""The backend under test on one device, used as users use it."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from moe_routing.reference.compare import compare
 from moe_routing_registry import BackendUnavailableError, RejectCode, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -108,10 +109,16 @@ class BackendUnderTest:
         poison.weights.fill_(torch.nan)
         poison.ids.fill_(-7)
         del poison
-        try:
+        with self.declining():
             return self.router(call.spec)(
                 call.logits, call.topk, ids_dtype=call.ids_dtype, out=out, **call.operands
             )
+
+    @contextlib.contextmanager
+    def declining(self) -> Iterator[None]:
+        """Raise ``DeclinedError`` for a call inside the block that the backend declines."""
+        try:
+            yield
         except BackendUnavailableError as error:
             rejection = error.report.rejection(self.backend)
             if rejection is None or rejection.verdict.code not in GAP_OF:

@@ -30,17 +30,13 @@ def plan(
     """
     num_experts, shape = problem.num_experts, ids.shape
     ids = ids.reshape(-1)
-    # A narrow key, for integer sorts take time by its bytes; E stands for no expert.
-    narrow = torch.uint8 if num_experts <= _MOST_IN_BYTES else torch.int16
-    keys = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(narrow)
+    keys = _keys(ids, num_experts)
     num_dropped = None
     if problem.drop != "nothing":
         assert capacity is not None  # noqa: S101 -- for mypy: a problem that drops has one
-        kept = _without_dropped(
+        keys, num_dropped = _without_dropped(
             keys, num_experts, capacity, weights if problem.drop == "least_weight" else None
         )
-        num_dropped = (keys != kept).sum(dtype=torch.int32).reshape(1)
-        keys = kept
     order, sorted_keys, starts = _by_expert(keys, num_experts)
     counts = starts.diff()
     if problem.layout == "sorted":
@@ -54,7 +50,8 @@ def plan(
         length = num_experts * capacity
     else:
         blocks = (counts + (problem.block - 1)) // problem.block
-        offsets = torch.nn.functional.pad(blocks.cumsum(0) * problem.block, (1, 0))
+        ends = blocks.cumsum(0) * problem.block
+        offsets = torch.nn.functional.pad(ends, (1, 0))
         length = places(len(order), num_experts, problem.block)
     expert = sorted_keys.long()
     place = offsets[expert] - starts[expert] + torch.arange(len(order), device=ids.device)
@@ -68,7 +65,7 @@ def plan(
         padded = padded.view(num_experts, -1)
     else:
         first = torch.arange(0, length, problem.block, device=ids.device)
-        found = torch.searchsorted(offsets[1:], first, right=True)
+        found = torch.searchsorted(ends, first, right=True)
         block_experts = torch.where(found == num_experts, -1, found).int()
     return DispatchPlan(
         padded.int(), inverse, counts.int(), offsets.int(), block_experts, num_dropped
@@ -88,6 +85,24 @@ def places(pairs: int, num_experts: int, block: int) -> int:
     return pairs + fewer * (block - 1)
 
 
+def without_least_weight(
+    problem: PlanProblem, ids: Tensor, capacity: int, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the ids, with E for the pairs of least weight beyond a capacity, and their number.
+
+    What remains fits the capacity.
+    """
+    keys = _keys(ids.reshape(-1), problem.num_experts)
+    kept, num_dropped = _without_dropped(keys, problem.num_experts, capacity, weights)
+    return kept.to(ids.dtype).view(ids.shape), num_dropped
+
+
+def _keys(ids: Tensor, num_experts: int) -> Tensor:
+    """Return the expert of each pair, E for none, as narrow as a sort is fastest."""
+    narrow = torch.uint8 if num_experts <= _MOST_IN_BYTES else torch.int16
+    return torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(narrow)
+
+
 def _by_expert(keys: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the pairs by ascending key, their keys, and where each of the keys 0 to E begins."""
     sorted_keys, order = torch.sort(keys, stable=True)
@@ -101,8 +116,8 @@ def _scattered(order: Tensor, values: Tensor) -> Tensor:
 
 def _without_dropped(
     keys: Tensor, num_experts: int, capacity: int, weights: Tensor | None
-) -> Tensor:
-    """Return the keys, with no expert for the pairs beyond its capacity.
+) -> tuple[Tensor, Tensor]:
+    """Return the keys, with no expert for the pairs beyond its capacity, and how many those are.
 
     :param weights: if given, an expert's pairs count by descending weight, equal ones by token and
         slot, and NaN last.
@@ -114,4 +129,5 @@ def _without_dropped(
     order, sorted_keys, starts = _by_expert(keys if first is None else keys[first], num_experts)
     rank = torch.arange(len(order), device=keys.device) - starts[sorted_keys.long()]
     kept = torch.where(rank < capacity, sorted_keys, num_experts)
-    return torch.empty_like(keys).scatter(0, order if first is None else first[order], kept)
+    made = torch.empty_like(keys).scatter(0, order if first is None else first[order], kept)
+    return made, (keys != made).sum(dtype=torch.int32).reshape(1)

@@ -38,6 +38,14 @@ class DispatchPlan(NamedTuple):
     num_dropped: Tensor | None = None
 
 
+class RoutedPlan(NamedTuple):
+    """What ``Router.with_plan`` returns: weights, ids, and the plan of the ids."""
+
+    weights: Tensor
+    ids: Tensor
+    plan: DispatchPlan
+
+
 class PlanKernel(Protocol):
     """A kernel for one ``PlanProblem`` on one device, for any number of tokens T >= 1.
 

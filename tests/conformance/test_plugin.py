@@ -41,7 +41,7 @@ def test_the_plugin_and_the_class_import_no_torch():
     loaded = python("""
         import sys
         import moe_routing.conformance.pytest_plugin
-        from moe_routing.conformance import RouterConformance
+        from moe_routing.conformance import PlanConformance, RouterConformance
         heavy = ("torch", "numpy", "pytest", "moe_routing_registry")
         print([name for name in heavy if name in sys.modules])
     """)
@@ -63,18 +63,23 @@ def test_a_pytest_run_of_somebody_else_imports_no_torch(tmp_path):
     assert ran.returncode == 0, ran.stdout
 
 
-def test_the_kits_own_file_is_left_alone_without_a_backend(tmp_path):
+def test_the_kits_own_files_are_left_alone_without_a_backend_and_for_other_operations(tmp_path):
     class Config:
-        backend = None
+        backend, operation = None, "route"
 
         def getoption(self, name):
-            assert name == "--moe-backend"
-            return self.backend
+            return {"--moe-backend": self.backend, "--moe-operation": self.operation}[name]
 
     config = Config()
     ours = tmp_path / "moe_routing" / "conformance" / "test_named_backend.py"
+    plans = ours.with_name("test_named_backend_plan.py")
     assert plugin.pytest_ignore_collect(ours, config) is True
+    assert plugin.pytest_ignore_collect(plans, config) is True
     assert plugin.pytest_ignore_collect(tmp_path / "test_named_backend.py", config) is None
     assert plugin.pytest_ignore_collect(ours.with_name("test_other.py"), config) is None
     config.backend = "eager"
     assert plugin.pytest_ignore_collect(ours, config) is None
+    assert plugin.pytest_ignore_collect(plans, config) is True
+    config.operation = "plan"
+    assert plugin.pytest_ignore_collect(ours, config) is True
+    assert plugin.pytest_ignore_collect(plans, config) is None

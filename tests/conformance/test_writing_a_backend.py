@@ -136,6 +136,16 @@ def test_the_page_s_python_routes_through_the_example(acme, shell):
 
 @pytest.mark.slow
 @pytest.mark.network
+def test_the_example_plans(acme, shell):
+    assert acme
+    conformance, suite, plan = (shell.done(command) for command in commands(blocks("console")[2]))
+    assert "acme conforms" in conformance
+    assert " passed" in suite
+    assert plan.strip() == "tensor([1, 0, 2, 3], dtype=torch.int32)"
+
+
+@pytest.mark.slow
+@pytest.mark.network
 def test_the_example_s_benchmark_prints_a_line_for_every_size(acme, shell):
     assert acme
     shutil.copy(EXAMPLE / "benchmark.py", shell.directory)

@@ -67,7 +67,9 @@ def test_the_backward_kernel_does_not_compile_either_and_its_warmup_is_one_for_t
 
 def test_a_kernel_that_is_compiled_may_be_launched_while_a_graph_is_captured(monkeypatch):
     kernels = launcher.Compiled(
-        RoutingProblem(spec=SIGMOID, num_experts=8, topk=2, dtype="float32"), torch.device("cpu")
+        RoutingProblem(spec=SIGMOID, num_experts=8, topk=2, dtype="float32"),
+        torch.device("cpu"),
+        lambda key: f"compile {key}",
     )
     kernels.launchers["key",] = lambda *_: None
     monkeypatch.setattr(launcher, "capturing", lambda: True)

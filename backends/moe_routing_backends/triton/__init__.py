@@ -9,6 +9,7 @@ target of both, for those who name them.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from moe_routing_registry import (
     BackendSpec,
@@ -33,11 +34,16 @@ BATTLEMAGE = DeviceInfo(type="xpu", platform="xpu", arch="bmg-g21", warp_sizes=(
 """In the interpreter the kernels are launched as on these."""
 
 
-def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
+def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of either operation
     """Accept what the kernels take, where Triton can run them.
 
     A Triton for this platform must be installed, or interpret on this CPU.
     """
+    verdict = _triton_runs(device)
+    return verdict if not verdict or problem.operation != "route" else _routes(problem)
+
+
+def _triton_runs(device: DeviceInfo) -> Verdict:
     if triton_interprets() and device.platform != "cpu":
         reason = (
             f"{INTERPRETER} is set: Triton interprets kernels on the CPU, "
@@ -53,6 +59,10 @@ def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
             f"needs a Triton that compiles for {device.platform}: {detail}",
             toolchain.fix if toolchain and toolchain.fix else "pip install 'moe-routing[triton]'",
         )
+    return Verdict.yes()
+
+
+def _routes(problem: RoutingProblem) -> Verdict:
     if problem.dtype not in DTYPES:
         return Verdict.no(
             RejectCode.DTYPE, f"takes logits of {', '.join(DTYPES)}, not {problem.dtype}"
@@ -65,7 +75,7 @@ def supports(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
     return knows_score(problem)
 
 
-def supports_xpu(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
+def supports_xpu(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- likewise
     """Accept the same, on an Intel GPU whose sub-groups are those of the launch table."""
     if device.platform == "xpu" and not {16, 32} <= set(device.warp_sizes):
         has = ", ".join(map(str, device.warp_sizes)) or "none that torch knows of"
@@ -76,21 +86,30 @@ def supports_xpu(problem: RoutingProblem, device: DeviceInfo) -> Verdict:
 
 
 def notes(
-    problem: RoutingProblem, device: DeviceInfo, *, interpreted_as: DeviceInfo = HOPPER
+    problem: Any,  # noqa: ANN401 -- of either operation
+    device: DeviceInfo,
+    *,
+    interpreted_as: DeviceInfo = HOPPER,
 ) -> tuple[str, ...]:
-    """Say which launch table applies to the problem, and how its numbers came about.
+    """Say which launch parameters apply to the problem, and how they came about.
 
     On a CPU, say also that Triton interprets the kernels.
     """
-    from moe_routing_backends.triton.tuning.choose import describe_table
+    if problem.operation == "plan":
+        from moe_routing_backends.triton.planning.launches import MEASURED
 
+        said = MEASURED
+    else:
+        from moe_routing_backends.triton.tuning.choose import describe_table
+
+        said = describe_table(interpreted_as if device.platform == "cpu" else device, problem)
     if device.platform != "cpu":
-        return (describe_table(device, problem),)
+        return (said,)
     what = (
         "Triton's interpreter runs the kernels on the CPU, a program after another: "
         "to look into them, not for speed"
     )
-    return (what, describe_table(interpreted_as, problem))
+    return (what, said)
 
 
 @hookimpl
@@ -100,7 +119,10 @@ def moe_routing_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="triton",
-            factories={"route": "moe_routing_backends.triton.runtime.router:build"},
+            factories={
+                "route": "moe_routing_backends.triton.runtime.router:build",
+                "plan": "moe_routing_backends.triton.planning.planner:build",
+            },
             targets=(
                 Target("cuda", min_capability=(8, 0)),
                 Target("rocm", archs=GFX),
@@ -114,7 +136,10 @@ def moe_routing_backends() -> list[BackendSpec]:
         ),
         BackendSpec(
             name="triton-xpu",
-            factories={"route": "moe_routing_backends.triton.runtime.router:build_for_xpu"},
+            factories={
+                "route": "moe_routing_backends.triton.runtime.router:build_for_xpu",
+                "plan": "moe_routing_backends.triton.planning.planner:build",
+            },
             targets=(Target("xpu"), *interpreter),
             priority=100,
             supports=supports_xpu,

@@ -3,22 +3,18 @@
 The registry imports this file to choose, so it imports neither torch nor numba.
 """
 
-from moe_routing_registry import (
-    BackendSpec,
-    DeviceInfo,
-    RejectCode,
-    RoutingProblem,
-    Target,
-    Verdict,
-    hookimpl,
-)
+from typing import Any
+
+from moe_routing_registry import BackendSpec, DeviceInfo, RejectCode, Target, Verdict, hookimpl
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 SELECTIONS = ("logits", "scores_plus_bias", "logits_plus_bias")
 
 
-def supports(problem: RoutingProblem, _device: DeviceInfo) -> Verdict:
+def supports(problem: Any, _device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of either operation
     """Say whether this backend can build the problem; cheap, and asked once for each problem."""
+    if problem.operation == "plan":
+        return Verdict.yes()
     spec = problem.spec
     if spec.score not in SCORES or spec.selection not in SELECTIONS:
         return Verdict.no(
@@ -37,7 +33,10 @@ def moe_routing_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="acme",
-            factories={"route": "moe_routing_acme.kernel:build"},
+            factories={
+                "route": "moe_routing_acme.kernel:build",
+                "plan": "moe_routing_acme.plan:build",
+            },
             targets=(Target("cpu"),),
             requirements=("numba>=0.61",),
             supports=supports,

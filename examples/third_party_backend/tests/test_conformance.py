@@ -1,9 +1,15 @@
 """The contract, run by `pytest`."""
 
-from moe_routing.conformance import RouterConformance
+from moe_routing.conformance import PlanConformance, RouterConformance
 
 
 class TestAcme(RouterConformance):
     """All sixteen clauses, each a test method of the class above."""
+
+    backend = "acme"
+
+
+class TestAcmePlans(PlanConformance):
+    """The clauses of the operation `plan`."""
 
     backend = "acme"

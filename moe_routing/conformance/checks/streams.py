@@ -47,7 +47,7 @@ def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, 
     second.logits = first.logits.flip(1).clone()
     under_test.route(first)  # whatever is built, is built now
     live = first.logits.clone()
-    with _side_stream(under_test.device) as sleep:
+    with side_stream(under_test.device) as sleep:
         routed = []
         for call in (first, second):
             sleep()
@@ -58,7 +58,7 @@ def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, 
 
 
 @contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[Any]:
+def side_stream(device: torch.device) -> Iterator[Any]:
     """Enter another stream of the device, where it has streams.
 
     What it yields keeps the stream busy for a while.
@@ -133,7 +133,7 @@ def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Cas
 @check(12, _sets.of_every_family, capability="several_devices")
 def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None:
     """Tensors on another device than the current one are routed there."""
-    here, there = _two_devices(under_test)
+    here, there = two_devices(under_test)
     on_each = [
         BackendUnderTest(under_test.backend, device).check(case.make(device))
         for device in (here, there)
@@ -153,7 +153,7 @@ def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Ca
 
     Each device has logits of its own, and calls with and without outputs to write into.
     """
-    calls = [case.make(device) for device in _two_devices(under_test)]
+    calls = [case.make(device) for device in two_devices(under_test)]
     calls[1] = replace(calls[1], logits=calls[1].logits.flip(1))
     for call in calls:
         BackendUnderTest(under_test.backend, call.logits.device).route(call)
@@ -179,7 +179,7 @@ def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Ca
     require(torch.accelerator.current_device_index() == 0, "the current device was changed")
 
 
-def _two_devices(under_test: BackendUnderTest) -> tuple[torch.device, torch.device]:
+def two_devices(under_test: BackendUnderTest) -> tuple[torch.device, torch.device]:
     """Return the first two devices, and make the first the current one."""
     if under_test.device.type == "cpu" or torch.accelerator.device_count() < 2:  # noqa: PLR2004 -- another one
         msg = "needs a second device"

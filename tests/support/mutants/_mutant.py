@@ -7,7 +7,7 @@ names the check that must catch it; ``tests/conformance/test_mutants.py`` holds 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from moe_routing.reference import oracle
 from moe_routing_registry import ANY, BackendSpec, Target, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -92,6 +92,8 @@ class Mutant:
     :ivar saying: regular expression of what the check must say: that a mutant crashes proves
         nothing.
     :ivar variants: the variants whose cases are enough to catch it; all of them where empty.
+    :ivar operation: what the factory builds kernels of.
+    :ivar gaps: those of its spec.
     """
 
     factory: Callable[[RoutingProblem, DeviceInfo], Any]
@@ -100,6 +102,8 @@ class Mutant:
     variants: tuple[str, ...] = ()
     supports: Callable[[RoutingProblem, DeviceInfo], Verdict] | None = None
     only_on: str = ""
+    operation: str = "route"
+    gaps: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -136,9 +140,10 @@ def registered(mutant: Mutant) -> Iterator[str]:
     """
     spec = BackendSpec(
         name=mutant.name,
-        factories={"route": f"{mutant.factory.__module__}:{mutant.factory.__name__}"},
+        factories={mutant.operation: f"{mutant.factory.__module__}:{mutant.factory.__name__}"},
         targets=(Target(ANY),),
         supports=mutant.supports,
+        gaps=mutant.gaps,
     )
     registry().register(spec)
     try:

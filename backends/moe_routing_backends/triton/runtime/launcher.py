@@ -19,10 +19,12 @@ from moe_routing_backends.triton.runtime.xpu import launch_options
 from moe_routing_registry.locks import ForkSafeLock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from moe_routing.private_api import Launcher
-    from moe_routing_registry import RoutingProblem
+    from moe_routing_registry import Problem
 
 ALIGNMENT = 16
 """Bytes of the widest load."""
@@ -57,12 +59,18 @@ class Compiled:
     :ivar indirect: why launches take the slow way, or ``""``.
     """
 
-    def __init__(self, problem: RoutingProblem, device: torch.device) -> None:
-        """Begin with nothing compiled."""
+    def __init__(
+        self, problem: Problem, device: torch.device, advice: Callable[[tuple[Any, ...]], str]
+    ) -> None:
+        """Begin with nothing compiled.
+
+        :param advice: says what to do before a CUDA graph is captured, given a launcher's key.
+        """
         self.launchers: dict[tuple[Any, ...], Launcher] = {}
         self.indirect = ""
         self._problem = problem
         self._device = device
+        self._advice = advice
 
     def launch_and_keep(  # noqa: PLR0913, PLR0917 -- what a launch is
         self,
@@ -82,20 +90,16 @@ class Compiled:
         :raises RuntimeError: the kernel is not compiled, and a CUDA graph is being captured.
         """
         if key not in self.launchers and capturing():
-            problem, device = self._problem, self._device
-            training = ", training=True" if key[0] == "backward" else ""
             msg = (
-                f"moe-routing's Triton kernel for {problem} is not compiled yet, and nothing "
-                "compiles while a CUDA graph is captured: before the capture, call "
-                f"route.warmup({problem.num_experts}, {problem.topk}, "
-                f"dtype=torch.{problem.dtype}, device='{device}'{training}), "
-                "or route inputs of the same kind once"
+                f"moe-routing's Triton kernel for {self._problem} is not compiled yet, and nothing "
+                f"compiles while a CUDA graph is captured: before the capture, {self._advice(key)}"
             )
             raise RuntimeError(msg)
         if is_profiling():
-            # The range names what the kernel's own name does not: the family, for a profiler of
-            # PyTorch and for NVTX.
-            with torch.profiler.record_function(f"moe_routing::{self._problem.spec.family}"):
+            # The range names what the kernel's own name does not, the family or the operation,
+            # for a profiler of PyTorch and for NVTX.
+            name = self._problem.family or self._problem.operation
+            with torch.profiler.record_function(f"moe_routing::{name}"):
                 self._launch(
                     key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl=pdl
                 )

@@ -90,7 +90,7 @@ class TritonRouter:
         self._limits = [s.tokens for s in steps[:-1]]
         self._launches = [s.launch for s in steps]
         self._pdl = supports_pdl(device)
-        self._compiled = Compiled(problem, self._device)
+        self._compiled = Compiled(problem, self._device, self._advice)
         self._ready = self._compiled.launchers
         self._gradient = Gradient(problem, self._index, self._compiled)
 
@@ -174,6 +174,15 @@ class TritonRouter:
             ),
         )  # fmt: skip
         return out
+
+    def _advice(self, key: tuple[Any, ...]) -> str:
+        problem = self._problem
+        training = ", training=True" if key[0] == "backward" else ""
+        return (
+            f"call route.warmup({problem.num_experts}, {problem.topk}, "
+            f"dtype=torch.{problem.dtype}, device='{self._device}'{training}), "
+            "or route inputs of the same kind once"
+        )
 
     def _choose(self, tokens: int, *, aligned: bool) -> tuple[int, Launch]:
         step = bisect_left(self._limits, tokens)

@@ -1,0 +1,1 @@
+"""The operation ``plan`` on Triton."""

@@ -1,0 +1,403 @@
+"""The kernels of ``plan``: counting pairs by expert, and giving each pair its place.
+
+Pairs are counted and placed in blocks of consecutive pairs, one a program. A pair's place is the
+first place of its expert, plus the expert's pairs in the blocks before, plus those before it in its
+own block. No sum depends on the order in which programs run, so a plan has the same bits for every
+launch.
+
+With few pairs every program counts all of them by itself (``moe_routing_plan``): that is faster
+than a second launch. With more, a first launch counts each block (``moe_routing_plan_count``), and
+each program of the last adds up the counts that it needs (``moe_routing_plan_place``). With many
+that sum is a launch of its own (``moe_routing_plan_scan``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
+from moe_routing_backends.triton.kernels.spec import next_power_of_two
+
+if TYPE_CHECKING:
+    from moe_routing.planning import PlanProblem
+
+
+NARROWEST = 16
+"""Shortest vector over experts."""
+NOT_SPECIALIZED = (
+    "ids", "partial", "within", "order", "inverse", "counts", "offsets", "block_experts",
+    "num_dropped", "pairs", "length", "blocks", "groups", "capacity", "row_stride", "slot_stride",
+)  # fmt: skip
+"""Arguments whose value or alignment must not select another compiled kernel: all of them."""
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """What a kernel is compiled for: one compile-time constant, like ``KernelSpec``.
+
+    :ivar width: the length of vectors over experts: a power of two, at least ``NARROWEST`` and E.
+    :ivar levels: its logarithm.
+    :ivar block: 0 except in the layout in blocks.
+    :ivar drops: what is beyond an expert's capacity has no place.
+    """
+
+    num_experts: int
+    width: int
+    levels: int
+    topk: int
+    block: int
+    masked: bool
+    drops: bool
+
+    @property
+    def value(self) -> PlanSpec:
+        """Return itself: the interpreter passes constants as they are, not as ``tl.constexpr``."""
+        return self
+
+
+def plan_spec(problem: PlanProblem) -> PlanSpec:
+    """Return the constant for a problem."""
+    width = max(NARROWEST, next_power_of_two(problem.num_experts))
+    return PlanSpec(
+        num_experts=problem.num_experts,
+        width=width,
+        levels=width.bit_length() - 1,
+        topk=problem.topk,
+        block=problem.block if problem.layout == "blocks" else 0,
+        masked=problem.layout == "masked",
+        drops=problem.drop == "last",
+    )
+
+
+@triton.jit
+def expert_of_pair(
+    ids, pair, inside, row_stride, slot_stride, SPEC: tl.constexpr, FLAT: tl.constexpr
+):
+    """Load the expert of each pair: E for an id outside [0, E), and where ``inside`` is false."""
+    E: tl.constexpr = SPEC.value.num_experts
+    K: tl.constexpr = SPEC.value.topk
+    if FLAT:
+        at = pair.to(tl.int64)
+    else:
+        at = (pair // K).to(tl.int64) * row_stride + (pair % K) * slot_stride
+    loaded = tl.load(ids + at, mask=inside, other=-1)
+    return tl.where((loaded >= 0) & (loaded < E), loaded, E).to(tl.int32)
+
+
+@triton.jit
+def counted(expert, SPEC: tl.constexpr):
+    """Count the pairs of each expert: ``[width]``."""
+    E: tl.constexpr = SPEC.value.num_experts
+    WIDTH: tl.constexpr = SPEC.value.width
+    return tl.histogram(expert, WIDTH, mask=expert < E)
+
+
+@triton.jit
+def laid_out(count, capacity, SPEC: tl.constexpr):
+    """Return for each expert the pairs that have a place, its first place, and its end."""
+    E: tl.constexpr = SPEC.value.num_experts
+    WIDTH: tl.constexpr = SPEC.value.width
+    BLOCK: tl.constexpr = SPEC.value.block
+    kept = count
+    if SPEC.value.drops:
+        kept = tl.minimum(count, capacity)
+    if SPEC.value.masked:
+        expert = tl.arange(0, WIDTH)
+        start = tl.minimum(expert, E) * capacity
+        return kept, start, tl.minimum(expert + 1, E) * capacity
+    else:
+        size = kept
+        if BLOCK > 0:
+            size = (kept + (BLOCK - 1)) // BLOCK * BLOCK
+        end = tl.cumsum(size, axis=0)
+        return kept, end - size, end
+
+
+@triton.jit
+def expert_of_place(end, place, SPEC: tl.constexpr):
+    """Return how many experts end at or before each place, which is its expert: a binary search."""
+    LEVELS: tl.constexpr = SPEC.value.levels
+    low = tl.zeros_like(place)
+    for level in tl.static_range(LEVELS):
+        step = 1 << (LEVELS - 1 - level)
+        low = tl.where(tl.gather(end, low + (step - 1), axis=0) <= place, low + step, low)
+    return tl.where(tl.gather(end, low, axis=0) <= place, low + 1, low)
+
+
+@triton.jit
+def fill_the_rest(
+    order,
+    counts,
+    offsets,
+    block_experts,
+    num_dropped,
+    count,
+    kept,
+    start,
+    end,
+    pairs,
+    length,
+    blocks,
+    SPEC: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write what no pair writes: counts, offsets, and in layouts with empty places those."""
+    E: tl.constexpr = SPEC.value.num_experts
+    WIDTH: tl.constexpr = SPEC.value.width
+    BLOCK: tl.constexpr = SPEC.value.block
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    expert = tl.arange(0, WIDTH)
+    if program == 0:
+        tl.store(counts + expert, kept, mask=expert < E)
+        tl.store(offsets + expert, start, mask=expert < E)
+        tl.store(offsets + expert + 1, end, mask=expert == E - 1)
+        if SPEC.value.drops:
+            tl.store(num_dropped, tl.sum(count - kept, axis=0))
+    if SPEC.value.masked or BLOCK > 0:
+        lane = tl.arange(0, TILE)
+        # Tiles are counted, and not places, whose sum with a stride may exceed int32.
+        for tile in range(program, (length - 1) // TILE + 1, programs):
+            first = tile * TILE
+            inside = lane < length - first
+            place = first + tl.where(inside, lane, 0)
+            found = expert_of_place(end, place, SPEC)
+            at = tl.minimum(found, WIDTH - 1)
+            used = tl.gather(start, at, axis=0) + tl.gather(kept, at, axis=0)
+            empty = (found >= E) | (place >= used)
+            tl.store(order + place, pairs + tl.zeros_like(place), mask=inside & empty)
+    if BLOCK > 0:
+        lane = tl.arange(0, TILE)
+        for tile in range(program, (blocks - 1) // TILE + 1, programs):
+            inside = lane < blocks - tile * TILE
+            number = tile * TILE + tl.where(inside, lane, 0)
+            found = expert_of_place(end, number * BLOCK, SPEC)
+            tl.store(block_experts + number, tl.where(found < E, found, -1), mask=inside)
+
+
+@triton.jit
+def rank_among(expert):
+    """Return how many pairs before each one, of these, have its expert."""
+    # [j, i] with j before i. Neighbouring threads hold neighbouring i, so that each thread adds up
+    # its own j, and no sum crosses threads.
+    lane = tl.arange(0, expert.shape[0])
+    earlier = lane[:, None] < lane[None, :]
+    same = (expert[:, None] == expert[None, :]) & earlier
+    return tl.sum(same.to(tl.int32), axis=0)
+
+
+@triton.jit
+def place_pairs(
+    order,
+    inverse,
+    expert,
+    rank,
+    pair,
+    inside,
+    before,
+    pairs_before,
+    start,
+    total,
+    pairs,
+    capacity,
+    SPEC: tl.constexpr,
+):
+    """Give some consecutive pairs their places.
+
+    :param rank: of each pair among these, by ``rank_among``.
+    :param before: the pairs of each expert among the ``pairs_before`` pairs before these.
+    :param total: the places of all experts.
+    """
+    E: tl.constexpr = SPEC.value.num_experts
+    WIDTH: tl.constexpr = SPEC.value.width
+    at = tl.minimum(expert, WIDTH - 1)
+    placed = inside & (expert < E)
+    if SPEC.value.drops:
+        in_expert = tl.gather(before, at, axis=0) + rank
+        placed = placed & (in_expert < capacity)
+        place = tl.gather(start, at, axis=0) + in_expert
+    else:
+        place = tl.gather(start + before, at, axis=0) + rank
+    if SPEC.value.masked or SPEC.value.block > 0:
+        tl.store(order + place, pair, mask=placed)
+        tl.store(inverse + pair, tl.where(placed, place, -1), mask=inside)
+    else:
+        # Only if some pair of all has no place are there sums over threads.
+        if total < pairs:
+            without = (inside & (placed == 0)).to(tl.int32)
+            kept = before
+            if SPEC.value.drops:
+                kept = tl.minimum(before, capacity)
+            behind = total + pairs_before - tl.sum(kept, axis=0)
+            place = tl.where(placed, place, behind + tl.cumsum(without, axis=0) - without)
+        tl.store(order + place, pair, mask=inside)
+        tl.store(inverse + pair, place, mask=inside)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def moe_routing_plan(
+    ids, order, inverse, counts, offsets, block_experts, num_dropped,
+    pairs, length, blocks, capacity, row_stride, slot_stride,
+    SPEC: tl.constexpr, FLAT: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+    SEVERAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Plan in one launch: ``SIZE`` pairs a program, which counts all pairs, ``TILE`` at a time."""
+    E: tl.constexpr = SPEC.value.num_experts
+    WIDTH: tl.constexpr = SPEC.value.width
+    first = tl.program_id(0) * SIZE
+    lane = tl.arange(0, SIZE)
+    inside = lane < pairs - first
+    pair = first + tl.where(inside, lane, 0)
+    launch_dependents(PDL)
+    grid_dependency_wait(PDL)
+    expert = expert_of_pair(ids, pair, inside, row_stride, slot_stride, SPEC, FLAT)
+    before = tl.zeros([WIDTH], tl.int32)
+    if SEVERAL:
+        count = tl.zeros([WIDTH], tl.int32)
+        other = tl.arange(0, TILE)
+        for tile in range(0, pairs, TILE):
+            here = other < pairs - tile
+            its = tile + tl.where(here, other, 0)
+            its_expert = expert_of_pair(ids, its, here, row_stride, slot_stride, SPEC, FLAT)
+            count += counted(its_expert, SPEC)
+            before += counted(tl.where(its < first, its_expert, E), SPEC)
+    else:
+        count = counted(expert, SPEC)
+    kept, start, end = laid_out(count, capacity, SPEC)
+    total = tl.max(end, axis=0)
+    place_pairs(
+        order, inverse, expert, rank_among(expert), pair, inside, before, first, start, total,
+        pairs, capacity, SPEC,
+    )  # fmt: skip
+    fill_the_rest(
+        order, counts, offsets, block_experts, num_dropped, count, kept, start, end,
+        pairs, length, blocks, SPEC, TILE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def moe_routing_plan_count(
+    ids, partial, within, pairs, row_stride, slot_stride,
+    SPEC: tl.constexpr, FLAT: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Count the pairs of ``GROUP`` blocks of ``SIZE`` pairs: ``partial [groups, width]``.
+
+    In ``within [blocks, width]`` it writes the counts of the blocks of the group before each one.
+    """
+    WIDTH: tl.constexpr = SPEC.value.width
+    column = tl.arange(0, WIDTH)
+    lane = tl.arange(0, SIZE)
+    block = tl.program_id(0) * GROUP
+    first = block * SIZE
+    # In this order, no later launch of the plan begins before the ids are there: they may be read
+    # there ahead of the wait.
+    grid_dependency_wait(PDL)
+    launch_dependents(PDL)
+    inside = lane < pairs - first
+    expert = expert_of_pair(
+        ids, first + tl.where(inside, lane, 0), inside, row_stride, slot_stride, SPEC, FLAT
+    )
+    count = tl.zeros([WIDTH], tl.int32)
+    for tile in range(GROUP - 1):
+        # The next pairs are on their way while these are counted.
+        inside = lane < pairs - first - (tile + 1) * SIZE
+        pair = first + tl.where(inside, (tile + 1) * SIZE + lane, 0)
+        following = expert_of_pair(ids, pair, inside, row_stride, slot_stride, SPEC, FLAT)
+        tl.store(within + (block + tile) * WIDTH + column, count)
+        count += counted(expert, SPEC)
+        expert = following
+    if GROUP > 1:
+        tl.store(within + (block + GROUP - 1) * WIDTH + column, count)
+    tl.store(partial + tl.program_id(0) * WIDTH + column, count + counted(expert, SPEC))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def moe_routing_plan_scan(
+    partial, groups, SPEC: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr
+):
+    """Replace each count by the sum of those of the groups before, and write the sum of all.
+
+    A program takes an expert: a column of ``partial [groups + 1, width]``.
+    """
+    WIDTH: tl.constexpr = SPEC.value.width
+    group = tl.arange(0, ROWS)
+    column = partial + tl.program_id(0)
+    launch_dependents(PDL)
+    grid_dependency_wait(PDL)
+    before = 0
+    for first in range(0, groups, ROWS):
+        inside = group < groups - first
+        at = column + (first + group) * WIDTH
+        count = tl.load(at, mask=inside, other=0)
+        tl.store(at, before + tl.cumsum(count, axis=0) - count, mask=inside)
+        before += tl.sum(count, axis=0)
+    tl.store(column + groups * WIDTH, before)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def moe_routing_plan_place(
+    ids, partial, within, order, inverse, counts, offsets, block_experts, num_dropped,
+    pairs, length, blocks, groups, capacity, row_stride, slot_stride,
+    SPEC: tl.constexpr, FLAT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
+    GROUP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SCANNED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Place the ``SIZE`` pairs of a block, ``STEP`` at a time, given the counts of all blocks.
+
+    :param partial: the counts of each group, or what ``moe_routing_plan_scan`` made of them.
+    """
+    WIDTH: tl.constexpr = SPEC.value.width
+    program = tl.program_id(0)
+    group = program // GROUP
+    first = program * SIZE
+    column = tl.arange(0, WIDTH)
+    lane = tl.arange(0, STEP)
+    inside = lane < pairs - first
+    pair = first + tl.where(inside, lane, 0)
+    # What needs no counts comes before the wait (``moe_routing_plan_count``).
+    expert = expert_of_pair(ids, pair, inside, row_stride, slot_stride, SPEC, FLAT)
+    rank = rank_among(expert)
+    launch_dependents(PDL)
+    grid_dependency_wait(PDL)
+    if SCANNED:
+        before = tl.load(partial + group * WIDTH + column)
+        count = tl.load(partial + groups * WIDTH + column)
+    else:
+        before = tl.zeros([WIDTH], tl.int32)
+        count = tl.zeros([WIDTH], tl.int32)
+        row = tl.arange(0, ROWS)
+        for top in range(0, groups, ROWS):
+            at = partial + (top + row)[:, None] * WIDTH + column[None, :]
+            some = tl.load(at, mask=(row < groups - top)[:, None], other=0)
+            count += tl.sum(some, axis=0)
+            before += tl.sum(tl.where((row < group - top)[:, None], some, 0), axis=0)
+    if GROUP > 1:
+        before += tl.load(within + program * WIDTH + column)
+    kept, start, end = laid_out(count, capacity, SPEC)
+    total = tl.max(end, axis=0)
+    fill_the_rest(
+        order, counts, offsets, block_experts, num_dropped, count, kept, start, end,
+        pairs, length, blocks, SPEC, TILE,
+    )  # fmt: skip
+    for step in range(0, SIZE - STEP, STEP):
+        # The next pairs are on their way while these are placed.
+        next_inside = lane < pairs - first - step - STEP
+        next_pair = first + tl.where(next_inside, step + STEP + lane, 0)
+        next_expert = expert_of_pair(
+            ids, next_pair, next_inside, row_stride, slot_stride, SPEC, FLAT
+        )
+        place_pairs(
+            order, inverse, expert, rank, pair, inside, before, first + step, start, total, pairs,
+            capacity, SPEC,
+        )  # fmt: skip
+        before += counted(expert, SPEC)
+        inside, pair, expert = next_inside, next_pair, next_expert
+        rank = rank_among(expert)
+    place_pairs(
+        order, inverse, expert, rank, pair, inside, before, first + SIZE - STEP, start, total,
+        pairs, capacity, SPEC,
+    )  # fmt: skip
