@@ -1,6 +1,7 @@
 """What only the eager backend has.
 
-Its three ways to select must agree, and its bits must not depend on T.
+Its three ways to select must agree, and its bits must not depend on T. So must its ways to sort for
+a plan.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moe_routing
 from moe_routing import Router, RoutingSpec
 from moe_routing.families import FAMILIES
 from moe_routing.formula import by_rounds, by_rounds_in_place, by_sort, by_topk
+from moe_routing.planning import PlanProblem
+from moe_routing.reference import plan_oracle
+from moe_routing_backends.eager.plan import FILLED_FROM, MOST_IN_BYTES, RADIX_FROM
 from moe_routing_backends.eager.route import CHUNK
 
 NEXT = 1 + 2.0**-23
@@ -92,3 +97,31 @@ def test_other_float_dtypes_are_taken_as_their_float32_values(dtype):
     ours, theirs = route(logits, 4), route(logits.to(torch.float32), 4)
     assert torch.equal(ours.ids, theirs.ids)
     assert torch.equal(ours.weights, theirs.weights)
+
+
+EDGES = {
+    f"{name}{difference:+d}": limit + difference
+    for name, limit in {"filled": FILLED_FROM, "radix": RADIX_FROM}.items()
+    for difference in (-1, 0, 1)
+}
+
+
+@pytest.mark.parametrize("strays", ["none", "one", "many"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("experts", [1, MOST_IN_BYTES, MOST_IN_BYTES + 1, 4096])
+@pytest.mark.parametrize("tokens", [5, *EDGES.values()], ids=["few", *EDGES])
+def test_every_way_to_sort_makes_the_plan_of_the_definition(tokens, experts, dtype, strays):
+    whole = torch.iinfo(dtype)
+    ids = torch.randint(0, experts, (tokens, 1), dtype=dtype)
+    if strays == "one":
+        ids[tokens // 2] = -1
+    elif strays == "many":
+        ids[::4] = torch.randint(whole.min, whole.max, ids[::4].shape, dtype=dtype)
+        ids[0] = whole.max
+        ids[1] = whole.min
+        ids[2] = 1 << 20  # its lower bytes are those of an expert
+        ids[3] = experts
+    problem = PlanProblem(num_experts=experts, topk=1, ids_dtype=str(dtype).removeprefix("torch."))
+    made = moe_routing.plan(ids, experts, backend="eager")
+    for part, expected in zip(made, plan_oracle.plan(problem, ids), strict=True):
+        assert (part is expected is None) or torch.equal(part, expected)

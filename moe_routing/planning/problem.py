@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from moe_routing_registry.text import refusal
+
 Layout = Literal["sorted", "blocks", "masked"]
 Drop = Literal["nothing", "last", "least_weight"]
 
@@ -52,9 +54,6 @@ class PlanProblem:
         most = {"num_experts": MAX_EXPERTS, "topk": MAX_TOPK, "block": MOST}
         for name, limit in most.items():
             if not 1 <= getattr(self, name) <= limit:
-                # Here, so that importing the operators does not import the registry.
-                from moe_routing_registry.text import refusal
-
                 expected = f"an int from 1 to {limit}"
                 raise ValueError(refusal(name, expected, getattr(self, name)))
 

@@ -5,6 +5,7 @@ They are type-checked against the engines' signatures, and called as the engines
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -187,6 +188,19 @@ def answer(script, packages, site):
     return json.loads(done.stdout)
 
 
+def parameters(file):
+    """Return the parameters of the first moe_align_block_size in a file, without types."""
+    function = next(
+        node
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "moe_align_block_size"
+    )
+    for node in ast.walk(function.args):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return ast.unparse(function.args)
+
+
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.skipif(
@@ -233,3 +247,5 @@ def test_sglangs_own_layers_route_through_us(tmp_path):
     assert said["left"] == dict.fromkeys(
         ("grouped", "biased", "sigmoid", "packed", "custom", "shared"), True
     )
+    aligned = "sglang/srt/layers/moe/moe_runner/triton_utils/moe_align_block_size.py"
+    assert parameters(tmp_path / aligned) == parameters(ENGINES / aligned)

@@ -27,7 +27,7 @@ Fewer are compared, which takes the same time for every dtype.
 FILLED_FROM = 1 << 13
 """Pairs from which sorting ``RADIX_FROM`` numbers by radix takes less time than comparing these."""
 MOST_IN_BYTES = 255
-"""E up to which the keys, 0 to E, fit in bytes."""
+"""The highest key of a byte. With E = 256 those of experts fit, and that of no expert does not."""
 
 
 def build(problem: PlanProblem, device: DeviceInfo) -> PlanKernel:
@@ -65,9 +65,7 @@ class SortedOnCpu:
         # Tensors, because PyTorch makes one of a Python number at every call.
         self._sign = torch.tensor(lowest, dtype=dtype, device="cpu")
         self._none = torch.tensor(lowest + experts, dtype=dtype, device="cpu")
-        self._few = torch.arange(lowest, lowest + experts + 1, dtype=dtype, device="cpu")
-        narrow = torch.uint8 if experts <= MOST_IN_BYTES else torch.int16
-        self._many = torch.arange(experts + 1, dtype=narrow, device="cpu")
+        self._every = torch.arange(lowest, lowest + experts + 1, dtype=dtype, device="cpu")
 
     def __call__(
         self,
@@ -79,18 +77,32 @@ class SortedOnCpu:
     ) -> None:
         """Fill ``out``; see ``PlanKernel``."""
         keys = torch.bitwise_xor(ids.reshape(-1), self._sign).clamp_max_(self._none)
-        pairs = len(keys)
-        if pairs < FILLED_FROM:
-            every = self._few
+        starts, ends = out.offsets[:-1], out.offsets[1:]
+        if len(keys) < FILLED_FROM:
             keys, order = keys.sort(stable=True)
+            torch.searchsorted(keys, self._every, out_int32=True, out=out.offsets)
         else:
-            # The lower bytes, in which the sign bit is not: the keys 0 to E. More of E come last.
-            every = self._many
-            filled = (0, max(0, RADIX_FROM - pairs))
-            keys, order = pad(keys.to(every.dtype), filled, value=self._experts).sort(stable=True)
-            order = order[:pairs]
-        torch.searchsorted(keys, every, out_int32=True, out=out.offsets)
-        torch.sub(out.offsets[1:], out.offsets[:-1], out=out.counts)
+            keys, order = self._by_radix(keys)
+            every = torch.arange(self._experts, dtype=keys.dtype, device="cpu")
+            starts[:1].zero_()
+            torch.searchsorted(keys, every, right=True, out_int32=True, out=ends)
+        torch.sub(ends, starts, out=out.counts)
         out.order.copy_(order)
-        places = torch.arange(pairs, dtype=torch.int32, device="cpu")
+        places = torch.arange(len(order), dtype=torch.int32, device="cpu")
         out.inverse.view(-1).scatter_(0, order, places)
+
+    def _by_radix(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Sort the lower bytes of the keys, in which the sign bit is not; return keys and order.
+
+        A CPU may look at the keys: that waits for nothing.
+        """
+        pairs, highest = len(keys), self._experts
+        if highest == MOST_IN_BYTES + 1 and bool(keys.max() < self._none):
+            highest = MOST_IN_BYTES
+        narrow = torch.uint8 if highest <= MOST_IN_BYTES else torch.int16
+        keys = keys.to(narrow)
+        if pairs < RADIX_FROM:
+            # What is filled in has the highest key, and stands last, so that it stays there.
+            keys = pad(keys, (0, RADIX_FROM - pairs), value=highest)
+        keys, order = keys.sort(stable=True)
+        return keys[:pairs], order[:pairs]
