@@ -172,7 +172,7 @@ def _chosen(problem: PlanProblem, ids: Tensor, capacity: int | None, backend: st
     kernel = None
     if ids.numel():
         kernel, _ = chosen(problem, probe(ids.device), Request.gather(backend))
-    return _Call(kernel, problem, capacity, shapes(problem, len(ids), capacity))
+    return _Call(kernel, problem, capacity, shapes(problem, ids.shape[0], capacity))
 
 
 def _fill(call: _Call, ids: Tensor, out: DispatchPlan, weights: Tensor | None) -> DispatchPlan:
