@@ -52,7 +52,7 @@ else:  # without CUDA no device is current, so nothing asks for its stream or it
         """Say that there is none."""
         raise AssertionError(device)
 
-    def empty(size: tuple[int, int], strides: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def empty(size: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Say that there is none."""
         raise AssertionError(size, strides, dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch.compiler import is_dynamo_compiling
 from moe_routing._call_cache import ORDINARY, UNREADABLE
 from moe_routing._dispatch import chosen
 from moe_routing._registry import registry
-from moe_routing.planning import _check, op
-from moe_routing.planning.kernel import DispatchPlan
+from moe_routing.planning import _check, latest, op
+from moe_routing.planning.kernel import DispatchPlan, PreparesPlans
 from moe_routing.private_api import (
+    current_device,
     dispatch_keys,
+    empty,
     is_fake_mode,
     is_functorch_wrapped_tensor,
     is_zero_tensor,
@@ -25,6 +27,8 @@ from moe_routing_registry.request import preference
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moe_routing.planning.kernel import PlanKernel
     from moe_routing.planning.problem import PlanProblem
 
@@ -37,7 +41,8 @@ _tuple = tuple.__new__
 class _Call(NamedTuple):
     """Calls that passed the checks, and what serves them.
 
-    :ivar kernel: ``None`` where there is no pair.
+    :ivar kernel: ``None`` where there is no pair. From the second call on it is what the kernel
+        prepared for such calls, if it prepares anything.
     :ivar parts: the shape of each part of a plan that such a call allocates, or ``None``.
     """
 
@@ -45,6 +50,7 @@ class _Call(NamedTuple):
     problem: PlanProblem
     capacity: int | None
     parts: tuple[tuple[int, ...] | None, ...]
+    again: bool = False
 
 
 _calls: dict[tuple[object, ...], _Call] = {}
@@ -97,29 +103,68 @@ def plan(  # noqa: PLR0913 -- one argument each for what a plan can be asked for
     """
     if is_dynamo_compiling():
         return _traced(ids, num_experts, block, capacity, drop, weights, masked, backend, out)
+    asked = (num_experts, block, capacity, drop, masked, backend)
+    known = latest.call_like(asked, ids, weights, out)
+    if known is None:
+        return _looked_up(asked, ids, weights, out)
+    return _served(known, ids, out, weights)
+
+
+def _looked_up(
+    asked: tuple[Any, ...], ids: Tensor, weights: Tensor | None, out: DispatchPlan | None
+) -> DispatchPlan:
+    """Serve a call unlike the one before: look it up, or check it."""
+    key: tuple[object, ...] | None = None
+    known = None
     try:
         key = (
-            ids.shape, ids.stride(), ids.dtype, ids.device, type(ids),
-            dispatch_keys(ids).raw_repr(), num_experts, type(num_experts), block, type(block),
-            capacity, type(capacity), masked, type(masked), drop, backend, preference.get(),
-            _registry.generation, None if weights is None else _described(weights),
+            asked, tuple(map(type, asked)), _described(ids), _described(weights),
             None if out is None else (type(out), *map(_described, out)),
             torch.is_inference_mode_enabled() if out is not None else None,
+            preference.get(), _registry.generation,
         )  # fmt: skip
         known = _calls.get(key)
     except UNREADABLE:
-        key, known = None, None
-    if known is None or is_fake_mode():
+        key = None
+    if known is None or key is None or is_fake_mode():
+        num_experts, block, capacity, drop, masked, backend = asked
         return _first(key, ids, num_experts, block, capacity, drop, weights, masked, backend, out)
-    kernel, _, most, parts = known
-    if out is None:
-        out = _allocated(parts, ids.device)
-    else:
+    if out is not None:
         _check.check_addresses(out, (ids, weights))
-    if kernel is None:
-        return _without_pairs(known, out)
-    kernel(ids, out, capacity=most, weights=weights)
-    return out
+    made = _served(known, ids, out, weights)
+    if not known.again:
+        known = _calls[key] = _prepared(known, ids, made)
+    latest.keep(known, asked, ids, weights, out)
+    return made
+
+
+def _prepared(call: _Call, ids: Tensor, made: DispatchPlan) -> _Call:
+    """Ask the kernel for what serves further calls like one that it has served."""
+    kernel: object = call.kernel
+    if call.problem.drop != "least_weight" and isinstance(kernel, PreparesPlans):
+        fill = kernel.prepared(ids, made, call.capacity)
+        if fill is not None:
+            return call._replace(kernel=_as_kernel(fill), again=True)
+    return call._replace(again=True)
+
+
+def _as_kernel(fill: Callable[[Tensor, DispatchPlan], None]) -> PlanKernel:
+    def kernel(
+        ids: Tensor,
+        out: DispatchPlan,
+        *,
+        capacity: int | None = None,  # noqa: ARG001 -- that of the call it was prepared for
+        weights: Tensor | None = None,  # noqa: ARG001 -- no policy that looks at them
+    ) -> None:
+        fill(ids, out)
+
+    return kernel
+
+
+def _served(
+    call: _Call, ids: Tensor, out: DispatchPlan | None, weights: Tensor | None
+) -> DispatchPlan:
+    return _fill(call, ids, _allocated(call.parts, ids.device) if out is None else out, weights)
 
 
 def _described(tensor: Tensor | None) -> tuple[object, ...] | None:
@@ -244,11 +289,21 @@ def shapes(
 
 
 def _allocated(parts: tuple[tuple[int, ...] | None, ...], device: torch.device) -> DispatchPlan:
-    made = [
-        None if shape is None else torch.empty(shape, dtype=torch.int32, device=device)
-        for shape in parts
-    ]
+    if device.type == "cuda" and device.index == current_device():
+        made = [
+            None if shape is None else empty(shape, _strides(shape), torch.int32) for shape in parts
+        ]
+    else:
+        made = [
+            None if shape is None else torch.empty(shape, dtype=torch.int32, device=device)
+            for shape in parts
+        ]
     return _tuple(DispatchPlan, made)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of contiguous rows, or of a vector."""
+    return (1,) if len(shape) == 1 else (shape[1], 1)
 
 
 def _without_pairs(call: _Call, out: DispatchPlan) -> DispatchPlan:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -68,5 +70,20 @@ class PlanKernel(Protocol):
             E)``.
         :param capacity: the most places of an expert, 1 or more; for problems that drop.
         :param weights: float32 ``[T, K]``, for problems that drop the least weight.
+        """
+        ...
+
+
+@runtime_checkable
+class PreparesPlans(Protocol):
+    """A kernel that takes less host time for calls that are like one that it has served."""
+
+    def prepared(
+        self, ids: Tensor, out: DispatchPlan, capacity: int | None
+    ) -> Callable[[Tensor, DispatchPlan], None] | None:
+        """Return a function for later calls of the same shapes, strides and capacity, or ``None``.
+
+        :param ids: what was planned, into ``out``. Problems that drop the least weight are not
+            asked for.
         """
         ...

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 from triton import JITFunction
 
 from moe_routing.formula.plan import without_least_weight
@@ -26,7 +25,9 @@ from moe_routing_backends.triton.tuning.choose import supports_pdl
 from moe_routing_registry.device import INTERPRETER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
     from moe_routing.planning import DispatchPlan, PlanProblem
     from moe_routing_backends.triton.planning.launches import PlanStep
@@ -37,6 +38,54 @@ MOST_SCANNED = 4096
 """Groups that a program of the scan takes at a time."""
 MOST_SUMMED = 4096
 """Counts a warp that a program adds up at a time where there is no scan."""
+
+
+_BYTES = 4
+"""Of a count."""
+_TENSORS = (
+    "ids", "order", "inverse", "counts", "offsets", "block_experts", "num_dropped", "partial",
+    "within",
+)  # fmt: skip
+"""The tensors of a call, in the order of ``_Turn.takes``: ids, the plan's, and scratch memory."""
+
+
+def _taken(kernel: Any) -> tuple[int, ...]:  # noqa: ANN401 -- Triton's own object
+    """Return which tensors a kernel takes: its first arguments."""
+    return tuple(_TENSORS.index(name) for name in kernel.arg_names if name in _TENSORS)
+
+
+_OF_PLAN, _OF_COUNT, _OF_SCAN, _OF_PLACE = map(
+    _taken,
+    (moe_routing_plan, moe_routing_plan_count, moe_routing_plan_scan, moe_routing_plan_place),
+)
+
+
+class _Turn(NamedTuple):
+    """One launch of a plan.
+
+    :ivar key: what its kernel is compiled for.
+    :ivar takes: which of ``_TENSORS`` it takes, in order; after them come ``numbers``.
+    """
+
+    key: tuple[Any, ...]
+    kernel: Any
+    programs: int
+    takes: tuple[int, ...]
+    numbers: tuple[int, ...]
+    constants: tuple[Any, ...]
+    num_warps: int
+
+
+class _Work(NamedTuple):
+    """The launches of a plan, in order, and its scratch memory.
+
+    :ivar rows: rows of counts.
+    :ivar within: the first row of ``within``.
+    """
+
+    turns: tuple[_Turn, ...]
+    rows: int
+    within: int
 
 
 def build(problem: PlanProblem, device: DeviceInfo) -> TritonPlanner:
@@ -89,76 +138,114 @@ class TritonPlanner:
             assert capacity is not None and weights is not None and out.num_dropped is not None  # noqa: S101, PT018 -- for mypy: the problem says so
             ids, num_dropped = without_least_weight(self._problem, ids, capacity, weights)
             out.num_dropped.copy_(num_dropped)
+        if max(ids.stride()) > MOST:  # the kernels take strides of 32 bits
+            ids = ids.contiguous()
+        work = self._work(ids, out, capacity)
+        # The call's own memory: two streams, or two graphs, plan at once.
+        partial = torch.empty(work.rows, self._spec.width, dtype=torch.int32, device=ids.device)
+        tensors = (ids, *out, partial, partial[work.within :])
+        direct = current_device() == self._index and not is_observed()
+        for turn in work.turns:
+            taken = [tensors[place] for place in turn.takes]
+            launcher = self._ready.get(turn.key)
+            if launcher is None or not direct:  # only Triton's own launch calls its hooks
+                self._compiled.launch_and_keep(
+                    turn.key, turn.kernel, turn.programs, (*taken, *turn.numbers), turn.constants,
+                    turn.num_warps, pdl=self._pdl,
+                )  # fmt: skip
+            else:
+                at = [None if tensor is None else tensor.data_ptr() for tensor in taken]
+                launcher(turn.programs, current_stream(self._index), (*at, *turn.numbers))
+
+    def prepared(
+        self, ids: Tensor, out: DispatchPlan, capacity: int | None
+    ) -> Callable[[Tensor, DispatchPlan], None] | None:
+        """Return what fills plans of ids like these in less host time, which have been planned.
+
+        ``None`` where such calls are not launched directly.
+        """
+        if self._problem.drop == "least_weight" or max(ids.stride()) > MOST:
+            return None
+        work, index, width = self._work(ids, out, capacity), self._index, self._spec.width
+        launchers = [self._ready.get(turn.key) for turn in work.turns]
+        if None in launchers:
+            return None
+        bound = [
+            (launcher, turn.programs, turn.takes, turn.numbers)
+            for launcher, turn in zip(launchers, work.turns, strict=True)
+            if launcher is not None
+        ]
+        size, strides = (work.rows, width), (width, 1)
+        within = work.within * width * _BYTES
+
+        def fill(ids: Tensor, out: DispatchPlan) -> None:
+            if current_device() != index or is_observed():
+                self(ids, out, capacity=capacity)
+                return
+            at = [ids.data_ptr(), *[None if part is None else part.data_ptr() for part in out]]
+            stream = current_stream(index)
+            if len(bound) == 1:
+                launcher, programs, _, numbers = bound[0]
+                launcher(programs, stream, (*at, *numbers))
+                return
+            partial = empty(size, strides, torch.int32).data_ptr()
+            at += [partial, partial + within]
+            for launcher, programs, takes, numbers in bound:
+                launcher(programs, stream, (*[at[place] for place in takes], *numbers))
+
+        return fill
+
+    def _work(self, ids: Tensor, out: DispatchPlan, capacity: int | None) -> _Work:
+        """Return the launches that plan such ids."""
         T, K = ids.shape
         pairs = T * K
-        row_stride, slot_stride = ids.stride()
-        flat = slot_stride == 1 and row_stride == K
-        if not flat and max(row_stride, slot_stride) > MOST:  # the kernels take strides of 32 bits
-            ids, row_stride, slot_stride, flat = ids.contiguous(), K, 1, True
+        strides = ids.stride()
+        flat = strides == (K, 1)
         number = bisect_left(self._limits, pairs)
         launch = self._launches[number]
-        here = current_device() == self._index
         blocks = 0 if out.block_experts is None else out.block_experts.shape[0]
-        sizes = (pairs, out.order.numel(), blocks, capacity or 0, row_stride, slot_stride)
-        programs = (pairs + launch.size - 1) // launch.size
+        sizes = (pairs, out.order.numel(), blocks)
+        last = (capacity or 0, *strides)
+        programs = -(-pairs // launch.size)
+        warps, width, group = launch.num_warps, self._spec.width, launch.group
         if launch.launches == 1:
             several = programs > 1
-            self._launch(
-                here, (number, flat, several), moe_routing_plan, programs, (ids, *out, *sizes),
-                (self._spec, flat, launch.size, launch.tile, several, self._pdl), launch.num_warps,
-            )  # fmt: skip
-            return
-        width, group = self._spec.width, launch.group
-        groups = (programs + group - 1) // group
-        scratch = groups + 1 + (groups * group if group > 1 else 0)
-        # The call's own memory: two streams, or two graphs, plan at once.
-        if here:
-            partial = empty((scratch, width), (width, 1), torch.int32)
-        else:
-            partial = torch.empty((scratch, width), dtype=torch.int32, device=ids.device)
-        within = partial[groups + 1 :] if group > 1 else partial
-        self._launch(
-            here, (number, flat, "count"), moe_routing_plan_count, groups,
-            (ids, partial, within, out.order, out.block_experts, *sizes[:3], *sizes[4:]),
-            (self._spec, flat, launch.size, group, self._pdl), launch.num_warps,
-        )  # fmt: skip
+            constants = (self._spec, flat, launch.size, launch.tile, several, self._pdl)
+            key = (number, flat, several)
+            turn = _Turn(
+                key, moe_routing_plan, programs, _OF_PLAN, (*sizes, *last), constants, warps
+            )
+            return _Work((turn,), 0, 0)
+        groups = -(-programs // group)
         rows = next_power_of_two(groups)
         scanned = launch.launches > 2  # noqa: PLR2004 -- count, scan, place
+        turns = [
+            _Turn(
+                (number, flat, "count"), moe_routing_plan_count, groups, _OF_COUNT,
+                (*sizes, *strides), (self._spec, flat, launch.size, group, self._pdl), warps,
+            )
+        ]  # fmt: skip
         if scanned:
             rows = min(rows, MOST_SCANNED)
-            self._launch(
-                here, ("scan", rows), moe_routing_plan_scan, width, (partial, groups),
-                (self._spec, rows, self._pdl), SCAN_WARPS,
+            turns.append(
+                _Turn(
+                    ("scan", rows), moe_routing_plan_scan, width, _OF_SCAN, (groups,),
+                    (self._spec, rows, self._pdl), SCAN_WARPS,
+                )
             )  # fmt: skip
             rows = 1
         else:
-            rows = min(rows, max(1, MOST_SUMMED * launch.num_warps // width))
-        self._launch(
-            here, (number, flat, rows), moe_routing_plan_place, programs,
-            (ids, partial, within, *out, pairs, groups, *sizes[3:]),
-            (
-                self._spec, flat, launch.size, launch.step, group, rows, scanned, self._pdl,
-            ), launch.num_warps,
-        )  # fmt: skip
-
-    def _launch(  # noqa: PLR0913, PLR0917 -- what a launch is
-        self,
-        here: bool,  # noqa: FBT001 -- likewise
-        key: tuple[Any, ...],
-        kernel: Any,  # noqa: ANN401 -- Triton's own object
-        programs: int,
-        arguments: tuple[Any, ...],
-        constants: tuple[Any, ...],
-        num_warps: int,
-    ) -> None:
-        ready = self._ready.get(key)
-        if ready is None or not here or is_observed():  # only Triton's own launch calls its hooks
-            self._compiled.launch_and_keep(
-                key, kernel, programs, arguments, constants, num_warps, pdl=self._pdl
+            rows = min(rows, max(1, MOST_SUMMED * warps // width))
+        turns.append(
+            _Turn(
+                (number, flat, rows), moe_routing_plan_place, programs, _OF_PLACE,
+                (pairs, groups, *last),
+                (self._spec, flat, launch.size, launch.step, group, rows, scanned, self._pdl),
+                warps,
             )
-            return
-        pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        ready(programs, current_stream(self._index), tuple(pointers))
+        )  # fmt: skip
+        in_groups = groups * group if group > 1 else 0
+        return _Work(tuple(turns), groups + 1 + in_groups, groups + 1 if group > 1 else 0)
 
     def _advice(self, _key: tuple[Any, ...]) -> str:
         return "plan as many ids of the same kind once"
