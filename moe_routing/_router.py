@@ -17,6 +17,8 @@ from moe_routing._call_cache import ORDINARY, UNREADABLE, CachedCall, described,
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._operators import CallConfig
 from moe_routing.kernel import Operands, Prepares, RoutingOutput, WarmsUp
+from moe_routing.planning.call import plan
+from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import (
     carries_tangents,
     is_fake_mode,
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from moe_routing._call_cache import Matches
     from moe_routing._dispatch import Resolved
     from moe_routing.kernel import Prepared
-    from moe_routing.planning import RoutedPlan
     from moe_routing.reference.shadow import Health, Shadow
     from moe_routing_registry import ResolutionReport
 
@@ -213,9 +214,6 @@ class Router:
         >>> routed.ids.tolist(), routed.plan.order.tolist(), routed.plan.offsets.tolist()
         ([[1, 2], [0, 2]], [2, 0, 1, 3], [0, 1, 2, 4])
         """
-        from moe_routing.planning import RoutedPlan
-        from moe_routing.planning.call import plan
-
         if num_experts is None:
             if expert_map is not None:
                 expected = "an int, how many physical experts there are, with an expert_map"
@@ -225,7 +223,8 @@ class Router:
         if out is not None:
             if not isinstance(out, tuple) or len(out) != len(RoutedPlan._fields):
                 raise TypeError(refusal("out", "a RoutedPlan", out))
-            pair, planned = RoutingOutput(*out[:2]), out[2]
+            weights, ids, planned = out
+            pair = _tuple(RoutingOutput, (weights, ids))
         weights, ids = self(
             logits,
             topk,
@@ -249,7 +248,7 @@ class Router:
             backend=self._requested,
             out=planned,
         )
-        return RoutedPlan(weights, ids, made)
+        return _tuple(RoutedPlan, (weights, ids, made))
 
     def _dispatch(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None

@@ -96,9 +96,9 @@ def notes(
     On a CPU, say also that Triton interprets the kernels.
     """
     if problem.operation == "plan":
-        from moe_routing_backends.triton.planning.launches import MEASURED
+        from moe_routing_backends.triton.planning.launches import measured
 
-        said = MEASURED
+        said = measured()
     else:
         from moe_routing_backends.triton.tuning.choose import describe_table
 

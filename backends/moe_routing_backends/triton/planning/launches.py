@@ -5,10 +5,19 @@ Free of triton.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from moe_routing.planning import PlanProblem
+
+TABLE = Path(__file__).parents[1] / "tables" / "plan" / "sm_90.json"
+WARP = 32
+COUNTS = 16
+"""Counts that a thread holds of a vector over experts."""
 
 
 class PlanLaunch(NamedTuple):
@@ -37,34 +46,28 @@ class PlanStep(NamedTuple):
     launch: PlanLaunch
 
 
-STEPS = (
-    PlanStep(16, PlanLaunch(1, 16, 1)),
-    PlanStep(64, PlanLaunch(1, 32, 4)),
-    PlanStep(256, PlanLaunch(1, 16, 4, tile=256)),
-    PlanStep(512, PlanLaunch(1, 16, 8, tile=512)),
-    PlanStep(1024, PlanLaunch(1, 32, 4, tile=1024)),
-    PlanStep(4096, PlanLaunch(2, 64, 2, step=64)),
-    PlanStep(16384, PlanLaunch(2, 128, 2, step=64)),
-    PlanStep(65536, PlanLaunch(3, 128, 2, step=64, group=2)),
-    PlanStep(262144, PlanLaunch(3, 128, 2, step=64, group=4)),
-    PlanStep(None, PlanLaunch(3, 128, 1, step=64, group=8)),
-)
-MEASURED = "launch parameters measured on an NVIDIA H100 80GB HBM3 with E = 128, K = 8"
+@cache
+def _table() -> Any:  # noqa: ANN401 -- JSON that comes with this package
+    return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
-WARP = 32
-COUNTS = 16
-"""Counts that a thread holds of a vector over experts."""
+def measured() -> str:
+    """Say how the launches came about."""
+    return f"launch parameters from tables/plan/{TABLE.name} ({_table()['provenance']})"
 
 
 def steps_for(problem: PlanProblem) -> tuple[PlanStep, ...]:
     """Return the launches for a problem, by ascending number of pairs.
 
-    With many experts a program has warps enough for vectors over all of them.
+    They are those of the rule that is nearest by the logarithm of E. With more experts than were
+    measured a program has warps enough for vectors over all of them.
     """
+    layout = "sorted" if problem.layout == "sorted" else "blocks"
+    rules = [rule for rule in _table()["rules"] if rule["layout"] == layout]
+    nearest = min(rules, key=lambda rule: abs(math.log(problem.num_experts / rule["experts"])))
     fewest = -(-problem.num_experts // (WARP * COUNTS))
     warps = 1 << (fewest - 1).bit_length()
     return tuple(
-        step._replace(launch=step.launch._replace(num_warps=max(step.launch.num_warps, warps)))
-        for step in STEPS
+        PlanStep(pairs, launch._replace(num_warps=max(launch.num_warps, warps)))
+        for pairs, launch in ((step[0], PlanLaunch(*step[1:])) for step in nearest["steps"])
     )
