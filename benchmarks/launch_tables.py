@@ -43,15 +43,8 @@ from moe_routing_backends.triton.kernels.spec import Launch
 from moe_routing_backends.triton.runtime.router import TritonRouter
 from moe_routing_backends.triton.tuning.choose import SHIPPED
 from moe_routing_backends.triton.tuning.table import Step, Table, key_of, parse, to_json
-from moe_routing_backends.triton.tuning.tune import (
-    TOKENS,
-    Inputs,
-    candidates,
-    launch_at,
-    measure,
-    replayed,
-    steps_of,
-)
+from moe_routing_backends.triton.tuning.measure import TOKENS, replayed
+from moe_routing_backends.triton.tuning.tune import Inputs, candidates, launch_at, measure, steps_of
 from moe_routing_registry import RoutingProblem, RoutingSpec
 
 if TYPE_CHECKING:
@@ -213,7 +206,7 @@ def measure_all(kinds: str, out: Path) -> bool:
         )
         print(
             named(problem),
-            f"{len(found.steps)} steps, at most {gained:.2f} times faster",
+            f"{len(steps_of(found.times))} steps, at most {gained:.2f} times faster",
             *found.wrong,
             flush=True,
         )
@@ -240,7 +233,8 @@ def make_table(held: Mapping[str, Any], path: Path) -> None:
     )
     if left := sorted({key[0] for key in others.rules.keys() - measured.keys()}):
         provenance += f"; {' and '.join(left)} in part: {others.provenance}"
-    _replace(path, to_json(held["arch"], provenance, {**others.rules, **measured}))
+    rules = {**others.rules, **measured}
+    _replace(path, to_json(held["arch"], provenance, rules, plans=others.plans))
 
 
 def times_of(rule: Mapping[str, Any]) -> dict[int, dict[Launch, float]]:

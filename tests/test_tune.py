@@ -23,7 +23,7 @@ from moe_routing_registry import (
 )
 
 ASKED = []
-LAUNCH = {"variant": "lanes", "block_t": 1, "lanes": 1, "num_warps": 1}
+LAUNCH = {"variant": "cooperative", "block_t": 1, "num_warps": 4}
 
 
 class Tuned:
@@ -111,7 +111,7 @@ def test_it_tunes_gemma4_where_nothing_is_named_and_shows_before_and_after(cli):
         "4,096",
         "2.50",
         "3.25",
-        "lanes 1x1, 1 warps",
+        "cooperative, block_t=1, num_warps=4",
         "kept in /cache/t.json",
         "before: launch parameters from nowhere",
     ):

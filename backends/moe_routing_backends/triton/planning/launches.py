@@ -1,4 +1,4 @@
-"""How a plan is launched, and which launch serves how many pairs.
+"""How a plan is launched.
 
 Free of triton.
 """
@@ -37,34 +37,23 @@ class PlanStep(NamedTuple):
     launch: PlanLaunch
 
 
-STEPS = (
-    PlanStep(16, PlanLaunch(1, 16, 1)),
-    PlanStep(64, PlanLaunch(1, 32, 4)),
-    PlanStep(256, PlanLaunch(1, 16, 4, tile=256)),
-    PlanStep(512, PlanLaunch(1, 16, 8, tile=512)),
-    PlanStep(1024, PlanLaunch(1, 32, 4, tile=1024)),
-    PlanStep(4096, PlanLaunch(2, 64, 2, step=64)),
-    PlanStep(16384, PlanLaunch(2, 128, 2, step=64)),
-    PlanStep(65536, PlanLaunch(3, 128, 2, step=64, group=2)),
-    PlanStep(262144, PlanLaunch(3, 128, 2, step=64, group=4)),
-    PlanStep(None, PlanLaunch(3, 128, 1, step=64, group=8)),
-)
-MEASURED = "launch parameters measured on an NVIDIA H100 80GB HBM3 with E = 128, K = 8"
+MOST_PAIRS = {1: 1 << 13, 2: 1 << 17}
+"""Pairs up to which so many launches serve; three serve any number.
 
-
+Beyond, their time grows with the square of the pairs: every program of one launch counts all pairs,
+and every program of the second of two adds up the counts of all groups.
+"""
+FALLBACK = PlanLaunch(3, 128, 1, step=64, group=8)
+"""The launch that serves any number of pairs: of sm_90, at 128 experts."""
+MOST_WARPS = 16
+"""Warps a program: 1,024 threads where a warp has 64 lanes."""
 WARP = 32
 COUNTS = 16
 """Counts that a thread holds of a vector over experts."""
 
 
-def steps_for(problem: PlanProblem) -> tuple[PlanStep, ...]:
-    """Return the launches for a problem, by ascending number of pairs.
-
-    With many experts a program has warps enough for vectors over all of them.
-    """
+def for_width(launch: PlanLaunch, problem: PlanProblem) -> PlanLaunch:
+    """Return the launch with warps enough for vectors over all experts of the problem."""
     fewest = -(-problem.num_experts // (WARP * COUNTS))
     warps = 1 << (fewest - 1).bit_length()
-    return tuple(
-        step._replace(launch=step.launch._replace(num_warps=max(step.launch.num_warps, warps)))
-        for step in STEPS
-    )
+    return launch._replace(num_warps=max(launch.num_warps, warps))
