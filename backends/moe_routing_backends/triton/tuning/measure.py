@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -176,11 +176,21 @@ class Tuned(Generic[L, S]):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; the limit of a step without an end is ``None``."""
-        plain = asdict(self)
-        for step in plain["steps"]:
-            for name, value in step.items():
-                step[name] = None if value == math.inf else value
+        plain: dict[str, Any] = _plain(self)
         return plain
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 -- of any type, to JSON
+    """Return dataclasses and named tuples as dictionaries, and no limit as ``None``."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return None if value == math.inf else value
 
 
 def tuned(
