@@ -23,7 +23,7 @@ from moe_routing_registry import (
 )
 
 ASKED = []
-LAUNCH = {"variant": "lanes", "block_t": 1, "lanes": 1, "num_warps": 1}
+LAUNCH = {"variant": "cooperative", "block_t": 1, "num_warps": 4}
 
 
 class Tuned:
@@ -60,7 +60,7 @@ def tuner(problem, device, *, tokens="the tuner's own", on_step):
     on_step("T = 1: lanes", 0, 2)
     if problem.topk == 5:
         raise SystemExit(3)
-    if problem.topk == 3 or problem.dtype == "float16":
+    if problem.topk == 3 or getattr(problem, "dtype", "") == "float16":
         msg = "the launch in use computes something else"
         raise RuntimeError(msg)
     return {4: Wrong, 6: Unkept}.get(problem.topk, Tuned)()
@@ -75,8 +75,8 @@ def tunable():
     """A backend of this process that is for the CPU and can be tuned."""
     ASKED.clear()
     here = {
-        "factories": {"route": f"{__name__}:factory"},
-        "tuners": {"route": f"{__name__}:tuner"},
+        "factories": dict.fromkeys(("route", "plan"), f"{__name__}:factory"),
+        "tuners": dict.fromkeys(("route", "plan"), f"{__name__}:tuner"),
         "targets": (Target("cpu"),),
     }
     registry().register(BackendSpec(name="tunable", priority=9, **here))
@@ -111,12 +111,47 @@ def test_it_tunes_gemma4_where_nothing_is_named_and_shows_before_and_after(cli):
         "4,096",
         "2.50",
         "3.25",
-        "lanes 1x1, 1 warps",
+        "cooperative, block_t=1, num_warps=4",
         "kept in /cache/t.json",
         "before: launch parameters from nowhere",
     ):
         assert shown in out
     assert "unusable: rows: too big" in out
+
+
+@pytest.mark.usefixtures("tunable")
+@pytest.mark.parametrize(
+    ("options", "layout", "block", "title"),
+    [
+        ("", "sorted", 1, "plan E=128 K=8 int32"),
+        ("--num-experts 64 -k 7", "sorted", 1, "plan E=64 K=7 int32"),
+        ("-e 64 --topk 7 --block 32", "blocks", 32, "plan E=64 K=7 int32 block=32"),
+    ],
+)
+def test_another_operation_is_tuned_for_its_example_or_the_sizes_that_are_named(
+    cli, options, layout, block, title
+):
+    code, out, _ = cli(f"tune plan --device cpu --tokens 1,64 {options}")
+    assert code == 0
+    [(problem, _, tokens)] = ASKED
+    assert (problem.operation, problem.layout, problem.block, tokens) == (
+        "plan",
+        layout,
+        block,
+        [1, 64],
+    )
+    assert title in out
+    assert "cooperative, block_t=1, num_warps=4" in out
+    code, out, _ = cli(f"tune plan --device cpu --json {options}")
+    [found] = json.loads(out)["problems"]
+    assert (code, found["backend"]) == (0, "tunable")
+    assert found.items() >= problem.to_dict().items()
+
+
+def test_an_operation_that_nobody_here_tunes_is_refused_by_its_name(cli):
+    code, out, err = cli("tune plan --device cpu")
+    assert (code, out) == (1, "")
+    assert "eager computes plan, and has nothing to tune" in err
 
 
 @pytest.mark.usefixtures("tunable")
@@ -221,6 +256,11 @@ def test_a_gpu_without_triton_is_refused_with_the_command_that_installs_it():
         ("--model gema4", "did you mean 'gemma4'"),
         ("--device cpu --topk 500", "topk: expected 1 <= topk <= num_experts (128), got 500"),
         ("--device warp:9", "warp:9"),
+        ("--block 64", "--block: the operation 'route' has none"),
+        ("plan --device cpu --dtype fp32", "--dtype: the operation 'plan' has none"),
+        ("plan --device cpu --model gemma4", "--router: the operation 'plan' has none"),
+        ("plan --device cpu --topk 65", "topk: expected an int from 1 to 64, got 65"),
+        ("plane --device cpu", "did you mean 'plan'"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(cli, arguments, complaint):

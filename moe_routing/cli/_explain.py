@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from moe_routing.cli._catalogue import look_up
+from moe_routing.cli._operations import sized
 from moe_routing.cli._show import (
     STATE_STYLES,
     Unusable,
@@ -88,7 +88,7 @@ def explain(  # noqa: PLR0913 -- the options of the command
         registry().check_names(Request(backend=backend, asked_by="argument"))
     operation = registry().operations.get(router)
     if operation is not None and router != "route":
-        asked = _sized(router, num_experts=num_experts, topk=topk, dtype=dtype)
+        asked = sized(router, num_experts=num_experts, topk=topk, dtype=dtype)
         said, report = {"operation": router}, _ask(asked, device=device, backend=backend)
         does = operation.summary
     else:
@@ -108,23 +108,6 @@ def explain(  # noqa: PLR0913 -- the options of the command
     else:
         _show(console(), router, does, device, report)
     raise typer.Exit(0 if report.winner else 1)
-
-
-def _sized(operation: str, *, dtype: Dtype | None, **sizes: int | None) -> Problem:
-    """Return the example of an operation, with the sizes that were given."""
-    from moe_routing._registry import registry
-
-    problem: Any = registry().example(operation)
-    known = {field.name for field in fields(problem)} if is_dataclass(problem) else set()
-    given = {name: value for name, value in {**sizes, "dtype": dtype}.items() if value is not None}
-    for name in sorted(given.keys() - known):
-        msg = f"--{name.replace('_', '-')}: the operation {operation!r} has none"
-        raise UsageError(msg)
-    try:
-        sized: Problem = replace(problem, **given) if given else problem
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return sized
 
 
 def _ask(asked: str | Problem, *, device: str, **options: Any) -> ResolutionReport:  # noqa: ANN401 -- those of `explain`

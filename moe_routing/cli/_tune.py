@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.text import Text
 
 from moe_routing.cli._bench import main_device
 from moe_routing.cli._catalogue import look_up
+from moe_routing.cli._operations import sized
 from moe_routing.cli._show import (
     STATUS_STYLES,
     Unusable,
@@ -21,7 +23,7 @@ from moe_routing.cli._show import (
     table,
     words,
 )
-from moe_routing_registry import RoutingProblem, UnknownNameError
+from moe_routing_registry import ResolutionReport, RoutingProblem, UnknownNameError
 from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
@@ -29,12 +31,28 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from moe_routing_registry import ResolutionReport
+    from moe_routing_registry import Problem
 
 SCHEMA_VERSION = 1
 
 
+class Asked(NamedTuple):
+    """A problem to tune.
+
+    :ivar title: names it in a few words.
+    :ivar said: the same as plain JSON values.
+    :ivar report: which backend computes it here.
+    """
+
+    title: str
+    said: dict[str, Any]
+    report: ResolutionReport
+
+
 def tune(  # noqa: PLR0913 -- the options of the command
+    operation: Annotated[
+        str, typer.Argument(metavar="[OPERATION]", help="The operation: route, or plan.")
+    ] = "route",
     *,
     router: Annotated[
         list[str] | None,
@@ -42,15 +60,32 @@ def tune(  # noqa: PLR0913 -- the options of the command
     ] = None,
     experts: Annotated[
         int | None,
-        typer.Option(parser=count, metavar="E", help="Experts; the model's own, else 128."),
+        typer.Option(
+            "--experts",
+            "--num-experts",
+            "-e",
+            parser=count,
+            metavar="E",
+            help="Experts; the model's own, else 128.",
+        ),
     ] = None,
     topk: Annotated[
         int | None,
-        typer.Option(parser=count, metavar="K", help="Experts a token; the model's own, else 8."),
+        typer.Option(
+            "--topk",
+            "-k",
+            parser=count,
+            metavar="K",
+            help="Experts a token; the model's own, else 8.",
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
         typer.Option(metavar="DTYPE,...", help="Of the logits: bf16, fp16, fp32; bf16."),
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(parser=count, metavar="N", help="Plans in blocks of so many places."),
     ] = None,
     tokens: Annotated[
         list[str] | None,
@@ -67,13 +102,13 @@ def tune(  # noqa: PLR0913 -- the options of the command
     place = None
     try:
         place = device or main_device()
-        names = words(router) or ("gemma4",)
-        dtypes = [_dtype(word) for word in words(dtype)] or ["bfloat16"]
         sizes = [_tokens(word) for word in words(tokens)]
-        asked = [
-            (name, _chosen(name, place, experts, topk, kind)) for name in names for kind in dtypes
-        ]
-        place = str(asked[0][1].device)
+        if operation == "route":
+            asked = _routers(place, words(router), words(dtype), experts, topk, block)
+        else:
+            given = {"num_experts": experts, "topk": topk, "block": block, "dtype": dtype}
+            asked = [_problem(operation, place, router=router, **given)]
+        place = str(asked[0].report.device)
         _measure(asked, sizes, found)
     except Exception as error:
         if as_json:
@@ -115,19 +150,52 @@ def _tokens(word: str) -> int:
         raise UsageError(msg) from error
 
 
-def _chosen(
-    name: str, device: str, experts: int | None, topk: int | None, dtype: str
-) -> ResolutionReport:
-    """Ask which backend routes this; it must be one that can be tuned."""
+def _routers(  # noqa: PLR0913, PLR0917 -- the options of the command
+    device: str,
+    routers: Sequence[str],
+    dtypes: Sequence[str],
+    experts: int | None,
+    topk: int | None,
+    block: int | None,
+) -> list[Asked]:
+    """Return a problem of ``route`` for each name and dtype."""
+    if block is not None:
+        msg = "--block: the operation 'route' has none"
+        raise UsageError(msg)
+    asked = []
+    kinds = [_dtype(word) for word in dtypes] or ["bfloat16"]
+    for name, dtype in product(routers or ("gemma4",), kinds):
+        entry = look_up(name)
+        options = {
+            "num_experts": experts or entry.num_experts,
+            "topk": topk or entry.topk,
+            "dtype": dtype,
+        }
+        report = _tunable(name, device, **options)
+        problem = report.problem
+        assert isinstance(problem, RoutingProblem)  # noqa: S101 -- for mypy: `_tunable` saw to it
+        sizes = {name: getattr(problem, name) for name in options}
+        title = f"{name} {problem.num_experts}/{problem.topk} {problem.dtype}"
+        asked.append(Asked(title, {"operation": "route", "router": name, **sizes}, report))
+    return asked
+
+
+def _problem(operation: str, device: str, **sizes: object) -> Asked:
+    """Return the problem of another operation."""
+    from moe_routing._registry import registry
+
+    registry().operation(operation)
+    problem = sized(operation, **sizes)
+    return Asked(str(problem), problem.to_dict(), _tunable(problem, device))
+
+
+def _tunable(asked: str | Problem, device: str, **options: Any) -> ResolutionReport:  # noqa: ANN401 -- those of `explain`
+    """Ask which backend computes this; it must be one that can be tuned."""
     import moe_routing
     from moe_routing._registry import registry
 
-    entry = look_up(name)
     moe_routing.probe(device)  # a device that is not here is an error of its own
-    experts = experts or entry.num_experts
-    report = moe_routing.explain(
-        name, device=device, num_experts=experts, topk=topk or entry.topk, dtype=dtype
-    )
+    report = moe_routing.explain(asked, device=device, **options)
     if report.problem is None:
         raise UsageError(report.error.partition(": ")[2] or report.error)
     if (
@@ -147,10 +215,11 @@ def _refusal(report: ResolutionReport) -> str:
         for backend in registry().backends.values()
         if report.problem and report.problem.operation in backend.tuners
     ]
-    routes = (
-        f"{report.winner} routes, which has nothing to tune"
+    operation = report.problem.operation if report.problem else "it"
+    computes = (
+        f"{report.winner} computes {operation}, and has nothing to tune"
         if report.winner
-        else "no backend routes"
+        else f"no backend computes {operation}"
     )
     missed = [rejection for name in tunable if (rejection := report.rejection(name)) is not None]
     reasons = "; ".join(f"{rejection.name} {rejection.verdict.reason}" for rejection in missed)
@@ -158,23 +227,19 @@ def _refusal(report: ResolutionReport) -> str:
         "moe-routing doctor"
     ]
     return (
-        f"nothing to tune on {report.device}: {routes}; "
+        f"nothing to tune on {report.device}: {computes}; "
         f"{reasons or 'no backend can be tuned'}; try: {fixes[0]}"
     )
 
 
-def _measure(
-    asked: Sequence[tuple[str, ResolutionReport]], sizes: Sequence[int], found: list[dict[str, Any]]
-) -> None:
+def _measure(asked: Sequence[Asked], sizes: Sequence[int], found: list[dict[str, Any]]) -> None:
     """Tune one problem after another; what was measured before one fails stays in ``found``."""
     from moe_routing._registry import registry
 
     with progress() as bar:
-        for router, report in asked:
-            assert isinstance(report.problem, RoutingProblem)  # noqa: S101 -- `_chosen` saw to it
-            assert report.winner is not None  # noqa: S101 -- for mypy
-            problem = report.problem
-            name = f"{router} {problem.num_experts}/{problem.topk} {problem.dtype}"
+        for name, said, report in asked:
+            problem, winner = report.problem, report.winner
+            assert problem is not None and winner is not None  # noqa: S101, PT018 -- for mypy: `_tunable` saw to it
             task = bar.add_task(name, total=None)
 
             def advance(
@@ -192,7 +257,7 @@ def _measure(
 
             try:
                 with contained("its tuner"):
-                    measure: Callable[..., Any] = registry().tuner(report.winner, problem.operation)
+                    measure: Callable[..., Any] = registry().tuner(winner, problem.operation)
                     tuned = measure(
                         problem,
                         report.device,
@@ -201,22 +266,9 @@ def _measure(
                     )
                     measured = tuned.to_dict()
             except PluginFailure as failure:
-                msg = f"{name} on {report.device}: {report.winner}: {failure.sentence}"
+                msg = f"{name} on {report.device}: {winner}: {failure.sentence}"
                 raise Unusable(msg) from failure
-            shape = {
-                "num_experts": problem.num_experts,
-                "topk": problem.topk,
-                "dtype": problem.dtype,
-            }
-            found.append(
-                {
-                    "operation": problem.operation,
-                    "router": router,
-                    **shape,
-                    "backend": report.winner,
-                    **measured,
-                }
-            )
+            found.append({**said, "title": name, "backend": winner, **measured})
 
 
 def _show(one: dict[str, Any], screen: Console) -> None:
@@ -230,10 +282,7 @@ def _show(one: dict[str, Any], screen: Console) -> None:
         )
         for timed in one["timed"]
     ]
-    title = (
-        f"{one['router']}, E={one['num_experts']} K={one['topk']} {one['dtype']}, "
-        "microseconds in a CUDA graph"
-    )
+    title = f"{one['title']}, microseconds in a CUDA graph"
     columns = ("T", "fastest", "us", "before", "us before")
     screen.print(table(title, *columns, rows=rows, whole=("T", "us", "us before")))
     for kind, status in (("wrong", "problem"), ("unusable", "skipped")):
@@ -245,4 +294,7 @@ def _show(one: dict[str, Any], screen: Console) -> None:
 
 
 def _launch(launch: dict[str, Any]) -> str:
-    return f"{launch['variant']} {launch['block_t']}x{launch['lanes']}, {launch['num_warps']} warps"
+    """Show a launch, of which each backend has fields of its own."""
+    return ", ".join(
+        value if isinstance(value, str) else f"{name}={value}" for name, value in launch.items()
+    )

@@ -95,14 +95,10 @@ def notes(
 
     On a CPU, say also that Triton interprets the kernels.
     """
-    if problem.operation == "plan":
-        from moe_routing_backends.triton.planning.launches import measured
+    from moe_routing_backends.triton.tuning import choose
 
-        said = measured()
-    else:
-        from moe_routing_backends.triton.tuning.choose import describe_table
-
-        said = describe_table(interpreted_as if device.platform == "cpu" else device, problem)
+    describe = choose.describe_plan_table if problem.operation == "plan" else choose.describe_table
+    said = describe(interpreted_as if device.platform == "cpu" else device, problem)
     if device.platform != "cpu":
         return (said,)
     what = (
@@ -132,13 +128,16 @@ def moe_routing_backends() -> list[BackendSpec]:
             supports=supports,
             summary="one fused Triton kernel, on NVIDIA and AMD GPUs",
             notes=notes,
-            tuners={"route": "moe_routing_backends.triton.tuning.tune:tune"},
+            tuners={
+                "route": "moe_routing_backends.triton.tuning.tune:tune",
+                "plan": "moe_routing_backends.triton.planning.tune:tune",
+            },
         ),
         BackendSpec(
             name="triton-xpu",
             factories={
                 "route": "moe_routing_backends.triton.runtime.router:build_for_xpu",
-                "plan": "moe_routing_backends.triton.planning.planner:build",
+                "plan": "moe_routing_backends.triton.planning.planner:build_for_xpu",
             },
             targets=(Target("xpu"), *interpreter),
             priority=100,

@@ -1,23 +1,14 @@
-"""How a plan is launched, and which launch serves how many pairs.
+"""How a plan is launched.
 
 Free of triton.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from moe_routing.planning import PlanProblem
-
-TABLE = Path(__file__).parents[1] / "tables" / "plan" / "sm_90.json"
-WARP = 32
-COUNTS = 16
-"""Counts that a thread holds of a vector over experts."""
 
 
 class PlanLaunch(NamedTuple):
@@ -46,28 +37,23 @@ class PlanStep(NamedTuple):
     launch: PlanLaunch
 
 
-@cache
-def _table() -> Any:  # noqa: ANN401 -- JSON that comes with this package
-    return json.loads(TABLE.read_text(encoding="utf-8"))
+MOST_PAIRS = {1: 1 << 13, 2: 1 << 17}
+"""Pairs up to which so many launches serve; three serve any number.
+
+Beyond, their time grows with the square of the pairs: every program of one launch counts all pairs,
+and every program of the second of two adds up the counts of all groups.
+"""
+FALLBACK = PlanLaunch(3, 128, 1, step=64, group=8)
+"""The launch that serves any number of pairs: of sm_90, at 128 experts."""
+MOST_WARPS = 16
+"""Warps a program: 1,024 threads where a warp has 64 lanes."""
+WARP = 32
+COUNTS = 16
+"""Counts that a thread holds of a vector over experts."""
 
 
-def measured() -> str:
-    """Say how the launches came about."""
-    return f"launch parameters from tables/plan/{TABLE.name} ({_table()['provenance']})"
-
-
-def steps_for(problem: PlanProblem) -> tuple[PlanStep, ...]:
-    """Return the launches for a problem, by ascending number of pairs.
-
-    They are those of the rule that is nearest by the logarithm of E. With more experts than were
-    measured a program has warps enough for vectors over all of them.
-    """
-    layout = "sorted" if problem.layout == "sorted" else "blocks"
-    rules = [rule for rule in _table()["rules"] if rule["layout"] == layout]
-    nearest = min(rules, key=lambda rule: abs(math.log(problem.num_experts / rule["experts"])))
+def for_width(launch: PlanLaunch, problem: PlanProblem) -> PlanLaunch:
+    """Return the launch with warps enough for vectors over all experts of the problem."""
     fewest = -(-problem.num_experts // (WARP * COUNTS))
     warps = 1 << (fewest - 1).bit_length()
-    return tuple(
-        PlanStep(pairs, launch._replace(num_warps=max(launch.num_warps, warps)))
-        for pairs, launch in ((step[0], PlanLaunch(*step[1:])) for step in nearest["steps"])
-    )
+    return launch._replace(num_warps=max(launch.num_warps, warps))

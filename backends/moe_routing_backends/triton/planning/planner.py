@@ -11,6 +11,7 @@ from triton import JITFunction
 from moe_routing.formula.plan import without_least_weight
 from moe_routing.planning.problem import MOST
 from moe_routing.private_api import current_device, current_stream, empty, is_observed
+from moe_routing_backends.triton import BATTLEMAGE, HOPPER
 from moe_routing_backends.triton.kernels.spec import next_power_of_two
 from moe_routing_backends.triton.planning.kernels import (
     moe_routing_plan,
@@ -19,9 +20,8 @@ from moe_routing_backends.triton.planning.kernels import (
     moe_routing_plan_scan,
     plan_spec,
 )
-from moe_routing_backends.triton.planning.launches import steps_for
 from moe_routing_backends.triton.runtime.launcher import NEVER_CURRENT, Compiled
-from moe_routing_backends.triton.tuning.choose import supports_pdl
+from moe_routing_backends.triton.tuning.choose import plan_table_for, supports_pdl
 from moe_routing_registry.device import INTERPRETER
 
 if TYPE_CHECKING:
@@ -90,13 +90,24 @@ class _Work(NamedTuple):
 
 def build(problem: PlanProblem, device: DeviceInfo) -> TritonPlanner:
     """Bind the problem to the device; nothing is compiled before the first call or ``warmup``."""
-    if (device.type == "cpu") == isinstance(moe_routing_plan, JITFunction):
+    return _built(problem, device, HOPPER)
+
+
+def build_for_xpu(problem: PlanProblem, device: DeviceInfo) -> TritonPlanner:
+    """Bind the problem to an Intel GPU, likewise."""
+    return _built(problem, device, BATTLEMAGE)
+
+
+def _built(problem: PlanProblem, device: DeviceInfo, interpreted_as: DeviceInfo) -> TritonPlanner:
+    on_cpu = device.type == "cpu"
+    if on_cpu == isinstance(moe_routing_plan, JITFunction):
         msg = (
             f"{INTERPRETER} was changed after Triton's kernels were imported: "
             "set or unset it before Python starts"
         )
         raise RuntimeError(msg)
-    return TritonPlanner(problem, device)
+    table = plan_table_for(interpreted_as if on_cpu else device, problem)
+    return TritonPlanner(problem, device, table.steps(problem))
 
 
 class TritonPlanner:
@@ -105,14 +116,17 @@ class TritonPlanner:
     def __init__(
         self, problem: PlanProblem, device: DeviceInfo, steps: Sequence[PlanStep] | None = None
     ) -> None:
-        """Look up the launches for the problem, or take the given."""
+        """Look up the launches for the problem, or take the given.
+
+        :param steps: launches by rising number of pairs; the last has no end.
+        """
         self._problem = problem
         self._index = NEVER_CURRENT if device.type == "cpu" else device.index or 0
         self._device = torch.device(
             "cpu" if device.type == "cpu" else f"{device.type}:{self._index}"
         )
         self._spec = plan_spec(problem)
-        steps = steps_for(problem) if steps is None else steps
+        steps = plan_table_for(device, problem).steps(problem) if steps is None else steps
         self._limits = [step.pairs for step in steps if step.pairs is not None]
         self._launches = [step.launch for step in steps]
         self._pdl = supports_pdl(device)

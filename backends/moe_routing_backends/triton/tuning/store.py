@@ -9,17 +9,28 @@ import errno
 import os
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_routing_backends.triton.tuning.table import beyond, parse, to_json, usable, warn_ignored
+from moe_routing_backends.triton.planning.table import PlanTable
+from moe_routing_backends.triton.tuning.table import (
+    Table,
+    beyond,
+    parse,
+    to_json,
+    usable,
+    warn_ignored,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from moe_routing_backends.triton.tuning.table import Key, Step, Table
+    from moe_routing_backends.triton.planning.launches import PlanStep
+    from moe_routing_backends.triton.planning.table import PlanKey
+    from moe_routing_backends.triton.tuning.table import Key, Step
     from moe_routing_registry import DeviceInfo
 
 
@@ -111,19 +122,38 @@ def keep(device: DeviceInfo, rules: Mapping[Key, tuple[Step, ...]]) -> Path:
 
     What was there and cannot be used is replaced. Raises ``OSError`` for what cannot be written.
     """
+
+    def added(kept: Table, now: str) -> Table:
+        return replace(kept, provenance=now, rules={**kept.rules, **rules})
+
+    return _rewrite(device, added)
+
+
+def keep_plans(device: DeviceInfo, rules: Mapping[PlanKey, tuple[PlanStep, ...]]) -> Path:
+    """Add rules of ``plan`` to the user's own table, likewise."""
+
+    def added(kept: Table, now: str) -> Table:
+        before = kept.plans.rules if kept.plans else {}
+        return replace(kept, plans=PlanTable(kept.source, now, {**before, **rules}))
+
+    return _rewrite(device, added)
+
+
+def _rewrite(device: DeviceInfo, change: Callable[[Table, str], Table]) -> Path:
+    """Replace the user's own table by what a function makes of it, given its provenance."""
     path = user_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         _clear_temporaries(path)
         own_table.cache_clear()
-        kept = own_table(device)
         known = identity(device)
         versions = ", ".join(f"{key} {known[key]}" for key in ("driver", "triton") if known[key])
-        provenance = (
+        now = (
             f"tuned on this {known['name'] or device.arch} ({versions}), "
             f"{datetime.now(timezone.utc).date()}"
         )
-        text = to_json(device.arch, provenance, {**(kept.rules if kept else {}), **rules}, known)
+        made = change(own_table(device) or Table(str(path), now, {}, known), now)
+        text = to_json(device.arch, made.provenance, made.rules, known, made.plans)
         parse(text, str(path))
         write(path, text)
     own_table.cache_clear()

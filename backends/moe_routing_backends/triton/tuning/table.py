@@ -1,6 +1,7 @@
-"""Launch tables: which launch serves how many tokens of which problems, as data.
+"""Launch tables of ``route``: which launch serves how many tokens of which problems, as data.
 
-How they are read and written as JSON.
+How the files are read and written as JSON. The table of ``plan`` is a part of the same file
+(``planning/table.py``).
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from moe_routing_backends.triton.kernels import VARIANTS, supports
 from moe_routing_backends.triton.kernels.spec import APPROXIMATED, CHUNK, Launch, kind, list_width
+from moe_routing_backends.triton.planning.table import parse_plans, plans_to_json
+from moe_routing_backends.triton.tuning.reading import powers_of_two, text, typed
 from moe_routing_registry.text import line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    from moe_routing_backends.triton.planning.table import PlanTable
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
 SCHEMA = 1
@@ -40,8 +44,6 @@ Above it, two rows share a program.
 
 MOST_BYTES = 1 << 20
 """Of a table's file; what is larger is not read. The largest table that is shipped has 14 KiB."""
-LONGEST_TEXT = 2000
-"""Characters of a text in a table: reports show it."""
 MOST_THREADS = 1024
 """Threads a program, on every device that Triton compiles for."""
 MOST_ROWS = 256
@@ -76,12 +78,14 @@ class Table:
     :ivar rules: the steps of each key, by rising number of tokens.
     :ivar device: what device it was measured on, as ``store.identity`` says; of a user's own table
         only.
+    :ivar plans: the table of ``plan`` in the same file.
     """
 
     source: str
     provenance: str
     rules: Mapping[Key, tuple[Step, ...]]
     device: Mapping[str, str] | None = None
+    plans: PlanTable | None = None
 
     def nearest(self, problem: RoutingProblem) -> tuple[tuple[bool, bool, bool, int], Key] | None:
         """Return how far off the nearest rule is, and its key.
@@ -141,7 +145,7 @@ def key_of(problem: RoutingProblem) -> Key:
     return kind_, 32 if problem.dtype == "float32" else 16, problem.num_experts, list_width(problem)
 
 
-def parse(text: str, source: str) -> Table:
+def parse(written: str, source: str) -> Table:
     """Read a table; ``ValueError`` names what is wrong with it.
 
     >>> text = '{"schema": 1, "arch": "sm_90", "provenance": "by hand", "rules": []}'
@@ -149,7 +153,7 @@ def parse(text: str, source: str) -> Table:
     'by hand'
     """
     try:
-        data = json.loads(text)
+        data = json.loads(written)
     except (RecursionError, MemoryError) as error:
         msg = f"expected JSON of a launch table, got {type(error).__name__}: {error}"
         raise ValueError(msg) from error
@@ -158,31 +162,16 @@ def parse(text: str, source: str) -> Table:
         msg = f"schema: expected {SCHEMA}, got {schema}"
         raise ValueError(msg)
     rules = {}
-    for rule in _typed(data, "rules", list):
+    for rule in typed(data, "rules", list):
         key = (
-            _typed(rule, "kind", str),
-            *(_typed(rule, name, int) for name in ("bits", "experts", "width")),
+            typed(rule, "kind", str),
+            *(typed(rule, name, int) for name in ("bits", "experts", "width")),
         )
-        rules[key] = tuple(_steps(_typed(rule, "steps", list)))
-    known = _typed(data, "device", dict) if "device" in data else None
-    device = None if known is None else {name: _text(known, name) for name in known}
-    return Table(source, _text(data, "provenance"), rules, device)
-
-
-def _text(data: dict[str, Any], name: str) -> str:
-    text: str = _typed(data, name, str)
-    if len(text) > LONGEST_TEXT:
-        msg = f"{name}: expected at most {LONGEST_TEXT} characters, got {len(text)}"
-        raise ValueError(msg)
-    return text
-
-
-def _typed(data: Any, name: str, kind_: type) -> Any:  # noqa: ANN401 -- JSON
-    value = data.get(name) if isinstance(data, dict) else None
-    if not isinstance(value, kind_) or isinstance(value, bool):
-        msg = f"{name}: expected {kind_.__name__}, got {value!r:.100}"
-        raise ValueError(msg)  # noqa: TRY004 -- a file's content, not an argument
-    return value
+        rules[key] = tuple(_steps(typed(rule, "steps", list)))
+    known = typed(data, "device", dict) if "device" in data else None
+    device = None if known is None else {name: text(known, name) for name in known}
+    plans = parse_plans(typed(data, "plans", dict), source) if "plans" in data else None
+    return Table(source, text(data, "provenance"), rules, device, plans)
 
 
 def _steps(lines: list[Any]) -> Iterable[Step]:
@@ -197,13 +186,12 @@ def _steps(lines: list[Any]) -> Iterable[Step]:
             raise ValueError(msg)
         tokens = math.inf if row[0] is None else row[0]
         numbers = row[2:]
-        powers = all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in numbers)
         rising = (
             type(tokens) in (int, float)
             and before < tokens
             and (row[0] is None or tokens < math.inf)
         )
-        if not rising or not powers:
+        if not rising or not powers_of_two(numbers):
             msg = f"steps: expected rising tokens and powers of two, got {row!r:.100}"
             raise ValueError(msg)
         launch = Launch(row[1], *numbers)
@@ -248,6 +236,7 @@ def to_json(
     provenance: str,
     rules: Mapping[Key, tuple[Step, ...]],
     device: Mapping[str, str] | None = None,
+    plans: PlanTable | None = None,
 ) -> str:
     """Write a table as text that ``parse`` reads."""
     lines = [
@@ -273,7 +262,8 @@ def to_json(
     rules_text = ",\n  ".join(json.dumps(line) for line in lines)
     head = f'"schema": {SCHEMA}, "arch": {json.dumps(arch)}, "provenance": {json.dumps(provenance)}'
     head += "" if device is None else f', "device": {json.dumps(device)}'
-    return f'{{{head}, "rules": [\n  {rules_text}\n]}}\n'
+    tail = "" if plans is None else f', "plans": {plans_to_json(plans)}'
+    return f'{{{head}, "rules": [\n  {rules_text}\n]{tail}}}\n'
 
 
 def usable(path: Path) -> Table | None:
