@@ -230,6 +230,7 @@ def test_the_tune_table(screen):
     launch = {"variant": HOSTILE, "block_t": 1, "lanes": 1, "num_warps": 1}
     timed = {"tokens": 1, "launch": launch, "us": 1.0, "launch_before": launch, "us_before": 1.0}
     one = {
+        "title": HOSTILE,
         "router": HOSTILE,
         "num_experts": 8,
         "topk": 2,

@@ -66,6 +66,7 @@ def install(install_plugin, monkeypatch):
         install_plugin(module, body)
         monkeypatch.setattr(registry(), "_inventory", None)
         monkeypatch.setattr("moe_routing.planning.call._calls", {})
+        monkeypatch.setattr("moe_routing.planning.latest._kept", [None])
         return importlib.import_module(module)
 
     return installed

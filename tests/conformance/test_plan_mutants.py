@@ -16,7 +16,7 @@ from moe_routing.conformance import drawn
 from moe_routing.conformance.plan_clauses import CLAUSES
 from moe_routing.conformance.planning import PLAN, order
 from moe_routing.conformance.runner import backend_under_test, evaluate
-from moe_routing.planning import call
+from moe_routing.planning import call, latest
 
 HERE = [mutant for mutant in MUTANTS if not mutant.only_on]
 CHECKS = {check.name: check for check in PLAN.checks}
@@ -31,6 +31,7 @@ NEEDS_CUDA = {mutant.caught_by for mutant in MUTANTS} - {mutant.caught_by for mu
 def _remembered_calls(monkeypatch):
     """Let nothing that a test changes be remembered by later calls."""
     monkeypatch.setattr(call, "_calls", {})
+    monkeypatch.setattr(latest, "_kept", [None])
 
 
 def results(backend, check):
