@@ -20,6 +20,7 @@ SHARED_MEMORY = {
     "gfx950": 163_840,
 }
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
+OF_PLAN = Path(__file__).with_name("ahead_of_time_plan.py")
 WORTH_A_LOOK = 1.05
 """A kernel may need up to this many times what the table says.
 
@@ -29,15 +30,17 @@ One that needs more has lost something, or the table must be written again.
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What the compilers say of every case, by target.
+    """What the compilers say of every case of ``route``, by target."""
+    return by_target(SCRIPT)
 
-    Each target has a process, and as many run at a time as there are cores.
-    """
+
+def by_target(script):
+    """Compile for each target in a process, as many at a time as there are cores."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def of(target):
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), target],
+            [sys.executable, str(script), target],
             check=False,
             capture_output=True,
             text=True,
@@ -90,3 +93,10 @@ def test_no_kernel_needs_more_registers_or_instructions_than_the_table_says(comp
         if case[what] > WORTH_A_LOOK * known[key][what]
     ]
     assert not more, "\n".join([f"fix the kernel, or accept the new numbers: {write_again}", *more])
+
+
+def test_the_kernels_of_plan_compile_without_spills_and_within_the_parts_shared_memory():
+    for target, found in by_target(OF_PLAN).items():
+        assert found["cases"], target
+        assert not [case for case in found["cases"] if case["spills"]]
+        assert not [case for case in found["cases"] if case["shared"] > SHARED_MEMORY[target]]
