@@ -237,16 +237,9 @@ def test_the_explain_table(screen):
 
 
 def test_the_tune_table(screen):
-    launch = {"variant": HOSTILE, "block_t": 1, "lanes": 1, "num_warps": 1}
+    launch = {"variant": HOSTILE, HOSTILE: 1}
     timed = {"tokens": 1, "launch": launch, "us": 1.0, "launch_before": launch, "us_before": 1.0}
-    one = {
-        "router": HOSTILE,
-        "num_experts": 8,
-        "topk": 2,
-        "dtype": HOSTILE,
-        "timed": [timed],
-        "wrong": [HOSTILE],
-    }
+    one = {"title": HOSTILE, "timed": [timed], "wrong": [HOSTILE]}
     screen(
         lambda console: _tune._show(
             {**one, "unusable": [HOSTILE], "before": HOSTILE, "table": HOSTILE}, console
