@@ -18,7 +18,16 @@ import pytest
 from moe_routing._html import page
 from moe_routing.bench import Case, Result, Row, Settings
 from moe_routing.bench.page import to_html as bench_page
-from moe_routing.cli import _bench, _conformance, _explain, _list, _show, _transformers, _tune
+from moe_routing.cli import (
+    _bench,
+    _catalogue,
+    _conformance,
+    _explain,
+    _list,
+    _show,
+    _transformers,
+    _tune,
+)
 from moe_routing.cli._app import run
 from moe_routing.cli._render_doctor import render
 from moe_routing.conformance import report as reports
@@ -223,21 +232,14 @@ def test_the_bench_table(bench, screen):
 
 
 def test_the_explain_table(screen):
-    screen(lambda console: _explain._show(console, HOSTILE, HOSTILE, HOSTILE, RESOLUTION))
+    entry = _catalogue.Entry(HOSTILE, "model", _catalogue.look_up("mixtral").spec, HOSTILE)
+    screen(lambda console: _explain._show(console, entry, HOSTILE, RESOLUTION))
 
 
 def test_the_tune_table(screen):
-    launch = {"variant": HOSTILE, "block_t": 1, "lanes": 1, "num_warps": 1}
+    launch = {"variant": HOSTILE, HOSTILE: 1}
     timed = {"tokens": 1, "launch": launch, "us": 1.0, "launch_before": launch, "us_before": 1.0}
-    one = {
-        "title": HOSTILE,
-        "router": HOSTILE,
-        "num_experts": 8,
-        "topk": 2,
-        "dtype": HOSTILE,
-        "timed": [timed],
-        "wrong": [HOSTILE],
-    }
+    one = {"title": HOSTILE, "timed": [timed], "wrong": [HOSTILE]}
     screen(
         lambda console: _tune._show(
             {**one, "unusable": [HOSTILE], "before": HOSTILE, "table": HOSTILE}, console

@@ -293,6 +293,8 @@ def moe_routing_plan_count(
     lane = tl.arange(0, SIZE)
     block = tl.program_id(0) * GROUP
     first = block * SIZE
+    # There may be more counts than int32 numbers, before there are as many pairs.
+    row = within + block.to(tl.int64) * WIDTH + column
     # In this order, no later launch of the plan begins before the ids are there: they may be read
     # there ahead of the wait.
     grid_dependency_wait(PDL)
@@ -311,12 +313,13 @@ def moe_routing_plan_count(
         inside = lane < pairs - first - (tile + 1) * SIZE
         pair = first + tl.where(inside, (tile + 1) * SIZE + lane, 0)
         following = expert_of_pair(ids, pair, inside, row_stride, slot_stride, SPEC, FLAT)
-        tl.store(within + (block + tile) * WIDTH + column, count)
+        tl.store(row + tile * WIDTH, count)
         count += counted(expert, SPEC)
         expert = following
     if GROUP > 1:
-        tl.store(within + (block + GROUP - 1) * WIDTH + column, count)
-    tl.store(partial + tl.program_id(0) * WIDTH + column, count + counted(expert, SPEC))
+        tl.store(row + (GROUP - 1) * WIDTH, count)
+    at = partial + tl.program_id(0).to(tl.int64) * WIDTH + column
+    tl.store(at, count + counted(expert, SPEC))
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -335,11 +338,11 @@ def moe_routing_plan_scan(
     before = 0
     for first in range(0, groups, ROWS):
         inside = group < groups - first
-        at = column + (first + group) * WIDTH
+        at = column + (first + group).to(tl.int64) * WIDTH
         count = tl.load(at, mask=inside, other=0)
         tl.store(at, before + tl.cumsum(count, axis=0) - count, mask=inside)
         before += tl.sum(count, axis=0)
-    tl.store(column + groups * WIDTH, before)
+    tl.store(column + tl.cast(groups, tl.int64) * WIDTH, before)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -367,8 +370,8 @@ def moe_routing_plan_place(
     launch_dependents(PDL)
     grid_dependency_wait(PDL)
     if SCANNED:
-        before = tl.load(partial + group * WIDTH + column)
-        count = tl.load(partial + groups * WIDTH + column)
+        before = tl.load(partial + group.to(tl.int64) * WIDTH + column)
+        count = tl.load(partial + tl.cast(groups, tl.int64) * WIDTH + column)
     else:
         before = tl.zeros([WIDTH], tl.int32)
         count = tl.zeros([WIDTH], tl.int32)
@@ -379,7 +382,7 @@ def moe_routing_plan_place(
             count += tl.sum(some, axis=0)
             before += tl.sum(tl.where((row < group - top)[:, None], some, 0), axis=0)
     if GROUP > 1:
-        before += tl.load(within + program * WIDTH + column)
+        before += tl.load(within + program.to(tl.int64) * WIDTH + column)
     kept, start, end = laid_out(count, capacity, SPEC)
     total = tl.max(end, axis=0)
     write_counts(counts, offsets, num_dropped, count, kept, start, end, SPEC)

@@ -17,7 +17,8 @@ class PlanLaunch(NamedTuple):
     :ivar launches: 1; 2: counts, then places; or 3: with a scan between them.
     :ivar size: pairs a program places.
     :ivar num_warps: warps a program.
-    :ivar tile: pairs that are counted at a time if there is one launch.
+    :ivar tile: pairs that are counted at a time if there is one launch; empty places and blocks
+        that are filled at a time.
     :ivar step: pairs that are placed at a time, of the ``size``, if there are more.
     :ivar group: how many times ``size`` pairs a program of the first launch counts.
     """

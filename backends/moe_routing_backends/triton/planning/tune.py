@@ -49,6 +49,8 @@ THREE = (
     (256, 2, 64, (2, 4, 8, 16)),
 )
 """Size, warps, step and groups of candidates of three launches."""
+FILLED = 512
+"""Empty places and blocks that candidates of several launches fill at a time."""
 KERNELS = {1: 2, 2: 6, 3: 3}
 """About how many kernels each number of launches compiles.
 
@@ -121,9 +123,13 @@ def candidates(problem: PlanProblem) -> list[PlanLaunch]:
             for size, warps in ONE
             for tile in (TILES if warps > 1 else TILES[:1])
         ),
-        *(PlanLaunch(2, size, warps, group=g) for size, warps, groups in TWO for g in groups),
         *(
-            PlanLaunch(3, size, warps, step=step, group=g)
+            PlanLaunch(2, size, warps, tile=FILLED, group=g)
+            for size, warps, groups in TWO
+            for g in groups
+        ),
+        *(
+            PlanLaunch(3, size, warps, tile=FILLED, step=step, group=g)
             for size, warps, step, groups in THREE
             for g in groups
         ),
