@@ -14,6 +14,7 @@ that sum is a launch of its own (``moe_routing_plan_scan``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import triton
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from moe_routing.planning import PlanProblem
 
 
+HISTOGRAM_MASKS = "mask" in signature(tl.histogram).parameters
+"""Triton 3.3's, and so Triton-XPU's, takes none."""
 NARROWEST = 16
 """Shortest vector over experts."""
 WIDEST_CHUNK = 64
@@ -43,6 +46,10 @@ class PlanSpec:
     :ivar width: the length of vectors over experts: a power of two, at least ``NARROWEST`` and E.
     :ivar block: 0 except in the layout in blocks.
     :ivar chunk: places of a block that are filled at a time.
+    :ivar leaves_empty: the layout has places without a pair.
+    :ivar counts_to: the place of a pair is worked out from how many of its expert are before it.
+    :ivar masks: this Triton's histogram takes a mask; else ``width`` is above E, and bin E counts
+        pairs without an expert.
     :ivar drops: what is beyond an expert's capacity has no place.
     """
 
@@ -53,6 +60,9 @@ class PlanSpec:
     chunk: int
     masked: bool
     drops: bool
+    leaves_empty: bool
+    counts_to: bool
+    masks: bool
 
     @property
     def value(self) -> PlanSpec:
@@ -62,7 +72,8 @@ class PlanSpec:
 
 def plan_spec(problem: PlanProblem) -> PlanSpec:
     """Return the constant for a problem."""
-    width = max(NARROWEST, next_power_of_two(problem.num_experts))
+    experts, drops = problem.num_experts, problem.drop == "last"
+    width = max(NARROWEST, next_power_of_two(experts if HISTOGRAM_MASKS else experts + 1))
     return PlanSpec(
         num_experts=problem.num_experts,
         width=width,
@@ -70,7 +81,10 @@ def plan_spec(problem: PlanProblem) -> PlanSpec:
         block=problem.block if problem.layout == "blocks" else 0,
         chunk=min(WIDEST_CHUNK, next_power_of_two(problem.block)),
         masked=problem.layout == "masked",
-        drops=problem.drop == "last",
+        drops=drops,
+        leaves_empty=problem.layout != "sorted",
+        counts_to=drops or problem.layout == "blocks",
+        masks=HISTOGRAM_MASKS,
     )
 
 
@@ -94,7 +108,10 @@ def counted(expert, SPEC: tl.constexpr):
     """Count the pairs of each expert: ``[width]``."""
     E: tl.constexpr = SPEC.value.num_experts
     WIDTH: tl.constexpr = SPEC.value.width
-    return tl.histogram(expert, WIDTH, mask=expert < E)
+    if SPEC.value.masks:
+        return tl.histogram(expert, WIDTH, mask=expert < E)
+    else:
+        return tl.where(tl.arange(0, WIDTH) < E, tl.histogram(expert, WIDTH), 0)
 
 
 @triton.jit
@@ -204,21 +221,22 @@ def place_pairs(
     """
     E: tl.constexpr = SPEC.value.num_experts
     WIDTH: tl.constexpr = SPEC.value.width
+    BLOCK: tl.constexpr = SPEC.value.block
     at = tl.minimum(expert, WIDTH - 1)
     placed = inside & (expert < E)
-    if SPEC.value.drops or SPEC.value.block > 0:
+    if SPEC.value.counts_to:
         in_expert = tl.gather(before, at, axis=0) + rank
         if SPEC.value.drops:
             placed = placed & (in_expert < capacity)
         place = tl.gather(start, at, axis=0) + in_expert
     else:  # one look-up less
         place = tl.gather(start + before, at, axis=0) + rank
-    if SPEC.value.block > 0:
-        begins = placed & (in_expert % SPEC.value.block == 0)
-        tl.store(block_experts + place // SPEC.value.block, expert, mask=begins)
+    if BLOCK > 0:
+        begins = placed & (in_expert % BLOCK == 0)
+        tl.store(block_experts + place // BLOCK, expert, mask=begins)
         if not FILLED:
             fill_last_blocks(order, in_expert, place, placed, at, kept, pairs, SPEC)
-    if SPEC.value.masked or SPEC.value.block > 0:
+    if SPEC.value.leaves_empty:
         tl.store(order + place, pair, mask=placed)
         tl.store(inverse + pair, tl.where(placed, place, -1), mask=inside)
     else:
@@ -244,6 +262,7 @@ def moe_routing_plan(
     """Plan in one launch: ``SIZE`` pairs a program, which counts all pairs, ``TILE`` at a time."""
     E: tl.constexpr = SPEC.value.num_experts
     WIDTH: tl.constexpr = SPEC.value.width
+    BLOCK: tl.constexpr = SPEC.value.block
     first = tl.program_id(0) * SIZE
     lane = tl.arange(0, SIZE)
     inside = lane < pairs - first
@@ -272,9 +291,9 @@ def moe_routing_plan(
     write_counts(counts, offsets, num_dropped, count, kept, start, end, SPEC)
     if SPEC.value.masked:
         fill_rows(order, kept, pairs, length, capacity, TILE)
-    elif SPEC.value.block > 0:
+    elif BLOCK > 0:
         fill(order, total, length, pairs, TILE)
-        fill(block_experts, total // SPEC.value.block, blocks, -1, TILE)
+        fill(block_experts, total // BLOCK, blocks, -1, TILE)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -289,6 +308,7 @@ def moe_routing_plan_count(
     In layouts with empty places it makes all places empty.
     """
     WIDTH: tl.constexpr = SPEC.value.width
+    BLOCK: tl.constexpr = SPEC.value.block
     column = tl.arange(0, WIDTH)
     lane = tl.arange(0, SIZE)
     block = tl.program_id(0) * GROUP
@@ -303,9 +323,9 @@ def moe_routing_plan_count(
     expert = expert_of_pair(
         ids, first + tl.where(inside, lane, 0), inside, row_stride, slot_stride, SPEC, FLAT
     )
-    if SPEC.value.masked or SPEC.value.block > 0:
+    if SPEC.value.leaves_empty:
         fill(order, 0, length, pairs, SIZE)
-    if SPEC.value.block > 0:
+    if BLOCK > 0:
         fill(block_experts, 0, blocks, -1, SIZE)
     count = tl.zeros([WIDTH], tl.int32)
     for tile in range(GROUP - 1):

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from moe_routing_backends.triton.planning.launches import PlanStep
     from moe_routing_registry import DeviceInfo
 
+SUB_GROUP = 32
+"""Lanes of a sub-group on Intel's GPUs: for 16, Triton-XPU 3.3 cannot compile a histogram."""
 SCAN_WARPS = 4
 MOST_SCANNED = 4096
 """Groups that a program of the scan takes at a time."""
@@ -165,7 +167,7 @@ class TritonPlanner:
             if launcher is None or not direct:  # only Triton's own launch calls its hooks
                 self._compiled.launch_and_keep(
                     turn.key, turn.kernel, turn.programs, (*taken, *turn.numbers), turn.constants,
-                    turn.num_warps, pdl=self._pdl,
+                    turn.num_warps, SUB_GROUP, pdl=self._pdl,
                 )  # fmt: skip
             else:
                 at = [None if tensor is None else tensor.data_ptr() for tensor in taken]
