@@ -17,7 +17,17 @@ SITE = os.environ["XPU_SITE"]
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
+def plans(environment):
+    """What comes of the kernels of ``plan``."""
+    command = [sys.executable, str(HERE / "plan.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)["cases"]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Of a process whose ``triton`` is Triton-XPU."""
     assert shutil.which("spirv-val"), (
         "spirv-val is not installed: apt-get install --yes spirv-tools"
     )
@@ -27,6 +37,11 @@ def compiled(tmp_path_factory):
         "TRITON_DISABLE_LINE_INFO": "1",
     }
     environment.pop("TRITON_INTERPRET", None)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def compiled(environment):
     processes = os.cpu_count() or 1
 
     def part(first):
@@ -67,3 +82,18 @@ def test_what_ships_spills_no_register_on_a_data_center_max(compiled):
 
 def test_what_ships_fits_into_the_local_memory_of_an_xe_core(compiled):
     assert not [case for case in compiled if case["shared"] > 131_072]
+
+
+FEW_SPILLS = 4
+"""Of the one launch for few pairs."""
+
+
+def test_the_kernels_of_plan_compile_and_hardly_spill(plans):
+    assert {case["kernel"] for case in plans} == {
+        "moe_routing_plan",
+        "moe_routing_plan_count",
+        "moe_routing_plan_scan",
+        "moe_routing_plan_place",
+    }
+    assert not [case for case in plans if case["invalid"] or case["shared"] > 131_072]
+    assert not [case for case in plans if case.get("spills", 0) > FEW_SPILLS]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 HISTOGRAM_MASKS = "mask" in signature(tl.histogram).parameters
 """Triton 3.3's, and so Triton-XPU's, takes none."""
+WIDEST_LOOK_UP = 256
+"""Elements that a program looks up at once: there, in vectors of at least as many."""
 NARROWEST = 16
 """Shortest vector over experts."""
 WIDEST_CHUNK = 64
@@ -73,7 +75,8 @@ class PlanSpec:
 def plan_spec(problem: PlanProblem) -> PlanSpec:
     """Return the constant for a problem."""
     experts, drops = problem.num_experts, problem.drop == "last"
-    width = max(NARROWEST, next_power_of_two(experts if HISTOGRAM_MASKS else experts + 1))
+    width = next_power_of_two(experts if HISTOGRAM_MASKS else experts + 1)
+    width = max(NARROWEST if HISTOGRAM_MASKS else WIDEST_LOOK_UP, width)
     return PlanSpec(
         num_experts=problem.num_experts,
         width=width,

@@ -30,11 +30,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing.planning import DispatchPlan, PlanProblem
-    from moe_routing_backends.triton.planning.launches import PlanStep
+    from moe_routing_backends.triton.planning.launches import PlanLaunch, PlanStep
     from moe_routing_registry import DeviceInfo
 
 SUB_GROUP = 32
-"""Lanes of a sub-group on Intel's GPUs: for 16, Triton-XPU 3.3 cannot compile a histogram."""
+"""Lanes of a sub-group on Intel's GPUs: for 16, Triton-XPU 3.3 cannot compile a histogram.
+
+Nor can it compile a look-up of fewer elements than lanes.
+"""
+FEWEST_WARPS = 4
+"""Sub-groups a program on Intel's GPUs: in two, counting spills registers."""
 SCAN_WARPS = 4
 MOST_SCANNED = 4096
 """Groups that a program of the scan takes at a time."""
@@ -60,6 +65,20 @@ _OF_PLAN, _OF_COUNT, _OF_SCAN, _OF_PLACE = map(
     _taken,
     (moe_routing_plan, moe_routing_plan_count, moe_routing_plan_scan, moe_routing_plan_place),
 )
+
+
+def in_whole_sub_groups(launch: PlanLaunch, problem: PlanProblem) -> PlanLaunch:
+    """Return a launch of which every program places at least a sub-group of pairs at a time.
+
+    Three launches take the place of two, whose sums over all groups spill registers there, and of
+    one for masked rows, whose look-ups are wider than what they look up in.
+    """
+    size, step = max(launch.size, SUB_GROUP), max(launch.step, SUB_GROUP)
+    one = launch.launches == 1 and problem.layout != "masked"
+    warps = max(launch.num_warps, FEWEST_WARPS)
+    return launch._replace(
+        launches=1 if one else 3, size=size, step=min(size, step), num_warps=warps
+    )
 
 
 class _Turn(NamedTuple):
@@ -130,7 +149,10 @@ class TritonPlanner:
         self._spec = plan_spec(problem)
         steps = plan_table_for(device, problem).steps(problem) if steps is None else steps
         self._limits = [step.pairs for step in steps if step.pairs is not None]
-        self._launches = [step.launch for step in steps]
+        self._launches = [
+            in_whole_sub_groups(step.launch, problem) if device.platform == "xpu" else step.launch
+            for step in steps
+        ]
         self._pdl = supports_pdl(device)
         self._compiled = Compiled(problem, self._device, self._advice)
         self._ready = self._compiled.launchers
