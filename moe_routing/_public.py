@@ -5,6 +5,7 @@ They get a router, list names, explain a choice and prefer a backend.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from moe_routing._registry import registry
 from moe_routing._router import Router
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED, from_config
+from moe_routing.planning import PlanProblem
 from moe_routing.probing import probe
 from moe_routing_registry import (
     Problem,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
-    from moe_routing_registry import BackendSpec
+    from moe_routing_registry import BackendSpec, DeviceInfo
 
 _routers: dict[tuple[object, ...], Router] = {}
 
@@ -223,7 +225,10 @@ def _explain(problem: Problem, device: torch.device | str, backend: str | None) 
     except Exception as error:  # noqa: BLE001 -- likewise
         return ResolutionReport(problem=problem, requested=backend, error=str(error))
     try:
-        return registry().resolve(problem, info, request)
+        report = registry().resolve(problem, info, request)
+        plans = isinstance(problem, RoutingProblem) and report.winner is not None
+        notes = (_how_it_plans(problem, info, request),) if plans else ()  # type: ignore[arg-type] # as the line above says
+        return replace(report, notes=(*report.notes, *notes))
     except Exception as error:  # noqa: BLE001 -- likewise
         return ResolutionReport(
             problem=problem,
@@ -231,6 +236,23 @@ def _explain(problem: Problem, device: torch.device | str, backend: str | None) 
             requested=backend,
             error=f"{type(error).__name__}: {error}",
         )
+
+
+def _how_it_plans(problem: RoutingProblem, info: DeviceInfo, request: Request) -> str:
+    """Say what ``Router.with_plan`` would do: no backend plans in the kernel that routes."""
+    shared = problem.spec.shared_experts
+    try:
+        plans = PlanProblem(
+            num_experts=problem.num_experts + shared,
+            topk=problem.topk + shared,
+            ids_dtype=problem.ids_dtype,
+        )
+    except ValueError as error:
+        return f"with_plan: not here, {error}"
+    report = registry().resolve(plans, info, request)
+    if report.winner is None:
+        return f"with_plan: not here, {report.why}"
+    return f"with_plan: composed of two operations, plan by {report.winner!r}"
 
 
 def prefer(backend: str) -> AbstractContextManager[None]:

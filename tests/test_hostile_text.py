@@ -18,16 +18,7 @@ import pytest
 from moe_routing._html import page
 from moe_routing.bench import Case, Result, Row, Settings
 from moe_routing.bench.page import to_html as bench_page
-from moe_routing.cli import (
-    _bench,
-    _catalogue,
-    _conformance,
-    _explain,
-    _list,
-    _show,
-    _transformers,
-    _tune,
-)
+from moe_routing.cli import _bench, _conformance, _explain, _list, _show, _transformers, _tune
 from moe_routing.cli._app import run
 from moe_routing.cli._render_doctor import render
 from moe_routing.conformance import report as reports
@@ -232,8 +223,7 @@ def test_the_bench_table(bench, screen):
 
 
 def test_the_explain_table(screen):
-    entry = _catalogue.Entry(HOSTILE, "model", _catalogue.look_up("mixtral").spec, HOSTILE)
-    screen(lambda console: _explain._show(console, entry, HOSTILE, RESOLUTION))
+    screen(lambda console: _explain._show(console, HOSTILE, HOSTILE, HOSTILE, RESOLUTION))
 
 
 def test_the_tune_table(screen):
