@@ -64,6 +64,15 @@ def integer(argument: str, value: object, expected: str = "an int") -> int:
         raise TypeError(refusal(argument, expected, value)) from None
 
 
+def check_columns(logits: Tensor) -> None:
+    """Require no more experts than ids in int32 can count.
+
+    Not asked where a call is traced: it would bound a dynamic E of an exported program.
+    """
+    if logits.shape[1] >= 2**31:
+        _wrong(ValueError, "logits", "at most 2**31 - 1 columns", shown(logits))
+
+
 def experts(num_experts: object) -> int:
     """Return a number of experts that ids in int32 can count."""
     number = integer("num_experts", num_experts)

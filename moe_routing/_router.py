@@ -276,6 +276,7 @@ class Router:
     ) -> RoutingOutput:
         """Check a call, choose what serves it, and cache that for later calls like it."""
         operands, topk, ids_dtype = self._checked(asked, asked_topk, asked_ids)
+        _check.check_columns(operands.logits)
         _check.check_addresses(operands)
         config = CallConfig(self._text, self._requested, topk, ids_dtype, self._shadow_key)
         differentiable = self._differentiable(operands)

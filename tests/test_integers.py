@@ -286,3 +286,9 @@ def test_e_is_at_most_what_an_id_can_hold(value):
             ask()
     error = moe_routing.explain(SPEC, num_experts=value, topk=1).error
     assert re.match(f"ValueError: {said}", error)
+
+
+def test_logits_have_no_more_columns_than_an_id_can_count():
+    logits = torch.zeros(1, 1, device="meta").expand(1, 2**31)
+    with pytest.raises(ValueError, match=r"^logits: expected at most 2\*\*31 - 1 columns, got a "):
+        Router(SPEC)(logits, 1)
