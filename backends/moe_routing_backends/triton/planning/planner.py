@@ -226,8 +226,10 @@ class TritonPlanner:
                 launcher, programs, _, numbers = bound[0]
                 launcher(programs, stream, (*at, *numbers))
                 return
-            partial = empty(size, strides, torch.int32).data_ptr()
-            at += [partial, partial + within]
+            # Held until all is launched: what is freed earlier, another thread's launches may get.
+            partial = empty(size, strides, torch.int32)
+            counts = partial.data_ptr()
+            at += [counts, counts + within]
             for launcher, programs, takes, numbers in bound:
                 launcher(programs, stream, (*[at[place] for place in takes], *numbers))
 
