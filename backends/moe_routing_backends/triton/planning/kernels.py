@@ -390,7 +390,8 @@ def moe_routing_plan_place(
     # What needs no counts comes before the wait (``moe_routing_plan_count``).
     expert = expert_of_pair(ids, pair, inside, row_stride, slot_stride, SPEC, FLAT)
     rank = rank_among(expert)
-    launch_dependents(PDL)
+    # Programs of the next kernel that wait here, in the places of this one's, slow it by up to 40 %
+    # on an H100 (512 experts), so they are not let in before this one's have ended.
     grid_dependency_wait(PDL)
     if SCANNED:
         before = tl.load(partial + group.to(tl.int64) * WIDTH + column)
