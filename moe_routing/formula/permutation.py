@@ -18,6 +18,8 @@ LARGEST = 448.0
 """Of float8_e4m3fn."""
 LEAST = 1e-10
 """The least magnitude that a scale is for: no scale is subnormal."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their size in bytes."""
 
 
 def permuted(hidden: Tensor, plan: DispatchPlan) -> Tensor:
@@ -29,8 +31,10 @@ def permuted(hidden: Tensor, plan: DispatchPlan) -> Tensor:
     [1.0, 1.0, 2.0, 0.0]
     """
     token, full = _tokens(plan)
-    rows = hidden.index_select(0, token)
-    return torch.where(full[:, None], rows, torch.zeros_like(rows))
+    # Moved as integers: no operation of PyTorch takes every dtype.
+    bits = hidden.view(_INTEGERS[min(hidden.dtype.itemsize, 8)])
+    rows = bits.index_select(0, token)
+    return torch.where(full[:, None], rows, 0).view(hidden.dtype)
 
 
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
