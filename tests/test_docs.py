@@ -45,7 +45,7 @@ def test_the_python_on_a_page_runs(page, capsys):
 @pytest.mark.parametrize("page", ["docs/permute.md", "docs/plan.md"])
 def test_the_results_on_a_page_are_right(page):
     blocks = blocks_of(page, "pycon")
-    assert len(blocks) > 5
+    assert len(blocks) >= 5
     names = {}
     exec("import torch, moe_routing", names)  # noqa: S102 -- as above
     examples = doctest.DocTestParser().get_doctest("\n".join(blocks), names, page, None, None)
