@@ -39,10 +39,12 @@ class PlanCase(NamedTuple):
     @property
     def problem(self) -> PlanProblem:
         """What a backend is asked for."""
-        sizes = {"num_experts": self.num_experts, "topk": self.topk}
-        if self.block is None:
-            return PlanProblem(**sizes)
-        return PlanProblem(**sizes, layout="blocks", block=self.block)
+        return PlanProblem(
+            num_experts=self.num_experts,
+            topk=self.topk,
+            layout="sorted" if self.block is None else "blocks",
+            block=1 if self.block is None else self.block,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,5 +85,4 @@ def by_sort(ids: Tensor, num_experts: int, block: int | None = None) -> Dispatch
 def by_sort_int32(ids: Tensor, num_experts: int, block: int | None = None) -> DispatchPlan:
     """Plan likewise, with int32 results."""
     made = by_sort(ids, num_experts, block)
-    parts = (None if part is None else part.int() for part in made)
-    return DispatchPlan(*parts)  # type: ignore[arg-type] -- None where the other plan has None
+    return DispatchPlan._make(None if part is None else part.int() for part in made)

@@ -81,5 +81,6 @@ def make(case: PlanCase, device: torch.device, cache: int) -> Inputs:
 
 
 def _like(made: DispatchPlan, device: torch.device) -> DispatchPlan:
-    parts = (None if part is None else torch.empty_like(part, device=device) for part in made)
-    return DispatchPlan(*parts)  # type: ignore[arg-type] -- None where the other plan has None
+    return DispatchPlan._make(
+        None if part is None else torch.empty_like(part, device=device) for part in made
+    )
