@@ -14,6 +14,7 @@ from moe_routing._registry import registry
 from moe_routing.cli._app import run as command
 from moe_routing.conformance import run
 from moe_routing.doctor import examine
+from moe_routing.report import Gathered, _gather, to_html
 from moe_routing_registry import RejectCode, Request, UnknownNameError
 
 PLUGIN = """
@@ -210,6 +211,20 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
     ]
     command(["doctor", "--device", "cpu"])
     assert "scaled_copy" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("copying")
+def test_the_report_checks_it_and_says_that_bench_does_not_measure_it():
+    doctor = examine(device="cpu")
+    assert _gather._winners(doctor, "cpu")["scaled_copy"] == "double"
+    tried = _gather._tried("scaled_copy", "double", "cpu", lambda *_: None)
+    assert tried.ok
+    assert tried.conformance.counts["checked"] == 1
+    gathered = Gathered(doctor=doctor, device="cpu", operations={"scaled_copy": tried})
+    page = to_html(gathered)
+    assert "scaled_copy: conformance of double on cpu" in page
+    assert "moe-routing bench does not measure this operation." in page
+    assert gathered.to_dict()["operations"]["scaled_copy"]["bench"] is None
 
 
 def test_an_unknown_operation_is_an_error_and_near_names_are_named(copying):

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from moe_routing.cli._catalogue import look_up
-from moe_routing.cli._operations import sized
+from moe_routing.cli._operations import by_option, sized
 from moe_routing.cli._show import (
     STATUS_STYLES,
     Unusable,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 PLOTS = (".png", ".html")
 INSTALL = "pip install 'moe-routing[bench]'"
-_OPTIONS = {"modes": "--mode", "dtypes": "--dtype"}
 
 
 def bench(  # noqa: PLR0913 -- the options of the command
@@ -236,7 +235,7 @@ def _plan_settings(given: _Given, kept: PlanSettings | None) -> PlanSettings:
             compare=_words(given.compare) if given.compare or kept else base.compare,
         )
     except ValueError as error:
-        raise _usage(error) from error
+        raise by_option(error) from error
 
 
 def _route_settings(given: _Given, kept: Settings | None) -> Settings:
@@ -264,7 +263,7 @@ def _route_settings(given: _Given, kept: Settings | None) -> Settings:
     except UnknownNameError:
         raise
     except ValueError as error:
-        raise _usage(error) from error
+        raise by_option(error) from error
 
 
 def _words(given: list[str] | None) -> tuple[str, ...]:
@@ -285,18 +284,6 @@ def _size(name: str, given: _Given) -> tuple[int, int]:
     topk = given.topk or entry.topk or min(8, experts)
     entry.spec.check_size(experts, topk)
     return experts, topk
-
-
-def _usage(error: ValueError) -> UsageError:
-    """Name the option instead of the field.
-
-    What is no field, an environment variable for example, keeps its name.
-    """
-    field, colon, rest = str(error).partition(": ")
-    option = (
-        _OPTIONS.get(field, f"--{field}") if field.islower() and field.isidentifier() else field
-    )
-    return UsageError(f"{option}{colon}{rest}")
 
 
 def main_device() -> str:
@@ -348,7 +335,7 @@ def _run(settings: AnySettings, before: Result | None) -> tuple[Result, list[Los
     except (AbsentDeviceError, UnknownDeviceError, UnknownNameError):
         raise
     except ValueError as error:
-        raise _usage(error) from error
+        raise by_option(error) from error
     return result, slower
 
 

@@ -33,9 +33,10 @@ def report(
         bool, typer.Option("--json", help="Print JSON, for programs, instead of writing the page.")
     ] = False,
 ) -> None:
-    """Write a page about this machine: doctor's findings, conformance, a short benchmark.
+    """Write a page about this machine.
 
-    Takes a minute or two.
+    It has doctor's findings, and of every operation the conformance and a short benchmark. Takes a
+    minute or two.
     """
     from moe_routing.report import gather, to_html
 
