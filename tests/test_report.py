@@ -48,6 +48,11 @@ def everything():
         return gather("cpu", lambda *step: steps.append(step)), steps
 
 
+@pytest.fixture(scope="module")
+def page(everything):
+    return to_html(everything[0])
+
+
 @pytest.fixture
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -65,9 +70,7 @@ def open_tags(page):
     return stack
 
 
-def test_the_page_holds_doctors_tables_the_conformance_matrix_and_the_plots(everything):
-    gathered, _ = everything
-    page = to_html(gathered)
+def test_the_page_holds_doctors_tables_the_conformance_matrix_and_the_plots(page):
     for heading in (
         "Checks",
         "Devices",
@@ -86,21 +89,19 @@ def test_the_page_holds_doctors_tables_the_conformance_matrix_and_the_plots(ever
     assert "plan, int32 ids, E = 128, K = 8, mode call" in page
 
 
-def test_the_page_says_what_it_shows(everything):
-    gathered, _ = everything
+def test_the_page_says_what_it_shows(everything, page):
     assert (
         "<p>This page has doctor&#x27;s findings for all operations, and conformance and "
         "benchmark of route and plan on cpu.</p>"
-    ) in to_html(gathered)
+    ) in page
     for operation in ("route", "plan"):
-        assert f"<td>{operation}</td><td>cpu</td><td>eager</td>" in to_html(gathered)
-    without = dataclasses.replace(gathered, operations={})
+        assert f"<td>{operation}</td><td>cpu</td><td>eager</td>" in page
+    without = dataclasses.replace(everything[0], operations={})
     assert "No device here has a backend, so nothing was tried." in to_html(without)
     assert not without.ok
 
 
-def test_the_page_stands_alone_and_is_well_formed(everything):
-    page = to_html(everything[0])
+def test_the_page_stands_alone_and_is_well_formed(page):
     assert open_tags(page) == []
     assert "http" not in page
     assert "<script" not in page
@@ -140,6 +141,27 @@ def test_what_raises_is_kept_on_the_page_and_the_rest_goes_on(monkeypatch):
     for tried in held.values():
         assert tried["bench"] == {"error": "RuntimeError: the device is on fire <now>"}
         assert tried["conformance"]["ok"] is True
+
+
+def test_each_operation_is_tried_by_its_own_kit_and_benchmark(everything):
+    operations = everything[0].operations
+    assert list(operations) == ["route", "plan"]
+    for name, tried in operations.items():
+        assert tried.ok
+        assert tried.conformance.operation == tried.bench.settings.operation == name
+
+
+def test_a_failed_check_or_a_wrong_result_of_one_operation_is_not_fine(everything):
+    gathered, _ = everything
+    plan = gathered.operations["plan"]
+    (check, *_), (row, *_) = plan.conformance.results, plan.bench.rows
+    failed = dataclasses.replace(check, status="failed", message="other bits")
+    for part in (
+        {"conformance": dataclasses.replace(plan.conformance, results=[failed])},
+        {"bench": dataclasses.replace(plan.bench, rows=[dataclasses.replace(row, wrong=("no",))])},
+    ):
+        wrong = {**gathered.operations, "plan": dataclasses.replace(plan, **part)}
+        assert not dataclasses.replace(gathered, operations=wrong).ok
 
 
 def test_what_the_kit_raises_is_on_the_page(everything):
