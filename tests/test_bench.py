@@ -270,6 +270,7 @@ def test_inputs_rotate_over_twice_the_cache_where_256_sets_are_enough(tokens, ca
     assert len({logits.data_ptr() for logits in inputs.logits}) == sets
 
 
+@pytest.mark.slow
 def test_an_implementation_that_makes_its_own_graphs_is_not_captured_in_another():
     inputs = make(Case("gemma4", "float32", 8, 2, 2), CPU, 1)
     implementation = comparison("compile-reduce-overhead", inputs)

@@ -35,8 +35,8 @@ def report(
 ) -> None:
     """Write a page about this machine.
 
-    It has doctor's findings, and of every operation the conformance and a short benchmark. Takes a
-    minute or two.
+    It has doctor's findings, and of every operation the conformance and a short benchmark. Takes
+    some minutes.
     """
     from moe_routing.report import gather, to_html
 
