@@ -33,10 +33,9 @@ def report(
         bool, typer.Option("--json", help="Print JSON, for programs, instead of writing the page.")
     ] = False,
 ) -> None:
-    """Write a page about this machine.
+    """Write a page: doctor's findings, conformance and a short benchmark of every operation.
 
-    It has doctor's findings, and of every operation the conformance and a short benchmark. Takes
-    some minutes.
+    Takes some minutes.
     """
     from moe_routing.report import gather, to_html
 
