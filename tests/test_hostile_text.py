@@ -152,7 +152,7 @@ RESOLUTION = ResolutionReport(
 
 def test_the_report_page(doctor, conformance, bench):
     failure = Failure(HOSTILE, HOSTILE)
-    for checked, timed in ((conformance, bench), (failure, failure), (failure, None)):
+    for checked, timed in ((conformance, bench), (failure, failure)):
         operations = {HOSTILE: Tried(backend=HOSTILE, conformance=checked, bench=timed)}
         check_page(to_html(Gathered(doctor=doctor, device=HOSTILE, operations=operations)))
 

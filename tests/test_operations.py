@@ -214,17 +214,13 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
 
 
 @pytest.mark.usefixtures("copying")
-def test_the_report_checks_it_and_says_that_bench_does_not_measure_it():
+def test_the_report_says_how_to_check_it():
     doctor = examine(device="cpu")
-    assert _gather._winners(doctor, "cpu")["scaled_copy"] == "double"
-    tried = _gather._tried("scaled_copy", "double", "cpu", lambda *_: None)
-    assert tried.ok
-    assert tried.conformance.counts["checked"] == 1
-    gathered = Gathered(doctor=doctor, device="cpu", operations={"scaled_copy": tried})
-    page = to_html(gathered)
-    assert "scaled_copy: conformance of double on cpu" in page
-    assert "moe-routing bench does not measure this operation." in page
-    assert gathered.to_dict()["operations"]["scaled_copy"]["bench"] is None
+    assert "scaled_copy" not in _gather._winners(doctor, "cpu")
+    page = to_html(Gathered(doctor=doctor, device="cpu", operations={}))
+    command = "moe-routing conformance double --operation scaled_copy --device cpu"
+    (line,) = [line for line in page.splitlines() if "scaled_copy --device" in line]
+    assert command in line
 
 
 def test_an_unknown_operation_is_an_error_and_near_names_are_named(copying):

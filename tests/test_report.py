@@ -96,6 +96,7 @@ def test_the_page_says_what_it_shows(everything, page):
     ) in page
     for operation in ("route", "plan"):
         assert f"<td>{operation}</td><td>cpu</td><td>eager</td>" in page
+    assert "moe-routing conformance eager --operation permute --device cpu" in page
     without = dataclasses.replace(everything[0], operations={})
     assert "No device here has a backend, so nothing was tried." in to_html(without)
     assert not without.ok

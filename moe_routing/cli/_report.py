@@ -33,7 +33,7 @@ def report(
         bool, typer.Option("--json", help="Print JSON, for programs, instead of writing the page.")
     ] = False,
 ) -> None:
-    """Write a page: doctor's findings, conformance and a short benchmark of every operation.
+    """Write a page: doctor's findings, conformance and a short benchmark of route and plan.
 
     Takes some minutes.
     """

@@ -1,4 +1,4 @@
-"""``gather``: doctor's examination; conformance and a short benchmark of every operation.
+"""``gather``: doctor's examination; conformance and a short benchmark of route and plan.
 
 What raises is kept, and the rest goes on.
 """
@@ -27,13 +27,12 @@ class Tried:
 
     :ivar backend: name of the backend that the device gets.
     :ivar conformance: of this backend, the quick profile; or what raised.
-    :ivar bench: the same backend and what it is compared with; or what raised; ``None`` for an
-        operation that ``moe-routing bench`` does not know.
+    :ivar bench: the same backend and what it is compared with; or what raised.
     """
 
     backend: str
     conformance: Report | Failure
-    bench: Result | Failure | None
+    bench: Result | Failure
 
     @property
     def ok(self) -> bool:
@@ -42,7 +41,7 @@ class Tried:
             not isinstance(self.conformance, Failure)
             and self.conformance.ok
             and not isinstance(self.bench, Failure)
-            and not (self.bench and self.bench.wrong)
+            and not self.bench.wrong
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +50,7 @@ class Tried:
         return {
             "backend": self.backend,
             **{
-                name: {"error": p.sentence} if isinstance(p, Failure) else p and p.to_dict()
+                name: {"error": p.sentence} if isinstance(p, Failure) else p.to_dict()
                 for name, p in parts.items()
             },
         }
@@ -63,7 +62,7 @@ class Gathered:
 
     :ivar doctor: what ``examine`` returned.
     :ivar device: the device that operations were tried on, ``""`` where none can be used.
-    :ivar operations: by name, what was tried of each operation that the device has a backend for.
+    :ivar operations: by name, what was tried of each operation that ``moe-routing bench`` knows.
     """
 
     doctor: dict[str, Any]
@@ -90,7 +89,7 @@ class Gathered:
 
 
 def gather(device: str | None, advance: Advance) -> Gathered:
-    """Examine the machine, and try the backend that the device gets for each operation.
+    """Examine the machine, and try the backends that the device gets.
 
     :param device: ``None`` for the first accelerator, else the CPU.
     :raises UnknownDeviceError: ``device`` is nothing that torch knows; a ``ValueError``.
@@ -115,10 +114,13 @@ def _place(doctor: dict[str, Any]) -> str:
 
 
 def _winners(doctor: dict[str, Any], place: str) -> dict[str, str]:
-    """Return the backend of each operation that has one on the device."""
+    """Return the backend of each operation to try that has one on the device."""
+    from moe_routing.bench import KINDS
+
     found = {
         operation["name"]: operation["devices"].get(place, {}).get("winner")
         for operation in doctor["operations"]
+        if operation["name"] in KINDS
     }
     return {name: winner for name, winner in found.items() if winner}
 
@@ -151,29 +153,26 @@ def _conformance(operation: str, backend: str, place: str, advance: Advance) -> 
     )
 
 
-def _bench(operation: str, place: str, advance: Advance) -> Result | None:
+def _bench(operation: str, place: str, advance: Advance) -> Result:
     from moe_routing.bench.measuring import measure
 
-    settings = _settings(operation, place)
-    if settings is None:
-        return None
-    what = f"{operation}: bench"
-    return measure(settings, on_case=lambda _result, done, total: advance(what, done, total))
+    return measure(
+        _settings(operation, place),
+        on_case=lambda _result, done, total: advance(f"{operation}: bench", done, total),
+    )
 
 
-def _settings(operation: str, place: str) -> AnySettings | None:
+def _settings(operation: str, place: str) -> AnySettings:
     from moe_routing.bench import PlanSettings, Settings, best_mode
 
     on_cpu = place == "cpu"
     tokens = (1, 16, 256, 4096) if on_cpu else (1, 16, 256, 4096, 65536)
-    if operation == "route":
-        return Settings(
-            tokens=tokens,
-            dtypes=("bfloat16", "float32"),
-            device=place,
-            modes=(best_mode(place),),
-            compare=("eager",) if on_cpu else ("baseline", "eager"),
-        )
     if operation == "plan":
         return PlanSettings(tokens=tokens, backends=(), device=place)
-    return None
+    return Settings(
+        tokens=tokens,
+        dtypes=("bfloat16", "float32"),
+        device=place,
+        modes=(best_mode(place),),
+        compare=("eager",) if on_cpu else ("baseline", "eager"),
+    )

@@ -44,6 +44,7 @@ def _parts(gathered: Gathered) -> Iterator[str]:
     for name, tried in gathered.operations.items():
         yield from _conformance(name, tried, gathered.device)
         yield from _bench(name, tried)
+    yield from _not_tried(gathered)
 
 
 def _contents(gathered: Gathered) -> str:
@@ -140,12 +141,24 @@ def _bench(operation: str, tried: Tried) -> Iterator[str]:
     yield f"<h2>{escape(operation)}: benchmark</h2>"
     if isinstance(found, Failure):
         yield _failed(found)
-    elif found is None:
-        yield "<p class='declined'>moe-routing bench does not measure this operation.</p>"
     else:
         from moe_routing.bench.page import sections
 
         yield from sections(found, heading="h3")
+
+
+def _not_tried(gathered: Gathered) -> Iterator[str]:
+    """Say how to check the operations that the page is not about."""
+    place = gathered.device
+    commands = [
+        f"moe-routing conformance {winner} --operation {operation['name']} --device {place}"
+        for operation in gathered.doctor["operations"]
+        if operation["name"] not in gathered.operations
+        and (winner := operation["devices"].get(place, {}).get("winner"))
+    ]
+    if commands:
+        lines = escape("\n".join(commands))
+        yield f"<h2>Not tried here</h2><p>Other operations are checked by</p><pre>{lines}</pre>"
 
 
 def _failed(failure: Failure) -> str:
