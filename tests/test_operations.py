@@ -124,7 +124,7 @@ def test_backends_of_an_operation_are_chosen_by_the_same_rules(copying):
     assert report.rejection("eager").verdict.code is RejectCode.OPERATION
     assert (
         report.rejection("eager").verdict.reason
-        == "has no factory for the operation 'scaled_copy'; it computes route, plan"
+        == "has no factory for the operation 'scaled_copy'; it computes route, plan, permute, combine"
     )
     assert moe_routing.explain(copying.CopyProblem(9)).winner == "add"
     assert moe_routing.explain(copying.CopyProblem(4), backend="triple").winner == "triple"
@@ -193,6 +193,8 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
     assert [(one["name"], one["devices"]["cpu"]["winner"]) for one in ours] == [
         ("route", "eager"),
         ("plan", "eager"),
+        ("permute", "eager"),
+        ("combine", "eager"),
     ]
     assert copied == {
         "name": "scaled_copy",
