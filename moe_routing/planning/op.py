@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree
 
-from moe_routing.planning.kernel import DispatchPlan
+from moe_routing.planning.kernel import DispatchPlan, RoutedPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from moe_routing.planning.problem import PlanProblem
 
 # So that torch.export.save can write down a program that returns a plan.
-_pytree._register_namedtuple(DispatchPlan, serialized_type_name="moe_routing.DispatchPlan")  # noqa: SLF001 -- torch.export's error message names it
+for _kind in (DispatchPlan, RoutedPlan):
+    _pytree._register_namedtuple(_kind, serialized_type_name=f"moe_routing.{_kind.__name__}")  # noqa: SLF001 -- torch.export's error message names it
 
 _LIBRARY = torch.library.Library("moe_routing", "FRAGMENT")
 _LIBRARY.define(
