@@ -226,6 +226,8 @@ class Router:
                 pair,
             ),
         )
+        if num_valid_tokens is not None:
+            operands = _check.counted(operands)
         known = None if is_dynamo_compiling() else self._known(operands, topk, ids_dtype)
         planned = None if known is None else routed.known(known.plans, asked, operands, plan_out)
         if known is None or planned is None:
@@ -241,7 +243,6 @@ class Router:
         try:
             if latest is not None and latest.matches(operands, topk, ids_dtype):
                 return latest
-            operands = _check.counted(operands)
         except UNREADABLE:  # the checks of a first call name the argument
             return None
         return self._looked_up(operands, topk, ids_dtype)[1]
@@ -256,7 +257,6 @@ class Router:
     ) -> RoutedPlan:
         """Check all that a call with a plan brings, before anything is written; then serve it."""
         traced = is_dynamo_compiling()
-        operands = _check.counted(operands)
         checked, selected, dtype = self._checked(operands, topk, ids_dtype)
         if not traced:
             self._check_memory(checked)

@@ -13,7 +13,7 @@ from moe_routing._overlap import address, span
 from moe_routing.formula.plan import places
 from moe_routing.planning.kernel import DispatchPlan
 from moe_routing.planning.problem import MAX_EXPERTS, MAX_TOPK, MOST, PlanProblem
-from moe_routing.private_api import is_zero_tensor
+from moe_routing.private_api import is_functorch_wrapped_tensor, is_zero_tensor
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
@@ -165,6 +165,17 @@ def check_out(
         if is_zero_tensor(part) or (part.is_inference() and not torch.is_inference_mode_enabled()):
             raise ValueError(refusal("out", f"{name} that can be written here", part))
     return out
+
+
+def check_transform(out: DispatchPlan, inputs: tuple[Tensor | None, ...]) -> None:
+    """Require that what ``torch.func`` transforms is not to be written into plain memory.
+
+    :raises ValueError: it is.
+    """
+    if any(t is not None and is_functorch_wrapped_tensor(t) for t in inputs) and not all(
+        part is None or is_functorch_wrapped_tensor(part) for part in out
+    ):
+        raise ValueError(refusal("out", "None inside a transform of torch.func", out))
 
 
 def check_addresses(out: DispatchPlan, others: Mapping[str, object]) -> None:

@@ -108,6 +108,27 @@ def _plan_fake(  # noqa: PLR0913, PLR0917 -- the operator's schema
     return tuple(ids.new_empty((0,) if part is None else part, dtype=torch.int32) for part in parts)
 
 
+def _plan_each(
+    info: Any,  # noqa: ANN401 -- torch's protocol
+    dims: tuple[int | None, ...],
+    ids: Tensor,
+    weights: Tensor | None,
+    *others: Any,  # noqa: ANN401 -- the operator's schema
+) -> tuple[_Parts, tuple[int, ...]]:
+    """Plan each element of a batch of ``torch.func.vmap``: a plan has no batch of its own."""
+
+    def element(tensor: Tensor | None, dim: int | None, n: int) -> Tensor | None:
+        return tensor if tensor is None or dim is None else tensor.select(dim, n)
+
+    plans = [
+        torch.ops.moe_routing.plan(element(ids, dims[0], n), element(weights, dims[1], n), *others)
+        for n in range(info.batch_size)
+    ]
+    parts = tuple(torch.stack(each) for each in zip(*plans, strict=True))
+    return parts, (0,) * len(parts)
+
+
 _LIBRARY.impl("plan", _plan, "CompositeExplicitAutograd")
 _LIBRARY.impl("plan", torch.library.fallthrough_kernel, "Autograd")  # integers have no gradients
 torch.library.register_fake("moe_routing::plan", _plan_fake, lib=_LIBRARY)
+torch.library.register_vmap("moe_routing::plan", _plan_each, lib=_LIBRARY)
