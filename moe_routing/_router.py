@@ -268,7 +268,7 @@ class Router:
             return routed.composed(output, problem, asked, self._requested, out)
         brought = _tensors(checked)
         if out is not None:
-            routed.check_addresses(checked, out)
+            routed.check_memory(checked, out)
             brought += [part for part in out if part is not None]
         if not all(map(is_ordinary, brought)):
             output = self._dispatch(operands, topk, ids_dtype)

@@ -7,6 +7,7 @@ anything is written. What a plan must be is in the contract, which ``tests/confo
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import moe_routing
-from moe_routing import Router, RoutingOutput, RoutingSpec, get_router
+from moe_routing import Router, RoutingSpec
 from moe_routing._registry import registry
 from moe_routing.planning import DispatchPlan, PlanProblem, RoutedPlan, routed
 from moe_routing.reference import plan_oracle
@@ -54,29 +55,30 @@ PLANS = {
 }
 
 
-def operands_of(spec, tokens=T, experts=E):
+def operands_of(spec, tokens=T):
     """Return what the spec takes, with random values."""
-    made = {"logits": torch.randn(tokens, experts)}
+    made = {"logits": torch.randn(tokens, E)}
     if spec.per_expert_scale:
-        made["per_expert_scale"] = torch.rand(experts)
+        made["per_expert_scale"] = torch.rand(E)
     if spec.needs_bias:
-        made["bias"] = torch.randn(experts)
+        made["bias"] = torch.randn(E)
     if spec.selection == "token_table":
-        rows = [torch.randperm(experts)[:K] for _ in range(20)]
+        rows = [torch.randperm(E)[:K] for _ in range(20)]
         made |= {"token_ids": torch.randint(20, (tokens,)), "expert_table": torch.stack(rows)}
     return made
 
 
-def oracle(routed_plan, experts, block=None, capacity=None, drop="last", masked=False):
+def oracle(routed_plan, experts, **asked):
     """Return the one right plan of the ids that came out."""
     weights, ids, _ = routed_plan
+    block, capacity = asked.get("block"), asked.get("capacity")
     problem = PlanProblem(
         num_experts=experts,
         topk=ids.shape[1],
         ids_dtype=str(ids.dtype).removeprefix("torch."),
-        layout="masked" if masked else "sorted" if block is None else "blocks",
+        layout="masked" if asked.get("masked") else "sorted" if block is None else "blocks",
         block=block or 1,
-        drop="nothing" if capacity is None else drop,
+        drop="nothing" if capacity is None else asked.get("drop", "last"),
     )
     return plan_oracle.plan(problem, ids, capacity, weights.detach())
 
@@ -96,9 +98,7 @@ def emptied(routed_plan):
     """Return tensors of the same shapes that hold something else."""
     weights, ids, plan = routed_plan
     parts = [None if part is None else torch.full_like(part, -7) for part in plan]
-    return RoutedPlan(
-        torch.full_like(weights, -7), torch.full_like(ids, -7), DispatchPlan(*parts)
-    )
+    return RoutedPlan(torch.full_like(weights, -7), torch.full_like(ids, -7), DispatchPlan(*parts))
 
 
 # What comes out
@@ -114,7 +114,7 @@ def emptied(routed_plan):
     mapped=st.booleans(),
     with_out=st.booleans(),
 )
-def test_every_call_gives_what_the_router_gives_and_the_plan_of_its_ids(
+def test_every_call_gives_what_the_router_gives_and_the_plan_of_its_ids(  # noqa: PLR0913, PLR0917 -- what is drawn
     name, tokens, plan, ids_dtype, valid, mapped, with_out
 ):
     """Each call is made three times: the first is checked, later ones are recognised."""
@@ -235,7 +235,8 @@ def test_a_plan_in_the_memory_of_another_tensor_is_refused_before_anything_is_wr
             call["out"] = out._replace(plan=plan, **{other: shared})
         else:
             call |= {other: shared, "out": out._replace(plan=plan)}
-        text = rf"^out: expected tensors that share no memory .*'({part} and {other}|{other} and {part}) that overlap'$"
+        both = f"({part} and {other}|{other} and {part})"
+        text = rf"^out: expected tensors that share no memory .*'{both} that overlap'$"
         refused(route, ValueError, text, call, [memory, *tensors_of(call["out"])])
 
 
@@ -308,9 +309,7 @@ WRONG_PARTS = {
     "meta": lambda part: part.to("meta"),
     "absent": lambda _: None,
     "a list": lambda part: part.tolist(),
-    "zeros without memory": lambda part: torch._efficientzerotensor(
-        part.shape, dtype=torch.int32
-    ),
+    "zeros without memory": lambda part: torch._efficientzerotensor(part.shape, dtype=torch.int32),
     "nested": lambda part: torch.nested.nested_tensor([part.view(-1)]),
     "sparse": lambda part: part.to_sparse(),
 }
@@ -379,18 +378,16 @@ def test_an_out_of_another_kind_is_named(out, text):
 
 def test_sizes_are_refused_by_the_names_of_this_call():
     """It has no argument ``ids``."""
-    for call, text in (
-        ((torch.randn(2, 128), 65), "topk: expected topk + shared_experts up to 64, .* got 65"),
-        ((torch.randn(2, 4097), 1), "logits: expected E . shared_experts up to 4096, .* got 4097"),
-        (
-            (torch.randn(1, E).expand(2**30, E), 2),
-            "logits: expected T . .topk . shared_experts. up to 2147483647, .* got 2147483648",
-        ),
+    many = torch.randn(1, E).expand(2**30, E)
+    for spec, logits, topk, text in (
+        (SOFTMAX, torch.randn(2, 128), 65, "topk: expected topk + shared_experts up to 64, "),
+        (SHARED, torch.randn(2, 128), 63, "topk: expected topk + shared_experts up to 64, "),
+        (SOFTMAX, torch.randn(2, 4097), 1, "logits: expected E + shared_experts up to 4096, "),
+        (SHARED, torch.randn(2, 4095), 1, "logits: expected E + shared_experts up to 4096, "),
+        (SOFTMAX, many, K, "logits: expected T * (topk + shared_experts) up to 2147483647, "),
     ):
-        with pytest.raises(ValueError, match=f"^{text.replace('topk + s', 'topk . s')}"):
-            Router(SOFTMAX).with_plan(*call)
-    with pytest.raises(ValueError, match=r"^topk: .* got 65"):
-        Router(SHARED).with_plan(torch.randn(2, 128), 63)
+        with pytest.raises(ValueError, match="^" + re.escape(text)):
+            Router(spec).with_plan(logits, topk)
     for columns, topk in ((4096, 64), (5000, 1)):
         made = Router(SOFTMAX).with_plan(torch.randn(2, columns), topk, num_experts=4096)
         same(made.plan, oracle(made, 4096))
@@ -427,7 +424,7 @@ def test_gradients_are_those_of_a_call_without_a_plan(asked):
         assert torch.equal(s, gradients[0][1])
     same(made.plan, oracle(made, E, **asked))
     with pytest.raises(ValueError, match=r"^out: expected None where gradients are wanted"):
-        route.with_plan(x, K, s, out=emptied(made))
+        route.with_plan(logits.requires_grad_(), K, scale, **asked, out=emptied(made))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -440,7 +437,7 @@ def test_vmap_plans_each_element(plan):
         for one, other in zip(made, step(logits), strict=True):
             assert torch.equal(one[n], other)
     out = emptied(route.with_plan(batch[0], K, **PLANS[plan]))
-    with pytest.raises(ValueError, match="^out: expected None"):
+    with pytest.raises(ValueError, match=r"^out: expected None where gradients are wanted"):
         torch.func.vmap(lambda x: route.with_plan(x, K, **PLANS[plan], out=out).ids)(batch)
     with pytest.raises(ValueError, match=r"^out: expected None inside a transform of torch.func"):
         torch.func.vmap(lambda ids: moe_routing.plan(ids, E, out=FULL.plan).order)(
@@ -491,7 +488,7 @@ def test_a_preferred_backend_does_both_in_later_calls_too(recorded):
             )
         with moe_routing.prefer("eager"):
             same(named.with_plan(logits, K).plan, made.plan)
-        assert CALLS == both * 2
+        assert both * 2 == CALLS
 
 
 def test_the_variable_counts_for_kinds_of_calls_that_nothing_was_chosen_for(recorded, monkeypatch):
@@ -502,7 +499,7 @@ def test_the_variable_counts_for_kinds_of_calls_that_nothing_was_chosen_for(reco
     route.with_plan(torch.randn(T, E), K)
     assert not CALLS
     route.with_plan(torch.randn(T, E + 1), K)
-    assert CALLS == [("route", torch.Tensor), ("plan", torch.Tensor)]
+    assert [("route", torch.Tensor), ("plan", torch.Tensor)] == CALLS
 
 
 @pytest.mark.parametrize("with_out", [False, True])
@@ -512,8 +509,7 @@ def test_no_kernel_is_called_where_operators_are_faked(recorded, method, extra, 
     route, logits = Router(SOFTMAX, backend=recorded), torch.randn(T, E)
     call, out = getattr(route, method), None
     if with_out:
-        out = RoutingOutput(*FULL[:2]) if method == "__call__" else FULL
-        out = emptied(FULL)[:2] if method == "__call__" else emptied(out)
+        out = emptied(FULL) if method == "with_plan" else emptied(FULL)[:2]
     for _ in range(3):
         call(logits, K, **extra, out=out)
         CALLS.clear()
@@ -572,7 +568,9 @@ def test_the_report_of_the_router_says_how_it_plans():
 # Compilers
 
 
-@pytest.mark.parametrize("spec", [SHARED, BIASED], ids=["shared", "bias"])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(SHARED, marks=pytest.mark.slow), BIASED], ids=["shared", "bias"]
+)
 def test_it_compiles_as_one_graph_for_any_number_of_tokens(spec):
     route, experts = Router(spec), E + spec.shared_experts
 
@@ -590,18 +588,6 @@ def test_it_compiles_as_one_graph_for_any_number_of_tokens(spec):
     filled = torch.compile(step, fullgraph=True, backend="aot_eager")(given_, out)
     assert all(map(torch.equal, tensors_of(out), tensors_of(expected)))
     assert all(map(torch.equal, tensors_of(filled), tensors_of(expected)))
-
-
-def test_a_compiled_call_refuses_what_a_plain_one_does():
-    route, logits = Router(SOFTMAX), torch.randn(T, E)
-    compiled = torch.compile(route.with_plan, backend="eager")
-    for wrong, text in (
-        ({"block": 0}, "^block: "),
-        ({"expert_map": MAP}, "^num_experts: "),
-        ({"out": (FULL.weights, FULL.ids, None)}, "^out: "),
-    ):
-        with pytest.raises((TypeError, ValueError), match=text):
-            compiled(logits, K, **wrong)
 
 
 STEP = """

@@ -162,16 +162,21 @@ def check_out(
         ):
             expected = f"a contiguous {name} of shape {list(wanted)} on {device}"
             raise ValueError(refusal("out", expected, part))
-        if is_zero_tensor(part) or (part.is_inference() and not torch.is_inference_mode_enabled()):
-            raise ValueError(refusal("out", f"{name} that can be written here", part))
     return out
 
 
-def check_transform(out: DispatchPlan, inputs: tuple[Tensor | None, ...]) -> None:
-    """Require that what ``torch.func`` transforms is not to be written into plain memory.
+def check_writable(out: DispatchPlan, inputs: tuple[Tensor | None, ...]) -> None:
+    """Require that ``out`` has memory that may be written here, with what comes of the inputs.
 
-    :raises ValueError: it is.
+    Not asked where a call is traced: there is no memory to look at.
+
+    :raises ValueError: it has not.
     """
+    for name, part in zip(DispatchPlan._fields, out, strict=True):
+        if part is not None and (
+            is_zero_tensor(part) or (part.is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            raise ValueError(refusal("out", f"{name} that can be written here", part))
     if any(t is not None and is_functorch_wrapped_tensor(t) for t in inputs) and not all(
         part is None or is_functorch_wrapped_tensor(part) for part in out
     ):

@@ -190,7 +190,7 @@ def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
     parts = shapes(problem, ids.shape[0], most)
     if out is not None:
         out = _check.check_out(out, parts, ids.device)
-        _check.check_transform(out, (ids, weights))
+        _check.check_writable(out, (ids, weights))
         _check.check_addresses(out, {"ids": ids, "weights": weights})
     if not all(t is None or is_ordinary(t) for t in (ids, weights, *(out or ()))):
         made = op.call(problem, ids, most, weights, backend)

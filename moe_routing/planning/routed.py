@@ -86,7 +86,7 @@ def known(
             return None
         addresses = _addresses(operands, parts)
         if addresses not in planned.apart:
-            check_addresses(operands, out)
+            _check.check_addresses(out, _named(operands))
             if len(planned.apart) >= _ADDRESSES_KEPT:
                 planned.apart.clear()
             planned.apart.add(addresses)
@@ -167,11 +167,12 @@ def checked(  # noqa: PLR0913, PLR0917 -- what the router knows of its ids, and 
     return problem, most
 
 
-def check_addresses(operands: Operands, out: DispatchPlan) -> None:
-    """Require that the plan to fill shares no memory, neither within itself nor with others.
+def check_memory(operands: Operands, out: DispatchPlan) -> None:
+    """Require that the plan to fill can be written, and shares no memory with another tensor.
 
-    :raises ValueError: it does.
+    :raises ValueError: it cannot, or it does.
     """
+    _check.check_writable(out, (operands.logits,))
     _check.check_addresses(out, _named(operands))
 
 
