@@ -427,6 +427,15 @@ def test_gradients_are_those_of_a_call_without_a_plan(asked):
         route.with_plan(logits.requires_grad_(), K, scale, **asked, out=emptied(made))
 
 
+@pytest.fixture
+def _no_vmap_fallback():
+    """Let torch.func.vmap refuse operators that have no rule of their own for batches."""
+    torch._C._functorch._set_vmap_fallback_enabled(False)  # noqa: FBT003 -- its own signature
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)  # noqa: FBT003 -- its own signature
+
+
+@pytest.mark.usefixtures("_no_vmap_fallback")
 @pytest.mark.parametrize("plan", PLANS)
 def test_vmap_plans_each_element(plan):
     """The outputs of torch.func.vmap are tensors: a part that a plan lacks is left out."""
@@ -489,6 +498,27 @@ def test_a_preferred_backend_does_both_in_later_calls_too(recorded):
         with moe_routing.prefer("eager"):
             same(named.with_plan(logits, K).plan, made.plan)
         assert both * 2 == CALLS
+
+
+class Subclass(torch.Tensor):
+    """A tensor as users derive one, without code of its own."""
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "other",
+    [lambda t: t.as_subclass(Subclass), lambda t: torch._neg_view(-t)],
+    ids=["a subclass", "negated lazily"],
+)
+def test_logits_that_are_no_plain_memory_are_planned_by_the_named_backend(recorded, other, plan):
+    route, logits = Router(SOFTMAX, backend=recorded), torch.randn(T, E)
+    expected, out = route.with_plan(logits, K, **PLANS[plan]), None
+    for _ in range(3):
+        CALLS.clear()
+        made = route.with_plan(other(logits), K, **PLANS[plan], out=out)
+        assert [operation for operation, _ in CALLS] == ["route", "plan"]
+        assert all(map(torch.equal, tensors_of(made), tensors_of(expected)))
+        out = emptied(expected)
 
 
 def test_the_variable_counts_for_kinds_of_calls_that_nothing_was_chosen_for(recorded, monkeypatch):
