@@ -559,7 +559,8 @@ def build(problem, device):
 @hookimpl
 def moe_routing_backends():
     factories = {"plan": "wreck_of_plans:build"}
-    return [BackendSpec(name="wreck", factories=factories, targets=(Target("*"),), priority=900)]
+    every = (Target("*"),)
+    return [BackendSpec(name="wreck-of-plans", factories=factories, targets=every, priority=900)]
 """
 
 
@@ -574,7 +575,7 @@ def test_in_strict_mode_nothing_is_written_where_the_plan_is_not_had_from_the_be
     with pytest.raises(moe_routing.BackendUnavailableError, match="MOE_ROUTING_STRICT"):
         Router(SOFTMAX).with_plan(**call)
     monkeypatch.delenv("MOE_ROUTING_STRICT")
-    with pytest.warns(moe_routing.DowngradeWarning, match=r"wreck.*no such chip"):
+    with pytest.warns(moe_routing.DowngradeWarning, match=r"wreck-of-plans.*no such chip"):
         call["out"] = emptied(Router(SOFTMAX).with_plan(**call))
     monkeypatch.setenv("MOE_ROUTING_STRICT", "1")
     refused(

@@ -63,7 +63,8 @@ class _Latest(NamedTuple):
         ):
             return False
         given = _given(ids, weights, out)
-        if not self.alike(*given):
+        # The guard must not be asked of nested tensors: it wants strides, and ends the process.
+        if True in [tensor.is_nested for tensor in given] or not self.alike(*given):
             return False
         if out is None:
             return True
@@ -112,19 +113,6 @@ def _addresses(given: list[Tensor]) -> tuple[int, ...]:
     return tuple([tensor.data_ptr() for tensor in given])
 
 
-def guard_of(given: list[Tensor]) -> Callable[..., bool] | None:
-    """Return a check that as many tensors are like these, or ``None`` (see ``tensor_guard``)."""
-    guard = tensor_guard(given)
-    if guard is None:
-        return None
-
-    def alike(*given: Tensor) -> bool:
-        # The guard must not be asked of nested tensors: it wants strides, and ends the process.
-        return True not in [tensor.is_nested for tensor in given] and guard(*given)
-
-    return alike
-
-
 def keep(
     call: Any,  # noqa: ANN401 -- whatever the caller wants back
     asked: tuple[object, ...],
@@ -148,7 +136,7 @@ def keep(
     ):
         latest.apart.add(addresses)  # the same kind of call with other memory
         return
-    alike = guard_of(given)
+    alike = tensor_guard(given)
     if alike is None:
         return
     _kept[0] = _Latest(

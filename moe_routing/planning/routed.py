@@ -18,8 +18,9 @@ from moe_routing.kernel import RoutingOutput
 from moe_routing.planning import _check
 from moe_routing.planning.call import Call, choice, plan, prepared, served, shapes
 from moe_routing.planning.kernel import DispatchPlan, RoutedPlan
-from moe_routing.planning.latest import form_of, guard_of, parts_of
+from moe_routing.planning.latest import form_of, parts_of
 from moe_routing.planning.problem import MAX_EXPERTS, MAX_TOPK, MOST
+from moe_routing.private_api import tensor_guard
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def known(
             planned.parts_alike is None
             or type(out) is not DispatchPlan
             or form_of(out) != planned.form
+            or True in [part.is_nested for part in parts]  # which the guard must not see
             or not planned.parts_alike(*parts)
         ):
             return None
@@ -228,7 +230,7 @@ def remember(
     if operands.out is not None:
         parts = parts_of(made.plan)
         apart = {_addresses(operands, parts)}
-        kept = Planned(call, guard_of(parts), form_of(made.plan), apart)
+        kept = Planned(call, tensor_guard(parts), form_of(made.plan), apart)
     if len(plans) >= _PLANS_KEPT:
         plans.clear()
     plans[_key_of(asked)] = kept
