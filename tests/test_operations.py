@@ -124,7 +124,8 @@ def test_backends_of_an_operation_are_chosen_by_the_same_rules(copying):
     assert report.rejection("eager").verdict.code is RejectCode.OPERATION
     assert (
         report.rejection("eager").verdict.reason
-        == "has no factory for the operation 'scaled_copy'; it computes route, plan, permute, combine"
+        == "has no factory for the operation 'scaled_copy'; "
+        "it computes route, plan, permute, combine"
     )
     assert moe_routing.explain(copying.CopyProblem(9)).winner == "add"
     assert moe_routing.explain(copying.CopyProblem(4), backend="triple").winner == "triple"
