@@ -11,7 +11,7 @@ Nothing trusts a plan: a place is used only where it is in ``[0, min(offsets[E],
 
 Widths and strides of rows are counted in vectors of ``VEC`` elements and multiplied by ``VEC``
 here: so the compiler sees that columns are loaded and masked a vector at a time. That rows begin at
-multiples of 16 bytes it is told (``row_at``).
+multiples of 16 bytes it is told (``at_row``).
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ NOT_SPECIALIZED = (
 
 
 @triton.jit
-def row_at(tensor, row, width, VEC: tl.constexpr):
-    """Return the address of a row; there may be more elements than int32 numbers.
+def at_row(tensor, row, width, column, VEC: tl.constexpr):
+    """Return the address of a column of a row; there may be more elements than int32 numbers.
 
-    ``VEC`` is above 1 only where every row begins at a multiple of 16 bytes.
+    ``VEC`` is above 1 only where rows begin at multiples of 16 bytes, and so does the column. One
+    sum, because Triton joins sums of addresses, and forgets what it was told of the first.
     """
-    at = tensor + tl.cast(row, tl.int64) * (width * VEC)
+    at = tensor + (tl.cast(row, tl.int64) * (width * VEC) + column)
     if VEC > 1:
         at = tl.multiple_of(at, 16)
     return at
@@ -90,22 +91,27 @@ def places_of(inverse, token, end, K: tl.constexpr, FIRST: tl.constexpr):
 
 
 @triton.jit
-def empty_places(order, tile, end, pairs, places, PLACES: tl.constexpr):
-    """Return the first place of a tile, and which of its places exist and hold no pair."""
-    first = tile * PLACES
-    lane = tl.arange(0, PLACES)
-    inside = lane < places - first
-    pair = tl.load(order + first + tl.where(inside, lane, 0))
-    return first, inside & ((pair < 0) | (pair >= pairs) | (lane >= end - first))
+def has_no_pair(order, place, end, pairs):
+    """Tell whether a place holds no pair."""
+    pair = tl.load(order + place)
+    return (pair < 0) | (pair >= pairs) | (place >= end)
 
 
 @triton.jit
-def fill(out, first, empty, column, lane, inside, width, VEC: tl.constexpr):
-    """Write zeros to some columns of the empty places from ``first`` on."""
-    row = tl.arange(0, empty.shape[0])[:, None].to(tl.int64) * (width * VEC)
-    at = row_at(out, first, width, VEC) + column + row + lane[None, :]
-    zero = tl.zeros([empty.shape[0], lane.shape[0]], tl.int32).to(out.dtype.element_ty)
-    tl.store(at, zero, mask=empty[:, None] & inside[None, :])
+def empty_from(order, first, end, pairs, places, PLACES: tl.constexpr):
+    """Return how many places from ``first`` on to look through, 0 where none of them is empty."""
+    lane = tl.arange(0, PLACES)
+    inside = lane < places - first
+    empty = has_no_pair(order, first + tl.where(inside, lane, 0), end, pairs)
+    found = tl.max(empty.to(tl.int32), axis=0)
+    return tl.where(found > 0, tl.minimum(places - first, PLACES), 0)
+
+
+@triton.jit
+def write_zeros(out, row, width, column, lane, inside, VEC: tl.constexpr):
+    """Write zeros to a slice of a row."""
+    zero = tl.zeros([lane.shape[0]], tl.int32).to(out.dtype.element_ty)
+    tl.store(at_row(out, row, width, column, VEC) + lane, zero, mask=inside)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -128,18 +134,18 @@ def moe_routing_permute(
     launch_dependents(EARLY)
     end = end_of_places(offsets, experts, places)
     if item < tokens:
-        row = tl.load(row_at(source, item, stride, VEC) + column + lane, mask=inside)
+        row = tl.load(at_row(source, item, stride, column, VEC) + lane, mask=inside)
         for first in tl.static_range(0, K, SLOTS):
             # All places before the first store: no load is moved ahead of a store.
             place, has_place = places_of(inverse, item, end, K, first)
             for k in tl.static_range(len(place)):
-                at = row_at(target, place[k], width, VEC) + column + lane
+                at = at_row(target, place[k], width, column, VEC) + lane
                 tl.store(at, row, mask=inside & has_place[k])
     elif PLACES > 0:
-        first_place, empty = empty_places(order, item - tokens, end, pairs, places, PLACES)
-        # Most programs find none.
-        if tl.max(empty.to(tl.int32), axis=0) > 0:
-            fill(target, first_place, empty, column, lane, inside, width, VEC)
+        first_place = (item - tokens) * PLACES
+        for i in range(empty_from(order, first_place, end, pairs, places, PLACES)):
+            if has_no_pair(order, first_place + i, end, pairs):
+                write_zeros(target, first_place + i, width, column, lane, inside, VEC)
 
 
 @triton.jit
@@ -180,7 +186,7 @@ def moe_routing_permute_quantized(
     launch_dependents(EARLY)
     end = end_of_places(offsets, experts, places)
     if item < tokens:
-        at = row_at(hidden, item, stride, VEC) + column + lane
+        at = at_row(hidden, item, stride, column, VEC) + lane
         row = tl.reshape(tl.load(at, mask=inside, other=0.0).to(tl.float32), [GROUPS, GROUP])
         # The largest magnitude as an integer, of which NaN is the largest.
         magnitude = row.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -191,15 +197,17 @@ def moe_routing_permute_quantized(
         for first in tl.static_range(0, K, SLOTS):
             place, has_place = places_of(inverse, item, end, K, first)
             for k in tl.static_range(len(place)):
-                to_row = row_at(target, place[k], width, VEC) + column + lane
+                to_row = at_row(target, place[k], width, column, VEC) + lane
                 tl.store(to_row, rounded, mask=inside & has_place[k])
-                to_scales = row_at(scales, place[k], groups, 1) + group + group_lane
+                to_scales = at_row(scales, place[k], groups, group, 1) + group_lane
                 tl.store(to_scales, scale, mask=group_inside & has_place[k])
     elif PLACES > 0:
-        first_place, empty = empty_places(order, item - tokens, end, pairs, places, PLACES)
-        if tl.max(empty.to(tl.int32), axis=0) > 0:
-            fill(target, first_place, empty, column, lane, inside, width, VEC)
-            fill(scales, first_place, empty, group, group_lane, group_inside, groups, 1)
+        first_place = (item - tokens) * PLACES
+        for i in range(empty_from(order, first_place, end, pairs, places, PLACES)):
+            place = first_place + i
+            if has_no_pair(order, place, end, pairs):
+                write_zeros(target, place, width, column, lane, inside, VEC)
+                write_zeros(scales, place, groups, group, group_lane, group_inside, 1)
 
 
 @triton.jit
@@ -234,7 +242,7 @@ def moe_routing_combine(
         row = ()
         weight = ()
         for k in tl.static_range(len(place)):
-            at = row_at(rows, place[k], stride, VEC) + column + lane
+            at = at_row(rows, place[k], stride, column, VEC) + lane
             row = row + (tl.load(at, mask=inside & has_place[k], other=0.0),)
             if weights is not None:
                 pair = tl.cast(token, tl.int64) * K + (first + k)
@@ -247,7 +255,7 @@ def moe_routing_combine(
                 added = added * weight[k]
             # The weight of a pair without a place may be NaN.
             total = total + tl.where(has_place[k], added, 0.0)
-    to_token = row_at(out, token, width, VEC) + column + lane
+    to_token = at_row(out, token, width, column, VEC) + lane
     tl.store(to_token, nearest(total, out.dtype.element_ty), mask=inside)
 
 
@@ -267,29 +275,30 @@ def moe_routing_combine_backward(
     grid_dependency_wait(PDL)
     launch_dependents(EARLY)
     end = end_of_places(offsets, experts, places)
+    slices = tl.cast((width * VEC - 1) // BLOCK + 1, tl.int32)
     moving = tokens * K
     if program < moving:
         place = tl.load(inverse + program)
         weight = tl.load(weights + program).to(tl.float32)
         has_place = (place >= 0) & (place < end)
         place = tl.where(has_place, place, 0)
-        from_grad = row_at(grad, program // K, grad_stride, VEC)
-        from_rows = row_at(rows, place, stride, VEC)
-        to_rows = row_at(grad_rows, place, width, VEC)
         total = tl.zeros([BLOCK], tl.float32)
-        for part in range(tl.cast((width * VEC - 1) // BLOCK + 1, tl.int32)):
+        for part in range(slices):
             column, lane, inside = columns_of(part, width, VEC, BLOCK)
             inside = inside & has_place
-            of_token = tl.load(from_grad + column + lane, mask=inside, other=0.0).to(tl.float32)
-            row = tl.load(from_rows + column + lane, mask=inside, other=0.0).to(tl.float32)
+            at_grad = at_row(grad, program // K, grad_stride, column, VEC) + lane
+            of_token = tl.load(at_grad, mask=inside, other=0.0).to(tl.float32)
+            row = tl.load(at_row(rows, place, stride, column, VEC) + lane, mask=inside, other=0.0)
             of_row = nearest(weight * of_token, grad_rows.dtype.element_ty)
-            tl.store(to_rows + column + lane, of_row, mask=inside)
-            total += of_token * row
+            to_row = at_row(grad_rows, place, width, column, VEC) + lane
+            tl.store(to_row, of_row, mask=inside)
+            total += of_token * row.to(tl.float32)
         of_weight = tl.sum(tree_sum(total[None, :]), axis=0)
         tl.store(grad_weights + program, tl.where(has_place, of_weight, 0.0))
     else:
-        first_place, empty = empty_places(order, program - moving, end, pairs, places, PLACES)
-        if tl.max(empty.to(tl.int32), axis=0) > 0:
-            for part in range(tl.cast((width * VEC - 1) // BLOCK + 1, tl.int32)):
-                column, lane, inside = columns_of(part, width, VEC, BLOCK)
-                fill(grad_rows, first_place, empty, column, lane, inside, width, VEC)
+        first_place = (program - moving) * PLACES
+        for i in range(empty_from(order, first_place, end, pairs, places, PLACES)):
+            if has_no_pair(order, first_place + i, end, pairs):
+                for part in range(slices):
+                    column, lane, inside = columns_of(part, width, VEC, BLOCK)
+                    write_zeros(grad_rows, first_place + i, width, column, lane, inside, VEC)
