@@ -44,12 +44,16 @@ def must_serve_what_it_accepts(under_test: BackendUnderTest, trials: Iterable[Tr
         msg = "the backend declines every problem of this kind"
         raise NotApplicableError(msg)
     for trial in accepted:
-        try:
-            with contained("its kernel", AssertionError):
-                trial.called()
-        except PluginFailure as failure:
-            msg = f"accepts {trial.problem}, but {failure.sentence}"
-            raise AssertionError(msg) from failure.error
+        _must_serve(trial)
+
+
+def _must_serve(trial: Trial) -> None:
+    try:
+        with contained("its kernel", AssertionError):
+            trial.called()
+    except PluginFailure as failure:
+        msg = f"accepts {trial.problem}, but {failure.sentence}"
+        raise AssertionError(msg) from failure.error
 
 
 def must_fail_at_what_it_declines(under_test: BackendUnderTest, trials: Iterable[Trial]) -> None:
@@ -98,13 +102,19 @@ def _must_be_impossible(
             untried = "its factory takes no keyword `unsupported`, so that this cannot be tried"
             msg = f"{said}, and {untried}; {otherwise}"
             raise AssertionError(msg)
-        try:
-            with contained("its kernel"):
-                trial.launched(kernel)
-        except PluginFailure:  # whatever a kernel raises on what it declined: it cannot do it
+        if not _is_right(trial, kernel):
             return
     msg = f"{said}, but gets it right; {otherwise}"
     raise AssertionError(msg)
+
+
+def _is_right(trial: Trial, kernel: Any) -> bool:  # noqa: ANN401 -- each operation has its own type
+    try:
+        with contained("its kernel"):
+            trial.launched(kernel)
+    except PluginFailure:  # whatever a kernel raises on what it declined: it cannot do it
+        return False
+    return True
 
 
 def _built_all_the_same(under_test: BackendUnderTest, problem: Problem) -> Any:  # noqa: ANN401 -- each operation has its own type

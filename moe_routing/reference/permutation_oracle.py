@@ -157,11 +157,11 @@ def gradient_of_rows(
     """
     exact = grad.detach().cpu().double()
     products = torch.zeros(plan.order.numel(), grad.shape[1], dtype=torch.float64)
-    pairs, topk = plan.order.reshape(-1).tolist(), plan.inverse.shape[1]
-    for place, token in enumerate(tokens(plan)):
+    of_pairs = None if weights is None else weights.detach().cpu().double().reshape(-1).tolist()
+    pairs = plan.order.view(-1).tolist()
+    for place, (token, pair) in enumerate(zip(tokens(plan), pairs, strict=True)):
         if token >= 0:
-            weight = 1.0 if weights is None else float(weights[token, pairs[place] % topk])
-            products[place] = weight * exact[token]
+            products[place] = exact[token] * (1.0 if of_pairs is None else of_pairs[pair])
     slack = torch.where(products == 0, 0.0, TINY)
     return Between((products - slack).float().to(dtype), (products + slack).float().to(dtype))
 
@@ -171,8 +171,8 @@ def gradient_of_weights(
 ) -> Between:
     """Return between what the gradient of the weights of ``combine`` may lie: ``[T, K]``.
 
-    That of the pair (t, k) is the sum over the H columns of ``grad[t] * rows[inverse[t, k]]``, 0 for
-    a pair without a place. The products are added in float32 in any order, which errs by no
+    That of the pair (t, k) is the sum over the H columns of ``grad[t] * rows[inverse[t, k]]``, and
+    0 for a pair without a place. The products are added in float32 in any order, which errs by no
     more than ``H u / (1 - H u)`` times the sum of their magnitudes, and the sum is rounded once.
     """
     exact, values = grad.detach().cpu().double(), rows.detach().cpu().double()

@@ -54,10 +54,7 @@ COMBINE = Contract(COMBINE_CLAUSES, _combines, declinable=_declinable(CombineCas
 
 
 def both(
-    clause: int,
-    cases: Callable[[type[Case], Profile], Iterable[Named]],
-    *,
-    capability: str = "",
+    clause: int, cases: Callable[[type[Case], Profile], Iterable[Named]], *, capability: str = ""
 ) -> Callable[[Run], Run]:
     """Enter a check of that clause into both contracts, each with cases of its operation."""
 

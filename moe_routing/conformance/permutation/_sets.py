@@ -26,7 +26,9 @@ COMBINED: tuple[Mapping[str, Any], ...] = ({}, {"weights": ""}, {"weights": "bfl
 
 
 def in_every_form(
-    operation: type[Case], profile: Profile, **words: Any  # noqa: ANN401 -- fields of a Case
+    operation: type[Case],
+    profile: Profile,
+    **words: Any,  # noqa: ANN401 -- fields of a Case
 ) -> Iterator[Case]:
     """Yield a case of every layout and of whatever else can be asked for; some for smoke."""
     options = PERMUTED if operation is PermuteCase else COMBINED

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.conformance.permutation._check import both, require
-from moe_routing.conformance.permutation.cases import Case, CombineCase, PermuteCase
-from moe_routing.planning import DispatchPlan
+from moe_routing.conformance.permutation.cases import Case, PermuteCase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,11 +18,18 @@ if TYPE_CHECKING:
     from moe_routing.conformance.cases import Profile
     from moe_routing.conformance.permutation.calls import Call
     from moe_routing.conformance.under_test import BackendUnderTest
+    from moe_routing.planning import DispatchPlan
 
 T, K, E, H = 5, 8, 60, 40
 TELLTALE = 1234567
 """A number in a plan and in rows that no error may show."""
-_SIZES = {"num_tokens": T, "topk": K, "num_experts": E, "columns": H, "dtype": "float32"}
+_SIZES: dict[str, Any] = {
+    "num_tokens": T,
+    "topk": K,
+    "num_experts": E,
+    "columns": H,
+    "dtype": "float32",
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "sorted": {}, "blocks": {"block": 16}, "masked": {"capacity": 3, "masked": True},
 }  # fmt: skip
@@ -58,21 +64,30 @@ class Wrong:
         return ""
 
 
-def _plan(
-    what: str, changed: Callable[[DispatchPlan], object], right: str = "sorted"
-) -> Wrong:
+def _plan(what: str, changed: Callable[[DispatchPlan], Any], right: str = "sorted") -> Wrong:
     return Wrong("plan", what, lambda call: {"plan": changed(call.plan)}, right)
 
 
-def _part(what: str, name: str, changed: Callable[[Tensor], object], right: str = "sorted") -> Wrong:
+def _part(what: str, name: str, changed: Callable[[Tensor], Any], right: str = "sorted") -> Wrong:
     """Return a plan of which one part is wrong."""
     return _plan(
         f"{name} {what}", lambda plan: plan._replace(**{name: changed(getattr(plan, name))}), right
     )
 
 
-def _one(argument: str, what: str, changed: Callable[[Any], object], right: str = "sorted") -> Wrong:
+def _one(
+    argument: str, what: str, changed: Callable[[Any], object], right: str = "sorted"
+) -> Wrong:
     return Wrong(argument, what, lambda call: {argument: changed(call.arguments[argument])}, right)
+
+
+def _each(argument: str, values: dict[str, object]) -> list[Wrong]:
+    """Return wrong values of an argument, by what is wrong with them."""
+    return [_set(argument, what, value) for what, value in values.items()]
+
+
+def _set(argument: str, what: str, value: object) -> Wrong:
+    return Wrong(argument, what, lambda _: {argument: value})
 
 
 PARTS = ("order", "inverse", "counts", "offsets")
@@ -109,12 +124,7 @@ OF_BOTH = (
     _part("of rank 2", "offsets", lambda part: part[:, None]),
     _part("of floats", "block_experts", lambda part: part.float(), "blocks"),
     _part("on another device", "block_experts", lambda part: part.to("meta"), "blocks"),
-    *(
-        Wrong("backend", what, lambda _, value=value: {"backend": value})  # type: ignore[misc]  # bound now
-        for what, value in (
-            ("a number", 3), ("a list", ["eager"]), ("a tensor", torch.ones(1)),
-        )
-    ),
+    *_each("backend", {"a number": 3, "a list": ["eager"], "a tensor": torch.ones(1)}),
 )  # fmt: skip
 
 
@@ -127,56 +137,65 @@ def _of_tokens(plan: DispatchPlan, tokens: int) -> DispatchPlan:
     return plan._replace(inverse=plan.inverse.new_zeros(tokens, topk), order=order)
 
 
+def _for_another_plan(argument: str, tokens: int, right: str = "sorted") -> Wrong:
+    return Wrong(
+        argument, "for another plan", lambda call: {"plan": _of_tokens(call.plan, tokens)}, right
+    )
+
+
+FLOAT8 = "float8_e4m3fn"
+
+
+def _hidden(call: Call) -> Tensor:
+    hidden: Tensor = call.arguments["hidden"]
+    return hidden
+
+
+def _scales(what: str, changed: Callable[[Tensor], object]) -> Wrong:
+    return Wrong("scales", what, lambda call: {"scales": changed(_hidden(call))})
+
+
 def _numbers(tensor: Tensor) -> object:
     return tensor.tolist()
 
 
 OF_PERMUTE = (
-    _plan("of a token less", lambda plan: _of_tokens(plan, T - 1)),
-    _plan("of a token more", lambda plan: _of_tokens(plan, T + 1)),
-    _plan("of a token less", lambda plan: _of_tokens(plan, T - 1), "blocks"),
+    _for_another_plan("hidden", T + 1),
+    _for_another_plan("hidden", T - 1, "blocks"),
     _one("hidden", "missing", lambda _: None),
     _one("hidden", "a list", _numbers),
     _one("hidden", "of rank 1", lambda rows: rows[0]),
     _one("hidden", "of rank 3", lambda rows: rows[None]),
     _one("hidden", "sparse", lambda rows: rows.to_sparse()),
-    Wrong("plan", "of other tokens than hidden", lambda call: {"hidden": call.arguments["hidden"][1:]}),
-    Wrong("plan", "on another device than hidden", lambda call: {"hidden": call.arguments["hidden"].to("meta")}),
-    *(
-        Wrong("quantize", what, lambda _, value=value: {"quantize": value})  # type: ignore[misc]  # bound now
-        for what, value in (
-            ("another dtype", "float8_e5m2"), ("an empty word", ""), ("True", True), ("a number", 8),
-            ("a dtype", torch.float8_e4m3fn), ("a list", ["float8_e4m3fn"]), ("a tensor", torch.ones(1)),
-        )
-    ),
-    *(
-        Wrong(
-            "hidden", f"of {dtype} to quantize",
-            lambda call, dtype=dtype: {  # type: ignore[misc]  # bound now
-                "hidden": call.arguments["hidden"].to(dtype), "quantize": "float8_e4m3fn",
-            },
-        )
-        for dtype in (torch.float64, torch.int32, torch.float8_e4m3fn, torch.bool, torch.complex64)
-    ),
-    Wrong(
-        "quantize", "of rows with gradients",
-        lambda call: {
-            "hidden": call.arguments["hidden"].clone().requires_grad_(), "quantize": "float8_e4m3fn",
+    _one("hidden", "of a token less", lambda rows: rows[1:]),
+    Wrong("plan", "elsewhere than hidden", lambda call: {"hidden": _hidden(call).to("meta")}),
+    *_each(
+        "quantize",
+        {
+            "another dtype": "float8_e5m2", "an empty word": "", "True": True, "a number": 8,
+            "a dtype": torch.float8_e4m3fn, "a list": [FLOAT8], "a tensor": torch.ones(1),
         },
     ),
     *(
-        Wrong("scales", what, lambda call, changed=changed: {"scales": changed(call.arguments["hidden"])})  # type: ignore[misc]  # bound now
-        for what, changed in (
-            ("a list", _numbers), ("of rank 1", lambda rows: rows[:, 0]), ("of rank 3", lambda rows: rows[None]),
-            ("of a token less", lambda rows: rows[1:]), ("of a token more", lambda rows: rows.repeat(2, 1)[: T + 1]),
-            ("on another device", lambda rows: rows.to("meta")), ("sparse", lambda rows: rows.to_sparse()),
-            ("a number", lambda _: 1.0),
-        )
+        Wrong("hidden", f"of {dtype} to quantize", lambda call, dtype=dtype: {  # type: ignore[misc]  # bound now
+            "hidden": _hidden(call).to(dtype), "quantize": FLOAT8,
+        })
+        for dtype in (torch.float64, torch.int32, torch.float8_e4m3fn, torch.bool, torch.complex64)
     ),
-    Wrong(
-        "scales", "of rows to quantize",
-        lambda call: {"scales": call.arguments["hidden"], "quantize": "float8_e4m3fn"},
-    ),
+    Wrong("quantize", "of rows with gradients", lambda call: {
+        "hidden": _hidden(call).clone().requires_grad_(), "quantize": FLOAT8,
+    }),
+    _scales("a list", _numbers),
+    _scales("a number", lambda _: 1.0),
+    _scales("of rank 1", lambda rows: rows[:, 0]),
+    _scales("of rank 3", lambda rows: rows[None]),
+    _scales("of a token less", lambda rows: rows[1:]),
+    _scales("of a token more", lambda rows: rows.repeat(2, 1)[: T + 1]),
+    _scales("on another device", lambda rows: rows.to("meta")),
+    _scales("sparse", lambda rows: rows.to_sparse()),
+    Wrong("scales", "of rows to quantize", lambda call: {
+        "scales": _hidden(call), "quantize": FLOAT8,
+    }),
 )  # fmt: skip
 
 OF_COMBINE = (
@@ -195,13 +214,13 @@ OF_COMBINE = (
     _one("rows", "of another E", lambda rows: rows[1:], "masked"),
     _one("rows", "of another capacity", lambda rows: rows[:, 1:], "masked"),
     _one("rows", "of matrices", lambda rows: rows.view(T, K, H)),
-    Wrong("plan", "on another device than rows", lambda call: {"rows": call.arguments["rows"].to("meta")}),
-    Wrong("rows", "of another plan", lambda call: {"plan": _of_tokens(call.plan, T + 1)}),
-    Wrong("weights", "of another plan", lambda call: {"plan": _of_tokens(call.plan, T - 1)}, "blocks"),
+    Wrong("plan", "elsewhere than rows", lambda call: {"rows": call.arguments["rows"].to("meta")}),
+    _for_another_plan("rows", T + 1),
+    _for_another_plan("weights", T - 1, "blocks"),
     _one("weights", "a list", _numbers),
     _one("weights", "a number", lambda _: 1.0),
     *(
-        _one("weights", f"of {dtype}", lambda weights, dtype=dtype: weights.to(dtype))  # type: ignore[misc]  # bound now
+        _one("weights", f"of {dtype}", lambda some, dtype=dtype: some.to(dtype))  # type: ignore[misc]  # bound now
         for dtype in (torch.float64, torch.int64, torch.bool, torch.float8_e5m2)
     ),
     _one("weights", "of a token less", lambda weights: weights[1:]),
@@ -258,6 +277,3 @@ def _refusal(call: Call, arguments: dict[str, Any], what: str) -> str:
         raise AssertionError(msg) from error
     msg = f"{what}: no error"
     raise AssertionError(msg)
-
-
-__all__ = ["CombineCase", "wrong_arguments_raise_and_are_named"]

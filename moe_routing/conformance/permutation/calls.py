@@ -10,7 +10,6 @@ import torch
 import moe_routing
 from moe_routing.conformance.permutation import outcomes, values
 from moe_routing.permutation import CombineProblem, PermuteProblem
-from moe_routing.planning import DispatchPlan
 from moe_routing.reference import permutation_oracle as oracle
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from moe_routing.conformance.under_test import BackendUnderTest
+    from moe_routing.planning import DispatchPlan
     from moe_routing.planning.problem import Layout
 
 
@@ -168,9 +168,7 @@ class PermuteCall(Call):
         masked = self.layout == "masked"
         full = ~oracle.is_empty(plan) if masked else None
         front = f"{what}: " if what else ""
-        for name, some, like, rows in zip(
-            self.names, made, self.outputs, of_tokens, strict=False
-        ):
+        for name, some, like, rows in zip(self.names, made, self.outputs, of_tokens, strict=False):
             outcomes.must_be_like(front + name, some, like, self.device)
             outcomes.must_have_bits(
                 front + name, some, oracle.permute(rows, plan), only=full,
@@ -220,9 +218,10 @@ class CombineCall(Call):
     def must_match(self, made: tuple[Tensor, ...], what: str = "") -> None:
         """Raise ``AssertionError`` unless each element is what float32 can give."""
         name = f"{what}: out" if what else "out"
-        outcomes.must_be_like(name, *made, *self.outputs, self.device)
+        (out,), (like,) = made, self.outputs
+        outcomes.must_be_like(name, out, like, self.device)
         between = oracle.combine(self.matrix, self.plan, self.weights)
-        outcomes.must_lie_between(name, *made, between)
+        outcomes.must_lie_between(name, out, between)
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -129,9 +129,7 @@ class PermuteCase(Case):
         """Make the call on the device."""
         generator = self.generator()
         _, plan = self.planned(generator)
-        drawn = values.ROWS[self.rows](
-            self.num_tokens, self.columns, self.torch_dtype, generator
-        )
+        drawn = values.ROWS[self.rows](self.num_tokens, self.columns, self.torch_dtype, generator)
         return PermuteCall(
             hidden=values.MEMORY[self.memory](drawn.to(device)),
             plan=on_device(plan, device),
@@ -158,7 +156,7 @@ class CombineCase(Case):
     def own(self) -> list[str]:
         """The words for the weights, and the form of the rows."""
         return [
-            self.weights and f"by_{self.weights}" or "unweighted", self.weighing,
+            f"by_{self.weights}" if self.weights else "unweighted", self.weighing,
             *["flat"] * self.flat,
         ]  # fmt: skip
 

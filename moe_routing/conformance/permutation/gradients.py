@@ -92,9 +92,7 @@ SIZES = ((33, 6, 40), (5, 1, 1), (130, 8, 129), (3, 22, 300))
 def _permuted(profile: Profile) -> Iterator[PermuteCase]:
     for dtype, (tokens, topk, columns) in product(FLOATS, SIZES):
         for layout in _sets.LAYOUTS[:: 2 if profile == "smoke" else 1]:
-            yield PermuteCase(
-                dtype=dtype, num_tokens=tokens, topk=topk, columns=columns, **layout
-            )
+            yield PermuteCase(dtype=dtype, num_tokens=tokens, topk=topk, columns=columns, **layout)
 
 
 @PERMUTE.check(8, _permuted)
@@ -129,11 +127,10 @@ def gradients_of_rows_and_weights_match_the_oracle(
     must_be_right(call, grad, made)
     if call.weights is None:
         return
-    weighed = call.but(weights=call.weights.detach().requires_grad_())
-    (alone,) = torch.autograd.grad(weighed.made(under_test), [weighed.weights], grad)
+    weights = call.weights.detach().requires_grad_()
+    (alone,) = torch.autograd.grad(call.but(weights=weights).made(under_test), [weights], grad)
     same = outcomes.same_bits(alone, made[1])
     require(same, "the gradient of weights: other bits where rows require none")
-
 
 
 def _laid(operation: type[Case], profile: Profile) -> Iterator[Case]:
@@ -216,9 +213,10 @@ def _second(
     like = operands[0]
     grad = grad.to(like.device, result.dtype).requires_grad_()
     first = torch.autograd.grad(result, operands, grad, create_graph=True)
-    total = sum(
+    products = [
         (one * way.to(like.device, one.dtype)).sum() for one, way in zip(first, along, strict=True)
-    )
+    ]
+    total = torch.stack([product.to(result.dtype) for product in products]).sum()
     second = torch.autograd.grad(
         total, [*operands, grad], allow_unused=True, materialize_grads=True
     )
@@ -231,9 +229,7 @@ def _permuted_in_float64(plan: DispatchPlan, hidden: Tensor) -> Tensor:
     return rows.view(*plan.order.shape, hidden.shape[1])
 
 
-def _combined_in_float64(
-    plan: DispatchPlan, rows: Tensor, weights: Tensor | None = None
-) -> Tensor:
+def _combined_in_float64(plan: DispatchPlan, rows: Tensor, weights: Tensor | None = None) -> Tensor:
     place = torch.tensor(oracle.places(plan))
     has = (place >= 0)[..., None]
     matrix = rows.reshape(-1, rows.shape[-1])

@@ -54,9 +54,7 @@ class Problems:
         for topk in TOPK[: 1 if smoke else len(TOPK)]:
             for dtype in dtypes[: 3 if smoke else len(dtypes)]:
                 rows = "normal" if dtype in FLOATS else "bits"
-                yield self.operation(
-                    num_tokens=9, topk=topk, dtype=dtype, rows=rows, **self.words
-                )
+                yield self.operation(num_tokens=9, topk=topk, dtype=dtype, rows=rows, **self.words)
 
 
 def every_form(operation: type[Case], profile: Profile) -> Iterator[Problems]:

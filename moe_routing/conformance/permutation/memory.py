@@ -38,9 +38,7 @@ def launched_into_guards(kernel: Any, call: Call) -> tuple[Tensor, ...]:  # noqa
     every, results = [], []
     for like in call.outputs:
         size = like.numel() * like.itemsize
-        memory = torch.full(
-            (GUARD + size + GUARD,), BEFORE, dtype=torch.uint8, device=call.device
-        )
+        memory = torch.full((GUARD + size + GUARD,), BEFORE, dtype=torch.uint8, device=call.device)
         every.append(memory)
         results.append(memory[GUARD : GUARD + size].view(like.dtype).view(like.shape))
     call.launch(kernel, tuple(results))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import cycle, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -153,8 +153,8 @@ def scales_are_moved_with_their_rows(under_test: BackendUnderTest, case: Permute
 
 
 def _past_int32(profile: Profile) -> list[PermuteCase]:
-    sizes = {"num_tokens": 32, "topk": 64, "columns": (1 << 20) + 3}
-    return [PermuteCase(dtype="uint8", **sizes)] if profile == "full" else []
+    huge = PermuteCase(dtype="uint8", num_tokens=32, topk=64, columns=(1 << 20) + 3)
+    return [huge] if profile == "full" else []
 
 
 @check(1, _past_int32, capability="large_sizes")
@@ -171,7 +171,7 @@ def more_than_2_31_elements_are_moved(under_test: BackendUnderTest, case: Permut
 
 
 def _empty(profile: Profile) -> Iterator[PermuteCase]:
-    layouts = (
+    layouts: tuple[dict[str, Any], ...] = (
         {"block": 16}, {"block": 3, "ids": "padding"}, {"ids": "strays"}, {"capacity": 2},
         {"ids": "none", "block": 4}, {"capacity": 3, "block": 5, "ids": "other_ranks"},
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moe_routing.conformance.under_test import BackendUnderTest
     from moe_routing.planning import DispatchPlan
 
-LEFT_OUT = (
+LEFT_OUT: tuple[dict[str, Any], ...] = (
     {"ids": "padding"}, {"ids": "strays"}, {"ids": "none"}, {"capacity": 2},
     {"capacity": 2, "block": 4}, {"capacity": 3, "masked": True, "ids": "other_ranks"},
     {"ids": "padding", "block": 16},
@@ -169,9 +169,7 @@ def plans_of_any_content_touch_nothing_else(under_test: BackendUnderTest, case: 
         return
     assert isinstance(call, PermuteCall)  # noqa: S101 -- for mypy: there are two operations
     of_tokens = oracle.quantize(call.hidden) if call.quantize else (call.hidden,)
-    for name, made, rows in zip(
-        call.names, launched(under_test, call), of_tokens, strict=False
-    ):
+    for name, made, rows in zip(call.names, launched(under_test, call), of_tokens, strict=False):
         _must_be_of_its_column(name, made.reshape(-1, made.shape[-1]), rows)
 
 

@@ -131,9 +131,7 @@ def _must_equal(call: Call, made: tuple[Tensor, ...], right: tuple[Tensor, ...],
     for name, some, first in zip(call.names, made, right, strict=False):
         flat = [outcomes.rows_of_bytes(t.reshape(-1, t.shape[-1])) for t in (some, first)]
         same = flat[0] == flat[1]
-        require(
-            bool((same if full is None else same[full]).all()), f"{what}: {name}: other bits"
-        )
+        require(bool((same if full is None else same[full]).all()), f"{what}: {name}: other bits")
 
 
 @both(7, _sets.in_every_form)

@@ -11,11 +11,7 @@ from moe_routing.conformance.permutation import _sets
 from moe_routing.conformance.permutation._check import both, require
 from moe_routing.conformance.permutation.calls import CombineCall, PermuteCall
 from moe_routing.conformance.permutation.cases import PermuteCase
-from moe_routing.conformance.permutation.gradients import (
-    gradient_of,
-    must_be_right,
-    with_leaves,
-)
+from moe_routing.conformance.permutation.gradients import gradient_of, must_be_right, with_leaves
 from moe_routing.permutation import PermutedRows
 from moe_routing.planning import DispatchPlan
 from moe_routing.python_warnings import not_raised
@@ -86,9 +82,7 @@ def compiled_calls_have_gradients(under_test: BackendUnderTest, case: Case) -> N
     call = case.make(under_test.device)
     watched, leaves = with_leaves(call)
     torch.compiler.reset()
-    compiled = torch.compile(
-        _Module(call, under_test.backend), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(_Module(call, under_test.backend), fullgraph=True, backend="aot_eager")
     result = compiled(tuple(call.plan), *leaves)
     grad = gradient_of(call, case.generator())
     must_be_right(watched, grad, torch.autograd.grad(result, leaves, grad))

@@ -167,4 +167,4 @@ MEMORY: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "one_column": lambda rows: rows[:, :1].expand(rows.shape),
     }
 )
-"""Ways in which rows lie in memory. The last two repeat the first row or column, by a stride of 0."""
+"""Ways in which rows lie in memory. The last two repeat the first row or column: a stride is 0."""

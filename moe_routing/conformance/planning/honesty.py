@@ -61,18 +61,14 @@ def _trials(under_test: BackendUnderTest, problems: Problems) -> Iterator[Trial]
 
 
 def _trial(under_test: BackendUnderTest, case: Case) -> Trial:
-    few, more = (
-        some.make(under_test.device) for some in (case, case.but(num_tokens=129))
-    )
+    few, more = (some.make(under_test.device) for some in (case, case.but(num_tokens=129)))
 
     def launched(kernel: PlanKernel) -> None:
         out = cases.outputs(more)
         kernel(more.ids, out, capacity=more.capacity, weights=more.weights)
         cases.must_match(more, out)
 
-    return Trial(
-        few.problem, lambda: cases.checked(under_test, few, str(few.problem)), launched
-    )
+    return Trial(few.problem, lambda: cases.checked(under_test, few, str(few.problem)), launched)
 
 
 @check(0, every_form)
