@@ -73,12 +73,17 @@ def must_be_right(call: Call, grad: Tensor, made: tuple[Tensor, ...], what: str 
         )  # fmt: skip
 
 
+def must_require(result: Tensor) -> None:
+    """Require a result that has gradients."""
+    require(result.requires_grad, "the result does not require gradients, but an operand does")
+
+
 def _made(
     under_test: BackendUnderTest, call: Call, grad: Tensor
 ) -> tuple[tuple[Tensor, ...], Call]:
     watched, leaves = with_leaves(call)
     (result,) = watched.made(under_test)
-    require(result.requires_grad, "the result does not require gradients, but an operand does")
+    must_require(result)
     made = torch.autograd.grad(result, leaves, grad)
     for leaf, one in zip(leaves, made, strict=True):
         outcomes.must_be_like("a gradient", one.contiguous(), leaf.contiguous(), call.device)
@@ -146,9 +151,12 @@ def a_gradient_may_have_any_strides(under_test: BackendUnderTest, case: Case) ->
     call = case.make(under_test.device)
     like = call.outputs[0]
     one = torch.full((1,), 0.5, dtype=like.dtype, device=call.device).expand(like.shape)
-    wide = torch.full((*like.shape[:-1], 2 * like.shape[-1]), torch.nan, dtype=like.dtype)
-    strided = wide.to(call.device)[..., ::2].copy_(gradient_of(call, case.generator()))
-    for what, grad in (("one number", one), ("every second column", strided)):
+    columns = like.shape[-1]
+    wide = torch.full((*like.shape[:-1], 2 * columns), torch.nan, dtype=like.dtype)
+    strided, sliced = wide.to(call.device)[..., ::2], wide.to(call.device)[..., 1 : columns + 1]
+    for grad in (strided, sliced):
+        grad.copy_(gradient_of(call, case.generator()))
+    for what, grad in (("one number", one), ("every second", strided), ("a slice", sliced)):
         made, _ = _made(under_test, call, grad)
         must_be_right(call, grad, made, what)
 
@@ -212,7 +220,9 @@ def _second(
     """Return the gradients, of operands and ``grad``, of the first gradients along directions."""
     like = operands[0]
     grad = grad.to(like.device, result.dtype).requires_grad_()
+    must_require(result)
     first = torch.autograd.grad(result, operands, grad, create_graph=True)
+    require(all(one.requires_grad for one in first), "a gradient does not require gradients")
     products = [
         (one * way.to(like.device, one.dtype)).sum() for one, way in zip(first, along, strict=True)
     ]

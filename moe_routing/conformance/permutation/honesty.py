@@ -38,7 +38,7 @@ class Problems:
     @property
     def id(self) -> str:
         """Name for test ids."""
-        words = [f"{name}_{value}" for name, value in self.words.items() if value]
+        words = [f"{name}_{value or 'none'}" for name, value in self.words.items()]
         return "-".join(words) or "sorted"
 
     @property

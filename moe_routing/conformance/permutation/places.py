@@ -92,8 +92,8 @@ def _numbers(like: Tensor, generator: Generator, *ends: int) -> Tensor:
     every = torch.tensor(near + far, dtype=torch.int64)
     which = torch.randint(len(every), like.shape, generator=generator)
     spread = torch.randint(-2 * max(ends), 3 * max(ends) + 1, like.shape, generator=generator)
-    mixed = torch.where(which % 2 == 0, every[which], spread)
-    return mixed.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+    either = torch.randint(2, like.shape, generator=generator)
+    return torch.where(either == 0, every[which], spread).to(torch.int32)
 
 
 GARBAGE = ("order", "inverse", "offsets", "counts", "everything", "zeros", "largest", "lowest")

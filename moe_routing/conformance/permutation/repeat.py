@@ -30,7 +30,7 @@ BATCHES = (1, 1, 2, 3, 7, 33, 64, 129, 512)
 
 
 def _batched(operation: type[Case], profile: Profile) -> Iterator[Case]:
-    tokens = 67 if profile == "smoke" else 1031
+    tokens = 67 if profile == "smoke" else 517
     for case in _sets.of_either_dtype(operation, profile, num_tokens=tokens):
         if not case.masked and case.capacity is None:
             yield case.but(columns=131, rows="cancelling")
@@ -72,12 +72,9 @@ class _Batches:
         if isinstance(self.case, PermuteCase):
             changes = {"hidden": self.call.arguments["hidden"][tokens].to(self.device)}
         else:
-            topk = self.case.topk
             rows = self.of_pairs.new_full((plan.order.numel(), self.case.columns), torch.nan)
-            for t, of_slots in enumerate(oracle.places(plan)):
-                for k, place in enumerate(of_slots[:topk]):
-                    if place >= 0:
-                        rows[place] = self.of_pairs[tokens[t], k]
+            place = torch.tensor(oracle.places(plan))
+            rows[place[place >= 0]] = self.of_pairs[tokens][place >= 0]
             weights = self.call.arguments["weights"]
             changes = {
                 "rows": rows.to(self.device),

@@ -11,7 +11,12 @@ from moe_routing.conformance.permutation import _sets
 from moe_routing.conformance.permutation._check import both, require
 from moe_routing.conformance.permutation.calls import CombineCall, PermuteCall
 from moe_routing.conformance.permutation.cases import PermuteCase
-from moe_routing.conformance.permutation.gradients import gradient_of, must_be_right, with_leaves
+from moe_routing.conformance.permutation.gradients import (
+    gradient_of,
+    must_be_right,
+    must_require,
+    with_leaves,
+)
 from moe_routing.permutation import PermutedRows
 from moe_routing.planning import DispatchPlan
 from moe_routing.python_warnings import not_raised
@@ -41,6 +46,11 @@ class _Module(torch.nn.Module):
         return self.function(rows, DispatchPlan(*parts), *weights, **self.options)
 
 
+def _few_forms(operation: type[Case], profile: Profile) -> Iterator[Case]:
+    """Yield fewer cases than other checks have: each takes seconds."""
+    return _sets.in_every_form(operation, "full" if profile == "full" else "smoke")
+
+
 def _given(call: Call) -> tuple[Any, ...]:
     """Return what the module of a call is called with."""
     tensors = [t for t in call.arguments.values() if isinstance(t, torch.Tensor)]
@@ -54,7 +64,7 @@ def _as_tuple(call: Call, made: object) -> tuple[Tensor, ...]:
     return (made,) if isinstance(made, torch.Tensor) else tuple(made)  # type: ignore[arg-type] # as above
 
 
-@both(9, _sets.in_every_form, capability="compile")
+@both(9, _few_forms, capability="compile")
 def compiles_as_one_graph(under_test: BackendUnderTest, case: Case) -> None:
     """torch.compile(fullgraph=True), with static and dynamic shapes, gives the right rows."""
     call, shorter = (
@@ -71,7 +81,7 @@ def compiles_as_one_graph(under_test: BackendUnderTest, case: Case) -> None:
 
 
 def _trained(operation: type[Case], profile: Profile) -> Iterator[Case]:
-    for case in _sets.in_every_form(operation, profile):
+    for case in _few_forms(operation, profile):
         if not (isinstance(case, PermuteCase) and case.quantize):
             yield case
 
@@ -84,6 +94,7 @@ def compiled_calls_have_gradients(under_test: BackendUnderTest, case: Case) -> N
     torch.compiler.reset()
     compiled = torch.compile(_Module(call, under_test.backend), fullgraph=True, backend="aot_eager")
     result = compiled(tuple(call.plan), *leaves)
+    must_require(result)
     grad = gradient_of(call, case.generator())
     must_be_right(watched, grad, torch.autograd.grad(result, leaves, grad))
 
