@@ -33,7 +33,10 @@ SUB_GROUP = 32
 PLACES = 32
 """Places that a program looks through for empty ones."""
 BACKWARD_COLUMNS = 1024
-"""Columns at a time of the backward kernel: one number for all, since it fixes the order of sums."""
+"""Columns at a time of the backward kernel.
+
+One number for all: it fixes the order in which columns are added.
+"""
 BACKWARD_THREADS = 128
 MOST_PROGRAMS = 2**31 - 1
 COLUMNS = 16
@@ -135,6 +138,7 @@ class _Mover:
         stride = hidden.stride(0) if T > 1 else H
         aligned = not (hidden.data_ptr() | out.data_ptr()) % ALIGNMENT
         unit: tuple[Any, ...] = ()
+        given = () if scales is None else (scales,)
         if scales is not None:
             vector = COLUMNS if aligned and not (H | stride) % COLUMNS else 1
             block = launch.vectors * COLUMNS
@@ -145,7 +149,7 @@ class _Mover:
             vector, block = lane // bytes_, launch.vectors * ALIGNMENT // bytes_
             unit = (UNITS[bytes_],)
             H, stride = H * size // bytes_, stride * size // bytes_
-        slices, places = -(-H // block), plan.order.numel()
+        slices, places, pairs = -(-H // block), plan.order.numel(), plan.inverse.numel()
         programs = (T + (-(-places // PLACES) if fills else 0)) * slices
         if programs > MOST_PROGRAMS:
             for part in _halves(T):
@@ -154,8 +158,8 @@ class _Mover:
         self._launch(
             moe_routing_permute if scales is None else moe_routing_permute_quantized,
             programs,
-            (hidden, plan.order, inverse, plan.offsets, out, *(() if scales is None else (scales,))),
-            (T, plan.inverse.numel(), places, plan.offsets.numel() - 1, H // vector, stride // vector),
+            (hidden, plan.order, inverse, plan.offsets, out, *given),
+            (T, pairs, places, plan.offsets.numel() - 1, H // vector, stride // vector),
             (self._K, *unit, vector, block, PLACES if fills else 0, self._pdl and launch.early),
             launch.threads,
         )
@@ -212,12 +216,7 @@ class TritonCombine(_Mover):
         self._add(_in_memory(rows), plan.inverse, plan, _in_memory(weights), out)
 
     def _add(
-        self,
-        rows: Tensor,
-        inverse: Tensor,
-        plan: DispatchPlan,
-        weights: Tensor | None,
-        out: Tensor,
+        self, rows: Tensor, inverse: Tensor, plan: DispatchPlan, weights: Tensor | None, out: Tensor
     ) -> None:
         """Add the rows of some tokens, to whom ``inverse``, ``weights`` and ``out`` belong."""
         (T, H), places = out.shape, len(rows)
