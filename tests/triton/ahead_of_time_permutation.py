@@ -35,9 +35,9 @@ WIDE = re.compile(
 )
 
 
-def launches(name, topk, columns):
+def launches(device, topk, columns):
     """Yield every launch of a call: which, the kernel, its arguments and constants, its warps."""
-    device, found = device_of(TARGETS[name]), {}
+    found = {}
 
     def keep(_, kernel, __, arguments, constants, warps, ___, *, pdl):
         types = [
@@ -84,7 +84,7 @@ def main(names):
     found = []
     for name, (topk, columns) in product(names, CALLS):
         target = TARGETS[name]
-        for (kernel, types, constants, warps), pdl in launches(name, topk, columns).items():
+        for (kernel, types, constants, warps), pdl in launches(device_of(target), topk, columns).items():
             options = {"num_warps": warps, "enable_fp_fusion": False}
             options |= {"launch_pdl": True} if pdl else {}
             binary = compiled(kernel, types, constants, options, target)
