@@ -43,7 +43,7 @@ SAYS = {
     "conformance": "the contract and its kit",
     "integrations": "transformers, vLLM, ...",
     "backends": "eager, torch-compile, triton",
-    "router": "get_router, plan, dispatcher",
+    "router": "get_router, plan, permute, ...",
     "reference": "oracle, error bounds, shadow mode",
     "formula": "the maths in PyTorch",
     "probing": "devices, toolchains",
@@ -60,6 +60,8 @@ TOP = {
     "operations": "families",
     "kernel": "kernel",
     "private_api": "kernel",
+    "permutation.kernel": "kernel",
+    "permutation.problem": "kernel",
     "planning.kernel": "kernel",
     "planning.problem": "kernel",
 }

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from moe_routing._public import explain, get_router, list_backends, list_routers, prefer
     from moe_routing._router import Router
     from moe_routing.kernel import Kernel, Operands, RoutingOutput
+    from moe_routing.permutation.call import combine, permute
+    from moe_routing.permutation.kernel import PermutedRows
     from moe_routing.planning.call import plan
     from moe_routing.planning.kernel import DispatchPlan
     from moe_routing.probing import AbsentDeviceError, UnknownDeviceError, devices, probe
@@ -43,6 +45,7 @@ _HOME = {
     "Kernel": "moe_routing.kernel",
     "MoeRoutingWarning": "moe_routing_registry.errors",
     "Operands": "moe_routing.kernel",
+    "PermutedRows": "moe_routing.permutation.kernel",
     "PluginWarning": "moe_routing_registry.errors",
     "ResolutionReport": "moe_routing_registry",
     "Router": "moe_routing._router",
@@ -50,11 +53,13 @@ _HOME = {
     "RoutingSpec": "moe_routing_registry",
     "UnknownDeviceError": "moe_routing.probing",
     "UnknownNameError": "moe_routing_registry",
+    "combine": "moe_routing.permutation.call",
     "devices": "moe_routing.probing",
     "explain": "moe_routing._public",
     "get_router": "moe_routing._public",
     "list_backends": "moe_routing._public",
     "list_routers": "moe_routing._public",
+    "permute": "moe_routing.permutation.call",
     "plan": "moe_routing.planning.call",
     "prefer": "moe_routing._public",
     "probe": "moe_routing.probing",
@@ -69,6 +74,7 @@ __all__ = [
     "Kernel",
     "MoeRoutingWarning",
     "Operands",
+    "PermutedRows",
     "PluginWarning",
     "ResolutionReport",
     "Router",
@@ -76,11 +82,13 @@ __all__ = [
     "RoutingSpec",
     "UnknownDeviceError",
     "UnknownNameError",
+    "combine",
     "devices",
     "explain",
     "get_router",
     "list_backends",
     "list_routers",
+    "permute",
     "plan",
     "prefer",
     "probe",

@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree
 
 from moe_routing.kernel import RoutingOutput
+from moe_routing.permutation import op as _permutation  # noqa: F401 -- registers its operators
 from moe_routing.planning import op as _planning  # noqa: F401 -- registers the operator of `plan`
 
 if TYPE_CHECKING:

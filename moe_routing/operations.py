@@ -27,4 +27,18 @@ OPERATIONS = (
         contract="moe_routing.conformance.planning:PLAN",
         summary="ids to the places of tokens grouped by expert",
     ),
+    OperationSpec(
+        name="permute",
+        example="moe_routing.permutation.problem:PERMUTE_EXAMPLE",
+        oracle="moe_routing.reference.permutation_oracle:permute",
+        contract="moe_routing.conformance.permutation:PERMUTE",
+        summary="rows of tokens to the order of a plan",
+    ),
+    OperationSpec(
+        name="combine",
+        example="moe_routing.permutation.problem:COMBINE_EXAMPLE",
+        oracle="moe_routing.reference.permutation_oracle:combine",
+        contract="moe_routing.conformance.permutation:COMBINE",
+        summary="rows in the order of a plan to weighted sums of each token",
+    ),
 )

@@ -177,6 +177,11 @@ def test_explain_takes_e_k_dtype_and_backend_from_its_options(cli):
     )
 
 
+def test_explain_takes_the_dtype_of_another_operation(cli):
+    _, out, _ = cli("explain permute -k 4 --dtype float16 --json")
+    assert json.loads(out)["problem"]["dtype"] == "float16"
+
+
 @pytest.mark.usefixtures("picky")
 def test_explain_shows_the_rejected_with_code_sentence_and_a_whole_command(cli):
     code, out, _ = cli("explain gemma4 --dtype float32")

@@ -20,6 +20,7 @@ PAGES = [
     "docs/families.md",
     "docs/index.md",
     "docs/integrations.md",
+    "docs/permute.md",
     "docs/plan.md",
 ]
 
@@ -41,14 +42,13 @@ def test_the_python_on_a_page_runs(page, capsys):
     capsys.readouterr()
 
 
-def test_the_results_on_the_page_about_plan_are_right():
-    blocks = blocks_of("docs/plan.md", "pycon")
-    assert len(blocks) > 5
+@pytest.mark.parametrize("page", ["docs/permute.md", "docs/plan.md"])
+def test_the_results_on_a_page_are_right(page):
+    blocks = blocks_of(page, "pycon")
+    assert len(blocks) >= 5
     names = {}
     exec("import torch, moe_routing", names)  # noqa: S102 -- as above
-    examples = doctest.DocTestParser().get_doctest(
-        "\n".join(blocks), names, "docs/plan.md", None, None
-    )
+    examples = doctest.DocTestParser().get_doctest("\n".join(blocks), names, page, None, None)
     assert doctest.DocTestRunner().run(examples).failed == 0
 
 

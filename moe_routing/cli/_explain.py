@@ -88,7 +88,9 @@ def explain(  # noqa: PLR0913 -- the options of the command
         registry().check_names(Request(backend=backend, asked_by="argument"))
     operation = registry().operations.get(router)
     if operation is not None and router != "route":
-        asked = sized(router, num_experts=num_experts, topk=topk, dtype=dtype)
+        asked = sized(
+            router, num_experts=num_experts, topk=topk, dtype=None if dtype is None else dtype.value
+        )
         said, report = {"operation": router}, _ask(asked, device=device, backend=backend)
         does = operation.summary
     else:

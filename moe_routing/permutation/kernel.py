@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moe_routing.planning.kernel import DispatchPlan
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo
 
 
-def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of either operation
-    """Accept every plan, and the score functions that every built-in backend knows."""
+def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of any operation
+    """Accept everything but score functions that no built-in backend knows."""
     return knows_score(problem, device) if problem.operation == "route" else Verdict.yes()
 
 
@@ -27,6 +27,8 @@ def moe_routing_backends() -> list[BackendSpec]:
             factories={
                 "route": "moe_routing_backends.eager.route:build",
                 "plan": "moe_routing_backends.eager.plan:build",
+                "permute": "moe_routing_backends.eager.permutation:build_permute",
+                "combine": "moe_routing_backends.eager.permutation:build_combine",
             },
             targets=(Target(ANY),),
             priority=0,

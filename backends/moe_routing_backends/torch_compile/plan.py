@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from types import CodeType, FunctionType
 from typing import TYPE_CHECKING
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from moe_routing.formula.plan import plan
-from moe_routing.python_warnings import not_raised
-from moe_routing_registry.locks import ForkSafeLock
+from moe_routing_backends.torch_compile.graph import Graph, located
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,17 +15,10 @@ if TYPE_CHECKING:
     from moe_routing.planning import DispatchPlan, PlanProblem
     from moe_routing_registry import DeviceInfo
 
-_counter = itertools.count()
-
 
 def build(problem: PlanProblem, device: DeviceInfo) -> CompiledPlan:
     """Compile now, so that a missing compiler is this backend's rejection."""
-    place = (
-        torch.device(device.type)
-        if device.index is None
-        else torch.device(device.type, device.index)
-    )
-    compiled = CompiledPlan(problem, place)
+    compiled = CompiledPlan(problem, located(device))
     compiled.warmup()
     return compiled
 
@@ -41,15 +30,11 @@ class CompiledPlan:
         """Bind; ``warmup`` compiles."""
         self._problem = problem
         self._device = device
-        self._lock = ForkSafeLock()
 
         def formula(ids: Tensor, capacity: int | None, weights: Tensor | None) -> DispatchPlan:
             return plan(problem, ids, capacity, weights)
 
-        # Dynamo keeps its graphs by code object: each problem needs its own.
-        code: CodeType = formula.__code__.replace(co_name=f"plan_{next(_counter)}")
-        own = FunctionType(code, formula.__globals__, code.co_name, None, formula.__closure__)
-        self._compiled = torch.compile(own, fullgraph=True, dynamic=True)
+        self._graph = Graph(formula, problem)  # type: ignore[arg-type] # a function of Python
 
     def __call__(
         self,
@@ -61,17 +46,8 @@ class CompiledPlan:
     ) -> None:
         """Fill ``out``; see ``PlanKernel``."""
         # One layout of inputs is one graph less to compile.
-        ids = ids.contiguous()
         weights = None if weights is None else weights.contiguous()
-        with self._lock, torch.no_grad(), not_raised():
-            try:
-                made = self._compiled(ids, capacity, weights)
-            except TorchDynamoException as error:
-                cause = getattr(error, "inner_exception", error)
-                said = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
-                msg = f"torch-compile cannot compile {self._problem}: {said}; use backend='eager'"
-                raise RuntimeError(msg) from error
-        for part, given in zip(made, out, strict=True):
+        for part, given in zip(self._graph(ids.contiguous(), capacity, weights), out, strict=True):
             if part is not None and given is not None:
                 given.copy_(part)
 
@@ -83,5 +59,4 @@ class CompiledPlan:
         for tokens in (4, 1):
             ids = torch.zeros(tokens, problem.topk, dtype=dtype, device=self._device)
             weights = ids.float() if problem.drop == "least_weight" else None
-            with self._lock, torch.no_grad(), not_raised():
-                self._compiled(ids, capacity, weights)
+            self._graph(ids, capacity, weights)
