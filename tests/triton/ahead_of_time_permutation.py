@@ -84,7 +84,8 @@ def main(names):
     found = []
     for name, (topk, columns) in product(names, CALLS):
         target = TARGETS[name]
-        for (kernel, types, constants, warps), pdl in launches(device_of(target), topk, columns).items():
+        found_here = launches(device_of(target), topk, columns)
+        for (kernel, types, constants, warps), pdl in found_here.items():
             options = {"num_warps": warps, "enable_fp_fusion": False}
             options |= {"launch_pdl": True} if pdl else {}
             binary = compiled(kernel, types, constants, options, target)
