@@ -13,7 +13,11 @@ from moe_routing.integrations._code import home_of
 from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._proof import short
 from moe_routing.integrations.transformers._report import ExpertsLayer
-from moe_routing.integrations.transformers._wrapping import defining, require_plain
+from moe_routing.integrations.transformers._wrapping import (
+    defining,
+    is_wrapped_by_transformers,
+    require_plain,
+)
 from moe_routing.integrations.transformers.routers import stock_of
 from moe_routing.permutation.problem import FLOATS
 
@@ -142,4 +146,6 @@ def _require_servable(module: Any) -> None:  # noqa: ANN401 -- likewise
     if dtype not in FLOATS:
         msg = f"its weights are {dtype}; combine takes {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
         raise RefusedError(msg)
-    require_plain(module, "forward", type(module).forward)
+    # Expert parallelism moves tokens, then calls the class's forward, which asks by name.
+    if not is_wrapped_by_transformers(module):
+        require_plain(module, "forward", type(module).forward)
