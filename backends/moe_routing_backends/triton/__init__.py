@@ -108,10 +108,11 @@ def notes(
 def _launches(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 -- likewise
     from moe_routing_backends.triton.tuning import choose
 
-    describe = {"route": choose.describe_table, "plan": choose.describe_plan_table}
-    if problem.operation not in describe:  # one launch for all devices
-        return ()
-    return (describe[problem.operation](device, problem),)
+    if problem.operation == "route":
+        return (choose.describe_table(device, problem),)
+    if problem.operation == "plan":
+        return (choose.describe_plan_table(device, problem),)
+    return ()  # the others have no table
 
 
 @hookimpl

@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 
 TensorT = TypeVar("TensorT", "Tensor", "Tensor | None")
 
-SUB_GROUP = 32
-"""Lanes of a sub-group on Intel's GPUs."""
+SUB_GROUP = 16
+"""Lanes of a sub-group on Intel's GPUs: of 32, each has half as many registers, and some spill."""
 PLACES = 32
 """Places that a program looks through for empty ones."""
 BACKWARD_COLUMNS = 1024
-"""Columns at a time of the backward kernel: one number for all, since it fixes the order of sums."""
+"""Columns at a time of the backward kernel.
+
+One number for all: it fixes the order in which columns are added.
+"""
 BACKWARD_THREADS = 128
 MOST_PROGRAMS = 2**31 - 1
 COLUMNS = 16
@@ -57,10 +60,13 @@ class MoveLaunch(NamedTuple):
     early: bool
 
 
-FEW = MoveLaunch(128, 128, early=True)
-MANY = MoveLaunch(128, 128, early=False)
-FEW_TOKENS = 64
-"""Up to so many tokens are few."""
+SHORT = MoveLaunch(32, 32, early=True)
+LONG = MoveLaunch(128, 128, early=False)
+LONG_FROM = 65
+"""Tokens from which rows are moved in long slices; they are always added in short ones.
+
+Measured on an H100 with torch 2.11 and Triton 3.6 (``benchmarks/permutation.py``).
+"""
 
 
 def build_permute(problem: PermuteProblem, device: DeviceInfo) -> TritonPermute:
@@ -99,7 +105,7 @@ class _Mover:
         """
         self._K = problem.topk
         self._index = NEVER_CURRENT if device.type == "cpu" else device.index or 0
-        self._launches = (FEW, MANY) if launch is None else (launch, launch)
+        self._launches = (SHORT, LONG) if launch is None else (launch, launch)
         self._warp = SUB_GROUP if device.platform == "xpu" else max(device.warp_sizes, default=32)
         self._pdl = supports_pdl(device)
         where = "cpu" if device.type == "cpu" else f"{device.type}:{self._index}"
@@ -112,8 +118,8 @@ class _Mover:
         why = self._compiled.indirect
         return (f"launches through Triton's own launcher: {why}",) if why else ()
 
-    def _chosen(self, tokens: int) -> MoveLaunch:
-        return self._launches[tokens > FEW_TOKENS]
+    def _vectors(self, launch: MoveLaunch) -> int:
+        return max(launch.vectors, self._warp)  # one a lane at least
 
     def _move(  # noqa: PLR0913 -- what a call hands over
         self,
@@ -131,21 +137,22 @@ class _Mover:
         :param fills: write zeros to empty places.
         """
         T, H = hidden.shape
-        size, launch = hidden.element_size(), self._chosen(T)
+        size, launch = hidden.element_size(), self._launches[T >= LONG_FROM]
         stride = hidden.stride(0) if T > 1 else H
         aligned = not (hidden.data_ptr() | out.data_ptr()) % ALIGNMENT
         unit: tuple[Any, ...] = ()
+        given = () if scales is None else (scales,)
         if scales is not None:
             vector = COLUMNS if aligned and not (H | stride) % COLUMNS else 1
-            block = launch.vectors * COLUMNS
+            block = self._vectors(launch) * COLUMNS
         else:
             bits = hidden.data_ptr() | out.data_ptr() | H * size | stride * size | ALIGNMENT
             lane = bits & -bits  # bytes
             bytes_ = min(lane, 8)
-            vector, block = lane // bytes_, launch.vectors * ALIGNMENT // bytes_
+            vector, block = lane // bytes_, self._vectors(launch) * ALIGNMENT // bytes_
             unit = (UNITS[bytes_],)
             H, stride = H * size // bytes_, stride * size // bytes_
-        slices, places = -(-H // block), plan.order.numel()
+        slices, places, pairs = -(-H // block), plan.order.numel(), plan.inverse.numel()
         programs = (T + (-(-places // PLACES) if fills else 0)) * slices
         if programs > MOST_PROGRAMS:
             for part in _halves(T):
@@ -154,8 +161,8 @@ class _Mover:
         self._launch(
             moe_routing_permute if scales is None else moe_routing_permute_quantized,
             programs,
-            (hidden, plan.order, inverse, plan.offsets, out, *(() if scales is None else (scales,))),
-            (T, plan.inverse.numel(), places, plan.offsets.numel() - 1, H // vector, stride // vector),
+            (hidden, plan.order, inverse, plan.offsets, out, *given),
+            (T, pairs, places, plan.offsets.numel() - 1, H // vector, stride // vector),
             (self._K, *unit, vector, block, PLACES if fills else 0, self._pdl and launch.early),
             launch.threads,
         )
@@ -212,19 +219,14 @@ class TritonCombine(_Mover):
         self._add(_in_memory(rows), plan.inverse, plan, _in_memory(weights), out)
 
     def _add(
-        self,
-        rows: Tensor,
-        inverse: Tensor,
-        plan: DispatchPlan,
-        weights: Tensor | None,
-        out: Tensor,
+        self, rows: Tensor, inverse: Tensor, plan: DispatchPlan, weights: Tensor | None, out: Tensor
     ) -> None:
         """Add the rows of some tokens, to whom ``inverse``, ``weights`` and ``out`` belong."""
         (T, H), places = out.shape, len(rows)
-        size, launch = rows.element_size(), self._chosen(T)
+        size, launch = rows.element_size(), self._launches[0]
         stride = rows.stride(0) if places > 1 else H
         vector = _vector(size, (rows, out), (H, stride))
-        block = launch.vectors * ALIGNMENT // size
+        block = self._vectors(launch) * ALIGNMENT // size
         programs = T * -(-H // block)
         if programs > MOST_PROGRAMS:
             for part in _halves(T):
@@ -288,7 +290,7 @@ class TritonCombine(_Mover):
                 T, plan.inverse.numel(), places, plan.offsets.numel() - 1, H // vector,
                 grad_stride // vector, stride // vector,
             ),
-            (self._K, vector, BACKWARD_COLUMNS, PLACES, self._pdl and self._chosen(T).early),
+            (self._K, vector, BACKWARD_COLUMNS, PLACES, self._pdl),
             BACKWARD_THREADS,
         )  # fmt: skip
 
