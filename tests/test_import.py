@@ -25,7 +25,7 @@ def python(script):
     return json.loads(done.stdout)
 
 
-def test_importing_loads_seven_modules_and_the_first_router_only_light_ones():
+def test_importing_loads_ten_modules_and_the_first_router_only_light_ones():
     script = """
 import json, sys
 import torch
@@ -47,6 +47,9 @@ print(json.dumps({"import": by_import, "router": by_router, "initialized": initi
         "moe_routing._op",
         "moe_routing._with_torch",
         "moe_routing.kernel",
+        "moe_routing.permutation",
+        "moe_routing.permutation.kernel",
+        "moe_routing.permutation.op",
         "moe_routing.planning",
         "moe_routing.planning.kernel",
         "moe_routing.planning.op",

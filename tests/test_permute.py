@@ -98,7 +98,7 @@ WRONG = {
     "a vector": (lambda: moe_routing.permute(HIDDEN[0], PLAN), ValueError, "hidden"),
     "sparse rows": (lambda: moe_routing.permute(HIDDEN.to_sparse(), PLAN), ValueError, "hidden"),
     "no plan": (lambda: moe_routing.permute(HIDDEN, tuple(PLAN)), TypeError, "plan"),
-    "another T": (lambda: moe_routing.permute(HIDDEN[:3], PLAN), ValueError, "plan"),
+    "another T": (lambda: moe_routing.permute(HIDDEN[:3], PLAN), ValueError, "hidden"),
     "int64 parts": (
         lambda: moe_routing.permute(HIDDEN, PLAN._replace(order=PLAN.order.long())),
         TypeError,
@@ -135,7 +135,7 @@ WRONG = {
     "scales of another T": (
         lambda: moe_routing.permute(HIDDEN, PLAN, scales=torch.ones(3, 1)),
         ValueError,
-        "plan",
+        "scales",
     ),
     "scales twice": (
         lambda: moe_routing.permute(

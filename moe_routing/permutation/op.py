@@ -12,7 +12,6 @@ import torch
 from torch.utils import _pytree
 
 from moe_routing.permutation.kernel import PermutedRows
-from moe_routing.permutation.problem import FLOATS
 from moe_routing.planning.kernel import DispatchPlan
 
 if TYPE_CHECKING:
@@ -108,6 +107,8 @@ def _save_permute(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tenso
 
 
 def _permute_backward(ctx: Any, grad_rows: Tensor, _grad_scales: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- a bag by design
+    from moe_routing.permutation.problem import FLOATS
+
     plan = DispatchPlan(*ctx.saved_tensors)
     grad_rows = grad_rows.reshape(-1, ctx.columns)
     if str(grad_rows.dtype).removeprefix("torch.") in FLOATS and _combines(ctx.backend):

@@ -59,7 +59,6 @@ def test_the_command_checks_the_operation(capsys, operation):
 @pytest.mark.parametrize(
     ("operation", "chosen", "passed"),
     [
-        ("permute", "test_02_empty_places and blocks", ""),
         ("permute", "test_03_quantized and T33 and infinite", "6 passed"),
         ("combine", "test_02_pairs_without_a_place and matrix", "12 passed"),
     ],
