@@ -73,7 +73,7 @@ def columns_of(part, width, VEC: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def end_of_places(offsets, experts, places):
     """Return the end of the places that hold pairs."""
-    return tl.maximum(tl.minimum(tl.load(offsets + experts), places), 0)
+    return tl.minimum(tl.load(offsets + experts), places)
 
 
 @triton.jit
