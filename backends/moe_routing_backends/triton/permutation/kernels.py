@@ -199,7 +199,7 @@ def moe_routing_permute_quantized(
         # an H100. 0 times the quotient of 1 is what 0 gives, NaN where the scale is NaN.
         is_zero = row == 0.0
         quotient = tl.div_rn(tl.where(is_zero, 1.0, row), divisor)
-        quotient = tl.where(is_zero, row * quotient, quotient)
+        quotient = quotient * tl.where(is_zero, row, 1.0)
         rounded = tl.reshape(to_float8(quotient), [BLOCK])
         for first in range(0, K, SLOTS):
             place, has_place = places_of(inverse, item, first, end, K)
