@@ -96,7 +96,7 @@ def test_what_ships_fits_into_the_local_memory_of_an_xe_core(compiled):
 
 
 FEW_SPILLS = 4
-"""Of the one launch for few pairs, and of sums over rows of 64 slots at odd addresses."""
+"""Of the one launch for few pairs."""
 
 
 def test_the_kernels_of_plan_compile_and_hardly_spill(plans):
@@ -110,7 +110,7 @@ def test_the_kernels_of_plan_compile_and_hardly_spill(plans):
     assert not [case for case in plans if case.get("spills", 0) > FEW_SPILLS]
 
 
-def test_the_kernels_of_permute_and_combine_compile_and_hardly_spill(permutations):
+def test_the_kernels_of_permute_and_combine_compile_without_spills(permutations):
     assert {case["kernel"] for case in permutations} == {
         "moe_routing_permute",
         "moe_routing_permute_quantized",
@@ -118,4 +118,4 @@ def test_the_kernels_of_permute_and_combine_compile_and_hardly_spill(permutation
         "moe_routing_combine_backward",
     }
     assert not [case for case in permutations if case["invalid"] or case["shared"] > 131_072]
-    assert not [case for case in permutations if case.get("spills", 0) > FEW_SPILLS]
+    assert not [case for case in permutations if case.get("spills", 0)]

@@ -73,7 +73,7 @@ def columns_of(part, width, VEC: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def end_of_places(offsets, experts, places):
     """Return the end of the places that hold pairs."""
-    return tl.maximum(tl.minimum(tl.load(offsets + experts), places), 0)
+    return tl.minimum(tl.load(offsets + experts), places)
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def moe_routing_permute_quantized(
         # an H100. 0 times the quotient of 1 is what 0 gives, NaN where the scale is NaN.
         is_zero = row == 0.0
         quotient = tl.div_rn(tl.where(is_zero, 1.0, row), divisor)
-        quotient = tl.where(is_zero, row * quotient, quotient)
+        quotient = quotient * tl.where(is_zero, row, 1.0)
         rounded = tl.reshape(to_float8(quotient), [BLOCK])
         for first in range(0, K, SLOTS):
             place, has_place = places_of(inverse, item, first, end, K)
