@@ -113,7 +113,7 @@ $(VLLM)/.ours: $(VLLM)/.ready pyproject.toml
 	@$(VLLM_PIP) --no-deps -e .
 	@touch $@
 
-triton-versions: $(READY) ## the direct launch beside Triton's own, for the versions that are not installed (downloads 0.6 GB)
+triton-versions: $(READY) ## the direct launch of `route` and `plan` beside Triton's own, for the versions that are not installed (downloads 0.6 GB)
 	@for version in $(TRITON_VERSIONS); do \
 		echo "==> Triton $$version"; site=$$(mktemp -d); \
 		$(PIP) install --no-deps --target $$site triton==$$version && \
