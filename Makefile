@@ -80,7 +80,7 @@ OLDEST_TESTS := $(filter-out %_compile.py,$(wildcard tests/integrations/test_tra
 
 transformers-check: $(OLDEST)/.ready ## the integration with the oldest transformers that it is for
 	@echo "==> transformers 5.17"
-	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(OLDEST_TESTS) -m 'not patch_mapping' -k 'not bfloat16 and not gradients and not preset'
+	@PYTHONPATH=$(OLDEST) $(PYTEST) $(OLDEST_TESTS) -m 'not patch_mapping' -k 'not bfloat16 and not gradients and not preset'
 
 $(OLDEST)/.ready: $(READY)
 	@$(PIP) install --no-deps --no-compile --upgrade --target $(OLDEST) transformers==5.17.0 'huggingface_hub<2' httpx httpcore h11 anyio
@@ -113,7 +113,7 @@ $(VLLM)/.ours: $(VLLM)/.ready pyproject.toml
 	@$(VLLM_PIP) --no-deps -e .
 	@touch $@
 
-triton-versions: $(READY) ## the direct launch beside Triton's own, for the versions that are not installed (downloads 0.6 GB)
+triton-versions: $(READY) ## the direct launch of `route` and `plan` beside Triton's own, for the versions that are not installed (downloads 0.6 GB)
 	@for version in $(TRITON_VERSIONS); do \
 		echo "==> Triton $$version"; site=$$(mktemp -d); \
 		$(PIP) install --no-deps --target $$site triton==$$version && \

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import warnings
+from functools import cache
 from itertools import product
 
 ON_GPU = sys.argv[1:2] == ["gpu"]
@@ -386,6 +387,7 @@ The error is in units in the last place.
 """
 
 
+@cache
 def ulps_off():
     """Return by how many units in the last place each function is off at most."""
     found = {}

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import triton
 from ahead_of_time import DEEPSEEK, GEMMA4, TARGETS, compiled
 from ahead_of_time_backward import compiled as compiled_backward
+from ahead_of_time_plan import cases as cases_of_plan
+from ahead_of_time_plan import compiled as compiled_plan
 from triton.backends.nvidia import driver
 
 from moe_routing_backends.triton.kernels.spec import Launch
@@ -25,6 +27,8 @@ CASES = [
     (GEMMA4, 128, 8, Launch("thread_per_row", 16, 2, 1)),
     (DEEPSEEK, 256, 8, Launch("cooperative", 2, 1, 1)),
 ]
+PLANS = [(128, "sorted", [64, 16384]), (128, "drops", [1024]), (64, "blocks", [1])]
+"""Experts, layout and numbers of tokens: each kernel of ``plan``, with all parts and without."""
 BLOCKS, STREAM, FUNCTION = 7, 11, 13
 
 
@@ -77,6 +81,9 @@ def main():
             problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
             kernel = compiled(problem, launch, TARGETS["sm_90"])
             found[f"{spec.family} {experts}/{k} {dtype} {launch.variant}"] = compare(kernel)
+    for case, problem, launch in cases_of_plan(["sm_90"], lambda _target: PLANS):
+        name = f"{case['E']} {case['layout']} {case['kernel']}"
+        found[name] = compare(compiled_plan(problem, launch, TARGETS["sm_90"]))
     for spec, experts, k in ((GEMMA4, 128, 8), (DEEPSEEK, 256, 8)):
         kernel = compiled_backward(spec, experts, k, "bfloat16", TARGETS["sm_90"])
         found[f"{spec.family} {experts}/{k} backward"] = compare(kernel)

@@ -5,8 +5,8 @@ The script prints the results as JSON.
 A process of its own, in which ``triton`` is Triton-XPU. Every launch that the XPU's table gives for
 some problems, and the backward kernel, at sub-groups of 16 and 32 lanes, for an Arc Pro B60
 (bmg-g21) to SPIR-V, which ``spirv-val`` judges; where ``ocloc`` is installed, Intel's compiler goes
-on from there to machine code for pvc (a Data Center Max, whose registers are like the B60's; the
-ocloc of Debian 12 knows no bmg) and says how many registers it spilled.
+on with what ships to machine code for pvc (a Data Center Max, whose registers are like the B60's;
+the ocloc of Debian 12 knows no bmg) and says how many registers it spilled.
 
 Two things stand in spirv-val's way, and are changed in what it is shown: Triton-XPU 3.3 writes a
 single element as a vector of one, which SPIR-V forbids and Intel's compiler takes, so vectors of
@@ -224,7 +224,7 @@ def main():
                 "ships": ships,
                 "invalid": judge(binary.asm["spv"]),
                 "shared": binary.metadata.shared,
-                **machine_code(binary.asm["spv"]),
+                **(machine_code(binary.asm["spv"]) if ships else {}),
             }
         )
     json.dump({"triton": triton.__version__, "cases": found}, sys.stdout)
