@@ -7,15 +7,47 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_routing_registry import ANY, BackendSpec, Target, Verdict, hookimpl, knows_score
+from moe_routing_registry import (
+    ANY,
+    BackendSpec,
+    RejectCode,
+    Target,
+    Verdict,
+    hookimpl,
+    knows_score,
+)
 
 if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo
 
 
 def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of any operation
-    """Accept everything but score functions that no built-in backend knows."""
-    return knows_score(problem, device) if problem.operation == "route" else Verdict.yes()
+    """Accept everything but score functions that no built-in backend knows.
+
+    And but sums in one order on an accelerator: which sums need a second look is read on the host.
+    """
+    if problem.operation not in ("route", "gate"):
+        return Verdict.yes()
+    if problem.operation == "gate" and problem.invariant and device.platform != "cpu":
+        return Verdict.no(
+            RejectCode.INVARIANCE,
+            f"adds in an order that depends on the number of tokens on {device.platform}",
+            fix="pass invariant=False",
+        )
+    return knows_score(problem, device)
+
+
+def notes(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 -- of any operation
+    """Say in which order ``gate`` adds, and that its routing is a kernel of its own."""
+    if problem.operation != "gate":
+        return ()
+    if problem.invariant:
+        how = "float64 sums in one order, three to four times the time of invariant=False"
+    elif device.platform == "cpu":
+        how = "float32 sums in an order that depends on the number of tokens"
+    else:
+        how = "float64 sums in an order that depends on the number of tokens"
+    return (f"logits: {how}", "composed of two operations, the logits and route")
 
 
 @hookimpl
@@ -26,6 +58,7 @@ def moe_routing_backends() -> list[BackendSpec]:
             name="eager",
             factories={
                 "route": "moe_routing_backends.eager.route:build",
+                "gate": "moe_routing_backends.eager.gate:build",
                 "plan": "moe_routing_backends.eager.plan:build",
                 "permute": "moe_routing_backends.eager.permutation:build_permute",
                 "combine": "moe_routing_backends.eager.permutation:build_combine",
@@ -33,6 +66,8 @@ def moe_routing_backends() -> list[BackendSpec]:
             targets=(Target(ANY),),
             priority=0,
             supports=supports,
+            notes=notes,
+            gaps={"invariance": "on an accelerator it would have to read which sums are unsure"},
             summary="plain PyTorch operations, on any device",
         )
     ]
