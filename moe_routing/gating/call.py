@@ -369,7 +369,7 @@ def _refuse_special(tensors: list[Tensor]) -> None:
         if _is_dtensor(tensor):
             expected = "plain tensors; gate the rows of each rank by themselves"
             raise TypeError(refusal("hidden", expected, tensor))
-        if is_functorch_wrapped_tensor(tensor):
+        if not is_dynamo_compiling() and is_functorch_wrapped_tensor(tensor):
             expected = "tensors outside torch.func; route the logits of a linear layer there"
             raise TypeError(refusal("hidden", expected, tensor))
 
@@ -381,10 +381,10 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 def _readable(projection: Projection) -> Projection:
     """Return tensors that a kernel may read: nothing negated lazily, and unit strides."""
-    hidden, weight, bias, norm_weight, input_scale, *numbers = projection
+    hidden, weight, bias, norm_weight, input_scale, eps, multiplier = projection
     return Projection(
         _rows(hidden), _rows(weight), _packed(bias), _packed(norm_weight), _packed(input_scale),
-        *numbers,
+        eps, multiplier,
     )  # fmt: skip
 
 
