@@ -68,6 +68,8 @@ CONTRACT = Path(__file__).with_name("contract.md")
 _SOURCES = {
     "route": "moe_routing/conformance/clauses.py",
     "plan": "moe_routing/conformance/plan_clauses.py",
+    "permute": "moe_routing/conformance/permute_clauses.py",
+    "combine": "moe_routing/conformance/combine_clauses.py",
 }
 """Operations with a section of clauses in ``contract.md``, and where their clauses are."""
 _END = "<!-- until here -->"

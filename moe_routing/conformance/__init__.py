@@ -13,11 +13,18 @@ if TYPE_CHECKING:
     from moe_routing.conformance.contract import Contract
     from moe_routing.conformance.quick import verify
     from moe_routing.conformance.runner import Report, Result, run
-    from moe_routing.conformance.suite import PlanConformance, RouterConformance
+    from moe_routing.conformance.suite import (
+        CombineConformance,
+        PermuteConformance,
+        PlanConformance,
+        RouterConformance,
+    )
 
 _HOME = {
     "Clause": ("moe_routing.conformance.clauses", "Clause"),
+    "CombineConformance": ("moe_routing.conformance.suite", "CombineConformance"),
     "Contract": ("moe_routing.conformance.contract", "Contract"),
+    "PermuteConformance": ("moe_routing.conformance.suite", "PermuteConformance"),
     "PlanConformance": ("moe_routing.conformance.suite", "PlanConformance"),
     "Report": ("moe_routing.conformance.runner", "Report"),
     "Result": ("moe_routing.conformance.runner", "Result"),
@@ -27,8 +34,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Clause", "Contract", "PlanConformance", "Report", "Result", "RouterConformance", "run",
-    "verify",
+    "Clause", "CombineConformance", "Contract", "PermuteConformance", "PlanConformance", "Report",
+    "Result", "RouterConformance", "run", "verify",
 ]  # fmt: skip
 
 

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     import pytest
 
 
-_FILES = {"test_named_backend.py": "route", "test_named_backend_plan.py": "plan"}
+_FILES = {
+    "test_named_backend.py": "route",
+    "test_named_backend_plan.py": "plan",
+    "test_named_backend_permute.py": "permute",
+    "test_named_backend_combine.py": "combine",
+}
 """The kit's own test files, and the operation that each is about."""
 
 

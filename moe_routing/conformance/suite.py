@@ -1,4 +1,4 @@
-"""``RouterConformance`` and ``PlanConformance``: a contract as a test class, a method a clause.
+"""``RouterConformance`` and its like: a contract as a test class, a method a clause.
 
 Importing this imports neither torch nor pytest.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_routing.conformance import clauses, plan_clauses
+from moe_routing.conformance import clauses, combine_clauses, permute_clauses, plan_clauses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -110,6 +110,18 @@ class PlanConformance(_Conformance):
     operation = "plan"
 
 
+class PermuteConformance(_Conformance):
+    """The same for the operation ``permute``."""
+
+    operation = "permute"
+
+
+class CombineConformance(_Conformance):
+    """The same for the operation ``combine``."""
+
+    operation = "combine"
+
+
 def _add_methods(suite: type[_Conformance], contents: Mapping[int, Clause]) -> None:
     for clause in contents.values():
         method = _method(clause)
@@ -119,3 +131,5 @@ def _add_methods(suite: type[_Conformance], contents: Mapping[int, Clause]) -> N
 
 _add_methods(RouterConformance, clauses.CLAUSES)
 _add_methods(PlanConformance, plan_clauses.CLAUSES)
+_add_methods(PermuteConformance, permute_clauses.CLAUSES)
+_add_methods(CombineConformance, combine_clauses.CLAUSES)

@@ -101,13 +101,13 @@ def _layout(plan: DispatchPlan) -> Layout:
 
 
 def check_tokens(name: str, rows: Tensor, plan: DispatchPlan) -> None:
-    """Require the plan of as many tokens as there are rows.
+    """Require a row for each token of the plan.
 
-    :raises ValueError: it is of another number.
+    :raises ValueError: there are more or fewer.
     """
-    if rows.shape[0] != plan.inverse.shape[0]:
-        expected = f"a plan of {rows.shape[0]} tokens, as {name} has rows"
-        raise ValueError(refusal("plan", f"{expected}, so an inverse", plan.inverse))
+    tokens = plan.inverse.shape[0]
+    if rows.shape[0] != tokens:
+        raise ValueError(refusal(name, f"{tokens} rows, as the plan has tokens", rows))
 
 
 def check_rows_of_places(rows: object) -> Tensor:

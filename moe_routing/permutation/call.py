@@ -306,7 +306,8 @@ def empty_permuted(hidden: Tensor, order: Tensor, quantize: str) -> tuple[Tensor
 def _readable(rows: Tensor) -> Tensor:
     """Return rows as memory that a kernel may read: not negated lazily, and of unit stride."""
     rows = rows.resolve_conj().resolve_neg()
-    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+    # A single column counts as contiguous whatever its stride is, but cannot be viewed as integers.
+    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _packed(weights: Tensor) -> Tensor:

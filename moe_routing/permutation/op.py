@@ -110,13 +110,20 @@ def _save_permute(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tenso
 def _permute_backward(ctx: Any, grad_rows: Tensor, _grad_scales: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- a bag by design
     plan = DispatchPlan(*ctx.saved_tensors)
     grad_rows = grad_rows.reshape(-1, ctx.columns)
-    if str(grad_rows.dtype).removeprefix("torch.") in FLOATS:
+    if str(grad_rows.dtype).removeprefix("torch.") in FLOATS and _combines(ctx.backend):
         grad = combine(grad_rows, plan, None, ctx.backend)
-    else:  # float64, which no kernel is asked to add
+    else:  # float64, which no kernel is asked to add, or a named backend that only permutes
         from moe_routing.formula.permutation import combined
 
         grad = combined(grad_rows, plan, None)
     return grad, *_NO_GRADIENTS, None, None, None
+
+
+def _combines(backend: str | None) -> bool:
+    """Tell whether the backend that was named, if any, computes ``combine``."""
+    from moe_routing._registry import registry
+
+    return backend is None or "combine" in registry().backends[backend].factories
 
 
 def _save_combine(

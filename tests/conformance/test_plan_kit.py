@@ -124,7 +124,7 @@ def test_declining_a_layout_that_could_be_had_fails():
     with declining() as name:
         report = run(name, operation="plan", profile="smoke", clauses=[0])
     assert {result.check for result in report.failed} == {"what_it_declines_cannot_be_planned"}
-    assert "but plans it right; accept it, or give a reason under gaps['layout']" in {
+    assert "but gets it right; accept it, or give a reason under gaps['layout']" in {
         result.message.partition("), ")[2] for result in report.failed
     }
 

@@ -83,7 +83,7 @@ def eight_threads_may_share_a_kernel(under_test: BackendUnderTest, case: Case) -
         together.wait()
         return [cases.plan(under_test, calls[thread]) for _ in range(CALLS)]
 
-    with _frequent_switches(), ThreadPoolExecutor(THREADS) as pool:
+    with frequent_switches(), ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(work, range(THREADS)))
     for thread, made in enumerate(results):
         right = calls[thread].expected()
@@ -92,7 +92,7 @@ def eight_threads_may_share_a_kernel(under_test: BackendUnderTest, case: Case) -
 
 
 @contextlib.contextmanager
-def _frequent_switches() -> Iterator[None]:
+def frequent_switches() -> Iterator[None]:
     """Let Python's threads take turns as often as they can, so that what they share shows."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -56,7 +56,11 @@ def _planned(under_test: BackendUnderTest, call: Call) -> DispatchPlan:
     return moe_routing.plan(call.ids, call.num_experts, backend=under_test.backend, **call.options)
 
 
-def _need_cuda(under_test: BackendUnderTest) -> None:
+def need_cuda(under_test: BackendUnderTest) -> None:
+    """Require a CUDA device.
+
+    :raises NotRunError: it is another one.
+    """
     if under_test.device.type != "cuda":
         msg = "needs a CUDA device"
         raise NotRunError(msg)
@@ -65,7 +69,7 @@ def _need_cuda(under_test: BackendUnderTest) -> None:
 @check(10, _modes)
 def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> None:
     """A call does not synchronise with the device."""
-    _need_cuda(under_test)
+    need_cuda(under_test)
     call = case.make(under_test.device)
     cases.plan(under_test, call)
     torch.cuda.synchronize(under_test.device)
@@ -96,7 +100,7 @@ def _captured(
 @check(10, _modes, capability="cuda_graphs")
 def a_cuda_graph_replays_with_new_ids(under_test: BackendUnderTest, case: Case) -> None:
     """A graph that is captured after one warm-up call replays with other ids."""
-    _need_cuda(under_test)
+    need_cuda(under_test)
     call = case.make(under_test.device)
     cases.plan(under_test, call)
     torch.cuda.synchronize(under_test.device)
@@ -109,7 +113,7 @@ def a_cuda_graph_replays_with_new_ids(under_test: BackendUnderTest, case: Case) 
 
 
 @contextlib.contextmanager
-def _two_streams(device: torch.device) -> Iterator[tuple[torch.cuda.Stream, torch.cuda.Stream]]:
+def two_streams(device: torch.device) -> Iterator[tuple[torch.cuda.Stream, torch.cuda.Stream]]:
     """Yield two streams that are kept busy for as long, so that what follows runs at once."""
     torch.cuda.synchronize(device)
     streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -123,12 +127,12 @@ def _two_streams(device: torch.device) -> Iterator[tuple[torch.cuda.Stream, torc
 @check(10, _modes)
 def calls_on_two_streams_do_not_meet(under_test: BackendUnderTest, case: Case) -> None:
     """Calls on two streams at once, with ids of their own, share no memory."""
-    _need_cuda(under_test)
+    need_cuda(under_test)
     call = case.make(under_test.device)
     cases.plan(under_test, call)
     calls = _others(call, 2 * TURNS)
     made = []
-    with _two_streams(under_test.device) as streams:
+    with two_streams(under_test.device) as streams:
         for turn, other in enumerate(calls):
             with torch.cuda.stream(streams[turn % 2]):
                 made.append(_planned(under_test, other))
@@ -139,14 +143,14 @@ def calls_on_two_streams_do_not_meet(under_test: BackendUnderTest, case: Case) -
 @check(10, _modes, capability="cuda_graphs")
 def two_graphs_replayed_at_once_do_not_meet(under_test: BackendUnderTest, case: Case) -> None:
     """Two graphs of one kernel that are replayed at once share no memory."""
-    _need_cuda(under_test)
+    need_cuda(under_test)
     call = case.make(under_test.device)
     cases.plan(under_test, call)
     calls = _others(call, 2)
     torch.cuda.synchronize(under_test.device)
     captured = [_captured(under_test, other) for other in calls]
     for _ in range(TURNS):
-        with _two_streams(under_test.device) as streams:
+        with two_streams(under_test.device) as streams:
             for _ in range(TURNS):
                 for stream, (graph, _made) in zip(streams, captured, strict=True):
                     with torch.cuda.stream(stream):

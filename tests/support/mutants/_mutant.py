@@ -94,6 +94,7 @@ class Mutant:
     :ivar variants: the variants whose cases are enough to catch it; all of them where empty.
     :ivar operation: what the factory builds kernels of.
     :ivar gaps: those of its spec.
+    :ivar others: factories of other operations, by operation.
     """
 
     factory: Callable[[RoutingProblem, DeviceInfo], Any]
@@ -104,6 +105,7 @@ class Mutant:
     only_on: str = ""
     operation: str = "route"
     gaps: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -138,9 +140,10 @@ def registered(mutant: Mutant) -> Iterator[str]:
 
     The reference is a mutant of nothing.
     """
+    factory = f"{mutant.factory.__module__}:{mutant.factory.__name__}"
     spec = BackendSpec(
         name=mutant.name,
-        factories={mutant.operation: f"{mutant.factory.__module__}:{mutant.factory.__name__}"},
+        factories={mutant.operation: factory, **mutant.others},
         targets=(Target(ANY),),
         supports=mutant.supports,
         gaps=mutant.gaps,

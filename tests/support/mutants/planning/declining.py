@@ -21,7 +21,7 @@ def _decline_int64(problem: PlanProblem, device: DeviceInfo) -> Verdict:
 @caught_by(
     "what_it_declines_cannot_be_planned",
     supports=_decline_int64,
-    saying=r"declines plan E=64 K=8 int64 \(reads int32 only\), but plans it right",
+    saying=r"declines plan E=64 K=8 int64 \(reads int32 only\), but gets it right",
 )
 class DeclinesWhatItCan(Reference):
     """Declines int64 ids, which it plans as well as any."""
@@ -43,7 +43,7 @@ class AsksItsOwnSupportsAgain(Reference):
 
 
 @caught_by(
-    "what_it_declines_cannot_be_planned", supports=_decline_int64, saying="but plans it right"
+    "what_it_declines_cannot_be_planned", supports=_decline_int64, saying="but gets it right"
 )
 class DeclinesUntilItIsTold(AsksItsOwnSupportsAgain):
     """Asks its support rule again, and plans right when it is told to build all the same."""
