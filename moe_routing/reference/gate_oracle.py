@@ -16,7 +16,8 @@ more. Neither is more than ``2 (H - 1) u``, an error of two roundings in each ad
 the squares, the division and eps each, half of all that for the root, and two units in the last
 place, 4 u, for a reciprocal root.
 
-**The bias and the last rounding**: ``u |b| + u |l|``.
+**The bias** is one more term, for it may be what the sum begins with. **The last rounding** is ``u
+|l|``.
 
 **Underflow**: each of the products may lose what is below ``2**-126``, a subnormal number, before
 the other factors multiply it.
@@ -103,16 +104,16 @@ def bound(projection: Projection, dtype: torch.dtype) -> Bound:
     """
     hidden, weight, bias, norm_weight, input_scale, eps, multiplier = projection
     exact, columns = logits(projection), hidden.shape[1]
-    additions = _additions(columns)
+    additions = _additions(columns + (bias is not None))
     optional = (norm_weight, input_scale)
     relative = additions + sum(factor is not None for factor in optional) + 1
     relative += 2 * (multiplier != 1.0)
     if eps is not None:
         relative += 1 + (additions + 3) / 2 + FAST_DIVISION
     magnitudes = _inputs(projection).abs() @ weight.double().abs().t()
-    error = U * (relative * magnitudes + exact.abs()) + _flushed(projection)
     if bias is not None:
-        error += U * bias.double().abs()
+        magnitudes += bias.double().abs()
+    error = U * (relative * magnitudes + exact.abs()) + _flushed(projection)
     if dtype != torch.float32:
         most = exact.abs() + error
         error += torch.finfo(dtype).eps / 2 * most + torch.finfo(dtype).smallest_normal
