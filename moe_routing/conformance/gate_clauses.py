@@ -39,8 +39,8 @@ _CLAUSES = (
         "Weights and ids are what `route` makes of the logits that are returned.",
         "Weights and ids are right for the logits that `return_logits=True` returns, by all "
         "clauses of `route`: every family and modifier, padding, expert maps, tables, shared "
-        "and zero experts. The same call without the logits has the same bits. So a selection is right "
-        "within what clause 1 allows, and exact given the logits.",
+        "and zero experts. The same call without the logits has the same bits. So a selection is "
+        "right within what clause 1 allows, and exact given the logits.",
         "a fused kernel that selects on logits other than those that it returns trains on one "
         "router and serves another.",
     ),
@@ -83,8 +83,8 @@ _CLAUSES = (
         "With `invariant=True`, the default, the bits of a row's logits, weights and ids do not "
         "depend on the other rows, on how many there are or where it stands, nor on its strides, "
         "for one device, dtype, version of the software and number of threads. So H is summed in "
-        "one order for every T. A backend that cannot do that declines, with the code `invariance`. "
-        "With `invariant=False` the order may depend on T.",
+        "one order for every T. A backend that cannot do that declines, with the code "
+        "`invariance`. With `invariant=False` the order may depend on T.",
         "PyTorch's linear layer sums in an order for each number of tokens: with float32 logits "
         "every row changes, and one token in a hundred gets another expert in some layer, so "
         "log-probabilities of training are not those of inference.",
@@ -130,8 +130,8 @@ _CLAUSES = (
         "torch.compile, torch.export and fake tensors work, and give what the plain call gives.",
         "`torch.compile(fullgraph=True)` with static and dynamic shapes, `torch.export` and a "
         "saved program give the bits of the plain call; fake tensors give outputs of the right "
-        "shapes; `torch.library.opcheck` passes. (The operator `moe_routing::gate` does this for every "
-        "backend.)",
+        "shapes; `torch.library.opcheck` passes. (The operator `moe_routing::gate` does this for "
+        "every backend.)",
         "a graph break in every layer costs a model more than its routing.",
     ),
     Clause(
