@@ -9,8 +9,6 @@ import torch
 from moe_routing.formula import gate as formula
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from moe_routing.gating import GateKernel, GateProblem, Projection
@@ -18,8 +16,8 @@ if TYPE_CHECKING:
 
 U = 2.0**-53
 """The unit roundoff of float64."""
-SUMS_AT_A_TIME = 128
-"""Sums of up to 16,384 terms that are added in the one order at a time: 16 MiB."""
+TERMS_AT_A_TIME = 1 << 22
+"""Terms of sums that are in memory at a time: 32 MiB, on a CPU 2 MiB."""
 
 
 def build(problem: GateProblem, device: DeviceInfo) -> GateKernel:
@@ -35,8 +33,7 @@ def in_any_order(projection: Projection, logits: Tensor) -> None:
     In float64, where the device has it: float32 products may be made of shorter numbers
     (TensorFloat32, bfloat16), as the process has set.
     """
-    dtype = torch.float32 if projection.hidden.device.type == "mps" else torch.float64
-    logits.copy_(formula.logits(projection, dtype).float())
+    logits.copy_(formula.logits(projection, _widest(projection)).float())
 
 
 def in_float32(projection: Projection, logits: Tensor) -> None:
@@ -45,6 +42,11 @@ def in_float32(projection: Projection, logits: Tensor) -> None:
         logits.copy_(formula.logits(projection, torch.float32))
     else:
         in_any_order(projection, logits)
+
+
+def _widest(projection: Projection) -> torch.dtype:
+    """Return float64, or float32 where the device has none."""
+    return torch.float32 if projection.hidden.device.type == "mps" else torch.float64
 
 
 def _float32_is_exact() -> bool:
@@ -57,82 +59,58 @@ def _float32_is_exact() -> bool:
 def in_one_order(projection: Projection, logits: Tensor) -> None:
     """Fill the logits with sums in an order that depends on H alone; see ``GateKernel``.
 
-    Each logit is the float64 sum of its terms in one order, ``pairwise``, rounded. PyTorch's
-    product adds in an order of its own, which depends on the number of tokens. But it is within a
-    bound of any other order, so where both ends of that bound round to one number, the number is
-    known; the few sums that are left, one in some hundreds, are added in the one order.
+    Each logit is the sum of its terms in one order, ``pairwise``, in float64 and rounded once.
     """
-    hidden, weight = projection.hidden.double(), projection.router_weight.double()
-    bias = projection.router_bias
-    squares = formula.mean_square(projection, torch.float64)
+    dtype = _widest(projection)
+    hidden = projection.hidden.to(dtype)
+    squares = hidden.new_zeros(len(hidden), 1)
     if projection.eps is not None:
-        columns = hidden.shape[1]
-
-        def mean(total: Tensor) -> Tensor:
-            return (total / columns).float()
-
-        squares = _in_one_order(
-            squares * columns,
-            _margin(columns) * squares * columns,
-            lambda row, _: hidden[row].square(),
-            lambda total, _: mean(total),
-        ).double()
+        squares = pairwise(hidden.square())[:, None] / hidden.shape[1]
     inputs = formula.router_inputs(projection, squares)
-
-    def rounded(sums: Tensor, expert: Tensor | slice) -> Tensor:
-        return (sums if bias is None else sums + bias[expert].double()).float()
-
-    lengths = inputs.norm(dim=1)[:, None] * weight.norm(dim=1)
-    logits.copy_(
-        _in_one_order(
-            inputs @ weight.t(),
-            _margin(inputs.shape[1]) * lengths,
-            lambda row, expert: inputs[row] * weight[expert],
-            rounded,
-        )
-    )
+    weight = projection.router_weight.to(dtype)
+    bias = projection.router_bias
+    added = None if bias is None else bias.to(dtype)
+    if projection.hidden.device.type == "cpu":
+        _by_product(inputs, weight, added, logits)
+        return
+    at_a_time = max(1, TERMS_AT_A_TIME // weight.numel())
+    for rows, made in zip(inputs.split(at_a_time), logits.split(at_a_time), strict=True):
+        made.copy_(_rounded(pairwise(rows[:, None] * weight), added))
 
 
-def _margin(terms: int) -> float:
-    """Return how far two float64 sums may be apart, for a sum of magnitudes of 1.
+def _by_product(inputs: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    """Fill the logits with the same sums, by PyTorch's product as far as it goes.
 
-    Each errs by at most ``terms * U``, whatever its order; a few more roundings are in the
-    magnitudes themselves, and in the products.
+    Its order depends on the number of tokens. But it is within a bound of any other order, so where
+    both ends of that bound round to one number, the number is known; only the sums that are left,
+    one in some hundreds, are added term by term. Which ones those are is read on the host.
     """
-    return 2 * (terms + 8) * U
+    sums = inputs @ weight.t()
+    # A float64 sum errs by at most H * U of the magnitudes of its terms, in any order; a few more
+    # roundings are in the terms and in the magnitudes.
+    margin = inputs.norm(dim=1)[:, None] * weight.norm(dim=1) * (2 * (inputs.shape[1] + 8) * U)
+    made = _rounded(sums, bias)
+    # NaN is unlike itself, so it is added again.
+    unsure = (_rounded(sums - margin, bias) != _rounded(sums + margin, bias)).nonzero()
+    for places in unsure.split(max(1, TERMS_AT_A_TIME // 16 // inputs.shape[1])):
+        row, expert = places.unbind(1)
+        some = pairwise(inputs[row] * weight[expert])
+        made[row, expert] = _rounded(some, None if bias is None else bias[expert])
+    logits.copy_(made)
 
 
-def _in_one_order(
-    sums: Tensor,
-    margin: Tensor,
-    terms: Callable[[Tensor, Tensor], Tensor],
-    rounded: Callable[[Tensor, Tensor | slice], Tensor],
-) -> Tensor:
-    """Return ``rounded(pairwise(terms))`` of each place of a matrix.
-
-    :param sums: sums of the terms in any order, ``[M, N]``.
-    :param margin: how far these are at most from sums in another order.
-    :param terms: given rows and columns of places, returns what is added there, ``[P, H]``.
-    :param rounded: rounds sums of given columns, and is monotonic.
-    """
-    everywhere = slice(None)
-    made = rounded(sums, everywhere)
-    ends = rounded(sums - margin, everywhere), rounded(sums + margin, everywhere)
-    unsure = (ends[0] != ends[1]).nonzero()  # NaN is unlike itself, so it is unsure
-    for places in unsure.split(SUMS_AT_A_TIME):
-        row, column = places.unbind(1)
-        made[row, column] = rounded(pairwise(terms(row, column)), column)
-    return made
+def _rounded(sums: Tensor, bias: Tensor | None) -> Tensor:
+    return (sums if bias is None else sums + bias).float()
 
 
 def pairwise(terms: Tensor) -> Tensor:
-    """Add up the columns: the first half to the second, until one is left.
+    """Add up the last dimension: the first half to the second, until one is left.
 
     >>> pairwise(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]))
     tensor([15.])
     """
-    while (columns := terms.shape[1]) > 1:
+    while (columns := terms.shape[-1]) > 1:
         half, odd = divmod(columns, 2)
-        added = terms[:, :half] + terms[:, half : 2 * half]
-        terms = torch.cat([added, terms[:, -1:]], dim=1) if odd else added
-    return terms[:, 0]
+        added = terms[..., :half] + terms[..., half : 2 * half]
+        terms = torch.cat([added, terms[..., -1:]], dim=-1) if odd else added
+    return terms[..., 0]
