@@ -22,7 +22,7 @@ OPERATIONS = (
     ),
     OperationSpec(
         name="gate",
-        example="moe_routing.gating.problem:GATE_EXAMPLE",
+        example="moe_routing.gating.example:GATE_EXAMPLE",
         oracle="moe_routing.reference.gate_oracle:gate",
         contract="moe_routing.conformance.gating:GATE",
         summary="hidden states to router logits, and those to weights and ids",

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from moe_routing.families import FAMILIES
 from moe_routing_registry import RoutingProblem
 from moe_routing_registry.text import refusal
 
@@ -128,15 +127,3 @@ class GateProblem:
         )
         sizes = f"E={self.num_experts} K={self.topk} H={self.hidden_size}"
         return f"gate {self.family} {sizes} {self.dtype}{extras}"
-
-
-GATE_EXAMPLE = GateProblem(
-    spec=FAMILIES["gemma4"].spec,
-    num_experts=128,
-    topk=8,
-    hidden_size=2816,
-    dtype="bfloat16",
-    norm="rms",
-    input_scale=True,
-)
-"""The problem that doctor asks every backend for: Gemma4's router."""

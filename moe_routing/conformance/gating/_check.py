@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from moe_routing.conformance.contract import Contract
 from moe_routing.conformance.gate_clauses import CLAUSES
 from moe_routing.conformance.gating.cases import Case
-from moe_routing.gating.problem import GATE_EXAMPLE
+from moe_routing.gating.example import GATE_EXAMPLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
