@@ -179,7 +179,10 @@ class Gate:
             _in_place_of_logits(projection), per_expert_scale, bias, token_ids, expert_table,
             num_valid_tokens, expert_map,
         )  # fmt: skip
-        made = self._call(projection, routed, topk, ids_dtype, logits_dtype, invariant=invariant)
+        made = self._call(
+            projection, routed, topk, ids_dtype, logits_dtype, invariant=invariant,
+            logits=return_logits,
+        )  # fmt: skip
         return made if return_logits else RoutingOutput(made.weights, made.ids)
 
     def with_plan(  # noqa: PLR0913 -- the arguments of a call, and those of `plan`
@@ -236,7 +239,9 @@ class Gate:
         logits_dtype: torch.dtype,
         *,
         invariant: bool,
+        logits: bool,
     ) -> GateOutput:
+        """Check what routing takes, and gate; the logits may be unwritten if nobody wants them."""
         router = self._router
         topk = router._default_topk() if topk is None else _check.integer("topk", topk)  # noqa: SLF001 -- likewise
         logits_dtype = check_logits_dtype(logits_dtype)
@@ -255,17 +260,20 @@ class Gate:
             router._shadow_key, training,  # noqa: SLF001 -- likewise
         )  # fmt: skip
         if not is_dynamo_compiling() and not carries_tangents() and _is_plain(*tensors):
-            return run(projection, routed, config)
+            return run(projection, routed, config, wanted=logits)
         made = op.gate(projection, _as_tensors(routed), config)
         if routed.expert_map is None:
             return made
         return made._replace(ids=apply_map(made.ids, routed.expert_map))
 
 
-def run(projection: Projection, routed: Operands, config: GateConfig) -> GateOutput:
+def run(
+    projection: Projection, routed: Operands, config: GateConfig, *, wanted: bool = True
+) -> GateOutput:
     """Gate checked real tensors.
 
     :param routed: what routing takes; its logits are made here.
+    :param wanted: whether the logits are: otherwise a kernel that routes need not write them.
     """
     tokens, experts = projection.hidden.shape[0], projection.router_weight.shape[0]
     logits = projection.hidden.new_empty((tokens, experts), dtype=config.logits_dtype)
@@ -277,24 +285,26 @@ def run(projection: Projection, routed: Operands, config: GateConfig) -> GateOut
     projection = _readable(projection)
     kernel = _kernel(projection, config)
     shadow = None if config.shadow is None else _shadow(config.shadow)
-    routed = routed._replace(logits=logits)
     if not isinstance(kernel, GatesAndRoutes):
         kernel(projection, logits)
         resolved = dispatcher.resolve_for(
             logits, experts, config.topk, config.ids_dtype, config.training
         )
-        return GateOutput(*resolved.route(routed, shadow), logits)
-    output = _fused(kernel, projection, routed)
+        return GateOutput(*resolved.route(routed._replace(logits=logits), shadow), logits)
+    written = logits if wanted or shadow is not None else None
+    output = _fused(kernel, projection, written, routed)
     if shadow is not None:
         shadow.observe(
-            dispatcher.spec, config.topk, routed, output,
-            lambda operands: _fused(kernel, projection, operands),
+            dispatcher.spec, config.topk, routed._replace(logits=logits), output,
+            lambda operands: _fused(kernel, projection, logits, operands),
         )  # fmt: skip
     return GateOutput(*output, logits)
 
 
-def _fused(kernel: GatesAndRoutes, projection: Projection, routed: Operands) -> RoutingOutput:
-    logits, scale, bias, token_ids, expert_table, valid, expert_map, _ = routed
+def _fused(
+    kernel: GatesAndRoutes, projection: Projection, logits: Tensor | None, routed: Operands
+) -> RoutingOutput:
+    _, scale, bias, token_ids, expert_table, valid, expert_map, _ = routed
     return kernel.routed(
         projection,
         logits,

@@ -7,15 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_routing_registry import (
-    ANY,
-    BackendSpec,
-    RejectCode,
-    Target,
-    Verdict,
-    hookimpl,
-    knows_score,
-)
+from moe_routing_registry import ANY, BackendSpec, Target, Verdict, hookimpl, knows_score
 
 if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo
