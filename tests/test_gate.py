@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import Mutant, registered
-from mutants.gating import Fused
+from mutants.gating import Fused, Projects
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 
@@ -253,8 +253,23 @@ def test_a_backend_without_one_order_declines_and_says_what_to_do():
     verdict = raised.value.report.rejection("torch-compile").verdict
     assert verdict.code is RejectCode.INVARIANCE
     assert verdict.fix == "pass invariant=False"
-    made = gate(**operands(), invariant=False)
-    assert made.ids.shape == (T, K)
+
+
+@pytest.mark.slow  # it compiles
+def test_the_compiled_formula_gates_in_any_order():
+    given = {**operands(), "invariant": False, "return_logits": True}
+    made = moe_routing.get_router("gemma4", backend="torch-compile").gate(**given)
+    right = GATE(**given)
+    torch.testing.assert_close(made.logits, right.logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(made.ids, right.ids)
+
+
+def test_a_backend_that_only_writes_logits_leaves_routing_to_the_best():
+    given = operands()
+    with registered(Mutant(Projects, "", operation="gate")) as name:
+        made = moe_routing.get_router("gemma4", backend=name).gate(**given, return_logits=True)
+    right = GATE(**given, return_logits=True)
+    assert all(map(torch.equal, made, right))
 
 
 def test_explain_says_which_order_is_in_use(capsys):

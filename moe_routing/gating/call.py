@@ -277,7 +277,7 @@ def run(
     """
     tokens, experts = projection.hidden.shape[0], projection.router_weight.shape[0]
     logits = projection.hidden.new_empty((tokens, experts), dtype=config.logits_dtype)
-    dispatcher = dispatcher_of(config.spec, config.backend)
+    dispatcher = dispatcher_of(config.spec, who_routes(config.backend))
     if not tokens:
         return GateOutput(
             *empty_output(dispatcher.spec, logits, config.topk, config.ids_dtype), logits
@@ -299,6 +299,12 @@ def run(
             lambda operands: _fused(kernel, projection, logits, operands),
         )  # fmt: skip
     return GateOutput(*output, logits)
+
+
+def who_routes(backend: str | None) -> str | None:
+    """Return the backend to name for routing: a backend that only gates leaves it to the best."""
+    found = None if backend is None else _registry.backends.get(backend)
+    return backend if found is None or "route" in found.factories else None
 
 
 def _fused(
@@ -328,7 +334,7 @@ def _kernel(projection: Projection, config: GateConfig) -> GateKernel:
     kernel: GateKernel | None = _kernels.get(asked)
     if kernel is None:
         problem = GateProblem(
-            spec=dispatcher_of(config.spec, config.backend).spec,
+            spec=dispatcher_of(config.spec, None).spec,
             num_experts=weight.shape[0],
             topk=config.topk,
             hidden_size=hidden.shape[1],

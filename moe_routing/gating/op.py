@@ -93,13 +93,14 @@ def _backward(
     grad_logits: Tensor,
 ) -> tuple[Tensor | None, ...]:
     from moe_routing.formula.gate import logits_backward
+    from moe_routing.gating.call import who_routes
 
     *tensors, per_expert_scale, ids, logits = ctx.saved_tensors
     spec, topk, backend = ctx.routing
     # The columns after the K selected belong to shared experts, whose weights are constants.
     of_logits, of_scale = torch.ops.moe_routing.route_backward(
         grad_weights[:, :topk].contiguous(), logits, ids[:, :topk].contiguous(), per_expert_scale,
-        spec, backend,
+        spec, who_routes(backend),
     )  # fmt: skip
     projection = Projection(*tensors, *ctx.numbers)
     gradients = logits_backward(projection, of_logits.float() + grad_logits.float())

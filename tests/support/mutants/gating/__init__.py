@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+from mutants.gating import declining, logits, memory, product, routing
 from mutants.gating._mutant import MUTANTS, Fused, Projects
+from mutants.gating.product import CHANGES, Change
 
-__all__ = ["MUTANTS", "Fused", "Projects"]
+__all__ = [
+    "CHANGES", "MUTANTS", "Change", "Fused", "Projects", "declining", "logits", "memory", "product",
+    "routing",
+]  # fmt: skip
