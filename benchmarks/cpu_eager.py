@@ -26,7 +26,7 @@ import about
 import torch
 
 import moe_routing
-from moe_routing.bench._formulas import one_hot
+from moe_routing.bench.route._formulas import one_hot
 
 if TYPE_CHECKING:
     from collections.abc import Callable

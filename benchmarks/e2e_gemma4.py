@@ -1,15 +1,18 @@
-"""What routing is worth end to end.
+"""What routing and the moves of tokens to experts are worth end to end.
 
-The model has Gemma4-26B-A4B's real shape with random bf16 weights, on one GPU.
+Models of real shapes with random bf16 weights, on one GPU; nothing is downloaded.
 
-``python benchmarks/e2e_gemma4.py run OUT.json`` builds the model on the GPU (50.5 GB, nothing is
-downloaded) and times prefill and decode with a static cache at batch 1, 16 and 64, through four
-routers in turn: transformers' own (stock), the algorithm of the published kernel (full sort), ours
-through ``moe_routing.integrations.transformers.patch``, and one that costs nothing (free): the ids
-and weights that stock gave for the very same step, from memory. It is the ceiling: what it saves is
-all that routing can save. A timed decode step is the same step again and again, so that every
-router sends the same tokens to the same experts and equally many experts are read. ``--tiny`` tries
-the script on a CPU; ``plot IN.json OUT.png`` draws what was measured.
+``python benchmarks/e2e_gemma4.py run OUT.json [--model NAME] [--batches 1,16,64]`` builds the model
+on the GPU and times decode in CUDA graphs, with a static cache, and prefill, in four ways:
+transformers' own code (stock), the algorithm of the published routing kernel (full sort), our
+routing through ``patch`` (routing), and our routing with plan, permute and combine through
+``patch(experts=True)`` (block). A timed decode step is the same step again and again, so that every
+way sends the same tokens to the same experts and equally many experts are read.
+
+The routers and the experts of some layers are timed alone too, in each way and on what they got
+in that very step. Their times predict a step's: stock's, plus what the pieces of all layers take
+more or less. Before anything is timed, routing and one layer's experts are compared with stock.
+``--tiny`` tries the script on a CPU; ``plot IN.json OUT.png`` draws what was measured.
 """
 
 from __future__ import annotations
@@ -20,129 +23,198 @@ import json
 import statistics
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_routing import combine, permute, plan
 from moe_routing.integrations.transformers import patched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
-# google/gemma-4-26B-A4B's text model: 25.2 B parameters, of which 3.8 B take part in a token.
-REAL = {
-    "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
-    "head_dim": 256, "global_head_dim": 512, "sliding_window": 1024,
-    "max_position_embeddings": 262144, "final_logit_softcapping": 30.0, "attention_k_eq_v": True,
-    "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
-    "tie_word_embeddings": True, "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
-    "moe_intermediate_size": 704,
-}  # fmt: skip
-TINY = REAL | {
-    "vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size": 128,
-    "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 32,
-    "global_head_dim": 64, "sliding_window": 512, "num_experts": 16, "top_k_experts": 4,
-    "moe_intermediate_size": 64,
-}  # fmt: skip
-BATCHES, REPEATS = (1, 16, 64), 5
-EXPERTS = {1: "batched_mm", 16: "grouped_mm", 64: "grouped_mm"}
-"""The faster implementation of the experts for decoding.
-
-``batched_mm`` copies the weights of every pair of token and expert.
-"""
 Forward = Any
 
 
-class Bench:
-    """The model, its routers, and the ways to route."""
-
-    def __init__(self, *, tiny: bool) -> None:
-        """Build the model."""
-        from transformers import Gemma4ForCausalLM, Gemma4TextConfig
-
-        self.device = "cpu" if tiny else "cuda"
-        self.prompt, self.steps = (16, 3) if tiny else (256, 20)
-        self.config = Gemma4TextConfig(**(TINY if tiny else REAL))
-        torch.manual_seed(0)
-        with torch.device(self.device):
-            self.model: nn.Module = Gemma4ForCausalLM._from_config(  # noqa: SLF001 -- AutoModel has no class for a text configuration
-                self.config,
-                dtype=torch.bfloat16,
-                attn_implementation="sdpa",
-                experts_implementation="grouped_mm",
-            )
-        self.model.eval().requires_grad_(requires_grad=False)
-        self.routers = [
-            module for module in self.model.modules() if type(module).__name__ == "Gemma4TextRouter"
-        ]
-        # Logits of about N(0, 1), so that routing is neither uniform nor always the same.
-        for router in self.routers:
-            router.proj.weight.normal_()
-            router.per_expert_scale.uniform_(0.5, 1.5)
-        self.given: dict[int, tuple[Tensor, Tensor]] = {}
-        self.names = ("stock", "ours", "free") if tiny else ("stock", "full sort", "ours", "free")
-
-    @contextmanager
-    def routed(self, name: str) -> Iterator[None]:
-        """Route by that router inside the block."""
-        if name == "ours":
-            with patched(self.model) as report:
-                if report.left:
-                    raise RuntimeError(str(report))
-                yield
-            return
-        forward = {
-            "stock": None,
-            "full sort": full_sort_forward,
-            "free": self.free,
-            "recording": self.record,
-        }[name]
-        for router in self.routers if forward else ():
-            router.forward = MethodType(forward, router)
-        try:
-            yield
-        finally:
-            for router in self.routers if forward else ():
-                del router.forward
-
-    def record(self, router: Forward, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Route as stock does, and keep what it gave for ``free``."""
-        probabilities, weights, ids = type(router).forward(router, hidden)
-        self.given[id(router)] = (weights, ids)
-        return probabilities, weights, ids
-
-    def free(self, router: Forward, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Compute the logits, and route by what was kept."""
-        return logits_of(router, hidden), *self.given[id(router)]
-
-
-def logits_of(router: Forward, hidden: Tensor) -> Tensor:
+def gemma_logits(router: Forward, hidden: Tensor) -> Tensor:
     """Compute the logits as Gemma4's router does."""
     logits: Tensor = router.proj(router.norm(hidden) * router.scale * router.scalar_root_size)
     return logits
 
 
-def full_sort_forward(router: Forward, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Route as the published kernel does, in one launch behind the projection.
+def linear_logits(router: Forward, hidden: Tensor) -> Tensor:
+    """Compute the logits as Qwen3's and gpt-oss' routers do."""
+    return torch.nn.functional.linear(hidden, router.weight, getattr(router, "bias", None))
 
-    Its ids are int64, as stock returns them.
+
+@dataclass(frozen=True)
+class Shape:
+    """A model to build.
+
+    :ivar what: whose shape it is.
+    :ivar classes: of transformers: the model's and the configuration's.
+    :ivar router: the class of its routers.
+    :ivar logits: computes what a router routes.
+    :ivar attention: the implementation that the class has and that can be captured.
+    :ivar real: the configuration.
+    :ivar tiny: what ``--tiny`` changes.
     """
-    from full_sort import full_sort
 
-    logits = logits_of(router, hidden)
-    shape = (len(hidden), router.config.top_k_experts)
-    weights, ids = (
-        hidden.new_empty(shape, dtype=torch.float32),
-        hidden.new_empty(shape, dtype=torch.int64),
-    )
-    full_sort(logits, shape[1], router.per_expert_scale, (weights, ids))
-    return logits, weights, ids
+    what: str
+    classes: tuple[str, str]
+    router: str
+    logits: Callable[[Forward, Tensor], Tensor]
+    attention: str
+    real: Mapping[str, Any]
+    tiny: Mapping[str, Any]
+
+
+TINY = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 64,
+}  # fmt: skip
+SHAPES = {
+    # The text model: 25.2 B parameters, of which 3.8 B take part in a token; 50.5 GB.
+    "gemma4": Shape(
+        "Gemma4-26B-A4B", ("Gemma4ForCausalLM", "Gemma4TextConfig"), "Gemma4TextRouter",
+        gemma_logits, "sdpa",
+        {
+            "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112,
+            "num_hidden_layers": 30, "num_attention_heads": 16, "num_key_value_heads": 8,
+            "num_global_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
+            "sliding_window": 1024, "max_position_embeddings": 262144,
+            "final_logit_softcapping": 30.0, "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False, "tie_word_embeddings": True, "enable_moe_block": True,
+            "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
+        },
+        TINY | {
+            "vocab_size_per_layer_input": 512, "num_hidden_layers": 6,
+            "num_global_key_value_heads": 1, "global_head_dim": 64, "num_experts": 16,
+            "top_k_experts": 4,
+        },
+    ),
+    # 30.5 B parameters, 61 GB.
+    "qwen3": Shape(
+        "Qwen3-30B-A3B", ("Qwen3MoeForCausalLM", "Qwen3MoeConfig"), "Qwen3MoeTopKRouter",
+        linear_logits, "sdpa",
+        {
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+            "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+            "head_dim": 128, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+            "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        TINY | {"num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 4},
+    ),
+    # 20.9 B parameters, 42 GB. Its window is 128; a wider one changes neither routing nor experts,
+    # and the prompt fits into it.
+    "gpt-oss": Shape(
+        "gpt-oss-20b", ("GptOssForCausalLM", "GptOssConfig"), "GptOssTopKRouter",
+        linear_logits, "eager",
+        {
+            "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+            "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8,
+            "head_dim": 64, "sliding_window": 1024, "tie_word_embeddings": False,
+            "num_local_experts": 32, "num_experts_per_tok": 4,
+        },
+        TINY | {"num_hidden_layers": 4, "num_local_experts": 16},
+    ),
+}  # fmt: skip
+BATCHES = (1, 16, 64)
+REPEATS = {"graph decode": 5, "prefill": 3}
+STOCK_EXPERTS = {1: "batched_mm"}
+"""The faster implementation of the experts for decoding; ``grouped_mm`` for other batches.
+
+``batched_mm`` copies the weights of every pair of token and expert.
+"""
+PIECES = 6
+"""Layers whose routers and experts are timed alone: more weights than the cache holds."""
+LARGEST_DIFFERENCE = 0.01
+"""Of a layer's experts in bfloat16 from ``grouped_mm``, by norm: what one rounding more moves."""
+
+
+class Bench:
+    """The model, its routers and experts, and the ways to compute them."""
+
+    def __init__(self, model: str, *, tiny: bool) -> None:
+        """Build the model."""
+        import transformers
+
+        self.shape, self.device = SHAPES[model], "cpu" if tiny else "cuda"
+        self.prompt, self.steps = (16, 3) if tiny else (256, 20)
+        model_class, config_class = (getattr(transformers, name) for name in self.shape.classes)
+        self.config = config_class(**{**self.shape.real, **(self.shape.tiny if tiny else {})})
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            self.model: nn.Module = model_class._from_config(  # noqa: SLF001 -- AutoModel has no class for a text configuration
+                self.config, dtype=torch.bfloat16, attn_implementation=self.shape.attention,
+                experts_implementation="grouped_mm",
+            )  # fmt: skip
+        self.model.eval().requires_grad_(requires_grad=False)
+        modules = list(self.model.modules())
+        self.routers = [m for m in modules if type(m).__name__ == self.shape.router]
+        self.experts = [m for m in modules if hasattr(m, "is_transposed")]
+        # Logits of about N(0, 1), so that routing is neither uniform nor always the same.
+        for router in self.routers:
+            if hasattr(router, "proj"):
+                router.proj.weight.normal_()
+                router.per_expert_scale.uniform_(0.5, 1.5)
+            else:
+                router.weight.normal_(0.0, router.weight.shape[1] ** -0.5)
+        names = ("stock", "full sort", "routing", "block")
+        self.names = tuple(name for name in names if not tiny or name != "full sort")
+
+    @contextmanager
+    def way(self, name: str, experts: str) -> Iterator[None]:
+        """Compute in that way inside the block; ``experts`` is stock's implementation."""
+        self.model.set_experts_implementation(experts)
+        if name in {"routing", "block"}:
+            with patched(self.model, experts=name == "block") as report:
+                if report.left or not all(layer.selected for layer in report.experts):
+                    raise RuntimeError(str(report))
+                yield
+            return
+        sorting = self.routers if name == "full sort" else []
+        for router in sorting:
+            router.forward = MethodType(self.full_sort_forward, router)
+        try:
+            yield
+        finally:
+            for router in sorting:
+                del router.forward
+
+    def full_sort_forward(self, router: Forward, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Route as the published kernel does, in one launch after the projection.
+
+        Its ids are int64 and its weights of the dtype that stock returns.
+        """
+        from full_sort import full_sort
+
+        logits = self.shape.logits(router, hidden.reshape(-1, hidden.shape[-1]))
+        scale = getattr(router, "per_expert_scale", None)
+        shape = (len(logits), self.topk)
+        weights = logits.new_empty(shape, dtype=torch.float32)
+        ids = logits.new_empty(shape, dtype=torch.int64)
+        if scale is None:
+            if not hasattr(router, "ones"):
+                router.ones = logits.new_ones(logits.shape[1], dtype=torch.float32)
+            full_sort(logits, self.topk, router.ones, (weights, ids))
+            return logits, weights.to(logits.dtype), ids
+        full_sort(logits, self.topk, scale, (weights, ids))
+        return logits, weights, ids
+
+    @property
+    def topk(self) -> int:
+        """K."""
+        said = self.config.to_dict()
+        found: int = said.get("top_k_experts", said.get("num_experts_per_tok"))
+        return found
 
 
 class Decoder:
@@ -157,8 +229,8 @@ class Decoder:
 
         self.bench, self.model, device = bench, bench.model, bench.device
         length = -(-(bench.prompt + 2 * bench.steps + 8) // 8) * 8
-        if length > bench.config.sliding_window:
-            most = bench.config.sliding_window
+        most = getattr(bench.config, "sliding_window", None)
+        if most is not None and length > most:
             msg = f"length: expected at most the sliding window of {most}, got {length}"
             raise ValueError(msg)
         self.cache = StaticCache(config=bench.config, max_cache_len=length)
@@ -169,7 +241,14 @@ class Decoder:
         self.token = self.tokens[:, :1].clone()
         self.next = torch.zeros_like(self.token)
         self.position = torch.full((1, 1), bench.prompt, dtype=torch.long, device=device)
-        self.mask = (torch.arange(length, device=device) <= bench.prompt).view(1, 1, 1, -1)
+        seen = (torch.arange(length, device=device) <= bench.prompt).view(1, 1, 1, -1)
+        mask = seen
+        if bench.shape.attention == "eager":  # which adds its mask
+            mask = torch.zeros(seen.shape, dtype=torch.bfloat16, device=device)
+            mask.masked_fill_(~seen, torch.finfo(torch.bfloat16).min)
+        layers = getattr(bench.config, "layer_types", None) or ["full_attention"]
+        kinds = {"full_attention", *layers}
+        self.mask = mask if kinds == {"full_attention"} else dict.fromkeys(kinds, mask)
 
     def prefill(self) -> None:
         """Fill the cache with the prompt."""
@@ -185,7 +264,7 @@ class Decoder:
             layer.cumulative_length.fill_(self.bench.prompt)
 
     def step(self) -> None:
-        """Decode the token behind the prompt.
+        """Decode the token after the prompt.
 
         The next one is computed and not fed back, so all steps are alike.
         """
@@ -194,25 +273,29 @@ class Decoder:
                 layer.cumulative_length_int = self.bench.prompt
         output = self.model(
             input_ids=self.token, position_ids=self.position, past_key_values=self.cache,
-            use_cache=True,
-            attention_mask={"full_attention": self.mask, "sliding_attention": self.mask},
+            use_cache=True, attention_mask=self.mask,
         )  # fmt: skip
         self.next.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
 
     def captured(self) -> Callable[[], None]:
         """Capture a step in a CUDA graph and return its replay."""
         self.rewind()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph.replay
+        return captured(self.step)
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """Capture a call in a CUDA graph and return its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def milliseconds(device: str, call: Callable[[], None], times: int) -> float:
@@ -232,22 +315,112 @@ def milliseconds(device: str, call: Callable[[], None], times: int) -> float:
     return start.elapsed_time(end) / times
 
 
-def alternate(names: tuple[str, ...], block: Callable[[str], float]) -> dict[str, list[float]]:
-    """Time a block of each router in turn, five times, each time beginning with another."""
+def alternate(
+    names: tuple[str, ...], repeats: int, block: Callable[[str], float]
+) -> dict[str, list[float]]:
+    """Time a block of each way in turn, some times, each time beginning with another."""
     times: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(REPEATS):
+    for repeat in range(repeats):
         for name in (names[(index + repeat) % len(names)] for index in range(len(names))):
             times[name].append(round(block(name), 5))
     return times
 
 
-def judged(times: dict[str, list[float]], **about: object) -> dict[str, Any]:
-    """Sum up a stage: medians, spread, time saved, and the share of routing in a step.
+def steps(bench: Bench, decoder: Decoder, stage: str, experts: str) -> dict[str, list[float]]:
+    """Time a stage: decode steps in CUDA graphs that are captured anew for each block, or prefills.
 
-    The share is given for each way to route.
+    Where a capture lays its memory may cost time too. On a CPU nothing is captured.
     """
+
+    def block(name: str) -> float:
+        with bench.way(name, experts):
+            if stage == "prefill":
+                decoder.prefill()
+                return milliseconds(bench.device, decoder.prefill, 1)
+            if bench.device == "cpu":
+                decoder.rewind()
+                return milliseconds(bench.device, decoder.step, bench.steps)
+            replay = decoder.captured()
+        decoder.rewind()
+        for _ in range(2):
+            replay()
+        return milliseconds(bench.device, replay, bench.steps)
+
+    return alternate(bench.names, REPEATS[stage], block)
+
+
+Calls = list[tuple[Any, tuple[Any, ...]]]
+
+
+class Pieces:
+    """What the routers and experts of some layers got in a step or prefill, and their times."""
+
+    def __init__(self, bench: Bench, call: Callable[[], None]) -> None:
+        """Record one call in stock's way."""
+        self.bench, self.layers = bench, len(bench.routers)
+        some = range(0, self.layers, max(1, self.layers // PIECES))
+        self.calls: dict[str, Calls] = {"routers": [], "experts": []}
+        hooks = [
+            modules[index].register_forward_pre_hook(self._recorder(kind))
+            for kind, modules in (("routers", bench.routers), ("experts", bench.experts))
+            for index in some
+        ]
+        call()
+        for hook in hooks:
+            hook.remove()
+
+    def _recorder(self, kind: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(module: nn.Module, given: tuple[Any, ...]) -> None:
+            self.calls[kind].append((module, tuple(item.clone() for item in given)))
+
+        return record
+
+    def measured(self, experts: str) -> dict[str, dict[str, float]]:
+        """Return the microseconds of a layer's router and experts in each way."""
+        found: dict[str, dict[str, float]] = {}
+        for name in self.bench.names:
+            with self.bench.way(name, experts):
+                found[name] = {
+                    kind: self._microseconds(calls) for kind, calls in self.calls.items()
+                }
+        return found
+
+    def kernels(self) -> dict[str, float]:
+        """Return the microseconds of plan, permute and combine in a layer."""
+        given = [(experts, *operands) for experts, operands in self.calls["experts"]]
+        plans = [plan(ids, experts.num_experts) for experts, _, ids, _ in given]
+        rows = [permute(each[1], made) for each, made in zip(given, plans, strict=True)]
+        several: dict[str, Calls] = {
+            "plan": [(plan, (ids, experts.num_experts)) for experts, _, ids, _ in given],
+            "permute": [(permute, (e[1], made)) for e, made in zip(given, plans, strict=True)],
+            "combine": [
+                (combine, (row, made, each[3]))
+                for row, made, each in zip(rows, plans, given, strict=True)
+            ],
+        }
+        return {name: self._microseconds(calls) for name, calls in several.items()}
+
+    def _microseconds(self, calls: Calls) -> float:
+        def call() -> None:
+            for function, given in calls:
+                function(*given)
+
+        if self.bench.device == "cpu":
+            call()
+            return round(milliseconds("cpu", call, 1) * 1e3 / len(calls), 3)
+        replay = captured(call)
+        for _ in range(2):
+            replay()
+        return round(milliseconds("cuda", replay, 5) * 1e3 / len(calls), 3)
+
+
+def judged(
+    times: dict[str, list[float]], pieces: dict[str, dict[str, float]], layers: int, **about: object
+) -> dict[str, Any]:
+    """Sum up a stage: medians, spread, time saved, and what the pieces predict."""
     median = {name: statistics.median(values) for name, values in times.items()}
-    ceiling = median["stock"] - median["free"]
+    alone = {name: sum(kinds.values()) * layers / 1e3 for name, kinds in pieces.items()}
+    predicted = {name: round(median["stock"] + alone[name] - alone["stock"], 5) for name in median}
     row: dict[str, Any] = {
         **about,
         "ms": times,
@@ -255,127 +428,87 @@ def judged(times: dict[str, list[float]], **about: object) -> dict[str, Any]:
         "spread_percent": {
             name: round(100 * (max(v) - min(v)) / median[name], 3) for name, v in times.items()
         },
-        "less_than_stock_percent": {
-            name: round(100 * (1 - m / median["stock"]), 3) for name, m in median.items()
-        },
-        "of_the_ceiling_percent": {
-            name: round(100 * (median["stock"] - m) / ceiling, 1) for name, m in median.items()
-        },
-        "routing_share_percent": {
-            name: round(100 * (1 - median["free"] / m), 3) for name, m in median.items()
-        },
+        "predicted_ms": predicted,
+        "less_than_stock_percent": less(median),
+        "predicted_less_than_stock_percent": less({**predicted, "stock": median["stock"]}),
+        "pieces_us_a_layer": pieces,
     }
-    cells = "  ".join(f"{name} {m:.4f}" for name, m in median.items())
-    of = row["of_the_ceiling_percent"]
-    share = row["routing_share_percent"]
-    print(
-        f"{about} ms: {cells} | of the ceiling: {of} | routing's share: {share} | "
-        f"spread: {row['spread_percent']}",
-        flush=True,
-    )
+    for name, value in median.items():
+        print(
+            f"{about} {name:9}: {value:.4f} ms ({row['less_than_stock_percent'][name]} % less, "
+            f"predicted {row['predicted_less_than_stock_percent'][name]} %), spread "
+            f"{row['spread_percent'][name]} %, alone {pieces[name]} us a layer",
+            flush=True,
+        )
     return row
 
 
-def graph_decode(bench: Bench, decoder: Decoder) -> dict[str, list[float]]:
-    """Time decode steps in CUDA graphs, captured anew for each block.
-
-    Where a capture lays its memory may cost time too.
-    """
-
-    def block(name: str) -> float:
-        with bench.routed(name):
-            replay = decoder.captured()
-        decoder.rewind()
-        for _ in range(2):
-            replay()
-        return milliseconds(bench.device, replay, bench.steps)
-
-    return alternate(bench.names, block)
+def less(times: Mapping[str, float]) -> dict[str, float]:
+    """Return how much less than stock each way takes, in percent."""
+    return {name: round(100 * (1 - value / times["stock"]), 3) for name, value in times.items()}
 
 
-def eager_decode(bench: Bench, decoder: Decoder) -> dict[str, list[float]]:
-    """Time decode steps launched from Python."""
-
-    def block(name: str) -> float:
-        decoder.rewind()
-        with bench.routed(name):
-            decoder.step()
-            return milliseconds(bench.device, decoder.step, max(2, bench.steps // 6))
-
-    return alternate(bench.names, block)
-
-
-def prefill(bench: Bench, decoder: Decoder) -> dict[str, list[float]]:
-    """Time prefills launched from Python."""
-
-    def block(name: str) -> float:
-        with bench.routed(name):
-            decoder.prefill()
-            return milliseconds(bench.device, decoder.prefill, 2)
-
-    return alternate(bench.names, block)
-
-
-def agreement(bench: Bench, decoder: Decoder) -> dict[str, Any]:
-    """Compare our routing with stock, layer by layer on the same input.
-
-    Rows that differ must be ties.
-    """
-    inputs: list[tuple[Forward, Tensor]] = []
-    hooks = [
-        r.register_forward_pre_hook(lambda router, args: inputs.append((router, args[0].clone())))
-        for r in bench.routers
-    ]
-    decoder.prefill()
-    for hook in hooks:
-        hook.remove()
-    found = {
-        "layers": len(inputs),
-        "rows": 0,
-        "ties": 0,
-        "wrong": 0,
-        "largest_weight_difference": 0.0,
-    }
-    for router, hidden in inputs:
+def routing_agreement(bench: Bench, calls: Calls) -> dict[str, Any]:
+    """Compare our routing with stock on the same input; rows that differ must be ties."""
+    found = {"rows": 0, "ties": 0, "wrong": 0, "largest_weight_difference": 0.0}
+    for router, (hidden, *_) in calls:
         _, weights, ids = router(hidden)
-        with bench.routed("ours"):
+        with bench.way("routing", "grouped_mm"):
             _, our_weights, our_ids = router(hidden)
-        logits = logits_of(router, hidden).float()
+        logits = bench.shape.logits(router, hidden.reshape(-1, hidden.shape[-1])).float()
         same = (ids.sort(-1).values == our_ids.sort(-1).values).all(-1)
         tie = (
             logits.gather(1, ids).sort(-1).values == logits.gather(1, our_ids).sort(-1).values
         ).all(-1) & ~same
         dense, our_dense = (
-            torch.zeros_like(logits).scatter(1, i, w)
+            torch.zeros_like(logits).scatter(1, i, w.float())
             for i, w in ((ids, weights), (our_ids, our_weights))
         )
-        found["rows"] += len(hidden)
+        found["rows"] += len(logits)
         found["ties"] += int(tie.sum())
         found["wrong"] += int((~same & ~tie).sum())
-        difference = (dense - our_dense)[same].abs().max()
-        found["largest_weight_difference"] = max(
-            found["largest_weight_difference"], float(difference)
-        )
-    print(f"agreement on the same logits: {found}", flush=True)
+        difference = float((dense - our_dense)[same].abs().max()) if same.any() else 0.0
+        found["largest_weight_difference"] = max(found["largest_weight_difference"], difference)
+    print(f"routing on the same logits: {found}", flush=True)
     if found["wrong"]:
         raise RuntimeError(str(found))
     return found
 
 
-def run(out: Path, *, tiny: bool) -> None:
-    """Measure everything; the file is written after each stage."""
+def experts_agreement(bench: Bench, calls: Calls) -> dict[str, Any]:
+    """Compare one layer's experts in our way with ``grouped_mm``, for few and many tokens."""
+    experts, (hidden, ids, weights) = calls[0]
+    found: dict[str, float] = {}
+    for tokens in sorted({1, min(16, len(hidden)), len(hidden)}):
+        given = (hidden[:tokens], ids[:tokens], weights[:tokens])
+        with bench.way("stock", "grouped_mm"):
+            its = experts(*given).float()
+        with bench.way("block", "grouped_mm"):
+            mine = experts(*given).float()
+        found[str(tokens)] = float((mine - its).norm() / its.norm())
+    print(f"experts, differences from grouped_mm by norm: {found}", flush=True)
+    if not max(found.values()) <= LARGEST_DIFFERENCE:
+        msg = f"expected differences of at most {LARGEST_DIFFERENCE}, got {found}"
+        raise RuntimeError(msg)
+    return found
+
+
+def run(out: Path, model: str, batches: tuple[int, ...], *, tiny: bool) -> None:
+    """Measure one model; the file is written after each stage."""
     import transformers
 
     begin = time.perf_counter()
-    bench = Bench(tiny=tiny)
+    bench = Bench(model, tiny=tiny)
     result: dict[str, Any] = {
-        "what": "end to end: Gemma4-26B-A4B's shape, random bf16 weights"
+        "what": f"end to end: {bench.shape.what}'s shape, random bf16 weights"
         + (", TINY: a trial of the script" if tiny else ""),
+        "model": model,
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu" if tiny else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+        "layers": len(bench.routers),
         "prompt": bench.prompt,
         "rows": [],
     }
@@ -384,50 +517,40 @@ def run(out: Path, *, tiny: bool) -> None:
 
         result["triton"] = triton.__version__
     print(f"built in {time.perf_counter() - begin:.1f} s: {result}", flush=True)
-    batches = (1, 2) if tiny else BATCHES
-    decoders = {batch: Decoder(bench, batch) for batch in batches}
 
-    def keep(
-        stage: str,
-        batch: int,
-        measure: Callable[[Bench, Decoder], dict[str, list[float]]],
-        experts: str,
-    ) -> None:
-        bench.model.set_experts_implementation(experts)
+    def keep(stage: str, batch: int, decoder: Decoder, call: Callable[[], None]) -> None:
+        experts = STOCK_EXPERTS.get(batch, "grouped_mm") if stage != "prefill" else "grouped_mm"
+        with bench.way("stock", experts):
+            pieces = Pieces(bench, call)
         about = {"stage": stage, "batch": batch, "experts": experts}
-        result["rows"].append(judged(measure(bench, decoders[batch]), **about))
+        times, alone = steps(bench, decoder, stage, experts), pieces.measured(experts)
+        row = judged(times, alone, len(bench.routers), **about)
+        row["kernels_us_a_layer"] = pieces.kernels()
+        ids = [given[1] for _, given in pieces.calls["experts"]]
+        row["experts_used_a_layer"] = statistics.mean(len(each.unique()) for each in ids)
+        result["rows"].append(row)
         result["seconds"] = round(time.perf_counter() - begin, 1)
         out.write_text(json.dumps(result, indent=1) + "\n")
 
-    def record(batch: int, experts: str) -> None:
-        bench.model.set_experts_implementation("grouped_mm")
-        decoders[batch].prefill()
-        bench.model.set_experts_implementation(experts)
-        with bench.routed("recording"):
-            decoders[batch].step()
-        ids = torch.stack([bench.given[id(router)][1].flatten() for router in bench.routers])
-        experts_used = statistics.mean(len(row.unique()) for row in ids)
-        print(f"batch {batch}: {experts_used:.1f} experts a layer", flush=True)
-
     with torch.no_grad():
-        decoders[batches[0]].prefill()
-        result["agreement"] = agreement(bench, decoders[batches[0]])
-        for batch in () if tiny else batches:
-            record(batch, EXPERTS.get(batch, "grouped_mm"))
-            keep("graph decode", batch, graph_decode, EXPERTS.get(batch, "grouped_mm"))
-        for batch, decoder in reversed(decoders.items()):
-            bench.model.set_experts_implementation("grouped_mm")
-            with bench.routed("recording"):
-                decoder.prefill()
-            keep("prefill", batch, prefill, "grouped_mm")
+        first = Decoder(bench, batches[0])
+        with bench.way("stock", "grouped_mm"):
+            calls = Pieces(bench, first.prefill).calls
+        result["routing_agreement"] = routing_agreement(bench, calls["routers"])
+        result["experts_agreement"] = experts_agreement(bench, calls["experts"])
+        del first, calls
         for batch in batches:
-            record(batch, EXPERTS.get(batch, "grouped_mm"))
-            keep("eager decode", batch, eager_decode, EXPERTS.get(batch, "grouped_mm"))
+            decoder = Decoder(bench, batch)
+            keep("prefill", batch, decoder, decoder.prefill)
+            with bench.way("stock", "grouped_mm"):
+                decoder.prefill()  # every decode step begins with what stock's prefill left
+            decoder.rewind()
+            keep("graph decode", batch, decoder, decoder.step)
     print(f"done in {result['seconds']} s", flush=True)
 
 
 def plot(source: Path, out: Path) -> None:
-    """Draw what routing costs in a step of graph decode, and what each router saves of it."""
+    """Draw how much less than stock each way takes in a decode step, and what was predicted."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -435,45 +558,32 @@ def plot(source: Path, out: Path) -> None:
 
     measured = json.loads(source.read_text())
     rows = [row for row in measured["rows"] if row["stage"] == "graph decode"]
-    colours = {"stock": "#9e9e9e", "full sort": "#f4a261", "ours": "#2a9d8f", "free": "#264653"}
-    labels = {
-        "stock": "transformers' own",
-        "full sort": "full sort",
-        "ours": "ours",
-        "free": "a router that costs nothing",
-    }
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axes, key, names, title in (
-        (
-            left,
-            "less_than_stock_percent",
-            ("full sort", "ours", "free"),
-            "Decode step: less time than transformers' own, %",
-        ),
-        (
-            right,
-            "routing_share_percent",
-            ("stock", "full sort", "ours"),
-            "Share of routing in a decode step, %",
-        ),
-    ):
-        for offset, name in enumerate(names):
-            bars = axes.bar(
-                [index + 0.27 * (offset - 1) for index in range(len(rows))],
-                [row[key][name] for row in rows],
-                0.25,
-            )
-            for bar in bars:
-                bar.set_color(colours[name])
-            bars.set_label(labels[name])
-            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-        axes.set_xticks(range(len(rows)), [f"batch {row['batch']}" for row in rows])
-        axes.set_title(title, fontsize=10)
-        axes.margins(y=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"Gemma4-26B-A4B's shape, CUDA-graph decode, {measured['device']}", fontsize=11)
+    names = [name for name in rows[0]["median_ms"] if name != "stock"]
+    colours = {"full sort": "#f4a261", "routing": "#2a9d8f", "block": "#264653"}
+    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for offset, name in enumerate(names):
+        places = [index + 0.27 * (offset - 1) for index in range(len(rows))]
+        bars = axes.bar(
+            places, [row["less_than_stock_percent"][name] for row in rows], 0.25,
+            color=colours[name], label=name,
+        )  # fmt: skip
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        expected = [row["predicted_less_than_stock_percent"][name] for row in rows]
+        label = "predicted" if offset == len(names) - 1 else None
+        axes.plot(places, expected, "D", color="#e76f51", markersize=4, label=label)
+    axes.set_xticks(range(len(rows)), [f"batch {row['batch']}" for row in rows])
+    axes.set_title("Decode step: less time than transformers' own, %", fontsize=10)
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    what = f"{SHAPES[measured['model']].what}'s shape, CUDA-graph decode, {measured['device']}"
+    figure.suptitle(what, fontsize=11)
     figure.savefig(out, dpi=150)
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Read ``1,16,64``."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def main() -> None:
@@ -482,6 +592,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="measure")
     running.add_argument("out", type=Path, metavar="OUT.json")
+    running.add_argument("--model", choices=SHAPES, default="gemma4")
+    running.add_argument("--batches", type=sizes, metavar="1,16,64", help="sequences at a time")
     running.add_argument(
         "--tiny", action="store_true", help="a small model on the CPU, to try the script"
     )
@@ -490,7 +602,8 @@ def main() -> None:
     drawing.add_argument("out", type=Path, metavar="OUT.png")
     said = parser.parse_args()
     if said.command == "run":
-        run(said.out, tiny=said.tiny)
+        batches = said.batches or ((1, 2) if said.tiny else BATCHES)
+        run(said.out, said.model, batches, tiny=said.tiny)
     else:
         plot(said.source, said.out)
 

@@ -82,7 +82,7 @@ def draw_kernels(result: Result, theme: Theme) -> Figure:
         figure.subplots(1, 2, sharey=True), ("bfloat16", "float32"), strict=True
     ):
         rows = [row for row in result.rows if row.case.dtype == dtype]
-        draw(axes, result, Facet("gemma4", dtype, 128, 8, "graph"), rows, theme)
+        draw(axes, result, Facet(rows[0].case.title, "graph"), rows, theme)
         axes.set_title(
             f"{result.device['name']}, {dtype} logits, E = 128, K = 8",
             loc="left",
@@ -113,7 +113,7 @@ def draw_torch(result: Result, theme: Theme) -> Figure:
     """Draw the times on the left, and how many times ours they are on the right."""
     figure = Figure(figsize=(9.4, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw(left, result, Facet("gemma4", "bfloat16", 128, 8, "call"), result.rows, theme)
+    draw(left, result, Facet(result.rows[0].case.title, "call"), result.rows, theme)
     left.set_title(
         f"whole calls, {result.device['name']}, bfloat16, E = 128, K = 8",
         loc="left",

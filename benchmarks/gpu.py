@@ -27,7 +27,7 @@ import triton
 from full_sort import full_sort
 
 from moe_routing import Router, RoutingOutput
-from moe_routing.bench._formulas import one_hot
+from moe_routing.bench.route._formulas import one_hot
 from moe_routing.reference.compare import compare
 from moe_routing_registry import RoutingSpec
 

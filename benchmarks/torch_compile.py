@@ -23,7 +23,7 @@ import torch
 import triton
 
 from moe_routing import Router, RoutingOutput
-from moe_routing.bench._formulas import one_hot
+from moe_routing.bench.route._formulas import one_hot
 from moe_routing.conformance import quick
 from moe_routing.families import FAMILIES
 from moe_routing.reference.compare import compare

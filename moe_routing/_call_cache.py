@@ -17,7 +17,14 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 
 from moe_routing._overlap import lies_apart, overlap, span
-from moe_routing.private_api import dispatch_keys, tensor_guard
+from moe_routing.private_api import (
+    count_modes,
+    dispatch_keys,
+    is_fake_mode,
+    is_functorch_wrapped_tensor,
+    is_zero_tensor,
+    tensor_guard,
+)
 from moe_routing_registry.request import preference
 
 if TYPE_CHECKING:
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
 
     from moe_routing._dispatch import Resolved
     from moe_routing.kernel import Operands, Prepared
+    from moe_routing.planning.routed import Planned
 
     Matches = Callable[[Operands, int | None, torch.dtype | None], bool]
 
@@ -57,11 +65,25 @@ class CachedCall(NamedTuple):
     :ivar matches: tells whether a call is like these; it may say no to one that is.
     :ivar route: serves a call that matches.
     :ivar resolved: the kernel, and how it was chosen; ``None`` if the operator chose.
+    :ivar plans: what serves the plans of their ids (``Router.with_plan``), by the arguments of the
+        plan.
     """
 
     matches: Matches
     route: Prepared
     resolved: Resolved | None
+    plans: dict[tuple[object, ...], Planned]
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Tell whether a tensor is memory that a kernel may read, as its shape and strides say."""
+    return (
+        type(tensor) in ORDINARY
+        and not is_functorch_wrapped_tensor(tensor)
+        and not tensor.is_neg()
+        and not is_zero_tensor(tensor)
+        and not is_fake_mode()
+    )
 
 
 def never(_operands: Operands, _topk: int | None, _ids_dtype: torch.dtype | None) -> bool:
@@ -120,6 +142,7 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
             or preference.get() != preferred
             or (grads is not None and is_grad_enabled() is not grads)
             or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
+            or (count_modes() and is_fake_mode())  # the guard does not see this mode
             or logits.is_nested
             or (scale is not seen[0] and _is_nested(scale, 0, seen))
             or (bias is not seen[1] and _is_nested(bias, 1, seen))
@@ -200,6 +223,7 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
             or preference.get() != preferred
             or (grads is not None and is_grad_enabled() is not grads)
             or forward_ad._current_level >= 0  # noqa: SLF001 -- likewise
+            or (count_modes() and is_fake_mode())
         ):
             return False
         tensors = _tensors(operands)
@@ -254,7 +278,7 @@ def described(
         )),
         None if out is None else (type(out), *map(_described, out), overlap(operands)),
         type(topk), topk, ids_dtype, type(valid), preference.get(), is_grad_enabled(),
-        forward_ad._current_level >= 0, torch.is_inference_mode_enabled(),  # noqa: SLF001 -- as above
+        forward_ad._current_level >= 0, torch.is_inference_mode_enabled(), is_fake_mode(),  # noqa: SLF001 -- as above
     )  # fmt: skip
 
 

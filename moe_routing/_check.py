@@ -157,6 +157,12 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
+def is_dtensor(tensor: object) -> bool:
+    """Tell DTensors, without importing their package for those who have none."""
+    kind = type(tensor)
+    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
+
+
 def check_writable(out: RoutingOutput) -> None:
     """Require outputs that may be written in this mode.
 

@@ -18,6 +18,7 @@ from moe_routing._router import Router
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED, from_config
 from moe_routing.planning import PlanProblem
+from moe_routing.planning.routed import note
 from moe_routing.probing import probe
 from moe_routing_registry import (
     Problem,
@@ -239,7 +240,7 @@ def _explain(problem: Problem, device: torch.device | str, backend: str | None) 
 
 
 def _how_it_plans(problem: RoutingProblem, info: DeviceInfo, request: Request) -> str:
-    """Say what ``Router.with_plan`` would do: no backend plans in the kernel that routes."""
+    """Say what ``Router.with_plan`` would do."""
     shared = problem.spec.shared_experts
     try:
         plans = PlanProblem(
@@ -252,7 +253,7 @@ def _how_it_plans(problem: RoutingProblem, info: DeviceInfo, request: Request) -
     report = registry().resolve(plans, info, request)
     if report.winner is None:
         return f"with_plan: not here, {report.why}"
-    return f"with_plan: composed of two operations, plan by {report.winner!r}"
+    return note(report.winner)
 
 
 def prefer(backend: str) -> AbstractContextManager[None]:

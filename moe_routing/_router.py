@@ -5,6 +5,7 @@ A call like an earlier one goes straight to the kernel.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,18 +14,13 @@ from torch.compiler import is_dynamo_compiling
 
 from moe_routing import _check, _op, _operators  # noqa: F401 -- `_op` registers what `_operators` calls
 from moe_routing._autograd import Rule, recorded
-from moe_routing._call_cache import ORDINARY, UNREADABLE, CachedCall, described, matcher, never
+from moe_routing._call_cache import UNREADABLE, CachedCall, described, is_ordinary, matcher, never
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._operators import CallConfig
 from moe_routing.kernel import Operands, Prepares, RoutingOutput, WarmsUp
-from moe_routing.planning.call import plan
+from moe_routing.planning import routed
 from moe_routing.planning.kernel import RoutedPlan
-from moe_routing.private_api import (
-    carries_tangents,
-    is_fake_mode,
-    is_functorch_wrapped_tensor,
-    is_zero_tensor,
-)
+from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
 from moe_routing_registry import RoutingSpec
 from moe_routing_registry.request import verify_rate
 from moe_routing_registry.text import refusal
@@ -35,6 +31,7 @@ if TYPE_CHECKING:
     from moe_routing._dispatch import Resolved
     from moe_routing.gating.call import Gate
     from moe_routing.kernel import Prepared
+    from moe_routing.planning.kernel import DispatchPlan
     from moe_routing.reference.shadow import Health, Shadow
     from moe_routing_registry import ResolutionReport
 
@@ -228,58 +225,98 @@ class Router:
         >>> routed.ids.tolist(), routed.plan.order.tolist(), routed.plan.offsets.tolist()
         ([[1, 2], [0, 2]], [2, 0, 1, 3], [0, 1, 2, 4])
         """
-        if num_experts is None:
-            if expert_map is not None:
-                expected = "an int, how many physical experts there are, with an expert_map"
-                raise TypeError(refusal("num_experts", expected, None))
-            num_experts = _columns(logits) + self.spec.shared_experts
-        pair = planned = None
+        asked = (num_experts, block, capacity, drop, masked)
+        pair, plan_out = routed.parts_of_out(out)
+        operands = _tuple(
+            Operands,
+            (
+                logits,
+                per_expert_scale,
+                bias,
+                token_ids,
+                expert_table,
+                num_valid_tokens,
+                expert_map,
+                pair,
+            ),
+        )
+        if num_valid_tokens is not None:
+            operands = _check.counted(operands)
+        known = None if is_dynamo_compiling() else self._known(operands, topk, ids_dtype)
+        planned = None if known is None else routed.known(known.plans, asked, operands, plan_out)
+        if known is None or planned is None:
+            return self._first_with_plan(operands, topk, ids_dtype, asked, plan_out)
+        weights, ids = known.route(operands)
+        return _tuple(RoutedPlan, (weights, ids, planned.fill(weights, ids, plan_out)))
+
+    def _known(
+        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+    ) -> CachedCall | None:
+        """Return what serves calls like this one, ``None`` if there were none."""
+        latest = self._latest
+        try:
+            if latest is not None and latest.matches(operands, topk, ids_dtype):
+                return latest
+        except UNREADABLE:  # the checks of a first call name the argument
+            return None
+        return self._looked_up(operands, topk, ids_dtype)[1]
+
+    def _first_with_plan(
+        self,
+        operands: Operands,
+        topk: int | None,
+        ids_dtype: torch.dtype | None,
+        asked: routed.Asked,
+        out: DispatchPlan | None,
+    ) -> RoutedPlan:
+        """Check all that a call with a plan brings, before anything is written; then serve it."""
+        traced = is_dynamo_compiling()
+        checked, selected, dtype = self._checked(operands, topk, ids_dtype)
+        if not traced:
+            self._check_memory(checked)
+        problem, most = routed.checked(
+            checked, selected, self.spec.shared_experts, dtype, asked, out
+        )
+        if traced:
+            output = self._traced(operands, topk, ids_dtype)
+            return routed.composed(output, problem, asked, self._requested, out)
+        brought = _tensors(checked)
         if out is not None:
-            if not isinstance(out, tuple) or len(out) != len(RoutedPlan._fields):
-                raise TypeError(refusal("out", "a RoutedPlan", out))
-            weights, ids, planned = out
-            pair = _tuple(RoutingOutput, (weights, ids))
-        weights, ids = self(
-            logits,
-            topk,
-            per_expert_scale,
-            bias=bias,
-            token_ids=token_ids,
-            expert_table=expert_table,
-            num_valid_tokens=num_valid_tokens,
-            expert_map=expert_map,
-            ids_dtype=ids_dtype,
-            out=pair,
-        )
-        made = plan(
-            ids,
-            num_experts,
-            block=block,
-            capacity=capacity,
-            drop=drop,
-            weights=weights.detach() if drop == "least_weight" else None,
-            masked=masked,
-            backend=self._requested,
-            out=planned,
-        )
-        return _tuple(RoutedPlan, (weights, ids, made))
+            routed.check_memory(checked, out)
+            brought += [part for part in out if part is not None]
+        if not all(map(is_ordinary, brought)):
+            output = self._dispatch(operands, topk, ids_dtype)
+            return routed.composed(output, problem, asked, self._requested, out)
+        planned = routed.planner(problem, most, checked.logits, self._requested)
+        output = self._dispatch(operands, topk, ids_dtype)
+        made = RoutedPlan(*output, planned.fill(*output, out))
+        known = self._known(operands, topk, ids_dtype)
+        if known is not None:
+            routed.remember(known.plans, asked, planned, checked, made)
+        return made
 
     def _dispatch(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
     ) -> RoutingOutput:
         """Route a call unlike the one before: look it up, or check it."""
-        key: tuple[object, ...] | None = None
-        found = None
         operands = _check.counted(operands)
+        key, found = self._looked_up(operands, topk, ids_dtype)
+        if found is None:
+            return self._first(key, operands, topk, ids_dtype)
+        return found.route(operands)
+
+    def _looked_up(
+        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+    ) -> tuple[tuple[object, ...] | None, CachedCall | None]:
+        """Describe a call, and return what serves calls like it, if there were any."""
         try:
             key = described(operands, topk, ids_dtype)
             found = self._calls.get(key)
         except UNREADABLE:
-            key = None
-        if found is None:
-            return self._first(key, operands, topk, ids_dtype)
-        self._latest = found
-        return found.route(operands)
+            return None, None
+        if found is not None:
+            self._latest = found
+        return key, found
 
     def _first(
         self,
@@ -290,12 +327,10 @@ class Router:
     ) -> RoutingOutput:
         """Check a call, choose what serves it, and cache that for later calls like it."""
         operands, topk, ids_dtype = self._checked(asked, asked_topk, asked_ids)
-        _check.check_columns(operands.logits)
-        _check.check_addresses(operands)
+        differentiable = self._check_memory(operands)
         config = CallConfig(self._text, self._requested, topk, ids_dtype, self._shadow_key)
-        differentiable = self._differentiable(operands)
-        if not all(_ordinary(t) for t in _tensors(operands)):
-            self._latest = CachedCall(never, _never_routes, None)
+        if not all(is_ordinary(t) for t in _tensors(operands)):
+            self._latest = CachedCall(never, _never_routes, None, {})
             return self._unordinary(config, operands, differentiable=differentiable)
         if not operands.logits.shape[0]:
             if differentiable:
@@ -310,6 +345,7 @@ class Router:
         call = recorded(rule, route) if differentiable else route
         output = call(operands)
         matches: Matches = never
+        plans: dict[tuple[object, ...], routed.Planned] = {}
         if key is not None and all(t.numel() for t in _tensors(operands)):
             if (
                 self._shadow is None
@@ -322,8 +358,8 @@ class Router:
             matches = matcher(asked, asked_topk, asked_ids)
             if len(self._calls) >= _CALLS_KEPT:
                 self._calls.clear()
-            self._calls[key] = CachedCall(matches, call, resolved)
-        self._latest = CachedCall(matches, call, resolved)
+            self._calls[key] = CachedCall(matches, call, resolved, plans)
+        self._latest = CachedCall(matches, call, resolved, plans)
         return output
 
     def _general_route(self, resolved: Resolved) -> Prepared:
@@ -333,11 +369,10 @@ class Router:
             resolved.route if shadow is None else lambda operands: resolved.route(operands, shadow)
         )
 
-    def _differentiable(self, operands: Operands) -> bool:
-        """Tell whether the weights need derivatives.
-
-        Refuse ``out`` if they do, or if it cannot be written.
-        """
+    def _check_memory(self, operands: Operands) -> bool:
+        """Refuse what no kernel could read or write; return whether weights need derivatives."""
+        _check.check_columns(operands.logits)
+        _check.check_addresses(operands)
         differentiable = (
             (is_grad_enabled() and _requires_grad(operands))
             or carries_tangents()
@@ -355,7 +390,7 @@ class Router:
 
         The operator and PyTorch's own rules know what to do with each.
         """
-        if any(_is_dtensor(t) for t in _tensors(operands)):
+        if any(_check.is_dtensor(t) for t in _tensors(operands)):
             return self._sharded(config, operands, training=differentiable)
         if any(is_functorch_wrapped_tensor(t) for t in _tensors(operands)):
             rule = Rule(self.spec, config.topk, _operator_backward(config))
@@ -379,7 +414,7 @@ class Router:
         training = is_grad_enabled() and _requires_grad(operands)
         _refuse_out(operands, differentiable=training)
         config = CallConfig(self._text, self._requested, topk, ids_dtype, self._shadow_key)
-        if _is_dtensor(operands.logits):
+        if _check.is_dtensor(operands.logits):
             return self._sharded(config, operands, training=training)
         return _operators.call(config, operands, training=training)
 
@@ -446,7 +481,7 @@ class Router:
                 kernel.warmup()
         if training:
             choices[-1].warm_up_backward()
-        self._latest = CachedCall(never, _never_routes, choices[-1])
+        self._latest = CachedCall(never, _never_routes, choices[-1], {})
         return choices[-1].report_with_notes()
 
     @property
@@ -464,8 +499,13 @@ class Router:
 
         See ``backend``.
         """
-        resolved = self._latest.resolved if self._latest else None
-        return resolved.report_with_notes() if resolved else None
+        latest = self._latest
+        if latest is None or latest.resolved is None:
+            return None
+        report = latest.resolved.report_with_notes()
+        planners = dict.fromkeys(planned.call.winner for planned in latest.plans.values())
+        notes = [routed.note(winner) for winner in planners if winner is not None]
+        return replace(report, notes=(*report.notes, *notes))
 
     def health(self) -> Health:
         """Return what shadow mode has seen of this router's calls.
@@ -515,11 +555,6 @@ class Router:
         return operands, topk, ids_dtype
 
 
-def _columns(logits: object) -> int:
-    """Return E; 1 for what is no logits, which the call refuses by name."""
-    return logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 1
-
-
 def _rebuilt(
     spec: RoutingSpec,
     topk: int | None,
@@ -555,23 +590,6 @@ def _tensors(operands: Operands) -> list[Tensor]:
 
 def _vectors_are_contiguous(operands: Operands) -> bool:
     return all(t.is_contiguous() for t in operands[1:7] if isinstance(t, Tensor))
-
-
-def _ordinary(tensor: Tensor) -> bool:
-    """Tell whether a tensor is memory that a kernel may read, as its shape and strides say."""
-    return (
-        type(tensor) in ORDINARY
-        and not is_functorch_wrapped_tensor(tensor)
-        and not tensor.is_neg()
-        and not is_zero_tensor(tensor)
-        and not is_fake_mode()
-    )
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    """Tell DTensors, without importing their package for those who have none."""
-    kind = type(tensor)
-    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
 
 
 def _refuse_out(operands: Operands, *, differentiable: bool) -> None:

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     """
 
 __all__ = [
-    "carries_tangents", "compile_by_inductor", "current_device", "current_stream", "dispatch_keys",
-    "empty", "is_fake_mode", "is_functorch_wrapped_tensor", "is_observed", "is_profiling",
-    "is_zero_tensor", "launcher_of", "privateuse1_name", "tensor_guard", "unset_fake_temporarily",
-    "why_not_direct",
+    "carries_tangents", "compile_by_inductor", "count_modes", "current_device",
+    "current_stream", "dispatch_keys", "empty", "is_fake_mode", "is_functorch_wrapped_tensor",
+    "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "privateuse1_name",
+    "tensor_guard", "unset_fake_temporarily", "why_not_direct",
 ]  # fmt: skip
 
 NO_DEVICE = -1
@@ -90,16 +90,14 @@ def is_zero_tensor(tensor: Tensor) -> bool:
     return tensor._is_zerotensor()  # noqa: SLF001 -- this file's purpose
 
 
-_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001 -- this file's purpose
+count_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001 -- this file's purpose
+"""How many modes see every operator; mostly there is none, which takes less time to ask."""
 
 
 def is_fake_mode() -> bool:
-    """Tell whether operators compute with fake tensors at the moment.
-
-    Mostly there is no mode at all, and counting them takes less time than looking for one.
-    """
+    """Tell whether operators compute with fake tensors at the moment."""
     return (
-        _modes() > 0
+        count_modes() > 0
         and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None  # noqa: SLF001 -- likewise
     )
 

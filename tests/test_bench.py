@@ -20,17 +20,12 @@ import torch
 
 import moe_routing
 from moe_routing.bench import Case, Result, Row, Settings, _clock, losses
-from moe_routing.bench._check import problems
 from moe_routing.bench._clock import refusal
-from moe_routing.bench._formulas import formula_of, one_hot
-from moe_routing.bench._implementations import (
-    Implementation,
-    NotMeasuredError,
-    _own,
-    backend,
-    comparison,
-)
-from moe_routing.bench._inputs import MOST_SETS, make
+from moe_routing.bench._implementation import MOST_SETS, NotMeasuredError
+from moe_routing.bench.route._check import problems
+from moe_routing.bench.route._formulas import formula_of, one_hot
+from moe_routing.bench.route._implementations import _own, backend, comparison
+from moe_routing.bench.route._inputs import make
 from moe_routing.cli._app import run
 from moe_routing.families import FAMILIES
 from moe_routing_registry import BackendSpec, Target
@@ -275,13 +270,10 @@ def test_inputs_rotate_over_twice_the_cache_where_256_sets_are_enough(tokens, ca
     assert len({logits.data_ptr() for logits in inputs.logits}) == sets
 
 
+@pytest.mark.slow
 def test_an_implementation_that_makes_its_own_graphs_is_not_captured_in_another():
-    implementation = Implementation(
-        name="compile-reduce-overhead",
-        is_backend=False,
-        call=lambda logits: (logits, logits),
-        captures=False,
-    )
+    inputs = make(Case("gemma4", "float32", 8, 2, 2), CPU, 1)
+    implementation = comparison("compile-reduce-overhead", inputs)
     assert "makes CUDA graphs of its own" in refusal("graph", implementation)
     assert refusal("call", implementation) == ""
 
@@ -290,7 +282,7 @@ def test_an_implementation_that_makes_its_own_graphs_is_not_captured_in_another(
 def test_torch_compile_is_a_comparison():
     inputs = make(Case("softmax_topk", "float32", 8, 2, 2), CPU, 1)
     implementation = comparison("compile-default", inputs)
-    assert implementation.captures
+    assert implementation.not_captured == ""
     assert problems(implementation, inputs) == []
 
 

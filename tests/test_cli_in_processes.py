@@ -248,12 +248,12 @@ def test_the_report_of_a_machine_without_matplotlib_is_a_page_that_says_so(tmp_p
     script = """
 import sys
 sys.modules["matplotlib"] = None
-import functools
-from moe_routing.bench import Settings
+import dataclasses, functools
 from moe_routing.report import _gather
 from moe_routing.conformance import runner
-runner.run = functools.partial(runner.run, clauses=[9])
-_gather._settings = lambda place: Settings(tokens=(1,), device=place)
+runner.run = functools.partial(runner.run, clauses=[4])
+settings = _gather._settings
+_gather._settings = lambda *chosen: dataclasses.replace(settings(*chosen), tokens=(1,))
 from moe_routing.cli import main
 main()
 """

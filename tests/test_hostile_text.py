@@ -26,7 +26,7 @@ from moe_routing.conformance import runner
 from moe_routing.conformance.clauses import CLAUSES
 from moe_routing.doctor import examine
 from moe_routing.doctor._machine import Failure
-from moe_routing.report import Gathered, to_html
+from moe_routing.report import Gathered, Tried, to_html
 from moe_routing_registry import DeviceInfo, RejectCode, ResolutionReport, Verdict
 from moe_routing_registry.report import Candidate, Rejection
 from moe_routing_registry.text import printable
@@ -151,10 +151,10 @@ RESOLUTION = ResolutionReport(
 
 
 def test_the_report_page(doctor, conformance, bench):
-    for parts in ((conformance, bench), (Failure(HOSTILE, HOSTILE), Failure(HOSTILE, HOSTILE))):
-        check_page(
-            to_html(Gathered(doctor=doctor, device=HOSTILE, conformance=parts[0], bench=parts[1]))
-        )
+    failure = Failure(HOSTILE, HOSTILE)
+    for checked, timed in ((conformance, bench), (failure, failure)):
+        operations = {HOSTILE: Tried(backend=HOSTILE, conformance=checked, bench=timed)}
+        check_page(to_html(Gathered(doctor=doctor, device=HOSTILE, operations=operations)))
 
 
 def test_the_conformance_page(conformance):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutants import MUTANTS, planning, registered
+from mutants import MUTANTS, permutation, planning, registered
 
 from moe_routing.conformance import drawn, run
 from moe_routing.conformance.contract import contract_of
@@ -17,7 +17,7 @@ from moe_routing.conformance.runner import backend_under_test, evaluate
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("operation", ["route", "plan"])
+@pytest.mark.parametrize("operation", ["route", "plan", "permute", "combine"])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_a_backend_conforms_on_the_gpu(backend, operation):
     report = run(backend, "cuda:0", operation=operation, profile="smoke")
@@ -36,11 +36,14 @@ def test_device_functions_do_what_they_say_when_they_are_compiled():
 
 
 def evaluated(backend, mutant):
-    """Run the check that must catch a mutant, of a router on gemma4's cases."""
+    """Run the check that must catch a mutant, of a router on gemma4's cases.
+
+    What needs much memory is in the profile "full" alone.
+    """
     under_test = backend_under_test(backend, "cuda:0")
     contract = contract_of(mutant.operation)
     (check,) = (check for check in contract.checks if check.name == mutant.caught_by)
-    for item in check.items("smoke"):
+    for item in check.items("full" if mutant.only_on == "memory" else "smoke"):
         if getattr(item.case, "variant", "gemma4") == "gemma4":
             yield evaluate(item, under_test)
 
@@ -48,8 +51,8 @@ def evaluated(backend, mutant):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "mutant",
-    [mutant for mutant in (*MUTANTS, *planning.MUTANTS) if mutant.only_on],
-    ids=lambda mutant: f"{mutant.name}-by-{mutant.caught_by}",
+    [m for m in (*MUTANTS, *planning.MUTANTS, *permutation.MUTANTS) if m.only_on],
+    ids=lambda mutant: f"{mutant.name}-by-{mutant.caught_by}-{mutant.operation}",
 )
 def test_a_mutant_that_is_wrong_on_cuda_alone_is_caught_and_eager_is_not(mutant):
     if mutant.only_on == "two devices" and torch.cuda.device_count() == 1:

@@ -14,6 +14,7 @@ from moe_routing._registry import registry
 from moe_routing.cli._app import run as command
 from moe_routing.conformance import run
 from moe_routing.doctor import examine
+from moe_routing.report import Gathered, _gather, to_html
 from moe_routing_registry import RejectCode, Request, UnknownNameError
 
 PLUGIN = """
@@ -123,7 +124,8 @@ def test_backends_of_an_operation_are_chosen_by_the_same_rules(copying):
     assert report.rejection("eager").verdict.code is RejectCode.OPERATION
     assert (
         report.rejection("eager").verdict.reason
-        == "has no factory for the operation 'scaled_copy'; it computes route, plan"
+        == "has no factory for the operation 'scaled_copy'; "
+        "it computes route, gate, plan, permute, combine"
     )
     assert moe_routing.explain(copying.CopyProblem(9)).winner == "add"
     assert moe_routing.explain(copying.CopyProblem(4), backend="triple").winner == "triple"
@@ -191,7 +193,10 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
     *ours, copied = report["operations"]
     assert [(one["name"], one["devices"]["cpu"]["winner"]) for one in ours] == [
         ("route", "eager"),
+        ("gate", "eager"),
         ("plan", "eager"),
+        ("permute", "eager"),
+        ("combine", "eager"),
     ]
     assert copied == {
         "name": "scaled_copy",
@@ -210,6 +215,16 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
     ]
     command(["doctor", "--device", "cpu"])
     assert "scaled_copy" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("copying")
+def test_the_report_says_how_to_check_it():
+    doctor = examine(device="cpu")
+    assert "scaled_copy" not in _gather._winners(doctor, "cpu")
+    page = to_html(Gathered(doctor=doctor, device="cpu", operations={}))
+    command = "moe-routing conformance double --operation scaled_copy --device cpu"
+    (line,) = [line for line in page.splitlines() if "scaled_copy --device" in line]
+    assert command in line
 
 
 def test_an_unknown_operation_is_an_error_and_near_names_are_named(copying):

@@ -247,7 +247,7 @@ def test_the_command_line_lists_and_explains_plan(capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["-e", "5000"], "num_experts: expected an int from 1 to 4096, got 5000"),
+        (["-e", "5000"], "--num-experts: expected an int from 1 to 4096, got 5000"),
         (["--dtype", "float32"], "--dtype: the operation 'plan' has none"),
         (["--backend", "eagre"], "unknown backend 'eagre': did you mean 'eager'?"),
     ],

@@ -85,6 +85,29 @@ def test_no_kernel_is_called_where_operators_are_faked(recording):
         assert Recording.called_with == [(torch.Tensor, False)] * calls
 
 
+def test_a_part_of_out_in_the_place_of_another_is_refused_in_later_calls_too():
+    """Both have one element, so only their places tell them apart."""
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    out = moe_routing.plan(ids, 3, block=1)
+    wrong = out._replace(block_experts=None, num_dropped=out.block_experts)
+    for _ in range(3):
+        with pytest.raises(TypeError, match=r"^out: .* for block_experts, got None"):
+            moe_routing.plan(ids, 3, block=1, out=wrong)
+        assert moe_routing.plan(ids, 3, block=1, out=out) is out
+
+
+def test_a_compiled_function_fills_a_plan():
+    expected = moe_routing.plan(IDS, 3, block=2)
+    out = moe_routing.plan(IDS.flip(0), 3, block=2)
+    compiled = torch.compile(
+        lambda ids, out: moe_routing.plan(ids, 3, block=2, out=out),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert same(compiled(IDS, out), expected)
+    assert same(out, expected)
+
+
 def test_the_operator_refuses_what_plan_refuses():
     with pytest.raises(ValueError, match=r"^num_experts: expected an int from 1 to 4096, got 5000"):
         torch.ops.moe_routing.plan(IDS, None, 5000, 1, 0, "sorted", "nothing", None)

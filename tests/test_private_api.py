@@ -56,8 +56,10 @@ def test_functorchs_wrappers_are_known():
 
 def test_fake_mode_is_known_and_can_be_left():
     assert not private_api.is_fake_mode()
+    assert not private_api.count_modes()
     with FakeTensorMode():
         assert private_api.is_fake_mode()
+        assert private_api.count_modes() == 1
         with private_api.unset_fake_temporarily():
             assert not private_api.is_fake_mode()
             assert type(torch.empty(1)) is torch.Tensor

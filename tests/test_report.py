@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_routing.bench import Settings, measuring
+from moe_routing.bench import measuring
 from moe_routing.cli._app import run
 from moe_routing.conformance import runner
 from moe_routing.doctor._machine import Failure
@@ -23,20 +23,34 @@ ROOT = Path(__file__).parents[1]
 VOID = {"meta", "img", "source"}
 
 
-@pytest.fixture(autouse=True)
-def _a_short_one(monkeypatch):
+def less(patch):
     """Run the real kit and the real benchmark, on less."""
-    monkeypatch.setattr(runner, "run", functools.partial(runner.run, clauses=[9]))
-    monkeypatch.setattr(_gather, "_settings", lambda place: Settings(tokens=(1,), device=place))
+    settings = _gather._settings
+
+    def one_token(operation, place):
+        chosen = dataclasses.replace(settings(operation, place), tokens=(1,))
+        return dataclasses.replace(chosen, dtypes=("bfloat16",)) if operation == "route" else chosen
+
+    patch.setattr(runner, "run", functools.partial(runner.run, clauses=[4]))
+    patch.setattr(_gather, "_settings", one_token)
+
+
+@pytest.fixture(autouse=True)
+def _less(monkeypatch):
+    less(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def everything():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "run", functools.partial(runner.run, clauses=[9]))
-        patch.setattr(_gather, "_settings", lambda place: Settings(tokens=(1,), device=place))
+        less(patch)
         steps = []
         return gather("cpu", lambda *step: steps.append(step)), steps
+
+
+@pytest.fixture(scope="module")
+def page(everything):
+    return to_html(everything[0])
 
 
 @pytest.fixture
@@ -56,25 +70,39 @@ def open_tags(page):
     return stack
 
 
-def test_the_page_holds_doctors_tables_the_conformance_matrix_and_the_plots(everything):
-    gathered, _ = everything
-    page = to_html(gathered)
+def test_the_page_holds_doctors_tables_the_conformance_matrix_and_the_plots(page):
     for heading in (
         "Checks",
         "Devices",
         "Toolchains",
         "Backends on cpu",
-        "Conformance of eager on cpu",
-        "Benchmark",
+        "Operations",
+        "route: conformance of eager on cpu",
+        "route: benchmark",
+        "plan: conformance of eager on cpu",
+        "plan: benchmark",
     ):
         assert f"<h2>{heading}</h2>" in page
-    assert "class='matrix'" in page
-    assert page.count("<img src='data:image/svg+xml;base64,") == 1
+    assert page.count("class='matrix'") == 2
+    assert page.count("<img src='data:image/svg+xml;base64,") == 2
     assert "gemma4, bfloat16 logits, E = 128, K = 8, mode call" in page
+    assert "plan, int32 ids, E = 128, K = 8, mode call" in page
 
 
-def test_the_page_stands_alone_and_is_well_formed(everything):
-    page = to_html(everything[0])
+def test_the_page_says_what_it_shows(everything, page):
+    assert (
+        "<p>This page has doctor&#x27;s findings for all operations, and conformance and "
+        "benchmark of route and plan on cpu.</p>"
+    ) in page
+    for operation in ("route", "plan"):
+        assert f"<td>{operation}</td><td>cpu</td><td>eager</td>" in page
+    assert "moe-routing conformance eager --operation permute --device cpu" in page
+    without = dataclasses.replace(everything[0], operations={})
+    assert "No device here has a backend, so nothing was tried." in to_html(without)
+    assert not without.ok
+
+
+def test_the_page_stands_alone_and_is_well_formed(page):
     assert open_tags(page) == []
     assert "http" not in page
     assert "<script" not in page
@@ -83,7 +111,13 @@ def test_the_page_stands_alone_and_is_well_formed(everything):
 
 
 def test_progress_is_told_for_every_part(everything):
-    assert {what for what, _, _ in everything[1]} == {"doctor", "conformance of eager", "bench"}
+    assert {what for what, _, _ in everything[1]} == {
+        "doctor",
+        "route: conformance of eager",
+        "route: bench",
+        "plan: conformance of eager",
+        "plan: bench",
+    }
 
 
 def test_what_a_machine_says_of_itself_is_text_not_markup(everything):
@@ -103,13 +137,43 @@ def test_what_raises_is_kept_on_the_page_and_the_rest_goes_on(monkeypatch):
     assert not gathered.ok
     assert "RuntimeError: the device is on fire &lt;now&gt;" in page
     assert "class='matrix'" in page
-    assert gathered.to_dict()["bench"] == {"error": "RuntimeError: the device is on fire <now>"}
-    assert (
-        to_html(dataclasses.replace(gathered, conformance=Failure("X: y", "Traceback"))).count(
-            "Traceback"
-        )
-        >= 1
+    held = gathered.to_dict()["operations"]
+    assert list(held) == ["route", "plan"]
+    for tried in held.values():
+        assert tried["bench"] == {"error": "RuntimeError: the device is on fire <now>"}
+        assert tried["conformance"]["ok"] is True
+
+
+def test_each_operation_is_tried_by_its_own_kit_and_benchmark(everything):
+    operations = everything[0].operations
+    assert list(operations) == ["route", "plan"]
+    for name, tried in operations.items():
+        assert tried.ok
+        assert tried.conformance.operation == tried.bench.settings.operation == name
+
+
+def test_a_failed_check_or_a_wrong_result_of_one_operation_is_not_fine(everything):
+    gathered, _ = everything
+    plan = gathered.operations["plan"]
+    (check, *_), (row, *_) = plan.conformance.results, plan.bench.rows
+    failed = dataclasses.replace(check, status="failed", message="other bits")
+    for part in (
+        {"conformance": dataclasses.replace(plan.conformance, results=[failed])},
+        {"bench": dataclasses.replace(plan.bench, rows=[dataclasses.replace(row, wrong=("no",))])},
+    ):
+        wrong = {**gathered.operations, "plan": dataclasses.replace(plan, **part)}
+        assert not dataclasses.replace(gathered, operations=wrong).ok
+
+
+def test_what_the_kit_raises_is_on_the_page(everything):
+    gathered, _ = everything
+    broken = dataclasses.replace(
+        gathered.operations["plan"], conformance=Failure("X: y", "the traceback of y")
     )
+    failed = dataclasses.replace(gathered, operations={**gathered.operations, "plan": broken})
+    assert gathered.ok
+    assert not failed.ok
+    assert "the traceback of y" in to_html(failed)
 
 
 @pytest.mark.slow
@@ -124,8 +188,12 @@ def test_the_command_writes_the_page_and_says_where(capsys, tmp_path):
 def test_json_holds_the_same_and_writes_no_page(capsys, in_an_empty_folder):
     assert run(["report", "--device", "cpu", "--json"]) == 0
     held = json.loads(capsys.readouterr().out)
-    assert held["ok"] is held["conformance"]["ok"] is held["doctor"]["ok"] is True
-    assert held["bench"]["rows"][0]["microseconds"] > 0
+    assert held["ok"] is held["doctor"]["ok"] is True
+    assert list(held["operations"]) == ["route", "plan"]
+    for name, tried in held["operations"].items():
+        assert (tried["backend"], tried["conformance"]["ok"]) == ("eager", True)
+        assert tried["bench"]["operation"] == name
+        assert tried["bench"]["rows"][0]["microseconds"] > 0
     assert not list(in_an_empty_folder.iterdir())
 
 
@@ -161,4 +229,5 @@ def test_beside_a_broken_torch_the_page_says_so_and_exit_code_is_1(tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert "libtorch_cpu.so is missing" in page
     assert "needs a look" in page
-    assert "Conformance" not in page
+    assert "conformance of" not in page
+    assert "nothing was tried" in page

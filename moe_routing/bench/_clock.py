@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.benchmark import Timer
 
-from moe_routing.bench._inputs import turns
+from moe_routing.bench._implementation import turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_routing.bench._implementations import Implementation
-    from moe_routing.bench._inputs import Inputs
+    from moe_routing.bench._implementation import Implementation, Inputs
 
 ROUNDS = 5
 """Rounds of a configuration.
@@ -37,16 +36,12 @@ _MICROSECONDS = 1e6
 
 def refusal(mode: str, implementation: Implementation) -> str:
     """Say why an implementation is not timed in a mode, ``""`` where it is."""
-    return (
-        "makes CUDA graphs of its own: see mode call"
-        if mode == "graph" and not implementation.captures
-        else ""
-    )
+    return implementation.not_captured if mode == "graph" else ""
 
 
 def round_of(mode: str, implementation: Implementation, inputs: Inputs) -> float:
     """Return the median microseconds of a call in one round."""
-    device = inputs.logits[0].device
+    device = inputs.given[0].device
     if mode == "graph":
         return graph(_rotating(implementation, inputs), device)
     if mode == "host":
@@ -107,7 +102,7 @@ def host(work: Callable[[], object]) -> float:
 def copy_rate(device: torch.device) -> float:
     """Return the bytes a second that a copy on the device reads and writes.
 
-    No routing can move its bytes faster.
+    Nothing can move its bytes faster.
     """
     size = COPIED.get(device.type, 1 << 30)
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -134,8 +129,8 @@ def launch_floor(mode: str, device: torch.device) -> float:
 
 
 def _one(implementation: Implementation, inputs: Inputs) -> Callable[[], object]:
-    logits = inputs.logits[0]
-    return lambda: implementation.call(logits)
+    given = inputs.given[0]
+    return lambda: implementation.call(given)
 
 
 def _rotating(implementation: Implementation, inputs: Inputs) -> Callable[[], object]:

@@ -11,8 +11,9 @@ import io
 import json
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from moe_routing.bench._plan_settings import PlanCase, PlanSettings
 from moe_routing.bench._settings import Case, Settings
 from moe_routing_registry.text import shown
 
@@ -20,13 +21,18 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-Key = tuple[Case, str, str, bool]
+AnyCase: TypeAlias = Case | PlanCase
+AnySettings: TypeAlias = Settings | PlanSettings
+KINDS: dict[str, tuple[type[AnyCase], type[AnySettings]]] = {
+    settings.operation: (case, settings)
+    for case, settings in ((Case, Settings), (PlanCase, PlanSettings))
+}
+"""The case and the settings of each operation that can be measured."""
+Key = tuple[AnyCase, str, str, bool]
 """Case, mode, implementation and whether it is a backend.
 
 What makes two rows of two runs the same configuration.
 """
-OPERATION = "route"
-"""What is timed."""
 SCHEMA_VERSION = 1
 """Grows whenever a key is renamed, removed or changes its meaning.
 
@@ -45,12 +51,12 @@ class Row:
     :ivar is_backend: whether it is a backend.
     :ivar rounds: microseconds a call, the median of each round; rounds of different implementations
         took turns.
-    :ivar bytes: that a call must move: logits and operands once, weights and ids once.
+    :ivar bytes: that a call must move: inputs once, outputs once.
     :ivar wrong: what is wrong with what it computed; then nothing was timed.
     :ivar skipped: why nothing was timed otherwise.
     """
 
-    case: Case
+    case: AnyCase
     mode: str
     implementation: str
     is_backend: bool
@@ -102,10 +108,10 @@ class Row:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Row:
-        """Rebuild from ``to_dict``'s values."""
+    def from_dict(cls, values: dict[str, Any], case: type[AnyCase] = Case) -> Row:
+        """Rebuild from ``to_dict``'s values, of an operation with such cases."""
         return cls(
-            case=Case(**{name: values[name] for name in Case._fields}),
+            case=case(**{name: values[name] for name in case._fields}),
             rounds=tuple(float(time) for time in values["rounds"]),
             wrong=tuple(values["wrong"]),
             **{
@@ -126,7 +132,7 @@ class Result:
     :ivar launch_floor: microseconds that the smallest launch takes, by mode.
     """
 
-    settings: Settings
+    settings: AnySettings
     device: dict[str, Any]
     versions: dict[str, str]
     date: str
@@ -155,7 +161,7 @@ class Result:
         return {
             "schema_version": SCHEMA_VERSION,
             "what": "moe-routing bench: microseconds a call, the median of the medians of rounds",
-            "operation": OPERATION,
+            "operation": self.settings.operation,
             "date": self.date,
             "device": self.device,
             "versions": self.versions,
@@ -191,14 +197,20 @@ class Result:
                     f"expected schema_version {SCHEMA_VERSION}, got {held['schema_version']!r:.100}"
                 )
                 raise ValueError(msg)  # noqa: TRY301 -- said below, like all that is wrong with it
+            # Earlier runs were all of routing, and did not say so.
+            operation = held.get("operation", "route")
+            if operation not in KINDS:
+                msg = f"expected a run of {' or '.join(KINDS)}, got one of {operation!r:.100}"
+                raise ValueError(msg)  # noqa: TRY301 -- likewise
+            case, settings = KINDS[operation]
             return cls(
-                settings=Settings.from_dict(held["settings"]),
+                settings=settings.from_dict(held["settings"]),
                 device=held["device"],
                 versions=held["versions"],
                 date=held["date"],
                 copy_rate=float(held["copy_bytes_per_second"]),
                 launch_floor=held["launch_floor_us"],
-                rows=[Row.from_dict(row) for row in held["rows"]],
+                rows=[Row.from_dict(row, case) for row in held["rows"]],
             )
         except (
             AttributeError,
@@ -219,16 +231,15 @@ class Result:
         text = io.StringIO()
         lists = ("rounds", "wrong")
         writer = csv.DictWriter(
-            text, [name for name in _columns() if name not in lists], extrasaction="ignore"
+            text, [name for name in self._columns() if name not in lists], extrasaction="ignore"
         )
         writer.writeheader()
         writer.writerows(row.to_dict() for row in self.rows)
         return text.getvalue()
 
-
-def _columns() -> list[str]:
-    empty = Row(case=Case("", "", 0, 0, 0), mode="", implementation="", is_backend=True)
-    return list(empty.to_dict())
+    def _columns(self) -> list[str]:
+        case = self.settings.cases[0]
+        return list(Row(case=case, mode="", implementation="", is_backend=True).to_dict())
 
 
 class Loss(NamedTuple):
@@ -272,7 +283,7 @@ def losses(before: Result, now: Result) -> list[Loss]:
     return found
 
 
-def refuse_another_run(before: Result, device: dict[str, Any], settings: Settings) -> None:
+def refuse_another_run(before: Result, device: dict[str, Any], settings: AnySettings) -> None:
     """Refuse an earlier run that is not comparable to these settings.
 
     :raises ValueError: the run was on another kind of device, used its device in another way, or

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from moe_routing_registry.text import refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 MODES = {
     "graph": "replays of a CUDA graph, outputs allocated before: what the kernels take",
@@ -22,13 +25,13 @@ COMPARISONS = {
     "compile-reduce-overhead": "the same with mode='reduce-overhead'",
     "compile-max-autotune": "the same with mode='max-autotune'",
 }
-"""What backends are compared with."""
+"""What backends that route are compared with."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Short names of the dtypes of logits."""
 
 
 class Case(NamedTuple):
-    """One problem and one number of tokens."""
+    """One problem of routing and one number of tokens."""
 
     router: str
     dtype: str
@@ -40,10 +43,17 @@ class Case(NamedTuple):
         """Say it in a line."""
         return f"{self.router} {self.dtype} E={self.num_experts} K={self.topk} T={self.tokens:,}"
 
+    @property
+    def title(self) -> str:
+        """Name the problem above its table."""
+        return f"{self.router}, {self.dtype} logits, E = {self.num_experts}, K = {self.topk}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is to be measured.
+    """What is to be measured of routing.
+
+    :cvar operation: ``"route"``.
 
     Every router, dtype, number of tokens, mode and implementation with every other.
 
@@ -63,6 +73,8 @@ class Settings:
     2
     """
 
+    operation: ClassVar[str] = "route"
+
     routers: tuple[str, ...] = ("gemma4",)
     sizes: tuple[tuple[int, int], ...] = ((128, 8),)
     backends: tuple[str, ...] = ()
@@ -74,31 +86,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
-        for name, known in (
-            ("modes", MODES),
-            ("compare", COMPARISONS),
-            ("dtypes", DTYPES.values()),
-        ):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ValueError(refusal(name, f"one of {', '.join(known)}", value))
-        if not self.tokens or not all(
-            isinstance(count, int) and count >= 1 for count in self.tokens
-        ):
-            raise ValueError(refusal("tokens", "integers >= 1", self.tokens))
-        unlike = set(self.modes) - {"call"}
-        if self.device.partition(":")[0] == "cpu" and unlike:
-            msg = (
-                "modes: expected call on the CPU, which has no graphs and is its own host, "
-                f"got {', '.join(sorted(unlike))}"
-            )
-            raise ValueError(msg)
-        if "graph" in self.modes and self.device.partition(":")[0] != "cuda":
-            msg = (
-                f"modes: expected call or host on {self.device}, "
-                "got graph: only CUDA and ROCm devices have CUDA graphs"
-            )
-            raise ValueError(msg)
+        check_known("dtypes", self.dtypes, DTYPES.values())
+        check_known("compare", self.compare, COMPARISONS)
+        check_tokens(self.tokens)
+        check_modes(self.modes, self.device)
 
     @property
     def cases(self) -> list[Case]:
@@ -112,12 +103,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            name: [list(item) if isinstance(item, tuple) else item for item in value]
-            if isinstance(value, tuple)
-            else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+        return plain(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
@@ -125,6 +111,56 @@ class Settings:
         sizes = tuple((int(e), int(k)) for e, k in values["sizes"])
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists, "sizes": sizes})
+
+
+def check_known(name: str, values: Collection[str], known: Collection[str]) -> None:
+    """Refuse names that are not known.
+
+    :raises ValueError: one is not.
+    """
+    for value in values:
+        if value not in known:
+            raise ValueError(refusal(name, f"one of {', '.join(known)}", value))
+
+
+def check_tokens(tokens: tuple[int, ...]) -> None:
+    """Refuse what are no numbers of tokens.
+
+    :raises ValueError: there is none, or one is no positive int.
+    """
+    if not tokens or not all(isinstance(count, int) and count >= 1 for count in tokens):
+        raise ValueError(refusal("tokens", "integers >= 1", tokens))
+
+
+def check_modes(modes: tuple[str, ...], device: str) -> None:
+    """Refuse what cannot be timed on a device.
+
+    :raises ValueError: no such mode, or the device has no such clock.
+    """
+    check_known("modes", modes, MODES)
+    unlike = set(modes) - {"call"}
+    if device.partition(":")[0] == "cpu" and unlike:
+        msg = (
+            "modes: expected call on the CPU, which has no graphs and is its own host, "
+            f"got {', '.join(sorted(unlike))}"
+        )
+        raise ValueError(msg)
+    if "graph" in modes and device.partition(":")[0] != "cuda":
+        msg = (
+            f"modes: expected call or host on {device}, "
+            "got graph: only CUDA and ROCm devices have CUDA graphs"
+        )
+        raise ValueError(msg)
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of settings as JSON has them, with lists for tuples."""
+    return {
+        name: [list(item) if isinstance(item, tuple) else item for item in value]
+        if isinstance(value, tuple)
+        else value
+        for name, value in values.items()
+    }
 
 
 def best_mode(device: str) -> str:

@@ -6,30 +6,33 @@ import contextlib
 import importlib.util
 import platform
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import moe_routing
 from moe_routing.bench import _clock
-from moe_routing.bench._check import problems
-from moe_routing.bench._implementations import NotMeasuredError, backend, comparison, fitting
-from moe_routing.bench._inputs import cache_of, check_memory, make
+from moe_routing.bench._implementation import NotMeasuredError, cache_of, fitting
 from moe_routing.bench._result import Result, Row
+from moe_routing.bench.plan import PLAN
+from moe_routing.bench.route import ROUTE
 from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from moe_routing.bench._implementations import Implementation
-    from moe_routing.bench._inputs import Inputs
-    from moe_routing.bench._settings import Case, Settings
+    from moe_routing.bench._implementation import Implementation, Inputs
+    from moe_routing.bench._result import AnyCase, AnySettings
+
+OPERATIONS = {"route": ROUTE, "plan": PLAN}
+"""What each operation that can be measured brings."""
 
 
 def measure(
-    settings: Settings,
+    settings: AnySettings,
     *,
-    cases: Sequence[Case] | None = None,
+    cases: Sequence[AnyCase] | None = None,
     on_case: Callable[[Result, int, int], None] | None = None,
 ) -> Result:
     """Measure everything that the settings name.
@@ -44,7 +47,7 @@ def measure(
     """
     info = moe_routing.probe(settings.device)
     for case in settings.cases if cases is None else cases:
-        check_memory(case, info)
+        OPERATIONS[settings.operation].check_memory(case, info)
     device = torch.empty(0, device=settings.device).device
     if "graph" in settings.modes and importlib.util.find_spec("triton") is None:
         msg = (
@@ -71,12 +74,16 @@ def described(device: torch.device | str) -> dict[str, Any]:
 
 
 def _measure(
-    settings: Settings,
+    settings: AnySettings,
     device: torch.device,
-    cases: Sequence[Case],
+    cases: Sequence[AnyCase],
     on_case: Callable[[Result, int, int], None] | None,
 ) -> Result:
-    plan = [(case, fitting(settings.backends, case, settings.device)) for case in cases]
+    explain = OPERATIONS[settings.operation].explain
+    fit = [
+        (case, fitting(settings.backends, partial(explain, case, settings.device)))
+        for case in cases
+    ]
     triton = moe_routing.probe(device).toolchain("triton")
     result = Result(
         settings=settings,
@@ -91,7 +98,7 @@ def _measure(
         copy_rate=_clock.copy_rate(device),
         launch_floor={mode: _clock.launch_floor(mode, device) for mode in settings.modes},
     )
-    for done, (case, names) in enumerate(plan, start=1):
+    for done, (case, names) in enumerate(fit, start=1):
         result.rows += _rows(case, names, settings, device, result.device["cache"])
         if on_case is not None:
             on_case(result, done, len(cases))
@@ -114,10 +121,11 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def _rows(
-    case: Case, names: list[str], settings: Settings, device: torch.device, cache: int
+    case: AnyCase, names: list[str], settings: AnySettings, device: torch.device, cache: int
 ) -> list[Row]:
     """Check and time one case: backends first, then what they are compared with."""
-    inputs = make(case, device, cache)
+    operation = OPERATIONS[settings.operation]
+    inputs = operation.make(case, device, cache)
     asked = [*((name, True) for name in names), *((name, False) for name in settings.compare)]
     implementations: list[Implementation] = []
     rows: list[Row] = []
@@ -125,8 +133,9 @@ def _rows(
         wrong, skipped = [], ""
         try:
             with contained("it", NotMeasuredError):
-                implementation = backend(name, inputs) if is_backend else comparison(name, inputs)
-                wrong = problems(implementation, inputs)
+                bring = operation.backend if is_backend else operation.comparison
+                implementation = bring(name, inputs)
+                wrong = operation.problems(implementation, inputs)
         except NotMeasuredError as error:
             skipped = str(error)
         except PluginFailure as failure:  # compilers raise anything; the row says it
@@ -156,7 +165,9 @@ def _rows(
     )
 
 
-def _timed(implementations: list[Implementation], inputs: Inputs, settings: Settings) -> list[Row]:
+def _timed(
+    implementations: list[Implementation], inputs: Inputs, settings: AnySettings
+) -> list[Row]:
     rows = []
     for mode in settings.modes:
         refused = [_clock.refusal(mode, implementation) for implementation in implementations]

@@ -1,6 +1,6 @@
 """Drawings of a ``Result``: time against T on logarithmic axes.
 
-A drawing also has the floors that no routing gets under. matplotlib is the extra ``bench``; it is
+A drawing also has the floors that nothing gets under. matplotlib is the extra ``bench``; it is
 imported here and nowhere else.
 """
 
@@ -47,6 +47,7 @@ LIGHT = Theme(
     {
         "baseline": "#bc4c00", "eager": "#57606a", "compile-default": "#1a7f37",
         "compile-reduce-overhead": "#8250df", "compile-max-autotune": "#bf3989",
+        "sort": "#57606a", "sort-int32": "#bc4c00",
     },
 )  # fmt: skip
 DARK = Theme(
@@ -54,6 +55,7 @@ DARK = Theme(
     {
         "baseline": "#f0883e", "eager": "#8b949e", "compile-default": "#3fb950",
         "compile-reduce-overhead": "#bc8cff", "compile-max-autotune": "#f778ba",
+        "sort": "#8b949e", "sort-int32": "#f0883e",
     },
 )  # fmt: skip
 
@@ -61,25 +63,19 @@ DARK = Theme(
 class Facet(NamedTuple):
     """What one drawing shows."""
 
-    router: str
-    dtype: str
-    num_experts: int
-    topk: int
+    problem: str
     mode: str
 
     def __str__(self) -> str:
         """Say it in a line."""
-        return (
-            f"{self.router}, {self.dtype} logits, "
-            f"E = {self.num_experts}, K = {self.topk}, mode {self.mode}"
-        )
+        return f"{self.problem}, mode {self.mode}"
 
 
 def facets(result: Result) -> dict[Facet, list[Row]]:
     """Sort rows into drawings, in the order in which they were measured."""
     found: dict[Facet, list[Row]] = {}
     for row in result.rows:
-        found.setdefault(Facet(*row.case[:4], row.mode), []).append(row)
+        found.setdefault(Facet(row.case.title, row.mode), []).append(row)
     return found
 
 

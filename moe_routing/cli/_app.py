@@ -157,6 +157,10 @@ app.command(
             "moe-routing bench --mode call --compare eager,compile-default",
             "whole calls, and PyTorch and torch.compile",
         ),
+        (
+            "moe-routing bench plan --num-experts 128 --topk 8 --block 64",
+            "grouping tokens by expert: every backend that fits, and a sort in PyTorch",
+        ),
         ("moe-routing bench --json > before.json", "keep a run"),
         (
             "moe-routing bench --against before.json",

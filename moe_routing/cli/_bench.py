@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from moe_routing.cli._catalogue import look_up
+from moe_routing.cli._operations import by_option, sized
 from moe_routing.cli._show import (
     STATUS_STYLES,
     Unusable,
@@ -25,21 +26,26 @@ from moe_routing.cli._show import (
 )
 from moe_routing.probing import AbsentDeviceError, UnknownDeviceError
 from moe_routing_registry import UnknownNameError
-from moe_routing_registry.text import printable
+from moe_routing_registry.text import printable, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from moe_routing.bench import Case, Loss, Result, Settings
+    from moe_routing.bench import AnyCase, AnySettings, Loss, PlanSettings, Result, Settings
 
 PLOTS = (".png", ".html")
 INSTALL = "pip install 'moe-routing[bench]'"
-_OPTIONS = {"modes": "--mode", "dtypes": "--dtype"}
 
 
 def bench(  # noqa: PLR0913 -- the options of the command
+    operation: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[OPERATION]", help="The operation: route, or plan; a kept run's, else route."
+        ),
+    ] = None,
     *,
     router: Annotated[
         list[str] | None, typer.Option(metavar="NAME,...", help="Models or families; gemma4.")
@@ -47,7 +53,8 @@ def bench(  # noqa: PLR0913 -- the options of the command
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME,...|all", help="Backends, or all that fit; the one that the device gets."
+            metavar="NAME,...|all",
+            help="Backends, or all that fit; the one that the device gets, of plan all.",
         ),
     ] = None,
     tokens: Annotated[
@@ -56,11 +63,28 @@ def bench(  # noqa: PLR0913 -- the options of the command
     ] = None,
     experts: Annotated[
         int | None,
-        typer.Option(parser=count, metavar="E", help="Experts; the model's own, else 128."),
+        typer.Option(
+            "--experts",
+            "--num-experts",
+            "-e",
+            parser=count,
+            metavar="E",
+            help="Experts; the model's own, else 128.",
+        ),
     ] = None,
     topk: Annotated[
         int | None,
-        typer.Option(parser=count, metavar="K", help="Experts a token; the model's own, else 8."),
+        typer.Option(
+            "--topk",
+            "-k",
+            parser=count,
+            metavar="K",
+            help="Experts a token; the model's own, else 8.",
+        ),
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(parser=count, metavar="N", help="Plans in blocks of so many places."),
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -74,7 +98,8 @@ def bench(  # noqa: PLR0913 -- the options of the command
         typer.Option(
             metavar="MODE,...",
             help="graph: the kernels, in CUDA graphs; call: whole calls; "
-            "host: what a call takes of the CPU. graph where there are graphs, else call.",
+            "host: what a call takes of the CPU. graph where there are graphs, else call; "
+            "of plan call.",
         ),
     ] = None,
     compare: Annotated[
@@ -83,7 +108,8 @@ def bench(  # noqa: PLR0913 -- the options of the command
             metavar="NAME,...|none",
             help="What to compare with: baseline (a Triton kernel that sorts rows), "
             "eager (the formula in plain PyTorch), "
-            "compile-default, compile-reduce-overhead, compile-max-autotune; eager.",
+            "compile-default, compile-reduce-overhead, compile-max-autotune; eager. "
+            "Of plan: sort (stable sort, bincount, scatter), sort-int32; both.",
         ),
     ] = None,
     against: Annotated[
@@ -102,7 +128,7 @@ def bench(  # noqa: PLR0913 -- the options of the command
     ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Benchmark routing on this machine against alternatives.
+    """Benchmark routing, or another operation, on this machine against alternatives.
 
     An incorrect one gets no time, and exit code 1.
     """
@@ -111,8 +137,8 @@ def bench(  # noqa: PLR0913 -- the options of the command
         raise UsageError(msg)
     _check_plots(plot or ())
     before = None if against is None else _read(against)
-    given = _Given(router, backend, tokens, experts, topk, dtype, device, mode, compare)
-    settings = _settings(given, before.settings if before else None)
+    given = _Given(router, backend, tokens, experts, topk, block, dtype, device, mode, compare)
+    settings = _settings_of(operation, given, before.settings if before else None)
     result, slower = _run(settings, before)
     if as_json:
         print_json(
@@ -138,6 +164,7 @@ class _Given(NamedTuple):
     tokens: list[str] | None
     experts: int | None
     topk: int | None
+    block: int | None
     dtype: list[str] | None
     device: str | None
     mode: list[str] | None
@@ -166,13 +193,57 @@ def _read(path: Path) -> Result:
         raise UsageError(msg) from error
 
 
-def _settings(given: _Given, kept: Settings | None) -> Settings:
+def _settings_of(operation: str | None, given: _Given, kept: AnySettings | None) -> AnySettings:
     """Put together what to measure.
 
     What was given, else what the kept run measured, else the defaults.
     """
+    from moe_routing.bench import KINDS, PlanSettings, Settings
+
+    operation = operation or (kept.operation if kept else "route")
+    if operation not in KINDS:
+        raise UsageError(refusal("operation", f"one of {', '.join(KINDS)}", operation))
+    if kept is not None and kept.operation != operation:
+        msg = f"--against: expected a run of {operation}, got one of {kept.operation}"
+        raise UsageError(msg)
+    if operation == "plan":
+        return _plan_settings(given, kept if isinstance(kept, PlanSettings) else None)
+    return _route_settings(given, kept if isinstance(kept, Settings) else None)
+
+
+def _plan_settings(given: _Given, kept: PlanSettings | None) -> PlanSettings:
+    from moe_routing.bench import PlanSettings
+
+    sized(
+        "plan",
+        num_experts=given.experts,
+        topk=given.topk,
+        block=given.block,
+        router=given.router,
+        dtype=given.dtype,
+    )  # refuses what it has none of
+    base = kept or PlanSettings(device=given.device or main_device())
+    try:
+        return PlanSettings(
+            num_experts=given.experts or base.num_experts,
+            topk=given.topk or base.topk,
+            block=given.block or base.block,
+            backends=_words(given.backend) or base.backends,
+            tokens=tuple(_tokens(word) for word in _words(given.tokens)) or base.tokens,
+            device=given.device or base.device,
+            modes=_words(given.mode) or base.modes,
+            compare=_words(given.compare) if given.compare or kept else base.compare,
+        )
+    except ValueError as error:
+        raise by_option(error) from error
+
+
+def _route_settings(given: _Given, kept: Settings | None) -> Settings:
     from moe_routing.bench import DTYPES, Settings, best_mode
 
+    if given.block is not None:
+        msg = "--block: the operation 'route' has none"
+        raise UsageError(msg)
     device = given.device or (kept.device if kept else main_device())
     base = kept or Settings(device=device, modes=(best_mode(device),))
     routers = _words(given.router) or base.routers
@@ -192,7 +263,7 @@ def _settings(given: _Given, kept: Settings | None) -> Settings:
     except UnknownNameError:
         raise
     except ValueError as error:
-        raise _usage(error) from error
+        raise by_option(error) from error
 
 
 def _words(given: list[str] | None) -> tuple[str, ...]:
@@ -215,18 +286,6 @@ def _size(name: str, given: _Given) -> tuple[int, int]:
     return experts, topk
 
 
-def _usage(error: ValueError) -> UsageError:
-    """Name the option instead of the field.
-
-    What is no field, an environment variable for example, keeps its name.
-    """
-    field, colon, rest = str(error).partition(": ")
-    option = (
-        _OPTIONS.get(field, f"--{field}") if field.islower() and field.isidentifier() else field
-    )
-    return UsageError(f"{option}{colon}{rest}")
-
-
 def main_device() -> str:
     """Name the first accelerator, else the CPU."""
     return next((name for name in _device_names() if name != "cpu"), "cpu")
@@ -245,7 +304,7 @@ def _device_names() -> list[str]:
         raise Unusable(msg) from error
 
 
-def _run(settings: Settings, before: Result | None) -> tuple[Result, list[Loss]]:
+def _run(settings: AnySettings, before: Result | None) -> tuple[Result, list[Loss]]:
     """Measure with a progress bar.
 
     What seems to have got slower is measured once more before it is said.
@@ -253,7 +312,7 @@ def _run(settings: Settings, before: Result | None) -> tuple[Result, list[Loss]]
     from moe_routing.bench import losses, merged, refuse_another_run
     from moe_routing.bench.measuring import described, measure
 
-    def timed(cases: Sequence[Case]) -> Result:
+    def timed(cases: Sequence[AnyCase]) -> Result:
         with progress() as bar:
             task = bar.add_task(f"bench {cases[0]}", total=len(cases))
 
@@ -276,7 +335,7 @@ def _run(settings: Settings, before: Result | None) -> tuple[Result, list[Loss]]
     except (AbsentDeviceError, UnknownDeviceError, UnknownNameError):
         raise
     except ValueError as error:
-        raise _usage(error) from error
+        raise by_option(error) from error
     return result, slower
 
 

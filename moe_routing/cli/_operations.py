@@ -12,11 +12,15 @@ if TYPE_CHECKING:
 
     from moe_routing_registry import Problem
 
+_OPTIONS = {"modes": "--mode", "dtypes": "--dtype"}
+"""Options that are not called as their field."""
+
 
 def sized(operation: str, **sizes: object) -> Problem:
     """Return the example of an operation, with the sizes that were given.
 
     :param sizes: by the name of their option; ``None`` where it was not given.
+    :raises UsageError: the operation has no such size, or a size is out of its range.
     """
     from moe_routing._registry import registry
 
@@ -31,5 +35,16 @@ def sized(operation: str, **sizes: object) -> Problem:
     try:
         made: Problem = replace(problem, **given) if given else problem
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise by_option(error) from error
     return made
+
+
+def by_option(error: ValueError) -> UsageError:
+    """Name the option instead of the field.
+
+    What is no field, an environment variable for example, keeps its name.
+    """
+    field, colon, rest = str(error).partition(": ")
+    if field.islower() and field.isidentifier():
+        field = _OPTIONS.get(field, f"--{field.replace('_', '-')}")
+    return UsageError(f"{field}{colon}{rest}")

@@ -33,9 +33,9 @@ def report(
         bool, typer.Option("--json", help="Print JSON, for programs, instead of writing the page.")
     ] = False,
 ) -> None:
-    """Write a page about this machine: doctor's findings, conformance, a short benchmark.
+    """Write a page: doctor's findings, conformance and a short benchmark of route and plan.
 
-    Takes a minute or two.
+    Takes some minutes.
     """
     from moe_routing.report import gather, to_html
 

@@ -10,6 +10,8 @@ from torch.nn.functional import pad
 from moe_routing.permutation.problem import GROUP
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from moe_routing.planning.kernel import DispatchPlan
@@ -37,16 +39,22 @@ def permuted(hidden: Tensor, plan: DispatchPlan) -> Tensor:
     return torch.where(full[:, None], rows, 0).view(hidden.dtype)
 
 
-def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+def quantized(
+    rows: Tensor, divided: Callable[[Tensor, Tensor], Tensor] = torch.div
+) -> tuple[Tensor, Tensor]:
     """Return rows ``[N, H]`` as float8_e4m3fn, and float32 scales ``[N, ceil(H / 128)]``.
 
     ``rows`` is about the former times the latter.
+
+    :param divided: divides float32 tensors, and rounds to the nearest.
     """
     columns = rows.shape[1]
     groups = -(-columns // GROUP)
     grouped = pad(rows.float(), (0, groups * GROUP - columns)).unflatten(1, (groups, GROUP))
-    scales = grouped.abs().amax(dim=2).clamp(min=LEAST) / LARGEST
-    values = (grouped / scales[:, :, None]).flatten(1)[:, :columns]
+    largest = grouped.abs().amax(dim=2).clamp(min=LEAST)
+    # By a tensor: PyTorch divides by a number as it multiplies by the reciprocal, on a CUDA device.
+    scales = divided(largest, torch.full_like(largest, LARGEST))
+    values = divided(grouped, scales[:, :, None]).flatten(1)[:, :columns]
     return values.to(torch.float8_e4m3fn), scales
 
 

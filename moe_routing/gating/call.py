@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from moe_routing import _check
 from moe_routing._autograd import apply_map
+from moe_routing._call_cache import is_ordinary
 from moe_routing._dispatch import chosen, dispatcher_of, dtype_name, empty_output
 from moe_routing._registry import registry
 from moe_routing.gating import op
@@ -17,7 +18,6 @@ from moe_routing.gating._check import check_logits_dtype, checked_projection
 from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection
 from moe_routing.gating.problem import GateProblem, Norm
 from moe_routing.kernel import Operands, RoutingOutput
-from moe_routing.permutation.call import _is_plain
 from moe_routing.planning.call import plan
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
@@ -259,7 +259,8 @@ class Gate:
             router._text, topk, ids_dtype, logits_dtype, invariant, router._requested,  # noqa: SLF001 -- likewise
             router._shadow_key, training,  # noqa: SLF001 -- likewise
         )  # fmt: skip
-        if not is_dynamo_compiling() and not carries_tangents() and _is_plain(*tensors):
+        plain = not (training or is_dynamo_compiling() or carries_tangents())
+        if plain and all(map(is_ordinary, tensors)):
             return run(projection, routed, config, wanted=logits)
         made = op.gate(projection, _as_tensors(routed), config)
         if routed.expert_map is None:

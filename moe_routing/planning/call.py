@@ -8,19 +8,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from moe_routing._call_cache import ORDINARY, UNREADABLE
+from moe_routing._call_cache import UNREADABLE, is_ordinary
 from moe_routing._dispatch import chosen
 from moe_routing._registry import registry
 from moe_routing.planning import _check, latest, op
 from moe_routing.planning.kernel import DispatchPlan, PreparesPlans
-from moe_routing.private_api import (
-    current_device,
-    dispatch_keys,
-    empty,
-    is_fake_mode,
-    is_functorch_wrapped_tensor,
-    is_zero_tensor,
-)
+from moe_routing.private_api import current_device, dispatch_keys, empty, is_fake_mode
 from moe_routing.probing import probe
 from moe_routing_registry import Request
 from moe_routing_registry.request import preference
@@ -38,22 +31,24 @@ _tuple = tuple.__new__
 """Makes a named tuple in half the time of its own constructor, which is a Python function."""
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """Calls that passed the checks, and what serves them.
 
     :ivar kernel: ``None`` where there is no pair. From the second call on it is what the kernel
         prepared for such calls, if it prepares anything.
     :ivar parts: the shape of each part of a plan that such a call allocates, or ``None``.
+    :ivar winner: the backend, ``None`` where there is no pair.
     """
 
     kernel: PlanKernel | None
     problem: PlanProblem
     capacity: int | None
     parts: tuple[tuple[int, ...] | None, ...]
+    winner: str | None
     again: bool = False
 
 
-_calls: dict[tuple[object, ...], _Call] = {}
+_calls: dict[tuple[object, ...], Call] = {}
 _registry = registry()
 
 
@@ -107,7 +102,7 @@ def plan(  # noqa: PLR0913 -- one argument each for what a plan can be asked for
     known = latest.call_like(asked, ids, weights, out)
     if known is None:
         return _looked_up(asked, ids, weights, out)
-    return _served(known, ids, out, weights)
+    return served(known, ids, out, weights)
 
 
 def _looked_up(
@@ -130,15 +125,15 @@ def _looked_up(
         num_experts, block, capacity, drop, masked, backend = asked
         return _first(key, ids, num_experts, block, capacity, drop, weights, masked, backend, out)
     if out is not None:
-        _check.check_addresses(out, (ids, weights))
-    made = _served(known, ids, out, weights)
+        _check.check_addresses(out, {"ids": ids, "weights": weights})
+    made = served(known, ids, out, weights)
     if not known.again:
-        known = _calls[key] = _prepared(known, ids, made)
+        known = _calls[key] = prepared(known, ids, made)
     latest.keep(known, asked, ids, weights, out)
     return made
 
 
-def _prepared(call: _Call, ids: Tensor, made: DispatchPlan) -> _Call:
+def prepared(call: Call, ids: Tensor, made: DispatchPlan) -> Call:
     """Ask the kernel for what serves further calls like one that it has served."""
     kernel: object = call.kernel
     if call.problem.drop != "least_weight" and isinstance(kernel, PreparesPlans):
@@ -161,9 +156,10 @@ def _as_kernel(fill: Callable[[Tensor, DispatchPlan], None]) -> PlanKernel:
     return kernel
 
 
-def _served(
-    call: _Call, ids: Tensor, out: DispatchPlan | None, weights: Tensor | None
+def served(
+    call: Call, ids: Tensor, out: DispatchPlan | None, weights: Tensor | None
 ) -> DispatchPlan:
+    """Serve ids like those of the call that passed the checks; ``out`` has been checked."""
     return _fill(call, ids, _allocated(call.parts, ids.device) if out is None else out, weights)
 
 
@@ -193,12 +189,13 @@ def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
     _check_backend(backend)
     parts = shapes(problem, ids.shape[0], most)
     if out is not None:
-        out = _check.check_out(out, parts, ids)
-        _check.check_addresses(out, (ids, weights))
-    if not all(t is None or _ordinary(t) for t in (ids, weights, *(out or ()))):
+        out = _check.check_out(out, parts, ids.device)
+        _check.check_writable(out, (ids, weights))
+        _check.check_addresses(out, {"ids": ids, "weights": weights})
+    if not all(t is None or is_ordinary(t) for t in (ids, weights, *(out or ()))):
         made = op.call(problem, ids, most, weights, backend)
         return made if out is None else _copied(made, out)
-    call = _chosen(problem, ids, most, backend)
+    call = choice(problem, ids.device, ids.shape[0], most, backend)
     out = _allocated(parts, ids.device) if out is None else out
     _fill(call, ids, out, weights)
     if key is not None:
@@ -206,21 +203,28 @@ def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
     return out
 
 
-def _remember(key: tuple[object, ...], call: _Call) -> None:
+def _remember(key: tuple[object, ...], call: Call) -> None:
     if len(_calls) >= _CALLS_KEPT:
         _calls.clear()
     _calls[key] = call
 
 
-def _chosen(problem: PlanProblem, ids: Tensor, capacity: int | None, backend: str | None) -> _Call:
+def choice(
+    problem: PlanProblem,
+    device: torch.device,
+    num_tokens: int,
+    capacity: int | None,
+    backend: str | None,
+) -> Call:
     """Choose what serves checked arguments."""
-    kernel = None
-    if ids.numel():
-        kernel, _ = chosen(problem, probe(ids.device), Request.gather(backend))
-    return _Call(kernel, problem, capacity, shapes(problem, ids.shape[0], capacity))
+    kernel = winner = None
+    if num_tokens:
+        kernel, report = chosen(problem, probe(device), Request.gather(backend))
+        winner = report.winner
+    return Call(kernel, problem, capacity, shapes(problem, num_tokens, capacity), winner)
 
 
-def _fill(call: _Call, ids: Tensor, out: DispatchPlan, weights: Tensor | None) -> DispatchPlan:
+def _fill(call: Call, ids: Tensor, out: DispatchPlan, weights: Tensor | None) -> DispatchPlan:
     if call.kernel is None:
         return _without_pairs(call, out)
     call.kernel(ids, out, capacity=call.capacity, weights=weights)
@@ -249,7 +253,7 @@ def planned(  # noqa: PLR0913, PLR0917 -- the operator's arguments
             ids, num_experts, block=block, capacity=capacity, drop=drop, weights=weights,
             masked=masked,
         )  # fmt: skip
-        call = _chosen(problem, ids, most, backend)
+        call = choice(problem, ids.device, ids.shape[0], most, backend)
         _remember(key, call)
     return _fill(call, ids, _allocated(call.parts, ids.device), weights)
 
@@ -259,17 +263,6 @@ def _check_backend(backend: object) -> None:
         if not isinstance(backend, str):
             raise TypeError(refusal("backend", "a name, or None", backend))
         _registry.check_names(Request(backend=backend, asked_by="argument"))
-
-
-def _ordinary(tensor: Tensor) -> bool:
-    """Tell whether a tensor is memory that a kernel may read, as its shape and strides say."""
-    return (
-        type(tensor) in ORDINARY
-        and not is_functorch_wrapped_tensor(tensor)
-        and not tensor.is_neg()
-        and not is_zero_tensor(tensor)
-        and not is_fake_mode()
-    )
 
 
 def shapes(
@@ -306,7 +299,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) if len(shape) == 1 else (shape[1], 1)
 
 
-def _without_pairs(call: _Call, out: DispatchPlan) -> DispatchPlan:
+def _without_pairs(call: Call, out: DispatchPlan) -> DispatchPlan:
     """Fill a plan of no tokens: no kernel is asked for that."""
     for part in (out.order, out.inverse, out.counts, out.offsets, out.num_dropped):
         if part is not None:
@@ -344,6 +337,6 @@ def _traced(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
 
         check_backend(backend)
     if out is not None:
-        out = _check.check_out(out, shapes(problem, ids.shape[0], most), ids)
+        out = _check.check_out(out, shapes(problem, ids.shape[0], most), ids.device)
     made = op.call(problem, ids, most, weights, backend)
     return made if out is None else _copied(made, out)

@@ -5,7 +5,6 @@ See ``moe_routing._call_cache``, which does the same for a router.
 
 from __future__ import annotations
 
-from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,7 +27,8 @@ class _Latest(NamedTuple):
 
     :ivar asked: the arguments that are no tensors.
     :ivar types: their types: 128.0 and True are no integers.
-    :ivar alike: compares all tensors with those of the call, in one C++ function.
+    :ivar alike: compares all tensors with those of the call.
+    :ivar form: which parts its ``out`` has; ``None`` without ``out``.
     :ivar apart: addresses of tensors that were seen to share no memory.
     """
 
@@ -36,6 +36,7 @@ class _Latest(NamedTuple):
     asked: tuple[object, ...]
     types: tuple[type, ...]
     alike: Callable[..., bool]
+    form: tuple[bool, bool] | None
     has_weights: bool
     generation: int
     preferred: str | None
@@ -53,7 +54,8 @@ class _Latest(NamedTuple):
         if (
             asked != self.asked
             or tuple(map(type, asked)) != self.types
-            or type(out) is not (DispatchPlan if self.apart else NoneType)
+            or (out is not None and type(out) is not DispatchPlan)
+            or form_of(out) != self.form
             or (weights is not None) is not self.has_weights
             or preference.get() != self.preferred
             or _registry.generation != self.generation
@@ -62,13 +64,12 @@ class _Latest(NamedTuple):
             return False
         given = _given(ids, weights, out)
         # The guard must not be asked of nested tensors: it wants strides, and ends the process.
-        if any([tensor.is_nested for tensor in given]) or not self.alike(*given):  # noqa: C419 -- a list is faster
+        if True in [tensor.is_nested for tensor in given] or not self.alike(*given):
             return False
         if out is None:
             return True
         return (
-            torch.is_inference_mode_enabled() is self.inference
-            and tuple([tensor.data_ptr() for tensor in given]) in self.apart
+            torch.is_inference_mode_enabled() is self.inference and _addresses(given) in self.apart
         )
 
 
@@ -94,7 +95,22 @@ def call_like(
 def _given(ids: Tensor, weights: Tensor | None, out: DispatchPlan | None) -> list[Tensor]:
     """Return the tensors that a call brings."""
     given = [ids] if weights is None else [ids, weights]
-    return given if out is None else [*given, *[part for part in out if part is not None]]
+    return given if out is None else [*given, *parts_of(out)]
+
+
+def parts_of(out: DispatchPlan) -> list[Tensor]:
+    """Return the tensors of a plan; ``form_of`` tells which they are."""
+    return [part for part in out if part is not None]
+
+
+def form_of(out: DispatchPlan | None) -> tuple[bool, bool] | None:
+    """Tell which parts a plan has, of those that it may lack."""
+    return out if out is None else (out[4] is None, out[5] is None)
+
+
+def _addresses(given: list[Tensor]) -> tuple[int, ...]:
+    """Return where each tensor begins."""
+    return tuple([tensor.data_ptr() for tensor in given])
 
 
 def keep(
@@ -108,7 +124,7 @@ def keep(
     given = _given(ids, weights, out)
     if not all(tensor.numel() for tensor in given):
         return
-    addresses = tuple([tensor.data_ptr() for tensor in given]) if out is not None else ()
+    addresses = _addresses(given) if out is not None else ()
     latest, types = _kept[0], tuple(map(type, asked))
     if (
         latest is not None
@@ -124,6 +140,6 @@ def keep(
     if alike is None:
         return
     _kept[0] = _Latest(
-        call, asked, types, alike, weights is not None, _registry.generation, preference.get(),
-        torch.is_inference_mode_enabled(), {addresses} if addresses else set(),
+        call, asked, types, alike, form_of(out), weights is not None, _registry.generation,
+        preference.get(), torch.is_inference_mode_enabled(), {addresses} if addresses else set(),
     )  # fmt: skip

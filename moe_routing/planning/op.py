@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree
 
-from moe_routing.planning.kernel import DispatchPlan
+from moe_routing.planning.kernel import DispatchPlan, RoutedPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from moe_routing.planning.problem import PlanProblem
 
 # So that torch.export.save can write down a program that returns a plan.
-_pytree._register_namedtuple(DispatchPlan, serialized_type_name="moe_routing.DispatchPlan")  # noqa: SLF001 -- torch.export's error message names it
+for _kind in (DispatchPlan, RoutedPlan):
+    _pytree._register_namedtuple(_kind, serialized_type_name=f"moe_routing.{_kind.__name__}")  # noqa: SLF001 -- torch.export's error message names it
 
 _LIBRARY = torch.library.Library("moe_routing", "FRAGMENT")
 _LIBRARY.define(
@@ -107,6 +108,27 @@ def _plan_fake(  # noqa: PLR0913, PLR0917 -- the operator's schema
     return tuple(ids.new_empty((0,) if part is None else part, dtype=torch.int32) for part in parts)
 
 
+def _plan_each(
+    info: Any,  # noqa: ANN401 -- torch's protocol
+    dims: tuple[int | None, ...],
+    ids: Tensor,
+    weights: Tensor | None,
+    *others: Any,  # noqa: ANN401 -- the operator's schema
+) -> tuple[_Parts, tuple[int, ...]]:
+    """Plan each element of a batch of ``torch.func.vmap``: a plan has no batch of its own."""
+
+    def element(tensor: Tensor | None, dim: int | None, n: int) -> Tensor | None:
+        return tensor if tensor is None or dim is None else tensor.select(dim, n)
+
+    plans = [
+        torch.ops.moe_routing.plan(element(ids, dims[0], n), element(weights, dims[1], n), *others)
+        for n in range(info.batch_size)
+    ]
+    parts = tuple(torch.stack(each) for each in zip(*plans, strict=True))
+    return parts, (0,) * len(parts)
+
+
 _LIBRARY.impl("plan", _plan, "CompositeExplicitAutograd")
 _LIBRARY.impl("plan", torch.library.fallthrough_kernel, "Autograd")  # integers have no gradients
 torch.library.register_fake("moe_routing::plan", _plan_fake, lib=_LIBRARY)
+torch.library.register_vmap("moe_routing::plan", _plan_each, lib=_LIBRARY)

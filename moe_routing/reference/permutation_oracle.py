@@ -95,12 +95,12 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     for group in exact.split(GROUP, dim=1):
         largest = group.abs().amax(dim=1, keepdim=True)  # NaN if any value is
         scale = (torch.where(largest < least, least, largest) / LARGEST).float()
-        quantized.append(_to_float8((group / scale.double()).float().double()))
+        quantized.append(to_float8((group / scale.double()).float().double()))
         scales.append(scale)
     return torch.cat(quantized, dim=1), torch.cat(scales, dim=1)
 
 
-def _to_float8(values: Tensor) -> Tensor:
+def to_float8(values: Tensor) -> Tensor:
     """Round to float8_e4m3fn by looking among all its values."""
     codes = torch.arange(_CODES - 1, dtype=torch.uint8)  # of 0 to 448; the next one is NaN
     known = codes.view(torch.float8_e4m3fn).double()
@@ -132,19 +132,32 @@ def combine(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -> 
         product = exact[every[tokens_here, k]]
         if weights is not None:
             product = product * weights.detach().cpu().double()[tokens_here, k : k + 1]
-        either = torch.stack((product, product.float().double()))
-        least[tokens_here] = _from(least[tokens_here] + either.amin(0), -torch.inf)
-        greatest[tokens_here] = _from(greatest[tokens_here] + either.amax(0), torch.inf)
+        either = torch.stack((product, product.float().double(), _flushed(product)))
+        low, high = least[tokens_here], greatest[tokens_here]
+        least[tokens_here] = _sum(low, either.amin(0), -torch.inf)
+        greatest[tokens_here] = _sum(high, either.amax(0), torch.inf)
     return Between(least.float().to(rows.dtype), greatest.float().to(rows.dtype))
 
 
-def _from(total: Tensor, end: float) -> Tensor:
-    """Round to float32 what float64 may have rounded itself, and what may be flushed to zero.
+def _flushed(values: Tensor) -> Tensor:
+    """Return the values, and 0 for those that may be flushed to zero."""
+    return torch.where(values.abs() < TINY, 0.0, values)
 
-    :param end: the infinity to which both are moved before.
+
+def _sum(a: Tensor, b: Tensor, end: float) -> Tensor:
+    """Return the float32 sum of two float64 numbers; where it may be flushed, the one near ``end``.
+
+    float64 may round the sum to the middle between two float32 numbers, from which rounding again
+    goes to the wrong one. What float64 rounded away is exact (Knuth's two-sum), and tells on which
+    side of the middle the sum is.
     """
-    exact = total + (TINY if end > 0 else -TINY)
-    return torch.nextafter(exact, torch.tensor(end, dtype=torch.float64)).float().double()
+    total = a + b
+    of_b = total - a
+    lost = (a - (total - of_b)) + (b - of_b)
+    side = torch.nextafter(total, torch.sign(lost) * torch.inf)
+    rounded = torch.where((lost != 0) & lost.isfinite(), side, total).float().double()
+    both = torch.stack((rounded, _flushed(rounded)))
+    return both.amax(0) if end > 0 else both.amin(0)
 
 
 def gradient_of_rows(
@@ -162,8 +175,8 @@ def gradient_of_rows(
     for place, (token, pair) in enumerate(zip(tokens(plan), pairs, strict=True)):
         if token >= 0:
             products[place] = exact[token] * (1.0 if of_pairs is None else of_pairs[pair])
-    slack = torch.where(products == 0, 0.0, TINY)
-    return Between((products - slack).float().to(dtype), (products + slack).float().to(dtype))
+    both = torch.stack((products.float(), _flushed(products).float()))
+    return Between(both.amin(0).to(dtype), both.amax(0).to(dtype))
 
 
 def gradient_of_weights(

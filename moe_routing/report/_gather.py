@@ -1,4 +1,4 @@
-"""``gather``: doctor's examination, conformance and a short benchmark.
+"""``gather``: doctor's examination; conformance and a short benchmark of route and plan.
 
 What raises is kept, and the rest goes on.
 """
@@ -14,7 +14,7 @@ from moe_routing_registry.containment import PluginFailure, contained
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_routing.bench import Result, Settings
+    from moe_routing.bench import AnySettings, Result
     from moe_routing.conformance.runner import Report
 
     Advance = Callable[[str, int, int], None]
@@ -22,34 +22,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gathered:
-    """All that is known of a machine.
+class Tried:
+    """What was tried of an operation.
 
-    :ivar doctor: what ``examine`` returned.
-    :ivar device: the device that conformance and benchmark ran on, ``""`` where none can be used.
-    :ivar conformance: of the backend that the device gets, the quick profile; or what raised.
+    :ivar backend: name of the backend that the device gets.
+    :ivar conformance: of this backend, the quick profile; or what raised.
     :ivar bench: the same backend and what it is compared with; or what raised.
     """
 
-    doctor: dict[str, Any]
-    device: str
-    conformance: Report | Failure | None
-    bench: Result | Failure | None
+    backend: str
+    conformance: Report | Failure
+    bench: Result | Failure
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
-        from moe_routing.bench import Result
-
-        conforms = (
-            self.conformance is not None
-            and not isinstance(self.conformance, Failure)
-            and self.conformance.ok
-        )
         return (
-            bool(self.doctor["ok"])
-            and conforms
-            and isinstance(self.bench, Result)
+            not isinstance(self.conformance, Failure)
+            and self.conformance.ok
+            and not isinstance(self.bench, Failure)
             and not self.bench.wrong
         )
 
@@ -57,43 +48,88 @@ class Gathered:
         """Return plain JSON values."""
         parts = {"conformance": self.conformance, "bench": self.bench}
         return {
-            "ok": self.ok,
-            "device": self.device,
-            "doctor": self.doctor,
+            "backend": self.backend,
             **{
-                name: {"error": p.sentence} if isinstance(p, Failure) else p and p.to_dict()
+                name: {"error": p.sentence} if isinstance(p, Failure) else p.to_dict()
                 for name, p in parts.items()
             },
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """All that is known of a machine.
+
+    :ivar doctor: what ``examine`` returned.
+    :ivar device: the device that operations were tried on, ``""`` where none can be used.
+    :ivar operations: by name, what was tried of each operation that ``moe-routing bench`` knows.
+    """
+
+    doctor: dict[str, Any]
+    device: str
+    operations: dict[str, Tried]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return (
+            bool(self.doctor["ok"])
+            and bool(self.operations)
+            and all(tried.ok for tried in self.operations.values())
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "ok": self.ok,
+            "device": self.device,
+            "doctor": self.doctor,
+            "operations": {name: tried.to_dict() for name, tried in self.operations.items()},
+        }
+
+
 def gather(device: str | None, advance: Advance) -> Gathered:
-    """Examine the machine, and try the backend that the device gets.
+    """Examine the machine, and try the backends that the device gets.
 
     :param device: ``None`` for the first accelerator, else the CPU.
     :raises UnknownDeviceError: ``device`` is nothing that torch knows; a ``ValueError``.
     """
     advance("doctor", 0, 1)
     doctor = examine(device=device)
-    chosen = _choice(doctor)
-    if chosen is None:
-        return Gathered(doctor=doctor, device="", conformance=None, bench=None)
-    place, backend = chosen
+    place = _place(doctor)
     return Gathered(
         doctor=doctor,
         device=place,
-        conformance=_kept(lambda: _conformance(backend, place, advance)),
-        bench=_kept(lambda: _bench(place, advance)),
+        operations={
+            name: _tried(name, backend, place, advance)
+            for name, backend in _winners(doctor, place).items()
+        },
     )
 
 
-def _choice(doctor: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the main device and its backend: accelerators come after the CPU in the list."""
-    winners = [
-        (place, report["winner"]) for place, report in doctor["reports"].items() if report["winner"]
-    ]
-    return next(
-        (choice for choice in winners if choice[0] != "cpu"), winners[0] if winners else None
+def _place(doctor: dict[str, Any]) -> str:
+    """Return the main device that routes: accelerators come after the CPU in the list."""
+    places = [place for place, report in doctor["reports"].items() if report["winner"]]
+    return next((place for place in places if place != "cpu"), places[0] if places else "")
+
+
+def _winners(doctor: dict[str, Any], place: str) -> dict[str, str]:
+    """Return the backend of each operation to try that has one on the device."""
+    from moe_routing.bench import KINDS
+
+    found = {
+        operation["name"]: operation["devices"].get(place, {}).get("winner")
+        for operation in doctor["operations"]
+        if operation["name"] in KINDS
+    }
+    return {name: winner for name, winner in found.items() if winner}
+
+
+def _tried(operation: str, backend: str, place: str, advance: Advance) -> Tried:
+    return Tried(
+        backend=backend,
+        conformance=_kept(lambda: _conformance(operation, backend, place, advance)),
+        bench=_kept(lambda: _bench(operation, place, advance)),
     )
 
 
@@ -105,30 +141,36 @@ def _kept(part: Callable[[], Any]) -> Any:  # noqa: ANN401 -- what the part retu
         return Failure.of(failure.error)
 
 
-def _conformance(backend: str, place: str, advance: Advance) -> Report:
+def _conformance(operation: str, backend: str, place: str, advance: Advance) -> Report:
     from moe_routing.conformance.runner import run
 
+    what = f"{operation}: conformance of {backend}"
     return run(
         backend,
         place,
-        on_result=lambda _result, done, total: advance(f"conformance of {backend}", done, total),
+        operation=operation,
+        on_result=lambda _result, done, total: advance(what, done, total),
     )
 
 
-def _bench(place: str, advance: Advance) -> Result:
+def _bench(operation: str, place: str, advance: Advance) -> Result:
     from moe_routing.bench.measuring import measure
 
     return measure(
-        _settings(place), on_case=lambda _result, done, total: advance("bench", done, total)
+        _settings(operation, place),
+        on_case=lambda _result, done, total: advance(f"{operation}: bench", done, total),
     )
 
 
-def _settings(place: str) -> Settings:
-    from moe_routing.bench import Settings, best_mode
+def _settings(operation: str, place: str) -> AnySettings:
+    from moe_routing.bench import PlanSettings, Settings, best_mode
 
     on_cpu = place == "cpu"
+    tokens = (1, 16, 256, 4096) if on_cpu else (1, 16, 256, 4096, 65536)
+    if operation == "plan":
+        return PlanSettings(tokens=tokens, backends=(), device=place)
     return Settings(
-        tokens=(1, 16, 256, 4096) if on_cpu else (1, 16, 256, 4096, 65536),
+        tokens=tokens,
         dtypes=("bfloat16", "float32"),
         device=place,
         modes=(best_mode(place),),

@@ -11,7 +11,7 @@ from moe_routing.doctor import Failure
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from moe_routing.report._gather import Gathered
+    from moe_routing.report._gather import Gathered, Tried
 
 _GIB = 2**30
 _MARKS = {
@@ -36,11 +36,23 @@ def _parts(gathered: Gathered) -> Iterator[str]:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     versions = ", ".join(f"{name} {version}" for name, version in doctor["versions"].items())
     yield f"<p>{escape(versions)}; {now}</p>"
+    yield f"<p>{escape(_contents(gathered))}</p>"
     yield from _checks(doctor)
     yield from _machine(doctor)
     yield from _backends(doctor)
-    yield from _conformance(gathered)
-    yield from _bench(gathered)
+    yield from _operations(gathered)
+    for name, tried in gathered.operations.items():
+        yield from _conformance(name, tried, gathered.device)
+        yield from _bench(name, tried)
+    yield from _not_tried(gathered)
+
+
+def _contents(gathered: Gathered) -> str:
+    found = "This page has doctor's findings for all operations"
+    if not gathered.operations:
+        return f"{found}. No device here has a backend, so nothing was tried."
+    names = " and ".join(gathered.operations)
+    return f"{found}, and conformance and benchmark of {names} on {gathered.device}."
 
 
 def _checks(doctor: dict[str, Any]) -> Iterator[str]:
@@ -97,34 +109,56 @@ def _backends(doctor: dict[str, Any]) -> Iterator[str]:
         yield f"<p class='failed'>plug-in {name}: {reason}</p>"
 
 
-def _conformance(gathered: Gathered) -> Iterator[str]:
-    found = gathered.conformance
-    if found is None:
-        return
+def _operations(gathered: Gathered) -> Iterator[str]:
+    """Say of every operation which backend each device gets."""
+    rows = [
+        (operation["name"], place, report["winner"] or "none", report["why"])
+        for operation in gathered.doctor["operations"]
+        for place, report in operation["devices"].items()
+    ]
+    if rows:
+        yield "<h2>Operations</h2>" + table(("operation", "device", "backend", "why"), rows)
+
+
+def _conformance(operation: str, tried: Tried, device: str) -> Iterator[str]:
+    found = tried.conformance
+    where = f"conformance of {tried.backend} on {device}"
+    yield f"<h2>{escape(operation)}: {escape(where)}</h2>"
     if isinstance(found, Failure):
-        yield "<h2>Conformance</h2>" + _failed(found)
+        yield _failed(found)
         return
     from moe_routing.conformance.report import legend, listing, matrix
 
     style = "passed" if found.ok else "failed"
-    yield f"<h2>Conformance of {escape(found.backend)} on {escape(gathered.device)}</h2>"
     done = f"{found.verdict}; the {found.profile} profile, in {found.seconds:.0f} s"
     yield f"<p class='{style}'>{escape(done)}</p>"
     yield matrix(found) + legend(found)
     yield listing("Failures", found.failed, "failed")
 
 
-def _bench(gathered: Gathered) -> Iterator[str]:
-    found = gathered.bench
-    if found is None:
-        return
-    yield "<h2>Benchmark</h2>"
+def _bench(operation: str, tried: Tried) -> Iterator[str]:
+    found = tried.bench
+    yield f"<h2>{escape(operation)}: benchmark</h2>"
     if isinstance(found, Failure):
         yield _failed(found)
-        return
-    from moe_routing.bench.page import sections
+    else:
+        from moe_routing.bench.page import sections
 
-    yield from sections(found, heading="h3")
+        yield from sections(found, heading="h3")
+
+
+def _not_tried(gathered: Gathered) -> Iterator[str]:
+    """Say how to check the operations that the page is not about."""
+    place = gathered.device
+    commands = [
+        f"moe-routing conformance {winner} --operation {operation['name']} --device {place}"
+        for operation in gathered.doctor["operations"]
+        if operation["name"] not in gathered.operations
+        and (winner := operation["devices"].get(place, {}).get("winner"))
+    ]
+    if commands:
+        lines = escape("\n".join(commands))
+        yield f"<h2>Not tried here</h2><p>Other operations are checked by</p><pre>{lines}</pre>"
 
 
 def _failed(failure: Failure) -> str:

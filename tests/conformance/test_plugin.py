@@ -41,6 +41,7 @@ def test_the_plugin_and_the_class_import_no_torch():
     loaded = python("""
         import sys
         import moe_routing.conformance.pytest_plugin
+        from moe_routing.conformance import CombineConformance, PermuteConformance
         from moe_routing.conformance import PlanConformance, RouterConformance
         heavy = ("torch", "numpy", "pytest", "moe_routing_registry")
         print([name for name in heavy if name in sys.modules])
@@ -71,15 +72,19 @@ def test_the_kits_own_files_are_left_alone_without_a_backend_and_for_other_opera
             return {"--moe-backend": self.backend, "--moe-operation": self.operation}[name]
 
     config = Config()
-    ours = tmp_path / "moe_routing" / "conformance" / "test_named_backend.py"
-    plans = ours.with_name("test_named_backend_plan.py")
-    assert plugin.pytest_ignore_collect(ours, config) is True
-    assert plugin.pytest_ignore_collect(plans, config) is True
+    folder = tmp_path / "moe_routing" / "conformance"
+    files = {
+        "route": folder / "test_named_backend.py",
+        "plan": folder / "test_named_backend_plan.py",
+        "permute": folder / "test_named_backend_permute.py",
+        "combine": folder / "test_named_backend_combine.py",
+    }
+    for file in files.values():
+        assert plugin.pytest_ignore_collect(file, config) is True
     assert plugin.pytest_ignore_collect(tmp_path / "test_named_backend.py", config) is None
-    assert plugin.pytest_ignore_collect(ours.with_name("test_other.py"), config) is None
+    assert plugin.pytest_ignore_collect(folder / "test_other.py", config) is None
     config.backend = "eager"
-    assert plugin.pytest_ignore_collect(ours, config) is None
-    assert plugin.pytest_ignore_collect(plans, config) is True
-    config.operation = "plan"
-    assert plugin.pytest_ignore_collect(ours, config) is True
-    assert plugin.pytest_ignore_collect(plans, config) is None
+    for config.operation in files:
+        for operation, file in files.items():
+            ignored = plugin.pytest_ignore_collect(file, config)
+            assert ignored is (None if operation == config.operation else True)

@@ -3,7 +3,8 @@
 ``python tests/integrations/fingerprints.py FOLDER...``, each what ``pip install --no-deps --target
 FOLDER transformers==...`` made. Prints each router's code that the file does not know: class,
 fingerprint, source. Give it a recipe of ``_recipes.py`` that computes the same, or write one, and
-add the line; ``test_transformers_routers.py`` then holds it against the router.
+add the line; ``test_transformers_routers.py`` then holds it against the router. Prints the code of
+``grouped_mm_experts_forward`` too, if ``experts.py`` does not know it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from moe_routing.integrations._code import digest
 from moe_routing.integrations.transformers._proof import known
+from moe_routing.integrations.transformers.experts import KNOWN
 
 
 def of_release(site, path):
@@ -43,9 +45,20 @@ def of_release(site, path):
     ), ast.unparse(found)
 
 
+def of_experts(site):
+    """Fingerprint the implementation that ours of the experts follows."""
+    body = ast.parse((Path(site) / "transformers" / "integrations" / "moe.py").read_text()).body
+    name = "grouped_mm_experts_forward"
+    (function,) = (n for n in body if isinstance(n, ast.FunctionDef) and n.name == name)
+    return digest([], {name: function}), ast.unparse(function)
+
+
 def main(sites):
     unknown = {}
     for site in sites:
+        fingerprint, source = of_experts(site)
+        if fingerprint not in KNOWN:
+            unknown["grouped_mm_experts_forward", fingerprint] = (site, source)
         for path, recipes in known().items():
             fingerprint, source = of_release(site, path)
             if fingerprint is not None and fingerprint not in recipes:

@@ -389,8 +389,10 @@ EXPERT_PARALLEL = """
     import os, socket, sys, torch, torch.distributed as dist
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
-    from moe_routing.integrations.transformers import disable, enable, patch, unpatch
+    from moe_routing.integrations.transformers import disable, enable, experts, patch, unpatch
 
+    plans, combine = [], experts.combine
+    experts.combine = lambda *given: plans.append(given[1]) or combine(*given)
     rank = int(sys.argv[2])
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
@@ -412,9 +414,13 @@ EXPERT_PARALLEL = """
             enable()
         model = load()
         disable()
-        report = patch(model)
+        report = patch(model, experts=True)
         assert len(report.replaced) == len(report.layers) == 2, report
+        assert [layer.before for layer in report.experts] == ["grouped_mm"] * 2, report
+        plans.clear()
         torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-5)
+        assert len(plans) == 2
+        assert all((plan.inverse >= plan.offsets[-1]).any() for plan in plans)  # of the other rank
         gates = [layer.mlp.gate for layer in model.model.layers]
         assert all("_moe_routing" in vars(gate) for gate in gates)
         unpatch(model)

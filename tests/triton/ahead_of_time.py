@@ -1,6 +1,6 @@
 """Compile the kernels for GPUs that are not here.
 
-The script prints registers, spills and shared memory as JSON.
+The script prints registers, frames, spills and shared memory as JSON.
 
 A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed.
 Arguments: names of targets. A target is compiled for every size, but most for one dtype a size;
@@ -120,40 +120,63 @@ def compiled(problem, launch, target):
     return triton.compile(source, target=target, options=options)
 
 
-def read_back(binary, target):
-    """Return what the compiler says of the binary."""
+def usage(binary, target):
+    """Return what a binary needs of its device.
+
+    A spill is a load or store of local memory, on AMD a register that has a place there. A frame is
+    the local memory, in bytes: a kernel may have one and never touch it.
+    """
     if target.backend == "hip":
-        text = binary.asm["amdgcn"]
         names = {
             "registers": "vgpr_count",
+            "frame": "private_segment_fixed_size",
             "spills": "vgpr_spill_count",
             "shared": "group_segment_fixed_size",
         }
-        numbers = {
-            key: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for key, name in names.items()
-        }
-        numbers["occupancy"] = int(re.search(r"; Occupancy: (\d+)", text)[1])
-        numbers["instructions"] = len(re.findall(r"^\t[svdgb][a-z]*_", text, re.MULTILINE))
-        return numbers
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+        text = binary.asm["amdgcn"]
+        return {key: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for key, name in names.items()}
+    text = said_of(binary, "cuobjdump", "-res-usage")
+    frame = int(re.search(r"STACK:(\d+)", text)[1])
+    touches = re.compile(r"\b(STL|LDL)\b")
+    return {
+        "registers": int(re.search(r"REG:(\d+)", text)[1]),
+        "frame": frame,
+        # Without a frame there is nothing to touch: most kernels need not be disassembled.
+        "spills": sum(bool(touches.search(line)) for line in instructions(binary)) if frame else 0,
+        "shared": binary.metadata.shared,
+    }
+
+
+def said_of(binary, tool, *options):
+    """Return what a tool of Triton's package prints of a binary for NVIDIA."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name],
+        return subprocess.run(
+            [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, *options, file.name],
             check=True,
             capture_output=True,
             text=True,
         ).stdout
-        code = subprocess.run(
-            [tools / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*)", code, re.MULTILINE)
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": int(re.search(r"STACK:(\d+)", usage)[1])
-        + sum(" STL" in line or " LDL" in line for line in lines),
-        "shared": binary.metadata.shared,
+
+
+def instructions(binary):
+    """Disassemble a binary for NVIDIA."""
+    # Without the analysis of data flow, which these lines do not need.
+    code = said_of(binary, "nvdisasm", "--print-code", "--no-dataflow")
+    return re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*)", code, re.MULTILINE)
+
+
+def read_back(binary, target):
+    """Return what a binary needs, and what it consists of."""
+    if target.backend == "hip":
+        text = binary.asm["amdgcn"]
+        return usage(binary, target) | {
+            "occupancy": int(re.search(r"; Occupancy: (\d+)", text)[1]),
+            "instructions": len(re.findall(r"^\t[svdgb][a-z]*_", text, re.MULTILINE)),
+        }
+    lines = instructions(binary)
+    return usage(binary, target) | {
         "instructions": sum("NOP" not in line for line in lines),
         "waits": waits(lines),
     }

@@ -1,10 +1,12 @@
 """Compile the kernels of ``plan`` for GPUs that are not here.
 
-The script prints registers, spills and shared memory as JSON.
+The script prints registers, frames, spills and shared memory as JSON; its exit code is 1 if
+anything spills.
 
 A process of its own: nothing must have set ``TRITON_INTERPRET``, and no driver is needed.
-Arguments: names of targets. ``--all`` compiles all numbers of experts, layouts and launches, which
-takes minutes a target.
+Arguments: names of targets. A target is compiled for a few numbers of experts and of tokens;
+``--all`` compiles all that a launch table has launches for, which takes ten minutes a target or
+more: run it when the table of a target changes.
 """
 
 import json
@@ -13,7 +15,7 @@ from itertools import product
 
 import torch
 import triton
-from ahead_of_time import TARGETS, device_of, read_back
+from ahead_of_time import TARGETS, device_of, usage
 from triton.compiler import ASTSource
 
 from moe_routing.planning import DispatchPlan, PlanProblem
@@ -21,7 +23,6 @@ from moe_routing.planning.call import shapes
 from moe_routing_backends.triton.planning.planner import TritonPlanner
 
 EXPERTS = (64, 128, 256, 512, 4096)
-FEW = {"experts": (128,), "layouts": ("sorted", "blocks")}
 LAYOUTS = {
     "sorted": {},
     "blocks": {"layout": "blocks", "block": 64},
@@ -33,6 +34,7 @@ CAPACITY = 16
 TOKENS = [2**power for power in range(18)]
 """Numbers of tokens that reach every launch that ships."""
 FEW_TOKENS = [1, 64, 1024, 16384]
+"""Numbers that reach launches of each kind."""
 POINTERS = frozenset(
     {"partial", "within", "order", "inverse", "counts", "offsets", "block_experts", "num_dropped"}
 )
@@ -101,25 +103,42 @@ def shown(launch):
     return f"{name} {' '.join(sizes)} in {num_warps} warps"
 
 
-def cases(names, experts=EXPERTS, layouts=tuple(LAYOUTS), numbers=TOKENS):
+def every_size(_name):
+    """Yield every number of experts in every layout, with all numbers of tokens."""
+    for experts, layout in product(EXPERTS, LAYOUTS):
+        yield experts, layout, TOKENS
+
+
+def few_sizes(name):
+    """Yield a number of experts for each layout, with two numbers of tokens.
+
+    They take turns from layout to layout and from target to target.
+    """
+    for place, layout in enumerate(LAYOUTS, list(TARGETS).index(name)):
+        yield EXPERTS[place % len(EXPERTS)], layout, FEW_TOKENS[place % 2 :: 2]
+
+
+def cases(names, sizes):
     """Yield every case of the targets named, with its problem and its launch."""
-    for name, num_experts, layout in product(names, experts, layouts):
-        problem = PlanProblem(num_experts=num_experts, topk=K, **LAYOUTS[layout])
-        for launch in launches(problem, name, numbers):
-            case = {"target": name, "E": num_experts, "layout": layout, "kernel": shown(launch)}
-            yield case, problem, launch
+    for name in names:
+        for experts, layout, numbers in sizes(name):
+            problem = PlanProblem(num_experts=experts, topk=K, **LAYOUTS[layout])
+            for launch in launches(problem, name, numbers):
+                case = {"target": name, "E": experts, "layout": layout, "kernel": shown(launch)}
+                yield case, problem, launch
 
 
-def main(names, **of):
-    """Compile the cases for the targets named."""
+def main(names, sizes):
+    """Compile the cases for the targets named; return whether anything spills."""
     found = []
-    for case, problem, launch in cases(names, **of):
+    for case, problem, launch in cases(names, sizes):
         target = TARGETS[case["target"]]
-        found.append(case | read_back(compiled(problem, launch, target), target))
+        found.append(case | usage(compiled(problem, launch, target), target))
     json.dump({"triton": triton.__version__, "cases": found}, sys.stdout)
+    return any(case["spills"] for case in found)
 
 
 if __name__ == "__main__":
     every = "--all" in sys.argv
     named = [name for name in sys.argv[1:] if name != "--all"]
-    main(named or list(TARGETS), **({} if every else {**FEW, "numbers": FEW_TOKENS}))
+    sys.exit(main(named or list(TARGETS), every_size if every else few_sizes))

@@ -17,7 +17,8 @@ os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
 # that the kernels mean.
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
-import torch  # noqa: E402 -- after the variable is set
+import device_functions_plan as plan  # noqa: E402 -- after the variable is set
+import torch  # noqa: E402 -- likewise
 import triton  # noqa: E402 -- likewise
 import triton.language as tl  # noqa: E402 -- likewise
 
@@ -457,6 +458,7 @@ def main():
         sum_problems,
     )
     found = {group.__name__.removesuffix("_problems"): group() for group in groups}
+    found |= {of.__name__.removesuffix("_problems"): of(DEVICE) for of in plan.GROUPS}
     json.dump({"wrong": found, "ulps": ulps_off()}, sys.stdout, indent=1)
 
 

@@ -15,9 +15,7 @@ import hashlib
 import itertools
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -31,8 +29,6 @@ from moe_routing_backends.triton.kernels.backward import moe_routing_backward
 from moe_routing_backends.triton.kernels.spec import Launch
 from moe_routing_backends.triton.runtime import gradient
 from moe_routing_registry import RoutingProblem, RoutingSpec
-
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 S = RoutingSpec
 SPECS = [
@@ -135,17 +131,10 @@ def instructions(binary, target):
     if target.backend == "hip":
         lines = re.findall(r"^\t([svdgb][a-z]*_.*)", binary.asm["amdgcn"], re.MULTILINE)
         return [line.partition(";")[0].rstrip() for line in lines]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        code = subprocess.run(
-            [TOOLS / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*)", code, re.MULTILINE)
     # Offsets of parameters and the kernel's own name, which returns from its subroutines carry.
     named = (
         re.sub(r"c\[0x0\]\[0x[0-9a-f]+\]", "c[parameter]", line.partition("/*")[0].rstrip())
-        for line in lines
+        for line in aot.instructions(binary)
     )
     return [re.sub(r"`\(\w+\)", "`(kernel)", line) for line in named]
 

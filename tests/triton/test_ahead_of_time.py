@@ -21,6 +21,7 @@ SHARED_MEMORY = {
 }
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 OF_PLAN = Path(__file__).with_name("ahead_of_time_plan.py")
+OF_PERMUTATION = Path(__file__).with_name("ahead_of_time_permutation.py")
 WORTH_A_LOOK = 1.05
 """A kernel may need up to this many times what the table says.
 
@@ -57,7 +58,7 @@ def by_target(script):
 def test_every_variant_compiles_without_spills_and_within_the_parts_shared_memory(compiled, target):
     found = compiled[target]["cases"]
     assert found
-    assert not [case for case in found if case["spills"]]
+    assert not [case for case in found if case["spills"] or case["frame"]]
     assert not [case for case in found if case["shared"] > SHARED_MEMORY[target]]
 
 
@@ -98,5 +99,33 @@ def test_no_kernel_needs_more_registers_or_instructions_than_the_table_says(comp
 def test_the_kernels_of_plan_compile_without_spills_and_within_the_parts_shared_memory():
     for target, found in by_target(OF_PLAN).items():
         assert found["cases"], target
-        assert not [case for case in found["cases"] if case["spills"]]
+        assert not [case for case in found["cases"] if case["spills"]], target
         assert not [case for case in found["cases"] if case["shared"] > SHARED_MEMORY[target]]
+
+
+@pytest.fixture(scope="module")
+def permutations():
+    """What the compilers say of the kernels of ``permute`` and ``combine``, by target."""
+    return {target: found["cases"] for target, found in by_target(OF_PERMUTATION).items()}
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_the_kernels_of_permute_and_combine_compile_without_spills_and_wait_first(
+    permutations, target
+):
+    found = permutations[target]
+    assert len({case["kernel"] for case in found}) == 4
+    assert not [case for case in found if case["spills"]]
+    assert not [case for case in found if case["shared"] > SHARED_MEMORY[target]]
+    waits = {"sm_80": "never", "gfx942": None, "gfx950": None}.get(target, "first")
+    assert {case.get("waits") for case in found} == {waits}
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_rows_of_whole_vectors_are_read_and_written_16_bytes_at_a_time(permutations, target):
+    wide = {case["kernel"]: case["wide"] for case in permutations[target] if case["H"] == 2816}
+    K = 8
+    assert wide["moe_routing_permute"] >= 1 + K
+    assert wide["moe_routing_permute_quantized"] >= 1 + K
+    assert wide["moe_routing_combine"] >= K + 1
+    assert wide["moe_routing_combine_backward"] >= 3

@@ -3,17 +3,26 @@
 ``tests/test_on_a_gpu.py`` compiles them.
 """
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from moe_routing_backends.triton.planning import kernels
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("device_functions.py")
+OF_ROUTE = ("network", "exact16", "float32", "pair", "round", "maths", "sum")
+OF_PLAN = (
+    "expert_of_pair", "counted", "rank_among", "laid_out", "write_counts", "fill", "fill_rows",
+    "fill_last_blocks", "place_pairs",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +35,17 @@ def found():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    "group", ["network", "exact16", "float32", "pair", "round", "maths", "sum"]
-)
+@pytest.mark.parametrize("group", [*OF_ROUTE, *OF_PLAN])
 def test_device_functions_do_what_they_say(found, group):
     assert found["wrong"][group] == []
 
 
 def test_every_group_is_asked_for(found):
-    assert set(found["wrong"]) == {"network", "exact16", "float32", "pair", "round", "maths", "sum"}
+    assert set(found["wrong"]) == {*OF_ROUTE, *OF_PLAN}
+
+
+def test_every_device_function_of_plan_has_a_group():
+    functions = re.findall(
+        r"^@triton\.jit\n^def (\w+)", inspect.getsource(kernels), flags=re.MULTILINE
+    )
+    assert sorted(functions) == sorted(OF_PLAN)

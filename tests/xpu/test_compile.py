@@ -19,7 +19,18 @@ SITE = os.environ["XPU_SITE"]
 @pytest.fixture(scope="session")
 def plans(environment):
     """What comes of the kernels of ``plan``."""
-    command = [sys.executable, str(HERE / "plan.py")]
+    return compiled_by("plan.py", environment)
+
+
+@pytest.fixture(scope="session")
+def permutations(environment):
+    """What comes of the kernels of ``permute`` and ``combine``."""
+    return compiled_by("permutation.py", environment)
+
+
+def compiled_by(script, environment):
+    """Run a script in the environment, and return its cases."""
+    command = [sys.executable, str(HERE / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)["cases"]
@@ -85,7 +96,7 @@ def test_what_ships_fits_into_the_local_memory_of_an_xe_core(compiled):
 
 
 FEW_SPILLS = 4
-"""Of the one launch for few pairs."""
+"""Of the one launch for few pairs, and of sums over rows of 64 slots at odd addresses."""
 
 
 def test_the_kernels_of_plan_compile_and_hardly_spill(plans):
@@ -97,3 +108,14 @@ def test_the_kernels_of_plan_compile_and_hardly_spill(plans):
     }
     assert not [case for case in plans if case["invalid"] or case["shared"] > 131_072]
     assert not [case for case in plans if case.get("spills", 0) > FEW_SPILLS]
+
+
+def test_the_kernels_of_permute_and_combine_compile_and_hardly_spill(permutations):
+    assert {case["kernel"] for case in permutations} == {
+        "moe_routing_permute",
+        "moe_routing_permute_quantized",
+        "moe_routing_combine",
+        "moe_routing_combine_backward",
+    }
+    assert not [case for case in permutations if case["invalid"] or case["shared"] > 131_072]
+    assert not [case for case in permutations if case.get("spills", 0) > FEW_SPILLS]

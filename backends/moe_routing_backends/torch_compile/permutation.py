@@ -20,6 +20,11 @@ COLUMNS = 256
 """Of the rows that a graph is compiled with first: two groups that share a scale."""
 
 
+def divided(number: Tensor, by: Tensor) -> Tensor:
+    """Divide float32 tensors, and round to the nearest: Inductor's own division is off by bits."""
+    return (number.double() / by.double()).float()
+
+
 def build_permute(problem: PermuteProblem, device: DeviceInfo) -> CompiledPermute:
     """Compile now, so that a missing compiler is this backend's rejection."""
     compiled = CompiledPermute(problem)
@@ -69,7 +74,7 @@ class CompiledPermute:
         def formula(hidden: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
             if not quantizes:
                 return permuted(hidden, plan), None
-            values, scales = quantized(hidden)
+            values, scales = quantized(hidden, divided)
             return permuted(values, plan), permuted(scales, plan)
 
         self._graph = Graph(formula, problem)  # type: ignore[arg-type] # a function of Python

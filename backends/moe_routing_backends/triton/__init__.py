@@ -34,7 +34,7 @@ BATTLEMAGE = DeviceInfo(type="xpu", platform="xpu", arch="bmg-g21", warp_sizes=(
 """In the interpreter the kernels are launched as on these."""
 
 
-def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of either operation
+def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of any operation
     """Accept what the kernels take, where Triton can run them.
 
     A Triton for this platform must be installed, or interpret on this CPU.
@@ -86,7 +86,7 @@ def supports_xpu(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -
 
 
 def notes(
-    problem: Any,  # noqa: ANN401 -- of either operation
+    problem: Any,  # noqa: ANN401 -- of any operation
     device: DeviceInfo,
     *,
     interpreted_as: DeviceInfo = HOPPER,
@@ -95,17 +95,24 @@ def notes(
 
     On a CPU, say also that Triton interprets the kernels.
     """
-    from moe_routing_backends.triton.tuning import choose
-
-    describe = choose.describe_plan_table if problem.operation == "plan" else choose.describe_table
-    said = describe(interpreted_as if device.platform == "cpu" else device, problem)
+    said = _launches(problem, interpreted_as if device.platform == "cpu" else device)
     if device.platform != "cpu":
-        return (said,)
+        return said
     what = (
         "Triton's interpreter runs the kernels on the CPU, a program after another: "
         "to look into them, not for speed"
     )
-    return (what, said)
+    return (what, *said)
+
+
+def _launches(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 -- likewise
+    from moe_routing_backends.triton.tuning import choose
+
+    if problem.operation == "route":
+        return (choose.describe_table(device, problem),)
+    if problem.operation == "plan":
+        return (choose.describe_plan_table(device, problem),)
+    return ()  # the others have no table
 
 
 @hookimpl
@@ -118,6 +125,8 @@ def moe_routing_backends() -> list[BackendSpec]:
             factories={
                 "route": "moe_routing_backends.triton.runtime.router:build",
                 "plan": "moe_routing_backends.triton.planning.planner:build",
+                "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
+                "combine": "moe_routing_backends.triton.permutation.mover:build_combine",
             },
             targets=(
                 Target("cuda", min_capability=(8, 0)),
@@ -138,6 +147,8 @@ def moe_routing_backends() -> list[BackendSpec]:
             factories={
                 "route": "moe_routing_backends.triton.runtime.router:build_for_xpu",
                 "plan": "moe_routing_backends.triton.planning.planner:build_for_xpu",
+                "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
+                "combine": "moe_routing_backends.triton.permutation.mover:build_combine",
             },
             targets=(Target("xpu"), *interpreter),
             priority=100,

@@ -164,6 +164,9 @@ def more_than_2_31_elements_are_moved(under_test: BackendUnderTest, case: Permut
         msg = "2**31 elements are for accelerators"
         raise NotRunError(msg)
     call = case.but(rows="bits").make(under_test.device)
+    # The allocator may hand out memory that holds what another backend made, which is right.
+    poison = values.around(call.hidden, (call.plan.order.numel(), case.columns), under_test.device)
+    del poison
     (made,) = call.made(under_test)
     for place, token in enumerate(oracle.tokens(call.plan)):
         right = torch.equal(made[place], call.hidden[token])

@@ -1,13 +1,28 @@
 """transformers 5.17 to 5.24: a model's mixture-of-experts layers route through ``moe_routing``.
 
 ``patch(model)`` and ``unpatch(model)`` for a loaded model, ``patched(model)`` for a block,
-``enable()`` for all that are loaded from now on.
+``enable()`` for all that are loaded from now on. Importing this package registers the experts
+implementation ``"moe_routing"``.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from moe_routing.integrations.transformers._enable import disable, enable
 from moe_routing.integrations.transformers._patch import patch, patched, unpatch
-from moe_routing.integrations.transformers._report import Layer, PatchReport
+from moe_routing.integrations.transformers._report import ExpertsLayer, Layer, PatchReport
 
-__all__ = ["Layer", "PatchReport", "disable", "enable", "patch", "patched", "unpatch"]
+if find_spec("transformers") is not None:  # nothing to register without it
+    from moe_routing.integrations.transformers import experts as experts
+
+__all__ = [
+    "ExpertsLayer",
+    "Layer",
+    "PatchReport",
+    "disable",
+    "enable",
+    "patch",
+    "patched",
+    "unpatch",
+]

@@ -49,6 +49,14 @@ def fingerprint(cls: type) -> str:
     return digest([base.__name__ for base in cls.__bases__], trees)
 
 
+def fingerprint_of_function(function: FunctionType) -> str:
+    """Hash what a function computes, without the functions that it calls.
+
+    :raises RefusedError: the source cannot be read.
+    """
+    return digest([], {function.__name__: _tree(function)})
+
+
 def require_own_methods(cls: type) -> None:
     """Raise ``RefusedError`` if a method of a class is not the class's own.
 

@@ -14,6 +14,7 @@ from moe_routing.integrations._code import described
 from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._proof import known, short
 from moe_routing.integrations.transformers._report import Layer, PatchReport
+from moe_routing.integrations.transformers._selection import BEFORE, deselect, select
 from moe_routing.integrations.transformers._wrapping import (
     defining,
     reaches,
@@ -34,7 +35,7 @@ _BLOCKS_WITHOUT_EXPERTS = {"DogeCDMoE"}
 """Blocks of transformers that hold no submodule ``experts``, and no router that is known."""
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(model: nn.Module, *, experts: bool = False) -> PatchReport:
     """Replace the routing of a model's mixture-of-experts layers in place.
 
     Parameters and state dict stay as they are.
@@ -47,6 +48,9 @@ def patch(model: nn.Module) -> PatchReport:
 
     :param model: a model of transformers 5.17 or later, or any module that holds such layers;
         compiled or not.
+    :param experts: also select the experts implementation ``"moe_routing"``. The name is in the
+        configuration that the model's layers share, as if ``set_experts_implementation`` had been
+        called.
     :returns: what was replaced by what, and what was left and why.
     :raises TypeError: ``model`` is no module.
 
@@ -62,10 +66,11 @@ def patch(model: nn.Module) -> PatchReport:
     >>> unpatch(model)
     """
     _require_module(model)
-    report = PatchReport(tuple(_layers(model)))
-    if report.left:
-        first, *runs = str(report).splitlines()
-        text = "\n".join([first, *(run for run in runs if run.startswith("[left]"))])
+    layers = tuple(_layers(model))
+    report = PatchReport(layers, select(model) if experts else ())
+    if report.left or any(layer.reason for layer in report.experts):
+        lines = str(report).splitlines()
+        text = "\n".join(line for line in lines if not line.startswith("[replaced]"))
         warnings.warn(text, MoeRoutingWarning, stacklevel=2)
     return report
 
@@ -73,16 +78,21 @@ def patch(model: nn.Module) -> PatchReport:
 def unpatch(model: nn.Module) -> None:
     """Give every router of a model its own class back; hooks and wrappers that others set stay.
 
+    An experts implementation that ``patch`` selected is exchanged for the one before.
+
     :param model: what ``patch`` was given, or a model that was loaded after ``enable``.
     """
     _require_module(model)
     for module in model.modules():
         _remove(module)
+        deselect(module)
 
 
 @contextmanager
-def patched(model: nn.Module) -> Iterator[PatchReport]:
-    """Patch a model inside the block; routers that were patched before stay so after it.
+def patched(model: nn.Module, *, experts: bool = False) -> Iterator[PatchReport]:
+    """Patch a model inside the block; what was patched before stays so after it.
+
+    :param experts: as for ``patch``.
 
     >>> with patched(nn.Linear(1, 1)) as report:
     ...     report.layers
@@ -90,12 +100,15 @@ def patched(model: nn.Module) -> Iterator[PatchReport]:
     """
     _require_module(model)
     before = {id(module) for module in model.modules() if made_of(type(module))}
+    selected = {id(module) for module in model.modules() if BEFORE in vars(module)}
     try:
-        yield patch(model)
+        yield patch(model, experts=experts)
     finally:
         for module in model.modules():
             if id(module) not in before:
                 _remove(module)
+            if id(module) not in selected:
+                deselect(module)
 
 
 def install(router: nn.Module) -> tuple[RoutingSpec, Recipe]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from rich.table import Table
 
 SCHEMA_VERSION = 1
@@ -36,15 +38,39 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class ExpertsLayer:
+    """What became of one layer's experts, where ``patch`` was asked for them.
+
+    :ivar name: their name in the model, ``"model.layers.0.mlp.experts"``.
+    :ivar experts: their class.
+    :ivar before: the implementation in whose place ``"moe_routing"`` is; ``""`` where they were
+        left.
+    :ivar reason: why they were left.
+    """
+
+    name: str
+    experts: str
+    before: str = ""
+    reason: str = ""
+
+    @property
+    def selected(self) -> bool:
+        """Whether the implementation ``"moe_routing"`` computes them."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
 class PatchReport:
     """What ``patch`` did, layer by layer.
 
     ``print`` it, show it with rich, or take ``to_dict()`` for programs.
 
     :ivar layers: every router that was found, in the model's order.
+    :ivar experts: all experts that were found, if ``patch`` was asked for them.
     """
 
     layers: tuple[Layer, ...]
+    experts: tuple[ExpertsLayer, ...] = ()
 
     @property
     def replaced(self) -> tuple[Layer, ...]:
@@ -57,9 +83,14 @@ class PatchReport:
         return tuple(layer for layer in self.layers if not layer.replaced)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data: ``schema_version``, and the fields and ``replaced`` of ``layers``."""
+        """Return plain data.
+
+        It has ``schema_version``, the fields and ``replaced`` of ``layers``, and the fields and
+        ``selected`` of ``experts``.
+        """
         layers = [{**asdict(layer), "replaced": layer.replaced} for layer in self.layers]
-        return {"schema_version": SCHEMA_VERSION, "layers": layers}
+        experts = [{**asdict(layer), "selected": layer.selected} for layer in self.experts]
+        return {"schema_version": SCHEMA_VERSION, "layers": layers, "experts": experts}
 
     def __str__(self) -> str:
         """Say it in lines, runs of layers that fared alike in one.
@@ -79,17 +110,20 @@ class PatchReport:
             lines.append(
                 f"[{'replaced' if first.replaced else 'left'}] {names} ({first.router}): {what}"
             )
+        if self.experts:
+            selected = sum(layer.selected for layer in self.experts)
+            lines.append(f"{selected} of {len(self.experts)} layers of experts replaced")
+        for names, experts in _runs(self.experts):
+            what = "plan, permute, combine in place of " + experts.before
+            lines.append(
+                f"[{'replaced' if experts.selected else 'left'}] {names} ({experts.experts}): "
+                f"{experts.reason or what}"
+            )
         return "\n".join(lines)
 
     def runs(self) -> list[tuple[str, Layer]]:
         """Group neighbours that differ in their name only: names, and the first of them."""
-        found: list[list[Layer]] = []
-        for layer in self.layers:
-            if found and _alike(found[-1][0], layer):
-                found[-1].append(layer)
-            else:
-                found.append([layer])
-        return [(_names(run), run[0]) for run in found]
+        return _runs(self.layers)
 
     def __rich__(self) -> Table:
         """Return a table for rich."""
@@ -108,12 +142,24 @@ class PatchReport:
             built.add_row(
                 names, first.router, first.routing or "its own code", first.backend, first.reason
             )
+        for names, experts in _runs(self.experts):
+            now = "plan, permute, combine" if experts.selected else "its own code"
+            built.add_row(names, experts.experts, now, "", experts.reason)
         return built
 
 
-def _alike(one: Layer, other: Layer) -> bool:
-    return asdict(one) | {"name": ""} == asdict(other) | {"name": ""}
+_Either = TypeVar("_Either", Layer, ExpertsLayer)
 
 
-def _names(run: list[Layer]) -> str:
+def _runs(layers: Iterable[_Either]) -> list[tuple[str, _Either]]:
+    found: list[list[_Either]] = []
+    for layer in layers:
+        if found and replace(found[-1][0], name="") == replace(layer, name=""):
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return [(_names(run), run[0]) for run in found]
+
+
+def _names(run: Sequence[Layer] | Sequence[ExpertsLayer]) -> str:
     return run[0].name if len(run) == 1 else f"{run[0].name} to {run[-1].name} ({len(run)})"

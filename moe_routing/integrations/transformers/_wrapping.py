@@ -56,6 +56,11 @@ def require_plain(module: nn.Module, name: str, own: Method) -> None:
     raise RefusedError(msg)
 
 
+def is_wrapped_by_transformers(module: nn.Module) -> bool:
+    """Whether transformers itself set a module's forward, as its parallel layers do."""
+    return _home(vars(module).get("forward")).startswith("transformers.")
+
+
 def reaches(module: nn.Module, name: str, own: Method) -> bool:
     """Whether a call of the module's method is seen to reach the function ``own`` of its class."""
     override = vars(module).get(name)

@@ -101,7 +101,8 @@ def expert_of_pair(
     if FLAT:
         at = pair.to(tl.int64)
     else:
-        at = (pair // K).to(tl.int64) * row_stride + (pair % K) * slot_stride
+        # Neither product need fit int32: strides may be as large as it allows.
+        at = (pair // K).to(tl.int64) * row_stride + (pair % K).to(tl.int64) * slot_stride
     loaded = tl.load(ids + at, mask=inside, other=-1)
     return tl.where((loaded >= 0) & (loaded < E), loaded, E).to(tl.int32)
 
@@ -190,8 +191,9 @@ def fill_last_blocks(order, in_expert, place, placed, at, kept, pairs, SPEC: tl.
     # Few programs have the last pair of an expert.
     if tl.max(last.to(tl.int32), axis=0) > 0:
         left = tl.where(last, BLOCK - 1 - in_expert % BLOCK, 0)
-        for first in range(0, BLOCK - 1, CHUNK):
-            lane = first + tl.arange(0, CHUNK)
+        # Chunks are counted, and not places, whose sum with a chunk may exceed int32.
+        for chunk in range((BLOCK - 2) // CHUNK + 1):
+            lane = chunk * CHUNK + tl.arange(0, CHUNK)
             empty = (place + 1)[:, None] + lane[None, :]
             tl.store(
                 order + empty, pairs + tl.zeros_like(empty), mask=lane[None, :] < left[:, None]

@@ -15,8 +15,8 @@ from moe_routing.reference import oracle
 from moe_routing.reference.compare import compare
 
 if TYPE_CHECKING:
-    from moe_routing.bench._implementations import Implementation
-    from moe_routing.bench._inputs import Inputs
+    from moe_routing.bench._implementation import Implementation
+    from moe_routing.bench.route._inputs import Inputs
 
 SAMPLE = 2048
 """Rows looked at, at each end: launches go wrong at the last rows, if anywhere."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +9,15 @@ import torch
 
 import moe_routing
 from moe_routing import RoutingOutput
+from moe_routing.bench._implementation import FEWEST_SETS, refuse_beyond_memory, sets_for
 
 if TYPE_CHECKING:
     from moe_routing.bench._settings import Case
     from moe_routing_registry import DeviceInfo, RoutingSpec
 
-CPU_CACHE = 64 << 20
-"""Bytes; torch does not say how large a CPU's last cache is."""
-FEWEST_SETS, MOST_SETS = 4, 256
 _VOCABULARY = 4096
 _FLOAT32_COPIES = 3
 """Of the logits, which plain PyTorch holds at once while it routes."""
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +36,11 @@ class Inputs:
     operands: dict[str, Any]
     bytes: int
 
+    @property
+    def given(self) -> list[torch.Tensor]:
+        """The input of each set."""
+        return self.logits
+
 
 def check_memory(case: Case, device: DeviceInfo) -> None:
     """Refuse a case that the device's memory cannot hold, before anything of it is allocated.
@@ -53,20 +54,11 @@ def check_memory(case: Case, device: DeviceInfo) -> None:
     needed = case.tokens * (FEWEST_SETS * (logits + outputs) + routing)
     if spec.selection == "token_table":
         needed += _VOCABULARY * case.num_experts * 12  # random numbers and their order
-    if device.total_memory and needed > device.total_memory:
-        has = f"{device.total_memory / _GIB:,.0f} GiB, which {device} has"
-        msg = (
-            f"tokens: expected a problem that fits {has}, got {case}, "
-            f"which needs {needed / _GIB:,.0f}"
-        )
-        raise ValueError(msg)
+    refuse_beyond_memory(case, device, needed)
 
 
 def make(case: Case, device: torch.device, cache: int) -> Inputs:
-    """Make the sets: enough for twice the cache, where that takes no more than 256.
-
-    A few rows are in a cache always.
-    """
+    """Make the sets that ``sets_for`` counts."""
     spec = moe_routing.get_router(case.router).spec
     dtype: torch.dtype = getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -74,7 +66,7 @@ def make(case: Case, device: torch.device, cache: int) -> Inputs:
     operands = _operands(spec, case, device, generator)
     moved = case.tokens * (case.num_experts * dtype.itemsize + columns * 8)
     moved += sum(value.nbytes for name, value in operands.items() if name != "expert_table")
-    sets = min(max(FEWEST_SETS, -(-2 * cache // moved)), MOST_SETS)
+    sets = sets_for(cache, moved)
     return Inputs(
         case,
         spec,
@@ -92,18 +84,6 @@ def make(case: Case, device: torch.device, cache: int) -> Inputs:
         operands,
         moved,
     )
-
-
-def turns(inputs: Inputs) -> itertools.cycle[tuple[torch.Tensor, RoutingOutput]]:
-    """Go round the sets for ever."""
-    return itertools.cycle(list(zip(inputs.logits, inputs.outs, strict=True)))
-
-
-def cache_of(device: torch.device) -> int:
-    """Return the bytes that the device's last cache may hold."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    return CPU_CACHE
 
 
 def _operands(

@@ -1,77 +1,42 @@
-"""``Implementation``: something that routes and can be timed.
-
-A backend, or what it is compared with.
-"""
+"""What routes and can be timed: a backend, or what it is compared with."""
 
 from __future__ import annotations
 
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 import moe_routing
-from moe_routing.bench._formulas import formula_of
-from moe_routing_registry import BackendUnavailableError
+from moe_routing.bench._implementation import Implementation, NotMeasuredError
+from moe_routing.bench.route._formulas import formula_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from moe_routing import RoutingOutput
-    from moe_routing.bench._formulas import Formula
-    from moe_routing.bench._inputs import Inputs
     from moe_routing.bench._settings import Case
+    from moe_routing.bench.route._formulas import Formula
+    from moe_routing.bench.route._inputs import Inputs
+    from moe_routing_registry import ResolutionReport
 
-    Call = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
-class Implementation(NamedTuple):
-    """One implementation that routes a case's inputs.
-
-    ``call`` allocates its outputs; ``into`` writes those that it is given, where it can.
-    ``captures``: whether it can be captured in a CUDA graph.
-    """
-
-    name: str
-    is_backend: bool
-    call: Call
-    into: Callable[[torch.Tensor, RoutingOutput], object] | None = None
-    captures: bool = True
+_OWN_GRAPHS = "makes CUDA graphs of its own: see mode call"
 
 
-class NotMeasuredError(Exception):
-    """This implementation does not serve this case here; says why."""
-
-
-def fitting(asked: tuple[str, ...], case: Case, device: str) -> list[str]:
-    """Name the backends to measure.
-
-    Those asked for, every one that fits (``"all"``), or the one that the device gets.
+def explain(case: Case, device: str, backend: str | None) -> ResolutionReport:
+    """Report which backend the case gets on the device, or whether this one can have it.
 
     :raises UnknownNameError: no such backend.
-    :raises BackendUnavailableError: none fits, or one that was named does not.
     """
-    names: list[str | None] = (
-        [*moe_routing.list_backends()] if "all" in asked else [*asked] or [None]
+    if backend is not None:
+        # A misspelt name is an error of its own.
+        moe_routing.get_router(case.router, backend=backend)
+    return moe_routing.explain(
+        case.router,
+        device=device,
+        num_experts=case.num_experts,
+        topk=case.topk,
+        dtype=case.dtype,
+        backend=backend,
     )
-    found = []
-    for name in names:
-        if name is not None:
-            # A misspelt name is an error of its own.
-            moe_routing.get_router(case.router, backend=name)
-        report = moe_routing.explain(
-            case.router,
-            device=device,
-            num_experts=case.num_experts,
-            topk=case.topk,
-            dtype=case.dtype,
-            backend=name,
-        )
-        if report.winner is not None:
-            found.append(report.winner)
-        elif name in asked or name is None:
-            raise BackendUnavailableError(report.why, report)
-    return found
 
 
 def backend(name: str, inputs: Inputs) -> Implementation:
@@ -107,7 +72,8 @@ def comparison(name: str, inputs: Inputs) -> Implementation:
     def call(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return formula(logits, topk, **operands)
 
-    return Implementation(name, False, call, captures=mode in ("", "default"))  # noqa: FBT003 -- likewise
+    not_captured = "" if mode in ("", "default") else _OWN_GRAPHS
+    return Implementation(name, False, call, not_captured=not_captured)  # noqa: FBT003 -- likewise
 
 
 def _own(formula: Formula) -> Formula:

@@ -1,0 +1,1 @@
+"""The operations ``permute`` and ``combine`` on Triton."""
