@@ -323,3 +323,22 @@ def test_a_layer_is_exported_saved_and_loaded_in_a_new_process(tmp_path):
     torch.save((other, tuple(layer(other))), tmp_path / "expected.pt")
     files = [str(tmp_path / "layer.pt2"), str(tmp_path / "expected.pt")]
     subprocess.run([sys.executable, "-c", LOADS, *files], check=True)
+
+
+def test_a_wrong_plan_is_refused_before_anything_is_gated():
+    with registered(Mutant(Fused, "", operation="gate")) as name:
+        gate = moe_routing.get_router("gemma4", backend=name).gate
+        Fused.asked.clear()
+        for options, error in (({"block": 0}, ValueError), ({"nonsense": 1}, TypeError)):
+            with pytest.raises(error, match=rf"^{next(iter(options))}: "):
+                gate.with_plan(**operands(), **options)
+    assert Fused.asked == []
+
+
+def test_a_plan_is_compiled_with_its_gate():
+    given = operands()
+    torch.compiler.reset()
+    compiled = torch.compile(GATE.with_plan, fullgraph=True, backend="aot_eager")
+    made, right = compiled(**given, block=4), GATE.with_plan(**given, block=4)
+    assert torch.equal(made.weights, right.weights)
+    assert torch.equal(made.plan.order, right.plan.order)

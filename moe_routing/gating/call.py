@@ -18,8 +18,7 @@ from moe_routing.gating._check import check_logits_dtype, checked_projection
 from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection
 from moe_routing.gating.problem import GateProblem, Norm
 from moe_routing.kernel import Operands, RoutingOutput
-from moe_routing.planning.call import plan
-from moe_routing.planning.kernel import RoutedPlan
+from moe_routing.planning import routed
 from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
 from moe_routing.probing import probe
 from moe_routing_registry import Request
@@ -27,12 +26,11 @@ from moe_routing_registry.request import preference
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from typing_extensions import Unpack
 
     from moe_routing._router import Router
     from moe_routing.gating.kernel import GateKernel, RMSNorm
+    from moe_routing.planning.kernel import RoutedPlan
     from moe_routing.reference.shadow import Shadow
 
 _registry = registry()
@@ -166,23 +164,17 @@ class Gate:
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
         return_logits = _check.flag("return_logits", return_logits)
-        projection = checked_projection(
-            hidden,
-            router_weight,
-            router_bias=router_bias,
-            norm=norm,
-            input_scale=input_scale,
-            input_multiplier=input_multiplier,
-            num_experts=self._router.num_experts,
-        )
-        routed = Operands(
-            _in_place_of_logits(projection), per_expert_scale, bias, token_ids, expert_table,
-            num_valid_tokens, expert_map,
+        checked = self._checked(
+            hidden, router_weight, topk, per_expert_scale,
+            {
+                "router_bias": router_bias, "norm": norm, "input_scale": input_scale,
+                "input_multiplier": input_multiplier, "logits_dtype": logits_dtype,
+                "invariant": invariant, "bias": bias, "token_ids": token_ids,
+                "expert_table": expert_table, "num_valid_tokens": num_valid_tokens,
+                "expert_map": expert_map, "ids_dtype": ids_dtype,
+            },
         )  # fmt: skip
-        made = self._call(
-            projection, routed, topk, ids_dtype, logits_dtype, invariant=invariant,
-            logits=return_logits,
-        )  # fmt: skip
+        made = _gated(*checked, wanted=return_logits)
         return made if return_logits else RoutingOutput(made.weights, made.ids)
 
     def with_plan(  # noqa: PLR0913 -- the arguments of a call, and those of `plan`
@@ -209,71 +201,88 @@ class Gate:
         :raises ValueError: an argument has the wrong value, shape or device.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
-        if "return_logits" in options:
-            expected = "nothing: a RoutedPlan has no logits"
-            raise TypeError(refusal("return_logits", expected, options["return_logits"]))  # type: ignore[typeddict-item] # which has none
-        if num_experts is None:
-            if options.get("expert_map") is not None:
-                expected = "an int, how many physical experts there are, with an expert_map"
-                raise TypeError(refusal("num_experts", expected, None))
-            rows = router_weight.shape[0] if isinstance(router_weight, Tensor) else 1
-            num_experts = rows + self._router.spec.shared_experts
-        weights, ids = self(hidden, router_weight, topk, per_expert_scale, **options)
-        made = plan(
-            ids, num_experts, block=block, capacity=capacity, drop=drop,
-            weights=weights.detach() if drop == "least_weight" else None, masked=masked,
-            backend=self._router._requested,  # noqa: SLF001 -- a gate is a part of its router
-        )  # fmt: skip
-        return RoutedPlan(weights, ids, made)
+        for name, value in options.items():
+            if name not in GateOptions.__annotations__:
+                raise TypeError(refusal(name, "no such argument", value))
+        router, asked = self._router, (num_experts, block, capacity, drop, masked)
+        projection, operands, config = self._checked(
+            hidden, router_weight, topk, per_expert_scale, options
+        )
+        problem, _ = routed.checked(
+            operands, config.topk, router.spec.shared_experts, config.ids_dtype, asked, None
+        )
+        weights, ids, _ = _gated(projection, operands, config, wanted=False)
+        output = RoutingOutput(weights, ids)
+        return routed.composed(output, problem, asked, config.backend, None)
 
     def __repr__(self) -> str:
         """Show the router."""
         return f"{self._router!r}.gate"
 
-    def _call(  # noqa: PLR0913 -- the arguments of a call
+    def _checked(
         self,
-        projection: Projection,
-        routed: Operands,
+        hidden: Tensor,
+        router_weight: Tensor,
         topk: int | None,
-        ids_dtype: torch.dtype,
-        logits_dtype: torch.dtype,
-        *,
-        invariant: bool,
-        logits: bool,
-    ) -> GateOutput:
-        """Check what routing takes, and gate; the logits may be unwritten if nobody wants them."""
+        per_expert_scale: Tensor | None,
+        options: GateOptions,
+    ) -> tuple[Projection, Operands, GateConfig]:
+        """Check every argument; what stands in place of the logits has their shape."""
         router = self._router
-        topk = router._default_topk() if topk is None else _check.integer("topk", topk)  # noqa: SLF001 -- likewise
-        logits_dtype = check_logits_dtype(logits_dtype)
-        invariant = _check.flag("invariant", invariant)
-        routed = _check.counted(routed)
-        _check.check_operands(router.spec, routed, topk, ids_dtype)
-        tensors = list(_tensors(projection, routed))
-        _refuse_special(tensors)
-        differentiable = (projection.hidden, projection.router_weight, projection.router_bias,
-            projection.norm_weight, projection.input_scale, routed.per_expert_scale)  # fmt: skip
+        projection = checked_projection(
+            hidden,
+            router_weight,
+            router_bias=options.get("router_bias"),
+            norm=options.get("norm"),
+            input_scale=options.get("input_scale"),
+            input_multiplier=options.get("input_multiplier", 1.0),
+            num_experts=router.num_experts,
+        )
+        operands = _check.counted(
+            Operands(
+                _in_place_of_logits(projection), per_expert_scale, options.get("bias"),
+                options.get("token_ids"), options.get("expert_table"),
+                options.get("num_valid_tokens"), options.get("expert_map"),
+            )
+        )  # fmt: skip
+        topk = router._default_topk() if topk is None else _check.integer("topk", topk)  # noqa: SLF001 -- a gate is a part of its router
+        ids_dtype = options.get("ids_dtype", torch.int32)
+        logits_dtype = check_logits_dtype(options.get("logits_dtype", torch.float32))
+        invariant = _check.flag("invariant", options.get("invariant", True))
+        _check.check_operands(router.spec, operands, topk, ids_dtype)
+        _refuse_special(_tensors(projection, operands))
         training = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in differentiable
+            isinstance(t, Tensor) and t.requires_grad for t in (*projection, per_expert_scale)
         )
         config = GateConfig(
             router._text, topk, ids_dtype, logits_dtype, invariant, router._requested,  # noqa: SLF001 -- likewise
             router._shadow_key, training,  # noqa: SLF001 -- likewise
         )  # fmt: skip
-        plain = not (training or is_dynamo_compiling() or carries_tangents())
-        if plain and all(map(is_ordinary, tensors)):
-            return run(projection, routed, config, wanted=logits)
-        made = op.gate(projection, _as_tensors(routed), config)
-        if routed.expert_map is None:
-            return made
-        return made._replace(ids=apply_map(made.ids, routed.expert_map))
+        return projection, operands, config
+
+
+def _gated(
+    projection: Projection, operands: Operands, config: GateConfig, *, wanted: bool
+) -> GateOutput:
+    """Call the kernel with plain tensors, and the operator with all others.
+
+    :param wanted: whether the logits are; they may be unwritten otherwise.
+    """
+    plain = not (config.training or is_dynamo_compiling() or carries_tangents())
+    if plain and all(map(is_ordinary, _tensors(projection, operands))):
+        return run(projection, operands, config, wanted=wanted)
+    made = op.gate(projection, _as_tensors(operands), config)
+    if operands.expert_map is None:
+        return made
+    return made._replace(ids=apply_map(made.ids, operands.expert_map))
 
 
 def run(
-    projection: Projection, routed: Operands, config: GateConfig, *, wanted: bool = True
+    projection: Projection, operands: Operands, config: GateConfig, *, wanted: bool = True
 ) -> GateOutput:
     """Gate checked real tensors.
 
-    :param routed: what routing takes; its logits are made here.
+    :param operands: what routing takes; its logits are made here.
     :param wanted: whether the logits are: otherwise a kernel that routes need not write them.
     """
     tokens, experts = projection.hidden.shape[0], projection.router_weight.shape[0]
@@ -291,13 +300,13 @@ def run(
         resolved = dispatcher.resolve_for(
             logits, experts, config.topk, config.ids_dtype, config.training
         )
-        return GateOutput(*resolved.route(routed._replace(logits=logits), shadow), logits)
+        return GateOutput(*resolved.route(operands._replace(logits=logits), shadow), logits)
     written = logits if wanted or shadow is not None else None
-    output = _fused(kernel, projection, written, routed)
+    output = _fused(kernel, projection, written, operands)
     if shadow is not None:
         shadow.observe(
-            dispatcher.spec, config.topk, routed._replace(logits=logits), output,
-            lambda operands: _fused(kernel, projection, logits, operands),
+            dispatcher.spec, config.topk, operands._replace(logits=logits), output,
+            lambda some: _fused(kernel, projection, logits, some),
         )  # fmt: skip
     return GateOutput(*output, logits)
 
@@ -309,9 +318,9 @@ def who_routes(backend: str | None) -> str | None:
 
 
 def _fused(
-    kernel: GatesAndRoutes, projection: Projection, logits: Tensor | None, routed: Operands
+    kernel: GatesAndRoutes, projection: Projection, logits: Tensor | None, operands: Operands
 ) -> RoutingOutput:
-    _, scale, bias, token_ids, expert_table, valid, expert_map, _ = routed
+    _, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
     return kernel.routed(
         projection,
         logits,
@@ -362,19 +371,17 @@ def _in_place_of_logits(projection: Projection) -> Tensor:
     return hidden.detach()[:, :1].expand(hidden.shape[0], weight.shape[0])
 
 
-def _tensors(projection: Projection, routed: Operands) -> Iterator[Tensor]:
-    for operand in (*projection, *routed[1:]):
-        if isinstance(operand, Tensor):
-            yield operand
+def _tensors(projection: Projection, operands: Operands) -> list[Tensor]:
+    return [t for t in (*projection, *operands[1:]) if isinstance(t, Tensor)]
 
 
-def _as_tensors(routed: Operands) -> Operands:
+def _as_tensors(operands: Operands) -> Operands:
     """Return the operands as the operator takes them."""
-    valid = routed.num_valid_tokens
+    valid = operands.num_valid_tokens
     if valid is None or isinstance(valid, Tensor):
-        return routed
-    counted = torch.full((1,), valid, dtype=torch.int64, device=routed.logits.device)
-    return routed._replace(num_valid_tokens=counted)
+        return operands
+    counted = torch.full((1,), valid, dtype=torch.int64, device=operands.logits.device)
+    return operands._replace(num_valid_tokens=counted)
 
 
 def _refuse_special(tensors: list[Tensor]) -> None:
@@ -383,17 +390,12 @@ def _refuse_special(tensors: list[Tensor]) -> None:
     :raises TypeError: there is one.
     """
     for tensor in tensors:
-        if _is_dtensor(tensor):
+        if _check.is_dtensor(tensor):
             expected = "plain tensors; gate the rows of each rank by themselves"
             raise TypeError(refusal("hidden", expected, tensor))
         if not is_dynamo_compiling() and is_functorch_wrapped_tensor(tensor):
             expected = "tensors outside torch.func; route the logits of a linear layer there"
             raise TypeError(refusal("hidden", expected, tensor))
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    kind = type(tensor)
-    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
 
 
 def _readable(projection: Projection) -> Projection:
