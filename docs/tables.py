@@ -67,6 +67,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 CONTRACT = Path(__file__).with_name("contract.md")
 _SOURCES = {
     "route": "moe_routing/conformance/clauses.py",
+    "gate": "moe_routing/conformance/gate_clauses.py",
     "plan": "moe_routing/conformance/plan_clauses.py",
     "permute": "moe_routing/conformance/permute_clauses.py",
     "combine": "moe_routing/conformance/combine_clauses.py",

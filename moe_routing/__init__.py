@@ -23,6 +23,7 @@ from moe_routing._with_torch import register
 if TYPE_CHECKING:
     from moe_routing._public import explain, get_router, list_backends, list_routers, prefer
     from moe_routing._router import Router
+    from moe_routing.gating.kernel import GateOutput, RMSNorm
     from moe_routing.kernel import Kernel, Operands, RoutingOutput
     from moe_routing.permutation.call import combine, permute
     from moe_routing.permutation.kernel import PermutedRows
@@ -42,11 +43,13 @@ _HOME = {
     "BackendUnavailableError": "moe_routing_registry",
     "DispatchPlan": "moe_routing.planning.kernel",
     "DowngradeWarning": "moe_routing_registry.errors",
+    "GateOutput": "moe_routing.gating.kernel",
     "Kernel": "moe_routing.kernel",
     "MoeRoutingWarning": "moe_routing_registry.errors",
     "Operands": "moe_routing.kernel",
     "PermutedRows": "moe_routing.permutation.kernel",
     "PluginWarning": "moe_routing_registry.errors",
+    "RMSNorm": "moe_routing.gating.kernel",
     "ResolutionReport": "moe_routing_registry",
     "Router": "moe_routing._router",
     "RoutingOutput": "moe_routing.kernel",
@@ -71,11 +74,13 @@ __all__ = [
     "BackendUnavailableError",
     "DispatchPlan",
     "DowngradeWarning",
+    "GateOutput",
     "Kernel",
     "MoeRoutingWarning",
     "Operands",
     "PermutedRows",
     "PluginWarning",
+    "RMSNorm",
     "ResolutionReport",
     "Router",
     "RoutingOutput",

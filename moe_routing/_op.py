@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree
 
+from moe_routing.gating import op as _gating  # noqa: F401 -- registers the operator of `gate`
 from moe_routing.kernel import RoutingOutput
 from moe_routing.permutation import op as _permutation  # noqa: F401 -- registers its operators
 from moe_routing.planning import op as _planning  # noqa: F401 -- registers the operator of `plan`

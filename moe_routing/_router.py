@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moe_routing._autograd import Backward, Gradients
     from moe_routing._call_cache import Matches
     from moe_routing._dispatch import Resolved
+    from moe_routing.gating.call import Gate
     from moe_routing.kernel import Prepared
     from moe_routing.planning.kernel import DispatchPlan
     from moe_routing.reference.shadow import Health, Shadow
@@ -172,6 +173,19 @@ class Router:
         except UNREADABLE:
             known = False
         return latest.route(operands) if known else self._dispatch(operands, topk, ids_dtype)  # type: ignore[union-attr] # known
+
+    @property
+    def gate(self) -> Gate:
+        """The router's linear layer and routing as one operation.
+
+        >>> route = Router(RoutingSpec(family="topk_softmax", renormalize=True))
+        >>> weights, ids = route.gate(torch.tensor([[1.0, 2.0]]), torch.eye(2), 1)
+        >>> ids.tolist()
+        [[1]]
+        """
+        from moe_routing.gating.call import Gate
+
+        return Gate(self)
 
     def with_plan(  # noqa: PLR0913 -- the arguments of a call, and those of `plan`
         self,

@@ -21,6 +21,13 @@ OPERATIONS = (
         summary="router logits to the weights and ids of each token's experts",
     ),
     OperationSpec(
+        name="gate",
+        example="moe_routing.gating.example:GATE_EXAMPLE",
+        oracle="moe_routing.reference.gate_oracle:gate",
+        contract="moe_routing.conformance.gating:GATE",
+        summary="hidden states to router logits, and those to weights and ids",
+    ),
+    OperationSpec(
         name="plan",
         example="moe_routing.planning.problem:PLAN_EXAMPLE",
         oracle="moe_routing.reference.plan_oracle:plan",

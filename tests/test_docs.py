@@ -20,6 +20,7 @@ PAGES = [
     "docs/families.md",
     "docs/index.md",
     "docs/integrations.md",
+    "docs/gate.md",
     "docs/permute.md",
     "docs/plan.md",
 ]
@@ -42,7 +43,7 @@ def test_the_python_on_a_page_runs(page, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("page", ["docs/permute.md", "docs/plan.md"])
+@pytest.mark.parametrize("page", ["docs/gate.md", "docs/permute.md", "docs/plan.md"])
 def test_the_results_on_a_page_are_right(page):
     blocks = blocks_of(page, "pycon")
     assert len(blocks) >= 5

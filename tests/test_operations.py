@@ -125,7 +125,7 @@ def test_backends_of_an_operation_are_chosen_by_the_same_rules(copying):
     assert (
         report.rejection("eager").verdict.reason
         == "has no factory for the operation 'scaled_copy'; "
-        "it computes route, plan, permute, combine"
+        "it computes route, gate, plan, permute, combine"
     )
     assert moe_routing.explain(copying.CopyProblem(9)).winner == "add"
     assert moe_routing.explain(copying.CopyProblem(4), backend="triple").winner == "triple"
@@ -193,6 +193,7 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
     *ours, copied = report["operations"]
     assert [(one["name"], one["devices"]["cpu"]["winner"]) for one in ours] == [
         ("route", "eager"),
+        ("gate", "eager"),
         ("plan", "eager"),
         ("permute", "eager"),
         ("combine", "eager"),

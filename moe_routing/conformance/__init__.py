@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moe_routing.conformance.runner import Report, Result, run
     from moe_routing.conformance.suite import (
         CombineConformance,
+        GateConformance,
         PermuteConformance,
         PlanConformance,
         RouterConformance,
@@ -24,6 +25,7 @@ _HOME = {
     "Clause": ("moe_routing.conformance.clauses", "Clause"),
     "CombineConformance": ("moe_routing.conformance.suite", "CombineConformance"),
     "Contract": ("moe_routing.conformance.contract", "Contract"),
+    "GateConformance": ("moe_routing.conformance.suite", "GateConformance"),
     "PermuteConformance": ("moe_routing.conformance.suite", "PermuteConformance"),
     "PlanConformance": ("moe_routing.conformance.suite", "PlanConformance"),
     "Report": ("moe_routing.conformance.runner", "Report"),
@@ -34,8 +36,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Clause", "CombineConformance", "Contract", "PermuteConformance", "PlanConformance", "Report",
-    "Result", "RouterConformance", "run", "verify",
+    "Clause", "CombineConformance", "Contract", "GateConformance", "PermuteConformance",
+    "PlanConformance", "Report", "Result", "RouterConformance", "run", "verify",
 ]  # fmt: skip
 
 

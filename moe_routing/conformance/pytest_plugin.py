@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _FILES = {
     "test_named_backend.py": "route",
+    "test_named_backend_gate.py": "gate",
     "test_named_backend_plan.py": "plan",
     "test_named_backend_permute.py": "permute",
     "test_named_backend_combine.py": "combine",

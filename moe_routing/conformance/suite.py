@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_routing.conformance import clauses, combine_clauses, permute_clauses, plan_clauses
+from moe_routing.conformance import (
+    clauses,
+    combine_clauses,
+    gate_clauses,
+    permute_clauses,
+    plan_clauses,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -122,6 +128,12 @@ class CombineConformance(_Conformance):
     operation = "combine"
 
 
+class GateConformance(_Conformance):
+    """The same for the operation ``gate``."""
+
+    operation = "gate"
+
+
 def _add_methods(suite: type[_Conformance], contents: Mapping[int, Clause]) -> None:
     for clause in contents.values():
         method = _method(clause)
@@ -133,3 +145,4 @@ _add_methods(RouterConformance, clauses.CLAUSES)
 _add_methods(PlanConformance, plan_clauses.CLAUSES)
 _add_methods(PermuteConformance, permute_clauses.CLAUSES)
 _add_methods(CombineConformance, combine_clauses.CLAUSES)
+_add_methods(GateConformance, gate_clauses.CLAUSES)

@@ -29,6 +29,7 @@ GAP_OF = {
     RejectCode.DTYPE: "dtype",
     RejectCode.SHAPE: "shape",
     RejectCode.LAYOUT: "layout",
+    RejectCode.INVARIANCE: "invariance",
     RejectCode.TRAINING: "gradients",
 }
 """The capability that a backend lacks if it declines a problem with that code.

@@ -48,6 +48,8 @@ class RejectCode(str, Enum):
     """E or K is outside its range."""
     LAYOUT = "layout"
     """It does not take these strides."""
+    INVARIANCE = "invariance"
+    """It has no order of summation that is the same for every number of tokens."""
     TRAINING = "training"
     """It has no gradients, or cannot go back through maths that the closed form does not know.
 

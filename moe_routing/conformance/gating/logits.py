@@ -1,0 +1,119 @@
+"""Clauses 1 to 3: logits within their bound, what is routed, and what is rounded before."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_routing.conformance.gating import _sets
+from moe_routing.conformance.gating._check import check, require
+from moe_routing.conformance.gating.calls import bits_of, must_be_same
+from moe_routing.conformance.gating.cases import FACTORS, HIDDEN, Case
+from moe_routing.gating import GateOutput
+from moe_routing.gating.problem import FLOATS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing.conformance.cases import Profile
+    from moe_routing.conformance.under_test import BackendUnderTest
+
+SIZES = (
+    (64, 8, 300, 33), (128, 8, 2816, 17), (256, 8, 7168, 5), (3, 2, 1, 9), (1, 1, 129, 4),
+    (1024, 10, 64, 3), (60, 6, 1000, 130), (5, 2, 16384, 2), (32, 4, 2880, 1), (64, 8, 128, 1025),
+)  # fmt: skip
+"""E, K, H and T."""
+
+
+def _sized(profile: Profile) -> Iterator[Case]:
+    for experts, topk, columns, tokens in SIZES[: 4 if profile == "smoke" else len(SIZES)]:
+        for dtype, invariant in product(FLOATS, _sets.ORDERS):
+            yield Case(
+                variant="softmax_topk", num_experts=experts, topk=topk, columns=columns,
+                num_tokens=tokens, dtype=dtype, invariant=invariant,
+            )  # fmt: skip
+
+
+@check(1, _sized)
+def logits_of_every_size_are_within_their_bound(under_test: BackendUnderTest, case: Case) -> None:
+    """Logits are within their bound, for H of 1 to 16,384 and E of 1 to 1,024."""
+    case.make(under_test.device).checked(under_test)
+
+
+def _factored(profile: Profile) -> Iterator[Case]:
+    together = (("norm", "input_scale", "multiplier"), FACTORS)
+    for n, factors in enumerate((*((factor,) for factor in FACTORS), *together)):
+        for dtype, invariant in product(FLOATS, _sets.ORDERS):
+            case = Case(factors=factors, dtype=dtype, invariant=invariant, columns=257 + n)
+            yield case
+            if profile != "smoke":
+                yield case.but(float32_weight=True, columns=2880)
+
+
+@check(1, _factored)
+def every_factor_is_in_the_logits(under_test: BackendUnderTest, case: Case) -> None:
+    """Bias, norm, its weight, scale and multiplier are in the logits, alone and together."""
+    case.make(under_test.device).checked(under_test)
+
+
+def _valued(profile: Profile) -> Iterator[Case]:
+    for hidden, form in product(HIDDEN, _sets.FORMS[:3] if profile == "smoke" else _sets.FORMS):
+        for invariant in _sets.ORDERS:
+            yield Case(**{**form, "hidden": hidden, "invariant": invariant, "columns": 1025})
+
+
+@check(1, _valued)
+def values_of_every_kind_are_summed_in_float32(under_test: BackendUnderTest, case: Case) -> None:
+    """Outliers, terms that cancel, tiny values and integers are summed within the bound."""
+    case.make(under_test.device).checked(under_test)
+
+
+@check(2, _sets.of_every_variant)
+def every_family_routes_the_logits(under_test: BackendUnderTest, case: Case) -> None:
+    """Weights and ids are those of the returned logits, for every family and modifier."""
+    case.make(under_test.device).checked(under_test)
+
+
+@check(2, lambda profile: [*_sets.in_every_form(profile), *_sets.of_every_variant(profile)])
+def without_logits_the_same_is_routed(under_test: BackendUnderTest, case: Case) -> None:
+    """A call that does not ask for logits has the bits of one that does."""
+    call = case.make(under_test.device)
+    right = call.checked(under_test)
+    weights, ids = call.gate(under_test)(**call.arguments)
+    must_be_same(GateOutput(weights, ids, right.logits), right, "without logits")
+
+
+def _equal_rows(profile: Profile) -> Iterator[Case]:
+    for case in _sets.in_every_form(profile):
+        if case.variant != "grouped_sigmoid_bias":  # whose bias tells equal logits apart
+            yield case
+
+
+@check(2, _equal_rows)
+def equal_logits_go_to_the_lower_id(under_test: BackendUnderTest, case: Case) -> None:
+    """Of experts with equal logits the lower ids are selected, in their order."""
+    call = case.make(under_test.device)
+    call = call.with_projection(hidden=torch.zeros_like(call.projection.hidden), router_bias=None)
+    made = call.checked(under_test)
+    expected = torch.arange(call.topk, device=call.device).expand(len(made.ids), -1)
+    require((made.ids == expected).all(), f"expected ids {expected[0].tolist()}")
+
+
+def _rounded(profile: Profile) -> Iterator[Case]:
+    for dtype, hidden in product(("bfloat16", "float16"), HIDDEN):
+        for case in _sets.in_every_form(profile, hidden=hidden, logits_dtype=dtype):
+            if hidden in ("normal", "integers") or profile != "smoke":
+                yield case
+
+
+@check(3, _rounded)
+def rounded_logits_are_routed(under_test: BackendUnderTest, case: Case) -> None:
+    """Logits are rounded once, before selection; ties among the rounded go to the lower id."""
+    call = case.make(under_test.device)
+    made = call.checked(under_test)
+    if case.invariant:
+        exact = call.but(logits_dtype=torch.float32).checked(under_test).logits
+        same = (bits_of(exact.to(call.logits_dtype)) == bits_of(made.logits)).all()
+        require(same, f"logits are not the float32 logits rounded to {case.logits_dtype}")

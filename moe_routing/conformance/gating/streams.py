@@ -1,0 +1,109 @@
+"""Clause 11: streams, graphs, devices and synchronisation."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_routing.conformance.checks.streams import side_stream, two_devices
+from moe_routing.conformance.gating import _sets
+from moe_routing.conformance.gating._check import check, require
+from moe_routing.conformance.under_test import BackendUnderTest, NotRunError
+from moe_routing.gating import GateOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing.conformance.cases import Profile
+    from moe_routing.conformance.gating.calls import Call
+    from moe_routing.conformance.gating.cases import Case
+
+TURNS = 4
+
+
+def _sizes(profile: Profile) -> Iterator[Case]:
+    for tokens in (1, 33, 513)[: 2 if profile == "smoke" else 3]:
+        yield from _sets.in_every_form(profile, num_tokens=tokens)
+
+
+def _others(call: Call, case: Case) -> list[Call]:
+    """Return calls of the same shapes with other hidden states, and all else as in this one."""
+    return [
+        call.with_projection(
+            hidden=case.but(turn=turn).make(call.device).projection.hidden.contiguous()
+        )
+        for turn in range(1, TURNS + 1)
+    ]
+
+
+@check(11, _sizes)
+def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, case: Case) -> None:
+    """A call on a side stream waits for what that stream writes; later calls change no output."""
+    call = case.make(under_test.device)
+    call.made(under_test)  # whatever is built, is built now
+    live = call.with_projection(hidden=call.projection.hidden.clone())
+    calls = _others(call, case)
+    with side_stream(under_test.device) as sleep:
+        made = []
+        for other in calls:
+            sleep()
+            live.projection.hidden.copy_(other.projection.hidden)
+            made.append(live.made(under_test))
+    for other, one in zip(calls, made, strict=True):
+        other.must_match(one)
+
+
+def _need_cuda(under_test: BackendUnderTest) -> None:
+    if under_test.device.type != "cuda":
+        msg = "needs a CUDA device"
+        raise NotRunError(msg)
+
+
+@check(11, _sizes)
+def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> None:
+    """A call does not synchronise with the device."""
+    _need_cuda(under_test)
+    call = case.make(under_test.device)
+    call.made(under_test)
+    torch.cuda.synchronize(under_test.device)
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = call.made(under_test)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    call.must_match(made)
+
+
+@check(11, _sizes, capability="cuda_graphs")
+def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Case) -> None:
+    """A graph that is captured after one warm-up call replays with other hidden states."""
+    _need_cuda(under_test)
+    call = case.make(under_test.device)
+    call.made(under_test)
+    torch.cuda.synchronize(under_test.device)
+    graph = torch.cuda.CUDAGraph()
+    with (
+        torch.cuda.device(under_test.device),
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(under_test.device)),
+    ):
+        made = call.made(under_test)
+    for other in _others(call, case):
+        call.projection.hidden.copy_(other.projection.hidden)
+        graph.replay()
+        torch.cuda.synchronize(under_test.device)
+        call.must_match(GateOutput(*made))
+
+
+@check(11, _sets.in_every_form, capability="several_devices")
+def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None:
+    """Tensors on another device than the current one are gated there, in turn with the first."""
+    calls = [case.make(device) for device in two_devices(under_test)]
+    for turn in range(TURNS):
+        call = calls[turn % 2]
+        call.checked(BackendUnderTest(under_test.backend, call.device))
+    require(torch.accelerator.current_device_index() == 0, "the current device was changed")

@@ -1,0 +1,422 @@
+"""``Router.gate``: checks the arguments, finds the kernel, and calls it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from moe_routing import _check
+from moe_routing._autograd import apply_map
+from moe_routing._call_cache import is_ordinary
+from moe_routing._dispatch import chosen, dispatcher_of, dtype_name, empty_output
+from moe_routing._registry import registry
+from moe_routing.gating import op
+from moe_routing.gating._check import check_logits_dtype, checked_projection
+from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection
+from moe_routing.gating.problem import GateProblem, Norm
+from moe_routing.kernel import Operands, RoutingOutput
+from moe_routing.planning import routed
+from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
+from moe_routing.probing import probe
+from moe_routing_registry import Request
+from moe_routing_registry.request import preference
+from moe_routing_registry.text import refusal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from moe_routing._router import Router
+    from moe_routing.gating.kernel import GateKernel, RMSNorm
+    from moe_routing.planning.kernel import RoutedPlan
+    from moe_routing.reference.shadow import Shadow
+
+_registry = registry()
+_kernels: dict[tuple[object, ...], Any] = {}
+_KERNELS_KEPT = 1024
+"""When there are more, remembering begins anew."""
+
+
+class GateConfig(NamedTuple):
+    """What of a call is neither a tensor nor part of the projection.
+
+    :ivar spec: the canonical JSON of the spec.
+    :ivar backend: the backend that the user named, if any.
+    :ivar shadow: the key of what watches the router's calls, if anything does.
+    :ivar training: whether gradients are wanted.
+    """
+
+    spec: str
+    topk: int
+    ids_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    invariant: bool
+    backend: str | None
+    shadow: str | None
+    training: bool
+
+
+class GateOptions(TypedDict, total=False):
+    """What a call takes by name; see ``Gate.__call__``."""
+
+    router_bias: Tensor | None
+    norm: RMSNorm | None
+    input_scale: Tensor | None
+    input_multiplier: float
+    logits_dtype: torch.dtype
+    invariant: bool
+    bias: Tensor | None
+    token_ids: Tensor | None
+    expert_table: Tensor | None
+    num_valid_tokens: int | Tensor | None
+    expert_map: Tensor | None
+    ids_dtype: torch.dtype
+
+
+class Gate:
+    """Gates hidden states: ``weights, ids = gate(hidden, router_weight, topk)``.
+
+    Get one from a router: ``moe_routing.get_router("gemma4").gate``. It computes the router's
+    linear layer, with what stands in front of it, and routes the logits as that router does.
+
+    >>> import moe_routing
+    >>> gate = moe_routing.get_router("mixtral").gate
+    >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> weights, ids, logits = gate(hidden, weight, 1, return_logits=True)
+    >>> ids, logits
+    (tensor([[1]], dtype=torch.int32), tensor([[1., 2.]]))
+    """
+
+    def __init__(self, router: Router) -> None:
+        """Gate as that router routes."""
+        self._router = router
+
+    @overload
+    def __call__(
+        self,
+        hidden: Tensor,
+        router_weight: Tensor,
+        topk: int | None = None,
+        per_expert_scale: Tensor | None = None,
+        *,
+        return_logits: Literal[False] = False,
+        **options: Unpack[GateOptions],
+    ) -> RoutingOutput: ...
+    @overload
+    def __call__(
+        self,
+        hidden: Tensor,
+        router_weight: Tensor,
+        topk: int | None = None,
+        per_expert_scale: Tensor | None = None,
+        *,
+        return_logits: Literal[True],
+        **options: Unpack[GateOptions],
+    ) -> GateOutput: ...
+    def __call__(  # noqa: PLR0913 -- one argument an operand of the maths
+        self,
+        hidden: Tensor,
+        router_weight: Tensor,
+        topk: int | None = None,
+        per_expert_scale: Tensor | None = None,
+        *,
+        router_bias: Tensor | None = None,
+        norm: RMSNorm | None = None,
+        input_scale: Tensor | None = None,
+        input_multiplier: float = 1.0,
+        logits_dtype: torch.dtype = torch.float32,
+        return_logits: bool = False,
+        invariant: bool = True,
+        bias: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_table: Tensor | None = None,
+        num_valid_tokens: int | Tensor | None = None,
+        expert_map: Tensor | None = None,
+        ids_dtype: torch.dtype = torch.int32,
+    ) -> RoutingOutput | GateOutput:
+        """Compute the logits of every token, select ``topk`` experts and weigh them.
+
+        The logits are ``(norm(hidden) * input_scale * input_multiplier) @ router_weight.T +
+        router_bias``, with nothing rounded on the way but by arithmetic in float32 or better.
+
+        :param hidden: ``[T, H]``, bfloat16, float16 or float32, any strides; H is at most 16,384,
+            T may be 0.
+        :param router_weight: ``[E, H]``, of the dtype of ``hidden`` or float32; E is at most 1,024.
+        :param topk: K, as of ``Router.__call__``.
+        :param per_expert_scale: likewise, as are ``bias``, ``token_ids``, ``expert_table``,
+            ``num_valid_tokens``, ``expert_map`` and ``ids_dtype``.
+        :param router_bias: ``[E]``, any float dtype: the bias of the linear layer, part of the
+            logits.
+        :param norm: a ``moe_routing.RMSNorm`` in front of everything else.
+        :param input_scale: ``[H]``, any float dtype: a factor of each column.
+        :param input_multiplier: a factor of all columns; Gemma 4 has ``H**-0.5``.
+        :param logits_dtype: round the logits to it before they are routed, as a model does whose
+            linear layer returns bfloat16.
+        :param return_logits: return the logits too, as they were routed.
+        :param invariant: let the bits of a row depend on nothing but the row, whatever other rows
+            there are and wherever it stands. A backend that has no such order of summation is not
+            used. ``False`` asks for the fastest order.
+        :returns: ``RoutingOutput(weights, ids)``, or ``GateOutput(weights, ids, logits)``.
+        :raises TypeError: an argument has the wrong type or dtype.
+        :raises ValueError: an argument has the wrong value, shape or device.
+        :raises BackendUnavailableError: no backend fits, or the one that was named does not.
+        """
+        return_logits = _check.flag("return_logits", return_logits)
+        checked = self._checked(
+            hidden, router_weight, topk, per_expert_scale,
+            {
+                "router_bias": router_bias, "norm": norm, "input_scale": input_scale,
+                "input_multiplier": input_multiplier, "logits_dtype": logits_dtype,
+                "invariant": invariant, "bias": bias, "token_ids": token_ids,
+                "expert_table": expert_table, "num_valid_tokens": num_valid_tokens,
+                "expert_map": expert_map, "ids_dtype": ids_dtype,
+            },
+        )  # fmt: skip
+        made = _gated(*checked, wanted=return_logits)
+        return made if return_logits else RoutingOutput(made.weights, made.ids)
+
+    def with_plan(  # noqa: PLR0913 -- the arguments of a call, and those of `plan`
+        self,
+        hidden: Tensor,
+        router_weight: Tensor,
+        topk: int | None = None,
+        per_expert_scale: Tensor | None = None,
+        *,
+        num_experts: int | None = None,
+        block: int | None = None,
+        capacity: int | None = None,
+        drop: Literal["last", "least_weight"] = "last",
+        masked: bool = False,
+        **options: Unpack[GateOptions],
+    ) -> RoutedPlan:
+        """Gate, and plan the ids: a call, then ``moe_routing.plan`` of its ids.
+
+        :param num_experts: as of ``Router.with_plan``, like ``block``, ``capacity``, ``drop`` and
+            ``masked``.
+        :param options: what a call takes by name, but for ``return_logits``.
+        :returns: ``RoutedPlan(weights, ids, plan)``.
+        :raises TypeError: an argument has the wrong type or dtype.
+        :raises ValueError: an argument has the wrong value, shape or device.
+        :raises BackendUnavailableError: no backend fits, or the one that was named does not.
+        """
+        for name, value in options.items():
+            if name not in GateOptions.__annotations__:
+                raise TypeError(refusal(name, "no such argument", value))
+        router, asked = self._router, (num_experts, block, capacity, drop, masked)
+        projection, operands, config = self._checked(
+            hidden, router_weight, topk, per_expert_scale, options
+        )
+        problem, _ = routed.checked(
+            operands, config.topk, router.spec.shared_experts, config.ids_dtype, asked, None
+        )
+        weights, ids, _ = _gated(projection, operands, config, wanted=False)
+        output = RoutingOutput(weights, ids)
+        return routed.composed(output, problem, asked, config.backend, None)
+
+    def __repr__(self) -> str:
+        """Show the router."""
+        return f"{self._router!r}.gate"
+
+    def _checked(
+        self,
+        hidden: Tensor,
+        router_weight: Tensor,
+        topk: int | None,
+        per_expert_scale: Tensor | None,
+        options: GateOptions,
+    ) -> tuple[Projection, Operands, GateConfig]:
+        """Check every argument; what stands in place of the logits has their shape."""
+        router = self._router
+        projection = checked_projection(
+            hidden,
+            router_weight,
+            router_bias=options.get("router_bias"),
+            norm=options.get("norm"),
+            input_scale=options.get("input_scale"),
+            input_multiplier=options.get("input_multiplier", 1.0),
+            num_experts=router.num_experts,
+        )
+        operands = _check.counted(
+            Operands(
+                _in_place_of_logits(projection), per_expert_scale, options.get("bias"),
+                options.get("token_ids"), options.get("expert_table"),
+                options.get("num_valid_tokens"), options.get("expert_map"),
+            )
+        )  # fmt: skip
+        topk = router._default_topk() if topk is None else _check.integer("topk", topk)  # noqa: SLF001 -- a gate is a part of its router
+        ids_dtype = options.get("ids_dtype", torch.int32)
+        logits_dtype = check_logits_dtype(options.get("logits_dtype", torch.float32))
+        invariant = _check.flag("invariant", options.get("invariant", True))
+        _check.check_operands(router.spec, operands, topk, ids_dtype)
+        _refuse_special(_tensors(projection, operands))
+        training = torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in (*projection, per_expert_scale)
+        )
+        config = GateConfig(
+            router._text, topk, ids_dtype, logits_dtype, invariant, router._requested,  # noqa: SLF001 -- likewise
+            router._shadow_key, training,  # noqa: SLF001 -- likewise
+        )  # fmt: skip
+        return projection, operands, config
+
+
+def _gated(
+    projection: Projection, operands: Operands, config: GateConfig, *, wanted: bool
+) -> GateOutput:
+    """Call the kernel with plain tensors, and the operator with all others.
+
+    :param wanted: whether the logits are; they may be unwritten otherwise.
+    """
+    plain = not (config.training or is_dynamo_compiling() or carries_tangents())
+    if plain and all(map(is_ordinary, _tensors(projection, operands))):
+        return run(projection, operands, config, wanted=wanted)
+    made = op.gate(projection, _as_tensors(operands), config)
+    if operands.expert_map is None:
+        return made
+    return made._replace(ids=apply_map(made.ids, operands.expert_map))
+
+
+def run(
+    projection: Projection, operands: Operands, config: GateConfig, *, wanted: bool = True
+) -> GateOutput:
+    """Gate checked real tensors.
+
+    :param operands: what routing takes; its logits are made here.
+    :param wanted: whether the logits are: otherwise a kernel that routes need not write them.
+    """
+    tokens, experts = projection.hidden.shape[0], projection.router_weight.shape[0]
+    logits = projection.hidden.new_empty((tokens, experts), dtype=config.logits_dtype)
+    dispatcher = dispatcher_of(config.spec, who_routes(config.backend))
+    if not tokens:
+        return GateOutput(
+            *empty_output(dispatcher.spec, logits, config.topk, config.ids_dtype), logits
+        )
+    projection = _readable(projection)
+    kernel = _kernel(projection, config)
+    shadow = None if config.shadow is None else _shadow(config.shadow)
+    if not isinstance(kernel, GatesAndRoutes):
+        kernel(projection, logits)
+        resolved = dispatcher.resolve_for(
+            logits, experts, config.topk, config.ids_dtype, config.training
+        )
+        return GateOutput(*resolved.route(operands._replace(logits=logits), shadow), logits)
+    written = logits if wanted or shadow is not None else None
+    output = _fused(kernel, projection, written, operands)
+    if shadow is not None:
+        shadow.observe(
+            dispatcher.spec, config.topk, operands._replace(logits=logits), output,
+            lambda some: _fused(kernel, projection, logits, some),
+        )  # fmt: skip
+    return GateOutput(*output, logits)
+
+
+def who_routes(backend: str | None) -> str | None:
+    """Return the backend to name for routing: a backend that only gates leaves it to the best."""
+    found = None if backend is None else _registry.backends.get(backend)
+    return backend if found is None or "route" in found.factories else None
+
+
+def _fused(
+    kernel: GatesAndRoutes, projection: Projection, logits: Tensor | None, operands: Operands
+) -> RoutingOutput:
+    _, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
+    return kernel.routed(
+        projection,
+        logits,
+        per_expert_scale=_packed(scale),
+        bias=_packed(bias),
+        token_ids=_packed(token_ids),
+        expert_table=_packed(expert_table),
+        num_valid_tokens=valid,
+        expert_map=_packed(expert_map),
+    )
+
+
+def _kernel(projection: Projection, config: GateConfig) -> GateKernel:
+    hidden, weight, bias, norm_weight, input_scale, eps, _ = projection
+    norm: Norm = "" if eps is None else "rms" if norm_weight is None else "rms_weight"
+    asked = (
+        config.spec, config.topk, config.ids_dtype, config.logits_dtype, config.invariant,
+        config.backend, hidden.device, hidden.dtype, weight.dtype, weight.shape, bias is None, norm,
+        input_scale is None, preference.get(), _registry.generation,
+    )  # fmt: skip
+    kernel: GateKernel | None = _kernels.get(asked)
+    if kernel is None:
+        problem = GateProblem(
+            spec=dispatcher_of(config.spec, None).spec,
+            num_experts=weight.shape[0],
+            topk=config.topk,
+            hidden_size=hidden.shape[1],
+            dtype=dtype_name(hidden.dtype),
+            float32_weight=weight.dtype != hidden.dtype,
+            router_bias=bias is not None,
+            norm=norm,
+            input_scale=input_scale is not None,
+            logits_dtype=dtype_name(config.logits_dtype),
+            ids_dtype=dtype_name(config.ids_dtype),
+            invariant=config.invariant,
+        )
+        kernel, _ = chosen(problem, probe(hidden.device), Request.gather(config.backend))
+        if len(_kernels) >= _KERNELS_KEPT:
+            _kernels.clear()
+        _kernels[asked] = kernel
+    assert kernel is not None  # noqa: S101 -- for mypy
+    return kernel
+
+
+def _in_place_of_logits(projection: Projection) -> Tensor:
+    """Return a tensor without memory of its own that has the shape of the logits."""
+    hidden, weight = projection[:2]
+    return hidden.detach()[:, :1].expand(hidden.shape[0], weight.shape[0])
+
+
+def _tensors(projection: Projection, operands: Operands) -> list[Tensor]:
+    return [t for t in (*projection, *operands[1:]) if isinstance(t, Tensor)]
+
+
+def _as_tensors(operands: Operands) -> Operands:
+    """Return the operands as the operator takes them."""
+    valid = operands.num_valid_tokens
+    if valid is None or isinstance(valid, Tensor):
+        return operands
+    counted = torch.full((1,), valid, dtype=torch.int64, device=operands.logits.device)
+    return operands._replace(num_valid_tokens=counted)
+
+
+def _refuse_special(tensors: list[Tensor]) -> None:
+    """Refuse what no rule says anything about: DTensors, and tensors inside torch.func.
+
+    :raises TypeError: there is one.
+    """
+    for tensor in tensors:
+        if _check.is_dtensor(tensor):
+            expected = "plain tensors; gate the rows of each rank by themselves"
+            raise TypeError(refusal("hidden", expected, tensor))
+        if not is_dynamo_compiling() and is_functorch_wrapped_tensor(tensor):
+            expected = "tensors outside torch.func; route the logits of a linear layer there"
+            raise TypeError(refusal("hidden", expected, tensor))
+
+
+def _readable(projection: Projection) -> Projection:
+    """Return tensors that a kernel may read: nothing negated lazily, and unit strides."""
+    hidden, weight, bias, norm_weight, input_scale, eps, multiplier = projection
+    return Projection(
+        _rows(hidden), _rows(weight), _packed(bias), _packed(norm_weight), _packed(input_scale),
+        eps, multiplier,
+    )  # fmt: skip
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    matrix = matrix.resolve_neg()
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _packed(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.resolve_neg().contiguous()
+
+
+def _shadow(key: str) -> Shadow | None:
+    from moe_routing.reference.shadow import shadow_of
+
+    return shadow_of(key)

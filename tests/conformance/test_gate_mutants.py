@@ -1,0 +1,116 @@
+"""Each wrong backend that gates, and each wrong change of the product, is caught.
+
+The check that is named for it catches it. A right backend fails no check.
+"""
+
+import re
+from itertools import chain
+
+import pytest
+from mutants import Mutant, registered
+from mutants.gating import CHANGES, MUTANTS, Fused, Projects
+from mutants.gating._mutant import ROUTES
+
+from moe_routing.conformance.contract import contract_of
+from moe_routing.conformance.runner import backend_under_test, evaluate
+from moe_routing.gating import call
+
+CONTRACT = contract_of("gate")
+CHECKS = {check.name: check for check in CONTRACT.checks}
+TRACED = {check.name for check in CONTRACT.checks if check.clause == 10}
+"""Checks that compile, which takes seconds."""
+ON_CUDA = {
+    "nothing_is_read_on_the_host", "a_cuda_graph_replays_with_new_inputs",
+    "the_tensors_device_is_used",
+}  # fmt: skip
+"""Checks that need a GPU, or two; their mutants come with the kernels for one."""
+NOTHING_FOR_THE_REFERENCE = ON_CUDA | {"what_it_declines_cannot_be_gated", "a_declared_gap_is_real"}
+
+
+@pytest.fixture(autouse=True)
+def _remembered_kernels(monkeypatch):
+    """Let nothing that a test changes be remembered by later calls."""
+    monkeypatch.setattr(call, "_kernels", {})
+
+
+def results(backend, check):
+    """Run a check on the smallest cases first, and return the results one by one."""
+    under_test = backend_under_test(backend, "cpu")
+    for item in chain(*(list(CHECKS[check].items(profile)) for profile in ("smoke", "quick"))):
+        yield evaluate(item, under_test)
+
+
+def each(wrong):
+    """Return parameters of a test; what compiles is slow."""
+    return [
+        pytest.param(
+            one,
+            marks=[pytest.mark.slow] * (one.caught_by in TRACED),
+            id=f"{one.name}-by-{one.caught_by}",
+        )
+        for one in wrong
+    ]
+
+
+def must_be_caught(backend, wrong):
+    said = []
+    for result in results(backend, wrong.caught_by):
+        if result.status == "failed" and "Traceback" not in result.message:
+            said.append(result.message)
+            if re.search(wrong.saying, result.message):
+                return
+    pytest.fail(f"nothing said {wrong.saying!r}, but: {said[:5]}")
+
+
+@pytest.mark.parametrize("mutant", each(MUTANTS))
+def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
+    with registered(mutant) as name:
+        must_be_caught(name, mutant)
+
+
+@pytest.mark.parametrize("change", each(CHANGES))
+def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(change, monkeypatch):
+    right = getattr(change.home, change.function)
+    monkeypatch.setattr(change.home, change.function, change.made(right))
+    must_be_caught("eager", change)
+
+
+@pytest.mark.parametrize("reference", [Projects, Fused])
+@pytest.mark.parametrize(
+    "check", [pytest.param(name, marks=[pytest.mark.slow]) for name in sorted(CHECKS)]
+)
+def test_a_right_backend_passes_every_check(check, reference):
+    with registered(Mutant(reference, check, operation="gate", others=ROUTES)) as name:
+        found = list(results(name, check))
+    assert [result.message for result in found if result.status == "failed"] == []
+    if check not in NOTHING_FOR_THE_REFERENCE:
+        assert any(result.status == "passed" for result in found)
+
+
+def test_every_check_has_a_mutant_and_every_clause_a_check():
+    caught = {one.caught_by for one in (*MUTANTS, *CHANGES)}
+    assert caught == set(CHECKS) - ON_CUDA
+    assert {check.clause for check in CONTRACT.checks} == set(CONTRACT.clauses)
+
+
+def test_ids_of_checks_are_unique_and_begin_with_the_clause():
+    for profile in ("smoke", "quick"):
+        ids = [item.id for item in CONTRACT.items(profile)]
+        assert len(set(ids)) == len(ids)
+        assert all(re.match(r"\d\d-[a-z]", name) for name in ids)
+
+
+QUICK = [name for name in CHECKS if name not in TRACED]
+
+
+@pytest.mark.parametrize(
+    ("profile", "checks"),
+    [("smoke", QUICK), pytest.param("quick", list(CHECKS), marks=pytest.mark.slow)],
+    ids=["smoke", "quick"],
+)
+def test_eager_gates_as_the_contract_says(profile, checks):
+    under_test = backend_under_test("eager", "cpu")
+    items = [item for item in CONTRACT.items(profile) if item.check.name in checks]
+    found = [evaluate(item, under_test) for item in items]
+    assert [f"{one.id}: {one.message}" for one in found if one.status == "failed"] == []
+    assert any(one.status == "passed" for one in found)

@@ -1,0 +1,15 @@
+"""Wrong backends of ``gate``, and changes of the product that make it wrong.
+
+``tests/conformance/test_gate_mutants.py`` holds the kit to both.
+"""
+
+from __future__ import annotations
+
+from mutants.gating import declining, logits, memory, product, routing
+from mutants.gating._mutant import MUTANTS, Fused, Projects
+from mutants.gating.product import CHANGES, Change
+
+__all__ = [
+    "CHANGES", "MUTANTS", "Change", "Fused", "Projects", "declining", "logits", "memory", "product",
+    "routing",
+]  # fmt: skip

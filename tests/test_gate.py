@@ -1,0 +1,344 @@
+"""``Router.gate``: what the kit does not hold a backend to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mutants import Mutant, registered
+from mutants.gating import Fused, Projects
+from transformers import Gemma4TextConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
+
+import moe_routing
+from moe_routing.cli._app import run as command
+from moe_routing.conformance.gating._sets import FORMS
+from moe_routing.conformance.gating.cases import HIDDEN, Case
+from moe_routing.gating import GateOutput, GateProblem
+from moe_routing.gating.example import GATE_EXAMPLE
+from moe_routing.reference import gate_oracle
+from moe_routing_backends.eager import gate as eager
+from moe_routing_registry import BackendUnavailableError, RejectCode
+
+T, E, K, H = 9, 16, 4, 40
+ROUTE = moe_routing.get_router("gemma4")
+GATE = ROUTE.gate
+
+
+def operands(dtype=torch.float32):
+    """Return what Gemma 4's router takes, by name."""
+    return {
+        "hidden": torch.randn(T, H).to(dtype),
+        "router_weight": torch.randn(E, H).to(dtype),
+        "topk": K,
+        "per_expert_scale": torch.rand(E),
+        "norm": moe_routing.RMSNorm(eps=1e-6),
+        "input_scale": torch.rand(H),
+        "input_multiplier": H**-0.5,
+    }
+
+
+def gemma4s_router(dtype=torch.float32):
+    config = Gemma4TextConfig(hidden_size=H, num_experts=E, top_k_experts=K, enable_moe_block=True)
+    router = Gemma4TextRouter(config)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return router.to(dtype)
+
+
+def of_module(router):
+    """Return the operands that are parameters of transformers' module."""
+    return {
+        "router_weight": router.proj.weight,
+        "topk": K,
+        "per_expert_scale": router.per_expert_scale,
+        "norm": moe_routing.RMSNorm(router.eps),
+        "input_scale": router.scale,
+        "input_multiplier": router.scalar_root_size,
+    }
+
+
+def test_gemma4s_router_is_one_call():
+    router = gemma4s_router()
+    hidden = torch.randn(200, H)
+    probabilities, theirs, ids = router(hidden)
+    made = GATE(hidden, **of_module(router), return_logits=True)
+    torch.testing.assert_close(made.logits.softmax(-1), probabilities, rtol=1e-4, atol=1e-6)
+    assert torch.equal(made.ids.long(), ids)
+    torch.testing.assert_close(made.weights, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_gemma4s_router_trains_as_its_module_does():
+    router = gemma4s_router()
+    hidden = torch.randn(20, H)
+    leaves = list(router.parameters())
+    gradients = [
+        torch.autograd.grad(weights.square().sum(), leaves)
+        for weights in (router(hidden)[1], GATE(hidden, **of_module(router)).weights)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@settings(max_examples=20)  # each size is a problem of its own
+@given(tokens=st.integers(0, 40), experts=st.integers(1, 40), columns=st.integers(1, 70))
+def test_sizes_of_every_kind_are_gated(tokens, experts, columns):
+    hidden, weight = torch.randn(tokens, columns), torch.randn(experts, columns)
+    gate = moe_routing.get_router("mixtral").gate
+    for invariant in (True, False):
+        made = gate(hidden, weight, 1, return_logits=True, invariant=invariant)
+        torch.testing.assert_close(made.logits, hidden @ weight.t(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(made.ids.long(), made.logits.argmax(1, keepdim=True))
+
+
+def test_what_comes_back_has_names():
+    given = operands()
+    assert isinstance(GATE(**given), moe_routing.RoutingOutput)
+    made = GATE(**given, return_logits=True)
+    assert isinstance(made, GateOutput)
+    assert made.logits.dtype is torch.float32
+
+
+def test_a_plan_is_that_of_the_ids():
+    given = operands()
+    weights, ids, plan = GATE.with_plan(**given, block=8)
+    assert torch.equal(ids, GATE(**given).ids)
+    expected = moe_routing.plan(ids, E, block=8)
+    assert all(map(torch.equal, plan[:5], expected[:5]))
+    weights, ids, plan = GATE.with_plan(**given, capacity=1, drop="least_weight")
+    expected = moe_routing.plan(ids, E, capacity=1, drop="least_weight", weights=weights)
+    assert torch.equal(plan.order, expected.order)
+
+
+def test_a_plan_knows_physical_experts():
+    given = {**operands(), "expert_map": torch.arange(E).flip(0) + 3}
+    with pytest.raises(TypeError, match=r"^num_experts: "):
+        GATE.with_plan(**given)
+    assert GATE.with_plan(**given, num_experts=E + 3).plan.counts[:3].tolist() == [0, 0, 0]
+    with pytest.raises(TypeError, match=r"^return_logits: "):
+        GATE.with_plan(**given, num_experts=E + 3, return_logits=True)
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: Case(**form).id)
+def test_both_ways_of_eagers_one_order_have_the_same_bits(form, hidden, monkeypatch):
+    case = Case(**{**form, "hidden": hidden, "num_tokens": 65})
+    projection = case.make(torch.device("cpu")).projection
+    made = [torch.full((65, 64), torch.nan) for _ in range(2)]
+    eager.in_one_order(projection, made[0])
+
+    def by_terms(inputs, weight, bias, logits):
+        logits.copy_(eager._rounded(eager.pairwise(inputs[:, None] * weight), bias))
+
+    monkeypatch.setattr(eager, "_by_product", by_terms)
+    eager.in_one_order(projection, made[1])
+    assert torch.equal(*made)
+
+
+def test_few_sums_are_added_term_by_term(monkeypatch):
+    added = []
+    monkeypatch.setattr(
+        eager, "pairwise", lambda terms, right=eager.pairwise: added.append(terms) or right(terms)
+    )
+    hidden, weight = torch.randn(500, 300), torch.randn(64, 300)
+    moe_routing.get_router("mixtral", backend="eager").gate(hidden, weight, 2)
+    assert sum(map(len, added)) < 500 * 64 / 100
+
+
+def test_shorter_products_of_pytorch_reach_no_logit():
+    case = Case(dtype="float32", columns=2816, invariant=False)
+    projection = case.make(torch.device("cpu")).projection
+    home = getattr(torch.backends.mkldnn, "matmul", None)
+    if home is None:
+        torch.set_float32_matmul_precision("medium")
+    else:
+        home.fp32_precision = "bf16"
+    try:
+        assert not eager._float32_is_exact()
+        made = torch.empty(33, 64)
+        eager.in_float32(projection, made)
+    finally:
+        if home is None:
+            torch.set_float32_matmul_precision("highest")
+        else:
+            home.fp32_precision = "none"
+    assert eager._float32_is_exact()
+    assert torch.equal(made, gate_oracle.logits(projection).float())
+
+
+def test_a_fused_kernel_serves_plain_traced_and_training_calls():
+    given = operands()
+    right = moe_routing.get_router("gemma4", backend="eager").gate(**given, return_logits=True)
+    with registered(Mutant(Fused, "", operation="gate")) as name:
+        router = moe_routing.get_router("gemma4", backend=name, verify=True)
+        Fused.asked.clear()
+        made = router.gate(**given)
+        assert Fused.asked == [True]  # logits, which shadow mode compares
+        assert torch.equal(made.ids, right.ids)
+        assert router.health().compared == 1
+        assert router.health().ok
+        router = moe_routing.get_router("gemma4", backend=name)
+        Fused.asked.clear()
+        router.gate(**given)
+        router.gate(**given, return_logits=True)
+        assert Fused.asked == [False, True]
+        hidden = given["hidden"].clone().requires_grad_()
+        weights, _ = router.gate(**{**given, "hidden": hidden})
+        weights.square().sum().backward()
+        assert hidden.grad.abs().sum() > 0
+        torch.compiler.reset()
+        compiled = torch.compile(router.gate, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(**given).ids, right.ids)
+        assert len(Fused.asked) == 4
+
+
+def test_shadow_mode_compares_what_is_gated():
+    router = moe_routing.get_router("gemma4", verify=True)
+    router.gate(**operands())
+    assert router.health().compared == 1
+    assert router.health().ok
+
+
+def test_threads_gate_at_once():
+    given = operands()
+    right, made = GATE(**given), {}
+
+    def work(thread):
+        made[thread] = GATE(**given)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 8
+    assert all(torch.equal(one.weights, right.weights) for one in made.values())
+
+
+def test_tensors_of_other_kinds_are_refused_by_name():
+    given = operands()
+    with pytest.raises(TypeError, match=r"^hidden: expected tensors outside torch\.func"):
+        torch.func.grad(lambda hidden: GATE(**{**given, "hidden": hidden}).weights.sum())(
+            given["hidden"]
+        )
+
+
+def test_a_tensor_that_is_negated_lazily_is_read_as_it_is():
+    given = operands()
+    negated = torch.randn(T, H, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    made = GATE(**{**given, "hidden": negated}, return_logits=True)
+    right = GATE(**{**given, "hidden": negated.resolve_neg().clone()}, return_logits=True)
+    assert torch.equal(made.logits, right.logits)
+
+
+def test_a_configuration_says_how_many_experts_there_are():
+    config = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    gate = moe_routing.get_router(config).gate
+    assert gate(torch.randn(3, H), torch.randn(8, H)).ids.shape == (3, 2)
+    with pytest.raises(ValueError, match=r"^router_weight: expected num_experts = 8 rows"):
+        gate(torch.randn(3, H), torch.randn(9, H))
+
+
+def test_a_backend_without_one_order_declines_and_says_what_to_do():
+    gate = moe_routing.get_router("gemma4", backend="torch-compile").gate
+    with pytest.raises(BackendUnavailableError) as raised:
+        gate(**operands())
+    verdict = raised.value.report.rejection("torch-compile").verdict
+    assert verdict.code is RejectCode.INVARIANCE
+    assert verdict.fix == "pass invariant=False"
+
+
+@pytest.mark.slow  # it compiles
+def test_the_compiled_formula_gates_in_any_order():
+    given = {**operands(), "invariant": False, "return_logits": True}
+    made = moe_routing.get_router("gemma4", backend="torch-compile").gate(**given)
+    right = GATE(**given)
+    torch.testing.assert_close(made.logits, right.logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(made.ids, right.ids)
+
+
+def test_a_backend_that_only_writes_logits_leaves_routing_to_the_best():
+    given = operands()
+    with registered(Mutant(Projects, "", operation="gate")) as name:
+        made = moe_routing.get_router("gemma4", backend=name).gate(**given, return_logits=True)
+    right = GATE(**given, return_logits=True)
+    assert all(map(torch.equal, made, right))
+
+
+def test_explain_says_which_order_is_in_use(capsys):
+    report = moe_routing.explain(GATE_EXAMPLE)
+    assert report.winner == "eager"
+    assert "one order" in report.notes[0]
+    assert "composed of two operations" in report.notes[1]
+    assert command(["explain", "gate", "-e", "64", "-k", "6", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["operation"], said["winner"]) == ("gate", "eager")
+    assert said["problem"]["num_experts"] == 64
+    assert said["problem"]["invariant"] is True
+
+
+def test_problems_take_only_what_gate_takes():
+    words = {"spec": ROUTE.spec, "num_experts": 8, "topk": 2, "hidden_size": 64, "dtype": "float32"}
+    assert str(GateProblem(**words)) == "gate gemma4 E=8 K=2 H=64 float32"
+    for name, value in (
+        ("num_experts", 1025), ("hidden_size", 16385), ("hidden_size", 0), ("dtype", "float64"),
+        ("logits_dtype", "int8"), ("topk", 9),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            GateProblem(**{**words, name: value})
+
+
+LOADS = """
+import sys, torch, moe_routing
+hidden, expected = torch.load(sys.argv[2])
+made = torch.export.load(sys.argv[1]).module()(hidden)
+assert type(made).__name__ == "GateOutput"
+assert all(map(torch.equal, made, expected))
+"""
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = gemma4s_router().requires_grad_(requires_grad=False)
+
+    def forward(self, hidden):
+        return GATE(hidden, **of_module(self.router), return_logits=True)
+
+
+@pytest.mark.slow  # a new process
+def test_a_layer_is_exported_saved_and_loaded_in_a_new_process(tmp_path):
+    layer, hidden = Layer(), torch.randn(5, H)
+    dynamic = ({0: torch.export.Dim("tokens")},)
+    program = torch.export.export(layer, (hidden,), dynamic_shapes=dynamic)
+    torch.export.save(program, tmp_path / "layer.pt2")
+    other = torch.randn(3, H)
+    torch.save((other, tuple(layer(other))), tmp_path / "expected.pt")
+    files = [str(tmp_path / "layer.pt2"), str(tmp_path / "expected.pt")]
+    subprocess.run([sys.executable, "-c", LOADS, *files], check=True)
+
+
+def test_a_wrong_plan_is_refused_before_anything_is_gated():
+    with registered(Mutant(Fused, "", operation="gate")) as name:
+        gate = moe_routing.get_router("gemma4", backend=name).gate
+        Fused.asked.clear()
+        for options, error in (({"block": 0}, ValueError), ({"nonsense": 1}, TypeError)):
+            with pytest.raises(error, match=rf"^{next(iter(options))}: "):
+                gate.with_plan(**operands(), **options)
+    assert Fused.asked == []
+
+
+def test_a_plan_is_compiled_with_its_gate():
+    given = operands()
+    torch.compiler.reset()
+    compiled = torch.compile(GATE.with_plan, fullgraph=True, backend="aot_eager")
+    made, right = compiled(**given, block=4), GATE.with_plan(**given, block=4)
+    assert torch.equal(made.weights, right.weights)
+    assert torch.equal(made.plan.order, right.plan.order)
