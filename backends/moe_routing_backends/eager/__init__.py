@@ -28,7 +28,7 @@ def notes(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
         dtype = "float32" if on_cpu else "float64"
         how = f"{dtype} sums, in an order that depends on the number of tokens"
     elif on_cpu:
-        how = "float64 sums in one order, in three to four times the time of invariant=False"
+        how = "float64 sums in one order, in about three times the time of invariant=False"
     else:
         how = "float64 sums in one order, term by term: invariant=False takes far less time"
     return (f"logits: {how}", "composed of two operations, the logits and route")
