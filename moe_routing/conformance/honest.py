@@ -92,7 +92,7 @@ def _verdict(under_test: BackendUnderTest, problem: Problem) -> Verdict | None:
 def _must_be_impossible(
     under_test: BackendUnderTest, declined: list[Trial], reason: str, otherwise: str
 ) -> None:
-    """Require that some of the problems, which are declined for one reason, cannot be had."""
+    """Require that some of the problems declined for one reason are beyond the backend."""
     said = f"declines {declined[0].problem} ({reason})"
     for trial in declined:
         kernel = _built_all_the_same(under_test, trial.problem)

@@ -167,7 +167,7 @@ def _must_be_impossible(
     reason: str,
     otherwise: str,
 ) -> None:
-    """Require that some of the problems, which are declined for one reason, cannot be had.
+    """Require that some of the problems declined for one reason are beyond the backend.
 
     Not all of them: a sigmoid backend that declines softmax gives the right answer where E is 1.
     """

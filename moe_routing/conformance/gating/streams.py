@@ -10,7 +10,8 @@ import torch
 from moe_routing.conformance.checks.streams import side_stream, two_devices
 from moe_routing.conformance.gating import _sets
 from moe_routing.conformance.gating._check import check, require
-from moe_routing.conformance.under_test import BackendUnderTest, NotRunError
+from moe_routing.conformance.planning.streams import need_cuda
+from moe_routing.conformance.under_test import BackendUnderTest
 from moe_routing.gating import GateOutput
 
 if TYPE_CHECKING:
@@ -55,16 +56,10 @@ def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, 
         other.must_match(one)
 
 
-def _need_cuda(under_test: BackendUnderTest) -> None:
-    if under_test.device.type != "cuda":
-        msg = "needs a CUDA device"
-        raise NotRunError(msg)
-
-
 @check(11, _sizes)
 def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> None:
     """A call does not synchronise with the device."""
-    _need_cuda(under_test)
+    need_cuda(under_test)
     call = case.make(under_test.device)
     call.made(under_test)
     torch.cuda.synchronize(under_test.device)
@@ -82,7 +77,7 @@ def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> Non
 @check(11, _sizes, capability="cuda_graphs")
 def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Case) -> None:
     """A graph that is captured after one warm-up call replays with other hidden states."""
-    _need_cuda(under_test)
+    need_cuda(under_test)
     call = case.make(under_test.device)
     call.made(under_test)
     torch.cuda.synchronize(under_test.device)
