@@ -40,7 +40,9 @@ def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of
     A Triton for this platform must be installed, or interpret on this CPU.
     """
     verdict = _triton_runs(device)
-    return verdict if not verdict or problem.operation != "route" else _routes(problem)
+    if not verdict or problem.operation not in {"route", "gate"}:
+        return verdict
+    return _routes(problem if problem.operation == "route" else problem.routing)
 
 
 def _triton_runs(device: DeviceInfo) -> Verdict:
@@ -124,6 +126,7 @@ def moe_routing_backends() -> list[BackendSpec]:
             name="triton",
             factories={
                 "route": "moe_routing_backends.triton.runtime.router:build",
+                "gate": "moe_routing_backends.triton.gating.gate:build",
                 "plan": "moe_routing_backends.triton.planning.planner:build",
                 "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
                 "combine": "moe_routing_backends.triton.permutation.mover:build_combine",
@@ -146,6 +149,7 @@ def moe_routing_backends() -> list[BackendSpec]:
             name="triton-xpu",
             factories={
                 "route": "moe_routing_backends.triton.runtime.router:build_for_xpu",
+                "gate": "moe_routing_backends.triton.gating.gate:build_for_xpu",
                 "plan": "moe_routing_backends.triton.planning.planner:build_for_xpu",
                 "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
                 "combine": "moe_routing_backends.triton.permutation.mover:build_combine",
