@@ -114,7 +114,22 @@ def _launches(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN
         return (choose.describe_table(device, problem),)
     if problem.operation == "plan":
         return (choose.describe_plan_table(device, problem),)
+    if problem.operation == "gate":
+        return _sums(problem, device)
     return ()  # the others have no table
+
+
+def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 -- of ``gate``
+    """Say in which order ``gate`` adds, and how many kernels do it."""
+    from moe_routing_backends.triton.gating.launches import SLICE, launches_for
+    from moe_routing_backends.triton.tuning import choose
+
+    few = max(launch.tokens or 0 for launch in launches_for(device) if launch.split)
+    return (
+        f"logits: float32 sums of slices of {SLICE} columns, one order for any number of tokens",
+        f"up to {few} tokens two kernels, the second of which adds and routes",
+        choose.describe_table(device, problem.routing),
+    )
 
 
 @hookimpl
@@ -149,7 +164,6 @@ def moe_routing_backends() -> list[BackendSpec]:
             name="triton-xpu",
             factories={
                 "route": "moe_routing_backends.triton.runtime.router:build_for_xpu",
-                "gate": "moe_routing_backends.triton.gating.gate:build_for_xpu",
                 "plan": "moe_routing_backends.triton.planning.planner:build_for_xpu",
                 "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
                 "combine": "moe_routing_backends.triton.permutation.mover:build_combine",

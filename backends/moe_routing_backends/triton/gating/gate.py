@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from moe_routing_backends.triton.runtime.router import TritonRouter
     from moe_routing_registry import DeviceInfo
 
-SUB_GROUP = 16
-"""Lanes of a sub-group on Intel's GPUs: their matrix units are for 16."""
 ONE_WARP_UP_TO = 256
 """Experts up to which a warp adds and routes a row by itself."""
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
@@ -45,11 +43,6 @@ DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 def build(problem: GateProblem, device: DeviceInfo) -> TritonGate:
     """Bind the problem to the device; nothing is compiled before the first call."""
     return TritonGate(problem, device, router.build(problem.routing, device))
-
-
-def build_for_xpu(problem: GateProblem, device: DeviceInfo) -> TritonGate:
-    """Bind the problem to an Intel GPU, likewise."""
-    return TritonGate(problem, device, router.build_for_xpu(problem.routing, device))
 
 
 class TritonGate:
@@ -223,9 +216,8 @@ class TritonGate:
             # Only Triton's own launch calls its hooks.
             ordered = tuple(fixed[name] for name in kernel.arg_names if name in fixed)
             self._compiled.launch_and_keep(
-                key, kernel, programs, (*tensors, *numbers), ordered, num_warps, SUB_GROUP,
-                pdl=self._pdl,
-            )  # fmt: skip
+                key, kernel, programs, (*tensors, *numbers), ordered, num_warps, pdl=self._pdl
+            )
             return
         at = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         launcher(programs, current_stream(self._index), (*at, *numbers))
