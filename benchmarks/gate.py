@@ -24,7 +24,7 @@ import moe_routing
 from moe_routing.gating import GateOutput, GateProblem, Projection
 from moe_routing.reference import gate_oracle
 from moe_routing_backends.triton.gating import gate as host
-from moe_routing_backends.triton.gating.launches import WARP_GROUPS, GateLaunch, Order, order_of
+from moe_routing_backends.triton.gating.launches import SM_90, GateLaunch, Order, order_of
 from moe_routing_backends.triton.runtime import router
 from moe_routing_backends.triton.tuning.measure import LEAST_SETS, replayed
 from moe_routing_registry import RoutingSpec
@@ -205,7 +205,7 @@ def main() -> None:
     out, sizes = Path(sys.argv[1]), tuple(map(int, sys.argv[2:])) or TOKENS
     for model in MODELS:
         check(model, None, model.name)
-        for launch in WARP_GROUPS:
+        for launch in SM_90:
             check(model, (launch._replace(tokens=None),), f"{model.name}, {launch}")
     print("all right", flush=True)
     results = []

@@ -136,15 +136,17 @@ def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
 def moe_routing_backends() -> list[BackendSpec]:
     """Register the backends."""
     interpreter = (Target("cpu", explicit=True),) if triton_interprets() else ()
+    # The kernels of `gate` have not run on a GPU yet: the interpreter alone offers them.
+    gate = {"gate": "moe_routing_backends.triton.gating.gate:build"} if interpreter else {}
     return [
         BackendSpec(
             name="triton",
             factories={
                 "route": "moe_routing_backends.triton.runtime.router:build",
-                "gate": "moe_routing_backends.triton.gating.gate:build",
                 "plan": "moe_routing_backends.triton.planning.planner:build",
                 "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
                 "combine": "moe_routing_backends.triton.permutation.mover:build_combine",
+                **gate,
             },
             targets=(
                 Target("cuda", min_capability=(8, 0)),
