@@ -40,6 +40,7 @@ test-all: $(READY) ## the tests that `make test` leaves out, slow or with pip: a
 	@$(PYTEST) -m "(slow or network) and not gpu"
 
 test-gpu: $(READY) ## the contract on an NVIDIA GPU, for the backends eager and triton: some minutes
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: torch sees no NVIDIA GPU")'
 	@echo "==> the tests that need an NVIDIA GPU: some minutes"
 	@$(BIN)/python -m pytest -m gpu
 
