@@ -9,19 +9,23 @@ often.
 import random
 import sys
 
-import torch
-import triton
-import triton.language as tl
-from interpreted_permutation import check_around, rows_of, to_fill
+from interpreter import interpret
 
-import moe_routing
-from moe_routing.conformance.variants import VARIANTS, fits
-from moe_routing.gating import GateOutput, GateProblem, Projection
-from moe_routing.reference import gate_oracle
-from moe_routing_backends.triton.gating import gate as host
-from moe_routing_backends.triton.gating.kernels import parts_of
-from moe_routing_backends.triton.gating.launches import GateLaunch
-from moe_routing_backends.triton.runtime import router
+interpret()
+
+import torch  # noqa: E402 -- after Triton interprets
+import triton  # noqa: E402 -- likewise
+import triton.language as tl  # noqa: E402 -- likewise
+from interpreted_permutation import check_around, rows_of, to_fill  # noqa: E402 -- likewise
+
+import moe_routing  # noqa: E402 -- likewise
+from moe_routing.conformance.variants import VARIANTS, fits  # noqa: E402 -- likewise
+from moe_routing.gating import GateOutput, GateProblem, Projection  # noqa: E402 -- likewise
+from moe_routing.reference import gate_oracle  # noqa: E402 -- likewise
+from moe_routing_backends.triton.gating import gate as host  # noqa: E402 -- likewise
+from moe_routing_backends.triton.gating.kernels import parts_of  # noqa: E402 -- likewise
+from moe_routing_backends.triton.gating.launches import GateLaunch  # noqa: E402 -- likewise
+from moe_routing_backends.triton.runtime import router  # noqa: E402 -- likewise
 
 FLOATS = ("bfloat16", "float16", "float32")
 LAUNCHES = (
