@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import Mutant, registered
 from mutants.gating import Fused, Projects
+from torch.autograd import forward_ad
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 
@@ -29,6 +31,7 @@ from moe_routing_registry import BackendUnavailableError, RejectCode
 T, E, K, H = 9, 16, 4, 40
 ROUTE = moe_routing.get_router("gemma4")
 GATE = ROUTE.gate
+PLAIN = moe_routing.get_router("mixtral").gate
 
 
 def operands(dtype=torch.float32):
@@ -221,12 +224,109 @@ def test_threads_gate_at_once():
     assert all(torch.equal(one.weights, right.weights) for one in made.values())
 
 
-def test_tensors_of_other_kinds_are_refused_by_name():
+FLOAT_OPERANDS = ("hidden", "router_weight", "router_bias", "input_scale", "per_expert_scale")
+
+
+@pytest.mark.parametrize("name", FLOAT_OPERANDS)
+def test_tensors_inside_torch_func_are_refused_by_name(name):
+    given = {**operands(), "router_bias": torch.rand(E)}
+
+    def of(tensor):
+        return GATE(**{**given, name: tensor}).weights.sum()
+
+    refused = rf"^{name}: expected a tensor outside torch\.func and forward mode; route the logits"
+    with pytest.raises(TypeError, match=refused):
+        torch.func.grad(of)(given[name])
+    with pytest.raises(TypeError, match=refused):
+        torch.vmap(of)(given[name][None])
+
+
+@pytest.mark.parametrize("name", FLOAT_OPERANDS)
+def test_a_tangent_is_refused_and_not_dropped(name):
+    given = {**operands(), "router_bias": torch.rand(E)}
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(
+            TypeError, match=rf"^{name}: expected a tensor outside torch\.func and f"
+        ):
+            GATE(**{**given, name: dual})
+        assert GATE(**given).ids.shape == (T, K)
+
+
+def test_a_parameter_without_a_shape_is_refused_by_name():
     given = operands()
-    with pytest.raises(TypeError, match=r"^hidden: expected tensors outside torch\.func"):
-        torch.func.grad(lambda hidden: GATE(**{**given, "hidden": hidden}).weights.sum())(
-            given["hidden"]
-        )
+    for name in FLOAT_OPERANDS:
+        nothing = torch.nn.UninitializedParameter()
+        with pytest.raises(ValueError, match=rf"^{name}: expected a dense tensor"):
+            GATE(**{**given, name: nothing})
+    with pytest.raises(ValueError, match=r"^logits: expected a dense tensor"):
+        ROUTE(torch.nn.UninitializedParameter(), K, given["per_expert_scale"])
+
+
+@pytest.mark.parametrize("value", [10**400, 1e-45, -1e-45, Fraction(10**400)])
+def test_a_number_that_float32_does_not_hold_is_refused_by_name(value):
+    given = operands()
+    with pytest.raises(ValueError, match=r"^input_multiplier: expected a number from magnitude"):
+        GATE(**{**given, "input_multiplier": value})
+    with pytest.raises(ValueError, match=r"^norm: eps: expected a number from 1\.17549e-38 to"):
+        GATE(**{**given, "norm": moe_routing.RMSNorm(value)})
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_autocast_changes_neither_logits_nor_gradients(invariant):
+    given = {**operands(), "invariant": invariant, "return_logits": True}
+    leaves = [given[name].requires_grad_() for name in FLOAT_OPERANDS if name in given]
+    made = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = GATE(**given)
+            loss = out.weights.square().sum() + out.logits.square().sum()
+            made.append((*out, *torch.autograd.grad(loss, leaves)))
+    assert len(made[0]) == 7
+    assert all(map(torch.equal, *made))
+
+
+def test_zeros_have_one_sign_in_any_batch():
+    weight = torch.tensor([[0.0], [-0.0], [1.0]])
+    hidden = torch.tensor([[-1.0], [1.0], [-0.0], [0.0], [-1.0]])
+    whole = PLAIN(hidden, weight, 1, return_logits=True).logits
+    for row in range(len(hidden)):
+        alone = PLAIN(hidden[row : row + 1], weight, 1, return_logits=True).logits
+        assert torch.equal(alone.view(torch.int32), whole[row : row + 1].view(torch.int32))
+    assert not whole[:, :2].signbit().any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, -torch.nan])
+def test_rows_that_are_not_finite_are_not_added_term_by_term(monkeypatch, value):
+    added = []
+    monkeypatch.setattr(
+        eager, "pairwise", lambda terms, right=eager.pairwise: added.append(terms) or right(terms)
+    )
+    hidden, weight = torch.randn(200, 300), torch.randn(64, 300)
+    hidden[3:] = value
+    gate = moe_routing.get_router("mixtral", backend="eager").gate
+    made = gate(hidden, weight, 2, return_logits=True).logits
+    assert sum(map(len, added)) < 64
+    assert not made[3:].isfinite().any()
+    alone = gate(hidden[7:8], weight, 2, return_logits=True).logits
+    assert torch.equal(alone.view(torch.int32), made[7:8].view(torch.int32))
+
+
+def test_many_rows_are_gated_some_at_a_time(monkeypatch):
+    hidden, weight = torch.randn(50, 300), torch.randn(64, 300)
+    gate = moe_routing.get_router("mixtral", backend="eager").gate
+    right = gate(hidden, weight, 2, return_logits=True).logits
+    seen = []
+    monkeypatch.setattr(
+        eager,
+        "_by_product",
+        lambda inputs, *others, right=eager._by_product: (
+            seen.append(len(inputs)) or right(inputs, *others)
+        ),
+    )
+    monkeypatch.setattr(eager, "TERMS_AT_A_TIME", 300 * 20)
+    assert torch.equal(gate(hidden, weight, 2, return_logits=True).logits, right)
+    assert seen == [20, 20, 10]
 
 
 def test_a_tensor_that_is_negated_lazily_is_read_as_it_is():

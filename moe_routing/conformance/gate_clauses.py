@@ -24,9 +24,10 @@ _CLAUSES = (
         "A logit is the sum of H terms, `hidden * norm * norm.weight * input_scale * "
         "input_multiplier * router_weight`, plus `router_bias`; without a norm that factor is 1. "
         "Products and sums are in float32 or better, in any order, and nothing is rounded to a "
-        "shorter dtype on the way. The bound of a logit's error is derived from the roundings of "
-        "such arithmetic (`moe_routing/reference/gate_oracle.py`): it grows with the sum of the "
-        "terms' magnitudes, and is well below a step of bfloat16 up to some thousand columns. "
+        "shorter dtype on the way; `torch.autocast` changes none of it. The bound of a logit's "
+        "error is derived from the roundings of such arithmetic "
+        "(`moe_routing/reference/gate_oracle.py`): it grows with the sum of the terms' "
+        "magnitudes, and is well below a step of bfloat16 up to some thousand columns. "
         "Hidden states are bfloat16, float16 or float32, the router weight has their dtype or "
         "float32; H is 1 to 16,384, E 1 to 1,024.",
         "logits out of a bfloat16 product, or a scale that was folded into bfloat16 weights, move "

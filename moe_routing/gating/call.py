@@ -13,13 +13,14 @@ from moe_routing._autograd import apply_map
 from moe_routing._call_cache import is_ordinary
 from moe_routing._dispatch import chosen, dispatcher_of, dtype_name, empty_output
 from moe_routing._registry import registry
+from moe_routing.formula.gate import in_full
 from moe_routing.gating import op
 from moe_routing.gating._check import check_logits_dtype, checked_projection
 from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection
 from moe_routing.gating.problem import GateProblem, Norm
 from moe_routing.kernel import Operands, RoutingOutput
 from moe_routing.planning import routed
-from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
+from moe_routing.private_api import has_tangent, is_functorch_wrapped_tensor
 from moe_routing.probing import probe
 from moe_routing_registry import Request
 from moe_routing_registry.request import preference
@@ -28,12 +29,17 @@ from moe_routing_registry.text import refusal
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from moe_routing._dispatch import Dispatcher
     from moe_routing._router import Router
     from moe_routing.gating.kernel import GateKernel, RMSNorm
     from moe_routing.planning.kernel import RoutedPlan
     from moe_routing.reference.shadow import Shadow
 
 _registry = registry()
+_NAMES = (
+    "hidden", "router_weight", "router_bias", "norm", "input_scale", "norm", "input_multiplier",
+)  # fmt: skip
+"""The arguments that the parts of a projection came in."""
 _kernels: dict[tuple[object, ...], Any] = {}
 _KERNELS_KEPT = 1024
 """When there are more, remembering begins anew."""
@@ -250,7 +256,7 @@ class Gate:
         logits_dtype = check_logits_dtype(options.get("logits_dtype", torch.float32))
         invariant = _check.flag("invariant", options.get("invariant", True))
         _check.check_operands(router.spec, operands, topk, ids_dtype)
-        _refuse_special(_tensors(projection, operands))
+        _refuse_special(projection, operands)
         training = torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in (*projection, per_expert_scale)
         )
@@ -268,7 +274,7 @@ def _gated(
 
     :param wanted: whether the logits are; they may be unwritten otherwise.
     """
-    plain = not (config.training or is_dynamo_compiling() or carries_tangents())
+    plain = not (config.training or is_dynamo_compiling())
     if plain and all(map(is_ordinary, _tensors(projection, operands))):
         return run(projection, operands, config, wanted=wanted)
     made = op.gate(projection, _as_tensors(operands), config)
@@ -292,13 +298,25 @@ def run(
         return GateOutput(
             *empty_output(dispatcher.spec, logits, config.topk, config.ids_dtype), logits
         )
-    projection = _readable(projection)
+    with in_full(projection.hidden.device):
+        return _run(_readable(projection), operands, config, logits, dispatcher, wanted=wanted)
+
+
+def _run(  # noqa: PLR0913 -- what `run` made, and what it was given
+    projection: Projection,
+    operands: Operands,
+    config: GateConfig,
+    logits: Tensor,
+    dispatcher: Dispatcher,
+    *,
+    wanted: bool,
+) -> GateOutput:
     kernel = _kernel(projection, config)
     shadow = None if config.shadow is None else _shadow(config.shadow)
     if not isinstance(kernel, GatesAndRoutes):
         kernel(projection, logits)
         resolved = dispatcher.resolve_for(
-            logits, experts, config.topk, config.ids_dtype, config.training
+            logits, logits.shape[1], config.topk, config.ids_dtype, config.training
         )
         return GateOutput(*resolved.route(operands._replace(logits=logits), shadow), logits)
     written = logits if wanted or shadow is not None else None
@@ -384,18 +402,23 @@ def _as_tensors(operands: Operands) -> Operands:
     return operands._replace(num_valid_tokens=counted)
 
 
-def _refuse_special(tensors: list[Tensor]) -> None:
-    """Refuse what no rule says anything about: DTensors, and tensors inside torch.func.
+def _refuse_special(projection: Projection, operands: Operands) -> None:
+    """Refuse what no rule says anything about.
 
-    :raises TypeError: there is one.
+    :raises TypeError: there is a DTensor, or a tensor inside torch.func or with a tangent.
     """
-    for tensor in tensors:
+    traced = is_dynamo_compiling()
+    named = zip((*_NAMES, *Operands._fields[1:]), (*projection, *operands[1:]), strict=True)
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            continue
         if _check.is_dtensor(tensor):
-            expected = "plain tensors; gate the rows of each rank by themselves"
-            raise TypeError(refusal("hidden", expected, tensor))
-        if not is_dynamo_compiling() and is_functorch_wrapped_tensor(tensor):
-            expected = "tensors outside torch.func; route the logits of a linear layer there"
-            raise TypeError(refusal("hidden", expected, tensor))
+            expected = "a plain tensor; gate the rows of each rank by themselves"
+            raise TypeError(refusal(name, expected, tensor))
+        if not traced and (is_functorch_wrapped_tensor(tensor) or has_tangent(tensor)):
+            where = "outside torch.func and forward mode"
+            expected = f"a tensor {where}; route the logits of a linear layer there"
+            raise TypeError(refusal(name, expected, tensor))
 
 
 def _readable(projection: Projection) -> Projection:

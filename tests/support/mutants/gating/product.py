@@ -56,7 +56,7 @@ def vectors_are_not_checked(_right: Any) -> Any:
 
 @_change(_check, "_number", "wrong_arguments_raise_and_are_named", r"the first call: ")
 def numbers_are_not_checked(_right: Any) -> Any:
-    return lambda _name, value, _expected, _least: value
+    return lambda _name, value, _least: value
 
 
 @_change(
