@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import Mutant, registered
 from mutants.gating import Fused, Projects
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
@@ -225,6 +226,115 @@ def test_threads_gate_at_once():
 
 
 FLOAT_OPERANDS = ("hidden", "router_weight", "router_bias", "input_scale", "per_expert_scale")
+
+
+def gated(**given):
+    """Return what a call makes, and the names of the Python functions that it enters."""
+    entered = []
+    sys.setprofile(
+        lambda frame, event, _: entered.append(frame.f_code.co_name) if event == "call" else None
+    )
+    try:
+        return GATE(**given), entered
+    finally:
+        sys.setprofile(None)
+
+
+def test_a_call_like_the_one_before_is_not_checked_again():
+    given = operands()
+    GATE(**given)
+    for change in (
+        {},
+        {"hidden": torch.randn(T, H)},
+        {"router_weight": torch.randn(E, H)},
+        {"return_logits": True},
+    ):
+        assert "_checked" not in gated(**{**given, **change})[1]
+    weight = torch.nn.Parameter(given["router_weight"])
+    with torch.no_grad():
+        GATE(**{**given, "router_weight": weight})
+        assert "_checked" not in gated(**{**given, "router_weight": weight})[1]
+
+
+def test_a_call_unlike_the_one_before_is_checked():
+    given = operands()
+    weight = torch.nn.Parameter(given["router_weight"])
+    unlike = (
+        {"hidden": given["hidden"].half().float().t().contiguous().t()},
+        {"hidden": given["hidden"][:3]},
+        {"router_weight": weight},
+        {"topk": K + 1},
+        {"router_bias": torch.rand(E)},
+        {"norm": None},
+        {"norm": moe_routing.RMSNorm(1e-5)},
+        {"norm": moe_routing.RMSNorm(1e-6, torch.rand(H))},
+        {"input_scale": None},
+        {"input_scale": given["input_scale"].half()},
+        {"input_multiplier": 0.5},
+        {"logits_dtype": torch.bfloat16},
+        {"invariant": False},
+        {"num_valid_tokens": 3},
+        {"num_valid_tokens": torch.tensor(3)},
+        {"expert_map": torch.arange(E).flip(0)},
+        {"ids_dtype": torch.int64},
+    )
+    for change in unlike:
+        changed = {**given, **change, "return_logits": True}
+        right = moe_routing.get_router(ROUTE.spec).gate(**changed)
+        GATE(**given)
+        made, entered = gated(**changed)
+        assert "_checked" in entered
+        assert all(map(torch.equal, made, right))
+    GATE(**given)
+    made = GATE(**{**given, "router_weight": weight})
+    assert made.weights.requires_grad
+
+
+def test_what_a_call_before_it_made_right_is_still_wrong():
+    given = {**operands(), "router_bias": torch.rand(E)}
+    nested = torch.nested.nested_tensor([torch.rand(E)], layout=torch.jagged)
+    for change, argument in (
+        ({"norm": 1e-6}, "norm"),
+        ({"norm": (1e-6, None)}, "norm"),
+        ({"norm": moe_routing.RMSNorm(eps=True)}, "norm"),
+        ({"input_multiplier": torch.tensor(H**-0.5)}, "input_multiplier"),
+        ({"num_valid_tokens": True}, "num_valid_tokens"),
+        ({"num_valid_tokens": -1}, "num_valid_tokens"),
+        ({"hidden": given["hidden"].tolist()}, "hidden"),
+        ({"router_bias": nested}, "router_bias"),
+        ({"per_expert_scale": nested}, "per_expert_scale"),
+        ({"per_expert_scale": None}, "per_expert_scale"),
+        ({"return_logits": 1}, "return_logits"),
+        ({"invariant": 1}, "invariant"),
+    ):
+        GATE(**given)
+        GATE(**{**given, "num_valid_tokens": 1})
+        with pytest.raises((TypeError, ValueError), match=rf"^{argument}: "):
+            GATE(**{**given, **change})
+
+
+def test_a_backend_that_is_registered_later_is_found():
+    given = operands()
+    gate = moe_routing.get_router(ROUTE.spec).gate
+    gate(**given)
+    with registered(Mutant(Fused, "", operation="gate")) as name, moe_routing.prefer(name):
+        Fused.asked.clear()
+        gate(**given)
+        assert Fused.asked == [False]
+    gate(**given)
+    assert Fused.asked == [False]
+
+
+def test_fake_tensors_after_a_plain_call_are_fake():
+    given = {**operands(), "norm": None}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in given.items()}
+    GATE(**given)
+    assert type(GATE(**fakes).ids) is FakeTensor
+    GATE(**given)
+    with mode:
+        assert type(GATE(**given).ids) is FakeTensor
+    assert type(GATE(**given).ids) is torch.Tensor
 
 
 @pytest.mark.parametrize("name", FLOAT_OPERANDS)

@@ -16,7 +16,8 @@ from moe_routing._registry import registry
 from moe_routing.formula.gate import in_full
 from moe_routing.gating import op
 from moe_routing.gating._check import check_logits_dtype, checked_projection
-from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection
+from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection, RMSNorm
+from moe_routing.gating.latest import Chosen, Given, latest_of, served_by
 from moe_routing.gating.problem import GateProblem, Norm
 from moe_routing.kernel import Operands, RoutingOutput
 from moe_routing.planning import routed
@@ -29,11 +30,11 @@ from moe_routing_registry.text import refusal
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from moe_routing._dispatch import Dispatcher
     from moe_routing._router import Router
-    from moe_routing.gating.kernel import GateKernel, RMSNorm
+    from moe_routing.gating.kernel import GateKernel
     from moe_routing.planning.kernel import RoutedPlan
     from moe_routing.reference.shadow import Shadow
+    from moe_routing_registry import RoutingSpec
 
 _registry = registry()
 _NAMES = (
@@ -85,7 +86,8 @@ class Gate:
     """Gates hidden states: ``weights, ids = gate(hidden, router_weight, topk)``.
 
     Get one from a router: ``moe_routing.get_router("gemma4").gate``. It computes the router's
-    linear layer, with what stands in front of it, and routes the logits as that router does.
+    linear layer, with what stands in front of it, and routes the logits as that router does. A call
+    like the one before costs one comparison of its tensors: its arguments are not checked again.
 
     >>> import moe_routing
     >>> gate = moe_routing.get_router("mixtral").gate
@@ -170,6 +172,24 @@ class Gate:
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
         return_logits = _check.flag("return_logits", return_logits)
+        is_norm = isinstance(norm, RMSNorm)
+        weight, eps = (norm.weight, norm.eps) if is_norm else (None, None)  # type: ignore[union-attr] # is_norm says so
+        given = Given(
+            Projection(
+                hidden, router_weight, router_bias, weight, input_scale, eps, input_multiplier
+            ),
+            Operands(
+                hidden, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
+                expert_map,
+            ),
+            topk, ids_dtype, logits_dtype, invariant,
+        )  # fmt: skip
+        known = None
+        if not is_dynamo_compiling() and (is_norm or norm is None):
+            known = served_by(self._router._latest_gate, given)  # noqa: SLF001 -- a gate is a part of its router
+        if known is not None:
+            made = _served(known, given.projection, given.operands, wanted=return_logits)
+            return made if return_logits else RoutingOutput(made.weights, made.ids)
         checked = self._checked(
             hidden, router_weight, topk, per_expert_scale,
             {
@@ -180,7 +200,9 @@ class Gate:
                 "expert_map": expert_map, "ids_dtype": ids_dtype,
             },
         )  # fmt: skip
-        made = _gated(*checked, wanted=return_logits)
+        made, chosen = _gated(*checked, wanted=return_logits)
+        if chosen is not None:
+            self._router._latest_gate = latest_of(given, chosen)  # noqa: SLF001 -- likewise
         return made if return_logits else RoutingOutput(made.weights, made.ids)
 
     def with_plan(  # noqa: PLR0913 -- the arguments of a call, and those of `plan`
@@ -217,8 +239,8 @@ class Gate:
         problem, _ = routed.checked(
             operands, config.topk, router.spec.shared_experts, config.ids_dtype, asked, None
         )
-        weights, ids, _ = _gated(projection, operands, config, wanted=False)
-        output = RoutingOutput(weights, ids)
+        made, _ = _gated(projection, operands, config, wanted=False)
+        output = RoutingOutput(made.weights, made.ids)
         return routed.composed(output, problem, asked, config.backend, None)
 
     def __repr__(self) -> str:
@@ -269,64 +291,83 @@ class Gate:
 
 def _gated(
     projection: Projection, operands: Operands, config: GateConfig, *, wanted: bool
-) -> GateOutput:
+) -> tuple[GateOutput, Chosen | None]:
     """Call the kernel with plain tensors, and the operator with all others.
 
     :param wanted: whether the logits are; they may be unwritten otherwise.
+    :returns: also what serves later calls of this kind, ``None`` where they must be checked too.
     """
     plain = not (config.training or is_dynamo_compiling())
     if plain and all(map(is_ordinary, _tensors(projection, operands))):
-        return run(projection, operands, config, wanted=wanted)
+        if config.shadow is not None or not projection.hidden.shape[0]:
+            return run(projection, operands, config), None
+        chosen = _chosen(projection, config)
+        return _served(chosen, projection, operands, wanted=wanted), chosen
     made = op.gate(projection, _as_tensors(operands), config)
     if operands.expert_map is None:
-        return made
-    return made._replace(ids=apply_map(made.ids, operands.expert_map))
+        return made, None
+    return made._replace(ids=apply_map(made.ids, operands.expert_map)), None
 
 
-def run(
-    projection: Projection, operands: Operands, config: GateConfig, *, wanted: bool = True
-) -> GateOutput:
-    """Gate checked real tensors.
+def run(projection: Projection, operands: Operands, config: GateConfig) -> GateOutput:
+    """Gate checked real tensors, and let shadow mode compare what is routed.
 
     :param operands: what routing takes; its logits are made here.
-    :param wanted: whether the logits are: otherwise a kernel that routes need not write them.
     """
-    tokens, experts = projection.hidden.shape[0], projection.router_weight.shape[0]
-    logits = projection.hidden.new_empty((tokens, experts), dtype=config.logits_dtype)
-    dispatcher = dispatcher_of(config.spec, who_routes(config.backend))
-    if not tokens:
-        return GateOutput(
-            *empty_output(dispatcher.spec, logits, config.topk, config.ids_dtype), logits
-        )
-    with in_full(projection.hidden.device):
-        return _run(_readable(projection), operands, config, logits, dispatcher, wanted=wanted)
+    if not projection.hidden.shape[0]:
+        logits, spec = _empty_logits(projection, config.logits_dtype), _spec(config)
+        return GateOutput(*empty_output(spec, logits, config.topk, config.ids_dtype), logits)
+    shadow = None if config.shadow is None else _shadow(config.shadow)
+    return _served(_chosen(projection, config), projection, operands, shadow, wanted=True)
 
 
-def _run(  # noqa: PLR0913 -- what `run` made, and what it was given
+def _chosen(projection: Projection, config: GateConfig) -> Chosen:
+    """Choose what gates, and what routes where the kernel does not."""
+    kernel, routes, spec = _kernel(projection, config), None, _spec(config)
+    if not isinstance(kernel, GatesAndRoutes):
+        routes = dispatcher_of(config.spec, who_routes(config.backend)).resolve_for(
+            _empty_logits(projection, config.logits_dtype), projection.router_weight.shape[0],
+            config.topk, config.ids_dtype, config.training,
+        )  # fmt: skip
+    return Chosen(kernel, routes, spec, config.topk, config.logits_dtype)
+
+
+def _served(
+    chosen: Chosen,
     projection: Projection,
     operands: Operands,
-    config: GateConfig,
-    logits: Tensor,
-    dispatcher: Dispatcher,
+    shadow: Shadow | None = None,
     *,
     wanted: bool,
 ) -> GateOutput:
-    kernel = _kernel(projection, config)
-    shadow = None if config.shadow is None else _shadow(config.shadow)
-    if not isinstance(kernel, GatesAndRoutes):
-        kernel(projection, logits)
-        resolved = dispatcher.resolve_for(
-            logits, logits.shape[1], config.topk, config.ids_dtype, config.training
-        )
-        return GateOutput(*resolved.route(operands._replace(logits=logits), shadow), logits)
-    written = logits if wanted or shadow is not None else None
-    output = _fused(kernel, projection, written, operands)
-    if shadow is not None:
-        shadow.observe(
-            dispatcher.spec, config.topk, operands._replace(logits=logits), output,
-            lambda some: _fused(kernel, projection, logits, some),
-        )  # fmt: skip
+    """Gate a token or more.
+
+    :param wanted: whether the logits are: otherwise a kernel that routes need not write them.
+    """
+    projection, kernel = _readable(projection), chosen.kernel
+    logits = _empty_logits(projection, chosen.logits_dtype)
+    operands = operands._replace(logits=logits)
+    with in_full(logits.device):
+        if chosen.routes is not None:
+            kernel(projection, logits)
+            return GateOutput(*chosen.routes.route(operands, shadow), logits)
+        assert isinstance(kernel, GatesAndRoutes)  # noqa: S101 -- for mypy
+        output = _fused(kernel, projection, logits if wanted else None, operands)
+        if shadow is not None:
+            shadow.observe(
+                chosen.spec, chosen.topk, operands, output,
+                lambda some: _fused(kernel, projection, logits, some),
+            )  # fmt: skip
     return GateOutput(*output, logits)
+
+
+def _empty_logits(projection: Projection, dtype: torch.dtype) -> Tensor:
+    hidden, weight = projection[:2]
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=dtype)
+
+
+def _spec(config: GateConfig) -> RoutingSpec:
+    return dispatcher_of(config.spec, None).spec
 
 
 def who_routes(backend: str | None) -> str | None:
@@ -362,7 +403,7 @@ def _kernel(projection: Projection, config: GateConfig) -> GateKernel:
     kernel: GateKernel | None = _kernels.get(asked)
     if kernel is None:
         problem = GateProblem(
-            spec=dispatcher_of(config.spec, None).spec,
+            spec=_spec(config),
             num_experts=weight.shape[0],
             topk=config.topk,
             hidden_size=hidden.shape[1],

@@ -92,7 +92,8 @@ def _by_product(inputs: Tensor, weight: Tensor, bias: Tensor | None, logits: Ten
     sums = inputs @ weight.t()
     # A float64 sum errs by at most H * U of the magnitudes of its terms, in any order; a few more
     # roundings are in the terms and in the magnitudes.
-    margin = inputs.norm(dim=1)[:, None] * weight.norm(dim=1) * (2 * (inputs.shape[1] + 8) * U)
+    lengths = [torch.linalg.vector_norm(rows, dim=1) for rows in (inputs, weight)]
+    margin = lengths[0][:, None] * lengths[1] * (2 * (inputs.shape[1] + 8) * U)
     made = _rounded(sums, bias)
     unsure = _rounded(sums - margin, bias) != _rounded(sums + margin, bias)
     # NaN and infinity are the same in any order, but NaN has many bits.
