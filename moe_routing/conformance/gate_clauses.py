@@ -143,7 +143,8 @@ _CLAUSES = (
         "No synchronisation with the host; capturable in a CUDA graph after one warm-up call, and "
         "right on replay with other hidden states; launched on the current stream and on the "
         "hidden states' own device, whatever the current one is. What a call needs beyond its "
-        "outputs belongs to the call.",
+        "outputs belongs to the call: calls on two streams and replays of two graphs may run at "
+        "once.",
         "a workspace for partial sums that a kernel keeps is right until two graphs are replayed "
         "at once.",
     ),
