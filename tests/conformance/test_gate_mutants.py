@@ -4,10 +4,10 @@ The check that is named for it catches it. A right backend fails no check.
 """
 
 import re
-from itertools import chain
 
 import pytest
 from mutants import Mutant, registered
+from mutants.catching import each, must_be_caught, must_be_caught_in_eager, results, traced
 from mutants.gating import CHANGES, MUTANTS, Fused, Projects
 from mutants.gating._mutant import ROUTES
 
@@ -17,8 +17,7 @@ from moe_routing.gating import call
 
 CONTRACT = contract_of("gate")
 CHECKS = {check.name: check for check in CONTRACT.checks}
-TRACED = {check.name for check in CONTRACT.checks if check.clause == 10}
-"""Checks that compile, which takes seconds."""
+TRACED = traced("gate")
 HERE = [mutant for mutant in MUTANTS if not mutant.only_on]
 """The others are wrong on a CUDA device alone; tests/test_on_a_gpu.py holds the kit to those."""
 ON_CUDA = {mutant.caught_by for mutant in MUTANTS if mutant.only_on}
@@ -31,35 +30,6 @@ def _remembered_kernels(monkeypatch):
     monkeypatch.setattr(call, "_kernels", {})
 
 
-def results(backend, check):
-    """Run a check on the smallest cases first, and return the results one by one."""
-    under_test = backend_under_test(backend, "cpu")
-    for item in chain(*(list(CHECKS[check].items(profile)) for profile in ("smoke", "quick"))):
-        yield evaluate(item, under_test)
-
-
-def each(wrong):
-    """Return parameters of a test; what compiles is slow."""
-    return [
-        pytest.param(
-            one,
-            marks=[pytest.mark.slow] * (one.caught_by in TRACED),
-            id=f"{one.name}-by-{one.caught_by}",
-        )
-        for one in wrong
-    ]
-
-
-def must_be_caught(backend, wrong):
-    said = []
-    for result in results(backend, wrong.caught_by):
-        if result.status == "failed" and "Traceback" not in result.message:
-            said.append(result.message)
-            if re.search(wrong.saying, result.message):
-                return
-    pytest.fail(f"nothing said {wrong.saying!r}, but: {said[:5]}")
-
-
 @pytest.mark.parametrize("mutant", each(HERE))
 def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
     with registered(mutant) as name:
@@ -68,9 +38,7 @@ def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
 
 @pytest.mark.parametrize("change", each(CHANGES))
 def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(change, monkeypatch):
-    right = getattr(change.home, change.function)
-    monkeypatch.setattr(change.home, change.function, change.made(right))
-    must_be_caught("eager", change)
+    must_be_caught_in_eager(change, monkeypatch)
 
 
 @pytest.mark.parametrize("reference", [Projects, Fused])
@@ -79,7 +47,7 @@ def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(cha
 )
 def test_a_right_backend_passes_every_check(check, reference):
     with registered(Mutant(reference, check, operation="gate", others=ROUTES)) as name:
-        found = list(results(name, check))
+        found = list(results(name, "gate", check))
     assert [result.message for result in found if result.status == "failed"] == []
     if check not in NOTHING_FOR_THE_REFERENCE:
         assert any(result.status == "passed" for result in found)

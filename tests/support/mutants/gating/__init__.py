@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from mutants.gating import declining, logits, memory, on_cuda, product, routing
 from mutants.gating._mutant import MUTANTS, Fused, Projects
-from mutants.gating.product import CHANGES, Change
+from mutants.gating.product import CHANGES
 
 __all__ = [
-    "CHANGES", "MUTANTS", "Change", "Fused", "Projects", "declining", "logits", "memory", "on_cuda",
+    "CHANGES", "MUTANTS", "Fused", "Projects", "declining", "logits", "memory", "on_cuda",
     "product", "routing",
 ]  # fmt: skip
