@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from moe_routing._router import Router
     from moe_routing.gating.kernel import GateKernel
+    from moe_routing.kernel import Prepared
     from moe_routing.planning.kernel import RoutedPlan
     from moe_routing.reference.shadow import Shadow
     from moe_routing_registry import RoutingSpec
@@ -310,7 +312,7 @@ def _gated(
 
 
 def run(projection: Projection, operands: Operands, config: GateConfig) -> GateOutput:
-    """Gate checked real tensors, and let shadow mode compare what is routed.
+    """Gate checked real tensors, and let shadow mode compare logits and what is routed.
 
     :param operands: what routing takes; its logits are made here.
     """
@@ -348,17 +350,31 @@ def _served(
     logits = _empty_logits(projection, chosen.logits_dtype)
     operands = operands._replace(logits=logits)
     with in_full(logits.device):
+        route: Prepared
         if chosen.routes is not None:
             kernel(projection, logits)
-            return GateOutput(*chosen.routes.route(operands, shadow), logits)
-        assert isinstance(kernel, GatesAndRoutes)  # noqa: S101 -- for mypy
-        output = _fused(kernel, projection, logits if wanted else None, operands)
+            route = chosen.routes.route
+            output = route(operands)
+        else:
+            assert isinstance(kernel, GatesAndRoutes)  # noqa: S101 -- for mypy
+            output = _fused(kernel, projection, logits if wanted else None, operands)
+            route = partial(_fused, kernel, projection, logits)
         if shadow is not None:
-            shadow.observe(
-                chosen.spec, chosen.topk, operands, output,
-                lambda some: _fused(kernel, projection, logits, some),
-            )  # fmt: skip
+            wrong_in = partial(_wrong_in, projection, logits)
+            shadow.observe(chosen.spec, chosen.topk, operands, output, route, wrong_in)
     return GateOutput(*output, logits)
+
+
+@torch.no_grad()
+def _wrong_in(projection: Projection, logits: Tensor, rows: slice) -> list[str]:
+    """Say which logits of these rows are further from the exact ones than their bound allows."""
+    from moe_routing.reference.compare import exact_device
+    from moe_routing.reference.gate_oracle import logits_problems
+
+    home = exact_device(logits)
+    some = projection._replace(hidden=projection.hidden[rows])
+    there = Projection(*(t.to(home) if isinstance(t, Tensor) else t for t in some))  # type: ignore[arg-type] # its own parts
+    return logits_problems(there, logits[rows].to(home))
 
 
 def _empty_logits(projection: Projection, dtype: torch.dtype) -> Tensor:
