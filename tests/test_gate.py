@@ -560,7 +560,24 @@ def test_a_wrong_plan_is_refused_before_anything_is_gated():
         for options, error in (({"block": 0}, ValueError), ({"nonsense": 1}, TypeError)):
             with pytest.raises(error, match=rf"^{next(iter(options))}: "):
                 gate.with_plan(**operands(), **options)
+        with pytest.raises(BackendUnavailableError, match="for plan "):  # the backend has none
+            gate.with_plan(**operands())
     assert Fused.asked == []
+
+
+def test_a_plan_is_made_of_any_number_of_tokens_with_gradients_too():
+    given = operands()
+    for tokens, capacity in ((0, 1), (1, 1), (T, 2)):
+        hidden = torch.randn(tokens, H, requires_grad=True)
+        weights, ids, plan = GATE.with_plan(
+            **{**given, "hidden": hidden}, capacity=capacity, drop="least_weight"
+        )
+        expected = moe_routing.plan(
+            ids, E, capacity=capacity, drop="least_weight", weights=weights.detach()
+        )
+        assert all(map(torch.equal, plan[:4], expected[:4]))
+        weights.sum().backward()
+        assert hidden.grad.shape == (tokens, H)
 
 
 def test_a_plan_is_compiled_with_its_gate():

@@ -22,6 +22,7 @@ from moe_routing.gating.latest import Chosen, Given, latest_of, served_by
 from moe_routing.gating.problem import GateProblem, Norm
 from moe_routing.kernel import Operands, RoutingOutput
 from moe_routing.planning import routed
+from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import has_tangent, is_functorch_wrapped_tensor
 from moe_routing.probing import probe
 from moe_routing_registry import Request
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from moe_routing._router import Router
     from moe_routing.gating.kernel import GateKernel
     from moe_routing.kernel import Prepared
-    from moe_routing.planning.kernel import RoutedPlan
     from moe_routing.reference.shadow import Shadow
     from moe_routing_registry import RoutingSpec
 
@@ -238,12 +238,17 @@ class Gate:
         projection, operands, config = self._checked(
             hidden, router_weight, topk, per_expert_scale, options
         )
-        problem, _ = routed.checked(
+        problem, most = routed.checked(
             operands, config.topk, router.spec.shared_experts, config.ids_dtype, asked, None
         )
+        planned = None
+        if not is_dynamo_compiling() and all(map(is_ordinary, _tensors(projection, operands))):
+            planned = routed.planner(problem, most, operands.logits, config.backend)
         made, _ = _gated(projection, operands, config, wanted=False)
         output = RoutingOutput(made.weights, made.ids)
-        return routed.composed(output, problem, asked, config.backend, None)
+        if planned is None:
+            return routed.composed(output, problem, asked, config.backend, None)
+        return RoutedPlan(*output, planned.fill(*output, None))
 
     def __repr__(self) -> str:
         """Show the router."""
