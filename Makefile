@@ -11,7 +11,7 @@ MODEL ?= gemma4
 export PYTHONDONTWRITEBYTECODE :=
 TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
 
-.PHONY: help setup demo test about-test test-all test-gpu fuzz lint docs figures pytest triton-versions transformers-check vllm-check vllm-overlay xpu-check clean
+.PHONY: help setup demo test about-test test-all test-gpu fuzz lint docs figures pytest triton-versions environments transformers-check vllm-check vllm-overlay xpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,7 @@ test-all: $(READY) ## the tests that `make test` leaves out, slow or with pip: a
 	@$(PYTEST) -m "(slow or network) and not gpu"
 
 test-gpu: $(READY) ## the contract on an NVIDIA GPU, for the backends eager and triton: some minutes
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: torch sees no NVIDIA GPU")'
 	@echo "==> the tests that need an NVIDIA GPU: some minutes"
 	@$(BIN)/python -m pytest -m gpu
 
@@ -74,9 +75,13 @@ pytest: $(READY) ## part of `make test`, the quick tests and the doctests: about
 	@$(PYTEST) -m "not (slow or network or gpu)"
 
 OLDEST := $(VENV)/transformers-5.17
+VLLM := .venv-vllm
+XPU := $(CURDIR)/.venv-xpu
 
 # The experts of transformers 5.17 cannot be compiled, patched or not, so the tests of compiled models run with the newest only.
 OLDEST_TESTS := $(filter-out %_compile.py,$(wildcard tests/integrations/test_transformers_*.py))
+
+environments: $(OLDEST)/.ready $(VLLM)/.ours $(XPU)/.ready ## what the next targets but vllm-overlay install, some minutes of downloads
 
 transformers-check: $(OLDEST)/.ready ## the integration with the oldest transformers that it is for
 	@echo "==> transformers 5.17"
@@ -86,7 +91,6 @@ $(OLDEST)/.ready: $(READY)
 	@$(PIP) install --no-deps --no-compile --upgrade --target $(OLDEST) transformers==5.17.0 'huggingface_hub<2' httpx httpcore h11 anyio
 	@touch $@
 
-VLLM := .venv-vllm
 OVERLAY := 0.33.0
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check -qq install --no-compile
 
@@ -121,8 +125,8 @@ triton-versions: $(READY) ## the direct launch of `route` and `plan` beside Trit
 		status=$$?; rm -rf $$site; [ $$status = 0 ] || exit $$status; \
 	done
 
-XPU := $(CURDIR)/.venv-xpu
 XPU_PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+XPU_INSTALL := install --no-deps --no-compile
 
 xpu-check: $(READY) $(XPU)/.ready ## the kernels, compiled for an Arc Pro B60; doctor beside Intel's packages, right and wrong; 2 GB in .venv-xpu
 	@command -v spirv-val >/dev/null || { echo "spirv-val is not installed: apt-get install --yes spirv-tools"; exit 1; }
@@ -133,11 +137,11 @@ xpu-check: $(READY) $(XPU)/.ready ## the kernels, compiled for an Arc Pro B60; d
 $(XPU)/.ready: $(READY)
 	@echo "==> Triton-XPU, IPEX, and a triton that overwrites Triton-XPU, in folders of $(XPU)"
 	@rm -rf $(XPU)
-	@$(XPU_PIP) install --no-deps --pre --target $(XPU)/triton-xpu triton-xpu==3.3.0b1
-	@$(XPU_PIP) install --no-deps --target $(XPU)/ipex intel-extension-for-pytorch==2.8.0
+	@$(XPU_PIP) $(XPU_INSTALL) --pre --target $(XPU)/triton-xpu triton-xpu==3.3.0b1
+	@$(XPU_PIP) $(XPU_INSTALL) --target $(XPU)/ipex intel-extension-for-pytorch==2.8.0
 	@$(PYTHON) -m venv --without-pip $(XPU)/overwritten
-	@$(XPU_PIP) --python $(XPU)/overwritten install --no-deps --pre triton-xpu==3.3.0b1
-	@$(XPU_PIP) --python $(XPU)/overwritten install --no-deps triton==3.7.1
+	@$(XPU_PIP) --python $(XPU)/overwritten $(XPU_INSTALL) --pre triton-xpu==3.3.0b1
+	@$(XPU_PIP) --python $(XPU)/overwritten $(XPU_INSTALL) triton==3.7.1
 	@touch $@
 
 clean: ## remove what the other targets made

@@ -97,6 +97,16 @@ def pytest_ignore_collect(collection_path):
     ) or None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip a test that needs a GPU where there is none, whatever ``-m`` selected.
+
+    An ``-m`` of the command line replaces the one of pyproject.toml. ``make test-gpu`` fails then.
+    """
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU; torch sees none")
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch):
     for variable in (*VARIABLES, WIDTH):

@@ -1,6 +1,10 @@
-"""The contract on the first CUDA device, in the smallest profile; `make test-gpu` runs this."""
+"""The contract on the first CUDA device, in the smallest profile; `make test-gpu` runs this.
+
+Without a GPU these tests are skipped, and `make test-gpu` fails.
+"""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -69,3 +73,39 @@ def test_a_mutant_that_is_wrong_on_cuda_alone_is_caught_and_eager_is_not(mutant)
                 result.message for result in evaluated(name, mutant) if result.status == "failed"
             ]
     assert any(re.search(mutant.saying, message) for message in said), said
+
+
+def without_a_gpu(*command):
+    """Run a command in the project's root, in a process that sees no GPU on any machine."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(
+        command,
+        cwd=Path(__file__).parents[1],
+        env=own | {"CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_without_a_gpu_a_test_that_needs_one_is_skipped_whatever_is_selected():
+    marked = f"{__file__}::{test_a_backend_conforms_on_the_gpu.__name__}"
+    done = without_a_gpu(
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not patch_mapping", marked
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(
+        r"SKIPPED \[8\] .*: needs an NVIDIA GPU; torch sees none$", done.stdout, re.MULTILINE
+    )
+    assert re.search(r"^=+ 8 skipped in ", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_without_a_gpu_make_test_gpu_fails_and_says_why():
+    python = Path(sys.executable).parent
+    ready = "--assume-old=.venv/.ready"  # this environment, so none is set up
+    done = without_a_gpu("make", "test-gpu", f"BIN={python}", ready)
+    assert done.returncode == 2
+    assert done.stderr.startswith("make test-gpu: torch sees no NVIDIA GPU\n")
+    assert "test session starts" not in done.stdout

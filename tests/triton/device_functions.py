@@ -8,15 +8,16 @@ The Art of Computer Programming 3, 5.3.4). Keys of 16-bit numbers are tried for 
 import json
 import os
 import sys
-import warnings
 from functools import cache
 from itertools import product
 
+from interpreter import interpret
+
 ON_GPU = sys.argv[1:2] == ["gpu"]
-os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
-# The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities
-# that the kernels mean.
-warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+if ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "0"
+else:
+    interpret()
 
 import device_functions_plan as plan  # noqa: E402 -- after the variable is set
 import torch  # noqa: E402 -- likewise

@@ -11,16 +11,17 @@ them all.
 import json
 import os
 import sys
-import warnings
 from functools import partial
 from itertools import islice, product
 from random import Random
 
+from interpreter import interpret
+
 ON_GPU = "--cuda" in sys.argv
-os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
-# The interpreter computes with NumPy, which warns where a GPU's arithmetic is silent: infinities
-# that the kernels mean.
-warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+if ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "0"
+else:
+    interpret()
 
 import torch  # noqa: E402 -- after the variable is set
 import triton  # noqa: E402 -- likewise
@@ -37,32 +38,6 @@ from moe_routing_backends.triton.kernels.spec import Launch, kernel_spec  # noqa
 from moe_routing_backends.triton.runtime.router import build  # noqa: E402 -- likewise
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
 
-
-def patch_once_a_launch():
-    """Let the interpreter replace Triton's functions once a launch and module.
-
-    Otherwise it replaces them at each call of a function. It looks for what to replace at every
-    call, thousands a launch, and finds all replaced: three quarters of its time.
-    """
-    from triton.runtime import interpreter
-
-    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def launch_afresh(self, *args, **kwargs):
-        patched.clear()  # a launch puts back what it replaced
-        return launch(self, *args, **kwargs)
-
-    def patch_module_of(function):
-        if function.__module__ in patched:
-            return None  # nobody puts back what a call of a function replaced
-        patched.add(function.__module__)
-        return patch(function)
-
-    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_afresh, patch_module_of
-
-
-if not ON_GPU:
-    patch_once_a_launch()
 DEVICE = probe("cuda:0") if ON_GPU else DeviceInfo(type="cpu", platform="cpu")
 torch.set_default_device(DEVICE.type)
 SPECS = {

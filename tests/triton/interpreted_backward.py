@@ -2,24 +2,20 @@
 
 It is compared with the closed form in float64 and with the oracle, and the script prints JSON.
 
-A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
+A process of its own, because Triton must interpret before the kernels are imported: ``interpreted``
+has it do so.
 """
 
 import json
-import os
 import sys
-import warnings
 
-os.environ["TRITON_INTERPRET"] = "1"
-warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+import torch
+from interpreted import DEVICE, SPECS, hostile
 
-import torch  # noqa: E402 -- after the variable is set
-from interpreted import DEVICE, SPECS, hostile  # noqa: E402 -- likewise
-
-from moe_routing.formula import weights_backward  # noqa: E402 -- likewise
-from moe_routing.reference import oracle  # noqa: E402 -- likewise
-from moe_routing_backends.triton.runtime.router import build  # noqa: E402 -- likewise
-from moe_routing_registry import RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
+from moe_routing.formula import weights_backward
+from moe_routing.reference import oracle
+from moe_routing_backends.triton.runtime.router import build
+from moe_routing_registry import RoutingProblem, RoutingSpec
 
 ALL = {
     **SPECS,

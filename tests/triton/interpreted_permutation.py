@@ -9,14 +9,18 @@ often.
 import random
 import sys
 
-import torch
+from interpreter import interpret
 
-import moe_routing
-from moe_routing.formula import permutation as formula
-from moe_routing.permutation import CombineProblem, PermuteProblem
-from moe_routing.permutation.problem import FLOATS, GROUP
-from moe_routing_backends.triton.permutation import mover
-from moe_routing_backends.triton.permutation.mover import MoveLaunch, TritonCombine, TritonPermute
+interpret()
+
+import torch  # noqa: E402 -- after Triton interprets
+
+import moe_routing  # noqa: E402 -- likewise
+from moe_routing.formula import permutation as formula  # noqa: E402 -- likewise
+from moe_routing.permutation import CombineProblem, PermuteProblem  # noqa: E402 -- likewise
+from moe_routing.permutation.problem import FLOATS, GROUP  # noqa: E402 -- likewise
+from moe_routing_backends.triton.permutation import mover  # noqa: E402 -- likewise
+from moe_routing_backends.triton.permutation.mover import MoveLaunch, TritonCombine, TritonPermute  # noqa: E402 -- likewise
 
 LAUNCHES = (
     None,

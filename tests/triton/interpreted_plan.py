@@ -11,14 +11,18 @@ import sys
 from itertools import cycle
 from pathlib import Path
 
-import torch
+from interpreter import interpret
 
-import moe_routing
-from moe_routing.planning import DispatchPlan, PlanProblem
-from moe_routing.planning.call import shapes
-from moe_routing.reference import plan_oracle
-from moe_routing_backends.triton.planning.launches import PlanLaunch, PlanStep
-from moe_routing_backends.triton.planning.planner import TritonPlanner
+interpret()
+
+import torch  # noqa: E402 -- after Triton interprets
+
+import moe_routing  # noqa: E402 -- likewise
+from moe_routing.planning import DispatchPlan, PlanProblem  # noqa: E402 -- likewise
+from moe_routing.planning.call import shapes  # noqa: E402 -- likewise
+from moe_routing.reference import plan_oracle  # noqa: E402 -- likewise
+from moe_routing_backends.triton.planning.launches import PlanLaunch, PlanStep  # noqa: E402 -- likewise
+from moe_routing_backends.triton.planning.planner import TritonPlanner  # noqa: E402 -- likewise
 
 ONE = PlanLaunch(1, 16, 1, tile=32)
 TWO = PlanLaunch(2, 32, 1, step=16, group=2)

@@ -8,20 +8,21 @@ A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kern
 
 import itertools
 import json
-import os
 import re
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"
+from interpreter import interpret
 
-import torch
+interpret()
 
-from moe_routing.planning import PlanProblem
-from moe_routing_backends.triton.kernels.spec import Launch
-from moe_routing_backends.triton.planning import planner
-from moe_routing_backends.triton.planning.tune import candidates, tune
-from moe_routing_backends.triton.tuning import choose, store, table
-from moe_routing_registry import DeviceInfo
+import torch  # noqa: E402 -- after Triton interprets
+
+from moe_routing.planning import PlanProblem  # noqa: E402 -- likewise
+from moe_routing_backends.triton.kernels.spec import Launch  # noqa: E402 -- likewise
+from moe_routing_backends.triton.planning import planner  # noqa: E402 -- likewise
+from moe_routing_backends.triton.planning.tune import candidates, tune  # noqa: E402 -- likewise
+from moe_routing_backends.triton.tuning import choose, store, table  # noqa: E402 -- likewise
+from moe_routing_registry import DeviceInfo  # noqa: E402 -- likewise
 
 CPU = DeviceInfo(type="cpu", platform="cpu", name="the interpreter")
 E, K = 16, 2

@@ -2,28 +2,24 @@
 
 A variant is wrong, raises or is faster for many tokens; print JSON.
 
-A process of its own, because ``TRITON_INTERPRET=1`` must be set before the kernels are imported.
+A process of its own, because Triton must interpret before the kernels are imported: ``interpreted``
+has it do so.
 """
 
 import dataclasses
 import itertools
 import json
-import os
 import re
 import sys
-import warnings
 
-os.environ["TRITON_INTERPRET"] = "1"
-warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+import torch
+from interpreted import SPECS
 
-import torch  # noqa: E402 -- after the variable is set
-from interpreted import SPECS  # noqa: E402 -- likewise
-
-from moe_routing_backends.triton.kernels import VARIANTS  # noqa: E402 -- likewise
-from moe_routing_backends.triton.kernels.spec import Launch  # noqa: E402 -- likewise
-from moe_routing_backends.triton.tuning import choose  # noqa: E402 -- likewise
-from moe_routing_backends.triton.tuning.tune import candidates, tune  # noqa: E402 -- likewise
-from moe_routing_registry import DeviceInfo, RoutingProblem  # noqa: E402 -- likewise
+from moe_routing_backends.triton.kernels import VARIANTS
+from moe_routing_backends.triton.kernels.spec import Launch
+from moe_routing_backends.triton.tuning import choose
+from moe_routing_backends.triton.tuning.tune import candidates, tune
+from moe_routing_registry import DeviceInfo, RoutingProblem
 
 CPU = DeviceInfo(type="cpu", platform="cpu", name="the interpreter")
 

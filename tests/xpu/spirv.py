@@ -64,39 +64,47 @@ BACKWARD = [(GEMMA4, 128, 8), (SOFTMAX, 512, 10), (DEEPSEEK_V3, 256, 8)]
 TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
 
 
+def at_the_other_size(launch):
+    """Return the launch with sub-groups of 16 lanes for 32, or 32 for 16, and as many warps."""
+    other = 48 - launch.warp_size
+    rows = (
+        launch.block_t
+        if launch.variant == "cooperative"
+        else launch.block_t * other // launch.warp_size
+    )
+    return Launch(launch.variant, rows, launch.threads_per_row, launch.num_warps, other)
+
+
 def cases():
     """Yield what to compile: the problem, a launch, and whether it ships so.
 
-    Each launch comes again at the other sub-group size.
+    Each launch comes in every dtype that it ships for, and once at the other sub-group size: the
+    dtypes take turns from problem to problem.
     """
     table = parse((SHIPPED / "xpu.json").read_text(), "xpu.json")
-    for dtype in TYPES:
-        for spec, experts, k in PROBLEMS:
+    for place, (spec, experts, k) in enumerate(PROBLEMS):
+        others = set()
+        for dtype in list(TYPES)[:: (-1) ** place]:
             problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
             for launch in dict.fromkeys(
                 [*(step.launch for step in table.steps(problem)), FALLBACK]
             ):
                 yield problem, launch, True
-                if launch.warp_size:
-                    other = 48 - launch.warp_size
-                    rows = (
-                        launch.block_t
-                        if launch.variant == "cooperative"
-                        else launch.block_t * other // launch.warp_size
-                    )
-                    yield (
-                        problem,
-                        Launch(
-                            launch.variant, rows, launch.threads_per_row, launch.num_warps, other
-                        ),
-                        False,
-                    )
-        for spec, experts, k in BACKWARD:
+                if not launch.warp_size:
+                    continue
+                other = at_the_other_size(launch)
+                if other not in others:
+                    yield problem, other, False
+                others.add(other)
+    for place, (spec, experts, k) in enumerate(BACKWARD):
+        for turn, dtype in enumerate(TYPES):
             problem = RoutingProblem(
                 spec=spec, num_experts=experts, topk=k, dtype=dtype, training=True
             )
-            yield problem, Launch("backward", 1, 1, gradient.constants(problem)[1]), True
-            yield problem, Launch("backward", 1, 1, gradient.constants(problem)[1], 32), False
+            warps = gradient.constants(problem)[1]
+            yield problem, Launch("backward", 1, 1, warps), True
+            if turn == place % 2:
+                yield problem, Launch("backward", 1, 1, warps, 32), False
 
 
 def source_of(problem, launch):

@@ -9,10 +9,10 @@ import argparse
 import json
 import os
 import random
+import runpy
 import shlex
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from fuzz.judge import Verdict
 
+INTERPRETER = Path(__file__).parents[2] / "triton" / "interpreter.py"
 SHRUNK = 10
 """How many of the calls that go wrong are shrunk; each takes some hundred calls."""
 
@@ -59,12 +60,7 @@ def main() -> None:
         asked.count = limits_of(asked.backend).count
     torch.set_num_threads(1)
     if asked.backend == "triton":
-        # Before the kernels are imported. The interpreter computes with NumPy, which warns where a
-        # GPU's arithmetic is silent.
-        os.environ["TRITON_INTERPRET"] = "1"
-        warnings.filterwarnings(
-            "ignore", category=RuntimeWarning, module="triton.runtime.interpreter"
-        )
+        runpy.run_path(str(INTERPRETER))["interpret"]()  # before the kernels are imported
     with registered():
         wrong, near_ties = run(
             asked.backend,
