@@ -44,7 +44,7 @@ class _Absent(Tensor):
     """
 
 
-ABSENT = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(8))
+ABSENT = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(9))
 """Stand for operands that a call does not bring."""
 UNREADABLE = Exception
 """What reading a wrong argument raises.
@@ -210,7 +210,7 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
     # None, an int or a tensor: `_check.counted` left nothing else.
     kind, tokens = type(operands.num_valid_tokens), operands.logits.shape[0]
     counted = kind is int
-    seen: list[Tensor | None] = [*ABSENT, None]
+    seen: list[Tensor | None] = [None] * len(_tensors(operands))
 
     def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
         valid = operands.num_valid_tokens
@@ -246,7 +246,7 @@ def _tensors(operands: Operands) -> tuple[Tensor, ...]:
         ABSENT[3] if table is None else table,
         valid if isinstance(valid, Tensor) else ABSENT[4],
         ABSENT[5] if expert_map is None else expert_map,
-        *(ABSENT[6:] if out is None else out),
+        *(ABSENT[6:8] if out is None else out),
     )
 
 

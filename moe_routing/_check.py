@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import UninitializedBuffer, UninitializedParameter
 
 from moe_routing._overlap import overlap
 from moe_routing.kernel import RoutingOutput
@@ -35,6 +36,7 @@ IDS_DTYPES = frozenset({torch.int32, torch.int64})
 PACKED = torch.float4_e2m1fn_x2
 """A float dtype with two numbers in an element: no vector of E numbers has E elements of it."""
 _MATRIX = 2
+_WITHOUT_SHAPE = (UninitializedParameter, UninitializedBuffer)
 
 
 def _wrong(error: type[Exception], argument: str, expected: str, got: object) -> NoReturn:
@@ -153,8 +155,12 @@ def check_dense(operands: Operands) -> None:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Tell whether a tensor has a shape and strides."""
-    return tensor.layout is torch.strided and not tensor.is_nested
+    """Tell whether a tensor has a shape and strides; a lazy parameter has none yet."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not isinstance(tensor, _WITHOUT_SHAPE)
+    )
 
 
 def is_dtensor(tensor: object) -> bool:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moe_routing._call_cache import Matches
     from moe_routing._dispatch import Resolved
     from moe_routing.gating.call import Gate
+    from moe_routing.gating.latest import Latest
     from moe_routing.kernel import Prepared
     from moe_routing.planning.kernel import DispatchPlan
     from moe_routing.reference.shadow import Health, Shadow
@@ -97,6 +98,7 @@ class Router:
             self._shadow_key = None if self._shadow is None else self._shadow.key
         self._calls: dict[tuple[object, ...], CachedCall] = {}
         self._latest: CachedCall | None = None
+        self._latest_gate: Latest | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle what the router was made of."""

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     """
 
 __all__ = [
-    "carries_tangents", "compile_by_inductor", "count_modes", "current_device",
-    "current_stream", "dispatch_keys", "empty", "is_fake_mode", "is_functorch_wrapped_tensor",
+    "carries_tangents", "compile_by_inductor", "count_modes", "current_device", "current_stream",
+    "dispatch_keys", "empty", "has_tangent", "is_fake_mode", "is_functorch_wrapped_tensor",
     "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "privateuse1_name",
     "tensor_guard", "unset_fake_temporarily", "why_not_direct",
 ]  # fmt: skip
@@ -83,6 +83,11 @@ def tensor_guard(examples: Sequence[Tensor]) -> Callable[..., bool] | None:
 def carries_tangents() -> bool:
     """Tell whether a forward-mode derivative is being computed."""
     return forward_ad._current_level >= 0  # noqa: SLF001 -- this file's purpose
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Tell whether a forward-mode derivative is being computed by this tensor."""
+    return carries_tangents() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:

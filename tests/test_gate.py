@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,6 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import Mutant, registered
 from mutants.gating import Fused, Projects
+from mutants.gating._mutant import ROUTES
+from mutants.gating.logits import NoNormWeight
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 
@@ -29,6 +35,7 @@ from moe_routing_registry import BackendUnavailableError, RejectCode
 T, E, K, H = 9, 16, 4, 40
 ROUTE = moe_routing.get_router("gemma4")
 GATE = ROUTE.gate
+PLAIN = moe_routing.get_router("mixtral").gate
 
 
 def operands(dtype=torch.float32):
@@ -205,6 +212,19 @@ def test_shadow_mode_compares_what_is_gated():
     assert router.health().ok
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["plain", "traced"])
+def test_shadow_mode_sees_wrong_logits_that_are_routed_right(traced):
+    given = {**operands(), "norm": moe_routing.RMSNorm(1e-6, torch.rand(H) + 1)}
+    with registered(Mutant(NoNormWeight, "", operation="gate", others=ROUTES)) as name:
+        router = moe_routing.Router(ROUTE.spec, backend=name, verify=True)
+        torch.compiler.reset()
+        gate = router.gate
+        (torch.compile(gate, fullgraph=True, backend="aot_eager") if traced else gate)(**given)
+        health = router.health()
+    assert (health.compared, health.wrong, health.failures) == (1, 1, 0)
+    assert re.match(r"row \d+: the logit of expert \d+ is ", health.latest)
+
+
 def test_threads_gate_at_once():
     given = operands()
     right, made = GATE(**given), {}
@@ -221,12 +241,220 @@ def test_threads_gate_at_once():
     assert all(torch.equal(one.weights, right.weights) for one in made.values())
 
 
-def test_tensors_of_other_kinds_are_refused_by_name():
+FLOAT_OPERANDS = ("hidden", "router_weight", "router_bias", "input_scale", "per_expert_scale")
+
+
+def gated(**given):
+    """Return what a call makes, and the names of the Python functions that it enters."""
+    entered = []
+    sys.setprofile(
+        lambda frame, event, _: entered.append(frame.f_code.co_name) if event == "call" else None
+    )
+    try:
+        return GATE(**given), entered
+    finally:
+        sys.setprofile(None)
+
+
+def test_a_call_like_the_one_before_is_not_checked_again():
     given = operands()
-    with pytest.raises(TypeError, match=r"^hidden: expected tensors outside torch\.func"):
-        torch.func.grad(lambda hidden: GATE(**{**given, "hidden": hidden}).weights.sum())(
-            given["hidden"]
-        )
+    GATE(**given)
+    for change in (
+        {},
+        {"hidden": torch.randn(T, H)},
+        {"router_weight": torch.randn(E, H)},
+        {"return_logits": True},
+    ):
+        assert "_checked" not in gated(**{**given, **change})[1]
+    weight = torch.nn.Parameter(given["router_weight"])
+    with torch.no_grad():
+        GATE(**{**given, "router_weight": weight})
+        assert "_checked" not in gated(**{**given, "router_weight": weight})[1]
+
+
+def test_a_call_unlike_the_one_before_is_checked():
+    given = operands()
+    weight = torch.nn.Parameter(given["router_weight"])
+    unlike = (
+        {"hidden": given["hidden"].half().float().t().contiguous().t()},
+        {"hidden": given["hidden"][:3]},
+        {"router_weight": weight},
+        {"topk": K + 1},
+        {"router_bias": torch.rand(E)},
+        {"norm": None},
+        {"norm": moe_routing.RMSNorm(1e-5)},
+        {"norm": moe_routing.RMSNorm(1e-6, torch.rand(H))},
+        {"input_scale": None},
+        {"input_scale": given["input_scale"].half()},
+        {"input_multiplier": 0.5},
+        {"logits_dtype": torch.bfloat16},
+        {"invariant": False},
+        {"num_valid_tokens": 3},
+        {"num_valid_tokens": torch.tensor(3)},
+        {"expert_map": torch.arange(E).flip(0)},
+        {"ids_dtype": torch.int64},
+    )
+    for change in unlike:
+        changed = {**given, **change, "return_logits": True}
+        right = moe_routing.get_router(ROUTE.spec).gate(**changed)
+        GATE(**given)
+        made, entered = gated(**changed)
+        assert "_checked" in entered
+        assert all(map(torch.equal, made, right))
+    with torch.no_grad():
+        assert not GATE(**{**given, "router_weight": weight}).weights.requires_grad
+    assert GATE(**{**given, "router_weight": weight}).weights.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_a_call_before_it_made_right_is_still_wrong():
+    given = {**operands(), "router_bias": torch.rand(E)}
+    # The guard of known calls would end the process if it saw one.
+    nested = torch.nested.nested_tensor([torch.rand(E)], layout=torch.strided)
+    for change, argument in (
+        ({"norm": 1e-6}, "norm"),
+        ({"norm": (1e-6, None)}, "norm"),
+        ({"norm": moe_routing.RMSNorm(eps=True)}, "norm"),
+        ({"input_multiplier": torch.tensor(H**-0.5)}, "input_multiplier"),
+        ({"num_valid_tokens": True}, "num_valid_tokens"),
+        ({"num_valid_tokens": -1}, "num_valid_tokens"),
+        ({"hidden": given["hidden"].tolist()}, "hidden"),
+        ({"router_bias": nested}, "router_bias"),
+        ({"per_expert_scale": nested}, "per_expert_scale"),
+        ({"per_expert_scale": None}, "per_expert_scale"),
+        ({"return_logits": 1}, "return_logits"),
+        ({"invariant": 1}, "invariant"),
+    ):
+        GATE(**given)
+        GATE(**{**given, "num_valid_tokens": 1})
+        with pytest.raises((TypeError, ValueError), match=rf"^{argument}: "):
+            GATE(**{**given, **change})
+
+
+def test_a_backend_that_is_registered_later_is_found():
+    given = operands()
+    gate = moe_routing.get_router(ROUTE.spec).gate
+    gate(**given)
+    with registered(Mutant(Fused, "", operation="gate")) as name, moe_routing.prefer(name):
+        Fused.asked.clear()
+        gate(**given)
+        assert Fused.asked == [False]
+    gate(**given)
+    assert Fused.asked == [False]
+
+
+def test_fake_tensors_after_a_plain_call_are_fake():
+    given = {**operands(), "norm": None}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in given.items()}
+    GATE(**given)
+    assert type(GATE(**fakes).ids) is FakeTensor
+    GATE(**given)
+    with mode:
+        assert type(GATE(**given).ids) is FakeTensor
+    assert type(GATE(**given).ids) is torch.Tensor
+
+
+@pytest.mark.parametrize("name", FLOAT_OPERANDS)
+def test_tensors_inside_torch_func_are_refused_by_name(name):
+    given = {**operands(), "router_bias": torch.rand(E)}
+
+    def of(tensor):
+        return GATE(**{**given, name: tensor}).weights.sum()
+
+    refused = rf"^{name}: expected a tensor outside torch\.func and forward mode; route the logits"
+    with pytest.raises(TypeError, match=refused):
+        torch.func.grad(of)(given[name])
+    with pytest.raises(TypeError, match=refused):
+        torch.vmap(of)(given[name][None])
+
+
+@pytest.mark.parametrize("name", FLOAT_OPERANDS)
+def test_a_tangent_is_refused_and_not_dropped(name):
+    given = {**operands(), "router_bias": torch.rand(E)}
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(
+            TypeError, match=rf"^{name}: expected a tensor outside torch\.func and f"
+        ):
+            GATE(**{**given, name: dual})
+        assert GATE(**given).ids.shape == (T, K)
+
+
+def test_a_parameter_without_a_shape_is_refused_by_name():
+    given = operands()
+    for name in FLOAT_OPERANDS:
+        nothing = torch.nn.UninitializedParameter()
+        with pytest.raises(ValueError, match=rf"^{name}: expected a dense tensor"):
+            GATE(**{**given, name: nothing})
+    with pytest.raises(ValueError, match=r"^logits: expected a dense tensor"):
+        ROUTE(torch.nn.UninitializedParameter(), K, given["per_expert_scale"])
+
+
+@pytest.mark.parametrize("value", [10**400, 1e-45, -1e-45, Fraction(10**400)])
+def test_a_number_that_float32_does_not_hold_is_refused_by_name(value):
+    given = operands()
+    with pytest.raises(ValueError, match=r"^input_multiplier: expected a number from magnitude"):
+        GATE(**{**given, "input_multiplier": value})
+    with pytest.raises(ValueError, match=r"^norm: eps: expected a number from 1\.17549e-38 to"):
+        GATE(**{**given, "norm": moe_routing.RMSNorm(value)})
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_autocast_changes_neither_logits_nor_gradients(invariant):
+    given = {**operands(), "invariant": invariant, "return_logits": True}
+    leaves = [given[name].requires_grad_() for name in FLOAT_OPERANDS if name in given]
+    made = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = GATE(**given)
+            loss = out.weights.square().sum() + out.logits.square().sum()
+            made.append((*out, *torch.autograd.grad(loss, leaves)))
+    assert len(made[0]) == 7
+    assert all(map(torch.equal, *made))
+
+
+def test_zeros_have_one_sign_in_any_batch():
+    weight = torch.tensor([[0.0], [-0.0], [1.0]])
+    hidden = torch.tensor([[-1.0], [1.0], [-0.0], [0.0], [-1.0]])
+    whole = PLAIN(hidden, weight, 1, return_logits=True).logits
+    for row in range(len(hidden)):
+        alone = PLAIN(hidden[row : row + 1], weight, 1, return_logits=True).logits
+        assert torch.equal(alone.view(torch.int32), whole[row : row + 1].view(torch.int32))
+    assert not whole[:, :2].signbit().any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, -torch.nan])
+def test_rows_that_are_not_finite_are_not_added_term_by_term(monkeypatch, value):
+    added = []
+    monkeypatch.setattr(
+        eager, "pairwise", lambda terms, right=eager.pairwise: added.append(terms) or right(terms)
+    )
+    hidden, weight = torch.randn(200, 300), torch.randn(64, 300)
+    hidden[3:] = value
+    gate = moe_routing.get_router("mixtral", backend="eager").gate
+    made = gate(hidden, weight, 2, return_logits=True).logits
+    assert sum(map(len, added)) < 64
+    assert not made[3:].isfinite().any()
+    alone = gate(hidden[7:8], weight, 2, return_logits=True).logits
+    assert torch.equal(alone.view(torch.int32), made[7:8].view(torch.int32))
+
+
+def test_many_rows_are_gated_some_at_a_time(monkeypatch):
+    hidden, weight = torch.randn(50, 300), torch.randn(64, 300)
+    gate = moe_routing.get_router("mixtral", backend="eager").gate
+    right = gate(hidden, weight, 2, return_logits=True).logits
+    seen = []
+    monkeypatch.setattr(
+        eager,
+        "_by_product",
+        lambda inputs, *others, right=eager._by_product: (
+            seen.append(len(inputs)) or right(inputs, *others)
+        ),
+    )
+    monkeypatch.setattr(eager, "TERMS_AT_A_TIME", 300 * 20)
+    assert torch.equal(gate(hidden, weight, 2, return_logits=True).logits, right)
+    assert seen == [20, 20, 10]
 
 
 def test_a_tensor_that_is_negated_lazily_is_read_as_it_is():
@@ -332,7 +560,24 @@ def test_a_wrong_plan_is_refused_before_anything_is_gated():
         for options, error in (({"block": 0}, ValueError), ({"nonsense": 1}, TypeError)):
             with pytest.raises(error, match=rf"^{next(iter(options))}: "):
                 gate.with_plan(**operands(), **options)
+        with pytest.raises(BackendUnavailableError, match="for plan "):  # the backend has none
+            gate.with_plan(**operands())
     assert Fused.asked == []
+
+
+def test_a_plan_is_made_of_any_number_of_tokens_with_gradients_too():
+    given = operands()
+    for tokens, capacity in ((0, 1), (1, 1), (T, 2)):
+        hidden = torch.randn(tokens, H, requires_grad=True)
+        weights, ids, plan = GATE.with_plan(
+            **{**given, "hidden": hidden}, capacity=capacity, drop="least_weight"
+        )
+        expected = moe_routing.plan(
+            ids, E, capacity=capacity, drop="least_weight", weights=weights.detach()
+        )
+        assert all(map(torch.equal, plan[:4], expected[:4]))
+        weights.sum().backward()
+        assert hidden.grad.shape == (tokens, H)
 
 
 def test_a_plan_is_compiled_with_its_gate():

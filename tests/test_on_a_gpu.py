@@ -9,11 +9,12 @@ import random
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from mutants import MUTANTS, permutation, planning, registered
+from mutants import MUTANTS, gating, permutation, planning, registered
 
 from moe_routing.conformance import drawn, run
 from moe_routing.conformance.contract import contract_of
@@ -21,8 +22,10 @@ from moe_routing.conformance.runner import backend_under_test, evaluate
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("operation", ["route", "plan", "permute", "combine"])
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "operation"),
+    [*product(("eager", "triton"), ("route", "plan", "permute", "combine")), ("eager", "gate")],
+)
 def test_a_backend_conforms_on_the_gpu(backend, operation):
     report = run(backend, "cuda:0", operation=operation, profile="smoke")
     assert [(result.id, result.message) for result in report.failed] == []
@@ -55,7 +58,7 @@ def evaluated(backend, mutant):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "mutant",
-    [m for m in (*MUTANTS, *planning.MUTANTS, *permutation.MUTANTS) if m.only_on],
+    [m for m in (*MUTANTS, *planning.MUTANTS, *permutation.MUTANTS, *gating.MUTANTS) if m.only_on],
     ids=lambda mutant: f"{mutant.name}-by-{mutant.caught_by}-{mutant.operation}",
 )
 def test_a_mutant_that_is_wrong_on_cuda_alone_is_caught_and_eager_is_not(mutant):

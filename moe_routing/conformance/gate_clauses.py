@@ -24,9 +24,10 @@ _CLAUSES = (
         "A logit is the sum of H terms, `hidden * norm * norm.weight * input_scale * "
         "input_multiplier * router_weight`, plus `router_bias`; without a norm that factor is 1. "
         "Products and sums are in float32 or better, in any order, and nothing is rounded to a "
-        "shorter dtype on the way. The bound of a logit's error is derived from the roundings of "
-        "such arithmetic (`moe_routing/reference/gate_oracle.py`): it grows with the sum of the "
-        "terms' magnitudes, and is well below a step of bfloat16 up to some thousand columns. "
+        "shorter dtype on the way; `torch.autocast` changes none of it. The bound of a logit's "
+        "error is derived from the roundings of such arithmetic "
+        "(`moe_routing/reference/gate_oracle.py`): it grows with the sum of the terms' "
+        "magnitudes, and is well below a step of bfloat16 up to some thousand columns. "
         "Hidden states are bfloat16, float16 or float32, the router weight has their dtype or "
         "float32; H is 1 to 16,384, E 1 to 1,024.",
         "logits out of a bfloat16 product, or a scale that was folded into bfloat16 weights, move "
@@ -142,7 +143,8 @@ _CLAUSES = (
         "No synchronisation with the host; capturable in a CUDA graph after one warm-up call, and "
         "right on replay with other hidden states; launched on the current stream and on the "
         "hidden states' own device, whatever the current one is. What a call needs beyond its "
-        "outputs belongs to the call.",
+        "outputs belongs to the call: calls on two streams and replays of two graphs may run at "
+        "once.",
         "a workspace for partial sums that a kernel keeps is right until two graphs are replayed "
         "at once.",
     ),

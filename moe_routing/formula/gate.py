@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor
 
     from moe_routing.gating.kernel import Projection
+
+
+def in_full(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which ``torch.autocast`` does not make products of shorter numbers.
+
+    >>> with torch.autocast("cpu", torch.bfloat16), in_full(torch.device("cpu")):
+    ...     (torch.ones(1, 2) @ torch.ones(2, 1)).dtype
+    torch.float32
+    """
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def logits(projection: Projection, dtype: torch.dtype) -> Tensor:

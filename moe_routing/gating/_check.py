@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor
 
 from moe_routing import _check
 from moe_routing.gating.kernel import Projection, RMSNorm
 from moe_routing.gating.problem import FLOATS, MAX_EXPERTS, MAX_HIDDEN
+from moe_routing_registry.routing_spec import HUGE, TINY, number
 from moe_routing_registry.text import refusal
 
 _MATRIX = 2
 _DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in FLOATS)
 _ANY = f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
-_FLOAT32 = torch.finfo(torch.float32)
 
 
 def checked_projection(  # noqa: PLR0913 -- one argument each for what is in front of the logits
@@ -54,9 +52,8 @@ def checked_projection(  # noqa: PLR0913 -- one argument each for what is in fro
     if norm is not None:
         if not isinstance(norm, RMSNorm):
             raise TypeError(refusal("norm", "a moe_routing.RMSNorm, or None", norm))
-        eps = _number("norm", norm.eps, "an eps that float32 holds, above 0", _FLOAT32.tiny)
+        eps = _number("norm: eps", norm.eps, TINY)
         norm_weight = _vector("norm", norm.weight, hidden, columns)
-    expected = "a finite number that float32 holds"
     return Projection(
         hidden,
         weight,
@@ -64,7 +61,7 @@ def checked_projection(  # noqa: PLR0913 -- one argument each for what is in fro
         norm_weight,
         _vector("input_scale", input_scale, hidden, columns),
         eps,
-        _number("input_multiplier", input_multiplier, expected, -_FLOAT32.max),
+        _number("input_multiplier", input_multiplier, -HUGE),
     )
 
 
@@ -95,16 +92,11 @@ def _vector(name: str, value: object, hidden: Tensor, length: int) -> Tensor | N
     return value
 
 
-def _number(name: str, value: object, expected: str, least: float) -> float:
-    """Require a number of float32's range."""
+def _number(name: str, value: object, least: float) -> float:
+    """Require a number that float32 holds."""
     if isinstance(value, torch.SymFloat):
         return value  # type: ignore[return-value] # inside a compiled function it stands for one
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(refusal(name, expected, value))
-    number = float(value)
-    if not least <= number <= _FLOAT32.max:  # NaN is not
-        raise ValueError(refusal(name, expected, value))
-    return number
+    return number(name, value, least, HUGE)
 
 
 def check_logits_dtype(dtype: object) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -13,13 +14,16 @@ from moe_routing._autograd import apply_map
 from moe_routing._call_cache import is_ordinary
 from moe_routing._dispatch import chosen, dispatcher_of, dtype_name, empty_output
 from moe_routing._registry import registry
+from moe_routing.formula.gate import in_full
 from moe_routing.gating import op
 from moe_routing.gating._check import check_logits_dtype, checked_projection
-from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection
+from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection, RMSNorm
+from moe_routing.gating.latest import Chosen, Given, latest_of, served_by
 from moe_routing.gating.problem import GateProblem, Norm
 from moe_routing.kernel import Operands, RoutingOutput
 from moe_routing.planning import routed
-from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
+from moe_routing.planning.kernel import RoutedPlan
+from moe_routing.private_api import has_tangent, is_functorch_wrapped_tensor
 from moe_routing.probing import probe
 from moe_routing_registry import Request
 from moe_routing_registry.request import preference
@@ -29,11 +33,16 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from moe_routing._router import Router
-    from moe_routing.gating.kernel import GateKernel, RMSNorm
-    from moe_routing.planning.kernel import RoutedPlan
+    from moe_routing.gating.kernel import GateKernel
+    from moe_routing.kernel import Prepared
     from moe_routing.reference.shadow import Shadow
+    from moe_routing_registry import RoutingSpec
 
 _registry = registry()
+_NAMES = (
+    "hidden", "router_weight", "router_bias", "norm", "input_scale", "norm", "input_multiplier",
+)  # fmt: skip
+"""The arguments that the parts of a projection came in."""
 _kernels: dict[tuple[object, ...], Any] = {}
 _KERNELS_KEPT = 1024
 """When there are more, remembering begins anew."""
@@ -79,7 +88,8 @@ class Gate:
     """Gates hidden states: ``weights, ids = gate(hidden, router_weight, topk)``.
 
     Get one from a router: ``moe_routing.get_router("gemma4").gate``. It computes the router's
-    linear layer, with what stands in front of it, and routes the logits as that router does.
+    linear layer, with what stands in front of it, and routes the logits as that router does. A call
+    like the one before costs one comparison of its tensors: its arguments are not checked again.
 
     >>> import moe_routing
     >>> gate = moe_routing.get_router("mixtral").gate
@@ -164,6 +174,24 @@ class Gate:
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
         return_logits = _check.flag("return_logits", return_logits)
+        is_norm = isinstance(norm, RMSNorm)
+        weight, eps = (norm.weight, norm.eps) if is_norm else (None, None)  # type: ignore[union-attr] # is_norm says so
+        given = Given(
+            Projection(
+                hidden, router_weight, router_bias, weight, input_scale, eps, input_multiplier
+            ),
+            Operands(
+                hidden, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
+                expert_map,
+            ),
+            topk, ids_dtype, logits_dtype, invariant,
+        )  # fmt: skip
+        known = None
+        if not is_dynamo_compiling() and (is_norm or norm is None):
+            known = served_by(self._router._latest_gate, given)  # noqa: SLF001 -- a gate is a part of its router
+        if known is not None:
+            made = _served(known, given.projection, given.operands, wanted=return_logits)
+            return made if return_logits else RoutingOutput(made.weights, made.ids)
         checked = self._checked(
             hidden, router_weight, topk, per_expert_scale,
             {
@@ -174,7 +202,9 @@ class Gate:
                 "expert_map": expert_map, "ids_dtype": ids_dtype,
             },
         )  # fmt: skip
-        made = _gated(*checked, wanted=return_logits)
+        made, chosen = _gated(*checked, wanted=return_logits)
+        if chosen is not None:
+            self._router._latest_gate = latest_of(given, chosen)  # noqa: SLF001 -- likewise
         return made if return_logits else RoutingOutput(made.weights, made.ids)
 
     def with_plan(  # noqa: PLR0913 -- the arguments of a call, and those of `plan`
@@ -208,12 +238,17 @@ class Gate:
         projection, operands, config = self._checked(
             hidden, router_weight, topk, per_expert_scale, options
         )
-        problem, _ = routed.checked(
+        problem, most = routed.checked(
             operands, config.topk, router.spec.shared_experts, config.ids_dtype, asked, None
         )
-        weights, ids, _ = _gated(projection, operands, config, wanted=False)
-        output = RoutingOutput(weights, ids)
-        return routed.composed(output, problem, asked, config.backend, None)
+        planned = None
+        if not is_dynamo_compiling() and all(map(is_ordinary, _tensors(projection, operands))):
+            planned = routed.planner(problem, most, operands.logits, config.backend)
+        made, _ = _gated(projection, operands, config, wanted=False)
+        output = RoutingOutput(made.weights, made.ids)
+        if planned is None:
+            return routed.composed(output, problem, asked, config.backend, None)
+        return RoutedPlan(*output, planned.fill(*output, None))
 
     def __repr__(self) -> str:
         """Show the router."""
@@ -250,7 +285,7 @@ class Gate:
         logits_dtype = check_logits_dtype(options.get("logits_dtype", torch.float32))
         invariant = _check.flag("invariant", options.get("invariant", True))
         _check.check_operands(router.spec, operands, topk, ids_dtype)
-        _refuse_special(_tensors(projection, operands))
+        _refuse_special(projection, operands)
         training = torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in (*projection, per_expert_scale)
         )
@@ -263,52 +298,97 @@ class Gate:
 
 def _gated(
     projection: Projection, operands: Operands, config: GateConfig, *, wanted: bool
-) -> GateOutput:
+) -> tuple[GateOutput, Chosen | None]:
     """Call the kernel with plain tensors, and the operator with all others.
 
     :param wanted: whether the logits are; they may be unwritten otherwise.
+    :returns: also what serves later calls of this kind, ``None`` where they must be checked too.
     """
-    plain = not (config.training or is_dynamo_compiling() or carries_tangents())
+    plain = not (config.training or is_dynamo_compiling())
     if plain and all(map(is_ordinary, _tensors(projection, operands))):
-        return run(projection, operands, config, wanted=wanted)
+        if config.shadow is not None or not projection.hidden.shape[0]:
+            return run(projection, operands, config), None
+        chosen = _chosen(projection, config)
+        return _served(chosen, projection, operands, wanted=wanted), chosen
     made = op.gate(projection, _as_tensors(operands), config)
     if operands.expert_map is None:
-        return made
-    return made._replace(ids=apply_map(made.ids, operands.expert_map))
+        return made, None
+    return made._replace(ids=apply_map(made.ids, operands.expert_map)), None
 
 
-def run(
-    projection: Projection, operands: Operands, config: GateConfig, *, wanted: bool = True
-) -> GateOutput:
-    """Gate checked real tensors.
+def run(projection: Projection, operands: Operands, config: GateConfig) -> GateOutput:
+    """Gate checked real tensors, and let shadow mode compare logits and what is routed.
 
     :param operands: what routing takes; its logits are made here.
+    """
+    if not projection.hidden.shape[0]:
+        logits, spec = _empty_logits(projection, config.logits_dtype), _spec(config)
+        return GateOutput(*empty_output(spec, logits, config.topk, config.ids_dtype), logits)
+    shadow = None if config.shadow is None else _shadow(config.shadow)
+    return _served(_chosen(projection, config), projection, operands, shadow, wanted=True)
+
+
+def _chosen(projection: Projection, config: GateConfig) -> Chosen:
+    """Choose what gates, and what routes where the kernel does not."""
+    kernel, routes, spec = _kernel(projection, config), None, _spec(config)
+    if not isinstance(kernel, GatesAndRoutes):
+        routes = dispatcher_of(config.spec, who_routes(config.backend)).resolve_for(
+            _empty_logits(projection, config.logits_dtype), projection.router_weight.shape[0],
+            config.topk, config.ids_dtype, config.training,
+        )  # fmt: skip
+    return Chosen(kernel, routes, spec, config.topk, config.logits_dtype)
+
+
+def _served(
+    chosen: Chosen,
+    projection: Projection,
+    operands: Operands,
+    shadow: Shadow | None = None,
+    *,
+    wanted: bool,
+) -> GateOutput:
+    """Gate a token or more.
+
     :param wanted: whether the logits are: otherwise a kernel that routes need not write them.
     """
-    tokens, experts = projection.hidden.shape[0], projection.router_weight.shape[0]
-    logits = projection.hidden.new_empty((tokens, experts), dtype=config.logits_dtype)
-    dispatcher = dispatcher_of(config.spec, who_routes(config.backend))
-    if not tokens:
-        return GateOutput(
-            *empty_output(dispatcher.spec, logits, config.topk, config.ids_dtype), logits
-        )
-    projection = _readable(projection)
-    kernel = _kernel(projection, config)
-    shadow = None if config.shadow is None else _shadow(config.shadow)
-    if not isinstance(kernel, GatesAndRoutes):
-        kernel(projection, logits)
-        resolved = dispatcher.resolve_for(
-            logits, experts, config.topk, config.ids_dtype, config.training
-        )
-        return GateOutput(*resolved.route(operands._replace(logits=logits), shadow), logits)
-    written = logits if wanted or shadow is not None else None
-    output = _fused(kernel, projection, written, operands)
-    if shadow is not None:
-        shadow.observe(
-            dispatcher.spec, config.topk, operands._replace(logits=logits), output,
-            lambda some: _fused(kernel, projection, logits, some),
-        )  # fmt: skip
+    projection, kernel = _readable(projection), chosen.kernel
+    logits = _empty_logits(projection, chosen.logits_dtype)
+    operands = operands._replace(logits=logits)
+    with in_full(logits.device):
+        route: Prepared
+        if chosen.routes is not None:
+            kernel(projection, logits)
+            route = chosen.routes.route
+            output = route(operands)
+        else:
+            assert isinstance(kernel, GatesAndRoutes)  # noqa: S101 -- for mypy
+            output = _fused(kernel, projection, logits if wanted else None, operands)
+            route = partial(_fused, kernel, projection, logits)
+        if shadow is not None:
+            wrong_in = partial(_wrong_in, projection, logits)
+            shadow.observe(chosen.spec, chosen.topk, operands, output, route, wrong_in)
     return GateOutput(*output, logits)
+
+
+@torch.no_grad()
+def _wrong_in(projection: Projection, logits: Tensor, rows: slice) -> list[str]:
+    """Say which logits of these rows are further from the exact ones than their bound allows."""
+    from moe_routing.reference.compare import exact_device
+    from moe_routing.reference.gate_oracle import logits_problems
+
+    home = exact_device(logits)
+    some = projection._replace(hidden=projection.hidden[rows])
+    there = Projection(*(t.to(home) if isinstance(t, Tensor) else t for t in some))  # type: ignore[arg-type] # its own parts
+    return logits_problems(there, logits[rows].to(home))
+
+
+def _empty_logits(projection: Projection, dtype: torch.dtype) -> Tensor:
+    hidden, weight = projection[:2]
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=dtype)
+
+
+def _spec(config: GateConfig) -> RoutingSpec:
+    return dispatcher_of(config.spec, None).spec
 
 
 def who_routes(backend: str | None) -> str | None:
@@ -344,7 +424,7 @@ def _kernel(projection: Projection, config: GateConfig) -> GateKernel:
     kernel: GateKernel | None = _kernels.get(asked)
     if kernel is None:
         problem = GateProblem(
-            spec=dispatcher_of(config.spec, None).spec,
+            spec=_spec(config),
             num_experts=weight.shape[0],
             topk=config.topk,
             hidden_size=hidden.shape[1],
@@ -384,18 +464,23 @@ def _as_tensors(operands: Operands) -> Operands:
     return operands._replace(num_valid_tokens=counted)
 
 
-def _refuse_special(tensors: list[Tensor]) -> None:
-    """Refuse what no rule says anything about: DTensors, and tensors inside torch.func.
+def _refuse_special(projection: Projection, operands: Operands) -> None:
+    """Refuse what no rule says anything about.
 
-    :raises TypeError: there is one.
+    :raises TypeError: there is a DTensor, or a tensor inside torch.func or with a tangent.
     """
-    for tensor in tensors:
+    traced = is_dynamo_compiling()
+    named = zip((*_NAMES, *Operands._fields[1:]), (*projection, *operands[1:]), strict=True)
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            continue
         if _check.is_dtensor(tensor):
-            expected = "plain tensors; gate the rows of each rank by themselves"
-            raise TypeError(refusal("hidden", expected, tensor))
-        if not is_dynamo_compiling() and is_functorch_wrapped_tensor(tensor):
-            expected = "tensors outside torch.func; route the logits of a linear layer there"
-            raise TypeError(refusal("hidden", expected, tensor))
+            expected = "a plain tensor; gate the rows of each rank by themselves"
+            raise TypeError(refusal(name, expected, tensor))
+        if not traced and (is_functorch_wrapped_tensor(tensor) or has_tangent(tensor)):
+            where = "outside torch.func and forward mode"
+            expected = f"a tensor {where}; route the logits of a linear layer there"
+            raise TypeError(refusal(name, expected, tensor))
 
 
 def _readable(projection: Projection) -> Projection:

@@ -92,7 +92,7 @@ def _backward(
     _grad_ids: None,
     grad_logits: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    from moe_routing.formula.gate import logits_backward
+    from moe_routing.formula.gate import in_full, logits_backward
     from moe_routing.gating.call import who_routes
 
     *tensors, per_expert_scale, ids, logits = ctx.saved_tensors
@@ -103,7 +103,8 @@ def _backward(
         spec, who_routes(backend),
     )  # fmt: skip
     projection = Projection(*tensors, *ctx.numbers)
-    gradients = logits_backward(projection, of_logits.float() + grad_logits.float())
+    with in_full(projection.hidden.device):
+        gradients = logits_backward(projection, of_logits.float() + grad_logits.float())
     of_scale = None if per_expert_scale is None else of_scale
     return (*gradients, None, None, of_scale, *((None,) * 12))
 

@@ -31,6 +31,8 @@ from moe_routing_registry.containment import PluginFailure, contained
 from moe_routing_registry.locks import ForkSafeLock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from moe_routing.kernel import Operands, Prepared, RoutingOutput
@@ -96,17 +98,19 @@ class Shadow:
         """Return the counts so far."""
         return self._health
 
-    def observe(
+    def observe(  # noqa: PLR0913, PLR0917 -- what was called, and what to compare it with
         self,
         spec: RoutingSpec,
         topk: int,
         operands: Operands,
         output: RoutingOutput,
         route: Prepared,
+        wrong_in: Callable[[slice], list[str]] | None = None,
     ) -> None:
         """Compare the output of a call with the oracle, if the call is sampled; never raises.
 
         :param route: routes again.
+        :param wrong_in: says what else is wrong in some rows.
         """
         logits = operands.logits
         chosen = self._sampling.random() < self._health.rate and not _capturing(logits)
@@ -116,7 +120,10 @@ class Shadow:
         try:
             with contained("comparing it"):
                 first = self._sampling.randrange(max(1, len(logits) - ROWS + 1))
-                found = _compare(spec, topk, operands, output, route, slice(first, first + ROWS))
+                rows = slice(first, first + ROWS)
+                found = _compare(spec, topk, operands, output, route, rows)
+                if wrong_in is not None:
+                    found.problems += wrong_in(rows)
         except (
             PluginFailure
         ) as failure:  # the caller's call has succeeded: nothing may come in its way

@@ -27,7 +27,7 @@ SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 A third party's family may name another.
 """
 
-_TINY, _HUGE = 2.0**-126, (2 - 2**-23) * 2.0**127
+TINY, HUGE = 2.0**-126, (2 - 2**-23) * 2.0**127
 """Least positive and largest number of float32 that no device flushes to 0 or rounds to inf.
 
 Kernels compute in float32.
@@ -39,14 +39,14 @@ _FLAGS = ("renormalize", "per_expert_scale", "topk_per_group")
 _COUNTS = {"num_groups": 1, "topk_groups": 1, "shared_experts": 0, "zero_experts": 0}
 """Each count and the least that it may be."""
 _NUMBERS = {
-    "renorm_epsilon": (0.0, _HUGE),
-    "renorm_floor": (0.0, _HUGE),
-    "scale": (-_HUGE, _HUGE),
+    "renorm_epsilon": (0.0, HUGE),
+    "renorm_floor": (0.0, HUGE),
+    "scale": (-HUGE, HUGE),
     # Beyond these a quotient by the cap, or a product with the factor, leaves float32 for ordinary
     # logits.
     "logit_softcap": (1e-30, 1e30),
     "logit_multiplier": (1e-30, 1e30),
-    "jitter": (0.0, _HUGE),
+    "jitter": (0.0, HUGE),
 }
 """Each number and the range that it may be in."""
 _NO_GROUPS: dict[str, object] = {"num_groups": 1, "topk_per_group": False}
@@ -157,7 +157,7 @@ class RoutingSpec:
             self._set(name, _count(name, getattr(self, name), fewest))
         for name, (least, most) in _NUMBERS.items():
             if name != "logit_softcap" or self.logit_softcap is not None:
-                self._set(name, _number(name, getattr(self, name), least, most))
+                self._set(name, number(name, getattr(self, name), least, most))
         if self.selection not in SELECTIONS:
             raise ValueError(
                 refusal("selection", f"one of {', '.join(SELECTIONS)}", self.selection)
@@ -359,17 +359,24 @@ def _count(name: str, value: object, least: int) -> int:
     return value
 
 
-def _number(name: str, value: object, least: float, most: float) -> float:
+def number(name: str, value: object, least: float, most: float) -> float:
+    """Return a number that float32 holds with all its digits: none between 0 and ``TINY``.
+
+    >>> number("scale", 1e-40, 0.0, HUGE)
+    Traceback (most recent call last):
+    ...
+    ValueError: scale: expected a number from 1.17549e-38 to 3.40282e+38, or 0, got 1e-40
+    """
     if type(value) is not float and (
         isinstance(value, bool) or not isinstance(value, numbers.Real)
     ):
         raise TypeError(refusal(name, "a number", value))
     try:
-        number = float(value) + 0.0  # -0.0 equals 0.0, and must print like it
+        found = float(value) + 0.0  # -0.0 equals 0.0, and must print like it
     except OverflowError:  # an integer beyond float64
-        number = math.inf
-    if not (least <= number <= most and (number == 0 or abs(number) >= _TINY)):
-        size = f"magnitude {_TINY:g}" if least < 0 else f"{max(least, _TINY):g}"
+        found = math.inf
+    if not (least <= found <= most and (found == 0 or abs(found) >= TINY)):
+        size = f"magnitude {TINY:g}" if least < 0 else f"{max(least, TINY):g}"
         expected = f"a number from {size} to {most:g}" + ("" if least > 0 else ", or 0")
         raise ValueError(refusal(name, expected, value))
-    return number
+    return found

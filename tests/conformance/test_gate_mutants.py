@@ -4,10 +4,10 @@ The check that is named for it catches it. A right backend fails no check.
 """
 
 import re
-from itertools import chain
 
 import pytest
 from mutants import Mutant, registered
+from mutants.catching import each, must_be_caught, must_be_caught_in_eager, results, traced
 from mutants.gating import CHANGES, MUTANTS, Fused, Projects
 from mutants.gating._mutant import ROUTES
 
@@ -17,13 +17,10 @@ from moe_routing.gating import call
 
 CONTRACT = contract_of("gate")
 CHECKS = {check.name: check for check in CONTRACT.checks}
-TRACED = {check.name for check in CONTRACT.checks if check.clause == 10}
-"""Checks that compile, which takes seconds."""
-ON_CUDA = {
-    "nothing_is_read_on_the_host", "a_cuda_graph_replays_with_new_inputs",
-    "the_tensors_device_is_used",
-}  # fmt: skip
-"""Checks that need a GPU, or two; their mutants come with the kernels for one."""
+TRACED = traced("gate")
+HERE = [mutant for mutant in MUTANTS if not mutant.only_on]
+"""The others are wrong on a CUDA device alone; tests/test_on_a_gpu.py holds the kit to those."""
+ON_CUDA = {mutant.caught_by for mutant in MUTANTS if mutant.only_on}
 NOTHING_FOR_THE_REFERENCE = ON_CUDA | {"what_it_declines_cannot_be_gated", "a_declared_gap_is_real"}
 
 
@@ -33,36 +30,7 @@ def _remembered_kernels(monkeypatch):
     monkeypatch.setattr(call, "_kernels", {})
 
 
-def results(backend, check, profiles=("smoke", "quick")):
-    """Run a check on the smallest cases first, and return the results one by one."""
-    under_test = backend_under_test(backend, "cpu")
-    for item in chain(*(list(CHECKS[check].items(profile)) for profile in profiles)):
-        yield evaluate(item, under_test)
-
-
-def each(wrong):
-    """Return parameters of a test; what compiles is slow."""
-    return [
-        pytest.param(
-            one,
-            marks=[pytest.mark.slow] * (one.caught_by in TRACED),
-            id=f"{one.name}-by-{one.caught_by}",
-        )
-        for one in wrong
-    ]
-
-
-def must_be_caught(backend, wrong):
-    said = []
-    for result in results(backend, wrong.caught_by):
-        if result.status == "failed" and "Traceback" not in result.message:
-            said.append(result.message)
-            if re.search(wrong.saying, result.message):
-                return
-    pytest.fail(f"nothing said {wrong.saying!r}, but: {said[:5]}")
-
-
-@pytest.mark.parametrize("mutant", each(MUTANTS))
+@pytest.mark.parametrize("mutant", each(HERE))
 def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
     with registered(mutant) as name:
         must_be_caught(name, mutant)
@@ -70,9 +38,7 @@ def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
 
 @pytest.mark.parametrize("change", each(CHANGES))
 def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(change, monkeypatch):
-    right = getattr(change.home, change.function)
-    monkeypatch.setattr(change.home, change.function, change.made(right))
-    must_be_caught("eager", change)
+    must_be_caught_in_eager(change, monkeypatch)
 
 
 @pytest.mark.parametrize("reference", [Projects, Fused])
@@ -84,7 +50,7 @@ def test_a_right_backend_passes_every_check(check, reference):
     # those cases below.
     profiles = ["smoke"] if check in TRACED else ["smoke", "quick"]
     with registered(Mutant(reference, check, operation="gate", others=ROUTES)) as name:
-        found = list(results(name, check, profiles))
+        found = list(results(name, "gate", check, profiles))
     assert [result.message for result in found if result.status == "failed"] == []
     if check not in NOTHING_FOR_THE_REFERENCE:
         assert any(result.status == "passed" for result in found)
@@ -92,7 +58,7 @@ def test_a_right_backend_passes_every_check(check, reference):
 
 def test_every_check_has_a_mutant_and_every_clause_a_check():
     caught = {one.caught_by for one in (*MUTANTS, *CHANGES)}
-    assert caught == set(CHECKS) - ON_CUDA
+    assert caught == set(CHECKS)
     assert {check.clause for check in CONTRACT.checks} == set(CONTRACT.clauses)
 
 

@@ -3,20 +3,18 @@
 The check that is named for it catches it. A right backend fails no check.
 """
 
-import random
 import re
-from itertools import chain
 
 import pytest
 import torch
 from mutants import Mutant, registered
+from mutants.catching import each, must_be_caught, must_be_caught_in_eager, results, traced
 from mutants.permutation import CHANGES, MUTANTS, Combines, Permutes
 from mutants.permutation.gradients import WithABackward
 
 from moe_routing.conformance import drawn
 from moe_routing.conformance.contract import contract_of
 from moe_routing.conformance.permutation import moved
-from moe_routing.conformance.runner import backend_under_test, evaluate
 from moe_routing.permutation import call
 
 HERE = [mutant for mutant in MUTANTS if not mutant.only_on]
@@ -27,8 +25,7 @@ CHECKS = {
     for operation in OPERATIONS
     for check in CONTRACTS[operation].checks
 }
-TRACED = {check.name for check in CHECKS.values() if check.clause == 9}
-"""Checks that compile, which takes seconds."""
+TRACED = traced("permute") | traced("combine")
 NOTHING_FOR_THE_REFERENCE = ("what_it_declines_fails", "a_declared_gap_is_real")
 """Checks with nothing to check on a reference, which declines nothing."""
 ELSEWHERE = {(one.operation, one.caught_by) for one in MUTANTS} - {
@@ -43,38 +40,6 @@ def _remembered_kernels(monkeypatch):
     monkeypatch.setattr(call, "_kernels", {})
 
 
-def results(backend, operation, check, profiles=("smoke", "quick")):
-    """Run a check on the smallest cases first, and return the results one by one."""
-    under_test = backend_under_test(backend, "cpu")
-    with drawn.seeded(random.getrandbits(32)):
-        found = CHECKS[operation, check]
-        items = chain(*(list(found.items(profile)) for profile in profiles))
-    for item in items:
-        yield evaluate(item, under_test)
-
-
-def each(wrong):
-    """Return parameters of a test; what compiles is slow."""
-    return [
-        pytest.param(
-            one,
-            marks=[pytest.mark.slow] * (one.caught_by in TRACED),
-            id=f"{one.name}-by-{one.caught_by}-{one.operation}",
-        )
-        for one in wrong
-    ]
-
-
-def must_be_caught(backend, wrong):
-    said = []
-    for result in results(backend, wrong.operation, wrong.caught_by):
-        if result.status == "failed" and "Traceback" not in result.message:
-            said.append(result.message)
-            if re.search(wrong.saying, result.message):
-                return
-    pytest.fail(f"nothing said {wrong.saying!r}, but: {said[:5]}")
-
-
 @pytest.mark.parametrize("mutant", each(HERE))
 def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
     with registered(mutant) as name:
@@ -83,9 +48,7 @@ def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
 
 @pytest.mark.parametrize("change", each(CHANGES))
 def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(change, monkeypatch):
-    right = getattr(change.home, change.function)
-    monkeypatch.setattr(change.home, change.function, change.made(right))
-    must_be_caught("eager", change)
+    must_be_caught_in_eager(change, monkeypatch)
 
 
 @pytest.mark.parametrize(

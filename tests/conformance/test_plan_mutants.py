@@ -3,25 +3,22 @@
 A right backend fails no check.
 """
 
-import random
 import re
-from itertools import chain
 
 import pytest
 import torch
 from mutants import Mutant, registered
+from mutants.catching import each, must_be_caught, must_be_caught_in_eager, results, traced
 from mutants.planning import CHANGES, MUTANTS, Reference
 
 from moe_routing.conformance import drawn
 from moe_routing.conformance.plan_clauses import CLAUSES
 from moe_routing.conformance.planning import PLAN, order
-from moe_routing.conformance.runner import backend_under_test, evaluate
 from moe_routing.planning import call, latest
 
 HERE = [mutant for mutant in MUTANTS if not mutant.only_on]
 CHECKS = {check.name: check for check in PLAN.checks}
-TRACED = {check.name for check in PLAN.checks if check.clause == 9}
-"""Checks that compile, which takes seconds."""
+TRACED = traced("plan")
 NOTHING_FOR_THE_REFERENCE = ("what_it_declines_cannot_be_planned", "a_declared_gap_is_real")
 """Checks with nothing to check on the reference, which declines nothing."""
 NEEDS_CUDA = {mutant.caught_by for mutant in MUTANTS} - {mutant.caught_by for mutant in HERE}
@@ -34,48 +31,15 @@ def _remembered_calls(monkeypatch):
     monkeypatch.setattr(latest, "_kept", [None])
 
 
-def results(backend, check):
-    """Run a check on the smallest cases first, and return the results one by one."""
-    under_test = backend_under_test(backend, "cpu")
-    with drawn.seeded(random.getrandbits(32)):
-        items = chain(*(list(CHECKS[check].items(profile)) for profile in ("smoke", "quick")))
-    for item in items:
-        yield evaluate(item, under_test)
-
-
-def each(wrong):
-    """Return parameters of a test; what compiles is slow."""
-    return [
-        pytest.param(
-            one,
-            marks=[pytest.mark.slow] * (one.caught_by in TRACED),
-            id=f"{one.name}-by-{one.caught_by}",
-        )
-        for one in wrong
-    ]
-
-
-def must_be_caught(backend, check, saying):
-    said = []
-    for result in results(backend, check):
-        if result.status == "failed" and "Traceback" not in result.message:
-            said.append(result.message)
-            if re.search(saying, result.message):
-                return
-    pytest.fail(f"nothing said {saying!r}, but: {said}")
-
-
 @pytest.mark.parametrize("mutant", each(HERE))
 def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
     with registered(mutant) as name:
-        must_be_caught(name, mutant.caught_by, mutant.saying)
+        must_be_caught(name, mutant)
 
 
 @pytest.mark.parametrize("change", each(CHANGES))
 def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(change, monkeypatch):
-    right = getattr(change.home, change.function)
-    monkeypatch.setattr(change.home, change.function, change.made(right))
-    must_be_caught("eager", change.caught_by, change.saying)
+    must_be_caught_in_eager(change, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +51,7 @@ def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(cha
 )
 def test_a_right_backend_passes_every_check(check):
     with registered(Mutant(Reference, check, operation="plan")) as name:
-        found = list(results(name, check))
+        found = list(results(name, "plan", check))
     assert [result.message for result in found if result.status == "failed"] == []
     if check not in NOTHING_FOR_THE_REFERENCE:
         assert any(result.status == "passed" for result in found)

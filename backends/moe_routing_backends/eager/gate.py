@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 U = 2.0**-53
 """The unit roundoff of float64."""
 TERMS_AT_A_TIME = 1 << 22
-"""Terms of sums that are in memory at a time: 32 MiB, on a CPU 2 MiB."""
+"""Numbers of inputs, or terms of sums, that are in memory at a time: 32 MiB."""
 
 
 def build(problem: GateProblem, device: DeviceInfo) -> GateKernel:
@@ -61,21 +61,25 @@ def in_one_order(projection: Projection, logits: Tensor) -> None:
 
     Each logit is the sum of its terms in one order, ``pairwise``, in float64 and rounded once.
     """
-    dtype = _widest(projection)
-    hidden = projection.hidden.to(dtype)
-    squares = hidden.new_zeros(len(hidden), 1)
-    if projection.eps is not None:
-        squares = pairwise(hidden.square())[:, None] / hidden.shape[1]
-    inputs = formula.router_inputs(projection, squares)
+    hidden, dtype = projection.hidden, _widest(projection)
     weight = projection.router_weight.to(dtype)
     bias = projection.router_bias
     added = None if bias is None else bias.to(dtype)
-    if projection.hidden.device.type == "cpu":
-        _by_product(inputs, weight, added, logits)
-        return
+    fill = _by_product if hidden.device.type == "cpu" else _by_terms
+    at_a_time = max(1, TERMS_AT_A_TIME // hidden.shape[1])
+    for rows, made in zip(hidden.split(at_a_time), logits.split(at_a_time), strict=True):
+        squares = torch.zeros(len(rows), 1, dtype=dtype, device=rows.device)
+        if projection.eps is not None:
+            squares = pairwise(rows.to(dtype).square())[:, None] / rows.shape[1]
+        inputs = formula.router_inputs(projection._replace(hidden=rows), squares)
+        fill(inputs, weight, added, made)
+
+
+def _by_terms(inputs: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    """Fill the logits with sums that are added term by term."""
     at_a_time = max(1, TERMS_AT_A_TIME // weight.numel())
     for rows, made in zip(inputs.split(at_a_time), logits.split(at_a_time), strict=True):
-        made.copy_(_rounded(pairwise(rows[:, None] * weight), added))
+        made.copy_(_rounded(pairwise(rows[:, None] * weight), bias))
 
 
 def _by_product(inputs: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
@@ -88,11 +92,14 @@ def _by_product(inputs: Tensor, weight: Tensor, bias: Tensor | None, logits: Ten
     sums = inputs @ weight.t()
     # A float64 sum errs by at most H * U of the magnitudes of its terms, in any order; a few more
     # roundings are in the terms and in the magnitudes.
-    margin = inputs.norm(dim=1)[:, None] * weight.norm(dim=1) * (2 * (inputs.shape[1] + 8) * U)
+    lengths = [torch.linalg.vector_norm(rows, dim=1) for rows in (inputs, weight)]
+    margin = lengths[0][:, None] * lengths[1] * (2 * (inputs.shape[1] + 8) * U)
     made = _rounded(sums, bias)
-    # NaN is unlike itself, so it is added again.
-    unsure = (_rounded(sums - margin, bias) != _rounded(sums + margin, bias)).nonzero()
-    for places in unsure.split(max(1, TERMS_AT_A_TIME // 16 // inputs.shape[1])):
+    unsure = _rounded(sums - margin, bias) != _rounded(sums + margin, bias)
+    # NaN and infinity are the same in any order, but NaN has many bits.
+    unsure &= sums.isfinite() & ~made.isnan()
+    made.masked_fill_(made.isnan(), torch.nan)
+    for places in unsure.nonzero().split(max(1, TERMS_AT_A_TIME // 16 // inputs.shape[1])):
         row, expert = places.unbind(1)
         some = pairwise(inputs[row] * weight[expert])
         made[row, expert] = _rounded(some, None if bias is None else bias[expert])
@@ -100,7 +107,8 @@ def _by_product(inputs: Tensor, weight: Tensor, bias: Tensor | None, logits: Ten
 
 
 def _rounded(sums: Tensor, bias: Tensor | None) -> Tensor:
-    return (sums if bias is None else sums + bias).float()
+    # The sign of a zero depends on the order, as in -0 + 0; adding 0 makes all zeros one.
+    return (sums if bias is None else sums + bias).float() + 0.0
 
 
 def pairwise(terms: Tensor) -> Tensor:

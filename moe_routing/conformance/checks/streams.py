@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from moe_routing.conformance import streams
 from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check, require
-from moe_routing.conformance.under_test import (
-    BackendUnderTest,
-    NotRunError,
-    must_match,
-    outputs,
-    same_bits,
-)
+from moe_routing.conformance.under_test import BackendUnderTest, must_match, outputs, same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from moe_routing.conformance.cases import Call, Case, Profile
-
-SLEEP_CYCLES = 20_000_000
-"""About 10 ms on a GPU.
-
-That is long against a launch, so that work on a wrong stream overtakes what it should wait for.
-"""
 
 
 def _modes(profile: Profile) -> Iterator[Case]:
@@ -47,59 +34,29 @@ def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, 
     second.logits = first.logits.flip(1).clone()
     under_test.route(first)  # whatever is built, is built now
     live = first.logits.clone()
-    with side_stream(under_test.device) as sleep:
-        routed = []
-        for call in (first, second):
-            sleep()
-            live.copy_(call.logits)
-            routed.append((call, under_test.route(_on(call, live))))
-    for call, output in routed:
+    calls = (first, second)
+    routed = streams.made_in_stream_order(
+        under_test.device,
+        calls,
+        lambda call: live.copy_(call.logits),
+        lambda call: under_test.route(_on(call, live)),
+    )
+    for call, output in zip(calls, routed, strict=True):
         must_match(call, output)
-
-
-@contextlib.contextmanager
-def side_stream(device: torch.device) -> Iterator[Any]:
-    """Enter another stream of the device, where it has streams.
-
-    What it yields keeps the stream busy for a while.
-    """
-    if device.type == "cpu":
-        yield lambda: None
-        return
-    module = torch.get_device_module(device)
-    torch.accelerator.synchronize(device)
-    stream = module.Stream(device)
-    keep_busy = getattr(module, "_sleep", None)
-    with module.stream(stream):
-        yield (lambda: keep_busy(SLEEP_CYCLES)) if keep_busy else (lambda: None)
-    torch.accelerator.synchronize(device)
 
 
 def _on(call: Call, logits: torch.Tensor) -> Call:
     return type(call)(call.spec, logits, call.topk, call.operands, call.ids_dtype)
 
 
-def _need_cuda(under_test: BackendUnderTest) -> None:
-    if under_test.device.type != "cuda":
-        msg = "needs a CUDA device"
-        raise NotRunError(msg)
-
-
 @check(12, _modes)
 def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> None:
     """A call does not synchronise with the device, with num_valid_tokens on the device either."""
-    _need_cuda(under_test)
+    streams.need_cuda(under_test)
     call = case.but(valid="tensor").make(under_test.device)
     under_test.route(call)
-    torch.cuda.synchronize(under_test.device)
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with streams.without_synchronisation(under_test.device):
         output = under_test.router(call.spec)(call.logits, call.topk, **call.operands)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
     must_match(call, output)
 
 
@@ -109,31 +66,26 @@ def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Cas
 
     These are other logits and another number of valid tokens.
     """
-    _need_cuda(under_test)
+    streams.need_cuda(under_test)
     call = case.but(valid="tensor").make(under_test.device)
     route = under_test.router(call.spec)
     under_test.route(call)
-    torch.cuda.synchronize(under_test.device)
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(under_test.device),
-        torch.cuda.graph(graph, stream=torch.cuda.Stream(under_test.device)),
-    ):
-        output = route(call.logits, call.topk, **call.operands)
+    graph, output = streams.captured(
+        under_test.device, lambda: route(call.logits, call.topk, **call.operands)
+    )
     for valid in (case.num_tokens, case.num_tokens // 2):
         call.logits.copy_(call.logits.roll(1, 0).flip(1))
         valid_tokens = call.operands["num_valid_tokens"]
         assert isinstance(valid_tokens, torch.Tensor)  # noqa: S101 -- for mypy: the case says so
         valid_tokens.fill_(valid)
-        graph.replay()
-        torch.cuda.synchronize(under_test.device)
+        streams.replay(graph, under_test.device)
         must_match(call, output)
 
 
 @check(12, _sets.of_every_family, capability="several_devices")
 def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None:
     """Tensors on another device than the current one are routed there."""
-    here, there = two_devices(under_test)
+    here, there = streams.two_devices(under_test)
     on_each = [
         BackendUnderTest(under_test.backend, device).check(case.make(device))
         for device in (here, there)
@@ -153,7 +105,7 @@ def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Ca
 
     Each device has logits of its own, and calls with and without outputs to write into.
     """
-    calls = [case.make(device) for device in two_devices(under_test)]
+    calls = [case.make(device) for device in streams.two_devices(under_test)]
     calls[1] = replace(calls[1], logits=calls[1].logits.flip(1))
     for call in calls:
         BackendUnderTest(under_test.backend, call.logits.device).route(call)
@@ -177,12 +129,3 @@ def one_router_serves_two_devices_in_turn(under_test: BackendUnderTest, case: Ca
     for call, output in routed:
         must_match(call, output)
     require(torch.accelerator.current_device_index() == 0, "the current device was changed")
-
-
-def two_devices(under_test: BackendUnderTest) -> tuple[torch.device, torch.device]:
-    """Return the first two devices, and make the first the current one."""
-    if under_test.device.type == "cpu" or torch.accelerator.device_count() < 2:  # noqa: PLR2004 -- another one
-        msg = "needs a second device"
-        raise NotRunError(msg)
-    torch.accelerator.set_device_index(0)
-    return torch.device(under_test.device.type, 0), torch.device(under_test.device.type, 1)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing.conformance.checks.streams import side_stream, two_devices
+from moe_routing.conformance import streams
 from moe_routing.conformance.gating import _sets
 from moe_routing.conformance.gating._check import check, require
-from moe_routing.conformance.planning.streams import need_cuda
+from moe_routing.conformance.streams import TURNS
 from moe_routing.conformance.under_test import BackendUnderTest
 from moe_routing.gating import GateOutput
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from moe_routing.conformance.cases import Profile
     from moe_routing.conformance.gating.calls import Call
     from moe_routing.conformance.gating.cases import Case
-
-TURNS = 4
 
 
 def _sizes(profile: Profile) -> Iterator[Case]:
@@ -46,12 +43,12 @@ def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, 
     call.made(under_test)  # whatever is built, is built now
     live = call.with_projection(hidden=call.projection.hidden.clone())
     calls = _others(call, case)
-    with side_stream(under_test.device) as sleep:
-        made = []
-        for other in calls:
-            sleep()
-            live.projection.hidden.copy_(other.projection.hidden)
-            made.append(live.made(under_test))
+    made = streams.made_in_stream_order(
+        under_test.device,
+        calls,
+        lambda other: live.projection.hidden.copy_(other.projection.hidden),
+        lambda _: live.made(under_test),
+    )
     for other, one in zip(calls, made, strict=True):
         other.must_match(one)
 
@@ -59,45 +56,61 @@ def each_call_uses_its_own_inputs_in_stream_order(under_test: BackendUnderTest, 
 @check(11, _sizes)
 def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> None:
     """A call does not synchronise with the device."""
-    need_cuda(under_test)
+    streams.need_cuda(under_test)
     call = case.make(under_test.device)
     call.made(under_test)
-    torch.cuda.synchronize(under_test.device)
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with streams.without_synchronisation(under_test.device):
         made = call.made(under_test)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
     call.must_match(made)
 
 
 @check(11, _sizes, capability="cuda_graphs")
 def a_cuda_graph_replays_with_new_inputs(under_test: BackendUnderTest, case: Case) -> None:
     """A graph that is captured after one warm-up call replays with other hidden states."""
-    need_cuda(under_test)
+    streams.need_cuda(under_test)
     call = case.make(under_test.device)
     call.made(under_test)
-    torch.cuda.synchronize(under_test.device)
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(under_test.device),
-        torch.cuda.graph(graph, stream=torch.cuda.Stream(under_test.device)),
-    ):
-        made = call.made(under_test)
+    graph, made = streams.captured(under_test.device, lambda: call.made(under_test))
     for other in _others(call, case):
         call.projection.hidden.copy_(other.projection.hidden)
-        graph.replay()
-        torch.cuda.synchronize(under_test.device)
+        streams.replay(graph, under_test.device)
         call.must_match(GateOutput(*made))
+
+
+@check(11, _sizes)
+def calls_on_two_streams_do_not_meet(under_test: BackendUnderTest, case: Case) -> None:
+    """Calls on two streams at once, with hidden states of their own, share no memory."""
+    streams.need_cuda(under_test)
+    call = case.make(under_test.device)
+    call.made(under_test)
+    calls = _others(call, case)
+    made = streams.made_on_two_streams(
+        under_test.device, calls, lambda other: other.made(under_test)
+    )
+    for other, one in zip(calls, made, strict=True):
+        other.must_match(one, "on two streams at once")
+
+
+@check(11, _sizes, capability="cuda_graphs")
+def two_graphs_replayed_at_once_do_not_meet(under_test: BackendUnderTest, case: Case) -> None:
+    """Two graphs of one kernel that are replayed at once share no memory."""
+    streams.need_cuda(under_test)
+    call = case.make(under_test.device)
+    call.made(under_test)
+    calls = _others(call, case)[:2]
+    captured = [
+        streams.captured(under_test.device, lambda other=other: other.made(under_test))  # type: ignore[misc] # bound now
+        for other in calls
+    ]
+    for _ in streams.replayed_at_once(under_test.device, [graph for graph, _ in captured]):
+        for other, (_, made) in zip(calls, captured, strict=True):
+            other.must_match(made, "two graphs at once")
 
 
 @check(11, _sets.in_every_form, capability="several_devices")
 def the_tensors_device_is_used(under_test: BackendUnderTest, case: Case) -> None:
     """Tensors on another device than the current one are gated there, in turn with the first."""
-    calls = [case.make(device) for device in two_devices(under_test)]
+    calls = [case.make(device) for device in streams.two_devices(under_test)]
     for turn in range(TURNS):
         call = calls[turn % 2]
         call.checked(BackendUnderTest(under_test.backend, call.device))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
 import moe_routing
-from moe_routing.conformance.checks.streams import SLEEP_CYCLES, side_stream, two_devices
+from moe_routing.conformance import streams
 from moe_routing.conformance.planning import _sets, cases
 from moe_routing.conformance.planning._check import check, require
-from moe_routing.conformance.under_test import BackendUnderTest, NotRunError
+from moe_routing.conformance.streams import TURNS
+from moe_routing.conformance.under_test import BackendUnderTest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from moe_routing.conformance.cases import Profile
     from moe_routing.conformance.planning.cases import Call, Case
     from moe_routing.planning import DispatchPlan
-
-TURNS = 4
 
 
 def _modes(profile: Profile) -> Iterator[Case]:
@@ -41,12 +38,12 @@ def each_call_uses_its_own_ids_in_stream_order(under_test: BackendUnderTest, cas
     cases.plan(under_test, call)  # whatever is built, is built now
     live = call.but(ids=call.ids.clone())
     calls = _others(call, TURNS)
-    with side_stream(under_test.device) as sleep:
-        made = []
-        for other in calls:
-            sleep()
-            live.ids.copy_(other.ids)
-            made.append(_planned(under_test, live))
+    made = streams.made_in_stream_order(
+        under_test.device,
+        calls,
+        lambda other: live.ids.copy_(other.ids),
+        lambda _: _planned(under_test, live),
+    )
     for other, plan in zip(calls, made, strict=True):
         cases.must_match(other, plan)
 
@@ -56,86 +53,40 @@ def _planned(under_test: BackendUnderTest, call: Call) -> DispatchPlan:
     return moe_routing.plan(call.ids, call.num_experts, backend=under_test.backend, **call.options)
 
 
-def need_cuda(under_test: BackendUnderTest) -> None:
-    """Require a CUDA device.
-
-    :raises NotRunError: it is another one.
-    """
-    if under_test.device.type != "cuda":
-        msg = "needs a CUDA device"
-        raise NotRunError(msg)
-
-
 @check(10, _modes)
 def nothing_is_read_on_the_host(under_test: BackendUnderTest, case: Case) -> None:
     """A call does not synchronise with the device."""
-    need_cuda(under_test)
+    streams.need_cuda(under_test)
     call = case.make(under_test.device)
     cases.plan(under_test, call)
-    torch.cuda.synchronize(under_test.device)
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with streams.without_synchronisation(under_test.device):
         made = _planned(under_test, call)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
     cases.must_match(call, made)
-
-
-def _captured(
-    under_test: BackendUnderTest, call: Call
-) -> tuple[torch.cuda.CUDAGraph, DispatchPlan]:
-    """Capture a call that has been made once before."""
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(under_test.device),
-        torch.cuda.graph(graph, stream=torch.cuda.Stream(under_test.device)),
-    ):
-        made = _planned(under_test, call)
-    return graph, made
 
 
 @check(10, _modes, capability="cuda_graphs")
 def a_cuda_graph_replays_with_new_ids(under_test: BackendUnderTest, case: Case) -> None:
     """A graph that is captured after one warm-up call replays with other ids."""
-    need_cuda(under_test)
+    streams.need_cuda(under_test)
     call = case.make(under_test.device)
     cases.plan(under_test, call)
-    torch.cuda.synchronize(under_test.device)
-    graph, made = _captured(under_test, call)
+    graph, made = streams.captured(under_test.device, lambda: _planned(under_test, call))
     for other in _others(call, TURNS):
         call.ids.copy_(other.ids)
-        graph.replay()
-        torch.cuda.synchronize(under_test.device)
+        streams.replay(graph, under_test.device)
         cases.must_match(call, made)
-
-
-@contextlib.contextmanager
-def two_streams(device: torch.device) -> Iterator[tuple[torch.cuda.Stream, torch.cuda.Stream]]:
-    """Yield two streams that are kept busy for as long, so that what follows runs at once."""
-    torch.cuda.synchronize(device)
-    streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(SLEEP_CYCLES)  # noqa: SLF001 -- torch's own tests use it
-    yield streams
-    torch.cuda.synchronize(device)
 
 
 @check(10, _modes)
 def calls_on_two_streams_do_not_meet(under_test: BackendUnderTest, case: Case) -> None:
     """Calls on two streams at once, with ids of their own, share no memory."""
-    need_cuda(under_test)
+    streams.need_cuda(under_test)
     call = case.make(under_test.device)
     cases.plan(under_test, call)
     calls = _others(call, 2 * TURNS)
-    made = []
-    with two_streams(under_test.device) as streams:
-        for turn, other in enumerate(calls):
-            with torch.cuda.stream(streams[turn % 2]):
-                made.append(_planned(under_test, other))
+    made = streams.made_on_two_streams(
+        under_test.device, calls, lambda other: _planned(under_test, other)
+    )
     for other, plan in zip(calls, made, strict=True):
         cases.must_match(other, plan, "on two streams at once")
 
@@ -143,18 +94,15 @@ def calls_on_two_streams_do_not_meet(under_test: BackendUnderTest, case: Case) -
 @check(10, _modes, capability="cuda_graphs")
 def two_graphs_replayed_at_once_do_not_meet(under_test: BackendUnderTest, case: Case) -> None:
     """Two graphs of one kernel that are replayed at once share no memory."""
-    need_cuda(under_test)
+    streams.need_cuda(under_test)
     call = case.make(under_test.device)
     cases.plan(under_test, call)
     calls = _others(call, 2)
-    torch.cuda.synchronize(under_test.device)
-    captured = [_captured(under_test, other) for other in calls]
-    for _ in range(TURNS):
-        with two_streams(under_test.device) as streams:
-            for _ in range(TURNS):
-                for stream, (graph, _made) in zip(streams, captured, strict=True):
-                    with torch.cuda.stream(stream):
-                        graph.replay()
+    captured = [
+        streams.captured(under_test.device, lambda other=other: _planned(under_test, other))  # type: ignore[misc] # bound now
+        for other in calls
+    ]
+    for _ in streams.replayed_at_once(under_test.device, [graph for graph, _ in captured]):
         for other, (_, made) in zip(calls, captured, strict=True):
             cases.must_match(other, made, "two graphs at once")
 
@@ -162,7 +110,7 @@ def two_graphs_replayed_at_once_do_not_meet(under_test: BackendUnderTest, case: 
 @check(10, _sets.in_every_form, capability="several_devices")
 def the_ids_device_is_used(under_test: BackendUnderTest, case: Case) -> None:
     """Ids on another device than the current one are planned there, in turn with the first."""
-    calls = [case.make(device) for device in two_devices(under_test)]
+    calls = [case.make(device) for device in streams.two_devices(under_test)]
     for turn in range(TURNS):
         call = calls[turn % 2]
         cases.checked(BackendUnderTest(under_test.backend, call.ids.device), call)

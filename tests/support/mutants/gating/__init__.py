@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from mutants.gating import declining, logits, memory, product, routing
+from mutants.gating import declining, logits, memory, on_cuda, product, routing
 from mutants.gating._mutant import MUTANTS, Fused, Projects
-from mutants.gating.product import CHANGES, Change
+from mutants.gating.product import CHANGES
 
 __all__ = [
-    "CHANGES", "MUTANTS", "Change", "Fused", "Projects", "declining", "logits", "memory", "product",
-    "routing",
+    "CHANGES", "MUTANTS", "Fused", "Projects", "declining", "logits", "memory", "on_cuda",
+    "product", "routing",
 ]  # fmt: skip

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_routing.formula import gate as formula
 from moe_routing.gating import GateOutput, _check, call, op
+from mutants._change import Change, elements_are_shown, no_name_in_front
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
-
-
-class Change(NamedTuple):
-    """A change of the product.
-
-    :ivar home: the module of the function that is replaced.
-    :ivar made: returns the wrong function of the right one.
-    """
-
-    name: str
-    home: ModuleType
-    function: str
-    made: Callable[[Any], Any]
-    caught_by: str
-    saying: str
 
 
 CHANGES: list[Change] = []
@@ -34,7 +20,7 @@ CHANGES: list[Change] = []
 
 def _change(home: ModuleType, function: str, check: str, saying: str) -> Any:
     def enter(made: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        CHANGES.append(Change(made.__name__, home, function, made, check, saying))
+        CHANGES.append(Change("gate", check, saying, home, function, made))
         return made
 
     return enter
@@ -56,7 +42,15 @@ def vectors_are_not_checked(_right: Any) -> Any:
 
 @_change(_check, "_number", "wrong_arguments_raise_and_are_named", r"the first call: ")
 def numbers_are_not_checked(_right: Any) -> Any:
-    return lambda _name, value, _expected, _least: value
+    return lambda _name, value, _least: value
+
+
+_change(
+    _check, "refusal", "wrong_arguments_raise_and_are_named", r"the first call: shows elements"
+)(elements_are_shown)
+_change(
+    _check, "refusal", "wrong_arguments_raise_and_are_named", r"the first call: expected \w+ first"
+)(no_name_in_front)
 
 
 @_change(

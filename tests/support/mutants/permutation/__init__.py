@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from mutants.permutation import declining, gradients, memory, moved, on_cuda, product, state, sums
 from mutants.permutation._mutant import MUTANTS, Combines, Permutes
-from mutants.permutation.product import CHANGES, Change
+from mutants.permutation.product import CHANGES
 
 __all__ = [
-    "CHANGES", "MUTANTS", "Change", "Combines", "Permutes", "declining", "gradients", "memory",
+    "CHANGES", "MUTANTS", "Combines", "Permutes", "declining", "gradients", "memory",
     "moved", "on_cuda", "product", "state", "sums",
 ]  # fmt: skip

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_routing.permutation import _check, call, op
+from mutants._change import Change, elements_are_shown, no_name_in_front
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,41 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A function of the product that is replaced.
-
-    :ivar operation: whose contract has the check.
-    :ivar caught_by: name of the check that must see it.
-    :ivar saying: regular expression of what the check must say.
-    :ivar home: the module.
-    :ivar function: its name there.
-    :ivar made: makes the wrong function from the right one.
-    """
-
-    operation: str
-    caught_by: str
-    saying: str
-    home: Any
-    function: str
-    made: Callable[[Callable[..., Any]], Callable[..., Any]]
-
-    @property
-    def name(self) -> str:
-        """Name for test ids."""
-        return self.made.__name__.strip("_")
-
-
 def _not_looked_at(_right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *_: None
-
-
-def _elements_are_shown(_right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda name, expected, value: f"{name}: expected {expected}, got {value}"
-
-
-def _no_name_in_front(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda name, expected, value: right(name, expected, value).partition(": ")[2]
 
 
 def _scales_stay_in_the_order_of_tokens(right: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,11 +104,11 @@ CHANGES = (
         for change in (
             Change(
                 operation, ARGUMENTS, "^the error shows the elements of a tensor",
-                _check, "refusal", _elements_are_shown,
+                _check, "refusal", elements_are_shown,
             ),
             Change(
                 operation, ARGUMENTS, "^the error does not begin with the argument's name",
-                _check, "refusal", _no_name_in_front,
+                _check, "refusal", no_name_in_front,
             ),
             Change(
                 operation, "no_tokens_give_empty_results", "^(rows|out): expected shape",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from mutants.planning import declining, layouts, memory, on_cuda, order, product, state
 from mutants.planning._mutant import MUTANTS, Reference
-from mutants.planning.product import CHANGES, Change
+from mutants.planning.product import CHANGES
 
 __all__ = [
-    "CHANGES", "MUTANTS", "Change", "Reference", "declining", "layouts", "memory", "on_cuda",
+    "CHANGES", "MUTANTS", "Reference", "declining", "layouts", "memory", "on_cuda",
     "order", "product", "state",
 ]  # fmt: skip
