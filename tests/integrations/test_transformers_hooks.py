@@ -29,6 +29,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 
 from moe_routing import MoeRoutingWarning
 from moe_routing.integrations.transformers import disable, enable, patch, patched, routers, unpatch
+from moe_routing.integrations.transformers._warnings import warn_once
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -723,7 +724,7 @@ def test_a_class_that_somebody_wraps_after_patch_runs_the_wrapper_and_says_so(wr
     model = mixtral()
     own = logits(model)
     patch(model)
-    routers._warn_once.cache_clear()
+    warn_once.cache_clear()
     with monkeypatch.context() as patches:
         patches.setattr(MixtralTopKRouter, "forward", WRAPPERS[wrapper])
         theirs = logits(mixtral())
