@@ -240,13 +240,12 @@ def _backend(router: nn.Module, recipe: Recipe, spec: RoutingSpec) -> str:
 
     ``""`` if it has no device yet.
     """
-    device = _device(router)
-    if device is None:
+    device, weight = _device(router), next(router.parameters(), None)
+    if device is None or weight is None:
         return ""
     num_experts: int | None = getattr(router, "num_experts", None)
-    dtype = next(router.parameters()).dtype
     report = explain(
-        spec, device=device, num_experts=num_experts, topk=recipe.topk(router), dtype=dtype
+        spec, device=device, num_experts=num_experts, topk=recipe.topk(router), dtype=weight.dtype
     )
     return report.winner or ""
 
@@ -270,9 +269,11 @@ def _gated(model: nn.Module, layer: Layer) -> GateLayer:
 
 
 def _device(router: nn.Module) -> torch.device | None:
-    """Return where a layer computes, ``None`` if it has no device yet."""
-    weight = next(router.parameters())
-    return _hook_device(router) if weight.is_meta else weight.device
+    """Return where a layer computes, ``None`` if it has no device yet, or no parameter."""
+    weight = next(router.parameters(), None)
+    if weight is None or weight.is_meta:
+        return _hook_device(router)
+    return weight.device
 
 
 def _hook_device(router: nn.Module) -> torch.device | None:
