@@ -182,7 +182,11 @@ def distances(own, ours, own_ids, our_ids):
     return differ.any(1).sum().item(), apart[differ].abs(), moved[differ]
 
 
-BY_LOGITS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "jamba", "gemma4_text")
+BY_LOGITS = [
+    name
+    for name in ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "jamba", "gemma4_text")
+    if AGAINST.is_here(AGAINST.BY_MODEL[name])
+]
 """Models whose experts are selected by the logits alone."""
 
 
