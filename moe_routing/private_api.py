@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C import _dispatch_keys as dispatch_keys
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad, profiler
+from torch.nn.modules import module as _modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,13 +30,16 @@ if TYPE_CHECKING:
     """
 
 __all__ = [
-    "carries_tangents", "compile_by_inductor", "count_modes", "current_device", "current_stream",
-    "dispatch_keys", "empty", "has_tangent", "is_fake_mode", "is_functorch_wrapped_tensor",
+    "TRACED", "carries_tangents", "compile_by_inductor", "count_modes", "current_device",
+    "current_stream", "dispatch_keys", "empty", "has_tangent", "is_fake_mode",
+    "is_functorch_wrapped_tensor",
     "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "privateuse1_name",
-    "tensor_guard", "unset_fake_temporarily", "why_not_direct",
+    "runs_hooks", "tensor_guard", "unset_fake_temporarily", "why_not_direct",
 ]  # fmt: skip
 
 NO_DEVICE = -1
+TRACED = (FakeTensor, FunctionalTensor)
+"""Classes of the tensors that stand for plain ones while torch traces."""
 
 if torch.cuda.is_available():
     # What torch.cuda.current_device and Inductor's generated code call; the public functions take
@@ -104,6 +109,20 @@ def is_fake_mode() -> bool:
     return (
         count_modes() > 0
         and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None  # noqa: SLF001 -- likewise
+    )
+
+
+def runs_hooks(module: torch.nn.Module) -> bool:
+    """Tell whether a call of a module runs hooks, its own or those of all modules."""
+    return bool(
+        module._forward_hooks  # noqa: SLF001 -- this file's purpose
+        or module._forward_pre_hooks  # noqa: SLF001 -- likewise
+        or module._backward_hooks  # noqa: SLF001 -- likewise
+        or module._backward_pre_hooks  # noqa: SLF001 -- likewise
+        or _modules._global_forward_hooks  # noqa: SLF001 -- likewise
+        or _modules._global_forward_pre_hooks  # noqa: SLF001 -- likewise
+        or _modules._global_backward_hooks  # noqa: SLF001 -- likewise
+        or _modules._global_backward_pre_hooks  # noqa: SLF001 -- likewise
     )
 
 

@@ -54,6 +54,41 @@ def test_functorchs_wrappers_are_known():
     assert not private_api.is_functorch_wrapped_tensor(torch.ones(2))
 
 
+def test_tensors_that_stand_for_plain_ones_while_torch_traces_are_known():
+    seen = []
+
+    class Look(torch.nn.Module):
+        def forward(self, x):
+            seen.append(isinstance(x, private_api.TRACED))
+            return x + 1
+
+    torch.export.export(Look(), (torch.ones(2),), strict=False)
+    assert all(seen)
+    assert seen
+    with FakeTensorMode():
+        assert isinstance(torch.ones(2), private_api.TRACED)
+    assert not isinstance(torch.ones(2), private_api.TRACED)
+
+
+HOOKS = {
+    "register_forward_hook": "register_module_forward_hook",
+    "register_forward_pre_hook": "register_module_forward_pre_hook",
+    "register_full_backward_hook": "register_module_full_backward_hook",
+    "register_full_backward_pre_hook": "register_module_full_backward_pre_hook",
+}
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_hooks_of_a_module_and_of_all_modules_are_known(register):
+    module = torch.nn.Linear(2, 2)
+    for add in (getattr(module, register), getattr(torch.nn.modules.module, HOOKS[register])):
+        assert not private_api.runs_hooks(module)
+        handle = add(lambda *_: None)
+        assert private_api.runs_hooks(module)
+        handle.remove()
+    assert not private_api.runs_hooks(module)
+
+
 def test_fake_mode_is_known_and_can_be_left():
     assert not private_api.is_fake_mode()
     assert not private_api.count_modes()

@@ -102,11 +102,18 @@ def compiled_by_backend(model, experts):
     ]
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("model_type", MODELS)
-def test_a_compiled_patched_model_computes_what_the_model_alone_does(model_type, experts):
+@pytest.mark.parametrize(
+    ("model_type", "experts", "gate"),
+    [
+        *((model, experts, False) for model in MODELS for experts in EXPERTS),
+        ("mixtral", "grouped_mm", True),
+    ],
+)
+def test_a_compiled_patched_model_computes_what_the_model_alone_does(model_type, experts, gate):
     model, stock = built(model_type, experts), built(model_type, experts)
-    assert len(patch(model).replaced) == 1
+    report = patch(model, gate=gate)
+    assert len(report.replaced) == 1
+    assert [layer.gated for layer in report.gates] == [True] * gate
     compiled = compiled_by_backend(model, experts)
     for training in (False, True):
         model.train(training)

@@ -29,6 +29,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 
 from moe_routing import MoeRoutingWarning
 from moe_routing.integrations.transformers import disable, enable, patch, patched, routers, unpatch
+from moe_routing.integrations.transformers._warnings import warn_once
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -335,8 +336,11 @@ FSDP = """
     import os, sys, torch, torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM, MixtralConfig
+    from moe_routing.gating import Gate
     from moe_routing.integrations.transformers import patch, unpatch
 
+    gated, call = [], Gate.__call__
+    Gate.__call__ = lambda *given, **said: gated.append(given[2].shape) or call(*given, **said)
     store = "file://" + sys.argv[1]
     dist.init_process_group("gloo", init_method=store, rank=int(sys.argv[2]), world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
@@ -372,6 +376,11 @@ FSDP = """
             assert report.layers[0].router == "mixtral.MixtralTopKRouter", report
             torch.testing.assert_close(trained(m), theirs, rtol=1e-4, atol=1e-6)
             assert "_moe_routing" in vars(m.model.layers[0].mlp.gate)
+            report = patch(m, gate=True)
+            assert [layer.gated for layer in report.gates] == [True, True], report
+            gated.clear()
+            torch.testing.assert_close(trained(m), theirs, rtol=1e-4, atol=1e-6)
+            assert gated == [torch.Size([8, 32])] * 2, gated
             if order.endswith("unpatch"):
                 unpatch(m)
                 torch.testing.assert_close(trained(m), theirs, rtol=1e-4, atol=1e-6)
@@ -414,8 +423,9 @@ EXPERT_PARALLEL = """
             enable()
         model = load()
         disable()
-        report = patch(model, experts=True)
+        report = patch(model, experts=True, gate=enabled)
         assert len(report.replaced) == len(report.layers) == 2, report
+        assert [layer.gated for layer in report.gates] == [True, True] * enabled, report
         assert [layer.before for layer in report.experts] == ["grouped_mm"] * 2, report
         plans.clear()
         torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-5)
@@ -546,6 +556,9 @@ def test_a_copy_is_patched_as_the_original_and_unpatched_alone(way, called):
 
 LOADED = """
     import sys, torch
+    from moe_routing.gating import Gate
+    gated, call = [], Gate.__call__
+    Gate.__call__ = lambda *given, **said: gated.append(given) or call(*given, **said)
     model = torch.load({file}, weights_only=False)
     from moe_routing.integrations.transformers import patch, routers, unpatch
     gate = model.model.layers[0].mlp.gate
@@ -553,6 +566,7 @@ LOADED = """
     with torch.no_grad():
         ours = model(input_ids=torch.arange(14).view(2, 7)).logits
         torch.testing.assert_close(ours, torch.load({logits}))
+    assert len(gated) == (2 if {gate} else 0)
     assert len(patch(model).replaced) == 2
     unpatch(model)
     assert type(gate).__module__ == "transformers.models.mixtral.modeling_mixtral"
@@ -561,13 +575,14 @@ LOADED = """
 
 
 @pytest.mark.slow
-def test_a_patched_model_is_loaded_in_a_new_process(tmp_path):
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_patched_model_is_loaded_in_a_new_process(gate, tmp_path):
     model = mixtral()
-    patch(model)
+    patch(model, gate=gate)
     torch.save(logits(model), tmp_path / "logits.pt")
     torch.save(model, tmp_path / "model.pt")
     files = {"file": str(tmp_path / "model.pt"), "logits": str(tmp_path / "logits.pt")}
-    assert run_processes(LOADED, tmp_path, **files) == ["held"]
+    assert run_processes(LOADED, tmp_path, gate=gate, **files) == ["held"]
 
 
 def test_every_supported_router_has_a_class_that_is_found_by_name():
@@ -723,7 +738,7 @@ def test_a_class_that_somebody_wraps_after_patch_runs_the_wrapper_and_says_so(wr
     model = mixtral()
     own = logits(model)
     patch(model)
-    routers._warn_once.cache_clear()
+    warn_once.cache_clear()
     with monkeypatch.context() as patches:
         patches.setattr(MixtralTopKRouter, "forward", WRAPPERS[wrapper])
         theirs = logits(mixtral())

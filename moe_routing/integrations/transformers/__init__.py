@@ -11,13 +11,19 @@ from importlib.util import find_spec
 
 from moe_routing.integrations.transformers._enable import disable, enable
 from moe_routing.integrations.transformers._patch import patch, patched, unpatch
-from moe_routing.integrations.transformers._report import ExpertsLayer, Layer, PatchReport
+from moe_routing.integrations.transformers._report import (
+    ExpertsLayer,
+    GateLayer,
+    Layer,
+    PatchReport,
+)
 
 if find_spec("transformers") is not None:  # nothing to register without it
     from moe_routing.integrations.transformers import experts as experts
 
 __all__ = [
     "ExpertsLayer",
+    "GateLayer",
     "Layer",
     "PatchReport",
     "disable",

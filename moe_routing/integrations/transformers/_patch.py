@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from moe_routing import MoeRoutingWarning, RoutingSpec, explain
+from moe_routing._check import flag
 from moe_routing.integrations._code import described
 from moe_routing.integrations.transformers._fingerprint import RefusedError
+from moe_routing.integrations.transformers._gates import GATED, problem_of, why_not
 from moe_routing.integrations.transformers._proof import known, short
-from moe_routing.integrations.transformers._report import Layer, PatchReport
+from moe_routing.integrations.transformers._report import GateLayer, Layer, PatchReport
 from moe_routing.integrations.transformers._selection import BEFORE, deselect, select
 from moe_routing.integrations.transformers._wrapping import (
     defining,
@@ -35,7 +37,7 @@ _BLOCKS_WITHOUT_EXPERTS = {"DogeCDMoE"}
 """Blocks of transformers that hold no submodule ``experts``, and no router that is known."""
 
 
-def patch(model: nn.Module, *, experts: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, experts: bool = False, gate: bool = False) -> PatchReport:
     """Replace the routing of a model's mixture-of-experts layers in place.
 
     Parameters and state dict stay as they are.
@@ -51,8 +53,11 @@ def patch(model: nn.Module, *, experts: bool = False) -> PatchReport:
     :param experts: also select the experts implementation ``"moe_routing"``. The name is in the
         configuration that the model's layers share, as if ``set_experts_implementation`` had been
         called.
+    :param gate: also compute the logits, by ``Router.gate`` in the dtype in which the router has
+        them, where they are a linear layer or a norm, a scale and a linear layer. Its operands are
+        read from the router at each call. ``False`` leaves routers that gate as they are.
     :returns: what was replaced by what, and what was left and why.
-    :raises TypeError: ``model`` is no module.
+    :raises TypeError: ``model`` is no module, or a switch is no bool.
 
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
@@ -66,9 +71,15 @@ def patch(model: nn.Module, *, experts: bool = False) -> PatchReport:
     >>> unpatch(model)
     """
     _require_module(model)
+    experts, gate = flag("experts", experts), flag("gate", gate)
     layers = tuple(_layers(model))
-    report = PatchReport(layers, select(model) if experts else ())
-    if report.left or any(layer.reason for layer in report.experts):
+    report = PatchReport(
+        layers,
+        select(model) if experts else (),
+        tuple(_gated(model, layer) for layer in layers) if gate else (),
+    )
+    reasons = [layer.reason for layer in report.experts] + [layer.reason for layer in report.gates]
+    if report.left or any(reasons):
         lines = str(report).splitlines()
         text = "\n".join(line for line in lines if not line.startswith("[replaced]"))
         warnings.warn(text, MoeRoutingWarning, stacklevel=2)
@@ -89,10 +100,12 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, *, experts: bool = False) -> Iterator[PatchReport]:
+def patched(
+    model: nn.Module, *, experts: bool = False, gate: bool = False
+) -> Iterator[PatchReport]:
     """Patch a model inside the block; what was patched before stays so after it.
 
-    :param experts: as for ``patch``.
+    :param experts: as for ``patch``, like ``gate``.
 
     >>> with patched(nn.Linear(1, 1)) as report:
     ...     report.layers
@@ -100,13 +113,16 @@ def patched(model: nn.Module, *, experts: bool = False) -> Iterator[PatchReport]
     """
     _require_module(model)
     before = {id(module) for module in model.modules() if made_of(type(module))}
+    gated = {id(module) for module in model.modules() if GATED in vars(module)}
     selected = {id(module) for module in model.modules() if BEFORE in vars(module)}
     try:
-        yield patch(model, experts=experts)
+        yield patch(model, experts=experts, gate=gate)
     finally:
         for module in model.modules():
             if id(module) not in before:
                 _remove(module)
+            if id(module) not in gated:
+                vars(module).pop(GATED, None)
             if id(module) not in selected:
                 deselect(module)
 
@@ -136,9 +152,11 @@ def install(router: nn.Module) -> tuple[RoutingSpec, Recipe]:
     made.recipe.prove(router)
     spec = made.recipe.spec_of(router)
     if before is not made:
+        gate = {name: value for name, value in vars(router).items() if name == GATED}
         _remove(router)
         swap(router, stock, made.cls)
         rebind(router, made.method, made.own, made.ours)
+        vars(router).update(gate)
     made.prepare(router)
     return spec, made.recipe
 
@@ -158,6 +176,7 @@ def _remove(module: nn.Module) -> None:
     swap(module, made.cls, made.stock)
     rebind(module, made.method, made.ours, made.own)
     vars(module).pop(STATE, None)
+    vars(module).pop(GATED, None)
 
 
 def _require_module(model: object) -> None:
@@ -221,15 +240,40 @@ def _backend(router: nn.Module, recipe: Recipe, spec: RoutingSpec) -> str:
 
     ``""`` if it has no device yet.
     """
-    weight = next(router.parameters())
-    device = _hook_device(router) if weight.is_meta else weight.device
-    if device is None:
+    device, weight = _device(router), next(router.parameters(), None)
+    if device is None or weight is None:
         return ""
     num_experts: int | None = getattr(router, "num_experts", None)
     report = explain(
         spec, device=device, num_experts=num_experts, topk=recipe.topk(router), dtype=weight.dtype
     )
     return report.winner or ""
+
+
+def _gated(model: nn.Module, layer: Layer) -> GateLayer:
+    """Have ``gate`` compute the logits of a router that was replaced, where it may."""
+    if not layer.replaced:
+        return GateLayer(layer.name, layer.router, reason="its routing is its own")
+    router = model.get_submodule(layer.name)
+    made = made_of(type(router))
+    assert made is not None  # noqa: S101 -- for mypy
+    reason = why_not(made.recipe.front, router)
+    vars(router)[GATED] = reason
+    device = _device(router)
+    backend = ""
+    if not reason and device is not None:
+        spec, topk = made.recipe.spec_of(router), made.recipe.topk(router)
+        problem = problem_of(made.recipe.front, router, spec, topk)
+        backend = explain(problem, device=device).winner or ""
+    return GateLayer(layer.name, layer.router, backend, reason)
+
+
+def _device(router: nn.Module) -> torch.device | None:
+    """Return where a layer computes, ``None`` if it has no device yet, or no parameter."""
+    weight = next(router.parameters(), None)
+    if weight is None or weight.is_meta:
+        return _hook_device(router)
+    return weight.device
 
 
 def _hook_device(router: nn.Module) -> torch.device | None:

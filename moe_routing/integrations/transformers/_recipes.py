@@ -6,14 +6,14 @@ The router's block expects that form. Which classes a recipe is proven for stand
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- its usual name
 
-from moe_routing.integrations.transformers import _logits
+from moe_routing.integrations.transformers import _fronts, _gates, _logits
 from moe_routing.integrations.transformers._deferred import DeferredSoftmax
 from moe_routing.integrations.transformers._specs import Settings, of, prove_ernie_statics
 from moe_routing.models import MODELS
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from moe_routing import RoutingSpec
     from moe_routing._router import Router as Route
+    from moe_routing.integrations.transformers._fronts import ReadFront
     from moe_routing.integrations.transformers._logits import Router
     from moe_routing.models import ModelPreset
 
@@ -185,6 +186,7 @@ class Recipe:
     :ivar whole: replaces all of these steps, for a router that does more.
     :ivar prove: raises ``RefusedError`` unless the submodules that the recipe replaces compute what
         is known.
+    :ivar front: reads what the logits are made of.
     """
 
     settings: Settings
@@ -197,6 +199,12 @@ class Recipe:
     in_training: bool = True
     whole: Callable[..., Outputs] | None = None
     prove: Callable[[Router], None] = _nothing_to_prove
+    front: ReadFront = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find the front of the logits."""
+        front = _fronts.FRONTS[self.logits] if self.whole is None else _fronts.of_layers
+        object.__setattr__(self, "front", front)
 
     def spec_of(self, router: Router) -> RoutingSpec:
         """Return the routing spec of a router with its current settings.
@@ -218,13 +226,17 @@ class Recipe:
         """Compute what the router's own code returns, routed by ``route``."""
         if self.whole is not None:
             return self.whole(router, route, hidden_states, *args, **kwargs)
-        logits = self.logits(router, hidden_states)
-        weights, ids = route(
-            logits,
-            self.topk(router),
-            ids_dtype=torch.int64,
+        further = {
+            "topk": self.topk(router),
+            "ids_dtype": torch.int64,
             **self.operands(router, *args, **kwargs),
-        )
+        }
+        made = _gates.gated(self.front, router, route, hidden_states, further)
+        if made is None:
+            logits = self.logits(router, hidden_states)
+            weights, ids = route(logits, **further)
+        else:
+            weights, ids, logits = made
         return self.output(router, logits, weights.to(self.weights(hidden_states, logits)), ids)
 
 

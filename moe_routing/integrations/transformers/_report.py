@@ -60,6 +60,28 @@ class ExpertsLayer:
 
 
 @dataclass(frozen=True)
+class GateLayer:
+    """What became of one router's logits, where ``patch`` was asked for the gate.
+
+    :ivar name: the router's name in the model, ``"model.layers.0.mlp.gate"``.
+    :ivar router: its class.
+    :ivar backend: who gates where the layer's weights are now; ``""`` where the router computes its
+        own logits, or there is no device yet.
+    :ivar reason: why it computes its own logits.
+    """
+
+    name: str
+    router: str
+    backend: str = ""
+    reason: str = ""
+
+    @property
+    def gated(self) -> bool:
+        """Whether ``gate`` computes its logits."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
 class PatchReport:
     """What ``patch`` did, layer by layer.
 
@@ -67,10 +89,12 @@ class PatchReport:
 
     :ivar layers: every router that was found, in the model's order.
     :ivar experts: all experts that were found, if ``patch`` was asked for them.
+    :ivar gates: every router again, if ``patch`` was asked for the gate.
     """
 
     layers: tuple[Layer, ...]
     experts: tuple[ExpertsLayer, ...] = ()
+    gates: tuple[GateLayer, ...] = ()
 
     @property
     def replaced(self) -> tuple[Layer, ...]:
@@ -85,12 +109,18 @@ class PatchReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data.
 
-        It has ``schema_version``, the fields and ``replaced`` of ``layers``, and the fields and
-        ``selected`` of ``experts``.
+        It has ``schema_version``, the fields and ``replaced`` of ``layers``, the fields and
+        ``selected`` of ``experts``, and the fields and ``gated`` of ``gates``.
         """
         layers = [{**asdict(layer), "replaced": layer.replaced} for layer in self.layers]
         experts = [{**asdict(layer), "selected": layer.selected} for layer in self.experts]
-        return {"schema_version": SCHEMA_VERSION, "layers": layers, "experts": experts}
+        gates = [{**asdict(layer), "gated": layer.gated} for layer in self.gates]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "layers": layers,
+            "experts": experts,
+            "gates": gates,
+        }
 
     def __str__(self) -> str:
         """Say it in lines, runs of layers that fared alike in one.
@@ -109,6 +139,15 @@ class PatchReport:
             )
             lines.append(
                 f"[{'replaced' if first.replaced else 'left'}] {names} ({first.router}): {what}"
+            )
+        if self.gates:
+            gated = sum(layer.gated for layer in self.gates)
+            lines.append(f"{gated} of {len(self.gates)} routers' logits computed by gate")
+        for names, gate in _runs(self.gates):
+            by = " ".join(filter(None, ("gate", gate.backend and f"by {gate.backend}")))
+            lines.append(
+                f"[{'replaced' if gate.gated else 'left'}] {names} ({gate.router}): "
+                f"{by if gate.gated else 'its own logits: ' + gate.reason}"
             )
         if self.experts:
             selected = sum(layer.selected for layer in self.experts)
@@ -142,13 +181,16 @@ class PatchReport:
             built.add_row(
                 names, first.router, first.routing or "its own code", first.backend, first.reason
             )
+        for names, gate in _runs(self.gates):
+            now = "logits: gate" if gate.gated else "logits: its own code"
+            built.add_row(names, gate.router, now, gate.backend, gate.reason)
         for names, experts in _runs(self.experts):
             now = "plan, permute, combine" if experts.selected else "its own code"
             built.add_row(names, experts.experts, now, "", experts.reason)
         return built
 
 
-_Either = TypeVar("_Either", Layer, ExpertsLayer)
+_Either = TypeVar("_Either", Layer, ExpertsLayer, GateLayer)
 
 
 def _runs(layers: Iterable[_Either]) -> list[tuple[str, _Either]]:
@@ -161,5 +203,5 @@ def _runs(layers: Iterable[_Either]) -> list[tuple[str, _Either]]:
     return [(_names(run), run[0]) for run in found]
 
 
-def _names(run: Sequence[Layer] | Sequence[ExpertsLayer]) -> str:
+def _names(run: Sequence[Layer] | Sequence[ExpertsLayer] | Sequence[GateLayer]) -> str:
     return run[0].name if len(run) == 1 else f"{run[0].name} to {run[-1].name} ({len(run)})"

@@ -9,7 +9,6 @@ for every router that is supported. pickle finds the classes here by name, in a 
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moe_routing import MoeRoutingWarning, Router, get_router
+from moe_routing import Router, get_router
 from moe_routing.integrations._code import described
 from moe_routing.integrations.transformers._fingerprint import RefusedError
+from moe_routing.integrations.transformers._fronts import learn
+from moe_routing.integrations.transformers._gates import GATED
 from moe_routing.integrations.transformers._proof import known, path_of, recipe_of
+from moe_routing.integrations.transformers._warnings import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,12 +65,14 @@ class Made:
         """Make the class."""
         self.stock, self.recipe, self.method = stock, recipe, recipe.method
         self.own: Callable[..., Any] = vars(stock)[recipe.method]
+        learn(recipe.front, stock)
         self.ours = self._function()
         names = {
             "__module__": __name__,
             "__doc__": stock.__doc__,
             recipe.method: self.ours,
             STATE: None,
+            GATED: None,
         }
         metaclass: Any = type(stock)
         self.cls: type[nn.Module] = metaclass(stock.__name__, (stock,), names)
@@ -117,7 +121,7 @@ class Made:
         """Run what the stock class has as its method now; warn if that is none of its own."""
         current = getattr(self.stock, self.method)
         if current is not self.own and not torch.compiler.is_compiling():
-            _warn_once(
+            warn_once(
                 f"the {self.method} of {self.stock.__name__} was replaced after patch, "
                 f"by {described(current)}: its routers run that, not moe_routing; "
                 f"put the class's own {self.method} back to route them"
@@ -195,11 +199,6 @@ def _swapped(cls: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -
     made: type[nn.Module] = metaclass(cls.__name__, bases, names)
     _PLAIN[made] = cls
     return made
-
-
-@cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, MoeRoutingWarning, stacklevel=3)
 
 
 def _names() -> Mapping[str, str]:

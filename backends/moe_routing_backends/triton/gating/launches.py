@@ -59,7 +59,7 @@ class GateLaunch(NamedTuple):
 SM_90: tuple[GateLaunch, ...] = (
     GateLaunch(64, 16, 64, 4, split=True),
     GateLaunch(1024, 64, 64, 4, split=True),
-    GateLaunch(4096, 64, 64, 8),
+    GateLaunch(4096, 32, 64, 4),
     GateLaunch(None, 64, 128, 8),
 )
 """Tiles of 64 experts or more in four warps or more, all of which get ``wgmma``.
