@@ -68,5 +68,5 @@ def _spec(router: TokenChoiceTopKRouter) -> moe_routing.RoutingSpec:
         scale=router.route_scale,
         num_groups=router.num_expert_groups or 1,
         topk_groups=router.num_limited_groups or 1,
-        group_score="top2_sum" if grouped else "max",
+        group_sum=2 if grouped else 1,
     )
