@@ -35,6 +35,9 @@ def flattened(operands: Operands, columns: int) -> Operands:
     logits, token_ids, out = operands.logits, operands.token_ids, operands.out
     if not logits.dim():
         raise ValueError(refusal("logits", "a dense tensor [..., E] of rank 1 or more", logits))
+    if _check.is_dtensor(logits):
+        # PyTorch flattens some, moves rows between ranks for others, and refuses the rest.
+        raise ValueError(refusal("logits", "[T, E], because they are a DTensor", logits))
     leading = list(logits.shape[:-1])
     if operands.num_valid_tokens is not None:
         expected = f"None, because rows of logits of shape {list(logits.shape)} have no one order"

@@ -121,9 +121,9 @@ class Router:
         :param logits: ``[T, E]``, any float dtype (float64 is rounded to float32), any strides; T
             may be 0. Other leading shapes, ``[E]`` and ``[B, L, E]`` for example, are routed as
             rows, without a copy where the rows can be viewed as ``[T, E]``; ``token_ids``, ``out``
-            and what is returned then have the leading shape in place of T. A DTensor that is
-            sharded by rows or replicated is routed on each rank, and the outputs are placed like
-            it.
+            and what is returned then have the leading shape in place of T. A DTensor
+            ``[T, E]`` that is sharded by rows or replicated is routed on each rank, and the outputs
+            are placed like it.
         :param topk: K, 1 <= K <= E; may be left out for a router of a configuration.
         :param per_expert_scale: ``[E]``, any float dtype; for specs with ``per_expert_scale``
             (Gemma4), and only those.
