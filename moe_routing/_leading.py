@@ -32,7 +32,7 @@ def flattened(operands: Operands, columns: int) -> Operands:
     :param columns: of the outputs.
     :raises ValueError: an operand has not the logits' leading shape.
     """
-    logits, token_ids, out = operands.logits, operands.token_ids, operands.out
+    logits, out = operands.logits, operands.out
     if not logits.dim():
         raise ValueError(refusal("logits", "a dense tensor [..., E] of rank 1 or more", logits))
     if _check.is_dtensor(logits):
@@ -42,18 +42,24 @@ def flattened(operands: Operands, columns: int) -> Operands:
     if operands.num_valid_tokens is not None:
         expected = f"None, because rows of logits of shape {list(logits.shape)} have no one order"
         raise ValueError(refusal("num_valid_tokens", expected, operands.num_valid_tokens))
-    if isinstance(token_ids, Tensor) and _check.is_dense(token_ids):
-        if list(token_ids.shape) != leading:
-            raise ValueError(refusal("token_ids", f"shape {leading}, as the logits", token_ids))
-        token_ids = token_ids.reshape(-1)
     if out is not None:
         out = _flattened_out(_check.as_output(out), [*leading, columns])
         if not is_dynamo_compiling():  # where there are no addresses
             # Logits that are copied share no memory with anything, and would be refused as rows.
             _check.check_addresses(operands)
     return operands._replace(
-        logits=logits.flatten(0, -2) if leading else logits[None], token_ids=token_ids, out=out
+        logits=logits.flatten(0, -2) if leading else logits[None],
+        token_ids=_flattened("token_ids", operands.token_ids, leading),
+        out=out,
     )
+
+
+def _flattened(argument: str, value: Tensor | None, leading: list[int]) -> Tensor | None:
+    if not isinstance(value, Tensor) or not _check.is_dense(value):
+        return value  # which the checks of the rows refuse, if it is not None
+    if list(value.shape) != leading:
+        raise ValueError(refusal(argument, f"shape {leading}, as the logits", value))
+    return value.reshape(-1)
 
 
 def _flattened_out(out: RoutingOutput, shape: list[int]) -> RoutingOutput:
