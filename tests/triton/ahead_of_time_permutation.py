@@ -70,6 +70,7 @@ def compiled(kernel, types, constants, options, target):
     """Compile one kernel to its last stage."""
     names = kernel.arg_names
     known = dict(zip(names[len(types) :], constants, strict=True))
+    known |= {name: None for name, type_ in zip(names, types, strict=False) if type_ is None}
     annotated = {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
     signature = (
         dict(zip(names, types, strict=False)) | annotated | dict.fromkeys(known, "constexpr")

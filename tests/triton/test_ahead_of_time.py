@@ -21,6 +21,7 @@ SHARED_MEMORY = {
 }
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 OF_PLAN = Path(__file__).with_name("ahead_of_time_plan.py")
+OF_GATE = Path(__file__).with_name("ahead_of_time_gate.py")
 OF_PERMUTATION = Path(__file__).with_name("ahead_of_time_permutation.py")
 WORTH_A_LOOK = 1.05
 """A kernel may need up to this many times what the table says.
@@ -129,3 +130,29 @@ def test_rows_of_whole_vectors_are_read_and_written_16_bytes_at_a_time(permutati
     assert wide["moe_routing_permute_quantized"] >= 1 + K
     assert wide["moe_routing_combine"] >= K + 1
     assert wide["moe_routing_combine_backward"] >= 3
+
+
+@pytest.fixture(scope="module")
+def gates():
+    """What the compilers say of the kernels of ``gate``, by target."""
+    return {target: found["cases"] for target, found in by_target(OF_GATE).items()}
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_the_kernels_of_gate_compile_without_spills_and_wait_first(gates, target):
+    found = gates[target]
+    assert {case["kernel"] for case in found} == {"moe_routing_gate_sums", "moe_routing_gate_route"}
+    assert not [case for case in found if case["spills"]]
+    assert not [case for case in found if case["shared"] > SHARED_MEMORY[target]]
+    waits = {"sm_80": "never", "gfx942": None, "gfx950": None}.get(target, "first")
+    assert {case.get("waits") for case in found} == {waits}
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_all_tiles_of_a_gate_multiply_by_one_shape_of_instruction(gates, target):
+    by_problem = {}
+    for case in gates[target]:
+        if case["kernel"] == "moe_routing_gate_sums":
+            by_problem.setdefault(case["problem"], set()).update(case["matrix"])
+    assert by_problem
+    assert {len(instructions) for instructions in by_problem.values()} == {1}

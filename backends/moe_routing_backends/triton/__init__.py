@@ -41,7 +41,9 @@ def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of
     A Triton for this platform must be installed, or interpret on this CPU.
     """
     verdict = _triton_runs(device)
-    return verdict if not verdict or problem.operation != "route" else _routes(problem)
+    if not verdict or problem.operation not in {"route", "gate"}:
+        return verdict
+    return _routes(problem if problem.operation == "route" else problem.routing)
 
 
 def _triton_runs(device: DeviceInfo) -> Verdict:
@@ -130,7 +132,22 @@ def _launches(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN
         return (choose.describe_table(device, problem),)
     if problem.operation == "plan":
         return (choose.describe_plan_table(device, problem),)
+    if problem.operation == "gate":
+        return _sums(problem, device)
     return ()  # the others have no table
+
+
+def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 -- of ``gate``
+    """Say in which order ``gate`` adds, and how many kernels do it."""
+    from moe_routing_backends.triton.gating.launches import SLICE, launches_for
+    from moe_routing_backends.triton.tuning import choose
+
+    few = max(launch.tokens or 0 for launch in launches_for(device) if launch.split)
+    return (
+        f"logits: float32 sums of slices of {SLICE} columns, one order for any number of tokens",
+        f"up to {few} tokens two kernels, the second of which adds and routes",
+        choose.describe_table(device, problem.routing),
+    )
 
 
 @hookimpl
@@ -142,6 +159,7 @@ def moe_routing_backends() -> list[BackendSpec]:
             name="triton",
             factories={
                 "route": "moe_routing_backends.triton.runtime.router:build",
+                "gate": "moe_routing_backends.triton.gating.gate:build",
                 "plan": "moe_routing_backends.triton.planning.planner:build",
                 "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
                 "combine": "moe_routing_backends.triton.permutation.mover:build_combine",

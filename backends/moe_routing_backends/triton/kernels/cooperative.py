@@ -58,6 +58,21 @@ SHAPES = ((1, 1), (2, 1), (4, 1), (4, 4), (8, 4), (16, 4))
 
 
 @triton.jit
+def experts_of(GROUPS: tl.constexpr, SIZE: tl.constexpr, SPEC: tl.constexpr):
+    """Return the places of a tile's columns, their experts, and which of these exist.
+
+    Each is ``[GROUPS * SIZE]``: of groups and experts a group, both padded to powers of two.
+    """
+    E: tl.constexpr = SPEC.value.num_experts
+    NUM_GROUPS: tl.constexpr = SPEC.value.num_groups
+    PER: tl.constexpr = E // NUM_GROUPS
+    index = tl.arange(0, GROUPS * SIZE)
+    expert = index if NUM_GROUPS == 1 else index // SIZE * PER + index % SIZE
+    exists = expert < E if NUM_GROUPS == 1 else (index % SIZE < PER) & (index // SIZE < NUM_GROUPS)
+    return index, expert, exists
+
+
+@triton.jit
 def round_of_max(key, index):
     """Return the highest ``key [ROWS, N]`` of each row, its lowest index, and the other keys."""
     best = tl.max(key, axis=1)
@@ -208,11 +223,12 @@ def route_by_rounds(
     expert_map, T, valid, row_stride, expert_stride, vocabulary, SPEC: tl.constexpr,
     ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_T: tl.constexpr, given=None,
 ):  # fmt: skip
     """Route ``row [BLOCK_T]``.
 
-    ``GROUPS``, ``SIZE``, ``N``: groups, experts a group and columns, as powers of two.
+    ``GROUPS``, ``SIZE``, ``N``: groups, experts a group and columns, as powers of two. ``given
+    [BLOCK_T, GROUPS * SIZE]``: logits in registers, which are routed in place of those in memory.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -221,20 +237,18 @@ def route_by_rounds(
     PER_GROUP: tl.constexpr = SPEC.value.topk_per_group
     SCALE: tl.constexpr = SPEC.value.scale
     in_batch = row < T
-    if ROW_STRIDE:
-        first = logits + row.to(tl.int64) * ROW_STRIDE
-    else:
-        first = logits + row.to(tl.int64) * row_stride
-    index = tl.arange(0, GROUPS * SIZE)
+    if given is None:
+        if ROW_STRIDE:
+            first = logits + row.to(tl.int64) * ROW_STRIDE
+        else:
+            first = logits + row.to(tl.int64) * row_stride
+    DTYPE: tl.constexpr = logits.dtype.element_ty if given is None else given.dtype
+    index, expert, exists = experts_of(GROUPS, SIZE, SPEC)
     PER: tl.constexpr = E // NUM_GROUPS
-    expert = index if NUM_GROUPS == 1 else index // SIZE * PER + index % SIZE
-    exists = expert < E if NUM_GROUPS == 1 else (index % SIZE < PER) & (index // SIZE < NUM_GROUPS)
     column = tl.arange(0, N)
     is_selected = (column < K)[None, :]
     MASK: tl.constexpr = GROUPS * SIZE - 1
-    EXACT16: tl.constexpr = (
-        SELECTION == "logits" and NUM_GROUPS == 1
-    ) and logits.dtype.element_ty != tl.float32
+    EXACT16: tl.constexpr = (SELECTION == "logits" and NUM_GROUPS == 1) and tl.float32 != DTYPE
     WHOLE_ROW: tl.constexpr = SPEC.value.normalizes_whole_row
     highest = tl.zeros([BLOCK_T], tl.float32)
     total = highest
@@ -248,11 +262,14 @@ def route_by_rounds(
 
     step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
     if SELECTION != "token_table" or WHOLE_ROW:
-        raw = tl.load(
-            first[:, None] + expert[None, :] * step,
-            mask=in_batch[:, None] & exists[None, :],
-            other=0.0,
-        )
+        if given is None:
+            raw = tl.load(
+                first[:, None] + expert[None, :] * step,
+                mask=in_batch[:, None] & exists[None, :],
+                other=0.0,
+            )
+        else:
+            raw = given
         if WHOLE_ROW and SELECTION != "sparsemixer":
             x = tl.where(exists[None, :], activate(clean(raw), SPEC), -FLOAT32_MAX)
             highest = tl.max(x, axis=1)
@@ -289,9 +306,14 @@ def route_by_rounds(
     if SELECTION == "token_table" or (
         SELECTION == "scores_plus_bias" or SELECTION == "logits_plus_bias"
     ):
-        of_picked = tl.load(
-            first[:, None] + picked * step, mask=in_batch[:, None] & is_selected, other=0.0
-        )
+        if given is None:
+            of_picked = tl.load(
+                first[:, None] + picked * step, mask=in_batch[:, None] & is_selected, other=0.0
+            )
+        elif SELECTION == "token_table":
+            of_picked = tl.gather(given, picked, 1)  # a table has no groups
+        else:
+            of_picked = tl.gather(given, at_index, 1)
         x = activate(clean(of_picked), SPEC)
     if SELECTION == "sparsemixer":
         w = near_share * SCALE if SCALE != 1.0 else near_share

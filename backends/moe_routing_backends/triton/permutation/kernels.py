@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
+from moe_routing_backends.triton.device.rounding import nearest
 from moe_routing_backends.triton.device.scores import tree_sum
 
 GROUP = tl.constexpr(128)
@@ -215,19 +216,6 @@ def moe_routing_permute_quantized(
             if has_no_pair(order, place, end, pairs):
                 write_zeros(target, place, width, column, lane, inside, VEC)
                 write_zeros(scales, place, groups, group, group_lane, group_inside, 1)
-
-
-@triton.jit
-def nearest(value, dtype: tl.constexpr):
-    """Round float32 numbers to the nearest of a dtype, of two the even."""
-    if dtype == tl.bfloat16:
-        # In integers, since Triton's interpreter truncates here.
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(bits & 0x7FFFFFFF > 0x7F800000, 0x7FC0, rounded)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return value.to(dtype)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

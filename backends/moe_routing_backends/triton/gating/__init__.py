@@ -1,0 +1,1 @@
+"""``gate``: the products of slices, and what adds and routes them."""

@@ -1,0 +1,242 @@
+"""The host side of ``gate``: one kernel for slices of H and one that adds and routes, or three."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton.language as tl
+from triton import JITFunction
+
+from moe_routing import RoutingOutput
+from moe_routing.private_api import current_device, current_stream, empty, is_observed
+from moe_routing_backends.triton.gating.kernels import moe_routing_gate_route, moe_routing_gate_sums
+from moe_routing_backends.triton.gating.launches import launches_for, order_of
+from moe_routing_backends.triton.kernels import VARIANTS, constants
+from moe_routing_backends.triton.kernels.spec import Launch
+from moe_routing_backends.triton.runtime import router
+from moe_routing_backends.triton.runtime.launcher import (
+    ALIGNMENT,
+    NEVER_CURRENT,
+    Compiled,
+    as_readable,
+)
+from moe_routing_backends.triton.tuning.choose import supports_pdl
+from moe_routing_registry.device import INTERPRETER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from moe_routing.gating import GateProblem, Projection
+    from moe_routing_backends.triton.gating.launches import GateLaunch, Order
+    from moe_routing_backends.triton.runtime.router import TritonRouter
+    from moe_routing_registry import DeviceInfo
+
+ONE_WARP_UP_TO = 256
+"""Experts up to which a warp adds and routes a row by itself."""
+DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+
+
+def build(problem: GateProblem, device: DeviceInfo) -> TritonGate:
+    """Bind the problem to the device; nothing is compiled before the first call."""
+    return TritonGate(problem, device, router.build(problem.routing, device))
+
+
+class TritonGate:
+    """A ``GateKernel`` that ``GatesAndRoutes``."""
+
+    def __init__(
+        self,
+        problem: GateProblem,
+        device: DeviceInfo,
+        routes: TritonRouter,
+        launches: Sequence[GateLaunch] | None = None,
+    ) -> None:
+        """Compile nothing yet.
+
+        :param routes: the kernel that routes logits of many tokens.
+        :param launches: these instead of those for the device.
+        """
+        _check_interpreter(device)
+        self._problem = problem
+        self._index = NEVER_CURRENT if device.type == "cpu" else device.index or 0
+        self._routes = routes
+        self._launches = launches_for(device) if launches is None else launches
+        self._limits = [launch.tokens for launch in self._launches if launch.tokens is not None]
+        self._pdl = supports_pdl(device)
+        where = "cpu" if device.type == "cpu" else f"{device.type}:{self._index}"
+        self._compiled = Compiled(problem, torch.device(where), self._advice)
+        self._ready = self._compiled.launchers
+        self._columns = problem.topk + problem.spec.shared_experts
+        self._ids_dtype: torch.dtype = getattr(torch, problem.ids_dtype)
+        self._logits_dtype: torch.dtype = getattr(torch, problem.logits_dtype)
+        warps = 1 if problem.num_experts <= ONE_WARP_UP_TO else 4
+        self._rows = Launch("cooperative", 1, 1, warps)
+        self._constants = constants(problem.routing, self._rows)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say whether launches take the slow way, which only a launch can tell."""
+        why = self._compiled.indirect
+        return (f"launches through Triton's own launcher: {why}",) if why else ()
+
+    def __call__(self, projection: Projection, logits: Tensor) -> None:
+        """Write the logits; see ``GateKernel``."""
+        tokens = len(projection.hidden)
+        launch = self._launches[bisect_left(self._limits, tokens)]
+        self._add(projection, launch._replace(split=False), logits)
+
+    def routed(  # noqa: PLR0913 -- see the protocol
+        self,
+        projection: Projection,
+        logits: Tensor | None,
+        *,
+        per_expert_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_table: Tensor | None = None,
+        num_valid_tokens: int | Tensor | None = None,
+        expert_map: Tensor | None = None,
+    ) -> RoutingOutput:
+        """Gate and route; see ``GatesAndRoutes``."""
+        hidden = projection.hidden
+        T, E = len(hidden), self._problem.num_experts
+        launch = self._launches[bisect_left(self._limits, T)]
+        if not launch.split:
+            if logits is None:
+                logits = self._empty((T, E), self._logits_dtype, hidden.device)
+            self._add(projection, launch, logits)
+            return self._routes(
+                logits, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
+                expert_table=expert_table, num_valid_tokens=num_valid_tokens,
+                expert_map=expert_map,
+            )  # fmt: skip
+        order = self._order(projection)
+        slices = -(-self._problem.hidden_size // order.slice)
+        size = slices * T * (E + (projection.eps is not None))
+        # The call's own memory: two streams, or two graphs, gate at once.
+        partial = self._empty((size,), torch.float32, hidden.device)
+        self._add(projection, launch, partial)
+        valid = num_valid_tokens if isinstance(num_valid_tokens, int) else T
+        on_device = num_valid_tokens if isinstance(num_valid_tokens, torch.Tensor) else None
+        out = RoutingOutput(
+            self._empty((T, self._columns), torch.float32, hidden.device),
+            self._empty((T, self._columns), self._ids_dtype, hidden.device),
+        )
+        norm, multiplied = projection.eps is not None, projection.multiplier != 1.0
+        fixed = {
+            **self._constants,
+            "HIDDEN_SIZE": self._problem.hidden_size,
+            "SLICES": slices,
+            "NORM": norm,
+            "MULTIPLIED": multiplied,
+            "DTYPE": DTYPES[self._problem.logits_dtype],
+            "VALID_ON_DEVICE": on_device is not None,
+            "PDL": self._pdl,
+        }
+        vectors = (projection.router_bias, per_expert_scale, bias)
+        router_bias, scale, bias = map(as_readable, vectors)
+        tensors = (
+            partial, router_bias, logits, *out, scale, bias, token_ids, expert_table, on_device,
+            expert_map,
+        )  # fmt: skip
+        vocabulary = 0 if expert_table is None else len(expert_table)
+        self._launch(
+            moe_routing_gate_route, T, tensors,
+            (T, valid, vocabulary, projection.eps or 0.0, projection.multiplier),
+            fixed, self._rows.num_warps, (multiplied,),
+        )  # fmt: skip
+        return out
+
+    def _add(self, projection: Projection, launch: GateLaunch, made: Tensor) -> None:
+        """Add the products.
+
+        :param made: memory between the kernels for a launch that splits, logits otherwise.
+        """
+        hidden, weight, router_bias, norm_weight, input_scale, eps, multiplier = projection
+        T, E, size = len(hidden), self._problem.num_experts, hidden.element_size()
+        hidden_stride = hidden.stride(0)
+        weight_stride = weight.stride(0)
+        places = hidden.data_ptr() | weight.data_ptr()
+        places |= hidden_stride * size | weight_stride * weight.element_size()
+        aligned = not places % ALIGNMENT
+        order = self._order(projection)
+        slices = -(-self._problem.hidden_size // order.slice)
+        programs = -(-T // launch.block_t) * -(-E // launch.block_e)
+        fixed = {
+            "E": E,
+            "HIDDEN_SIZE": self._problem.hidden_size,
+            "SLICE": order.slice,
+            "STEP": order.step,
+            "SPLIT": launch.split,
+            "NORM": eps is not None,
+            "MULTIPLIED": multiplier != 1.0,
+            "HIDDEN_PARTS": order.hidden_parts,
+            "WEIGHT_PARTS": order.weight_parts,
+            "ALIGNED": aligned,
+            "STAGES": launch.stages,
+            "PDL": self._pdl,
+            "BLOCK_E": launch.block_e,
+            "BLOCK_T": launch.block_t,
+        }
+        readable = [as_readable(vector) for vector in (router_bias, norm_weight, input_scale)]
+        outputs = (made, None) if launch.split else (None, made)
+        self._launch(
+            moe_routing_gate_sums, programs * (slices if launch.split else 1),
+            (hidden, weight, *readable, *outputs),
+            (T, hidden_stride, weight_stride, eps or 0.0, multiplier),
+            fixed, launch.num_warps, (launch, aligned, multiplier != 1.0),
+        )  # fmt: skip
+
+    def _order(self, projection: Projection) -> Order:
+        vectors = (projection.norm_weight, projection.input_scale)
+        return order_of(self._problem, [v.dtype for v in vectors if v is not None])
+
+    def _launch(  # noqa: PLR0913, PLR0917 -- what a launch is
+        self,
+        kernel: Any,  # noqa: ANN401 -- Triton's own object
+        programs: int,
+        tensors: tuple[Tensor | None, ...],
+        numbers: tuple[float, ...],
+        fixed: dict[str, Any],
+        num_warps: int,
+        chosen: tuple[Any, ...],
+    ) -> None:
+        """Launch a kernel, directly where it has been compiled.
+
+        :param chosen: what of ``fixed`` a call chooses.
+        """
+        dtypes = tuple(None if t is None else t.dtype for t in tensors)
+        key = (kernel.fn, dtypes, *chosen)
+        launcher = self._ready.get(key)
+        if launcher is None or current_device() != self._index or is_observed():
+            # Only Triton's own launch calls its hooks.
+            ordered = tuple(fixed[name] for name in kernel.arg_names if name in fixed)
+            self._compiled.launch_and_keep(
+                key, kernel, programs, (*tensors, *numbers), ordered, num_warps, pdl=self._pdl
+            )
+            return
+        at = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        launcher(programs, current_stream(self._index), (*at, *numbers))
+
+    def _empty(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if current_device() != self._index:
+            return torch.empty(size, dtype=dtype, device=device)
+        made: Tensor = empty(size, (size[-1], 1)[-len(size) :], dtype)
+        return made
+
+    def _advice(self, _key: tuple[Any, ...]) -> str:
+        return "gate as many tokens of the same kind once"
+
+
+def _check_interpreter(device: DeviceInfo) -> None:
+    kernel = VARIANTS["cooperative"].kernel
+    if (device.type == "cpu") == isinstance(kernel, JITFunction):
+        msg = (
+            f"{INTERPRETER} was changed after Triton's kernels were imported: "
+            "set or unset it before Python starts"
+        )
+        raise RuntimeError(msg)

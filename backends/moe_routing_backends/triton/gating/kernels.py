@@ -1,0 +1,267 @@
+"""The kernels of ``gate``: the router's linear layer on matrix units, and routing after it.
+
+H is cut into slices of ``SLICE`` columns. A matrix unit adds the products of a slice, and slices
+are added in float32 one after another. That order depends on H alone, so a row has the same bits
+whoever adds: for few tokens a program for each slice, after which ``moe_routing_gate_route`` adds
+and routes; for many a program that takes all slices of its tile and writes the logits.
+
+The experts are the rows of a product and the tokens its columns. So one token is no less than an
+instruction needs: on an H100 ``wgmma`` takes 64 rows and 8 columns or more. Instructions that have
+other shapes, of which Triton picks one by the tile's, could add in another order; the tiles of all
+launches (``launches.py``) get the same.
+
+**Products are exact.** A factor of float32 is a sum of three bfloat16 numbers, 8 bits each of its
+24, and the matrix unit adds the products of all. Two are enough for a bfloat16 weight times a
+bfloat16 vector, whose product has 16 bits. The bits are cut off rather than rounded: so no part is
+beyond the largest bfloat16. What is below 2**-126 may be lost.
+
+The norm's factor belongs to a row: it is applied to the sum. The squares are added up by the same
+programs, since these have the row in their registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_routing_backends.triton.device.keys import INTERPRETED
+from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
+from moe_routing_backends.triton.device.rounding import nearest
+from moe_routing_backends.triton.device.scores import tree_sum
+from moe_routing_backends.triton.kernels.cooperative import experts_of, route_by_rounds
+
+SUM = tl.constexpr(tl.float64 if INTERPRETED else tl.float32)
+"""What a slice is added up in.
+
+NumPy, by which the interpreter multiplies, adds in another order for each shape; its sums of
+float64 are exact but for rare rows, and so the same in any order. It also would multiply the bits
+of bfloat16 numbers.
+"""
+HIGH_BITS = tl.constexpr(-0x10000)
+"""Of a float32, those that a bfloat16 has."""
+NOT_SPECIALIZED = (
+    "hidden", "router_weight", "router_bias", "norm_weight", "input_scale", "logits", "weights",
+    "ids", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
+    "expert_map", "T", "valid", "vocabulary", "hidden_stride", "weight_stride", "eps", "multiplier",
+)  # fmt: skip
+"""Arguments whose value or alignment must not select another compiled kernel.
+
+That is all but the memory between the two kernels, which is always aligned.
+"""
+
+
+@triton.jit
+def parts_of(x, COUNT: tl.constexpr):
+    """Return bfloat16 numbers of which float32 ``x`` is the sum, 8 bits of ``x`` each."""
+    parts = ()
+    for _ in tl.static_range(COUNT):
+        part = (x.to(tl.int32, bitcast=True) & HIGH_BITS).to(tl.float32, bitcast=True)
+        parts += (part.to(tl.bfloat16),)
+        x -= part  # exact
+    return parts
+
+
+@triton.jit
+def read_rows(
+    tensor, row, column, stride, HIDDEN_SIZE: tl.constexpr, TAIL: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Read ``[ROWS, COLUMNS]`` of a matrix.
+
+    :param TAIL: there may be columns past the last, which are 0.
+    :param ALIGNED: rows begin at multiples of 16 bytes.
+    """
+    at = tensor + (row.to(tl.int64)[:, None] * stride + column[None, :])
+    if ALIGNED:
+        # Said of the sum: Triton joins sums of addresses, and forgets what it was told of a part.
+        at = tl.multiple_of(at, (1, 16))
+    if TAIL:
+        return tl.load(at, mask=(column < HIDDEN_SIZE)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE: tl.constexpr):
+    """Return the product of the vectors that are given, float32 ``[COLUMNS]``."""
+    factor = tl.full([column.shape[0]], 1.0, tl.float32)
+    if norm_weight is not None:
+        factor *= tl.load(norm_weight + column, mask=column < HIDDEN_SIZE, other=0.0).to(tl.float32)
+    if input_scale is not None:
+        factor *= tl.load(input_scale + column, mask=column < HIDDEN_SIZE, other=0.0).to(tl.float32)
+    return factor
+
+
+@triton.jit
+def add_products(w, x, sums):
+    """Add the products of ``w [EXPERTS, COLUMNS]`` and ``x [TOKENS, COLUMNS]`` to the sums."""
+    if INTERPRETED:
+        return tl.dot(w.to(SUM), tl.trans(x.to(SUM)), sums, out_dtype=SUM)
+    else:
+        return tl.dot(w, tl.trans(x), sums)
+
+
+@triton.jit
+def sums_of_slice(
+    hidden, router_weight, norm_weight, input_scale, slice_, token, expert, hidden_stride,
+    weight_stride, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
+    NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of a slice's products ``[EXPERTS, TOKENS]``, and of squares ``[TOKENS]``.
+
+    :param STEP: columns that are in registers at a time; it is part of the order.
+    :param HIDDEN_PARTS, WEIGHT_PARTS: numbers that a factor is the sum of; 0 means that it is used
+        as it is.
+    """
+    TAIL: tl.constexpr = HIDDEN_SIZE % SLICE != 0
+    sums = tl.zeros([expert.shape[0], token.shape[0]], SUM)
+    squares = tl.zeros([token.shape[0]], tl.float32)
+    for step in tl.static_range(SLICE // STEP):
+        column = slice_ * SLICE + step * STEP + tl.arange(0, STEP)
+        w = read_rows(router_weight, expert, column, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED)
+        x = read_rows(hidden, token, column, hidden_stride, HIDDEN_SIZE, TAIL, ALIGNED)
+        if NORM:
+            wide = x.to(tl.float32)
+            squares += tree_sum(wide * wide)
+        if WEIGHT_PARTS == 0:
+            sums = add_products(w, x, sums)
+        else:
+            w = w.to(tl.float32)
+            if norm_weight is not None or input_scale is not None:
+                w *= factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE)[None, :]
+            of_weight = parts_of(w, WEIGHT_PARTS)
+            of_hidden = parts_of(x.to(tl.float32), HIDDEN_PARTS) if HIDDEN_PARTS else (x,)
+            for j in tl.static_range(len(of_hidden)):
+                for i in tl.static_range(WEIGHT_PARTS):
+                    sums = add_products(of_weight[i], of_hidden[j], sums)
+    return sums.to(tl.float32), squares
+
+
+@triton.jit
+def factor_of_rows(
+    squares, eps, multiplier, HIDDEN_SIZE: tl.constexpr, NORM: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
+):  # fmt: skip
+    """Return what the sums of a row are multiplied by, float32 ``[TOKENS]``."""
+    factor = tl.full([squares.shape[0]], 1.0, tl.float32)
+    if NORM:
+        factor = tl.div_rn(factor, tl.sqrt_rn(tl.div_rn(squares, factor * HIDDEN_SIZE) + eps))
+    if MULTIPLIED:
+        factor *= multiplier
+    return factor
+
+
+@triton.jit
+def bias_of_experts(router_bias, expert, E: tl.constexpr):
+    """Return the bias of the linear layer, float32 ``[EXPERTS]``."""
+    return tl.load(router_bias + expert, mask=expert < E, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def moe_routing_gate_sums(
+    hidden, router_weight, router_bias, norm_weight, input_scale, partial, logits, T: tl.int32,
+    hidden_stride: tl.int64, weight_stride: tl.int64, eps: tl.float32, multiplier: tl.float32,
+    E: tl.constexpr, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
+    SPLIT: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr, HIDDEN_PARTS: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Multiply ``BLOCK_T`` tokens by ``BLOCK_E`` experts.
+
+    :param partial: with ``SPLIT``, float32 memory for the sums ``[SLICES, T, E]`` and after them
+        those of squares ``[SLICES, T]``: a program takes one slice.
+    :param logits: ``[T, E]``, without ``SPLIT``: a program takes all slices.
+    """
+    SLICES: tl.constexpr = (HIDDEN_SIZE + SLICE - 1) // SLICE
+    EXPERT_TILES: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    PROGRAMS: tl.constexpr = SLICES if SPLIT else 1
+    if SPLIT:
+        launch_dependents(PDL)
+    grid_dependency_wait(PDL)
+    program = tl.program_id(0)
+    # Programs of the same tokens are neighbours: they share the hidden states in the cache.
+    tile = program // PROGRAMS
+    expert = tile % EXPERT_TILES * BLOCK_E + tl.arange(0, BLOCK_E)
+    token = tile // EXPERT_TILES * BLOCK_T + tl.arange(0, BLOCK_T)
+    # Rows past the last read the last: no mask for them.
+    readable_expert = tl.minimum(expert, E - 1)
+    readable_token = tl.minimum(token, T - 1)
+    written = (expert < E)[:, None] & (token < T)[None, :]
+    if SPLIT:
+        slice_ = program % PROGRAMS
+        sums, squares = sums_of_slice(
+            hidden, router_weight, norm_weight, input_scale, slice_, readable_token,
+            readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
+            HIDDEN_PARTS, WEIGHT_PARTS, ALIGNED,
+        )  # fmt: skip
+        row = slice_.to(tl.int64) * T + token
+        tl.store(partial + (row[None, :] * E + expert[:, None]), sums, mask=written)
+        if NORM:
+            if tile % EXPERT_TILES == 0:
+                after = SLICES * T.to(tl.int64) * E
+                tl.store(partial + (after + row), squares, mask=token < T)
+    else:
+        sums = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
+        squares = tl.zeros([BLOCK_T], tl.float32)
+        for slice_ in tl.range(0, SLICES, num_stages=STAGES):
+            of_slice, squares_of_slice = sums_of_slice(
+                hidden, router_weight, norm_weight, input_scale, slice_, readable_token,
+                readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
+                HIDDEN_PARTS, WEIGHT_PARTS, ALIGNED,
+            )  # fmt: skip
+            sums += of_slice
+            squares += squares_of_slice
+        made = sums
+        if NORM or MULTIPLIED:
+            made *= factor_of_rows(squares, eps, multiplier, HIDDEN_SIZE, NORM, MULTIPLIED)[None, :]
+        if router_bias is not None:
+            made += bias_of_experts(router_bias, expert, E)[:, None]
+        at = logits + (token.to(tl.int64)[None, :] * E + expert[:, None])
+        tl.store(at, nearest(made, logits.dtype.element_ty), mask=written)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def moe_routing_gate_route(
+    partial, router_bias, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table,
+    num_valid_tokens, expert_map, T: tl.int32, valid: tl.int32, vocabulary: tl.int32,
+    eps: tl.float32, multiplier: tl.float32, SPEC: tl.constexpr, HIDDEN_SIZE: tl.constexpr,
+    SLICES: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr, DTYPE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of all slices, make logits of them, and route ``BLOCK_T`` rows.
+
+    :param partial: what ``moe_routing_gate_sums`` wrote.
+    :param logits: ``[T, E]`` to be written, or ``None``.
+    :param DTYPE: of logits.
+    """
+    E: tl.constexpr = SPEC.value.num_experts
+    launch_dependents(PDL)
+    grid_dependency_wait(PDL)
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_batch = row < T
+    _, expert, exists = experts_of(GROUPS, SIZE, SPEC)
+    here = in_batch[:, None] & exists[None, :]
+    sums = tl.zeros([BLOCK_T, GROUPS * SIZE], tl.float32)
+    squares = tl.zeros([BLOCK_T], tl.float32)
+    after = SLICES * T.to(tl.int64) * E
+    # Unrolled: all loads are under way before the first is waited for.
+    for slice_ in tl.static_range(SLICES):
+        first = slice_ * T.to(tl.int64) + row
+        sums += tl.load(partial + (first[:, None] * E + expert[None, :]), mask=here, other=0.0)
+        if NORM:
+            squares += tl.load(partial + (after + first), mask=in_batch, other=0.0)
+    made = sums
+    if NORM or MULTIPLIED:
+        made *= factor_of_rows(squares, eps, multiplier, HIDDEN_SIZE, NORM, MULTIPLIED)[:, None]
+    if router_bias is not None:
+        made += tl.load(router_bias + expert, mask=exists, other=0.0).to(tl.float32)[None, :]
+    rounded = nearest(made, DTYPE)
+    if logits is not None:
+        at = logits + (row.to(tl.int64)[:, None] * E + expert[None, :])
+        tl.store(at, rounded, mask=here)
+    route_by_rounds(
+        row, None, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
+        expert_map, T, valid, 0, 0, vocabulary, SPEC, E, 1, VALID_ON_DEVICE, GROUPS, SIZE, N,
+        UNROLL, BLOCK_T, rounded,
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Gate in Triton's interpreter, against the float64 oracle, and to the bit against itself.
+
+A process of its own, with ``TRITON_INTERPRET=1``. Arguments: a seed, what of ``CHECKS``, and how
+often.
+"""
+
+# ruff: noqa: S311 -- cases are no secrets
+
+import random
+import sys
+
+import torch
+import triton
+import triton.language as tl
+from interpreted_permutation import check_around, rows_of, to_fill
+
+import moe_routing
+from moe_routing.conformance.variants import VARIANTS, fits
+from moe_routing.gating import GateOutput, GateProblem, Projection
+from moe_routing.reference import gate_oracle
+from moe_routing_backends.triton.gating import gate as host
+from moe_routing_backends.triton.gating.kernels import parts_of
+from moe_routing_backends.triton.gating.launches import GateLaunch
+from moe_routing_backends.triton.runtime import router
+
+FLOATS = ("bfloat16", "float16", "float32")
+LAUNCHES = (
+    None,
+    (GateLaunch(None, 16, 64, 4, split=True),),
+    (GateLaunch(None, 32, 64, 4),),
+    (GateLaunch(2, 16, 32, 4, split=True), GateLaunch(None, 16, 128, 4)),
+)
+
+
+def vector(length):
+    """Return a vector of any dtype, or none."""
+    dtype = random.choice([None, *FLOATS, "float64", "float8_e5m2"])
+    return None if dtype is None else (torch.randn(length) + 1).to(getattr(torch, dtype))
+
+
+def drawn():
+    """Return a problem, its projection, and what else routing takes."""
+    variant = random.choice(list(VARIANTS))
+    spec = VARIANTS[variant]
+    experts, topk = random.choice([(8, 2), (16, 4), (64, 8), (72, 2)])
+    if not fits(spec, experts, topk):
+        return drawn()
+    tokens, columns = random.choice([1, 2, 3, 17, 40]), random.choice([1, 8, 96, 255, 256, 520])
+    dtype = random.choice(FLOATS)
+    float32_weight = dtype != "float32" and random.random() < 0.3
+    norm = random.choice(["", "rms", "rms_weight"])
+    norm_weight = vector(columns) if norm == "rms_weight" else None
+    norm = "rms" if norm and norm_weight is None else norm
+    weight = rows_of(experts, columns, "float32" if float32_weight else dtype)
+    projection = Projection(
+        rows_of(tokens, columns, dtype), weight, vector(experts), norm_weight, vector(columns),
+        eps=1e-6 if norm else None, multiplier=random.choice([1.0, columns**-0.5]),
+    )  # fmt: skip
+    problem = GateProblem(
+        spec=spec, num_experts=experts, topk=topk, hidden_size=columns, dtype=dtype,
+        float32_weight=float32_weight, router_bias=projection.router_bias is not None, norm=norm,
+        input_scale=projection.input_scale is not None,
+        logits_dtype=random.choice(["float32", *FLOATS]),
+        ids_dtype=random.choice(["int32", "int64"]),
+    )  # fmt: skip
+    operands = {}
+    if spec.per_expert_scale:
+        operands["per_expert_scale"] = torch.rand(experts)
+    if spec.needs_bias:
+        operands["bias"] = torch.randn(experts)
+    if spec.selection == "token_table":
+        operands["token_ids"] = torch.randint(-1, 6, (tokens,))
+        operands["expert_table"] = torch.randint(0, experts, (5, topk))
+    return problem, projection, operands
+
+
+def built(problem, device, launches):
+    """Return the kernel, with these launches."""
+    return host.TritonGate(problem, device, router.build(problem.routing, device), launches)
+
+
+def gates(device):
+    """Gate random hidden states: right, and the same bits from every launch and either call."""
+    problem, projection, operands = drawn()
+    tokens, shape = len(projection.hidden), (len(projection.hidden), problem.num_experts)
+    dtype = getattr(torch, problem.logits_dtype)
+    found = []
+    padding = random.choice([{}, {"num_valid_tokens": tokens // 2}])
+    for launches in (None, random.choice(LAUNCHES[1:])):
+        said = f"{problem}, {launches}: {list(projection.hidden.shape)}"
+        kernel = built(problem, device, launches)
+        logits, around = to_fill(*shape, dtype=dtype)
+        kernel(projection, logits)
+        check_around(around, said)
+        again, around = to_fill(*shape, dtype=dtype)
+        routed = kernel.routed(projection, again, **operands, **padding)
+        check_around(around, said)
+        silent = kernel.routed(projection, None, **operands, **padding)
+        found += [(logits, *routed), (again, *silent)]
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            assert torch.equal(one.nan_to_num(), same.nan_to_num()), said
+    made = GateOutput(*found[0][1:], found[0][0])
+    given = operands | padding
+    problems = gate_oracle.output_problems(problem.spec, projection, problem.topk, made, **given)
+    assert not problems, (said, problems)
+
+
+def has_the_same_bits_in_any_batch(device):
+    """Gate rows alone and among others, at other addresses and strides."""
+    problem, projection, _ = drawn()
+    tokens = 35
+    hidden = torch.randn(tokens, problem.hidden_size).to(projection.hidden.dtype)
+    dtype = getattr(torch, problem.logits_dtype)
+    projection = projection._replace(hidden=hidden)
+    kernel = built(problem, device, None)
+    whole = torch.empty(tokens, problem.num_experts, dtype=dtype)
+    kernel(projection, whole)
+    order = torch.randperm(tokens)
+    moved = torch.empty(tokens, problem.hidden_size + 3, dtype=hidden.dtype)[:, 3:]
+    moved.copy_(hidden[order])
+    for some in (slice(0, 1), slice(3, 20), slice(None)):
+        rows = moved[some]
+        made = torch.empty(len(rows), problem.num_experts, dtype=dtype)
+        kernel(projection._replace(hidden=rows), made)
+        assert torch.equal(made, whole[order[some]]), (problem, some)
+
+
+@triton.jit
+def parts_kernel(numbers, parts, count, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """Store the parts of every number, ``[COUNT, count]``."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    found = parts_of(tl.load(numbers + at, mask=at < count), COUNT)
+    for i in tl.static_range(COUNT):
+        tl.store(parts + i * count + at, found[i].to(tl.float32), mask=at < count)
+
+
+def parts_add_up(_device):
+    """Cut float32 numbers of every exponent, and products of two bfloat16 numbers."""
+    edges = torch.tensor([0.0, 1.0, 3.4028234663852886e38, 2.0**-126, 1 + 2.0**-23, 1 / 3])
+    bits = torch.randint(-(2**31), 2**31, (4000,)).to(torch.int32).view(torch.float32)
+    numbers = torch.cat([edges, -edges, bits[bits.isfinite()]])
+    products = torch.randn(4000).bfloat16().float() * torch.randn(4000).bfloat16().float()
+    for given, count in ((numbers, 3), (products, 2), (torch.randn(99).half().float(), 2)):
+        parts = torch.empty(count, len(given))
+        parts_kernel[triton.cdiv(len(given), 256),](given, parts, len(given), 256, count)
+        lost = (parts.double().sum(0) - given.double()).abs()
+        # The interpreter loses subnormal bfloat16 numbers.
+        assert (lost <= torch.where(given.abs() < 2.0**-102, 2.0**-126, 0.0)).all()
+        assert torch.equal(parts.bfloat16().float(), parts)
+
+
+CHECKS = {check.__name__: check for check in (gates, has_the_same_bits_in_any_batch, parts_add_up)}
+
+
+def main(seed, check, times):
+    """Check in the interpreter."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    device = moe_routing.probe("cpu")
+    for _ in range(times):
+        CHECKS[check](device)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
