@@ -65,7 +65,7 @@ class Model(NamedTuple):
 SOFTMAX = RoutingSpec(family="topk_softmax", renormalize=True)
 DEEPSEEK = RoutingSpec(
     family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True,
-    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_sum=2,
 )  # fmt: skip
 MODELS = (
     Model(

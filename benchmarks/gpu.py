@@ -47,7 +47,7 @@ SPECS = {
     "deepseek_v3": RoutingSpec(
         family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias",
         renormalize=True, renorm_epsilon=1e-20, scale=2.5,
-        num_groups=8, topk_groups=4, group_score="top2_sum",
+        num_groups=8, topk_groups=4, group_sum=2,
     ),
     "sqrtsoftplus_bias": RoutingSpec(
         family="sqrtsoftplus_bias", score="sqrtsoftplus", selection="scores_plus_bias",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from moe_routing._with_torch import register
 
 if TYPE_CHECKING:
+    from moe_routing._dense import DenseRouting, dense
     from moe_routing._public import explain, get_router, list_backends, list_routers, prefer
     from moe_routing._router import Router
     from moe_routing.gating.kernel import GateOutput, RMSNorm
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AbsentDeviceError": "moe_routing.probing",
     "BackendUnavailableError": "moe_routing_registry",
+    "DenseRouting": "moe_routing._dense",
     "DispatchPlan": "moe_routing.planning.kernel",
     "DowngradeWarning": "moe_routing_registry.errors",
     "GateOutput": "moe_routing.gating.kernel",
@@ -57,6 +59,7 @@ _HOME = {
     "UnknownDeviceError": "moe_routing.probing",
     "UnknownNameError": "moe_routing_registry",
     "combine": "moe_routing.permutation.call",
+    "dense": "moe_routing._dense",
     "devices": "moe_routing.probing",
     "explain": "moe_routing._public",
     "get_router": "moe_routing._public",
@@ -72,6 +75,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AbsentDeviceError",
     "BackendUnavailableError",
+    "DenseRouting",
     "DispatchPlan",
     "DowngradeWarning",
     "GateOutput",
@@ -88,6 +92,7 @@ __all__ = [
     "UnknownDeviceError",
     "UnknownNameError",
     "combine",
+    "dense",
     "devices",
     "explain",
     "get_router",

@@ -147,9 +147,7 @@ def check_dense(operands: Operands) -> None:
     given = [*operands._asdict().items(), *(("out", tensor) for tensor in operands.out or ())]
     for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
-            expected = (
-                "a dense tensor [T, E] of rank 2" if argument == "logits" else "a dense tensor"
-            )
+            expected = "a dense tensor [..., E]" if argument == "logits" else "a dense tensor"
             layout = "nested" if value.is_nested else value.layout
             _wrong(ValueError, argument, expected, f"{shown(value)}, layout {layout}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
-from moe_routing import _check, _op, _operators  # noqa: F401 -- `_op` registers what `_operators` calls
+from moe_routing import _check, _leading, _op, _operators  # noqa: F401 -- `_op` registers what `_operators` calls
 from moe_routing._autograd import Rule, recorded
 from moe_routing._call_cache import UNREADABLE, CachedCall, described, is_ordinary, matcher, never
 from moe_routing._dispatch import dispatcher_of, empty_output
@@ -121,8 +121,11 @@ class Router:
         """Select ``topk`` experts for every token and weigh them.
 
         :param logits: ``[T, E]``, any float dtype (float64 is rounded to float32), any strides; T
-            may be 0. A DTensor that is sharded by rows or replicated is routed on each rank, and
-            the outputs are placed like it.
+            may be 0. Other leading shapes, ``[E]`` and ``[B, L, E]`` for example, are routed as
+            rows, without a copy where the rows can be viewed as ``[T, E]``; ``token_ids``, ``out``
+            and what is returned then have the leading shape in place of T. A DTensor
+            ``[T, E]`` that is sharded by rows or replicated is routed on each rank, and the outputs
+            are placed like it.
         :param topk: K, 1 <= K <= E; may be left out for a router of a configuration.
         :param per_expert_scale: ``[E]``, any float dtype; for specs with ``per_expert_scale``
             (Gemma4), and only those.
@@ -133,7 +136,7 @@ class Router:
             in the table, or whose entries are not all in [0, E), counts as padding.
         :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0, more
             than T are all; an integer, or an int32 or int64 tensor of shape [] or [1] on the
-            logits' device, which is never read on the host.
+            logits' device, which is never read on the host. Only with logits ``[T, E]``.
         :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.
             Experts may share a physical id, and one that is elsewhere has -1; the weights stay as
             they are.
@@ -210,7 +213,8 @@ class Router:
     ) -> RoutedPlan:
         """Route, and plan the ids: a call of the router, then ``moe_routing.plan`` of its ids.
 
-        Padding, other ranks' experts and shared experts are planned as they stand in the ids.
+        Padding, other ranks' experts and shared experts are planned as they stand in the ids. A
+        plan is of rows: flatten logits of another leading shape to ``[T, E]`` first.
 
         :param num_experts: how many ids the plan knows. E + shared experts without an
             ``expert_map``; with one it must be given, for its entries are not read on the host.
@@ -301,11 +305,24 @@ class Router:
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
     ) -> RoutingOutput:
         """Route a call unlike the one before: look it up, or check it."""
+        if _leading.is_other_rank(operands.logits):
+            return self._reshaped(operands, topk, ids_dtype)
         operands = _check.counted(operands)
         key, found = self._looked_up(operands, topk, ids_dtype)
         if found is None:
             return self._first(key, operands, topk, ids_dtype)
         return found.route(operands)
+
+    def _reshaped(
+        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+    ) -> RoutingOutput:
+        """Route logits of any leading shape as rows."""
+        selected = self._default_topk() if topk is None else _check.integer("topk", topk)
+        rows = _leading.flattened(operands, selected + self.spec.shared_experts)
+        output = self(**rows._asdict(), topk=topk, ids_dtype=ids_dtype)
+        if operands.out is not None:
+            return RoutingOutput(*operands.out)
+        return _leading.in_shape(output, operands.logits)
 
     def _looked_up(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
@@ -412,6 +429,8 @@ class Router:
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
     ) -> RoutingOutput:
         """Put the operator into the graph that Dynamo is making."""
+        if _leading.is_other_rank(operands.logits):
+            return self._reshaped(operands, topk, ids_dtype)
         operands, topk, ids_dtype = self._checked(_check.counted(operands), topk, ids_dtype)
         training = is_grad_enabled() and _requires_grad(operands)
         _refuse_out(operands, differentiable=training)

@@ -45,7 +45,7 @@ def spec_named(router: str) -> RoutingSpec:
 
 _FLAGS = tuple(f.name for f in dataclasses.fields(RoutingSpec) if f.type == "bool")
 _TEXTS = tuple(
-    f.name for f in dataclasses.fields(RoutingSpec) if f.type in ("str", "Selection", "GroupScore")
+    f.name for f in dataclasses.fields(RoutingSpec) if f.type in ("str", "Selection", "GroupBy")
 )
 
 

@@ -61,7 +61,7 @@ _ROWS = (
             renorm_epsilon=1e-20,
             num_groups=8,
             topk_groups=4,
-            group_score="top2_sum",
+            group_sum=2,
         ),
         source="DeepSeek-V3 (arXiv:2412.19437, section 2.1.2), 'noaux_tc'; its c is 2.5",
     ),

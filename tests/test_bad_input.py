@@ -53,17 +53,11 @@ CASES = {
         TypeError,
         "logits: expected a dtype among",
     ),
-    "logits of rank 1": (
+    "logits of rank 0": (
         {},
-        {"logits": torch.zeros(E)},
+        {"logits": torch.zeros(())},
         ValueError,
-        r"logits: expected a dense tensor \[T, E\]",
-    ),
-    "logits of rank 3": (
-        {},
-        {"logits": torch.zeros(1, T, E)},
-        ValueError,
-        r"logits: expected a dense tensor \[T, E\]",
+        r"logits: expected a dense tensor \[..., E\]",
     ),
     "sparse logits": (
         {},

@@ -710,7 +710,7 @@ WRONG_SPECS = [
     ),
     *(("num_groups", value) for value in (-1, 0, 2.0, "8", None, True, 2**31, 10**5000)),
     *(("topk_groups", value) for value in (0, 2, 1.0, None, True)),
-    *(("group_score", value) for value in (None, "mean", 3)),
+    *(("group_by", value) for value in (None, "mean", 3)),
     *(
         ("logit_softcap", value)
         for value in (0, 0.0, -1.0, 1e-31, 1e31, 1e300, float("nan"), "30", True)

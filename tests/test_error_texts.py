@@ -105,9 +105,10 @@ def test_an_interrupt_passes_through():
 
 LOGITS = torch.randn(2, 4)
 ROUTE = Router(RoutingSpec(family="f"))
+FOUR_EXPERTS = Router(RoutingSpec(family="f"), num_experts=4)
 EVERY_OPERAND = Router(RoutingSpec(family="f", selection="scores_plus_bias", per_expert_scale=True))
 CALLS = {
-    "logits": lambda value: ROUTE(value, 2),
+    "logits": lambda value: FOUR_EXPERTS(value, 2),
     "topk": lambda value: ROUTE(LOGITS, value),
     "per_expert_scale": lambda value: EVERY_OPERAND(LOGITS, 2, value, bias=torch.zeros(4)),
     "bias": lambda value: EVERY_OPERAND(LOGITS, 2, torch.ones(4), bias=value),

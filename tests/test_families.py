@@ -23,7 +23,7 @@ FORMULAS = {
     "softmax_bias_topk": "ids = topk(softmax(l)+b); w = softmax(l)[ids]",
     "sigmoid_topk": "ids = topk(l); w = sigmoid(l)[ids]",
     "sigmoid_bias_topk": "ids = topk(sigmoid(l)+b); w = sigmoid(l)[ids] / sum",
-    "grouped_sigmoid_bias": "ids = topk(sigmoid(l)+b) in the best 4 of 8 groups by top2_sum; "
+    "grouped_sigmoid_bias": "ids = topk(sigmoid(l)+b) in the best 4 of 8 groups by sum of best 2; "
     "w = sigmoid(l)[ids] / (sum + 1e-20)",
     "grouped_softmax": "ids = topk(l) in the best 3 of 8 groups by max; w = softmax(l)[ids]",
     "sqrtsoftplus_bias": "ids = topk(sqrtsoftplus(l)+b); w = sqrtsoftplus(l)[ids] / sum",

@@ -26,7 +26,7 @@ SPECS = {
     **{name: spec.spec for name, spec in FAMILIES.items()},
     "grouped": RoutingSpec(
         family="g", score="sigmoid", selection="scores_plus_bias", renormalize=True,
-        renorm_epsilon=1e-20, scale=2.5, num_groups=4, topk_groups=2, group_score="top2_sum",
+        renorm_epsilon=1e-20, scale=2.5, num_groups=4, topk_groups=2, group_sum=2,
     ),
     "capped": RoutingSpec(family="c", logit_softcap=5.0, logit_multiplier=0.7, renormalize=True),
     "floor reached": RoutingSpec(family="f", renormalize=True, renorm_floor=0.9),

@@ -85,7 +85,7 @@ def test_narrow_keys_select_as_a_stable_sort_does_among_all_16_bit_numbers(dtype
         order = torch.randperm(2**16, generator=generator)[: 2**16 // experts * experts]
         t = finite(every[order].view(-1, experts))
         t = torch.cat([t, t.flip(0)[:, : experts // 2].repeat(1, 3)[:, :experts]])  # and ties
-        assert torch.equal(torch.cat(by_narrow_rounds(GEMMA4, t, 5), -1), by_sort(t, 5))
+        assert torch.equal(torch.cat(by_narrow_rounds(GEMMA4, t, 5, t), -1), by_sort(t, 5))
 
 
 @pytest.mark.slow

@@ -347,6 +347,12 @@ for tokens in (6, 5, 1):  # evenly, unevenly, and with a rank that has no row
     whole = route(logits, 2, scale, bias=bias, num_valid_tokens=1)
     assert torch.equal(padded.ids.full_tensor(), whole.ids)
 try:
+    route(distribute_tensor(logits[None], mesh, [Replicate()]), 2, scale, bias=bias)
+except ValueError as error:
+    assert str(error).startswith("logits: expected [T, E], because they are a DTensor"), error
+else:
+    raise AssertionError("logits of three dimensions were accepted")
+try:
     out = tuple(t.detach() for t in expected)
     route(distribute_tensor(logits, mesh, [Shard(0)]), 2, scale, bias=bias, out=out)
 except ValueError as error:

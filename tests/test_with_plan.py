@@ -34,7 +34,7 @@ BIASED = RoutingSpec(
 )  # fmt: skip
 GROUPED = RoutingSpec(
     family="f", score="sigmoid", selection="scores_plus_bias", num_groups=4, topk_groups=2,
-    group_score="top2_sum",
+    group_sum=2,
 )  # fmt: skip
 SHARED = RoutingSpec(family="f", renormalize=True, shared_experts=2)
 TABLE = RoutingSpec(family="f", selection="token_table")

@@ -35,12 +35,9 @@ class Router(TokenChoiceTopKRouter):
             if expert_bias_E is None
             else expert_bias_E
         )
-        weights, ids = self.route(
-            logits.flatten(0, -2), self.top_k, bias=bias, ids_dtype=torch.int64
-        )
+        weights, ids = self.route(logits, self.top_k, bias=bias, ids_dtype=torch.int64)
         scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(dim=-1)
-        shape = (*logits.shape[:-1], self.top_k)
-        return weights.view(shape), ids.view(shape), scores
+        return weights, ids, scores
 
 
 def adapt(model: nn.Module) -> int:
@@ -68,5 +65,5 @@ def _spec(router: TokenChoiceTopKRouter) -> moe_routing.RoutingSpec:
         scale=router.route_scale,
         num_groups=router.num_expert_groups or 1,
         topk_groups=router.num_limited_groups or 1,
-        group_score="top2_sum" if grouped else "max",
+        group_sum=2 if grouped else 1,
     )

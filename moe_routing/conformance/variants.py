@@ -44,13 +44,22 @@ def _built_in() -> dict[str, RoutingSpec]:
         ),
         "grouped_sigmoid_bias/scaled": family["grouped_sigmoid_bias"].replace(scale=2.5),
         "grouped_sigmoid_bias/max": family["grouped_sigmoid_bias"].replace(
-            group_score="max", num_groups=4, topk_groups=3
+            group_sum=1, num_groups=4, topk_groups=3
+        ),
+        "grouped_sigmoid_bias/best_three": family["grouped_sigmoid_bias"].replace(
+            group_sum=3, num_groups=4, topk_groups=1
+        ),
+        "grouped_sigmoid_bias/unbiased_groups": family["grouped_sigmoid_bias"].replace(
+            group_by="scores"
+        ),
+        "grouped_softmax/best_four_scores": family["grouped_softmax"].replace(
+            group_sum=4, group_by="scores", num_groups=4, topk_groups=2
         ),
         "grouped_softmax/renormalized_scaled": family["grouped_softmax"].replace(
             renormalize=True, scale=16.0
         ),
         "grouped_softmax/top2": family["grouped_softmax"].replace(
-            group_score="top2_sum", num_groups=4, topk_groups=2
+            group_sum=2, num_groups=4, topk_groups=2
         ),
         "sqrtsoftplus_bias/scaled": family["sqrtsoftplus_bias"].replace(scale=1.5),
         "logit_bias_sigmoid/renormalized": family["logit_bias_sigmoid"].replace(renormalize=True),

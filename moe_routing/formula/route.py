@@ -58,7 +58,8 @@ def route(  # noqa: PLR0913 -- Kernel's operands
                 (score(spec, x) if spec.selection == "scores_plus_bias" else x) + bias.float()
             )
         )
-        ids = select(spec, t, topk)
+        judged = t if spec.group_by == "selection" else score(spec, x).float()
+        ids = select(spec, t, topk, judged)
         weights = selected_weights(spec, x, ids)
     if per_expert_scale is not None:
         scale = per_expert_scale.float()

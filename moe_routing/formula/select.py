@@ -27,9 +27,10 @@ _LOWEST_NARROW_KEY = torch.iinfo(torch.int32).min
 
 Top = Callable[["Tensor", int], "Tensor"]
 """``top(t [T, E], k) -> int64 ids [T, k]``, by descending score, equal scores by ascending id."""
-Select = Callable[["RoutingSpec", "Tensor", int], "list[Tensor]"]
-"""``select(spec, t [T, E], k) -> int64 ids``, under the spec's group rule.
+Select = Callable[["RoutingSpec", "Tensor", int, "Tensor"], "list[Tensor]"]
+"""``select(spec, t [T, E], k, judged [T, E]) -> int64 ids``, under the spec's group rule.
 
+``judged`` is what groups are judged by, in float32, mostly ``t`` itself.
 ``[T, K]`` whole, or K columns ``[T, 1]``.
 """
 
@@ -57,12 +58,12 @@ def from_table(
 
 def whole(top: Top) -> Select:
     """Select all K at once, in that way."""
-    return lambda spec, t, topk: [
-        top(t, topk) if spec.num_groups == 1 else _select(spec, t, topk, top)
+    return lambda spec, t, topk, judged: [
+        top(t, topk) if spec.num_groups == 1 else _select(spec, t, topk, judged, top)
     ]
 
 
-def _select(spec: RoutingSpec, t: Tensor, topk: int, top: Top) -> Tensor:
+def _select(spec: RoutingSpec, t: Tensor, topk: int, judged: Tensor, top: Top) -> Tensor:
     if spec.topk_per_group and spec.num_groups > 1:
         per_group = t.unflatten(-1, (spec.num_groups, -1))
         inside = top(per_group.flatten(0, 1), topk // spec.num_groups).view(
@@ -74,25 +75,40 @@ def _select(spec: RoutingSpec, t: Tensor, topk: int, top: Top) -> Tensor:
         order = t.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
         return ids.gather(-1, order)
     if spec.grouped:
-        t = _only_best_groups(spec, t, top)
+        t = _only_best_groups(spec, t, judged, top)
     return top(t, topk)
 
 
-def _only_best_groups(spec: RoutingSpec, t: Tensor, top: Top) -> Tensor:
+def _only_best_groups(spec: RoutingSpec, t: Tensor, judged: Tensor, top: Top) -> Tensor:
+    score = _group_scores(judged.unflatten(-1, (spec.num_groups, -1)), spec.group_sum, top)
+    kept = top(score, spec.topk_groups)
+    dropped = torch.ones_like(score, dtype=torch.bool).scatter_(-1, kept, value=False)
     per_group = t.unflatten(-1, (spec.num_groups, -1))
-    if spec.group_score == "max" or per_group.shape[-1] == 1:
-        score = per_group.amax(-1)
-    else:
+    # Scores are finite, so -inf is below all of them, and enough experts are left: none of these is
+    # ever selected.
+    return torch.flatten(per_group.masked_fill(dropped[..., None], -torch.inf), -2)
+
+
+def _group_scores(per_group: Tensor, group_sum: int, top: Top) -> Tensor:
+    """Return the score ``[T, G]`` of each group ``[T, G, E / G]``.
+
+    The sum goes from the best expert on, and is clamped after each step: another order would have
+    other bits.
+    """
+    group_sum = min(group_sum, per_group.shape[-1])
+    if group_sum == 1:
+        return per_group.amax(-1)
+    if group_sum == 2:  # noqa: PLR2004 -- DeepSeek-V3's rule, for which two maxima are faster
         best = per_group.amax(-1, keepdim=True)
         is_best = per_group == best
         next_best = per_group.masked_fill(is_best, -torch.inf).amax(-1)
         first = best.squeeze(-1)
-        score = finite(first + torch.where(is_best.sum(-1) > 1, first, next_best))
-    kept = top(score, spec.topk_groups)
-    dropped = torch.ones_like(score, dtype=torch.bool).scatter_(-1, kept, value=False)
-    # Scores are finite, so -inf is below all of them, and enough experts are left: none of these is
-    # ever selected.
-    return torch.flatten(per_group.masked_fill(dropped[..., None], -torch.inf), -2)
+        return finite(first + torch.where(is_best.sum(-1) > 1, first, next_best))
+    groups = per_group.flatten(0, 1)
+    first, *others = groups.gather(-1, top(groups, group_sum)).unbind(-1)
+    for other in others:
+        first = finite(first + other)
+    return first.view(per_group.shape[:-1])
 
 
 def by_sort(t: Tensor, k: int) -> Tensor:
@@ -113,7 +129,7 @@ def by_rounds(t: Tensor, k: int) -> Tensor:
     return _id_of(torch.cat(rounds, dim=-1), t.shape[-1])
 
 
-def by_narrow_rounds(spec: RoutingSpec, t: Tensor, topk: int) -> list[Tensor]:
+def by_narrow_rounds(spec: RoutingSpec, t: Tensor, topk: int, judged: Tensor) -> list[Tensor]:
     """Take K maxima of int32 keys, a column each.
 
     For scores that bfloat16 or float16 hold exactly, and without groups.
@@ -121,6 +137,7 @@ def by_narrow_rounds(spec: RoutingSpec, t: Tensor, topk: int) -> list[Tensor]:
     As float32 such a number has 13 low bits that are 0, where the complement of the id fits
     (``NARROW_UP_TO``). What ``finite`` clamped has not, and stays outside all others without them.
     """
+    del judged
     if spec.num_groups > 1:
         raise NotImplementedError(spec)
     places = (1 << (t.shape[-1] - 1).bit_length()) - 1

@@ -42,9 +42,9 @@ UNGROUPED: Changes = {
     "family": "sigmoid_bias_topk",
     "num_groups": 1,
     "topk_groups": 1,
-    "group_score": "max",
+    "group_sum": 1,
 }
-GROUPED: Changes = {"family": "grouped_sigmoid_bias", "group_score": "top2_sum"}
+GROUPED: Changes = {"family": "grouped_sigmoid_bias", "group_sum": 2}
 GROUPS: Choices = {"n_group": {None: UNGROUPED, 1: UNGROUPED, ANYTHING_ELSE: GROUPED}}
 KIMI_GROUPS: Choices = {"num_expert_group": {None: UNGROUPED, 1: UNGROUPED, ANYTHING_ELSE: GROUPED}}
 
@@ -72,7 +72,7 @@ BAILING_SCORE: Choices = {
             "selection": "logits",
             "num_groups": 1,
             "topk_groups": 1,
-            "group_score": "max",
+            "group_sum": 1,
             "renorm_epsilon": 0.0,
         },
     },

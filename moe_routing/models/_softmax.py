@@ -42,12 +42,12 @@ MISTRAL_GROUPS: Choices = {
             "num_groups": 1,
             "topk_groups": 1,
             "selection": "logits",
-            "group_score": "max",
+            "group_sum": 1,
         },
         ANYTHING_ELSE: {
             "family": "grouped_softmax",
             "selection": "scores_plus_bias",
-            "group_score": "top2_sum",
+            "group_sum": 2,
         },
     }
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -403,6 +403,13 @@ class _Row:
         ]
         """What determines an expert's score; equal entries have equal scores in any arithmetic."""
         self.group_size = len(self.keys) // spec.num_groups
+        judged = oracle.judged_by(spec, l, keys)
+        off = error_bounds.judged_error(spec, l, keys)
+        self.judged_low: list[float] = (judged - off)[0].tolist()
+        self.judged_high: list[float] = (judged + off)[0].tolist()
+        self.judged_same: list[Any] = (
+            list(self.same) if spec.group_by == "selection" else oracle.clean(l)[0].tolist()
+        )
 
     def experts(self, groups: tuple[int, ...]) -> list[int]:
         return [e for g in groups for e in range(g * self.group_size, (g + 1) * self.group_size)]
@@ -455,9 +462,9 @@ class _Row:
             return
         low, high = [b[0] for b in bounds_of], [b[1] for b in bounds_of]
         content: list[object] = [
-            sorted(self.same[e] for e in self.experts((g,))) for g in range(count)
+            sorted(self.judged_same[e] for e in self.experts((g,))) for g in range(count)
         ]
-        if self.spec.group_score == "top2_sum":
+        if self.spec.group_sum > 1:
             # Sums that are known exactly, those that are clamped among them, are equal whatever
             # they are sums of.
             content = [
@@ -484,9 +491,16 @@ class _Row:
 
     def _group_interval(self, group: int) -> tuple[float, float]:
         inside = self.experts((group,))
-        best = 1 if self.spec.group_score == "max" or len(inside) == 1 else 2
-        low = sum(sorted((self.keys[e] - self.error[e] for e in inside), reverse=True)[:best])
-        high = sum(sorted((self._high(e) for e in inside), reverse=True)[:best])
-        rounding = error_bounds.U * max(abs(low), abs(high)) if best > 1 else 0.0
+        return (
+            self._sum_of_best([self.judged_low[e] for e in inside], -error_bounds.U),
+            self._sum_of_best([self.judged_high[e] for e in inside], error_bounds.U),
+        )
+
+    def _sum_of_best(self, values: list[float], rounding: float) -> float:
+        """Add the best as the contract says, each sum rounded to one side as far as may be."""
         limit = oracle.FLOAT32_MAX
-        return min(max(low - rounding, -limit), limit), min(max(high + rounding, -limit), limit)
+        total, *others = sorted(values, reverse=True)[: self.spec.group_sum]
+        for value in others:
+            total += value
+            total = min(max(total + rounding * abs(total), -limit), limit)
+        return min(max(total, -limit), limit)

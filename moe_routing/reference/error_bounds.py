@@ -39,7 +39,8 @@ Then one division: ``(3 |d| + 4 + sum(p (3 |d| + 4)) + min(E - 1, 4 sqrt(E)) + 4
 passes on plus ``9 u |x|``.
 
 **bias**: ``t = s + b`` is one rounding, ``u |t|``. So ``t`` may stray by ``error(s) + u |t| +
-2**-126``, and a group's sum of two by theirs and ``u |sum|``.
+2**-126``, and a group's sum by those of its terms and ``u |sum|`` for each addition, in the order
+that the contract states.
 """
 
 from __future__ import annotations
@@ -102,6 +103,20 @@ def score_error(spec: RoutingSpec, l: Tensor) -> Tensor:
     return torch.where(softplus < 2 * FLUSHED, 1.0, relative)
 
 
+def _absolute_score_error(spec: RoutingSpec, l: Tensor, x: Tensor) -> Tensor:
+    # Beyond |log s| = 100 a score is below 2**-126, whatever relative error the formula gives it.
+    relative = score_error(spec, l).clamp(max=1.0)
+    return oracle.log_scores(spec, x).clamp(min=-700.0).exp() * relative
+
+
+def judged_error(spec: RoutingSpec, logits: Tensor, keys: Tensor) -> Tensor:
+    """Return the absolute error ``[T, E]`` that float32 may make in what groups are judged by."""
+    if spec.group_by == "selection":
+        return key_error(spec, logits, keys)
+    l = oracle.clean(logits)
+    return _absolute_score_error(spec, l, oracle.transformed(spec, l)) + FLUSHED
+
+
 def key_error(spec: RoutingSpec, logits: Tensor, keys: Tensor) -> Tensor:
     """Return the absolute error ``[T, E]`` that float32 may make in the selection keys.
 
@@ -114,11 +129,7 @@ def key_error(spec: RoutingSpec, logits: Tensor, keys: Tensor) -> Tensor:
     if spec.selection == "logits_plus_bias":
         base_error = transform_error(spec, l, x)
     else:
-        # Beyond |log s| = 100 a score is below 2**-126, whatever relative error the formula gives
-        # it.
-        base_error = oracle.log_scores(spec, x).clamp(min=-700.0).exp() * score_error(
-            spec, l
-        ).clamp(max=1.0)
+        base_error = _absolute_score_error(spec, l, x)
     return base_error + U * keys.abs() + FLUSHED
 
 

@@ -97,7 +97,7 @@ def select(  # noqa: PLR0913 -- the operands of selection
     if spec.topk_per_group:
         keys = _keep_topk_of_each_group(keys, spec.num_groups, topk // spec.num_groups)
     elif spec.grouped:
-        keys = _keep_best_groups(spec, keys)
+        keys = _keep_best_groups(spec, keys, judged_by(spec, logits, keys))
     return descending(keys)[:, :topk]
 
 
@@ -262,28 +262,34 @@ def descending(keys: Tensor) -> Tensor:
     return torch.sort(keys + 0.0, dim=-1, descending=True, stable=True).indices
 
 
-def group_scores(spec: RoutingSpec, keys: Tensor) -> Tensor:
-    """Return the score ``[T, G]`` of each group.
+def judged_by(spec: RoutingSpec, logits: Tensor, keys: Tensor) -> Tensor:
+    """Return the float64 values ``[T, E]`` that groups are judged by.
 
-    Its maximum, or the sum of its best two (of its one, if it has one).
-
-    A sum is clamped to float32's finite range, as all that is selected on: groups whose sums are
-    beyond it are equal.
+    :param keys: what top-k looks at.
     """
-    grouped = keys.reshape(len(keys), spec.num_groups, keys.shape[1] // spec.num_groups)
-    best = 1 if spec.group_score == "max" else min(2, grouped.shape[-1])
-    return (
-        grouped.sort(dim=-1, descending=True)
-        .values[..., :best]
-        .sum(-1)
-        .clamp(-FLOAT32_MAX, FLOAT32_MAX)
-    )
+    if spec.group_by == "selection":
+        return keys
+    return log_scores(spec, transformed(spec, clean(logits.detach()))).exp()
 
 
-def _keep_best_groups(spec: RoutingSpec, keys: Tensor) -> Tensor:
+def group_scores(spec: RoutingSpec, judged: Tensor) -> Tensor:
+    """Return the score ``[T, G]`` of each group: the sum of its best ``group_sum`` experts.
+
+    Of all, if it has fewer. The sum goes from the best on, and is clamped to float32's finite range
+    after each step, as all that is selected on: groups whose sums are beyond it are equal.
+    """
+    grouped = judged.reshape(len(judged), spec.num_groups, judged.shape[1] // spec.num_groups)
+    best = grouped.sort(dim=-1, descending=True).values[..., : spec.group_sum]
+    total = best[..., 0]
+    for value in best.unbind(-1)[1:]:
+        total = (total + value).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+    return total
+
+
+def _keep_best_groups(spec: RoutingSpec, keys: Tensor, judged: Tensor) -> Tensor:
     """Set the keys outside the best ``topk_groups`` groups to -inf, so that none is selected."""
     kept = torch.zeros(len(keys), spec.num_groups, dtype=torch.bool, device=keys.device)
-    kept.scatter_(1, descending(group_scores(spec, keys))[:, : spec.topk_groups], value=True)
+    kept.scatter_(1, descending(group_scores(spec, judged))[:, : spec.topk_groups], value=True)
     return keys.masked_fill(
         ~kept.repeat_interleave(keys.shape[1] // spec.num_groups, dim=1), -torch.inf
     )

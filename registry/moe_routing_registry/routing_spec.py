@@ -12,7 +12,7 @@ from typing import Any, Literal
 from moe_routing_registry.text import refusal, require_name, shown
 
 Selection = Literal["logits", "scores_plus_bias", "logits_plus_bias", "token_table", "sparsemixer"]
-GroupScore = Literal["max", "top2_sum"]
+GroupBy = Literal["selection", "scores"]
 
 SELECTIONS: tuple[Selection, ...] = (
     "logits",
@@ -34,9 +34,15 @@ Kernels compute in float32.
 """
 _MOST = 2**31 - 1
 """Largest count: ids are int32."""
-_NAMES = ("family", "score", "selection", "group_score")
+_NAMES = ("family", "score", "selection", "group_by")
 _FLAGS = ("renormalize", "per_expert_scale", "topk_per_group")
-_COUNTS = {"num_groups": 1, "topk_groups": 1, "shared_experts": 0, "zero_experts": 0}
+_COUNTS = {
+    "num_groups": 1,
+    "topk_groups": 1,
+    "group_sum": 1,
+    "shared_experts": 0,
+    "zero_experts": 0,
+}
 """Each count and the least that it may be."""
 _NUMBERS = {
     "renorm_epsilon": (0.0, HUGE),
@@ -49,7 +55,7 @@ _NUMBERS = {
     "jitter": (0.0, HUGE),
 }
 """Each number and the range that it may be in."""
-_NO_GROUPS: dict[str, object] = {"num_groups": 1, "topk_per_group": False}
+_NO_GROUPS: dict[str, object] = {"num_groups": 1, "topk_per_group": False, "group_by": "selection"}
 _UNUSED: dict[str, dict[str, object]] = {
     "sparsemixer": {
         "score": "softmax",
@@ -78,7 +84,8 @@ class RoutingSpec:
         x = l * logit_multiplier;  x = logit_softcap * tanh(x / logit_softcap)   if there is a cap
         s = score(x)                                  softmax over E, sigmoid, or sqrt(softplus)
         selected by  l | s + bias | x + bias | a table | sparsemixer             (``selection``)
-        limited to the best ``topk_groups`` of ``num_groups``, or the best K / num_groups of each
+        limited to the best ``topk_groups`` of ``num_groups``, or the best K / num_groups of each;
+            a group's score is the sum of its best ``group_sum`` experts        (``group_by``)
         w = s[ids];  w = w / max(sum(w) + renorm_epsilon, renorm_floor)          if ``renormalize``
         w = w * scale * per_expert_scale[ids];  w = 0 for ids >= E - zero_experts
         ``shared_experts`` slots with ids E, E + 1, ... and weight 1 are appended
@@ -99,7 +106,10 @@ class RoutingSpec:
         (Gemma4).
     :ivar num_groups: number of equal groups that the experts fall into; 1 means no groups.
     :ivar topk_groups: how many groups stay eligible.
-    :ivar group_score: score of a group: its ``"max"`` or the sum of its best two, ``"top2_sum"``.
+    :ivar group_sum: score of a group: the sum of its best ``group_sum`` experts, of all if it has
+        fewer; 1 is the maximum (DeepSeek-V2), 2 is DeepSeek-V3's, K / topk_groups Megatron-Core's.
+    :ivar group_by: what is summed: ``"selection"``, what top-k looks at (logits, or scores or
+        logits with the bias), or ``"scores"``, without the bias.
     :ivar topk_per_group: select K / num_groups in each group instead of limiting groups
         (InternS1-Pro).
     :ivar logit_softcap: cap of ``cap * tanh(x / cap)``, or ``None``.
@@ -111,7 +121,8 @@ class RoutingSpec:
 
     A selection has no use for some fields, and a spec that sets one of those is refused:
     sparsemixer for other scores, renormalisation, groups, soft-cap and multiplier; a token table
-    for groups.
+    for groups. The best score of a group is that of its highest logit, so selection on logits has
+    no use for ``group_by="scores"`` with ``group_sum=1``.
 
     Names are made of the characters of plug-in names: a-z, 0-9, ``.``, ``_`` and ``-``. Counts are
     at most 2**31 - 1. Numbers are 0 or of float32's normal range, 2**-126 to 3.4e38, in which
@@ -135,7 +146,8 @@ class RoutingSpec:
     per_expert_scale: bool = False
     num_groups: int = 1
     topk_groups: int = 1
-    group_score: GroupScore = "max"
+    group_sum: int = 1
+    group_by: GroupBy = "selection"
     topk_per_group: bool = False
     logit_softcap: float | None = None
     logit_multiplier: float = 1.0
@@ -162,8 +174,8 @@ class RoutingSpec:
             raise ValueError(
                 refusal("selection", f"one of {', '.join(SELECTIONS)}", self.selection)
             )
-        if self.group_score not in ("max", "top2_sum"):
-            raise ValueError(refusal("group_score", "'max' or 'top2_sum'", self.group_score))
+        if self.group_by not in ("selection", "scores"):
+            raise ValueError(refusal("group_by", "'selection' or 'scores'", self.group_by))
         if self.topk_groups > self.num_groups:
             raise ValueError(
                 refusal(
@@ -186,6 +198,9 @@ class RoutingSpec:
                         value,
                     )
                 )
+        if self.group_by == "scores" and self.group_sum == 1 and not self.needs_bias:
+            why = "because with group_sum 1 the highest logit says which group is best"
+            raise ValueError(refusal("group_by", f"'selection', {why}", self.group_by))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -315,7 +330,9 @@ class RoutingSpec:
             return f"top K/{self.num_groups} of {what} in each of {self.num_groups} groups"
         if self.grouped:
             groups = f"the best {self.topk_groups} of {self.num_groups} groups"
-            return f"topk({what}) in {groups} by {self.group_score}"
+            best = "max" if self.group_sum == 1 else f"sum of best {self.group_sum}"
+            judged = f" {score}" if self.group_by == "scores" else ""
+            return f"topk({what}) in {groups} by {best}{judged}"
         return f"topk({what})"
 
     def _weight_formula(self, x: str, score: str) -> str:

@@ -69,22 +69,22 @@ def best_ordered(keys, among, count):
     return max(itertools.permutations(among, count), key=lambda ids: [(keys[i], -i) for i in ids])
 
 
-def group_score(spec, keys, group):
-    pairs = itertools.combinations(
-        [keys[e] for e in group], 2 if spec.group_score == "top2_sum" else 1
-    )
-    # Rounded once, like the keys: a sum with -3.4e38 in it swallows the other score, in float64 as
-    # in float32.
-    return max(mpf(clean(float(sum(pair)))) for pair in pairs)
+def group_score(spec, judged, group):
+    # Each sum is rounded once, like the keys: one with -3.4e38 in it swallows the other score, in
+    # float64 as in float32.
+    best, *others = sorted((judged[e] for e in group), reverse=True)[: spec.group_sum]
+    for value in others:
+        best = mpf(clean(float(best + value)))
+    return best
 
 
-def selected(spec, keys, topk):
+def selected(spec, keys, judged, topk):
     size = E // spec.num_groups
     groups = [range(g * size, (g + 1) * size) for g in range(spec.num_groups)]
     if spec.topk_per_group:
         among = [i for group in groups for i in best_ordered(keys, group, topk // spec.num_groups)]
     elif spec.num_groups > 1:
-        values = [group_score(spec, keys, group) for group in groups]
+        values = [group_score(spec, judged, group) for group in groups]
         among = [
             i
             for g in best_ordered(values, range(spec.num_groups), spec.topk_groups)
@@ -125,7 +125,9 @@ def brute_force(spec, row, topk, *, bias, scale, table_row):  # noqa: PLR0913 --
                 mpf(float(min(max(k + b, -LARGEST), LARGEST)))
                 for k, b in zip(keys, bias, strict=True)
             ]
-        ids = table_row if spec.selection == "token_table" else selected(spec, keys, topk)
+        ids = table_row
+        if spec.selection != "token_table":
+            ids = selected(spec, keys, keys if spec.group_by == "selection" else s, topk)
         w = [s[i] for i in ids]
         if spec.renormalize:
             w = [v / max(mpmath.fsum(w) + spec.renorm_epsilon, spec.renorm_floor) for v in w]

@@ -31,20 +31,23 @@ def load(monkeypatch):
     torch.manual_seed(0)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in {"sglang", "tensorrt_llm", "torchtitan"} or name.endswith(
-            "_adapter"
-        ):
+        if name.partition(".")[0] in {
+            "megatron",
+            "sglang",
+            "tensorrt_llm",
+            "torchtitan",
+        } or name.endswith("_adapter"):
             del sys.modules[name]
 
 
 def dense(weights, ids):
-    return torch.zeros(T, E, dtype=weights.dtype).scatter(1, ids.long(), weights)
+    return torch.zeros(len(ids), E, dtype=weights.dtype).scatter(1, ids.long(), weights)
 
 
 @pytest.mark.slow
 def test_adapters_pass_mypy_against_the_engines_signatures():
     files = sorted(map(str, ADAPTERS.glob("*.py")))
-    assert len(files) == 6
+    assert len(files) == 7
     environment = {"MYPYPATH": str(ENGINES), "PATH": ""}
     command = [sys.executable, "-m", "mypy", *files]  # strict, by pyproject.toml
     checked = subprocess.run(
@@ -132,6 +135,65 @@ def test_torchtitans_balanced_benchmark_router_is_left(load):
     assert load("torchtitan_adapter").adapt(torch.nn.ModuleList([router])) == 0
 
 
+@pytest.fixture
+def megatron(load):
+    """The router module of megatron-core's patch point, routing through us, and its replay."""
+    adapter, router = load("megatron_adapter"), load("megatron.core.transformer.moe.router")
+    stock = router.topk_routing_with_score_function
+    adapter.install()
+    yield router, load("megatron.core.transformer.moe.router_replay").RouterReplay()
+    adapter.uninstall()
+    assert router.topk_routing_with_score_function is stock
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_megatrons_routers_get_dense_probabilities_and_a_map_from_us(megatron, dtype):
+    router, _ = megatron
+    logits = torch.randn(T, E).to(dtype).requires_grad_()
+    probs, routing_map = router.topk_routing_with_score_function(logits, K, scaling_factor=2.5)
+    assert (probs.dtype, routing_map.dtype) == (dtype, torch.bool)
+    assert routing_map.sum(-1).eq(K).all()
+    torch.testing.assert_close(probs.float().sum(-1), torch.full((T,), 2.5), rtol=1e-2, atol=0.0)
+    probs.float().square().sum().backward()
+    assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("tokens", [T, 0])
+def test_megatrons_replay_keeps_our_ids_and_brings_them_back(megatron, tokens):
+    router, replay = megatron
+    settings = {
+        "num_groups": 4, "group_topk": 2, "score_function": "sigmoid",
+        "expert_bias": torch.rand(E), "router_replay": replay,
+    }  # fmt: skip
+    recorded = router.topk_routing_with_score_function(torch.randn(tokens, E), K, **settings)
+    (ids,) = replay.recorded
+    assert ids.dtype is torch.int64
+    assert torch.equal(torch.zeros(tokens, E, dtype=torch.bool).scatter(1, ids, 1), recorded[1])
+    replay.targets.append(ids)
+    logits = torch.randn(tokens, E, requires_grad=True)
+    probs, routing_map = router.topk_routing_with_score_function(logits, K, **settings)
+    assert torch.equal(routing_map, recorded[1])
+    weights = logits.sigmoid().gather(1, ids)
+    torch.testing.assert_close(probs, dense(weights / weights.sum(-1, keepdim=True), ids))
+    assert replay.recorded == [ids]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"fused": True}, "fused: expected False"),
+        ({"expert_bias": torch.zeros(E)}, "expert_bias: expected None with score_function 'soft"),
+        ({"score_function": "sqrtsoftplus"}, "score_function: expected 'softmax' or 'sigmoid'"),
+        ({"num_groups": 8, "group_topk": 5}, r"group_topk: expected at most topk \(4\), got 5"),
+    ],
+)
+def test_what_megatron_would_ignore_or_give_to_another_kernel_is_refused(megatron, settings, said):
+    router, _ = megatron
+    with pytest.raises(ValueError, match=f"^{said}"):
+        router.topk_routing_with_score_function(torch.randn(T, E), K, **settings)
+
+
+MEGATRON = ("megatron-core==0.16.1",)
 TORCHTITAN = (
     "torchtitan==0.3.0",
     "spmd_types==0.2.3",
@@ -223,6 +285,25 @@ def test_torchtitans_own_deepseek_v3_trains_to_the_same_losses_through_us(tmp_pa
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0.0)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0.0)
         assert run["ours"]["biases"] == run["theirs"]["biases"]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_megatron_cores_own_routers_route_train_and_replay_through_us(tmp_path):
+    """The installed megatron-core's TopKRouter and RouterReplay, on a CPU.
+
+    Every score function, with a bias and without, without groups and with groups that are judged by
+    their best one, two and three. Maps, records and counts of tokens are equal, probabilities and
+    gradients to the last bits of float32.
+    """
+    said = answer("route_megatron.py", MEGATRON, tmp_path)
+    assert f"megatron-core=={said['version']}" in MEGATRON
+    assert len(said["cases"]) == 72
+    for name, case in said["cases"].items():
+        assert case["selected"] >= 64, name
+        assert case["equal"] == {"map": True, "recorded": True, "counts": True}, name
+        assert case["dtypes"] == ["torch.float32", "torch.bool"], name
+        assert case["apart"] <= 1e-6 * max(1.0, case["largest"]), name
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ OTHER_MATHS = {
     "per_expert_scale": lambda scaled: not scaled,
     "logit_softcap": lambda cap: 2.0 if cap is None else None,
     "logit_multiplier": lambda multiplier: multiplier + 1.0,
-    "group_score": lambda score: "max" if score == "top2_sum" else "top2_sum",
+    "group_sum": lambda best: best + 1,
     "jitter": lambda jitter: jitter + 0.25,
     "shared_experts": lambda experts: experts + 1,
     "zero_experts": lambda experts: experts + 1,

@@ -37,7 +37,7 @@ TARGETS = {
 GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 DEEPSEEK = RoutingSpec(
     family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True,
-    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_sum=2,
 )  # fmt: skip
 PROBLEMS = [(GEMMA4, 128, 8), (DEEPSEEK, 256, 8), (GEMMA4, 512, 10)]
 DTYPES = ("bfloat16", "float32")

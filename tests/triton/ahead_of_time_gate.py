@@ -28,7 +28,7 @@ GEMMA4 = RoutingSpec(family="gemma4", renormalize=True, per_expert_scale=True)
 MIXTRAL = RoutingSpec(family="mixtral", renormalize=True)
 DEEPSEEK = RoutingSpec(
     family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True,
-    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_sum=2,
 )  # fmt: skip
 PROBLEMS = (
     GateProblem(

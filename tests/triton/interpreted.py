@@ -53,7 +53,7 @@ SPECS = {
     "sigmoid_renorm": RoutingSpec(family="f", score="sigmoid", renormalize=True),
     "deepseek_v3": RoutingSpec(
         family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True,
-        renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+        renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_sum=2,
     ),
     "sigmoid_bias": RoutingSpec(
         family="f", score="sigmoid", selection="scores_plus_bias", renormalize=True,
@@ -61,7 +61,7 @@ SPECS = {
     ),
     "one_group": RoutingSpec(  # where groups are twins, one is kept and the other not
         family="f", score="sigmoid", selection="scores_plus_bias",
-        num_groups=8, topk_groups=1, group_score="top2_sum",
+        num_groups=8, topk_groups=1, group_sum=2,
     ),
     "deepseek_v2": RoutingSpec(family="f", num_groups=8, topk_groups=3, scale=16.0),
     "sqrtsoftplus": RoutingSpec(
@@ -72,7 +72,7 @@ SPECS = {
     ),
     "sparsemixer": RoutingSpec(family="f", selection="sparsemixer"),
     "top2_of_logits": RoutingSpec(
-        family="f", num_groups=4, topk_groups=2, group_score="top2_sum", renormalize=True
+        family="f", num_groups=4, topk_groups=2, group_sum=2, renormalize=True
     ),
     "topk_per_group": RoutingSpec(family="f", num_groups=4, topk_per_group=True, renormalize=True),
     "logit_bias": RoutingSpec(family="f", score="sigmoid", selection="logits_plus_bias"),

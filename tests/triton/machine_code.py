@@ -62,7 +62,7 @@ SPECS = [
     S(family="sparsemixer", selection="sparsemixer"),
     S(family="hash", score="sqrtsoftplus", selection="token_table", renormalize=True),
     S(family="pergroup", num_groups=4, topk_per_group=True, renormalize=True),
-    S(family="softgroups", num_groups=8, topk_groups=3, group_score="max"),
+    S(family="softgroups", num_groups=8, topk_groups=3, group_sum=1),
 ]
 SIZES = [(64, 6), (128, 8), (160, 8), (256, 8), (512, 10)]
 LAUNCHES = [

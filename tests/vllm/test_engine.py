@@ -159,7 +159,7 @@ def test_each_model_is_routed_by_its_own_formula(served):
     report = served["on"]["report"]
     assert report["active"]
     deepseek = (
-        "ids = topk(sigmoid(l)+b) in the best 2 of 4 groups by top2_sum; "
+        "ids = topk(sigmoid(l)+b) in the best 2 of 4 groups by sum of best 2; "
         "w = sigmoid(l)[ids] / (sum + 1e-20)"
     )
     assert {site["formula"]: site["layers"] for site in report["sites"]} == {

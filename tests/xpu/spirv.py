@@ -53,7 +53,7 @@ SIGMOID_BIAS = RoutingSpec(
 )
 DEEPSEEK_V3 = RoutingSpec(
     family="grouped_sigmoid_bias", score="sigmoid", selection="scores_plus_bias", renormalize=True,
-    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum",
+    renorm_epsilon=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_sum=2,
 )  # fmt: skip
 PHIMOE = RoutingSpec(family="sparsemixer", selection="sparsemixer")
 PROBLEMS = [

@@ -25,6 +25,7 @@ from moe_routing_registry.device import INTERPRETER, triton_interprets
 
 MAX_EXPERTS = 2048
 MAX_TOPK = 64
+BEST_OF_A_GROUP = 2
 DTYPES = ("bfloat16", "float16", "float32")
 GFX = frozenset({"gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1200", "gfx1201"})
 
@@ -74,7 +75,24 @@ def _routes(problem: RoutingProblem) -> Verdict:
         return Verdict.no(
             RejectCode.SHAPE, f"takes E up to {MAX_EXPERTS} and K up to {MAX_TOPK}, not {asked}"
         )
-    return knows_score(problem)
+    return knows_score(problem) and knows_group_scores(problem)
+
+
+def knows_group_scores(problem: RoutingProblem) -> Verdict:
+    """Accept the scores of groups that the kernels compute.
+
+    These are the maximum and the sum of the best two, of what top-k looks at.
+    """
+    spec = problem.spec
+    if not spec.grouped:
+        return Verdict.yes()
+    if spec.group_by != "selection":
+        reason = f"judges groups by what top-k looks at, not by group_by={spec.group_by!r}"
+    elif min(spec.group_sum, problem.num_experts // spec.num_groups) > BEST_OF_A_GROUP:
+        reason = f"sums the best {BEST_OF_A_GROUP} of a group at most, not {spec.group_sum}"
+    else:
+        return Verdict.yes()
+    return Verdict.no(RejectCode.FAMILY, reason)
 
 
 def supports_xpu(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- likewise

@@ -105,7 +105,8 @@ def _of_comparison(inputs: Inputs, output: RoutingOutput, part: slice) -> list[s
         atol=1e-6,
     )
     if spec.grouped:
-        groups = oracle.group_scores(spec, keys).sort(-1, descending=True).values
+        judged = oracle.judged_by(spec, logits, keys)
+        groups = oracle.group_scores(spec, judged).sort(-1, descending=True).values
         far[groups[:, spec.topk_groups - 1] == groups[:, spec.topk_groups]] = (
             False  # either group may be kept
         )

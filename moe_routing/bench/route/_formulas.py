@@ -49,15 +49,13 @@ def formula_of(spec: RoutingSpec) -> Formula | None:
             else (scores if spec.selection == "scores_plus_bias" else logits.float()) + bias
         )
         if spec.grouped:
-            groups = choice.unflatten(-1, (spec.num_groups, -1))
-            best = (
-                groups.amax(-1)
-                if spec.group_score == "max"
-                else groups.topk(2, dim=-1).values.sum(-1)
-            )
+            judged = choice if spec.group_by == "selection" else scores
+            best = judged.unflatten(-1, (spec.num_groups, -1))
+            best = best.topk(min(spec.group_sum, best.shape[-1]), dim=-1).values.sum(-1)
             kept = torch.zeros_like(best).scatter(
                 -1, best.topk(spec.topk_groups, dim=-1).indices, 1.0
             )
+            groups = choice.unflatten(-1, (spec.num_groups, -1))
             choice = groups.masked_fill(kept[..., None] == 0, -torch.inf).flatten(-2)
         ids = choice.topk(topk, dim=-1).indices
         weights = scores.gather(-1, ids)

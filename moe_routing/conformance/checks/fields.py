@@ -85,7 +85,8 @@ def _changes(spec: RoutingSpec) -> Iterator[dict[str, Any]]:
     if spec.grouped:
         yield {"num_groups": 2, "topk_groups": 1}
         yield {"num_groups": 32, "topk_groups": 32}
-        yield {"group_score": "max" if spec.group_score == "top2_sum" else "top2_sum"}
+        yield {"group_sum": 1 if spec.group_sum == 2 else 2}  # noqa: PLR2004 -- DeepSeek-V3's
+        yield {"group_sum": 5, "group_by": "scores"}
 
 
 def _changed(profile: Profile) -> Iterator[Changed]:

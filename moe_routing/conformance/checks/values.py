@@ -73,11 +73,15 @@ def _grouped(profile: Profile) -> Iterator[Case]:
 
 @check(1, _grouped)
 def groups_are_scored_as_the_spec_says(under_test: BackendUnderTest, case: Case) -> None:
-    """Groups with one high expert and groups with two good ones rank by the spec's group score."""
+    """Groups with one, two and three good experts rank by the spec's group score.
+
+    The fewer, the better each is.
+    """
     call = case.make(under_test.device)
     groups = call.logits.clone().view(len(call.logits), call.spec.num_groups, -1) / 4 - 3
-    groups[:, ::2, 0] += 5  # one high
+    groups[:, ::4, 0] += 5  # one high
     groups[:, 1::2, :2] += 4.5  # two good: below by maximum, above by the sum of two
+    groups[:, 2::4, :3] += 4  # three: above by the sum of three
     call.logits = groups.flatten(1)
     under_test.check(call)
 
@@ -86,14 +90,14 @@ def _summed(profile: Profile) -> Iterator[Case]:
     names = [
         name
         for name, spec in VARIANTS.items()
-        if spec.num_groups > 1 and spec.group_score == "top2_sum"
+        if spec.num_groups > 1 and spec.group_sum > 1 and spec.group_by == "selection"
     ]
     return _sets.of_every_variant(profile, variants=names)
 
 
 @check(1, _summed)
 def group_sums_beyond_float32_are_equal(under_test: BackendUnderTest, case: Case) -> None:
-    """Groups whose sums of two are beyond float32's range, at either end, are equal.
+    """Groups whose sums are beyond float32's range, at either end, are equal.
 
     The lower ones are kept.
     """

@@ -62,7 +62,8 @@ def _fields(rng: random.Random) -> dict[str, Any]:
         "per_expert_scale": rng.random() < 0.3,
         "num_groups": num_groups,
         "topk_groups": rng.randint(1, num_groups),
-        "group_score": rng.choice(("max", "top2_sum")),
+        "group_sum": rng.choice((1, 1, 2, 2, 3, 5)),
+        "group_by": rng.choice(("selection", "selection", "scores")),
         "topk_per_group": rng.random() < 0.2,
         "logit_softcap": _usually(rng, (None,), (30.0, 50.0, 1.0, 0.01, 5.0, 1e30, 1e-30)),
         "logit_multiplier": _usually(rng, (1.0,), (0.5, 2.0, 0.0625, 10.0, 3.7, 0.1, 1e30, 1e-30)),
@@ -103,6 +104,7 @@ def size(rng: random.Random, of: RoutingSpec, most_experts: int, most_topk: int)
 class Limits:
     """What a backend's calls stay within, for the time they take or for what it serves.
 
+    :ivar group_sums: the scores of groups by what top-k looks at; ``None`` for any scores.
     :ivar count: calls of a run that names no number.
     :ivar calls_of_a_problem: calls for each spec, E, K and dtypes; more than 1 where a problem is
         compiled.
@@ -112,12 +114,20 @@ class Limits:
     most_experts: int = 2000
     most_topk: int = 2000
     most_tokens: int = 3000
+    group_sums: tuple[int, ...] | None = None
     count: int = 20_000
     calls_of_a_problem: int = 1
 
 
 LIMITS = {
-    "triton": Limits(dtypes=DTYPES[:3], most_experts=128, most_topk=24, most_tokens=8, count=2000),
+    "triton": Limits(
+        dtypes=DTYPES[:3],
+        most_experts=128,
+        most_topk=24,
+        most_tokens=8,
+        group_sums=(1, 2),
+        count=2000,
+    ),
     "torch-compile": Limits(
         most_experts=300, most_topk=32, most_tokens=40, count=200, calls_of_a_problem=10
     ),
@@ -141,6 +151,9 @@ def calls(backend: str, seed: str, count: int) -> Iterator[Call]:
 def _problem(rng: random.Random, limits: Limits) -> tuple[RoutingSpec, int, int, str]:
     while True:
         drawn = spec(rng)
+        sums = limits.group_sums
+        if sums and not (drawn.group_sum in sums and drawn.group_by == "selection"):
+            continue
         if drawn.num_groups <= limits.most_experts and (
             not drawn.topk_per_group or drawn.num_groups <= limits.most_topk
         ):

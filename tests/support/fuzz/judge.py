@@ -12,6 +12,8 @@ import torch
 from fuzz import reference
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch import Tensor
 
     from moe_routing_registry import RoutingSpec
@@ -116,10 +118,11 @@ def _selected(
     A near tie is a row whose ids are right and not the exact ones.
     """
     by, off = reference.selected_on(spec, l, bias)
-    wanted = reference.select(spec, by, ids.shape[1])
+    judged, judged_off = reference.judged(spec, l, reference.Selected(by, off))
+    wanted = reference.select(spec, by, ids.shape[1], judged)
     wrong = (ids != wanted).any(1)
     near_ties = 0
-    if bias is not None or (spec.grouped and spec.group_score == "top2_sum"):
+    if bias is not None or (spec.grouped and spec.group_sum > 1):
         added = (
             torch.zeros(l.shape[1])
             if bias is None
@@ -127,27 +130,34 @@ def _selected(
         )
         for row in wrong.nonzero().flatten().tolist():
             keys = list(zip(l[row].tolist(), added.tolist(), strict=True))
-            if possible(spec, by[row], off[row], keys, ids[row].tolist()):
+            groups = kept_groups(spec, judged[row], judged_off[row])
+            if possible(spec, by[row], off[row], keys, ids[row].tolist(), groups):
                 wrong[row] = False
                 near_ties += 1
     return wrong, near_ties, wanted
 
 
-def possible(
-    spec: RoutingSpec, by: Tensor, off: Tensor, keys: list[tuple[float, ...]], ids: list[int]
+def possible(  # noqa: PLR0913, PLR0917 -- what is known of the scores, and of the groups
+    spec: RoutingSpec,
+    by: Tensor,
+    off: Tensor,
+    keys: list[tuple[float, ...]],
+    ids: list[int],
+    kept: tuple[Collection[int], Collection[int]],
 ) -> bool:
     """Whether scores within their bounds exist for which these ids, in this order, are right.
 
     The function checks necessary conditions of it.
 
     :param keys: experts with equal keys have equal scores in any arithmetic.
+    :param kept: the groups that are kept for certain, and those that cannot be.
     """
     if len(set(ids)) < len(ids):
         return False
     low, high = (by - off).tolist(), (by + off).tolist()
     groups = spec.num_groups
     size = len(low) // groups
-    certain, ruled_out = _groups(spec, by, off) if spec.grouped else (range(groups), ())
+    certain, ruled_out = kept
     if any(i // size in ruled_out for i in ids):
         return False
     highest = torch.inf  # that the next may have
@@ -177,16 +187,20 @@ def possible(
     return _ties_by_id(keys, ids, size if groups > 1 else len(low))
 
 
-def _groups(spec: RoutingSpec, by: Tensor, off: Tensor) -> tuple[set[int], set[int]]:
-    """Return the groups that are kept for certain, and those that cannot be."""
-    scores = reference.group_sums(spec, by)
-    best = off.unflatten(-1, (spec.num_groups, -1)).amax(-1)
-    if spec.group_score == "top2_sum":
-        magnitude = by.abs().unflatten(-1, (spec.num_groups, -1)).amax(-1)
-        best = 2 * best + 2 * magnitude * reference.SUM
-    low, high = (
-        (scores + off).clamp(-reference.MAX, reference.MAX).tolist() for off in (-best, best)
-    )
+def kept_groups(
+    spec: RoutingSpec, by: Tensor, off: Tensor
+) -> tuple[Collection[int], Collection[int]]:
+    """Return the groups that are kept for certain, and those that cannot be.
+
+    :param by: what groups are judged by.
+    """
+    if not spec.grouped:
+        return range(spec.num_groups), ()
+    if spec.group_sum > 1:
+        magnitude = by.abs().unflatten(-1, (spec.num_groups, -1)).amax(-1, keepdim=True)
+        rounded = spec.group_sum * magnitude * reference.SUM
+        off = off + rounded.expand(-1, len(by) // spec.num_groups).flatten()
+    low, high = (reference.group_scores(spec, by + o).tolist() for o in (-off, off))
     certain, ruled_out = set(), set()
     for g in range(spec.num_groups):
         others = [h for h in range(spec.num_groups) if h != g]

@@ -108,11 +108,7 @@ def selected_on(spec: RoutingSpec, l: Tensor, bias: Tensor | None) -> Selected:
     b = as_double(bias)
     x, off = transformed(spec, l)
     if spec.selection == "scores_plus_bias":
-        logarithm = log_score(spec, x)
-        summand = logarithm.exp()
-        off = raised(logarithm, SCORE + log_score_error(spec, x, off)) + (
-            TINY**0.5 if spec.score == "sqrtsoftplus" else 0.0
-        )
+        summand, off = _computed_score(spec, x, off)
     else:
         summand = x
     total = summand + b
@@ -123,20 +119,33 @@ def selected_on(spec: RoutingSpec, l: Tensor, bias: Tensor | None) -> Selected:
     )  # the clamp leaves nothing of what was rounded
 
 
+def judged(spec: RoutingSpec, l: Tensor, by: Selected) -> Selected:
+    """What groups are judged by: what is selected on, or the scores without a bias."""
+    if spec.group_by == "selection":
+        return by
+    x, off = transformed(spec, l)
+    return _computed_score(spec, x, off)
+
+
+def _computed_score(spec: RoutingSpec, x: Tensor, off: Tensor) -> Selected:
+    logarithm = log_score(spec, x)
+    below_its_root = TINY**0.5 if spec.score == "sqrtsoftplus" else 0.0
+    return Selected(
+        logarithm.exp(),
+        raised(logarithm, SCORE + log_score_error(spec, x, off)) + below_its_root + TINY,
+    )
+
+
 def group_scores(spec: RoutingSpec, by: Tensor) -> Tensor:
-    """The maximum of each group, or the clamped sum of its best two, ``[T, groups]``."""
-    return group_sums(spec, by).clamp(-MAX, MAX)
+    """The sum of the best ``group_sum`` of each group, ``[T, groups]``; of all if it has fewer.
 
-
-def group_sums(spec: RoutingSpec, by: Tensor) -> Tensor:
-    """The maximum of each group, or the sum of its best two, before the clamp.
-
-    A group of one expert has its one value as the sum.
+    From the best one on, clamped after each step.
     """
-    groups = by.unflatten(-1, (spec.num_groups, -1))
-    if spec.group_score == "max":
-        return groups.amax(-1)
-    return groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+    groups = by.unflatten(-1, (spec.num_groups, -1)).sort(-1, descending=True).values
+    total = groups[..., 0]
+    for place in range(1, min(spec.group_sum, groups.shape[-1])):
+        total = (total + groups[..., place]).clamp(-MAX, MAX)
+    return total
 
 
 def ranked(by: Tensor, count: int) -> Tensor:
@@ -144,10 +153,12 @@ def ranked(by: Tensor, count: int) -> Tensor:
     return by.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def select(spec: RoutingSpec, by: Tensor, topk: int) -> Tensor:
+def select(spec: RoutingSpec, by: Tensor, topk: int, judged: Tensor) -> Tensor:
     """Ids by descending selection score, equal scores by ascending id, under the group rule.
 
     Not for token tables.
+
+    :param judged: what groups are judged by.
     """
     if spec.topk_per_group:
         groups = by.unflatten(-1, (spec.num_groups, -1))
@@ -156,7 +167,7 @@ def select(spec: RoutingSpec, by: Tensor, topk: int) -> Tensor:
         ids = (best + first).flatten(-2).sort(-1).values
         return ids.gather(-1, ranked(by.gather(-1, ids), topk))
     if spec.grouped:
-        kept = ranked(group_scores(spec, by), spec.topk_groups)
+        kept = ranked(group_scores(spec, judged), spec.topk_groups)
         allowed = torch.zeros(len(by), spec.num_groups, dtype=torch.bool).scatter_(
             1, kept, value=True
         )

@@ -20,7 +20,7 @@ from fuzz import run, tensors
 from fuzz.calls import Call, build
 from fuzz.check import check
 from fuzz.draw import DTYPES, VECTOR_DTYPES, calls
-from fuzz.judge import possible
+from fuzz.judge import kept_groups, possible
 from moe_routing.families import FAMILIES
 from moe_routing_registry import RoutingSpec
 from moe_routing_registry.routing_spec import SCORES, SELECTIONS
@@ -233,8 +233,9 @@ def test_the_command_prints_what_goes_wrong_as_a_command_that_repeats_it(monkeyp
         (GROUPED, [0.5, 0.1, 0.4, 0.3], [0, 2], False),
         (GROUPED, [0.5, 0.1, 0.4, 0.3], [2, 3], False),
         (GROUPED, [0.5, 0.1, 0.5 + 1e-9, 0.3], [0, 1], True),
-        (GROUPED.replace(group_score="top2_sum"), [0.5, 0.1, 0.4, 0.3], [2, 3], True),
-        (GROUPED.replace(group_score="top2_sum"), [0.5, 0.1, 0.4, 0.3], [0, 1], False),
+        (GROUPED.replace(group_sum=2), [0.5, 0.1, 0.4, 0.3], [2, 3], True),
+        (GROUPED.replace(group_sum=2), [0.5, 0.1, 0.4, 0.3], [0, 1], False),
+        (GROUPED.replace(group_sum=3), [0.5, 0.1, 0.4, 0.3], [2, 3], True),
         (GROUPED.replace(topk_per_group=True), [0.5, 0.1, 0.4, 0.3], [0, 2], True),
         (GROUPED.replace(topk_per_group=True), [0.5, 0.1, 0.4, 0.3], [2, 0], False),
         (GROUPED.replace(topk_per_group=True), [0.5, 0.45, 0.4, 0.3], [0, 1], False),
@@ -242,5 +243,5 @@ def test_the_command_prints_what_goes_wrong_as_a_command_that_repeats_it(monkeyp
 )
 def test_another_order_is_right_only_where_float32_cannot_tell(spec, by, ids, right):
     by = torch.tensor(by, dtype=torch.float64)
-    keys = [(number, 0.0) for number in by.tolist()]
-    assert possible(spec, by, by.abs() * 1e-6, keys, ids) is right
+    keys, off = [(number, 0.0) for number in by.tolist()], by.abs() * 1e-6
+    assert possible(spec, by, off, keys, ids, kept_groups(spec, by, off)) is right

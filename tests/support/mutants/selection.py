@@ -59,7 +59,32 @@ class GroupScoreByMaximum(Reference):
     """Scores groups by their best expert where the spec says the sum of two."""
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
-        return oracle.select(self.spec.replace(group_score="max"), logits, self.topk, **operands)
+        return oracle.select(self.spec.replace(group_sum=1), logits, self.topk, **operands)
+
+
+@caught_by(
+    "groups_are_scored_as_the_spec_says",
+    "grouped_sigmoid_bias/best_three",
+    saying="which are not among the best 1",
+)
+class GroupScoreOfTwo(Reference):
+    """Knows the sum of two, and takes it for the sum of three."""
+
+    def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
+        return oracle.select(self.spec.replace(group_sum=2), logits, self.topk, **operands)
+
+
+@caught_by(
+    "groups_are_scored_as_the_spec_says",
+    "grouped_sigmoid_bias/unbiased_groups",
+    "grouped_softmax/best_four_scores",
+    saying=r"which are not among the best \d",
+)
+class GroupsByWhatIsSelected(Reference):
+    """Judges groups by what top-k looks at where the spec says the scores."""
+
+    def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
+        return oracle.select(self.spec.replace(group_by="selection"), logits, self.topk, **operands)
 
 
 @caught_by(
@@ -94,7 +119,7 @@ class GroupSumsInFloat64(Reference):
 
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
         keys = oracle.selection_keys(self.spec, logits, bias=operands["bias"])
-        if not self.spec.grouped or self.spec.group_score == "max":
+        if not self.spec.grouped or self.spec.group_sum == 1:
             return super().select(logits, **operands)
         groups = keys.unflatten(1, (self.spec.num_groups, -1))
         kept = oracle.descending(groups.topk(min(2, groups.shape[-1])).values.sum(-1))[

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from moe_routing_backends.triton import knows_group_scores
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -79,6 +81,9 @@ class KernelSpec:
 def kernel_spec(problem: RoutingProblem) -> KernelSpec:
     """Return the constant for a problem."""
     spec = problem.spec
+    verdict = knows_group_scores(problem)
+    if not verdict:
+        raise ValueError(verdict.reason)
     sums_to_one = spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor)
     return KernelSpec(
         num_experts=problem.num_experts,
@@ -97,7 +102,7 @@ def kernel_spec(problem: RoutingProblem) -> KernelSpec:
         num_groups=spec.num_groups,
         topk_groups=spec.topk_groups,
         topk_per_group=spec.topk_per_group,
-        sums_best_two=spec.num_groups > 1 and spec.group_score == "top2_sum",
+        sums_best_two=spec.num_groups > 1 and spec.group_sum > 1,
         sums_to_one=sums_to_one,
         normalizes_whole_row=spec.score == "softmax"
         and (not sums_to_one or spec.selection == "scores_plus_bias"),

@@ -1,0 +1,75 @@
+"""Logits of any leading shape ``[..., E]``: routed as rows ``[T, E]``, answered in that shape.
+
+Kernels know rows only. A call of another rank is flattened to one of rows, which is checked and
+cached like any other, so a call of rows pays nothing for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from moe_routing import _check
+from moe_routing.kernel import RoutingOutput
+from moe_routing_registry.text import refusal, shown
+
+if TYPE_CHECKING:
+    from moe_routing.kernel import Operands
+
+_ROWS = 2
+
+
+def is_other_rank(logits: object) -> bool:
+    """Tell dense logits of another rank than 2; the checks of a call refuse all else."""
+    return isinstance(logits, Tensor) and logits.dim() != _ROWS and _check.is_dense(logits)
+
+
+def flattened(operands: Operands, columns: int) -> Operands:
+    """Return the operands of the same call of rows: views, where a view can be had.
+
+    :param columns: of the outputs.
+    :raises ValueError: an operand has not the logits' leading shape.
+    """
+    logits, out = operands.logits, operands.out
+    if not logits.dim():
+        raise ValueError(refusal("logits", "a dense tensor [..., E] of rank 1 or more", logits))
+    if _check.is_dtensor(logits):
+        # PyTorch flattens some, moves rows between ranks for others, and refuses the rest.
+        raise ValueError(refusal("logits", "[T, E], because they are a DTensor", logits))
+    leading = list(logits.shape[:-1])
+    if operands.num_valid_tokens is not None:
+        expected = f"None, because rows of logits of shape {list(logits.shape)} have no one order"
+        raise ValueError(refusal("num_valid_tokens", expected, operands.num_valid_tokens))
+    if out is not None:
+        out = _flattened_out(_check.as_output(out), [*leading, columns])
+        if not is_dynamo_compiling():  # where there are no addresses
+            # Logits that are copied share no memory with anything, and would be refused as rows.
+            _check.check_addresses(operands)
+    return operands._replace(
+        logits=logits.flatten(0, -2) if leading else logits[None],
+        token_ids=_flattened("token_ids", operands.token_ids, leading),
+        out=out,
+    )
+
+
+def _flattened(argument: str, value: Tensor | None, leading: list[int]) -> Tensor | None:
+    if not isinstance(value, Tensor) or not _check.is_dense(value):
+        return value  # which the checks of the rows refuse, if it is not None
+    if list(value.shape) != leading:
+        raise ValueError(refusal(argument, f"shape {leading}, as the logits", value))
+    return value.reshape(-1)
+
+
+def _flattened_out(out: RoutingOutput, shape: list[int]) -> RoutingOutput:
+    for tensor in out:
+        if list(tensor.shape) != shape or not tensor.is_contiguous():
+            msg = f"out: expected contiguous tensors of shape {shape}, got {shown(tensor)}"
+            raise ValueError(msg)
+    return RoutingOutput(*(tensor.view(-1, shape[-1]) for tensor in out))
+
+
+def in_shape(output: RoutingOutput, logits: Tensor) -> RoutingOutput:
+    """Return what a call of rows returned in the leading shape of the logits."""
+    return RoutingOutput(*(tensor.view(*logits.shape[:-1], tensor.shape[-1]) for tensor in output))
