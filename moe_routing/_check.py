@@ -6,6 +6,7 @@ Errors name argument, value and expectation.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from moe_routing._overlap import overlap
 from moe_routing.kernel import RoutingOutput
 from moe_routing.private_api import is_zero_tensor
+from moe_routing_registry.problem import OPTIONAL_OPERANDS
 from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ LOGITS_DTYPES = frozenset(
 )
 _LOGITS_DTYPES = ", ".join(sorted(map(str, LOGITS_DTYPES)))
 IDS_DTYPES = frozenset({torch.int32, torch.int64})
+RECORDED_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 PACKED = torch.float4_e2m1fn_x2
 """A float dtype with two numbers in an element: no vector of E numbers has E elements of it."""
 _MATRIX = 2
@@ -108,7 +111,7 @@ def check_operands(
 
     :param num_experts: E as a configuration says it, if one does.
     """
-    logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+    logits, scale, bias, token_ids, expert_table, valid, expert_map, recorded, out = operands
     check_dense(operands)
     check_logits(logits)
     num_tokens, columns = logits.shape
@@ -132,6 +135,8 @@ def check_operands(
         check_valid_tokens(valid, logits)
     if expert_map is not None:
         check_vector("expert_map", expert_map, columns + spec.shared_experts, logits, integer=True)
+    if recorded is not None:
+        check_recorded(recorded, topk, logits)
     check_ids_dtype(ids_dtype, out)
     if out is not None:
         check_out(out, topk + spec.shared_experts, logits)
@@ -264,6 +269,31 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
         _wrong(ValueError, "expert_table", "a vocabulary of at least 1 token", list(value.shape))
     if value.device != logits.device:
         _wrong(ValueError, "expert_table", f"the logits' device {logits.device}", value.device)
+
+
+def check_recorded(value: object, topk: int, logits: Tensor) -> None:
+    """Require recorded ids ``[T, K]``: those of the selected, not of shared experts."""
+    shape = (logits.shape[0], topk)
+    if not isinstance(value, Tensor):
+        _wrong(TypeError, "ids", f"an integer tensor [{shape[0]}, {topk}]", shown(value))
+    if value.dtype not in RECORDED_DTYPES:
+        expected = ", ".join(sorted(map(str, RECORDED_DTYPES)))
+        _wrong(TypeError, "ids", f"a dtype among {expected}", value.dtype)
+    if tuple(value.shape) != shape:
+        _wrong(ValueError, "ids", f"shape [{shape[0]}, {topk}]", list(value.shape))
+    if value.device != logits.device:
+        _wrong(ValueError, "ids", f"the logits' device {logits.device}", value.device)
+
+
+def optional_operands(operands: object) -> frozenset[str]:
+    """Require names of operands that not every backend takes."""
+    expected = f"names among {', '.join(OPTIONAL_OPERANDS)}"
+    if isinstance(operands, str) or not isinstance(operands, Collection):
+        raise TypeError(refusal("operands", expected, operands))
+    for name in operands:
+        if name not in OPTIONAL_OPERANDS:
+            raise ValueError(refusal("operands", expected, name))
+    return frozenset(operands)
 
 
 def counted(operands: Operands) -> Operands:

@@ -32,6 +32,11 @@ class RoutingOutput(NamedTuple):
     ids: Tensor
 
 
+NO_OPERANDS: frozenset[str] = frozenset()
+REPLAY = frozenset({"ids"})
+"""What a call with recorded ids brings of ``OPTIONAL_OPERANDS``."""
+
+
 class Operands(NamedTuple):
     """The tensors of one routing call, in the order that all of this package uses.
 
@@ -46,7 +51,13 @@ class Operands(NamedTuple):
     expert_table: Tensor | None = None
     num_valid_tokens: int | Tensor | None = None
     expert_map: Tensor | None = None
+    ids: Tensor | None = None
     out: RoutingOutput | None = None
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Names of the operands that not every backend takes: ``RoutingProblem.operands``."""
+        return NO_OPERANDS if self.ids is None else REPLAY
 
 
 class Kernel(Protocol):
@@ -84,6 +95,13 @@ class Kernel(Protocol):
         :param expert_map: ``[E + shared_experts]``, int32 or int64: the physical id of each logical
             expert.
         :param out: contiguous outputs to write into.
+
+        A kernel of a backend whose spec names ``ids`` in ``BackendSpec.operands`` has one more
+        keyword, which comes for problems that have it in ``RoutingProblem.operands``, and for no
+        others: ``ids``, recorded logical ids ``[T, K]`` of any integer dtype and contiguous. A row
+        that is -1 throughout is routed as usual. Else its experts are those recorded, in their
+        order; a slot of -1 has no expert, id -1 and weight 0, and no part in a renormalisation. A
+        row with an id outside [-1, E) is padding.
         :returns: contiguous outputs, or ``out``.
         """
         ...
@@ -133,7 +151,8 @@ class Differentiates(Protocol):
         The first has the dtype of ``logits``; the second is empty if the scale is ``None``.
 
         :param grad_weights: float32 ``[T, K]``, contiguous, of the K selected experts.
-        :param ids: ``[T, K]``, contiguous logical ids; -1 in rows of padding.
+        :param ids: ``[T, K]``, contiguous logical ids; -1 in rows of padding, and in slots that
+            have no expert where ids were recorded.
         """
         ...
 

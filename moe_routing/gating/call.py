@@ -72,6 +72,7 @@ class GateOptions(TypedDict, total=False):
     expert_table: Tensor | None
     num_valid_tokens: int | Tensor | None
     expert_map: Tensor | None
+    ids: Tensor | None
     ids_dtype: torch.dtype
 
 
@@ -134,6 +135,7 @@ class Gate:
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
         expert_map: Tensor | None = None,
+        ids: Tensor | None = None,
         ids_dtype: torch.dtype = torch.int32,
     ) -> RoutingOutput | GateOutput:
         """Compute the logits of every token, select ``topk`` experts and weigh them.
@@ -146,7 +148,7 @@ class Gate:
         :param router_weight: ``[E, H]``, of the dtype of ``hidden`` or float32; E is at most 1,024.
         :param topk: K, as of ``Router.__call__``.
         :param per_expert_scale: likewise, as are ``bias``, ``token_ids``, ``expert_table``,
-            ``num_valid_tokens``, ``expert_map`` and ``ids_dtype``.
+            ``num_valid_tokens``, ``expert_map``, ``ids`` and ``ids_dtype``.
         :param router_bias: ``[E]``, any float dtype: the bias of the linear layer, part of the
             logits.
         :param norm: a ``moe_routing.RMSNorm`` in front of everything else.
@@ -171,7 +173,7 @@ class Gate:
                 "input_multiplier": input_multiplier, "logits_dtype": logits_dtype,
                 "invariant": invariant, "bias": bias, "token_ids": token_ids,
                 "expert_table": expert_table, "num_valid_tokens": num_valid_tokens,
-                "expert_map": expert_map, "ids_dtype": ids_dtype,
+                "expert_map": expert_map, "ids": ids, "ids_dtype": ids_dtype,
             },
         )  # fmt: skip
         made = _gated(*checked, wanted=return_logits)
@@ -242,7 +244,7 @@ class Gate:
             Operands(
                 _in_place_of_logits(projection), per_expert_scale, options.get("bias"),
                 options.get("token_ids"), options.get("expert_table"),
-                options.get("num_valid_tokens"), options.get("expert_map"),
+                options.get("num_valid_tokens"), options.get("expert_map"), options.get("ids"),
             )
         )  # fmt: skip
         topk = router._default_topk() if topk is None else _check.integer("topk", topk)  # noqa: SLF001 -- a gate is a part of its router
@@ -293,12 +295,12 @@ def run(
             *empty_output(dispatcher.spec, logits, config.topk, config.ids_dtype), logits
         )
     projection = _readable(projection)
-    kernel = _kernel(projection, config)
+    kernel = _kernel(projection, config, operands.optional)
     shadow = None if config.shadow is None else _shadow(config.shadow)
     if not isinstance(kernel, GatesAndRoutes):
         kernel(projection, logits)
         resolved = dispatcher.resolve_for(
-            logits, experts, config.topk, config.ids_dtype, config.training
+            logits, experts, config.topk, config.ids_dtype, config.training, operands.optional
         )
         return GateOutput(*resolved.route(operands._replace(logits=logits), shadow), logits)
     written = logits if wanted or shadow is not None else None
@@ -320,7 +322,8 @@ def who_routes(backend: str | None) -> str | None:
 def _fused(
     kernel: GatesAndRoutes, projection: Projection, logits: Tensor | None, operands: Operands
 ) -> RoutingOutput:
-    _, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
+    _, scale, bias, token_ids, expert_table, valid, expert_map, ids, _ = operands
+    optional: dict[str, Any] = {} if ids is None else {"ids": _packed(ids)}
     return kernel.routed(
         projection,
         logits,
@@ -330,16 +333,17 @@ def _fused(
         expert_table=_packed(expert_table),
         num_valid_tokens=valid,
         expert_map=_packed(expert_map),
+        **optional,
     )
 
 
-def _kernel(projection: Projection, config: GateConfig) -> GateKernel:
+def _kernel(projection: Projection, config: GateConfig, optional: frozenset[str]) -> GateKernel:
     hidden, weight, bias, norm_weight, input_scale, eps, _ = projection
     norm: Norm = "" if eps is None else "rms" if norm_weight is None else "rms_weight"
     asked = (
         config.spec, config.topk, config.ids_dtype, config.logits_dtype, config.invariant,
         config.backend, hidden.device, hidden.dtype, weight.dtype, weight.shape, bias is None, norm,
-        input_scale is None, preference.get(), _registry.generation,
+        input_scale is None, optional, preference.get(), _registry.generation,
     )  # fmt: skip
     kernel: GateKernel | None = _kernels.get(asked)
     if kernel is None:
@@ -356,6 +360,7 @@ def _kernel(projection: Projection, config: GateConfig) -> GateKernel:
             logits_dtype=dtype_name(config.logits_dtype),
             ids_dtype=dtype_name(config.ids_dtype),
             invariant=config.invariant,
+            operands=optional,
         )
         kernel, _ = chosen(problem, probe(hidden.device), Request.gather(config.backend))
         if len(_kernels) >= _KERNELS_KEPT:

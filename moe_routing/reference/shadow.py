@@ -189,6 +189,8 @@ def _compare(  # noqa: PLR0913, PLR0917 -- private; the caller's own arguments
     logits, expert_map, _ = part.pop("logits"), part.pop("expert_map"), part.pop("out")
     if part["token_ids"] is not None:
         part["token_ids"] = part["token_ids"][rows]
+    if part["ids"] is not None:
+        part["ids"] = part["ids"][rows]
     if part["num_valid_tokens"] is not None:
         part["num_valid_tokens"] = max(0, int(part["num_valid_tokens"]) - rows.start)
     if expert_map is None:

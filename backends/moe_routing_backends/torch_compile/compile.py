@@ -207,6 +207,9 @@ class CompiledRouter:
         if spec.selection == "token_table":
             operands["token_ids"] = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
             operands["expert_table"] = torch.arange(self._problem.topk, device=self._device)[None]
+        if self._problem.operands:
+            shape = (num_tokens, self._problem.topk)
+            operands["ids"] = torch.zeros(shape, dtype=torch.int32, device=self._device)
         return operands
 
     def _through_dynamo(
@@ -229,7 +232,8 @@ class CompiledRouter:
             if graph not in self._compiled:
                 self._compiled[graph] = self._compile()
             if num_tokens > 1:
-                torch._dynamo.mark_dynamic(logits, 0)  # noqa: SLF001 -- torch documents it under this name
+                for rows_of in (logits, operands.get("ids", logits)):
+                    torch._dynamo.mark_dynamic(rows_of, 0)  # noqa: SLF001 -- torch documents it under this name
             result = self._compiled[graph](logits, **operands)
             direct = self._seen.pop().as_direct(logits, operands, result) if self._seen else None
             if len(self._direct) >= MOST_KINDS:
@@ -245,10 +249,12 @@ class CompiledRouter:
 
         def formula(logits: Tensor, **operands: Tensor) -> RoutingOutput:
             behind = {name: operands.pop(name, None) for name in ("num_valid_tokens", "expert_map")}
-            weights, ids = route(spec, topk, logits, select=select, **operands)
+            recorded = operands.pop("ids", None)
+            weights, ids = route(spec, topk, logits, select=select, recorded=recorded, **operands)
             return finish(
-                spec, weights, ids, num_experts=num_experts, ids_dtype=ids_dtype, **behind
-            )
+                spec, weights, ids, num_experts=num_experts, ids_dtype=ids_dtype,
+                replayed=recorded is not None, **behind,
+            )  # fmt: skip
 
         # Dynamo keeps its graphs, and counts its recompilations, by code object: each problem needs
         # its own.
