@@ -235,8 +235,9 @@ def make_record(
 ) -> Tensor:
     """Return recorded ids ``[T, K]``; each kind of row comes again after 7 rows.
 
-    The kinds: no record, the usual selection backwards, any experts, those with a slot that has no
-    expert, those with all but one such slot, one expert twice, and an id that no expert has.
+    The kinds: no record; the usual selection backwards; any experts; the usual ones backwards with
+    a slot that has no expert; any with all but one such slot; one expert in every slot; and an id
+    that no expert has.
     """
     num_tokens, topk, E = len(logits), case.topk, case.num_experts
     names = ("bias", "token_ids", "expert_table")
@@ -254,7 +255,7 @@ def make_record(
         torch.full_like(ids, -1),
         usual.flip(1),
         ids,
-        ids.masked_fill(here, -1),
+        usual.flip(1).masked_fill(here, -1),
         ids.masked_fill(~here, -1),
         ids[:, :1].expand_as(ids),
         ids.where(~here, outside),
