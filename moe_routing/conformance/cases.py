@@ -240,6 +240,8 @@ def make_record(
     that no expert has.
     """
     num_tokens, topk, E = len(logits), case.topk, case.num_experts
+    if not num_tokens:
+        return torch.empty(0, topk, dtype=torch.int32)
     names = ("bias", "token_ids", "expert_table")
     usual = oracle.select(
         case.spec,
