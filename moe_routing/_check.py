@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_routing._overlap import overlap
-from moe_routing.kernel import RoutingOutput
+from moe_routing.kernel import RoutingOutput, is_mask
 from moe_routing.private_api import is_zero_tensor
 from moe_routing_registry.problem import OPTIONAL_OPERANDS
 from moe_routing_registry.text import refusal, shown
@@ -131,7 +131,9 @@ def check_operands(
     if token_ids is not None or expert_table is not None or by_table:
         check_vector("token_ids", token_ids, num_tokens, logits, integer=True, wanted=by_table)
         check_table(spec, expert_table, topk, logits)
-    if isinstance(valid, Tensor):
+    if is_mask(valid):
+        check_mask(valid, logits)  # type: ignore[arg-type] # a tensor
+    elif isinstance(valid, Tensor):
         check_valid_tokens(valid, logits)
     if expert_map is not None:
         check_vector("expert_map", expert_map, columns + spec.shared_experts, logits, integer=True)
@@ -147,7 +149,10 @@ def check_dense(operands: Operands) -> None:
 
     Sparse, nested and other layouts have no strides that a kernel could read by.
     """
-    given = [*operands._asdict().items(), *(("out", tensor) for tensor in operands.out or ())]
+    named = operands._asdict()
+    if is_mask(operands.num_valid_tokens):
+        named["valid"] = named.pop("num_valid_tokens")
+    given = [*named.items(), *(("out", tensor) for tensor in operands.out or ())]
     for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
             expected = (
@@ -312,6 +317,33 @@ def counted(operands: Operands) -> Operands:
         logits.shape[0] if isinstance(logits, Tensor) and is_dense(logits) and logits.dim() else 0
     )
     return operands._replace(num_valid_tokens=min(number, rows))
+
+
+def one_padding(num_valid_tokens: int | Tensor | None, valid: object) -> int | Tensor | None:
+    """Return what says which rows are padding: a number, or a mask in its place."""
+    if valid is None:
+        if is_mask(num_valid_tokens):
+            expected = "an int, or an int32 or int64 tensor of shape [] or [1]; a mask is `valid`"
+            _wrong(ValueError, "num_valid_tokens", expected, shown(num_valid_tokens))
+        return num_valid_tokens
+    if not isinstance(valid, Tensor) or valid.dtype is not torch.bool:
+        _wrong(TypeError, "valid", "a bool tensor [T]", shown(valid))
+    if num_valid_tokens is not None:
+        _wrong(
+            ValueError,
+            "valid",
+            "None with num_valid_tokens: one says what is padding",
+            shown(valid),
+        )
+    return valid
+
+
+def check_mask(value: Tensor, logits: Tensor) -> None:
+    """Require a mask with an element for each row, on the logits' device."""
+    if tuple(value.shape) != (logits.shape[0],):
+        _wrong(ValueError, "valid", f"shape [{logits.shape[0]}]", list(value.shape))
+    if value.device != logits.device:
+        _wrong(ValueError, "valid", f"the logits' device {logits.device}", value.device)
 
 
 def check_valid_tokens(value: Tensor, logits: Tensor) -> None:

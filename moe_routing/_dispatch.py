@@ -30,6 +30,7 @@ from moe_routing.kernel import (
     Prepares,
     RoutingOutput,
     WarmsUp,
+    is_mask,
 )
 from moe_routing.private_api import unset_fake_temporarily
 from moe_routing.probing import locate, probe
@@ -105,7 +106,7 @@ class Resolved(NamedTuple):
             bias=None if bias is None else bias.contiguous(),
             token_ids=None if token_ids is None else token_ids.contiguous(),
             expert_table=None if expert_table is None else expert_table.contiguous(),
-            num_valid_tokens=valid,
+            num_valid_tokens=valid.contiguous() if is_mask(valid) else valid,  # type: ignore[union-attr] # a tensor
             expert_map=None if expert_map is None else expert_map.contiguous(),
             out=out,
             **optional,

@@ -112,6 +112,7 @@ class Router:
         token_ids: Tensor | None = None,
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
+        valid: Tensor | None = None,
         expert_map: Tensor | None = None,
         ids: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
@@ -133,6 +134,8 @@ class Router:
         :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0, more
             than T are all; an integer, or an int32 or int64 tensor of shape [] or [1] on the
             logits' device, which is never read on the host.
+        :param valid: a bool mask ``[T]`` in place of ``num_valid_tokens``: rows where it is False
+            are padding, wherever they stand.
         :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.
             Experts may share a physical id, and one that is elsewhere has -1; the weights stay as
             they are.
@@ -152,6 +155,8 @@ class Router:
         :raises ValueError: an argument has the wrong value, shape or device.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
+        if valid is not None or type(num_valid_tokens) is Tensor:
+            num_valid_tokens = _check.one_padding(num_valid_tokens, valid)
         if is_dynamo_compiling():
             operands = Operands(
                 logits, per_expert_scale, bias, token_ids, expert_table,
@@ -204,6 +209,7 @@ class Router:
         token_ids: Tensor | None = None,
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
+        valid: Tensor | None = None,
         expert_map: Tensor | None = None,
         ids: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
@@ -235,6 +241,7 @@ class Router:
         """
         asked = (num_experts, block, capacity, drop, masked)
         pair, plan_out = routed.parts_of_out(out)
+        num_valid_tokens = _check.one_padding(num_valid_tokens, valid)
         operands = _tuple(
             Operands,
             (

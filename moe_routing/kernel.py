@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -37,8 +39,19 @@ REPLAY = frozenset({"ids"})
 """What a call with recorded ids brings of ``OPTIONAL_OPERANDS``."""
 
 
+MASK = frozenset({"valid"})
+"""What a call with a mask of valid tokens brings of them."""
+
+
+def is_mask(num_valid_tokens: int | Tensor | None) -> bool:
+    """Tell whether padding is said by a mask, which stands in place of the number."""
+    return isinstance(num_valid_tokens, torch.Tensor) and num_valid_tokens.dtype is torch.bool
+
+
 class Operands(NamedTuple):
     """The tensors of one routing call, in the order that all of this package uses.
+
+    ``valid``, the mask, stands in ``num_valid_tokens``: a call brings one of the two.
 
     ``Router.__call__`` describes each of them; ``Kernel.__call__`` takes the same names as keyword
     arguments.
@@ -57,7 +70,8 @@ class Operands(NamedTuple):
     @property
     def optional(self) -> frozenset[str]:
         """Names of the operands that not every backend takes: ``RoutingProblem.operands``."""
-        return NO_OPERANDS if self.ids is None else REPLAY
+        named = NO_OPERANDS if self.ids is None else REPLAY
+        return named | MASK if is_mask(self.num_valid_tokens) else named
 
 
 class Kernel(Protocol):
@@ -95,6 +109,9 @@ class Kernel(Protocol):
         :param expert_map: ``[E + shared_experts]``, int32 or int64: the physical id of each logical
             expert.
         :param out: contiguous outputs to write into.
+
+        If the backend's spec names ``valid`` too, ``num_valid_tokens`` may be a bool mask ``[T]``,
+        contiguous: rows in which it is False are padding.
 
         A kernel of a backend whose spec names ``ids`` in ``BackendSpec.operands`` has one more
         keyword, which comes for problems that have it in ``RoutingProblem.operands``, and for no

@@ -142,7 +142,7 @@ def test_a_plan_leaves_slots_without_an_expert_out():
 
 
 def test_shadow_mode_compares_what_is_recorded():
-    route = moe_routing.get_router("mixtral", verify=True)
+    route = moe_routing.Router(moe_routing.list_routers()["mixtral"], verify=True)
     route(drawn(), K, ids=record())
     assert (route.health().compared, route.health().ok) == (1, True)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from moe_routing._dispatch import dtype_name
 from moe_routing.conformance import rows
 from moe_routing.conformance.variants import VARIANTS
-from moe_routing.kernel import NO_OPERANDS, REPLAY
+from moe_routing.kernel import MASK, NO_OPERANDS, REPLAY
 from moe_routing.reference import oracle
 from moe_routing.reference.compare import exact_device
 from moe_routing_registry import RoutingProblem
@@ -46,7 +46,8 @@ class Case:
 
     :ivar variant: key of ``VARIANTS``.
     :ivar kind: ``"ordinary"``, or a key of ``rows.KINDS``, which brings its own number of rows.
-    :ivar valid: how ``num_valid_tokens`` is given: not at all, as an int, or as a tensor.
+    :ivar valid: how ``num_valid_tokens`` is given: not at all, as an int, as a tensor, or
+        as the mask ``valid``.
     :ivar mapped: whether there is an ``expert_map``.
     :ivar recorded: whether ids were recorded.
     :ivar out: whether outputs are given.
@@ -61,7 +62,7 @@ class Case:
     kind: str = "ordinary"
     layout: Layout = "contiguous"
     ids_dtype: str = "int32"
-    valid: Literal["all", "int", "tensor"] = "all"
+    valid: Literal["all", "int", "tensor", "mask"] = "all"
     mapped: bool = False
     recorded: bool = False
     out: bool = False
@@ -114,7 +115,8 @@ class Case:
             ids_dtype=self.ids_dtype,
             training=training,
             layout="strided" if self.layout == "transposed" else "rows",
-            operands=REPLAY if self.recorded else NO_OPERANDS,
+            operands=(REPLAY if self.recorded else NO_OPERANDS)
+            | (MASK if self.valid == "mask" else NO_OPERANDS),
         )
 
     def generator(self) -> torch.Generator:
@@ -169,13 +171,20 @@ class Call:
 
     def rows(self, index: Tensor | slice) -> Call:
         """Return the call on some of its rows; per-token operands follow."""
-        per_token = {name: self.operands.get(name) for name in ("token_ids", "ids")}
+        per_token = {name: self.operands.get(name) for name in ("token_ids", "ids", "valid")}
         changed: dict[str, object] = {
             name: value[index]
             for name, value in per_token.items()
             if isinstance(value, torch.Tensor)
         }
         return replace(self.but(**changed), logits=self.logits[index], labels=[])
+
+    @property
+    def launched(self) -> dict[str, Any]:
+        """The operands as a kernel takes them: a mask stands in ``num_valid_tokens``."""
+        given: dict[str, Any] = dict(self.operands)
+        mask = given.pop("valid", None)
+        return given if mask is None else given | {"num_valid_tokens": mask}
 
     def exact(self) -> RoutingOutput:
         """Route in float64."""
@@ -222,7 +231,9 @@ def make_operands(case: Case, num_tokens: int, generator: torch.Generator) -> Op
     if case.mapped:
         slots = num_experts + spec.shared_experts
         operands["expert_map"] = torch.randperm(2 * slots, generator=generator)[:slots].to(integer)
-    if case.valid != "all":
+    if case.valid == "mask":
+        operands["valid"] = torch.rand(num_tokens, generator=generator) < 0.7  # noqa: PLR2004 -- some are not
+    elif case.valid != "all":
         valid = int(torch.randint(num_tokens + 1, (1,), generator=generator))
         operands["num_valid_tokens"] = (
             valid if case.valid == "int" else torch.tensor([valid], dtype=integer)

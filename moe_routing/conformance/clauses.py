@@ -189,6 +189,9 @@ _CLAUSES = (
         "padding",
         "Padding",
         "Rows at or past num_valid_tokens get ids -1 and weights 0, without a synchronisation.",
+        "With `valid`, a bool mask `[T]`, rows in which it is False are padding, wherever "
+        "they stand: they get ids -1 and weights 0 in every column, and no other row changes. A "
+        'backend says in its spec that it takes a mask (`BackendSpec(operands={"valid"})`). '
         "With `num_valid_tokens`, an integer or a tensor on the device, rows at or past it get ids "
         "-1 and weights 0 in every column, shared slots too, whatever the rows hold. Any number "
         "from T on means all rows. A negative integer is a wrong argument; a negative number on "

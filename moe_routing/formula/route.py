@@ -127,8 +127,11 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
                 for i, a in itertools.zip_longest(ids, absent)
             ]
     if num_valid_tokens is not None:
-        past_the_end = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
-        padding = past_the_end if padding is None else padding | past_the_end
+        if isinstance(num_valid_tokens, torch.Tensor) and num_valid_tokens.dtype is torch.bool:
+            invalid = ~num_valid_tokens[:, None]
+        else:
+            invalid = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
+        padding = invalid if padding is None else padding | invalid
     if padding is not None:
         weights = [w.masked_fill(padding, 0.0) for w in weights]
         ids = [i.masked_fill(padding, -1) for i in ids]

@@ -17,7 +17,7 @@ from moe_routing.gating import op
 from moe_routing.gating._check import check_logits_dtype, checked_projection
 from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection
 from moe_routing.gating.problem import GateProblem, Norm
-from moe_routing.kernel import Operands, RoutingOutput
+from moe_routing.kernel import Operands, RoutingOutput, is_mask
 from moe_routing.planning import routed
 from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
 from moe_routing.probing import probe
@@ -71,6 +71,7 @@ class GateOptions(TypedDict, total=False):
     token_ids: Tensor | None
     expert_table: Tensor | None
     num_valid_tokens: int | Tensor | None
+    valid: Tensor | None
     expert_map: Tensor | None
     ids: Tensor | None
     ids_dtype: torch.dtype
@@ -134,6 +135,7 @@ class Gate:
         token_ids: Tensor | None = None,
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
+        valid: Tensor | None = None,
         expert_map: Tensor | None = None,
         ids: Tensor | None = None,
         ids_dtype: torch.dtype = torch.int32,
@@ -148,7 +150,7 @@ class Gate:
         :param router_weight: ``[E, H]``, of the dtype of ``hidden`` or float32; E is at most 1,024.
         :param topk: K, as of ``Router.__call__``.
         :param per_expert_scale: likewise, as are ``bias``, ``token_ids``, ``expert_table``,
-            ``num_valid_tokens``, ``expert_map``, ``ids`` and ``ids_dtype``.
+            ``num_valid_tokens``, ``valid``, ``expert_map``, ``ids`` and ``ids_dtype``.
         :param router_bias: ``[E]``, any float dtype: the bias of the linear layer, part of the
             logits.
         :param norm: a ``moe_routing.RMSNorm`` in front of everything else.
@@ -172,7 +174,7 @@ class Gate:
                 "router_bias": router_bias, "norm": norm, "input_scale": input_scale,
                 "input_multiplier": input_multiplier, "logits_dtype": logits_dtype,
                 "invariant": invariant, "bias": bias, "token_ids": token_ids,
-                "expert_table": expert_table, "num_valid_tokens": num_valid_tokens,
+                "expert_table": expert_table, "num_valid_tokens": num_valid_tokens, "valid": valid,
                 "expert_map": expert_map, "ids": ids, "ids_dtype": ids_dtype,
             },
         )  # fmt: skip
@@ -244,7 +246,8 @@ class Gate:
             Operands(
                 _in_place_of_logits(projection), per_expert_scale, options.get("bias"),
                 options.get("token_ids"), options.get("expert_table"),
-                options.get("num_valid_tokens"), options.get("expert_map"), options.get("ids"),
+                _check.one_padding(options.get("num_valid_tokens"), options.get("valid")),
+                options.get("expert_map"), options.get("ids"),
             )
         )  # fmt: skip
         topk = router._default_topk() if topk is None else _check.integer("topk", topk)  # noqa: SLF001 -- a gate is a part of its router
@@ -331,7 +334,7 @@ def _fused(
         bias=_packed(bias),
         token_ids=_packed(token_ids),
         expert_table=_packed(expert_table),
-        num_valid_tokens=valid,
+        num_valid_tokens=_packed(valid) if is_mask(valid) else valid,  # type: ignore[arg-type] # a tensor
         expert_map=_packed(expert_map),
         **optional,
     )

@@ -48,6 +48,7 @@ class Operands(TypedDict, total=False):
     token_ids: Tensor | None
     expert_table: Tensor | None
     num_valid_tokens: int | Tensor | None
+    valid: Tensor | None
     expert_map: Tensor | None
     ids: Tensor | None
 
@@ -157,12 +158,11 @@ def _padding(spec: RoutingSpec, logits: Tensor, operands: Operands) -> Tensor:
 
     Those past ``num_valid_tokens``, and those to which the table or the record gives no experts.
     """
-    num_tokens, valid = len(logits), operands.get("num_valid_tokens")
+    mask = operands.get("valid")
+    said = operands.get("num_valid_tokens") if mask is None else mask
+    padding = ~oracle.valid_rows(said, len(logits), logits.device)
     recorded = operands.get("ids")
     recorded = None if recorded is None else recorded.long()
-    padding = torch.arange(num_tokens, device=logits.device) >= (
-        num_tokens if valid is None else min(int(valid), num_tokens)
-    )
     if spec.selection == "token_table":
         table = {name: operands.get(name) for name in ("token_ids", "expert_table")}
         without = (oracle.select(spec, logits, 0, **table) < 0).any(-1)  # type: ignore[arg-type] # two tensors

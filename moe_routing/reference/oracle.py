@@ -35,6 +35,7 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
     token_ids: Tensor | None = None,
     expert_table: Tensor | None = None,
     num_valid_tokens: int | Tensor | None = None,
+    valid: Tensor | None = None,
     expert_map: Tensor | None = None,
     ids: Tensor | None = None,
 ) -> RoutingOutput:
@@ -55,7 +56,7 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
         return theirs(
             spec, logits, topk, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
             expert_table=expert_table, num_valid_tokens=num_valid_tokens, expert_map=expert_map,
-            **({} if ids is None else {"ids": ids}),
+            **{name: o for name, o in (("ids", ids), ("valid", valid)) if o is not None},
         )  # fmt: skip
     chosen = select(spec, logits, topk, bias=bias, token_ids=token_ids, expert_table=expert_table)
     if ids is not None:
@@ -66,7 +67,7 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
         weights,
         chosen,
         logits.shape[1],
-        num_valid_tokens=num_valid_tokens,
+        num_valid_tokens=num_valid_tokens if valid is None else valid,
         expert_map=expert_map,
     )
 
@@ -267,14 +268,20 @@ def finish(  # noqa: PLR0913 -- the operands of the last steps
     absent = ids < 0
     padding = absent[:, : ids.shape[1] - spec.shared_experts].all(-1, keepdim=True)
     if num_valid_tokens is not None:
-        if not isinstance(num_valid_tokens, torch.Tensor):
-            num_valid_tokens = min(num_valid_tokens, len(ids))  # which may be beyond int64
-        padding = padding | (
-            torch.arange(len(ids), device=ids.device) >= num_valid_tokens
-        ).unsqueeze(1)
+        padding = padding | ~valid_rows(num_valid_tokens, len(ids), ids.device).unsqueeze(1)
     if expert_map is not None:
         ids = expert_map.long()[ids.clamp(min=0)].masked_fill(absent, -1)
     return RoutingOutput(weights.masked_fill(padding, 0.0), ids.masked_fill(padding, -1))
+
+
+def valid_rows(
+    num_valid_tokens: int | Tensor | None, num_tokens: int, device: torch.device
+) -> Tensor:
+    """Tell which rows ``[T]`` are no padding: those before the number, or those of the mask."""
+    if isinstance(num_valid_tokens, torch.Tensor) and num_valid_tokens.dtype is torch.bool:
+        return num_valid_tokens.to(device)
+    most = num_tokens if num_valid_tokens is None else min(int(num_valid_tokens), num_tokens)
+    return torch.arange(num_tokens, device=device) < most
 
 
 def descending(keys: Tensor) -> Tensor:

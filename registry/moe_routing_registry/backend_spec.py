@@ -331,10 +331,10 @@ class FamilySpec:
     :ivar source: paper, model or project that the formula comes from.
     :ivar models: model names (transformers' ``model_type``) that are this family with other values.
     :ivar oracle: ``"package.module:attribute"`` of a float64 oracle that is called like
-        ``moe_routing.reference.oracle.route`` (with ``ids`` only where ids were recorded), for
-        maths that the fields of ``RoutingSpec`` cannot say; ``""`` to use the kit's own. With one,
-        the family is routed by backends of the same distribution and by those that name it in
-        ``BackendSpec.families``, and by no others.
+        ``moe_routing.reference.oracle.route`` (with ``ids`` and ``valid`` only where they are
+        given), for maths that the fields of ``RoutingSpec`` cannot say; ``""`` to use the kit's
+        own. With one, the family is routed by backends of the same distribution and by those that
+        name it in ``BackendSpec.families``, and by no others.
     """
 
     spec: RoutingSpec

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["rows", "strided"]
 
-OPTIONAL_OPERANDS = ("ids",)
+OPTIONAL_OPERANDS = ("ids", "valid")
 """Operands of ``route`` that not every backend takes: ``BackendSpec.operands`` names them."""
 
 

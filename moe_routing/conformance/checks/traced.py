@@ -79,7 +79,7 @@ def exports(under_test: BackendUnderTest, case: Case) -> None:
 
 def _per_token(call: Call) -> dict[str, torch.Tensor]:
     """Return the operands with a row for each token, which a compiled function takes as inputs."""
-    named = {name: call.operands.get(name) for name in ("token_ids", "ids")}
+    named = {name: call.operands.get(name) for name in ("token_ids", "ids", "valid")}
     return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
@@ -137,7 +137,7 @@ def _opcheck(under_test: BackendUnderTest, call: Call, operator: Any) -> None:  
         # opcheck looks at the .grad of logits that are no leaf, and torch 2.15 warns of that.
         with not_raised():
             torch.library.opcheck(
-                operator, arguments(config, KernelOperands(logits, **part.operands))
+                operator, arguments(config, KernelOperands(logits, **part.launched))
             )
 
 

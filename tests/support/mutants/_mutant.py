@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing._registry import registry
-from moe_routing.kernel import REPLAY, RoutingOutput
+from moe_routing.kernel import MASK, REPLAY, RoutingOutput
 from moe_routing.reference import oracle
 from moe_routing_registry import ANY, BackendSpec, Target, Verdict
 
@@ -111,7 +111,7 @@ class Mutant:
     only_on: str = ""
     operation: str = "route"
     gaps: Mapping[str, str] = field(default_factory=dict)
-    operands: frozenset[str] = REPLAY
+    operands: frozenset[str] = REPLAY | MASK
     others: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -131,7 +131,7 @@ def caught_by(
     saying: str,
     supports: Any = None,
     only_on: str = "",
-    operands: frozenset[str] = REPLAY,
+    operands: frozenset[str] = REPLAY | MASK,
 ) -> Callable[[Any], Any]:
     """Enter a mutant into the table.
 
