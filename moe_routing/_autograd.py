@@ -41,11 +41,13 @@ class Rule(NamedTuple):
     :ivar topk: K; the columns after the K selected belong to shared experts, whose weights are
         constants.
     :ivar backward: returns the first derivative.
+    :ivar replayed: whether ids were recorded, so that single slots of a row may have no expert.
     """
 
     spec: RoutingSpec
     topk: int
     backward: Backward
+    replayed: bool
 
 
 def recorded(rule: Rule, route: Prepared) -> Prepared:
@@ -55,9 +57,9 @@ def recorded(rule: Rule, route: Prepared) -> Prepared:
     """
 
     def call(operands: Operands) -> RoutingOutput:
-        logits, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
+        logits, scale, bias, token_ids, expert_table, valid, expert_map, ids, _ = operands
         output: tuple[Tensor, Tensor] = Routing.apply(
-            rule, route, logits, scale, bias, token_ids, expert_table, valid
+            rule, route, logits, scale, bias, token_ids, expert_table, valid, ids
         )
         if expert_map is not None:
             return RoutingOutput(output[0], apply_map(output[1], expert_map))
@@ -67,7 +69,7 @@ def recorded(rule: Rule, route: Prepared) -> Prepared:
 
 
 def apply_map(ids: Tensor, expert_map: Tensor) -> Tensor:
-    """Map logical to physical ids, but for the -1 of padding."""
+    """Map logical to physical ids, but for the -1 of padding and of slots without an expert."""
     return torch.where(ids < 0, ids, expert_map[ids.clamp(min=0)].to(ids.dtype))
 
 
@@ -80,7 +82,8 @@ class Routing(torch.autograd.Function):
     @staticmethod
     def forward(rule: Rule, route: Prepared, *operands: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG004, ANN401 -- torch's protocol
         """Route tensors that no transform wraps."""
-        weights, ids = route(_tuple(Operands, (*operands, None, None)))
+        *given, recorded = operands
+        weights, ids = route(_tuple(Operands, (*given, None, recorded, None)))
         return weights, ids
 
     @staticmethod
@@ -111,6 +114,7 @@ class Routing(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
     @staticmethod
@@ -126,7 +130,9 @@ class Routing(torch.autograd.Function):
         # The gradient is linear in the gradient of the weights, and its matrix is the transpose of
         # the one wanted here.
         def gradient(grad_weights: Tensor) -> Gradients:
-            return weights_backward(ctx.rule.spec, grad_weights, logits, chosen, scale)
+            return weights_backward(
+                ctx.rule.spec, grad_weights, logits, chosen, scale, absent=ctx.rule.replayed
+            )
 
         zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=logits.device)
         tangent = torch.func.vjp(gradient, zeros)[1](directions)[0]
@@ -146,7 +152,7 @@ class Routing(torch.autograd.Function):
         They are routed at once if only operands with a row for each token are batched, and
         otherwise one by one.
         """
-        size, dims, (logits, scale, bias, token_ids, expert_table, valid) = (
+        size, dims, (logits, scale, bias, token_ids, expert_table, valid, ids) = (
             info.batch_size,
             in_dims[2:],
             operands,
@@ -159,6 +165,7 @@ class Routing(torch.autograd.Function):
                 _flat(size, token_ids, dims[3]),
                 expert_table,
                 None,
+                _flat(size, ids, dims[6]),
             )
             return tuple(_unflat(size, t) for t in Routing.apply(rule, route, *flat)), (0, 0)
         return _one_by_one(size, dims, operands, partial(Routing.apply, rule, route))
@@ -194,12 +201,15 @@ class RoutingBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:  # noqa: ANN401 -- a bag by design
         """Go back through the gradient."""
-        return (None, *double_backward(ctx.rule.spec, ctx.saved_tensors, directions))
+        rule = ctx.rule
+        gradients = double_backward(rule.spec, ctx.saved_tensors, directions, absent=rule.replayed)
+        return (None, *gradients)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Gradients:  # noqa: ANN401 -- a bag by design
         """Return the tangents of the gradient."""
-        gradient, inputs = _as_function(ctx.rule.spec, *ctx.saved_tensors)
+        rule = ctx.rule
+        gradient, inputs = _as_function(rule.spec, *ctx.saved_tensors, absent=rule.replayed)
         given = (tangents[1], tangents[2], tangents[4])
         along = tuple(_or_zeros(t, x) for t, x in zip(given, inputs, strict=False))
         derivative: Gradients = torch.func.jvp(gradient, inputs, along)[1]
@@ -224,29 +234,34 @@ def double_backward(
     spec: RoutingSpec,
     saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
     directions: tuple[Tensor | None, ...],
+    *,
+    absent: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the inputs of the first derivative.
 
     :param saved: the inputs: ``grad_weights``, ``logits``, ``ids`` and ``per_expert_scale``.
     :param directions: gradients of what ``RoutingBackward`` returned; ``None`` counts as zero.
+    :param absent: as of ``weights_backward``.
     """
-    gradient, inputs = _as_function(spec, *saved)
+    gradient, inputs = _as_function(spec, *saved, absent=absent)
     outputs, pull = torch.func.vjp(gradient, *inputs)[:2]
     found = pull(tuple(_or_zeros(d, o) for d, o in zip(directions, outputs, strict=True)))
     return found[0], found[1], None, found[2] if len(inputs) > 2 else None  # noqa: PLR2004 -- the scale is the third
 
 
-def _as_function(
+def _as_function(  # noqa: PLR0913 -- what a gradient depends on
     spec: RoutingSpec,
     grad_weights: Tensor,
     logits: Tensor,
     ids: Tensor,
     per_expert_scale: Tensor | None,
+    *,
+    absent: bool,
 ) -> tuple[Callable[..., Gradients], tuple[Tensor, ...]]:
     """Return the closed form as a function of its differentiable inputs, and those."""
 
     def gradient(grad_weights: Tensor, logits: Tensor, scale: Tensor | None = None) -> Gradients:
-        return weights_backward(spec, grad_weights, logits, ids, scale)
+        return weights_backward(spec, grad_weights, logits, ids, scale, absent=absent)
 
     scale = () if per_expert_scale is None else (per_expert_scale,)
     return gradient, (grad_weights, logits, *scale)

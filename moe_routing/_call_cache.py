@@ -44,7 +44,7 @@ class _Absent(Tensor):
     """
 
 
-ABSENT = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(9))
+ABSENT = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(10))
 """Stand for operands that a call does not bring."""
 UNREADABLE = Exception
 """What reading a wrong argument raises.
@@ -99,7 +99,7 @@ def matcher(operands: Operands, topk: int | None, ids_dtype: torch.dtype | None)
 
     :param topk: as the caller wrote it, like ``ids_dtype``.
     """
-    extras = any(operand is not None for operand in operands[3:7])
+    extras = any(operand is not None for operand in operands[3:8])
     return (
         _with_extras(operands, topk, ids_dtype)
         if extras
@@ -130,7 +130,7 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
     seen = [scale, bias]
 
     def matches(operands: Operands, wanted: int | None, ids: torch.dtype | None) -> bool:
-        logits, scale, bias, token_ids, table, valid, expert_map, out = operands
+        logits, scale, bias, token_ids, table, valid, expert_map, recorded, out = operands
         if (
             wanted is not topk
             or ids is not ids_dtype
@@ -139,6 +139,7 @@ def _without_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype
             or table is not None
             or valid is not None
             or expert_map is not None
+            or recorded is not None
             or preference.get() != preferred
             or (grads is not None and is_grad_enabled() is not grads)
             or forward_ad._current_level >= 0  # noqa: SLF001 -- nothing public tells whether tangents are carried
@@ -236,8 +237,8 @@ def _with_extras(operands: Operands, topk: int | None, ids_dtype: torch.dtype | 
 
 
 def _tensors(operands: Operands) -> tuple[Tensor, ...]:
-    """Return nine tensors, one for each that a call can bring."""
-    logits, scale, bias, token_ids, table, valid, expert_map, out = operands
+    """Return ten tensors, one for each that a call can bring."""
+    logits, scale, bias, token_ids, table, valid, expert_map, recorded, out = operands
     return (
         logits,
         ABSENT[0] if scale is None else scale,
@@ -246,7 +247,8 @@ def _tensors(operands: Operands) -> tuple[Tensor, ...]:
         ABSENT[3] if table is None else table,
         valid if isinstance(valid, Tensor) else ABSENT[4],
         ABSENT[5] if expert_map is None else expert_map,
-        *(ABSENT[6:8] if out is None else out),
+        ABSENT[6] if recorded is None else recorded,
+        *(ABSENT[7:9] if out is None else out),
     )
 
 
@@ -271,10 +273,10 @@ def described(
 
     :raises UNREADABLE: an argument is not what it should be.
     """
-    logits, scale, *others, valid, expert_map, out = operands
+    *given, valid, expert_map, recorded, out = operands
     return (
         *map(_described, (
-            logits, scale, *others, valid if isinstance(valid, Tensor) else None, expert_map,
+            *given, valid if isinstance(valid, Tensor) else None, expert_map, recorded,
         )),
         None if out is None else (type(out), *map(_described, out), overlap(operands)),
         type(topk), topk, ids_dtype, type(valid), preference.get(), is_grad_enabled(),

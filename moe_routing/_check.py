@@ -6,6 +6,7 @@ Errors name argument, value and expectation.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.nn import UninitializedBuffer, UninitializedParameter
 
 from moe_routing._overlap import overlap
-from moe_routing.kernel import RoutingOutput
+from moe_routing.kernel import RoutingOutput, is_mask
 from moe_routing.private_api import is_zero_tensor
+from moe_routing_registry.problem import OPTIONAL_OPERANDS
 from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ LOGITS_DTYPES = frozenset(
 )
 _LOGITS_DTYPES = ", ".join(sorted(map(str, LOGITS_DTYPES)))
 IDS_DTYPES = frozenset({torch.int32, torch.int64})
+RECORDED_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 PACKED = torch.float4_e2m1fn_x2
 """A float dtype with two numbers in an element: no vector of E numbers has E elements of it."""
 _MATRIX = 2
@@ -110,7 +113,7 @@ def check_operands(
 
     :param num_experts: E as a configuration says it, if one does.
     """
-    logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+    logits, scale, bias, token_ids, expert_table, valid, expert_map, recorded, out = operands
     check_dense(operands)
     check_logits(logits)
     num_tokens, columns = logits.shape
@@ -130,10 +133,14 @@ def check_operands(
     if token_ids is not None or expert_table is not None or by_table:
         check_vector("token_ids", token_ids, num_tokens, logits, integer=True, wanted=by_table)
         check_table(spec, expert_table, topk, logits)
-    if isinstance(valid, Tensor):
+    if is_mask(valid):
+        check_mask(valid, logits)  # type: ignore[arg-type] # a tensor
+    elif isinstance(valid, Tensor):
         check_valid_tokens(valid, logits)
     if expert_map is not None:
         check_vector("expert_map", expert_map, columns + spec.shared_experts, logits, integer=True)
+    if recorded is not None:
+        check_recorded(recorded, topk, logits)
     check_ids_dtype(ids_dtype, out)
     if out is not None:
         check_out(out, topk + spec.shared_experts, logits)
@@ -144,7 +151,10 @@ def check_dense(operands: Operands) -> None:
 
     Sparse, nested and other layouts have no strides that a kernel could read by.
     """
-    given = [*operands._asdict().items(), *(("out", tensor) for tensor in operands.out or ())]
+    named = operands._asdict()
+    if is_mask(operands.num_valid_tokens):
+        named["valid"] = named.pop("num_valid_tokens")
+    given = [*named.items(), *(("out", tensor) for tensor in operands.out or ())]
     for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
             expected = "a dense tensor [..., E]" if argument == "logits" else "a dense tensor"
@@ -270,6 +280,31 @@ def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> 
         _wrong(ValueError, "expert_table", f"the logits' device {logits.device}", value.device)
 
 
+def check_recorded(value: object, topk: int, logits: Tensor) -> None:
+    """Require recorded ids ``[T, K]``: those of the selected, not of shared experts."""
+    shape = (logits.shape[0], topk)
+    if not isinstance(value, Tensor):
+        _wrong(TypeError, "ids", f"an integer tensor [{shape[0]}, {topk}]", shown(value))
+    if value.dtype not in RECORDED_DTYPES:
+        expected = ", ".join(sorted(map(str, RECORDED_DTYPES)))
+        _wrong(TypeError, "ids", f"a dtype among {expected}", value.dtype)
+    if tuple(value.shape) != shape:
+        _wrong(ValueError, "ids", f"shape [{shape[0]}, {topk}]", list(value.shape))
+    if value.device != logits.device:
+        _wrong(ValueError, "ids", f"the logits' device {logits.device}", value.device)
+
+
+def optional_operands(operands: object) -> frozenset[str]:
+    """Require names of operands that not every backend takes."""
+    expected = f"names among {', '.join(OPTIONAL_OPERANDS)}"
+    if isinstance(operands, str) or not isinstance(operands, Collection):
+        raise TypeError(refusal("operands", expected, operands))
+    for name in operands:
+        if name not in OPTIONAL_OPERANDS:
+            raise ValueError(refusal("operands", expected, name))
+    return frozenset(operands)
+
+
 def counted(operands: Operands) -> Operands:
     """Give a number of valid tokens that is no tensor the form in which kernels take it.
 
@@ -286,6 +321,33 @@ def counted(operands: Operands) -> Operands:
         logits.shape[0] if isinstance(logits, Tensor) and is_dense(logits) and logits.dim() else 0
     )
     return operands._replace(num_valid_tokens=min(number, rows))
+
+
+def one_padding(num_valid_tokens: int | Tensor | None, valid: object) -> int | Tensor | None:
+    """Return what says which rows are padding: a number, or a mask in its place."""
+    if valid is None:
+        if is_mask(num_valid_tokens):
+            expected = "an int, or an int32 or int64 tensor of shape [] or [1]; a mask is `valid`"
+            _wrong(ValueError, "num_valid_tokens", expected, shown(num_valid_tokens))
+        return num_valid_tokens
+    if not isinstance(valid, Tensor) or valid.dtype is not torch.bool:
+        _wrong(TypeError, "valid", "a bool tensor [T]", shown(valid))
+    if num_valid_tokens is not None:
+        _wrong(
+            ValueError,
+            "valid",
+            "None with num_valid_tokens: one says what is padding",
+            shown(valid),
+        )
+    return valid
+
+
+def check_mask(value: Tensor, logits: Tensor) -> None:
+    """Require a mask with an element for each row, on the logits' device."""
+    if tuple(value.shape) != (logits.shape[0],):
+        _wrong(ValueError, "valid", f"shape [{logits.shape[0]}]", list(value.shape))
+    if value.device != logits.device:
+        _wrong(ValueError, "valid", f"the logits' device {logits.device}", value.device)
 
 
 def check_valid_tokens(value: Tensor, logits: Tensor) -> None:

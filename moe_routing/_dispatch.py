@@ -21,7 +21,17 @@ from torch import Tensor
 from moe_routing import _check
 from moe_routing._registry import registry
 from moe_routing.formula import weights_backward
-from moe_routing.kernel import Differentiates, HasNotes, Operands, Prepares, RoutingOutput, WarmsUp
+from moe_routing.kernel import (
+    NO_OPERANDS,
+    REPLAY,
+    Differentiates,
+    HasNotes,
+    Operands,
+    Prepares,
+    RoutingOutput,
+    WarmsUp,
+    is_mask,
+)
 from moe_routing.private_api import unset_fake_temporarily
 from moe_routing.probing import locate, probe
 from moe_routing.python_warnings import not_raised
@@ -49,8 +59,13 @@ if TYPE_CHECKING:
     from moe_routing.reference.shadow import Shadow
     from moe_routing_registry import DeviceInfo, Problem, ResolutionReport
 
-Key = tuple[torch.device, torch.dtype, int, int, torch.dtype, bool, bool, "str | None"]
-"""Device, logits dtype, E, K, ids dtype, rows, training, preference: what a choice depends on."""
+Key = tuple[
+    torch.device, torch.dtype, int, int, torch.dtype, bool, bool, frozenset[str], "str | None"
+]
+"""What a choice depends on.
+
+Device, logits dtype, E, K, ids dtype, rows, training, ``RoutingProblem.operands``, preference.
+"""
 
 
 class Resolved(NamedTuple):
@@ -82,16 +97,19 @@ class Resolved(NamedTuple):
         return output
 
     def _call(self, operands: Operands) -> RoutingOutput:
-        logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+        logits, scale, bias, token_ids, expert_table, valid, expert_map, recorded, out = operands
+        # A kernel that is not built for recorded ids need not know the keyword.
+        optional: dict[str, Any] = {} if recorded is None else {"ids": recorded.contiguous()}
         return self.kernel(
             logits,
             per_expert_scale=None if scale is None else scale.contiguous(),
             bias=None if bias is None else bias.contiguous(),
             token_ids=None if token_ids is None else token_ids.contiguous(),
             expert_table=None if expert_table is None else expert_table.contiguous(),
-            num_valid_tokens=valid,
+            num_valid_tokens=valid.contiguous() if is_mask(valid) else valid,  # type: ignore[union-attr] # a tensor
             expert_map=None if expert_map is None else expert_map.contiguous(),
             out=out,
+            **optional,
         )
 
     def warm_up_backward(self) -> None:
@@ -133,13 +151,14 @@ class Dispatcher:
         self._requested = requested
         self._resolved: dict[Key, Resolved] = {}
 
-    def resolve_for(
+    def resolve_for(  # noqa: PLR0913, PLR0917 -- the fields of a RoutingProblem
         self,
         logits: Tensor,
         num_experts: int,
         topk: int,
         ids_dtype: torch.dtype,
         training: bool,  # noqa: FBT001 -- likewise
+        operands: frozenset[str] = NO_OPERANDS,
     ) -> Resolved:
         """Return the kernel for logits that have been checked; T is not 0."""
         rows = logits.stride(1) == 1 or num_experts == 1
@@ -151,6 +170,7 @@ class Dispatcher:
             ids_dtype,
             rows,
             training,
+            operands,
             preference.get(),
         )
         return self._resolved.get(key) or self._resolve(key)
@@ -165,10 +185,12 @@ class Dispatcher:
         ids_dtype: torch.dtype = torch.int32,
         rows: bool = True,
         training: bool = False,
+        operands: frozenset[str] = NO_OPERANDS,
     ) -> Resolved:
         """Return the kernel ahead of the first call; the same kernel serves later calls.
 
         :param rows: whether the experts of a row are adjacent in memory.
+        :param operands: ``RoutingProblem.operands``.
         :raises TypeError: an argument has the wrong type or dtype.
         :raises ValueError: an argument has the wrong value, or the device is not here.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
@@ -183,7 +205,10 @@ class Dispatcher:
             device = torch.empty(0, device=device).device
         num_experts, topk = _check.experts(num_experts), _check.integer("topk", topk)
         self.spec.check_size(num_experts, topk)
-        key = (device, dtype, num_experts, topk, ids_dtype, rows, training, preference.get())
+        key = (
+            device, dtype, num_experts, topk, ids_dtype, rows, training,
+            _check.optional_operands(operands), preference.get(),
+        )  # fmt: skip
         return self._resolved.get(key) or self._resolve(key)
 
     def _resolve(self, key: Key) -> Resolved:
@@ -193,7 +218,7 @@ class Dispatcher:
             return self._resolved[key]
 
     def _choose(self, key: Key) -> Resolved:
-        device, dtype, num_experts, topk, ids_dtype, rows, training, _ = key
+        device, dtype, num_experts, topk, ids_dtype, rows, training, operands, _ = key
         problem = RoutingProblem(
             spec=self.spec,
             num_experts=num_experts,
@@ -202,6 +227,7 @@ class Dispatcher:
             ids_dtype=dtype_name(ids_dtype),
             training=training,
             layout="rows" if rows else "strided",
+            operands=operands,
         )
         require = _require_closed_form if training else None
         request = Request.gather(self._requested)
@@ -209,7 +235,7 @@ class Dispatcher:
         backward = (
             kernel.backward
             if isinstance(kernel, Differentiates)
-            else partial(weights_backward, self.spec)
+            else partial(weights_backward, self.spec, absent=bool(operands & REPLAY))
         )
         return Resolved(kernel, report, problem, backward)
 

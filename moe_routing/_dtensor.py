@@ -33,7 +33,7 @@ def route(config: CallConfig, operands: Operands, columns: int, *, training: boo
     :param columns: of the outputs.
     :raises ValueError: an operand is a DTensor on another mesh, or ``out`` is given.
     """
-    logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+    logits, scale, bias, token_ids, expert_table, valid, expert_map, ids, out = operands
     if not isinstance(logits, DTensor):
         msg = (
             f"logits: expected a DTensor, since another operand is one, got {type(logits).__name__}"
@@ -72,6 +72,7 @@ def route(config: CallConfig, operands: Operands, columns: int, *, training: boo
         local("expert_table", expert_table, everywhere),
         local("num_valid_tokens", valid, everywhere) if isinstance(valid, torch.Tensor) else valid,
         local("expert_map", expert_map, everywhere),
+        local("ids", ids, rows),
     )
     output = _operators.call(config, shard, training=training)
     shape = torch.Size((logits.shape[0], columns))

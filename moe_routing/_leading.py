@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from moe_routing import _check
-from moe_routing.kernel import RoutingOutput
+from moe_routing.kernel import RoutingOutput, is_mask
 from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _ROWS = 2
 
 def is_other_rank(logits: object) -> bool:
     """Tell dense logits of another rank than 2; the checks of a call refuse all else."""
-    return isinstance(logits, Tensor) and logits.dim() != _ROWS and _check.is_dense(logits)
+    return isinstance(logits, Tensor) and _check.is_dense(logits) and logits.dim() != _ROWS
 
 
 def flattened(operands: Operands, columns: int) -> Operands:
@@ -39,9 +39,12 @@ def flattened(operands: Operands, columns: int) -> Operands:
         # PyTorch flattens some, moves rows between ranks for others, and refuses the rest.
         raise ValueError(refusal("logits", "[T, E], because they are a DTensor", logits))
     leading = list(logits.shape[:-1])
-    if operands.num_valid_tokens is not None:
+    padding = operands.num_valid_tokens
+    if is_mask(padding):
+        padding = _flattened("valid", padding, leading)  # type: ignore[arg-type] # a tensor
+    elif padding is not None:
         expected = f"None, because rows of logits of shape {list(logits.shape)} have no one order"
-        raise ValueError(refusal("num_valid_tokens", expected, operands.num_valid_tokens))
+        raise ValueError(refusal("num_valid_tokens", expected, padding))
     if out is not None:
         out = _flattened_out(_check.as_output(out), [*leading, columns])
         if not is_dynamo_compiling():  # where there are no addresses
@@ -50,16 +53,27 @@ def flattened(operands: Operands, columns: int) -> Operands:
     return operands._replace(
         logits=logits.flatten(0, -2) if leading else logits[None],
         token_ids=_flattened("token_ids", operands.token_ids, leading),
+        num_valid_tokens=padding,
+        ids=_flattened("ids", operands.ids, leading, columns=1),
         out=out,
     )
 
 
-def _flattened(argument: str, value: Tensor | None, leading: list[int]) -> Tensor | None:
+def _flattened(
+    argument: str, value: Tensor | None, leading: list[int], columns: int = 0
+) -> Tensor | None:
+    """Flatten an operand of tokens.
+
+    :param columns: dimensions that it has after the leading ones.
+    """
     if not isinstance(value, Tensor) or not _check.is_dense(value):
         return value  # which the checks of the rows refuse, if it is not None
-    if list(value.shape) != leading:
-        raise ValueError(refusal(argument, f"shape {leading}, as the logits", value))
-    return value.reshape(-1)
+    last = len(leading)
+    if list(value.shape[:last]) != leading or value.dim() != last + columns:
+        shape = [*leading, "K"] if columns else leading
+        expected = f"shape [{', '.join(map(str, shape))}], as the logits"
+        raise ValueError(refusal(argument, expected, value))
+    return value.reshape(-1, *value.shape[last:])
 
 
 def _flattened_out(out: RoutingOutput, shape: list[int]) -> RoutingOutput:

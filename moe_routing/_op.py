@@ -36,13 +36,15 @@ _LIBRARY = torch.library.Library("moe_routing", "DEF")
 _SCHEMA = (
     "(Tensor logits, Tensor? per_expert_scale, Tensor? bias, Tensor? token_ids, "
     "Tensor? expert_table, Tensor? num_valid_tokens, Tensor? expert_map, str spec, int topk, "
-    "bool int64_ids, str? backend, str? shadow=None) -> (Tensor weights, Tensor ids)"
+    "bool int64_ids, str? backend, str? shadow=None, "
+    "Tensor? ids=None) -> (Tensor weights, Tensor ids)"
 )
 _LIBRARY.define(f"route{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(f"route_training{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     "route_backward(Tensor grad_weights, Tensor logits, Tensor ids, Tensor? per_expert_scale, "
-    "str spec, str? backend) -> (Tensor grad_logits, Tensor grad_per_expert_scale)",
+    "str spec, str? backend, bool replayed=False) "
+    "-> (Tensor grad_logits, Tensor grad_per_expert_scale)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -86,6 +88,7 @@ def _route_backward_fake(
     per_expert_scale: Tensor | None,
     _spec: str,
     _backend: str | None,
+    _replayed: bool = False,  # noqa: FBT001, FBT002 -- the operator's schema
 ) -> tuple[Tensor, Tensor]:
     scale = logits.new_empty(0) if per_expert_scale is None else per_expert_scale
     contiguous = torch.contiguous_format
@@ -97,6 +100,7 @@ def _route_backward_fake(
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, per_expert_scale = inputs[:2]
     ctx.spec, ctx.topk, ctx.backend = inputs[7], inputs[8], inputs[10]  # type: ignore[attr-defined]  # a bag by design
+    ctx.replayed = inputs[12] is not None  # type: ignore[attr-defined]  # likewise
     ctx.save_for_backward(logits, per_expert_scale, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -111,8 +115,9 @@ def _backward(ctx: Any, grad_weights: Tensor, _grad_ids: None) -> tuple[Tensor |
         per_expert_scale,
         ctx.spec,
         ctx.backend,
+        ctx.replayed,
     )
-    nothing = (None,) * 10
+    nothing = (None,) * 11
     return grad_logits, (None if per_expert_scale is None else grad_scale), *nothing
 
 
@@ -121,13 +126,16 @@ def _save_backward(
     inputs: tuple[Any, ...],
     output: tuple[Tensor, Tensor],  # noqa: ARG001 -- torch's protocol
 ) -> None:
-    ctx.spec = inputs[4]  # type: ignore[attr-defined]  # a bag by design
+    ctx.spec, ctx.replayed = inputs[4], inputs[6]  # type: ignore[attr-defined]  # a bag by design
     ctx.save_for_backward(*inputs[:4])
 
 
 def _double_backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- a bag by design
     return (
-        *_operators().route_double_backward(ctx.spec, ctx.saved_tensors, directions),
+        *_operators().route_double_backward(
+            ctx.spec, ctx.saved_tensors, directions, replayed=ctx.replayed
+        ),
+        None,
         None,
         None,
     )

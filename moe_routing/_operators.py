@@ -10,12 +10,10 @@ from torch import Tensor
 from moe_routing._autograd import apply_map, double_backward
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing.formula import weights_backward
-from moe_routing.kernel import Operands, RoutingOutput
+from moe_routing.kernel import NO_OPERANDS, REPLAY, Operands, RoutingOutput
 
 if TYPE_CHECKING:
     from moe_routing.reference.shadow import Shadow
-
-_tuple = tuple.__new__
 
 
 class CallConfig(NamedTuple):
@@ -39,7 +37,7 @@ def call(config: CallConfig, operands: Operands, *, training: bool) -> RoutingOu
 
     The operator with an autograd formula costs more, and is called only for gradients.
     """
-    valid, expert_map, out = operands[5:]
+    valid, expert_map, out = operands.num_valid_tokens, operands.expert_map, operands.out
     if valid is not None and not isinstance(valid, Tensor):
         valid = operands.logits.new_full((1,), valid, dtype=torch.int64)
     # The backward needs logical ids, so with gradients the map is applied after the operator.
@@ -59,7 +57,10 @@ def call(config: CallConfig, operands: Operands, *, training: bool) -> RoutingOu
 def arguments(config: CallConfig, operands: Operands) -> tuple[Any, ...]:
     """Return the arguments of ``route`` and ``route_training``, in the order of their schema."""
     int64_ids = config.ids_dtype is torch.int64
-    return (*operands[:7], config.spec, config.topk, int64_ids, config.backend, config.shadow)
+    return (
+        *operands[:7], config.spec, config.topk, int64_ids, config.backend, config.shadow,
+        operands.ids,
+    )  # fmt: skip
 
 
 def route(  # noqa: PLR0913, PLR0917 -- the operator's schema
@@ -75,6 +76,7 @@ def route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     int64_ids: bool,  # noqa: FBT001 -- likewise
     backend: str | None,
     shadow: str | None = None,
+    recorded: Tensor | None = None,
     *,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -87,8 +89,7 @@ def route(  # noqa: PLR0913, PLR0917 -- the operator's schema
     num_tokens, num_experts = logits.shape
     if not num_tokens:
         return empty_output(dispatcher.spec, logits, topk, ids_dtype)
-    resolved = dispatcher.resolve_for(logits, num_experts, topk, ids_dtype, training)
-    operands = (
+    operands = Operands(
         logits,
         per_expert_scale,
         bias,
@@ -96,10 +97,13 @@ def route(  # noqa: PLR0913, PLR0917 -- the operator's schema
         expert_table,
         num_valid_tokens,
         expert_map,
-        None,
+        recorded,
+    )
+    resolved = dispatcher.resolve_for(
+        logits, num_experts, topk, ids_dtype, training, operands.optional
     )
     watch = None if shadow is None else _shadow(shadow)
-    weights, ids = resolved.route(_tuple(Operands, operands), watch)
+    weights, ids = resolved.route(operands, watch)
     # A third party's kernel may return a view; compiled code has been told that it is contiguous.
     return weights.contiguous(), ids.contiguous()
 
@@ -125,10 +129,18 @@ def route_backward(  # noqa: PLR0913, PLR0917 -- the operator's schema
     per_expert_scale: Tensor | None,
     spec: str,
     backend: str | None,
+    replayed: bool = False,  # noqa: FBT001, FBT002 -- likewise
 ) -> tuple[Tensor, Tensor]:
     dispatcher = dispatcher_of(spec, backend)
     if logits.shape[0]:
-        resolved = dispatcher.resolve_for(logits, logits.shape[1], ids.shape[1], ids.dtype, True)  # noqa: FBT003 -- training
+        resolved = dispatcher.resolve_for(
+            logits,
+            logits.shape[1],
+            ids.shape[1],
+            ids.dtype,
+            True,  # noqa: FBT003 -- training
+            REPLAY if replayed else NO_OPERANDS,
+        )
         gradients = resolved.backward(
             grad_weights.contiguous(), logits, ids.contiguous(), per_expert_scale
         )
@@ -141,6 +153,8 @@ def route_double_backward(
     spec: str,
     saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
     directions: tuple[Tensor | None, ...],
+    *,
+    replayed: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the tensors that ``route_backward`` took."""
-    return double_backward(dispatcher_of(spec, None).spec, saved, directions)
+    return double_backward(dispatcher_of(spec, None).spec, saved, directions, absent=replayed)

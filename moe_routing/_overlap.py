@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from moe_routing.kernel import Operands
 
-_INPUTS = 7
+_INPUTS = 8
 """Fields of ``Operands`` before ``out``."""
 
 

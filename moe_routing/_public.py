@@ -32,7 +32,7 @@ from moe_routing_registry.request import preferring, verify_rate
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from contextlib import AbstractContextManager
 
     from moe_routing_registry import BackendSpec, DeviceInfo
@@ -174,6 +174,7 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
     dtype: torch.dtype | str = torch.bfloat16,
     backend: str | None = None,
     training: bool = False,
+    operands: Collection[str] = (),
 ) -> ResolutionReport:
     """Say which backend a call would get, and why; builds and launches nothing, and never raises.
 
@@ -181,6 +182,8 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
         of its own.
     :param num_experts: E; 128 where neither it nor a configuration says.
     :param topk: K; 8 (at most E) where neither it nor a configuration says.
+    :param operands: names of the operands that not every backend takes and that the call brings:
+        ``("ids",)`` for recorded ids.
     :returns: a report; where an argument is wrong (no such router, dtype or device; an E or K that
         cannot be) its ``error`` says what came and what was expected.
 
@@ -210,6 +213,7 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
             topk=topk,
             dtype=dtype_name(dtype),
             training=training,
+            operands=_check.optional_operands(operands),
         )
     except Exception as error:  # noqa: BLE001 -- the promise is never to raise: the report carries what went wrong
         return ResolutionReport(requested=backend, error=f"{type(error).__name__}: {error}")

@@ -17,7 +17,7 @@ from moe_routing._autograd import Rule, recorded
 from moe_routing._call_cache import UNREADABLE, CachedCall, described, is_ordinary, matcher, never
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._operators import CallConfig
-from moe_routing.kernel import Operands, Prepares, RoutingOutput, WarmsUp
+from moe_routing.kernel import NO_OPERANDS, Operands, Prepares, RoutingOutput, WarmsUp
 from moe_routing.planning import routed
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
@@ -114,7 +114,9 @@ class Router:
         token_ids: Tensor | None = None,
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
+        valid: Tensor | None = None,
         expert_map: Tensor | None = None,
+        ids: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
         out: RoutingOutput | tuple[Tensor, Tensor] | None = None,
     ) -> RoutingOutput:
@@ -137,24 +139,33 @@ class Router:
         :param num_valid_tokens: rows at or past it are padding and get ids -1 and weights 0, more
             than T are all; an integer, or an int32 or int64 tensor of shape [] or [1] on the
             logits' device, which is never read on the host. Only with logits ``[T, E]``.
+        :param valid: a bool mask ``[T]`` in place of ``num_valid_tokens``: rows where it is False
+            are padding, wherever they stand.
         :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.
             Experts may share a physical id, and one that is elsewhere has -1; the weights stay as
             they are.
+        :param ids: recorded logical ids ``[T, K]``, of any integer dtype: weigh these experts
+            instead of selecting, with their unbiased scores. A row that is -1 throughout has no
+            record and is routed as usual. In other rows a slot of -1 has no expert: it gets id -1
+            and weight 0, and the others are renormalised without it. A row with an id outside [-1,
+            E) counts as padding.
         :param ids_dtype: ``torch.int32`` (default) or ``torch.int64``.
         :param out: ``(weights, ids)`` to write into: contiguous, ``[T, K + shared_experts]``, not
             with gradients, and of memory that they share neither with each other nor with an
             operand.
         :returns: ``RoutingOutput(weights, ids)``: float32 and ``ids_dtype``, both ``[T, K +
             shared_experts]`` and contiguous, ordered by descending selection score, equal scores by
-            ascending id.
+            ascending id; recorded ids keep their order.
         :raises TypeError: an argument has the wrong type or dtype.
         :raises ValueError: an argument has the wrong value, shape or device.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
+        if valid is not None or type(num_valid_tokens) is Tensor:
+            num_valid_tokens = _check.one_padding(num_valid_tokens, valid)
         if is_dynamo_compiling():
             operands = Operands(
                 logits, per_expert_scale, bias, token_ids, expert_table,
-                num_valid_tokens, expert_map, out,  # type: ignore[arg-type] # checked next
+                num_valid_tokens, expert_map, ids, out,  # type: ignore[arg-type] # checked next
             )  # fmt: skip
             return self._traced(operands, topk, ids_dtype)
         if type(out) is tuple and len(out) == 2:  # noqa: PLR2004 -- a pair
@@ -169,6 +180,7 @@ class Router:
                 expert_table,
                 num_valid_tokens,
                 expert_map,
+                ids,
                 out,
             ),
         )
@@ -202,7 +214,9 @@ class Router:
         token_ids: Tensor | None = None,
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
+        valid: Tensor | None = None,
         expert_map: Tensor | None = None,
+        ids: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
         num_experts: int | None = None,
         block: int | None = None,
@@ -233,6 +247,7 @@ class Router:
         """
         asked = (num_experts, block, capacity, drop, masked)
         pair, plan_out = routed.parts_of_out(out)
+        num_valid_tokens = _check.one_padding(num_valid_tokens, valid)
         operands = _tuple(
             Operands,
             (
@@ -243,6 +258,7 @@ class Router:
                 expert_table,
                 num_valid_tokens,
                 expert_map,
+                ids,
                 pair,
             ),
         )
@@ -357,10 +373,15 @@ class Router:
             return operands.out or empty_output(self.spec, operands.logits, topk, ids_dtype)
         dispatcher = dispatcher_of(self._text, self._requested)
         resolved = dispatcher.resolve_for(
-            operands.logits, operands.logits.shape[1], topk, ids_dtype, differentiable
+            operands.logits,
+            operands.logits.shape[1],
+            topk,
+            ids_dtype,
+            differentiable,
+            operands.optional,
         )
         route = self._general_route(resolved)
-        rule = Rule(self.spec, topk, resolved.backward)
+        rule = Rule(self.spec, topk, resolved.backward, operands.ids is not None)
         call = recorded(rule, route) if differentiable else route
         output = call(operands)
         matches: Matches = never
@@ -412,7 +433,9 @@ class Router:
         if any(_check.is_dtensor(t) for t in _tensors(operands)):
             return self._sharded(config, operands, training=differentiable)
         if any(is_functorch_wrapped_tensor(t) for t in _tensors(operands)):
-            rule = Rule(self.spec, config.topk, _operator_backward(config))
+            replayed = operands.ids is not None
+            backward = _operator_backward(config, replayed=replayed)
+            rule = Rule(self.spec, config.topk, backward, replayed)
             return recorded(rule, lambda some: _operators.call(config, some, training=False))(
                 operands
             )
@@ -449,10 +472,13 @@ class Router:
         ids_dtype: torch.dtype = torch.int32,
         rows: bool = True,
         training: bool = False,
+        operands: frozenset[str] = NO_OPERANDS,
     ) -> Resolved:
         """Choose and build ahead of the first call; the same kernel serves later calls.
 
         :param rows: whether the experts of a row are adjacent in memory.
+        :param operands: names of the operands that not every backend takes and that calls bring:
+            ``{"ids"}``.
         :returns: ``(kernel, report)``: the kernel, whose arguments nobody checks, and how it was
             chosen.
         :raises TypeError: an argument has the wrong type or dtype.
@@ -460,8 +486,9 @@ class Router:
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
         return dispatcher_of(self._text, self._requested).resolve(
-            device, dtype, num_experts, topk, ids_dtype=ids_dtype, rows=rows, training=training
-        )
+            device, dtype, num_experts, topk, ids_dtype=ids_dtype, rows=rows, training=training,
+            operands=operands,
+        )  # fmt: skip
 
     def warmup(  # noqa: PLR0913 -- the fields of a RoutingProblem
         self,
@@ -472,12 +499,15 @@ class Router:
         device: torch.device | str = "cpu",
         ids_dtype: torch.dtype = torch.int32,
         training: bool = False,
+        operands: frozenset[str] = NO_OPERANDS,
     ) -> ResolutionReport:
         """Choose, build and compile before the first call (and before a CUDA graph is captured).
 
         Plain calls, calls inside compiled functions and, with ``training=True``, calls with
         gradients are then warm.
 
+        :param operands: names of the operands that not every backend takes and that calls bring:
+            ``{"ids"}`` for calls with recorded ids.
         :returns: the report of the choice.
         :raises TypeError: an argument has the wrong type or dtype.
         :raises ValueError: an argument has the wrong value, or the device is not here.
@@ -492,7 +522,15 @@ class Router:
             raise TypeError(msg)
         topk = self._default_topk() if topk is None else topk
         choices = [
-            self.resolve(device, dtype, num_experts, topk, ids_dtype=ids_dtype, training=wanted)
+            self.resolve(
+                device,
+                dtype,
+                num_experts,
+                topk,
+                ids_dtype=ids_dtype,
+                training=wanted,
+                operands=operands,
+            )
             for wanted in ((False, True) if _check.flag("training", training) else (False,))
         ]
         for kernel in {
@@ -586,14 +624,14 @@ def _rebuilt(
     return Router(spec, topk=topk, num_experts=num_experts, backend=backend, verify=verify)
 
 
-def _operator_backward(config: CallConfig) -> Backward:
+def _operator_backward(config: CallConfig, *, replayed: bool) -> Backward:
     """Return the first derivative through the operator, of tensors of any type."""
 
     def backward(
         grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
     ) -> Gradients:
         gradients: Gradients = torch.ops.moe_routing.route_backward(
-            grad_weights, logits, ids, per_expert_scale, config.spec, config.backend
+            grad_weights, logits, ids, per_expert_scale, config.spec, config.backend, replayed
         )
         return gradients
 
@@ -606,11 +644,11 @@ def _never_routes(operands: Operands) -> RoutingOutput:
 
 def _tensors(operands: Operands) -> list[Tensor]:
     """Return the tensors that a call brings."""
-    return [t for t in (*operands[:7], *(operands.out or ())) if isinstance(t, Tensor)]
+    return [t for t in (*operands[:-1], *(operands.out or ())) if isinstance(t, Tensor)]
 
 
 def _vectors_are_contiguous(operands: Operands) -> bool:
-    return all(t.is_contiguous() for t in operands[1:7] if isinstance(t, Tensor))
+    return all(t.is_contiguous() for t in operands[1:-1] if isinstance(t, Tensor))
 
 
 def _refuse_out(operands: Operands, *, differentiable: bool) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,8 +34,24 @@ class RoutingOutput(NamedTuple):
     ids: Tensor
 
 
+NO_OPERANDS: frozenset[str] = frozenset()
+REPLAY = frozenset({"ids"})
+"""What a call with recorded ids brings of ``OPTIONAL_OPERANDS``."""
+
+
+MASK = frozenset({"valid"})
+"""What a call with a mask of valid tokens brings of them."""
+
+
+def is_mask(num_valid_tokens: int | Tensor | None) -> bool:
+    """Tell whether padding is said by a mask, which stands in place of the number."""
+    return isinstance(num_valid_tokens, torch.Tensor) and num_valid_tokens.dtype is torch.bool
+
+
 class Operands(NamedTuple):
     """The tensors of one routing call, in the order that all of this package uses.
+
+    ``valid``, the mask, stands in ``num_valid_tokens``: a call brings one of the two.
 
     ``Router.__call__`` describes each of them; ``Kernel.__call__`` takes the same names as keyword
     arguments.
@@ -46,7 +64,14 @@ class Operands(NamedTuple):
     expert_table: Tensor | None = None
     num_valid_tokens: int | Tensor | None = None
     expert_map: Tensor | None = None
+    ids: Tensor | None = None
     out: RoutingOutput | None = None
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Names of the operands that not every backend takes: ``RoutingProblem.operands``."""
+        named = NO_OPERANDS if self.ids is None else REPLAY
+        return named | MASK if is_mask(self.num_valid_tokens) else named
 
 
 class Kernel(Protocol):
@@ -84,6 +109,16 @@ class Kernel(Protocol):
         :param expert_map: ``[E + shared_experts]``, int32 or int64: the physical id of each logical
             expert.
         :param out: contiguous outputs to write into.
+
+        If the backend's spec names ``valid`` too, ``num_valid_tokens`` may be a bool mask ``[T]``,
+        contiguous: rows in which it is False are padding.
+
+        A kernel of a backend whose spec names ``ids`` in ``BackendSpec.operands`` has one more
+        keyword, which comes for problems that have it in ``RoutingProblem.operands``, and for no
+        others: ``ids``, recorded logical ids ``[T, K]`` of any integer dtype and contiguous. A row
+        that is -1 throughout is routed as usual. Else its experts are those recorded, in their
+        order; a slot of -1 has no expert, id -1 and weight 0, and no part in a renormalisation. A
+        row with an id outside [-1, E) is padding.
         :returns: contiguous outputs, or ``out``.
         """
         ...
@@ -133,7 +168,8 @@ class Differentiates(Protocol):
         The first has the dtype of ``logits``; the second is empty if the scale is ``None``.
 
         :param grad_weights: float32 ``[T, K]``, contiguous, of the K selected experts.
-        :param ids: ``[T, K]``, contiguous logical ids; -1 in rows of padding.
+        :param ids: ``[T, K]``, contiguous logical ids; -1 in rows of padding, and in slots that
+            have no expert where ids were recorded.
         """
         ...
 

@@ -50,6 +50,23 @@ def test_outputs_of_the_leading_shape_are_written(logits):
     same(output, as_rows(logits), logits.shape[:-1])
 
 
+def test_masks_and_recorded_ids_have_the_leading_shape(logits):
+    leading = logits.shape[:-1]
+    mask, recorded = torch.rand(leading) < 0.5, torch.randint(-1, E, (*leading, K))
+    given = {"valid": mask.reshape(-1), "ids": recorded.reshape(-1, K)}
+    same(ROUTE(logits, K, SCALE, valid=mask, ids=recorded), as_rows(logits, **given), leading)
+
+
+def test_a_mask_or_a_record_of_another_shape_is_refused_by_name():
+    logits = torch.randn(2, 3, E)
+    for name, value in (
+        ("valid", torch.ones(6, dtype=torch.bool)),
+        ("ids", torch.zeros(6, K).int()),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: expected shape \[2, 3"):
+            ROUTE(logits, K, SCALE, **{name: value})
+
+
 def test_gradients_have_the_shape_of_the_logits(logits):
     ours, rows = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     upstream = torch.randn(*logits.shape[:-1], COLUMNS)

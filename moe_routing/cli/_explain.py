@@ -79,6 +79,7 @@ def explain(  # noqa: PLR0913 -- the options of the command
         Dtype | None, typer.Option(help="Dtype of the logits; bfloat16.", show_default=False)
     ] = None,
     backend: Annotated[str | None, typer.Option(help="This backend or none.")] = None,
+    replay: Annotated[bool, typer.Option("--replay", help="For calls with recorded ids.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Show which backend would be used, who asked for it, and why the others would not."""
@@ -88,6 +89,9 @@ def explain(  # noqa: PLR0913 -- the options of the command
         registry().check_names(Request(backend=backend, asked_by="argument"))
     operation = registry().operations.get(router)
     if operation is not None and router != "route":
+        if replay:
+            msg = f"--replay: expected a model or family, got the operation {router!r}"
+            raise UsageError(msg)
         asked = sized(
             router, num_experts=num_experts, topk=topk, dtype=None if dtype is None else dtype.value
         )
@@ -104,6 +108,7 @@ def explain(  # noqa: PLR0913 -- the options of the command
             topk=topk or entry.topk,
             dtype=(dtype or Dtype.BFLOAT16).value,
             backend=backend,
+            operands=("ids",) if replay else (),
         )
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, **said, **report.to_dict()})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from moe_routing._dispatch import dtype_name
 from moe_routing.conformance import rows
 from moe_routing.conformance.variants import VARIANTS
+from moe_routing.kernel import MASK, NO_OPERANDS, REPLAY
 from moe_routing.reference import oracle
 from moe_routing.reference.compare import exact_device
 from moe_routing_registry import RoutingProblem
@@ -45,8 +46,10 @@ class Case:
 
     :ivar variant: key of ``VARIANTS``.
     :ivar kind: ``"ordinary"``, or a key of ``rows.KINDS``, which brings its own number of rows.
-    :ivar valid: how ``num_valid_tokens`` is given: not at all, as an int, or as a tensor.
+    :ivar valid: how ``num_valid_tokens`` is given: not at all, as an int, as a tensor, or
+        as the mask ``valid``.
     :ivar mapped: whether there is an ``expert_map``.
+    :ivar recorded: whether ids were recorded.
     :ivar out: whether outputs are given.
     :ivar seed: the seed that drew the case, where a seed did (``drawn``).
     """
@@ -59,8 +62,9 @@ class Case:
     kind: str = "ordinary"
     layout: Layout = "contiguous"
     ids_dtype: str = "int32"
-    valid: Literal["all", "int", "tensor"] = "all"
+    valid: Literal["all", "int", "tensor", "mask"] = "all"
     mapped: bool = False
+    recorded: bool = False
     out: bool = False
     seed: int | None = None
 
@@ -91,6 +95,7 @@ class Case:
         words += (
             [f"valid_{self.valid}"] * (self.valid != "all")
             + ["mapped"] * self.mapped
+            + ["recorded"] * self.recorded
             + ["out"] * self.out
         )
         words += [] if self.seed is None else [f"seed{self.seed}"]
@@ -110,6 +115,8 @@ class Case:
             ids_dtype=self.ids_dtype,
             training=training,
             layout="strided" if self.layout == "transposed" else "rows",
+            operands=(REPLAY if self.recorded else NO_OPERANDS)
+            | (MASK if self.valid == "mask" else NO_OPERANDS),
         )
 
     def generator(self) -> torch.Generator:
@@ -132,6 +139,8 @@ class Case:
         generator = self.generator()
         logits, labels = self.logits(generator)
         operands = make_operands(self, len(logits), generator)
+        if self.recorded:
+            operands["ids"] = make_record(self, logits, operands, generator)
         return Call(
             spec=self.spec,
             logits=laid_out(logits.to(device), self.layout),
@@ -162,9 +171,20 @@ class Call:
 
     def rows(self, index: Tensor | slice) -> Call:
         """Return the call on some of its rows; per-token operands follow."""
-        tokens = self.operands.get("token_ids")
-        changed: dict[str, object] = {} if tokens is None else {"token_ids": tokens[index]}
+        per_token = {name: self.operands.get(name) for name in ("token_ids", "ids", "valid")}
+        changed: dict[str, object] = {
+            name: value[index]
+            for name, value in per_token.items()
+            if isinstance(value, torch.Tensor)
+        }
         return replace(self.but(**changed), logits=self.logits[index], labels=[])
+
+    @property
+    def launched(self) -> dict[str, Any]:
+        """The operands as a kernel takes them: a mask stands in ``num_valid_tokens``."""
+        given: dict[str, Any] = dict(self.operands)
+        mask = given.pop("valid", None)
+        return given if mask is None else given | {"num_valid_tokens": mask}
 
     def exact(self) -> RoutingOutput:
         """Route in float64."""
@@ -211,12 +231,54 @@ def make_operands(case: Case, num_tokens: int, generator: torch.Generator) -> Op
     if case.mapped:
         slots = num_experts + spec.shared_experts
         operands["expert_map"] = torch.randperm(2 * slots, generator=generator)[:slots].to(integer)
-    if case.valid != "all":
+    if case.valid == "mask":
+        operands["valid"] = torch.rand(num_tokens, generator=generator) < 0.7  # noqa: PLR2004 -- some are not
+    elif case.valid != "all":
         valid = int(torch.randint(num_tokens + 1, (1,), generator=generator))
         operands["num_valid_tokens"] = (
             valid if case.valid == "int" else torch.tensor([valid], dtype=integer)
         )
     return operands
+
+
+def make_record(
+    case: Case, logits: Tensor, operands: Operands, generator: torch.Generator
+) -> Tensor:
+    """Return recorded ids ``[T, K]``; each kind of row comes again after 7 rows.
+
+    The kinds: no record; the usual selection backwards; any experts; the usual ones backwards with
+    a slot that has no expert; any with all but one such slot; one expert in every slot; and an id
+    that no expert has.
+    """
+    num_tokens, topk, E = len(logits), case.topk, case.num_experts
+    if not num_tokens:
+        return torch.empty(0, topk, dtype=torch.int32)
+    names = ("bias", "token_ids", "expert_table")
+    usual = oracle.select(
+        case.spec,
+        logits,
+        topk,
+        **{name: operands.get(name) for name in names},  # type: ignore[arg-type] # tensors
+    )
+    ids = torch.rand(num_tokens, E, generator=generator).argsort(-1)[:, :topk]
+    slot = torch.arange(num_tokens) // 7 % topk
+    here = torch.arange(topk) == slot[:, None]
+    outside = torch.where(slot % 2 == 0, E, -2)[:, None]
+    kinds = (
+        torch.full_like(ids, -1),
+        usual.flip(1),
+        ids,
+        usual.flip(1).masked_fill(here, -1),
+        ids.masked_fill(~here, -1),
+        ids[:, :1].expand_as(ids),
+        ids.where(~here, outside),
+    )
+    record = torch.empty_like(ids)
+    for first, kind in enumerate(kinds):
+        record[first :: len(kinds)] = kind[first :: len(kinds)]
+    dtypes = (torch.int16, torch.int32, torch.int64)
+    drawn = dtypes[int(torch.randint(len(dtypes), (1,), generator=generator))]
+    return record.to(drawn if torch.iinfo(drawn).max >= E else torch.int64)
 
 
 def laid_out(logits: Tensor, layout: Layout) -> Tensor:

@@ -191,6 +191,9 @@ _CLAUSES = (
         "padding",
         "Padding",
         "Rows at or past num_valid_tokens get ids -1 and weights 0, without a synchronisation.",
+        "With `valid`, a bool mask `[T]`, rows in which it is False are padding, wherever "
+        "they stand: they get ids -1 and weights 0 in every column, and no other row changes. A "
+        'backend says in its spec that it takes a mask (`BackendSpec(operands={"valid"})`). '
         "With `num_valid_tokens`, an integer or a tensor on the device, rows at or past it get ids "
         "-1 and weights 0 in every column, shared slots too, whatever the rows hold. Any number "
         "from T on means all rows. A negative integer is a wrong argument; a negative number on "
@@ -226,6 +229,28 @@ _CLAUSES = (
         "(The product has them in closed form for every backend; a kernel with a method `backward` "
         "brings its own.)",
         "a router that returns a weight without its gradient trains, and learns nothing.",
+    ),
+    Clause(
+        16,
+        "recorded_ids",
+        "Recorded ids",
+        "With recorded ids a row weighs those experts; -1 is no record, or no expert in a slot.",
+        "`ids`, recorded logical ids `[T, K]` of any integer dtype, stand in place of selection: "
+        "the weights are those of the recorded experts by their unbiased scores, in the order of "
+        "the record, whatever a bias, groups or a table would select. A row that is -1 throughout "
+        "has no record, and is routed as usual. In any other row a slot of -1 has no expert: it "
+        "gets id -1 and weight 0, the others are renormalised without it, and a round of "
+        "sparsemixer that has none takes no expert away. An id outside [-1, E) makes its row "
+        "padding; the host learns of none. Ids are as unique as those recorded. Sparsemixer weighs "
+        "an expert in the round of its slot: by the softmax over those near the best that is left, "
+        "0 if it is not near. Scales, zero and shared experts, `expert_map` and `num_valid_tokens` "
+        "follow as ever. A row without a record, and one that records what selection gives, have "
+        "the bits of a call without `ids`. Gradients flow to logits and scale at the recorded "
+        "experts. A backend says in its spec that it takes them "
+        '(`BackendSpec(operands={"ids"})`), and is not asked otherwise.',
+        "reinforcement learning generates with one engine and trains with another: two scores that "
+        "nearly tie select different experts, and the log-probabilities of the same tokens no "
+        "longer agree. Positions without a record come as -1, which crashed lookups in a table.",
     ),
 )
 

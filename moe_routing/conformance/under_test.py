@@ -29,6 +29,7 @@ GAP_OF = {
     RejectCode.DTYPE: "dtype",
     RejectCode.SHAPE: "shape",
     RejectCode.LAYOUT: "layout",
+    RejectCode.OPERANDS: "operands",
     RejectCode.INVARIANCE: "invariance",
     RejectCode.TRAINING: "gradients",
 }

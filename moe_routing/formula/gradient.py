@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 _MAX = torch.finfo(torch.float32).max
 
 
-def weights_backward(
+def weights_backward(  # noqa: PLR0913 -- what a gradient depends on
     spec: RoutingSpec,
     grad_weights: Tensor,
     logits: Tensor,
     ids: Tensor,
     per_expert_scale: Tensor | None,
+    *,
+    absent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``logits`` and of ``per_expert_scale``.
 
@@ -36,8 +38,11 @@ def weights_backward(
 
     :param grad_weights: ``[T, K]``, of the K selected experts.
     :param ids: ``[T, K]``, logical ids; -1 in rows of padding.
+    :param absent: whether ids were recorded: then single slots may be -1 too, which no sum counts.
     """
     chosen, constant = ids.long().clamp(min=0), ids < 0
+    # Rows of padding stay as they are: a ratio of no scores at all would be NaN.
+    missing = constant & ~constant.all(-1, keepdim=True) if absent else None
     if spec.zero_experts:
         constant = constant | (ids >= logits.shape[1] - spec.zero_experts)
     grad = grad_u = grad_weights.float().masked_fill(constant, 0.0) * spec.scale
@@ -47,10 +52,10 @@ def weights_backward(
         grad_u = grad * per_expert_scale.float()[chosen].masked_fill(constant, 0.0)
     l = torch.nan_to_num(logits.float(), nan=-_MAX, posinf=_MAX, neginf=-_MAX)
     if spec.selection == "sparsemixer":
-        grad_x, u, slope = _sparsemixer(spec, grad_u, l, chosen)
+        grad_x, u, slope = _sparsemixer(spec, grad_u, l, chosen, missing)
     else:
         x, slope = _activated(spec, l)
-        grad_x, u = _scored(spec, grad_u, x, chosen)
+        grad_x, u = _scored(spec, grad_u, x, chosen, missing)
     grad_logits = (grad_x * slope).masked_fill(~logits.isfinite(), 0.0).to(logits.dtype)
     if per_expert_scale is None:
         return grad_logits, logits.new_empty(0)
@@ -69,24 +74,35 @@ def _activated(spec: RoutingSpec, l: Tensor) -> tuple[Tensor, Tensor]:
     return x, slope
 
 
-def _scored(spec: RoutingSpec, grad_u: Tensor, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Go back through renormalisation and score; return the gradient ``[T, E]`` of x, and u."""
+def _scored(
+    spec: RoutingSpec, grad_u: Tensor, x: Tensor, chosen: Tensor, missing: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Go back through renormalisation and score; return the gradient ``[T, E]`` of x, and u.
+
+    :param missing: tells which slots have no expert, where some may have none.
+    """
     exact_ratio = spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor)
     selected = x.gather(-1, chosen)
     if spec.score == "softmax" and not exact_ratio:
         p = x.softmax(-1)
         v = p.gather(-1, chosen)
+        if missing is not None:
+            v = v.masked_fill(missing, 0.0)
         grad_v, u = _renormalized(spec, grad_u, v)
         spread = -p * (grad_v * v).sum(-1, keepdim=True)
         return spread.scatter_add(-1, chosen, grad_v * v), u
     if exact_ratio:
         # A ratio of exact scores is a softmax over log scores.
         log_v, log_slope = _log_score(spec, selected)
+        if missing is not None:
+            log_v = log_v.masked_fill(missing, -torch.inf)
         u = log_v.softmax(-1)
         grad_selected = u * (grad_u - (grad_u * u).sum(-1, keepdim=True)) * log_slope
     else:
         log_v, log_slope = _log_score(spec, selected)
         v = log_v.exp()
+        if missing is not None:
+            v = v.masked_fill(missing, 0.0)
         grad_v, u = _renormalized(spec, grad_u, v)
         grad_selected = grad_v * v * log_slope
     return torch.zeros_like(x).scatter_add(-1, chosen, grad_selected), u
@@ -123,13 +139,17 @@ def _renormalized(spec: RoutingSpec, grad_u: Tensor, v: Tensor) -> tuple[Tensor,
 
 
 def _sparsemixer(
-    spec: RoutingSpec, grad_u: Tensor, l: Tensor, chosen: Tensor
+    spec: RoutingSpec, grad_u: Tensor, l: Tensor, chosen: Tensor, missing: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Go back through the K masked softmaxes; the masks are constants."""
+    """Go back through the K masked softmaxes; the masks are constants.
+
+    :param missing: as of ``_scored``. Where it is given, ids were recorded, and the expert of a
+        round need not be the best of those left.
+    """
     left, grad_x, weights = l, torch.zeros_like(l), []
     for k in range(chosen.shape[1]):
         best = chosen[:, k : k + 1]
-        top = left.gather(-1, best)
+        top = left.gather(-1, best) if missing is None else left.amax(-1, keepdim=True)
         far = (top - l) / l.abs().maximum(top) > 2 * spec.jitter
         p = left.masked_fill(far, -torch.inf).softmax(-1)
         v = p.gather(-1, best)
@@ -137,5 +157,8 @@ def _sparsemixer(
         grad_x = grad_x - p * (grad_v * v)
         grad_x = grad_x.scatter_add(-1, best, grad_v * v)
         weights.append(v)
-        left = left.scatter(-1, best, -torch.inf)
+        struck: Tensor | float = -torch.inf
+        if missing is not None:
+            struck = torch.where(missing[:, k : k + 1], left.gather(-1, best), -torch.inf)
+        left = left.scatter(-1, best, struck)
     return grad_x, torch.cat(weights, -1), torch.ones_like(l)

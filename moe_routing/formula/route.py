@@ -5,11 +5,12 @@ Select, weigh the K selected, then scale, append, map and mask.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing.formula.select import finite, from_table
+from moe_routing.formula.select import finite, from_table, replay
 from moe_routing.formula.weights import activated, score, selected_weights, sparsemixer
 from moe_routing.kernel import RoutingOutput
 
@@ -30,6 +31,7 @@ def route(  # noqa: PLR0913 -- Kernel's operands
     bias: Tensor | None = None,
     token_ids: Tensor | None = None,
     expert_table: Tensor | None = None,
+    recorded: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return float32 weights and int64 logical ids of the K selected experts.
 
@@ -38,29 +40,39 @@ def route(  # noqa: PLR0913 -- Kernel's operands
     Loops rather than comprehensions, and conditions rather than calls that do nothing: eager routes
     a few tokens in the time of a few dozen Python calls, and each function here is one of them.
 
-    The ids are -1 in rows to which a table gives no experts; ``finish`` makes padding of them.
+    The ids are -1 in rows to which a table or a record gives no experts; ``finish`` makes padding
+    of them. In other rows a slot that was recorded without an expert is -1.
 
     :param select: how to find the best of a row; each way gives the same ids.
+    :param recorded: ``ids`` of ``Kernel.__call__``.
     """
     l = finite(logits)
+    replayed = None if recorded is None else replay(recorded, logits.shape[1])
     has_no_experts = None
-    if token_ids is not None and expert_table is not None:
-        ids, has_no_experts = from_table(token_ids, expert_table, logits.shape[1])
-        weights = selected_weights(spec, activated(spec, l), ids)
-    elif spec.selection == "sparsemixer":
-        weights, ids = ([part] for part in sparsemixer(spec, l, topk))
+    if spec.selection == "sparsemixer":
+        weights, ids = ([part] for part in sparsemixer(spec, l, topk, replayed))
     else:
-        x = l if spec.logit_multiplier == 1.0 and spec.logit_softcap is None else activated(spec, l)
-        t = (
-            l
-            if bias is None
-            else finite(
-                (score(spec, x) if spec.selection == "scores_plus_bias" else x) + bias.float()
+        if token_ids is not None and expert_table is not None:
+            ids, has_no_experts = from_table(token_ids, expert_table, logits.shape[1])
+            x = activated(spec, l)
+        else:
+            x = (
+                l
+                if spec.logit_multiplier == 1.0 and spec.logit_softcap is None
+                else activated(spec, l)
             )
-        )
-        judged = t if spec.group_by == "selection" else score(spec, x).float()
-        ids = select(spec, t, topk, judged)
-        weights = selected_weights(spec, x, ids)
+            t = (
+                l
+                if bias is None
+                else finite(
+                    (score(spec, x) if spec.selection == "scores_plus_bias" else x) + bias.float()
+                )
+            )
+            judged = t if spec.group_by == "selection" else score(spec, x).float()
+            ids = select(spec, t, topk, judged)
+        if replayed is not None:
+            ids = replayed.over(ids)
+        weights = selected_weights(spec, x, ids, None if replayed is None else replayed.absent)
     if per_expert_scale is not None:
         scale = per_expert_scale.float()
         for n, i in enumerate(ids):
@@ -68,7 +80,11 @@ def route(  # noqa: PLR0913 -- Kernel's operands
     if spec.zero_experts:
         last = logits.shape[1] - spec.zero_experts
         weights = [w.masked_fill(i >= last, 0.0) for w, i in zip(weights, ids, strict=True)]
+    if replayed is not None:
+        weights, ids = replayed.blanked(weights, ids)
     if has_no_experts is not None:
+        if replayed is not None:
+            has_no_experts = has_no_experts & ~replayed.given
         ids = [ids[0].masked_fill(has_no_experts, -1)]
     return weights, ids
 
@@ -82,25 +98,41 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
     ids_dtype: torch.dtype,
     num_valid_tokens: int | Tensor | None = None,
     expert_map: Tensor | None = None,
+    replayed: bool = False,
 ) -> RoutingOutput:
     """Append shared experts, map logical to physical ids, and mask padding.
 
     Then give the ids their dtype, and join the columns.
 
     Both outputs are contiguous: ids that a sort selected are a view of all E of them.
+
+    :param replayed: whether ids were recorded: single slots may be -1, and are no padding.
     """
     num_tokens, device = ids[0].shape[0], ids[0].device
-    padding = ids[0][:, :1] < 0 if spec.selection == "token_table" else None
+    absent = [i < 0 for i in ids] if replayed else None
+    padding = None
+    if absent is not None:
+        padding = torch.cat(absent, dim=-1).all(-1, keepdim=True)
+    elif spec.selection == "token_table":
+        padding = ids[0][:, :1] < 0
     if spec.shared_experts:
         shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=device)
         ids = [*ids, shared.expand(num_tokens, -1)]
         weights = [*weights, weights[0].new_ones(num_tokens, spec.shared_experts)]
     if expert_map is not None:
-        # -1 takes the last entry, and is padding: it is -1 again below.
+        # -1 takes the last entry, and is -1 again below.
         ids = [expert_map[i] for i in ids]
+        if absent is not None:
+            ids = [
+                i if a is None else i.masked_fill(a, -1)
+                for i, a in itertools.zip_longest(ids, absent)
+            ]
     if num_valid_tokens is not None:
-        past_the_end = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
-        padding = past_the_end if padding is None else padding | past_the_end
+        if isinstance(num_valid_tokens, torch.Tensor) and num_valid_tokens.dtype is torch.bool:
+            invalid = ~num_valid_tokens[:, None]
+        else:
+            invalid = (torch.arange(num_tokens, device=device) >= num_valid_tokens)[:, None]
+        padding = invalid if padding is None else padding | invalid
     if padding is not None:
         weights = [w.masked_fill(padding, 0.0) for w in weights]
         ids = [i.masked_fill(padding, -1) for i in ids]

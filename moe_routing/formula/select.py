@@ -8,7 +8,7 @@ to the same ids; which is fast depends on the device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -54,6 +54,50 @@ def from_table(
     ids = expert_table[token_ids.masked_fill(~in_table, 0)].long()
     exist = (ids >= 0) & (ids < num_experts)
     return [ids.masked_fill(~exist, 0)], ~(in_table & exist.all(-1))[:, None]
+
+
+class Replay(NamedTuple):
+    """Recorded ids ``[T, K]``.
+
+    :ivar ids: int64, 0 where there is no expert, so that they index.
+    :ivar given: tells which rows ``[T, 1]`` have a record; the others are routed as usual.
+    :ivar absent: tells which slots ``[T, K]`` of recorded rows have no expert.
+    :ivar wrong: tells which rows ``[T, 1]`` have an id outside [-1, E); they count as padding.
+    """
+
+    ids: Tensor
+    given: Tensor
+    absent: Tensor
+    wrong: Tensor
+
+    def over(self, usual: list[Tensor]) -> list[Tensor]:
+        """Return the recorded ids, and those selected as usual in rows without a record."""
+        recorded = in_pieces(self.ids, len(usual))
+        return [r.where(self.given, u) for r, u in zip(recorded, usual, strict=True)]
+
+    def blanked(
+        self, weights: list[Tensor], ids: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Give slots without an expert weight 0 and id -1, and rows of padding ids of -1."""
+        absent = in_pieces(self.absent, len(ids))
+        return (
+            [w.masked_fill(a, 0.0) for w, a in zip(weights, absent, strict=True)],
+            [i.masked_fill(a | self.wrong, -1) for i, a in zip(ids, absent, strict=True)],
+        )
+
+
+def replay(recorded: Tensor, num_experts: int) -> Replay:
+    """Read recorded ids ``[T, K]`` of any integer dtype."""
+    ids = recorded.long()
+    missing = ids == -1
+    wrong = ((ids < -1) | (ids >= num_experts)).any(-1, keepdim=True)
+    given = ~missing.all(-1, keepdim=True)
+    return Replay(ids.masked_fill(missing | wrong, 0), given, missing & given, wrong)
+
+
+def in_pieces(whole: Tensor, pieces: int) -> list[Tensor]:
+    """Return ``[T, K]`` in the form in which a selection's ids come: whole, or K columns."""
+    return [whole] if pieces == 1 else list(whole.split(1, dim=-1))
 
 
 def whole(top: Top) -> Select:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing.formula.select import FLOAT32_MAX
+from moe_routing.formula.select import FLOAT32_MAX, in_pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_routing.formula.select import Replay
     from moe_routing_registry import RoutingSpec
 
 _SOFTPLUS_IS_EXP = -17.0
@@ -52,16 +53,22 @@ def score(spec: RoutingSpec, x: Tensor) -> Tensor:
     return _softplus(x).sqrt_()
 
 
-def selected_weights(spec: RoutingSpec, x: Tensor, ids: list[Tensor]) -> list[Tensor]:
+def selected_weights(
+    spec: RoutingSpec, x: Tensor, ids: list[Tensor], absent: Tensor | None = None
+) -> list[Tensor]:
     """Compute the selected experts' float32 weights, renormalised and scaled as the spec says.
 
     :param ids: ``[T, K]`` whole, or K columns ``[T, 1]``; the weights come likewise.
+    :param absent: tells which slots ``[T, K]`` have no expert: their weight is 0, and no sum
+        counts them.
     """
     exact_ratio = spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor)
     if spec.score == "softmax":
-        weights = _softmax(x, ids, of_selected=exact_ratio)
+        weights = _softmax(x, ids, absent, of_selected=exact_ratio)
     else:
         chosen = [x.gather(-1, i) for i in ids]
+        if absent is not None:
+            chosen = _without(chosen, absent)
         # A common factor exp(-shift) cancels in the ratio, and keeps the largest term away from
         # underflow.
         shift = (
@@ -80,15 +87,30 @@ def selected_weights(spec: RoutingSpec, x: Tensor, ids: list[Tensor]) -> list[Te
     return weights
 
 
-def _softmax(x: Tensor, ids: list[Tensor], *, of_selected: bool) -> list[Tensor]:
+def _without(chosen: list[Tensor], absent: Tensor) -> list[Tensor]:
+    """Return the activated logits of the selected; -inf, of which every score is 0, for none."""
+    pieces = in_pieces(absent, len(chosen))
+    return [c.masked_fill(a, -torch.inf) for c, a in zip(chosen, pieces, strict=True)]
+
+
+def _softmax(
+    x: Tensor, ids: list[Tensor], absent: Tensor | None, *, of_selected: bool
+) -> list[Tensor]:
     """Return the softmax over all experts, or over those selected, at the selected."""
     if len(ids) == 1:
         shared = x.gather(-1, ids[0]) if of_selected else x
+        if absent is not None and of_selected:
+            shared = shared.masked_fill(absent, -torch.inf)
         if shared.shape[-1] > _SUMMED_UP_TO and x.device.type == "cpu":
             shared = shared.to(torch.float64)
         shared = shared.softmax(-1)
-        return [shared if of_selected else shared.gather(-1, ids[0])]
+        if of_selected:
+            return [shared]
+        weights = shared.gather(-1, ids[0])
+        return [weights if absent is None else weights.masked_fill(absent, 0.0)]
     chosen = [x.gather(-1, i) for i in ids]
+    if absent is not None:
+        chosen = _without(chosen, absent)
     highest = _highest(chosen) if of_selected else x.amax(-1, keepdim=True)
     powers = [(c - highest).exp_() for c in chosen]
     total = _sum_in_order(powers) if of_selected else (x - highest).exp_().sum(-1, keepdim=True)
@@ -136,11 +158,17 @@ def _sqrtsoftplus(x: Tensor, shift: Tensor) -> Tensor:
     return torch.where(x < _SOFTPLUS_IS_EXP, ((x - shift) * 0.5).exp_(), plain)
 
 
-def sparsemixer(spec: RoutingSpec, l: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Run K rounds of argmax, each with a softmax over the entries near its maximum (Phi-MoE)."""
+def sparsemixer(
+    spec: RoutingSpec, l: Tensor, topk: int, replayed: Replay | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run K rounds of argmax, each with a softmax over the entries near its maximum (Phi-MoE).
+
+    :param replayed: a recorded expert takes the place of the round's maximum; a slot without one
+        strikes nothing out.
+    """
     left = l.clone()
     weights, ids = [], []
-    for _ in range(topk):
+    for k in range(topk):
         # `max` returns the first of equal maxima on the CPU only, so the id is the smallest that
         # holds the maximum.
         best = left.amax(-1, keepdim=True)
@@ -150,7 +178,12 @@ def sparsemixer(spec: RoutingSpec, l: Tensor, topk: int) -> tuple[Tensor, Tensor
         near = left.masked_fill(far, -torch.inf)
         if near.shape[-1] > _SUMMED_UP_TO and near.device.type == "cpu":
             near = near.to(torch.float64)
+        struck: Tensor | float = -torch.inf
+        if replayed is not None:
+            chosen = replayed.ids[:, k : k + 1].where(replayed.given, chosen)
+            absent = replayed.absent[:, k : k + 1]
+            struck = torch.where(absent, left.gather(-1, chosen), -torch.inf)
         weights.append(near.softmax(-1).gather(-1, chosen))
         ids.append(chosen)
-        left = left.scatter(-1, chosen, -torch.inf)
+        left = left.scatter(-1, chosen, struck)
     return (torch.cat(weights, -1) * spec.scale).float(), torch.cat(ids, -1)

@@ -20,7 +20,7 @@ from moe_routing.gating._check import check_logits_dtype, checked_projection
 from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection, RMSNorm
 from moe_routing.gating.latest import Chosen, Given, latest_of, served_by
 from moe_routing.gating.problem import GateProblem, Norm
-from moe_routing.kernel import Operands, RoutingOutput
+from moe_routing.kernel import Operands, RoutingOutput, is_mask
 from moe_routing.planning import routed
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import has_tangent, is_functorch_wrapped_tensor
@@ -80,7 +80,9 @@ class GateOptions(TypedDict, total=False):
     token_ids: Tensor | None
     expert_table: Tensor | None
     num_valid_tokens: int | Tensor | None
+    valid: Tensor | None
     expert_map: Tensor | None
+    ids: Tensor | None
     ids_dtype: torch.dtype
 
 
@@ -143,7 +145,9 @@ class Gate:
         token_ids: Tensor | None = None,
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
+        valid: Tensor | None = None,
         expert_map: Tensor | None = None,
+        ids: Tensor | None = None,
         ids_dtype: torch.dtype = torch.int32,
     ) -> RoutingOutput | GateOutput:
         """Compute the logits of every token, select ``topk`` experts and weigh them.
@@ -156,7 +160,7 @@ class Gate:
         :param router_weight: ``[E, H]``, of the dtype of ``hidden`` or float32; E is at most 1,024.
         :param topk: K, as of ``Router.__call__``.
         :param per_expert_scale: likewise, as are ``bias``, ``token_ids``, ``expert_table``,
-            ``num_valid_tokens``, ``expert_map`` and ``ids_dtype``.
+            ``num_valid_tokens``, ``valid``, ``expert_map``, ``ids`` and ``ids_dtype``.
         :param router_bias: ``[E]``, any float dtype: the bias of the linear layer, part of the
             logits.
         :param norm: a ``moe_routing.RMSNorm`` in front of everything else.
@@ -176,13 +180,15 @@ class Gate:
         return_logits = _check.flag("return_logits", return_logits)
         is_norm = isinstance(norm, RMSNorm)
         weight, eps = (norm.weight, norm.eps) if is_norm else (None, None)  # type: ignore[union-attr] # is_norm says so
+        padding = num_valid_tokens
+        if valid is not None or type(num_valid_tokens) is Tensor:
+            padding = _check.one_padding(num_valid_tokens, valid)
         given = Given(
             Projection(
                 hidden, router_weight, router_bias, weight, input_scale, eps, input_multiplier
             ),
             Operands(
-                hidden, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-                expert_map,
+                hidden, per_expert_scale, bias, token_ids, expert_table, padding, expert_map, ids,
             ),
             topk, ids_dtype, logits_dtype, invariant,
         )  # fmt: skip
@@ -198,8 +204,8 @@ class Gate:
                 "router_bias": router_bias, "norm": norm, "input_scale": input_scale,
                 "input_multiplier": input_multiplier, "logits_dtype": logits_dtype,
                 "invariant": invariant, "bias": bias, "token_ids": token_ids,
-                "expert_table": expert_table, "num_valid_tokens": num_valid_tokens,
-                "expert_map": expert_map, "ids_dtype": ids_dtype,
+                "expert_table": expert_table, "num_valid_tokens": num_valid_tokens, "valid": valid,
+                "expert_map": expert_map, "ids": ids, "ids_dtype": ids_dtype,
             },
         )  # fmt: skip
         made, chosen = _gated(*checked, wanted=return_logits)
@@ -277,7 +283,8 @@ class Gate:
             Operands(
                 _in_place_of_logits(projection), per_expert_scale, options.get("bias"),
                 options.get("token_ids"), options.get("expert_table"),
-                options.get("num_valid_tokens"), options.get("expert_map"),
+                _check.one_padding(options.get("num_valid_tokens"), options.get("valid")),
+                options.get("expert_map"), options.get("ids"),
             )
         )  # fmt: skip
         topk = router._default_topk() if topk is None else _check.integer("topk", topk)  # noqa: SLF001 -- a gate is a part of its router
@@ -308,7 +315,7 @@ def _gated(
     if plain and all(map(is_ordinary, _tensors(projection, operands))):
         if config.shadow is not None or not projection.hidden.shape[0]:
             return run(projection, operands, config), None
-        chosen = _chosen(projection, config)
+        chosen = _chosen(projection, config, operands.optional)
         return _served(chosen, projection, operands, wanted=wanted), chosen
     made = op.gate(projection, _as_tensors(operands), config)
     if operands.expert_map is None:
@@ -325,16 +332,20 @@ def run(projection: Projection, operands: Operands, config: GateConfig) -> GateO
         logits, spec = _empty_logits(projection, config.logits_dtype), _spec(config)
         return GateOutput(*empty_output(spec, logits, config.topk, config.ids_dtype), logits)
     shadow = None if config.shadow is None else _shadow(config.shadow)
-    return _served(_chosen(projection, config), projection, operands, shadow, wanted=True)
+    chosen = _chosen(projection, config, operands.optional)
+    return _served(chosen, projection, operands, shadow, wanted=True)
 
 
-def _chosen(projection: Projection, config: GateConfig) -> Chosen:
-    """Choose what gates, and what routes where the kernel does not."""
-    kernel, routes, spec = _kernel(projection, config), None, _spec(config)
+def _chosen(projection: Projection, config: GateConfig, optional: frozenset[str]) -> Chosen:
+    """Choose what gates, and what routes where the kernel does not.
+
+    :param optional: names of the operands that not every backend takes.
+    """
+    kernel, routes, spec = _kernel(projection, config, optional), None, _spec(config)
     if not isinstance(kernel, GatesAndRoutes):
         routes = dispatcher_of(config.spec, who_routes(config.backend)).resolve_for(
             _empty_logits(projection, config.logits_dtype), projection.router_weight.shape[0],
-            config.topk, config.ids_dtype, config.training,
+            config.topk, config.ids_dtype, config.training, optional,
         )  # fmt: skip
     return Chosen(kernel, routes, spec, config.topk, config.logits_dtype)
 
@@ -400,7 +411,8 @@ def who_routes(backend: str | None) -> str | None:
 def _fused(
     kernel: GatesAndRoutes, projection: Projection, logits: Tensor | None, operands: Operands
 ) -> RoutingOutput:
-    _, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
+    _, scale, bias, token_ids, expert_table, valid, expert_map, ids, _ = operands
+    optional: dict[str, Any] = {} if ids is None else {"ids": _packed(ids)}
     return kernel.routed(
         projection,
         logits,
@@ -408,18 +420,19 @@ def _fused(
         bias=_packed(bias),
         token_ids=_packed(token_ids),
         expert_table=_packed(expert_table),
-        num_valid_tokens=valid,
+        num_valid_tokens=_packed(valid) if is_mask(valid) else valid,  # type: ignore[arg-type] # a tensor
         expert_map=_packed(expert_map),
+        **optional,
     )
 
 
-def _kernel(projection: Projection, config: GateConfig) -> GateKernel:
+def _kernel(projection: Projection, config: GateConfig, optional: frozenset[str]) -> GateKernel:
     hidden, weight, bias, norm_weight, input_scale, eps, _ = projection
     norm: Norm = "" if eps is None else "rms" if norm_weight is None else "rms_weight"
     asked = (
         config.spec, config.topk, config.ids_dtype, config.logits_dtype, config.invariant,
         config.backend, hidden.device, hidden.dtype, weight.dtype, weight.shape, bias is None, norm,
-        input_scale is None, preference.get(), _registry.generation,
+        input_scale is None, optional, preference.get(), _registry.generation,
     )  # fmt: skip
     kernel: GateKernel | None = _kernels.get(asked)
     if kernel is None:
@@ -436,6 +449,7 @@ def _kernel(projection: Projection, config: GateConfig) -> GateKernel:
             logits_dtype=dtype_name(config.logits_dtype),
             ids_dtype=dtype_name(config.ids_dtype),
             invariant=config.invariant,
+            operands=optional,
         )
         kernel, _ = chosen(problem, probe(hidden.device), Request.gather(config.backend))
         if len(_kernels) >= _KERNELS_KEPT:

@@ -102,6 +102,6 @@ class GatesAndRoutes(Protocol):
 
         :param logits: as for ``GateKernel``, or ``None``: nobody asks for them.
 
-        The other operands are those of ``Kernel``.
+        The other operands are those of ``Kernel``, ``ids`` among them where the problem has it.
         """
         ...

@@ -112,7 +112,7 @@ def latest_of(given: Given, chosen: Chosen) -> Latest | None:
             or is_fake_mode()
         ):
             return False
-        brought = (*projection[:5], *operands[1:5], operands.expert_map)
+        brought = (*projection[:5], *operands[1:5], operands.expert_map, operands.ids)
         # The guard must not be asked of nested tensors: it wants strides, and ends the process.
         if True in [tensor.is_nested for tensor in brought if tensor is not None]:
             return False
@@ -122,9 +122,9 @@ def latest_of(given: Given, chosen: Chosen) -> Latest | None:
 
 
 def _tensors(given: Given) -> tuple[Tensor, ...]:
-    """Return eleven tensors, one for each that a call can bring."""
+    """Return twelve tensors, one for each that a call can bring."""
     hidden, weight, router_bias, norm_weight, input_scale, _, _ = given.projection
-    _, scale, bias, token_ids, table, valid, expert_map, _ = given.operands
+    _, scale, bias, token_ids, table, valid, expert_map, ids, _ = given.operands
     return (
         hidden,
         weight,
@@ -137,4 +137,5 @@ def _tensors(given: Given) -> tuple[Tensor, ...]:
         ABSENT[6] if table is None else table,
         valid if isinstance(valid, Tensor) else ABSENT[7],
         ABSENT[8] if expert_map is None else expert_map,
+        ABSENT[9] if ids is None else ids,
     )

@@ -27,13 +27,13 @@ _LIBRARY = torch.library.Library("moe_routing", "FRAGMENT")
 _LIBRARY.define(
     "gate(Tensor hidden, Tensor router_weight, Tensor? router_bias, Tensor? norm_weight, "
     "Tensor? input_scale, float? eps, float multiplier, Tensor? per_expert_scale, Tensor? bias, "
-    "Tensor? token_ids, Tensor? expert_table, Tensor? num_valid_tokens, str spec, int topk, "
-    "bool int64_ids, str logits_dtype, bool invariant, str? backend, str? shadow, bool training) "
-    "-> (Tensor weights, Tensor ids, Tensor logits)",
+    "Tensor? token_ids, Tensor? expert_table, Tensor? num_valid_tokens, Tensor? ids, str spec, "
+    "int topk, bool int64_ids, str logits_dtype, bool invariant, str? backend, str? shadow, "
+    "bool training) -> (Tensor weights, Tensor ids, Tensor logits)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _PARTS = len(Projection._fields)
-_ROUTED = 5
+_ROUTED = 6
 """Tensors that routing takes, after those of the projection."""
 
 
@@ -46,7 +46,7 @@ def gate(projection: Projection, routed: Operands, config: GateConfig) -> GateOu
 def arguments(projection: Projection, routed: Operands, config: GateConfig) -> tuple[Any, ...]:
     """Return the arguments in the order of the schema."""
     return (
-        *projection, *routed[1 : 1 + _ROUTED], config.spec, config.topk,
+        *projection, *routed[1:_ROUTED], routed.ids, config.spec, config.topk,
         config.ids_dtype is torch.int64, str(config.logits_dtype).removeprefix("torch."),
         config.invariant, config.backend, config.shadow, config.training,
     )  # fmt: skip
@@ -56,7 +56,8 @@ def _gate(*given: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401 -- the 
     from moe_routing.gating.call import GateConfig, run
 
     projection = Projection(*given[:_PARTS])
-    routed = Operands(projection.hidden, *given[_PARTS : _PARTS + _ROUTED])
+    *tensors, ids = given[_PARTS : _PARTS + _ROUTED]
+    routed = Operands(projection.hidden, *tensors)._replace(ids=ids)
     spec, topk, int64_ids, logits_dtype, *others = given[_PARTS + _ROUTED :]
     ids_dtype = torch.int64 if int64_ids else torch.int32
     made = run(
@@ -83,6 +84,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     )  # fmt: skip
     ctx.save_for_backward(*inputs[: _PARTS - 2], per_expert_scale, *output[1:])
     ctx.numbers, ctx.routing = inputs[_PARTS - 2 : _PARTS], (spec, topk, backend)  # type: ignore[attr-defined] # a bag by design
+    ctx.replayed = inputs[_PARTS + _ROUTED - 1] is not None  # type: ignore[attr-defined] # likewise
     ctx.mark_non_differentiable(output[1])
 
 
@@ -100,13 +102,13 @@ def _backward(
     # The columns after the K selected belong to shared experts, whose weights are constants.
     of_logits, of_scale = torch.ops.moe_routing.route_backward(
         grad_weights[:, :topk].contiguous(), logits, ids[:, :topk].contiguous(), per_expert_scale,
-        spec, who_routes(backend),
+        spec, who_routes(backend), ctx.replayed,
     )  # fmt: skip
     projection = Projection(*tensors, *ctx.numbers)
     with in_full(projection.hidden.device):
         gradients = logits_backward(projection, of_logits.float() + grad_logits.float())
     of_scale = None if per_expert_scale is None else of_scale
-    return (*gradients, None, None, of_scale, *((None,) * 12))
+    return (*gradients, None, None, of_scale, *((None,) * 13))
 
 
 _LIBRARY.impl("gate", _gate, "CompositeExplicitAutograd")

@@ -39,6 +39,7 @@ class GateProblem:
     :ivar logits_dtype: what logits are rounded to before selection, one of ``FLOATS``.
     :ivar ids_dtype: ``"int32"`` or ``"int64"``.
     :ivar invariant: whether the bits of a row may not depend on the other rows.
+    :ivar operands: as of ``RoutingProblem``.
     """
 
     operation: ClassVar[str] = "gate"
@@ -55,6 +56,7 @@ class GateProblem:
     logits_dtype: str = "float32"
     ids_dtype: str = "int32"
     invariant: bool = True
+    operands: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Require what ``gate`` takes.
@@ -89,6 +91,7 @@ class GateProblem:
             topk=self.topk,
             dtype=self.logits_dtype,
             ids_dtype=self.ids_dtype,
+            operands=self.operands,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +111,7 @@ class GateProblem:
             "logits_dtype": self.logits_dtype,
             "ids_dtype": self.ids_dtype,
             "invariant": self.invariant,
+            "operands": sorted(self.operands),
         }
 
     def __str__(self) -> str:
@@ -122,6 +126,7 @@ class GateProblem:
                 (f"logits={self.logits_dtype}", self.logits_dtype != "float32"),
                 (self.ids_dtype, self.ids_dtype != "int32"),
                 ("not invariant", not self.invariant),
+                (f"with {', '.join(sorted(self.operands))}", bool(self.operands)),
             )
             if said
         )

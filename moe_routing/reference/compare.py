@@ -48,7 +48,9 @@ class Operands(TypedDict, total=False):
     token_ids: Tensor | None
     expert_table: Tensor | None
     num_valid_tokens: int | Tensor | None
+    valid: Tensor | None
     expert_map: Tensor | None
+    ids: Tensor | None
 
 
 @dataclass(slots=True)
@@ -154,15 +156,19 @@ def _shape_problems(
 def _padding(spec: RoutingSpec, logits: Tensor, operands: Operands) -> Tensor:
     """Tell which rows ``[T]`` are padding.
 
-    Those past ``num_valid_tokens``, and those to which the table gives no experts.
+    Those past ``num_valid_tokens``, and those to which the table or the record gives no experts.
     """
-    num_tokens, valid = len(logits), operands.get("num_valid_tokens")
-    padding = torch.arange(num_tokens, device=logits.device) >= (
-        num_tokens if valid is None else min(int(valid), num_tokens)
-    )
+    mask = operands.get("valid")
+    said = operands.get("num_valid_tokens") if mask is None else mask
+    padding = ~oracle.valid_rows(said, len(logits), logits.device)
+    recorded = operands.get("ids")
+    recorded = None if recorded is None else recorded.long()
     if spec.selection == "token_table":
         table = {name: operands.get(name) for name in ("token_ids", "expert_table")}
-        padding |= (oracle.select(spec, logits, 0, **table) < 0).any(-1)  # type: ignore[arg-type] # two tensors
+        without = (oracle.select(spec, logits, 0, **table) < 0).any(-1)  # type: ignore[arg-type] # two tensors
+        padding |= without if recorded is None else without & (recorded == -1).all(-1)
+    if recorded is not None:
+        padding |= ((recorded < -1) | (recorded >= logits.shape[1])).any(-1)
     return padding
 
 
@@ -191,7 +197,12 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
     l = logits.detach()[part].to(home)
     ids = logical_ids(output.ids[part].to(home).long(), operands.get("expert_map"))
     weights = output.weights.detach()[part].to(home).double()
-    found.problems += _id_problems(spec, ids, topk, num_experts, rows)
+    recorded = _at(operands.get("ids"), home)
+    recorded = None if recorded is None else recorded[part].long()
+    usual = rows.new_ones(len(rows), dtype=torch.bool, device=home)
+    if recorded is not None:
+        usual = (recorded == -1).all(-1)
+    found.problems += _id_problems(spec, ids, topk, num_experts, rows, usual)
     found.problems += _shared_problems(spec, weights, topk, rows)
     if not found.ok:
         return
@@ -205,13 +216,16 @@ def _compare_rows(  # noqa: PLR0913, PLR0917 -- private; the caller's own argume
         scale = scale.float()  # PyTorch hardly computes in 8-bit formats
     tokens = None if token_ids is None else token_ids[part]
     exact = oracle.select(spec, l, topk, bias=bias, token_ids=tokens, expert_table=table)
+    if recorded is not None:
+        exact = oracle.replayed(recorded, exact, num_experts)
     for row in (ids != exact).any(-1).nonzero().flatten().tolist():
-        problem = _row_problem(
-            spec,
-            l[row : row + 1].cpu(),
-            _at(bias, torch.device("cpu")),
-            ids[row].tolist(),
-            exact[row].tolist(),
+        got, expected = ids[row].tolist(), exact[row].tolist()
+        problem = (
+            _row_problem(
+                spec, l[row : row + 1].cpu(), _at(bias, torch.device("cpu")), got, expected
+            )
+            if usual[row]
+            else f"ids {got} are not the recorded {expected}"
         )
         if problem:
             found.problems.append(f"row {int(rows[row])}: {problem}")
@@ -277,16 +291,20 @@ def logical_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
     return torch.where(physical[place] == ids, logical[place], -1)
 
 
-def _id_problems(
-    spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, rows: Tensor
+def _id_problems(  # noqa: PLR0913, PLR0917 -- likewise
+    spec: RoutingSpec, ids: Tensor, topk: int, num_experts: int, rows: Tensor, usual: Tensor
 ) -> Iterator[str]:
+    """Say which ids no selection gives.
+
+    :param usual: tells which rows are selected; the ids of the others were recorded.
+    """
     routed = ids[:, :topk]
-    outside = ((routed < 0) | (routed >= num_experts)).any(-1)
+    outside = ((routed < 0) | (routed >= num_experts)).any(-1) & usual
     if outside.any():
         row = int(outside.nonzero()[0])
         yield f"row {int(rows[row])}: ids {routed[row].tolist()} are not all in [0, {num_experts})"
     ordered = routed.sort(dim=-1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1) & usual
     if twice.any() and spec.selection != "token_table":
         row = int(twice.nonzero()[0])
         yield f"row {int(rows[row])}: ids {routed[row].tolist()} are not unique"
@@ -310,13 +328,13 @@ def _weight_problems(  # noqa: PLR0913, PLR0917 -- private; the caller's own arg
     scales = (
         exact.new_full(exact.shape, abs(spec.scale))
         if scale is None
-        else abs(spec.scale) * scale.double().abs()[ids]
+        else abs(spec.scale) * scale.double().abs()[ids.clamp(min=0)]
     )
     tolerance = (
         ATOL * scales.masked_fill(~scales.isfinite(), 0.0)
-        + (RTOL + error_bounds.weight_error(spec, l, ids)) * exact.abs()
+        + (RTOL + error_bounds.weight_error(spec, l, ids.clamp(min=0))) * exact.abs()
         + error_bounds.FLUSHED
-    )
+    ).masked_fill(ids < 0, 0.0)  # a slot without an expert has weight 0, and no other
     low = high = exact
     if spec.selection == "sparsemixer":
         # The mask compares a float32 quotient with a threshold: one subtraction, one division, the

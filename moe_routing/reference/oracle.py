@@ -35,7 +35,9 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
     token_ids: Tensor | None = None,
     expert_table: Tensor | None = None,
     num_valid_tokens: int | Tensor | None = None,
+    valid: Tensor | None = None,
     expert_map: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> RoutingOutput:
     """Route ``logits [T, E]`` in float64, by the definition.
 
@@ -54,15 +56,18 @@ def route(  # noqa: PLR0913 -- the operands of the maths, as in Router.__call__
         return theirs(
             spec, logits, topk, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
             expert_table=expert_table, num_valid_tokens=num_valid_tokens, expert_map=expert_map,
+            **{name: o for name, o in (("ids", ids), ("valid", valid)) if o is not None},
         )  # fmt: skip
-    ids = select(spec, logits, topk, bias=bias, token_ids=token_ids, expert_table=expert_table)
-    weights = weights_at(spec, logits, ids, per_expert_scale=per_expert_scale)
+    chosen = select(spec, logits, topk, bias=bias, token_ids=token_ids, expert_table=expert_table)
+    if ids is not None:
+        chosen = replayed(ids, chosen, logits.shape[1])
+    weights = weights_at(spec, logits, chosen, per_expert_scale=per_expert_scale)
     return finish(
         spec,
         weights,
-        ids,
+        chosen,
         logits.shape[1],
-        num_valid_tokens=num_valid_tokens,
+        num_valid_tokens=num_valid_tokens if valid is None else valid,
         expert_map=expert_map,
     )
 
@@ -99,6 +104,17 @@ def select(  # noqa: PLR0913 -- the operands of selection
     elif spec.grouped:
         keys = _keep_best_groups(spec, keys, judged_by(spec, logits, keys))
     return descending(keys)[:, :topk]
+
+
+def replayed(recorded: Tensor, usual: Tensor, num_experts: int) -> Tensor:
+    """Return the recorded ids ``[T, K]``, and the usual ones in rows without a record.
+
+    A row with a recorded id outside [-1, E) has no experts.
+    """
+    recorded = recorded.long()
+    ids = torch.where((recorded == -1).all(-1, keepdim=True), usual, recorded)
+    wrong = ((recorded < -1) | (recorded >= num_experts)).any(-1, keepdim=True)
+    return ids.masked_fill(wrong, -1)
 
 
 def _from_table(token_ids: Tensor, expert_table: Tensor, num_experts: int) -> Tensor:
@@ -184,7 +200,7 @@ def weights_at(
 ) -> Tensor:
     """Return the float64 weights ``[T, K]`` of the logical ``ids``, whoever selected them.
 
-    0 in rows of -1.
+    0 in slots of -1, which have no expert.
 
     A renormalisation without epsilon and floor is a ratio of exact scores, hence a softmax over
     their logarithms. ``per_expert_scale`` is rounded to float32, and multiplies as IEEE 754 says:
@@ -192,15 +208,18 @@ def weights_at(
     is 0 whatever its scale.
     """
     x = transformed(spec, clean(logits))
-    padding, ids = (ids < 0).any(-1, keepdim=True), ids.clamp(min=0)
+    absent, ids = ids < 0, ids.clamp(min=0)
+    # What no sum counts; a row without any expert has weights 0 in the end, and must not be 0/0.
+    uncounted = absent & ~absent.all(-1, keepdim=True)
     if spec.selection == "sparsemixer":
-        weights = _sparsemixer_weights(spec, clean(logits), ids)
+        weights = _sparsemixer_weights(spec, clean(logits), ids, uncounted)
     elif spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor):
         # The denominator of softmax itself cancels.
         log_ratios = x if spec.score == "softmax" else log_scores(spec, x)
-        weights = torch.softmax(log_ratios.gather(1, ids), dim=-1)
+        of_selected = log_ratios.gather(1, ids).masked_fill(uncounted, -torch.inf)
+        weights = torch.softmax(of_selected, dim=-1)
     else:
-        weights = log_scores(spec, x).gather(1, ids).exp()
+        weights = log_scores(spec, x).gather(1, ids).exp().masked_fill(uncounted, 0.0)
         if spec.renormalize:
             weights = weights / (weights.sum(-1, keepdim=True) + spec.renorm_epsilon).clamp(
                 min=spec.renorm_floor
@@ -208,17 +227,22 @@ def weights_at(
     weights = weights * spec.scale
     if per_expert_scale is not None:
         weights = weights * per_expert_scale.float().double()[ids]
-    return weights.where(ids < logits.shape[1] - spec.zero_experts, 0.0).masked_fill(padding, 0.0)
+    return weights.where(ids < logits.shape[1] - spec.zero_experts, 0.0).masked_fill(absent, 0.0)
 
 
-def _sparsemixer_weights(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Tensor:
+def _sparsemixer_weights(spec: RoutingSpec, l: Tensor, ids: Tensor, absent: Tensor) -> Tensor:
     """Return the weight of each round.
 
-    A softmax over the entries within ``2 * jitter`` of the round's best.
+    A softmax over the entries within ``2 * jitter`` of the round's best. An expert that was
+    recorded may be none of those: its weight is 0. A round without an expert takes none away.
     """
     weights = []
     for k in range(ids.shape[1]):
-        left = l.scatter(1, ids[:, :k], -torch.inf)
+        left = l
+        for before in range(k):
+            taken = torch.zeros_like(l, dtype=torch.bool)
+            taken = taken.scatter(1, ids[:, before : before + 1], ~absent[:, before : before + 1])
+            left = left.masked_fill(taken, -torch.inf)
         best = left.detach().amax(-1, keepdim=True)
         # 0/0 is NaN, which is not > 2 * jitter.
         ratio = (best - left.detach()) / left.detach().abs().maximum(best)
@@ -241,16 +265,23 @@ def finish(  # noqa: PLR0913 -- the operands of the last steps
         shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=ids.device)
         ids = torch.cat([ids, shared.expand(len(ids), -1)], dim=1)
         weights = torch.cat([weights, weights.new_ones(len(ids), spec.shared_experts)], dim=1)
-    padding = (ids < 0).any(-1, keepdim=True)
+    absent = ids < 0
+    padding = absent[:, : ids.shape[1] - spec.shared_experts].all(-1, keepdim=True)
     if num_valid_tokens is not None:
-        if not isinstance(num_valid_tokens, torch.Tensor):
-            num_valid_tokens = min(num_valid_tokens, len(ids))  # which may be beyond int64
-        padding = padding | (
-            torch.arange(len(ids), device=ids.device) >= num_valid_tokens
-        ).unsqueeze(1)
+        padding = padding | ~valid_rows(num_valid_tokens, len(ids), ids.device).unsqueeze(1)
     if expert_map is not None:
-        ids = expert_map.long()[ids.clamp(min=0)]
+        ids = expert_map.long()[ids.clamp(min=0)].masked_fill(absent, -1)
     return RoutingOutput(weights.masked_fill(padding, 0.0), ids.masked_fill(padding, -1))
+
+
+def valid_rows(
+    num_valid_tokens: int | Tensor | None, num_tokens: int, device: torch.device
+) -> Tensor:
+    """Tell which rows ``[T]`` are no padding: those before the number, or those of the mask."""
+    if isinstance(num_valid_tokens, torch.Tensor) and num_valid_tokens.dtype is torch.bool:
+        return num_valid_tokens.to(device)
+    most = num_tokens if num_valid_tokens is None else min(int(num_valid_tokens), num_tokens)
+    return torch.arange(num_tokens, device=device) < most
 
 
 def descending(keys: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_routing.kernel import is_mask
 from moe_routing.reference.compare import compare, renaming_problems
 from moe_routing_registry.containment import PluginFailure, contained
 from moe_routing_registry.locks import ForkSafeLock
@@ -196,7 +197,11 @@ def _compare(  # noqa: PLR0913, PLR0917 -- private; the caller's own arguments
     logits, expert_map, _ = part.pop("logits"), part.pop("expert_map"), part.pop("out")
     if part["token_ids"] is not None:
         part["token_ids"] = part["token_ids"][rows]
-    if part["num_valid_tokens"] is not None:
+    if part["ids"] is not None:
+        part["ids"] = part["ids"][rows]
+    if is_mask(part["num_valid_tokens"]):
+        part["valid"] = part.pop("num_valid_tokens")[rows]
+    elif part["num_valid_tokens"] is not None:
         part["num_valid_tokens"] = max(0, int(part["num_valid_tokens"]) - rows.start)
     if expert_map is None:
         return compare(spec, logits[rows], topk, _rows(output, rows), **part)

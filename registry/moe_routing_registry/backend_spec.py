@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_routing_registry import _fields
 from moe_routing_registry.device import DeviceInfo
+from moe_routing_registry.problem import OPTIONAL_OPERANDS
 from moe_routing_registry.routing_spec import SCORES, RoutingSpec
 from moe_routing_registry.text import refusal, require_name
 from moe_routing_registry.verdict import RejectCode, Verdict
@@ -23,7 +24,7 @@ API_VERSION = 1
 
 CAPABILITIES = (
     "compile", "cuda_graphs", "dtype", "family", "gradients", "invariance", "large_sizes", "layout",
-    "several_devices", "shape",
+    "operands", "several_devices", "shape",
 )  # fmt: skip
 """What a backend may leave out deliberately, and state in its spec."""
 
@@ -196,6 +197,9 @@ class BackendSpec:
     :ivar families: names of the families that it serves, or ``None`` for every one that
         ``supports`` accepts, except another distribution's with an oracle of its own: only a
         backend that names such a family is known to compute what that says.
+    :ivar operands: which of ``OPTIONAL_OPERANDS`` its kernels of ``route`` and ``gate`` take. It is
+        not asked about a call that brings another: a kernel written before there was such an
+        operand is never handed one.
     :ivar requirements: PEP 508 strings, checked against installed metadata, never by importing.
     :ivar priority: higher is tried first. Below 0, which is the default, it is never chosen unless
         it is named: an installed backend changes nothing until somebody chooses it. Built in: eager
@@ -220,6 +224,7 @@ class BackendSpec:
     targets: tuple[Target, ...]
     api_version: int = API_VERSION
     families: frozenset[str] | None = None
+    operands: frozenset[str] = frozenset()
     requirements: tuple[str, ...] = ()
     priority: int = -1
     supports: SupportRule | None = field(default=None, compare=False)
@@ -243,6 +248,11 @@ class BackendSpec:
             else frozenset(
                 _fields.each(
                     "families", families, frozenset, "a frozenset of names, or None", require_name
+                )
+            ),
+            operands=frozenset(
+                _fields.each(
+                    "operands", self.operands, frozenset, _EXPECTED_OPERANDS, _optional_operand
                 )
             ),
             requirements=tuple(
@@ -281,6 +291,16 @@ class BackendSpec:
                 )
 
 
+_EXPECTED_OPERANDS = f"a frozenset of names among {', '.join(OPTIONAL_OPERANDS)}"
+
+
+def _optional_operand(name: str, value: object) -> str:
+    plain = _fields.text(name, value)
+    if plain not in OPTIONAL_OPERANDS:
+        raise ValueError(refusal(name, _EXPECTED_OPERANDS, plain))
+    return plain
+
+
 def _target(name: str, value: object) -> Target:
     return _fields.exactly(name, value, Target, "a tuple of at least one Target")
 
@@ -311,9 +331,10 @@ class FamilySpec:
     :ivar source: paper, model or project that the formula comes from.
     :ivar models: model names (transformers' ``model_type``) that are this family with other values.
     :ivar oracle: ``"package.module:attribute"`` of a float64 oracle that is called like
-        ``moe_routing.reference.oracle.route``, for maths that the fields of ``RoutingSpec`` cannot
-        say; ``""`` to use the kit's own. With one, the family is routed by backends of the same
-        distribution and by those that name it in ``BackendSpec.families``, and by no others.
+        ``moe_routing.reference.oracle.route`` (with ``ids`` and ``valid`` only where they are
+        given), for maths that the fields of ``RoutingSpec`` cannot say; ``""`` to use the kit's
+        own. With one, the family is routed by backends of the same distribution and by those that
+        name it in ``BackendSpec.families``, and by no others.
     """
 
     spec: RoutingSpec

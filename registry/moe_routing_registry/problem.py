@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 Layout = Literal["rows", "strided"]
 
+OPTIONAL_OPERANDS = ("ids", "valid")
+"""Operands of ``route`` that not every backend takes: ``BackendSpec.operands`` names them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingProblem:
@@ -24,6 +27,7 @@ class RoutingProblem:
     :ivar training: whether gradients must flow from the weights.
     :ivar layout: ``"rows"`` where the experts of a row lie next to each other (any row stride),
         else ``"strided"``.
+    :ivar operands: which of ``OPTIONAL_OPERANDS`` a call brings.
     """
 
     operation: ClassVar[str] = "route"
@@ -35,6 +39,7 @@ class RoutingProblem:
     ids_dtype: str = "int32"
     training: bool = False
     layout: Layout = "rows"
+    operands: frozenset[str] = frozenset()
 
     @property
     def family(self) -> str:
@@ -53,6 +58,7 @@ class RoutingProblem:
             "ids_dtype": self.ids_dtype,
             "training": self.training,
             "layout": self.layout,
+            "operands": sorted(self.operands),
         }
 
     def __str__(self) -> str:
@@ -63,6 +69,7 @@ class RoutingProblem:
                 (self.ids_dtype, self.ids_dtype != "int32"),
                 ("training", self.training),
                 ("strided", self.layout != "rows"),
+                (f"with {', '.join(sorted(self.operands))}", bool(self.operands)),
             )
             if said
         )

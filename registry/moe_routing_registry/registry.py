@@ -263,7 +263,7 @@ class Registry:
 
         The second item is a traceback, mostly empty.
         """
-        cheap = (self._permitted, _offers, _matches, self._serves, _requires)
+        cheap = (self._permitted, _offers, _matches, self._serves, _takes, _requires)
         for rule in cheap:
             verdict = rule(backend, problem, device, request)
             if not verdict:
@@ -461,6 +461,16 @@ def _chosen_by_itself(backend: BackendSpec, device: DeviceInfo) -> bool:
     return backend.priority >= 0 and any(
         t.match(device) and not t.explicit for t in backend.targets
     )
+
+
+def _takes(
+    backend: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request
+) -> Verdict:
+    brought: frozenset[str] = getattr(problem, "operands", frozenset())
+    missing = sorted(brought - backend.operands)
+    if not missing:
+        return Verdict.yes()
+    return Verdict.no(RejectCode.OPERANDS, f"takes no operand {' or '.join(missing)}")
 
 
 def _requires(

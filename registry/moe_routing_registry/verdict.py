@@ -48,6 +48,8 @@ class RejectCode(str, Enum):
     """E or K is outside its range."""
     LAYOUT = "layout"
     """It does not take these strides."""
+    OPERANDS = "operands"
+    """It does not take an operand that a call brings: recorded ``ids``, for example."""
     INVARIANCE = "invariance"
     """It has no order of summation that is the same for every number of tokens."""
     TRAINING = "training"

@@ -34,6 +34,7 @@ def test_a_check_that_is_not_about_some_variants_alone_runs_on_every_family():
         "biases_that_are_not_finite_follow_the_rule": "biases",
         "biases_of_every_value_are_ranked_right": "biases",
         "masked_experts_come_last": "biases",
+        "a_bias_does_not_weigh_what_is_recorded": "biases",
         "scales_of_every_sign_are_used": "scales of experts",
         "scales_that_are_not_finite_scale_their_expert_alone": "scales of experts",
         "scales_that_are_not_finite_spoil_no_other_gradient": "scales of experts",

@@ -48,6 +48,7 @@ def moe_routing_backends() -> list[BackendSpec]:
                 "combine": "moe_routing_backends.eager.permutation:build_combine",
             },
             targets=(Target(ANY),),
+            operands=frozenset({"ids", "valid"}),
             priority=0,
             supports=supports,
             notes=notes,

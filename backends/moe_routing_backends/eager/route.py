@@ -94,25 +94,31 @@ class EagerKernel:
 
         So the keys of a piece stay in a core's cache.
         """
-        logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+        logits, scale, bias, token_ids, expert_table, valid, expert_map, recorded, out = operands
         spec, topk, most = self._spec, self._topk, self._rows_at_a_time
         select = select or self._select
         if most is None or len(logits) <= most or token_ids is not None:
             weights, ids = route(
                 spec, topk, logits, select=select,
                 per_expert_scale=scale, bias=bias, token_ids=token_ids, expert_table=expert_table,
+                recorded=recorded,
             )  # fmt: skip
         else:
+            pieces = logits.split(most)
+            records = [None] * len(pieces) if recorded is None else recorded.split(most)
             parts = [
-                route(spec, topk, rows, select=select, per_expert_scale=scale, bias=bias)
-                for rows in logits.split(most)
-            ]
+                route(
+                    spec, topk, rows, select=select,
+                    per_expert_scale=scale, bias=bias, recorded=record,
+                )
+                for rows, record in zip(pieces, records, strict=True)
+            ]  # fmt: skip
             weights, ids = (
-                [torch.cat([part for (part,) in pieces])] for pieces in zip(*parts, strict=True)
+                [torch.cat([part for (part,) in column])] for column in zip(*parts, strict=True)
             )
         result = finish(
             spec, weights, ids, num_experts=self._num_experts, ids_dtype=self._ids_dtype,
-            num_valid_tokens=valid, expert_map=expert_map,
+            num_valid_tokens=valid, expert_map=expert_map, replayed=recorded is not None,
         )  # fmt: skip
         if out is None:
             return result

@@ -60,6 +60,7 @@ def moe_routing_backends() -> list[BackendSpec]:
                 "permute": "moe_routing_backends.torch_compile.permutation:build_permute",
                 "combine": "moe_routing_backends.torch_compile.permutation:build_combine",
             },
+            operands=frozenset({"ids", "valid"}),
             targets=(Target(ACCELERATOR), Target("cpu", explicit=True)),
             priority=50,
             supports=supports,

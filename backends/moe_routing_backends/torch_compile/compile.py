@@ -69,6 +69,8 @@ When there are more, remembering begins anew.
 """
 OTHERS = Operands._fields[1:-1]
 """Names of the operands but for the logits and ``out``."""
+PER_TOKEN = ("token_ids", "ids", "num_valid_tokens")
+"""Operands that may have a row for each token."""
 _POINT = 2.0**44
 """Scale of sums in fixed point: int64 holds the sum of 2**18 numbers up to 1, each to 2**-44.
 
@@ -207,6 +209,12 @@ class CompiledRouter:
         if spec.selection == "token_table":
             operands["token_ids"] = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
             operands["expert_table"] = torch.arange(self._problem.topk, device=self._device)[None]
+        if "ids" in self._problem.operands:
+            shape = (num_tokens, self._problem.topk)
+            operands["ids"] = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        if "valid" in self._problem.operands:
+            mask = torch.ones(num_tokens, dtype=torch.bool, device=self._device)
+            operands["num_valid_tokens"] = mask
         return operands
 
     def _through_dynamo(
@@ -229,7 +237,11 @@ class CompiledRouter:
             if graph not in self._compiled:
                 self._compiled[graph] = self._compile()
             if num_tokens > 1:
-                torch._dynamo.mark_dynamic(logits, 0)  # noqa: SLF001 -- torch documents it under this name
+                # A record or a mask is compared with the logits and the token ids, row by row.
+                related = PER_TOKEN if self._problem.operands else ()
+                for tensor in (logits, *[operands[name] for name in related if name in operands]):
+                    if tensor.numel() >= num_tokens:  # a number of valid tokens is one element
+                        torch._dynamo.mark_dynamic(tensor, 0)  # noqa: SLF001 -- torch documents it under this name
             result = self._compiled[graph](logits, **operands)
             direct = self._seen.pop().as_direct(logits, operands, result) if self._seen else None
             if len(self._direct) >= MOST_KINDS:
@@ -245,10 +257,12 @@ class CompiledRouter:
 
         def formula(logits: Tensor, **operands: Tensor) -> RoutingOutput:
             behind = {name: operands.pop(name, None) for name in ("num_valid_tokens", "expert_map")}
-            weights, ids = route(spec, topk, logits, select=select, **operands)
+            recorded = operands.pop("ids", None)
+            weights, ids = route(spec, topk, logits, select=select, recorded=recorded, **operands)
             return finish(
-                spec, weights, ids, num_experts=num_experts, ids_dtype=ids_dtype, **behind
-            )
+                spec, weights, ids, num_experts=num_experts, ids_dtype=ids_dtype,
+                replayed=recorded is not None, **behind,
+            )  # fmt: skip
 
         # Dynamo keeps its graphs, and counts its recompilations, by code object: each problem needs
         # its own.

@@ -11,6 +11,7 @@ from moe_routing.conformance.checks import (
     memory,
     operands,
     repeat,
+    replay,
     sizes,
     state,
     streams,
@@ -31,5 +32,5 @@ def named(name: str) -> Check:
 __all__ = [
     "ROUTE",
     "arguments", "fields", "honesty", "memory", "named", "operands", "repeat",
-    "sizes", "state", "streams", "traced", "values",
+    "replay", "sizes", "state", "streams", "traced", "values",
 ]  # fmt: skip

@@ -173,6 +173,23 @@ WRONG = (
         "num_valid_tokens", "of uint8", "softmax_topk",
         lambda call: call.logits.new_zeros(1, dtype=torch.uint8),
     ),
+    Wrong("valid", "a list", "softmax_topk", lambda _: [True] * T),
+    Wrong("valid", "of integers", "softmax_topk", lambda call: call.logits[:, 0].long()),
+    Wrong("valid", "of one row too few", "softmax_topk", lambda call: call.logits[1:, 0] > 0),
+    Wrong("valid", "of rank 2", "softmax_topk", lambda call: call.logits > 0),
+    Wrong("num_valid_tokens", "a mask", "softmax_topk", lambda call: call.logits[:, 0] > 0),
+    Wrong("ids", "a list", "softmax_topk", lambda _: [[0] * K] * T),
+    Wrong("ids", "of floats", "softmax_topk", lambda call: call.logits[:, :K]),
+    Wrong("ids", "of bools", "softmax_topk", lambda call: call.logits[:, :K] > 0),
+    Wrong(
+        "ids", "of one row too few", "softmax_topk",
+        lambda call: _outputs(call, tokens=T - 1)[1],
+    ),
+    Wrong(
+        "ids", "of shared slots too", "gemma4/shared",
+        lambda call: _outputs(call, columns=K + 2)[1],
+    ),
+    Wrong("ids", "of rank 1", "softmax_topk", lambda call: _outputs(call)[1][0]),
     Wrong("ids_dtype", "int16", "softmax_topk", lambda _: torch.int16),
     Wrong("out", "of one row too few", "softmax_topk", lambda call: _outputs(call, tokens=T - 1)),
     Wrong(

@@ -58,6 +58,8 @@ class Problems:
         )
         yield plain, False
         yield plain, True
+        yield plain.but(recorded=True, num_tokens=9), False
+        yield plain.but(valid="mask", num_tokens=9), False
         if self.profile == "smoke":
             return
         yield plain.but(layout="transposed"), False
@@ -199,7 +201,7 @@ def _routes_right(under_test: BackendUnderTest, case: Case, kernel: Kernel) -> b
     call = case.but(num_tokens=33).make(under_test.device)  # three rows can be right by chance
     try:
         with contained("its kernel"):
-            must_match(call, kernel(call.logits, **call.operands))
+            must_match(call, kernel(call.logits, **call.launched))
     except PluginFailure:  # whatever a kernel raises on what it declined: it cannot do it
         return False
     return True

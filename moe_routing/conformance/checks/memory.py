@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_routing.conformance.cases import Case
-from moe_routing.conformance.checks import _sets
+from moe_routing.conformance.checks import _sets, traced
 from moe_routing.conformance.checks._check import check, require
 from moe_routing.conformance.under_test import NotRunError, must_match, outputs, same_bits
 from moe_routing.conformance.variants import VARIANTS
@@ -181,6 +182,56 @@ def no_tokens_give_empty_outputs(under_test: BackendUnderTest, case: Case) -> No
 
 
 BY_TABLE = [variant for variant, spec in VARIANTS.items() if spec.selection == "token_table"]
+
+
+def _masked(profile: Profile) -> Iterator[Case]:
+    for case in _sets.of_every_family(profile):
+        yield case.but(valid="mask")
+        yield case.but(valid="mask", mapped=True, recorded=True, ids_dtype="int64")
+    for case in _sets.of_every_variant("smoke", variants=_sets.FEW[:2]):
+        yield case.but(valid="mask", num_tokens=1)
+        yield case.but(valid="mask", num_tokens=0)
+
+
+@check(13, _masked)
+def a_mask_says_which_rows_are_padding(under_test: BackendUnderTest, case: Case) -> None:
+    """Rows where ``valid`` is False are blank, whatever they hold; the others are as without it."""
+    call = case.make(under_test.device)
+    drawn = call.operands["valid"]
+    assert drawn is not None  # noqa: S101 -- for mypy: the case has a mask
+    apart = torch.stack((drawn, ~drawn), dim=1)[:, 0]
+    plain = under_test.check(call.but(valid=None))
+    for what, mask in (
+        ("drawn", drawn),
+        ("its opposite", ~drawn),
+        ("with strides", apart),
+        ("all True", torch.ones_like(drawn)),
+        ("all False", torch.zeros_like(drawn)),
+    ):
+        some = replace(call, logits=call.logits.clone())
+        some.logits[~mask] = torch.nan
+        output = under_test.route(some.but(valid=mask))
+        must_match(some.but(valid=mask), output)
+        for name, got, expected in zip(("weights", "ids"), output, plain, strict=True):
+            same = same_bits(got[mask], expected[mask])
+            require(same, f"a mask, {what}: {name} of its rows are not those without it")
+
+
+@check(13, _sets.of_every_family, capability="gradients")
+def gradients_of_masked_rows_are_zero(under_test: BackendUnderTest, case: Case) -> None:
+    """No gradient comes from a row where ``valid`` is False."""
+    masked = case.but(valid="mask")
+    traced.compare_gradients(under_test, masked, masked.make(under_test.device))
+
+
+@check(13, _sets.of_every_family, capability="compile")
+def masks_are_traced(under_test: BackendUnderTest, case: Case) -> None:
+    """A compiled call gives the bits of the plain one; export and opcheck pass."""
+    masked = case.but(valid="mask")
+    traced.compiles_as_one_graph(under_test, masked)
+    traced.exports(under_test, masked)
+    traced.the_operator_passes_opcheck(under_test, masked)
+    traced.the_operator_of_training_passes_opcheck(under_test, masked)
 
 
 @check(13, _sets.where(_sets.of_every_variant, variants=BY_TABLE))

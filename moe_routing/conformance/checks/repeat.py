@@ -25,6 +25,8 @@ def _batches(profile: Profile) -> Iterator[Case]:
     yield from _sets.of_every_variant("smoke", tokens=tokens)
     if profile != "smoke":
         yield from _sets.of_every_family("quick", tokens=tokens, dtype="bfloat16")
+        for case in _sets.of_every_family("quick", tokens=tokens):
+            yield case.but(recorded=True)
 
 
 @check(10, _batches)

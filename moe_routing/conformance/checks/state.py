@@ -157,7 +157,7 @@ def _kernel(under_test: BackendUnderTest, call: Call) -> Any:  # noqa: ANN401 --
 
 
 def _operands(call: Call, out: RoutingOutput | None) -> Operands:
-    return Operands(call.logits, out=out, **call.operands)
+    return Operands(call.logits, out=out, **call.launched)
 
 
 @check(11, _sets.of_every_family)

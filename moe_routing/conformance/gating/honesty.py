@@ -96,8 +96,9 @@ def _launch(kernel: Any, call: Call) -> GateOutput:  # noqa: ANN401 -- a GateKer
     hidden, weight = call.projection[:2]
     shape = (len(hidden), len(weight))
     logits = torch.full(shape, torch.nan, dtype=call.logits_dtype, device=call.device)
+    operands: dict[str, Any] = dict(call.operands)
     if isinstance(kernel, GatesAndRoutes):
-        made = kernel.routed(call.projection, logits, **call.operands)
+        made = kernel.routed(call.projection, logits, **operands)
     else:
         kernel(call.projection, logits)
         route = moe_routing.get_router(call.spec, backend="eager")

@@ -152,7 +152,8 @@ def the_operator_passes_opcheck(under_test: BackendUnderTest, case: Case) -> Non
         call.spec.to_json(), call.topk, call.ids_dtype, call.logits_dtype, call.invariant,
         under_test.backend, None, training=True,
     )  # fmt: skip
-    routed = Operands(projection.hidden, **call.operands)
+    given: dict[str, Any] = dict(call.operands)
+    routed = Operands(projection.hidden, **given)
     try:
         with not_raised():
             torch.library.opcheck(

@@ -16,6 +16,7 @@ from mutants import (
     gradients,
     on_cuda,
     operands,
+    replay,
     selection,
     sizes,
     state,
@@ -25,5 +26,5 @@ from mutants._mutant import MUTANTS, Mutant, Reference, registered
 
 __all__ = [
     "MUTANTS", "Mutant", "Reference", "calls", "declining", "fields", "gradients", "on_cuda",
-    "operands", "registered", "selection", "sizes", "state", "weights",
+    "operands", "registered", "replay", "selection", "sizes", "state", "weights",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing._registry import registry
-from moe_routing.kernel import RoutingOutput
+from moe_routing.kernel import MASK, REPLAY, RoutingOutput
 from moe_routing.reference import oracle
 from moe_routing_registry import ANY, BackendSpec, Target, Verdict
 
@@ -44,6 +44,8 @@ class Reference:
         logits = self.read(logits)
         selection = {name: operands.get(name) for name in ("bias", "token_ids", "expert_table")}
         ids = self.select(logits, **selection)
+        if operands.get("ids") is not None:
+            ids = self.replay(operands["ids"], ids, logits.shape[1])
         weights = self.weigh(logits, ids, operands.get("bias"), operands.get("per_expert_scale"))
         finish = {name: operands.get(name) for name in ("num_valid_tokens", "expert_map")}
         weights, ids = self.finish(weights, ids, logits.shape[1], **finish)
@@ -64,6 +66,10 @@ class Reference:
     def select(self, logits: Tensor, **operands: Tensor | None) -> Tensor:
         """Return the ids of the selected."""
         return oracle.select(self.spec, logits, self.topk, **operands)
+
+    def replay(self, recorded: Tensor, usual: Tensor, num_experts: int) -> Tensor:
+        """Return the recorded ids, the usual ones in rows without a record."""
+        return oracle.replayed(recorded, usual, num_experts)
 
     def weigh(
         self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
@@ -93,7 +99,7 @@ class Mutant:
         nothing.
     :ivar variants: the variants whose cases are enough to catch it; all of them where empty.
     :ivar operation: what the factory builds kernels of.
-    :ivar gaps: those of its spec.
+    :ivar gaps: those of its spec, like ``operands``.
     :ivar others: factories of other operations, by operation.
     """
 
@@ -105,6 +111,7 @@ class Mutant:
     only_on: str = ""
     operation: str = "route"
     gaps: Mapping[str, str] = field(default_factory=dict)
+    operands: frozenset[str] = REPLAY | MASK
     others: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -119,7 +126,12 @@ MUTANTS: list[Mutant] = []
 
 
 def caught_by(
-    check: str, *variants: str, saying: str, supports: Any = None, only_on: str = ""
+    check: str,
+    *variants: str,
+    saying: str,
+    supports: Any = None,
+    only_on: str = "",
+    operands: frozenset[str] = REPLAY | MASK,
 ) -> Callable[[Any], Any]:
     """Enter a mutant into the table.
 
@@ -128,7 +140,9 @@ def caught_by(
     """
 
     def enter(factory: Any) -> Any:
-        MUTANTS.append(Mutant(factory, check, saying, variants, supports, only_on))
+        MUTANTS.append(
+            Mutant(factory, check, saying, variants, supports, only_on, operands=operands)
+        )
         return factory
 
     return enter
@@ -147,6 +161,7 @@ def registered(mutant: Mutant) -> Iterator[str]:
         targets=(Target(ANY),),
         supports=mutant.supports,
         gaps=mutant.gaps,
+        operands=mutant.operands,
     )
     registry().register(spec)
     try:

@@ -202,3 +202,35 @@ class StrayEntriesOnlyLoseTheirWeight(Reference):
         assert table is not None
         inside = table.clamp(0, logits.shape[1] - 1)
         return oracle.select(self.spec, logits, self.topk, **operands | {"expert_table": inside})
+
+
+@caught_by(
+    "a_mask_says_which_rows_are_padding", "topk_softmax", saying=r"padding: row \d+ needs ids -1"
+)
+class MaskIsItsSum(Reference):
+    """Takes the number of valid tokens for that of a batch that is padded at its end."""
+
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
+        valid = operands["num_valid_tokens"]
+        if isinstance(valid, torch.Tensor) and valid.dtype is torch.bool:
+            operands["num_valid_tokens"] = int(valid.sum())
+        return super().finish(weights, ids, num_experts, **operands)
+
+
+@caught_by(
+    "a_mask_says_which_rows_are_padding",
+    "topk_softmax",
+    saying=r"a mask, drawn: weights of its rows",
+)
+class WeightsOfFewerRows(Reference):
+    """Weighs rows another way if some are padding."""
+
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
+        valid = operands["num_valid_tokens"]
+        if isinstance(valid, torch.Tensor) and valid.dtype is torch.bool:
+            weights = weights * (1 + 2.0**-22)
+        return super().finish(weights, ids, num_experts, **operands)

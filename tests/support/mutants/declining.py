@@ -47,6 +47,16 @@ class DeclinesWhatItCan(Reference):
 @caught_by(
     "what_it_declines_cannot_be_had",
     "topk_softmax",
+    operands=frozenset(),
+    saying="takes no operand ids.*but routes it right",
+)
+class DeclinesRecordsThatItReads(Reference):
+    """Does not say that it takes recorded ids."""
+
+
+@caught_by(
+    "what_it_declines_cannot_be_had",
+    "topk_softmax",
     supports=_decline_strides,
     saying="takes no keyword `unsupported`",
 )

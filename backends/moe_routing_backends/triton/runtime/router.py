@@ -195,7 +195,7 @@ class TritonRouter:
         It takes less host time: all that depends on those is worked out here. This call has been
         routed before. ``None`` where such calls are not launched directly.
         """
-        logits, scale, bias, token_ids, expert_table, valid, expert_map, _ = operands
+        logits, scale, bias, token_ids, expert_table, valid, expert_map, *_ = operands
         T, _ = logits.shape
         row_stride, expert_stride = logits.stride()
         step, launch = self._choose(T, aligned=True)
@@ -218,7 +218,7 @@ class TritonRouter:
         tail: tuple[Any, ...] = (*NO_OPERANDS, T, T, row_stride, expert_stride, vocabulary)
 
         def route(operands: Operands) -> RoutingOutput:
-            logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+            logits, scale, bias, token_ids, expert_table, valid, expert_map, _, out = operands
             if current_device() != index or is_observed():
                 return self._route(operands)
             if out is None:
@@ -252,7 +252,7 @@ class TritonRouter:
 
     def _route(self, operands: Operands) -> RoutingOutput:
         """Route a call that a prepared one does not fit."""
-        logits, scale, bias, token_ids, expert_table, valid, expert_map, out = operands
+        logits, scale, bias, token_ids, expert_table, valid, expert_map, _, out = operands
         return self(
             logits, per_expert_scale=scale, bias=bias, token_ids=token_ids,
             expert_table=expert_table, num_valid_tokens=valid, expert_map=expert_map, out=out,

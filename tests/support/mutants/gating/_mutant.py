@@ -78,15 +78,18 @@ class Fused(Projects):
         *,
         num_valid_tokens: int | Tensor | None = None,
         expert_map: Tensor | None = None,
+        ids: Tensor | None = None,
         **operands: Any,
     ) -> RoutingOutput:
         """Route the logits."""
         problem = self.problem
-        weights, ids = route(problem.spec, problem.topk, logits, select=whole(by_sort), **operands)
+        weights, made = route(
+            problem.spec, problem.topk, logits, select=whole(by_sort), recorded=ids, **operands
+        )
         return finish(
-            problem.spec, weights, ids, num_experts=problem.num_experts,
+            problem.spec, weights, made, num_experts=problem.num_experts,
             ids_dtype=getattr(torch, problem.ids_dtype), num_valid_tokens=num_valid_tokens,
-            expert_map=expert_map,
+            expert_map=expert_map, replayed=ids is not None,
         )  # fmt: skip
 
 
