@@ -17,7 +17,7 @@ from moe_routing._autograd import Rule, recorded
 from moe_routing._call_cache import UNREADABLE, CachedCall, described, is_ordinary, matcher, never
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._operators import CallConfig
-from moe_routing.kernel import NO_OPERANDS, Operands, Prepares, RoutingOutput, WarmsUp
+from moe_routing.kernel import NO_OPERANDS, Operands, Prepares, RoutingOutput, WarmsUp, is_mask
 from moe_routing.planning import routed
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
@@ -335,7 +335,10 @@ class Router:
         """Route logits of any leading shape as rows."""
         selected = self._default_topk() if topk is None else _check.integer("topk", topk)
         rows = _leading.flattened(operands, selected + self.spec.shared_experts)
-        output = self(**rows._asdict(), topk=topk, ids_dtype=ids_dtype)
+        arguments = rows._asdict()
+        if is_mask(rows.num_valid_tokens):
+            arguments["valid"] = arguments.pop("num_valid_tokens")
+        output = self(**arguments, topk=topk, ids_dtype=ids_dtype)
         if operands.out is not None:
             return RoutingOutput(*operands.out)
         return _leading.in_shape(output, operands.logits)

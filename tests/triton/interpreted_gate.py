@@ -8,6 +8,7 @@ often.
 
 import random
 import sys
+from itertools import islice
 
 from interpreter import interpret
 
@@ -19,13 +20,17 @@ import triton.language as tl  # noqa: E402 -- likewise
 from interpreted_permutation import check_around, rows_of, to_fill  # noqa: E402 -- likewise
 
 import moe_routing  # noqa: E402 -- likewise
+from moe_routing.conformance.contract import Item, contract_of  # noqa: E402 -- likewise
+from moe_routing.conformance.runner import backend_under_test, evaluate  # noqa: E402 -- likewise
 from moe_routing.conformance.variants import VARIANTS, fits  # noqa: E402 -- likewise
 from moe_routing.gating import GateOutput, GateProblem, Projection  # noqa: E402 -- likewise
 from moe_routing.reference import gate_oracle  # noqa: E402 -- likewise
+from moe_routing_backends.triton import knows_group_scores  # noqa: E402 -- likewise
 from moe_routing_backends.triton.gating import gate as host  # noqa: E402 -- likewise
 from moe_routing_backends.triton.gating.kernels import parts_of  # noqa: E402 -- likewise
 from moe_routing_backends.triton.gating.launches import GateLaunch  # noqa: E402 -- likewise
 from moe_routing_backends.triton.runtime import router  # noqa: E402 -- likewise
+from moe_routing_registry import RoutingProblem  # noqa: E402 -- likewise
 
 FLOATS = ("bfloat16", "float16", "float32")
 LAUNCHES = (
@@ -48,6 +53,9 @@ def drawn():
     spec = VARIANTS[variant]
     experts, topk = random.choice([(8, 2), (16, 4), (64, 8), (72, 2)])
     if not fits(spec, experts, topk):
+        return drawn()
+    routing = RoutingProblem(spec=spec, num_experts=experts, topk=topk, dtype="float32")
+    if not knows_group_scores(routing):
         return drawn()
     tokens, columns = random.choice([1, 2, 3, 17, 40]), random.choice([1, 8, 96, 255, 256, 520])
     dtype = random.choice(FLOATS)
@@ -154,7 +162,20 @@ def parts_add_up(_device):
         assert torch.equal(parts.bfloat16().float(), parts)
 
 
-CHECKS = {check.__name__: check for check in (gates, has_the_same_bits_in_any_batch, parts_add_up)}
+def conforms(_device):
+    """Run the kit's checks of values, memory and rows out of range, two cases of each."""
+    under_test = backend_under_test("triton", "cpu")
+    for check in contract_of("gate").checks:
+        if check.clause in {1, 2, 3, 4, 5}:
+            for case in islice(check.cases("smoke"), 2):
+                result = evaluate(Item(check, case), under_test)
+                assert result.status == "passed", (check.name, result.case, result.message)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (conforms, gates, has_the_same_bits_in_any_batch, parts_add_up)
+}
 
 
 def main(seed, check, times):

@@ -32,5 +32,10 @@ def test_a_row_has_the_same_bits_in_any_batch_and_at_any_address():
     interpreted("has_the_same_bits_in_any_batch", 8)
 
 
+@pytest.mark.slow
+def test_the_kit_passes():
+    interpreted("conforms", 1)
+
+
 def test_a_factor_is_the_sum_of_its_parts():
     interpreted("parts_add_up", 2)
