@@ -106,6 +106,14 @@ def test_tangents_are_known():
         assert private_api.carries_tangents()
 
 
+def test_a_tensor_with_a_tangent_is_told_from_others():
+    plain = torch.ones(2)
+    assert not private_api.has_tangent(plain)
+    with forward_ad.dual_level():
+        assert private_api.has_tangent(forward_ad.make_dual(plain, plain))
+        assert not private_api.has_tangent(plain)
+
+
 def test_zero_tensors_are_known():
     assert private_api.is_zero_tensor(torch._efficientzerotensor(3))
     assert not private_api.is_zero_tensor(torch.zeros(3))

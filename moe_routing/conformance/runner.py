@@ -105,7 +105,7 @@ class Report:
         How much was checked, declined and not run, and why.
 
         >>> run("eager", profile="smoke", clauses=[9]).verdict
-        'conforms: 30 checked'
+        'conforms: 33 checked'
         """
         counts = self.counts
         word = (
