@@ -3,10 +3,11 @@
 Models of real shapes with random bf16 weights, on one GPU; nothing is downloaded.
 
 ``python benchmarks/e2e_gemma4.py run OUT.json [--model NAME] [--batches 1,16,64]`` builds the model
-on the GPU and times decode in CUDA graphs, with a static cache, and prefill, in four ways:
+on the GPU and times decode in CUDA graphs, with a static cache, and prefill, in five ways:
 transformers' own code (stock), the algorithm of the published routing kernel (full sort), our
 routing through ``patch`` (routing), and our routing with plan, permute and combine through
-``patch(experts=True)`` (block). A timed decode step is the same step again and again, so that every
+``patch(experts=True)`` (block), and that with the routers' logits by ``patch(experts=True,
+gate=True)`` (gate). A timed decode step is the same step again and again, so that every
 way sends the same tokens to the same experts and equally many experts are read.
 
 The routers and the experts of some layers are timed alone too, in each way and on what they got
@@ -167,16 +168,18 @@ class Bench:
                 router.per_expert_scale.uniform_(0.5, 1.5)
             else:
                 router.weight.normal_(0.0, router.weight.shape[1] ** -0.5)
-        names = ("stock", "full sort", "routing", "block")
+        names = ("stock", "full sort", "routing", "block", "gate")
         self.names = tuple(name for name in names if not tiny or name != "full sort")
 
     @contextmanager
     def way(self, name: str, experts: str) -> Iterator[None]:
         """Compute in that way inside the block; ``experts`` is stock's implementation."""
         self.model.set_experts_implementation(experts)
-        if name in {"routing", "block"}:
-            with patched(self.model, experts=name == "block") as report:
-                if report.left or not all(layer.selected for layer in report.experts):
+        if name in {"routing", "block", "gate"}:
+            gate = name == "gate"
+            with patched(self.model, experts=gate or name == "block", gate=gate) as report:
+                selected = all(layer.selected for layer in report.experts)
+                if report.left or not selected or any(layer.reason for layer in report.gates):
                     raise RuntimeError(str(report))
                 yield
             return
@@ -559,12 +562,12 @@ def plot(source: Path, out: Path) -> None:
     measured = json.loads(source.read_text())
     rows = [row for row in measured["rows"] if row["stage"] == "graph decode"]
     names = [name for name in rows[0]["median_ms"] if name != "stock"]
-    colours = {"full sort": "#f4a261", "routing": "#2a9d8f", "block": "#264653"}
+    colours = {"full sort": "#f4a261", "routing": "#2a9d8f", "block": "#264653", "gate": "#8ab17d"}
     figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
     for offset, name in enumerate(names):
-        places = [index + 0.27 * (offset - 1) for index in range(len(rows))]
+        places = [index + 0.2 * (offset - (len(names) - 1) / 2) for index in range(len(rows))]
         bars = axes.bar(
-            places, [row["less_than_stock_percent"][name] for row in rows], 0.25,
+            places, [row["less_than_stock_percent"][name] for row in rows], 0.19,
             color=colours[name], label=name,
         )  # fmt: skip
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "e2e_gemma4.py"
-WAYS = {"stock", "routing", "block"}
+WAYS = {"stock", "routing", "block", "gate"}
 
 
 @pytest.mark.slow
