@@ -288,7 +288,7 @@ def write(path: Path, what: str, **measured: object) -> None:
     """Write the measured values as JSON, with device, versions and date."""
     about = {
         "what": what,
-        "device": torch.cuda.get_device_name(),
+        "device": probe("cuda:0" if torch.cuda.is_available() else "cpu").name,
         "with": versions(),
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
     }

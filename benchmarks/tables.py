@@ -204,7 +204,26 @@ def compiled_ahead() -> Iterable[str]:
         )
 
 
+def of_batches() -> Iterable[str]:
+    """Yield the rows that depend on their batch, on each device that was tried."""
+    for kind in ("cpu", "h100"):
+        try:
+            held = newest("batches", kind)
+        except FileNotFoundError:
+            continue
+        sizes = list(held["batches"][0]["rows"])
+        yield f"{held['device']}, {held['with'].partition(' and')[0]}, {held['date']}:"
+        yield ""
+        yield f"| router | logits by | {' | '.join(f'in batches of {size}' for size in sizes)} |"
+        yield "|---|---|" + "---:|" * len(sizes)
+        for row in held["batches"]:
+            counts = (f"{n['logits']:,} / {n['experts']:,}" for n in row["rows"].values())
+            yield f"| {row['model']} | {row['way']} | {' | '.join(counts)} |"
+        yield ""
+
+
 TABLES = {
+    "batches": (ROOT / "docs" / "mismatch.md", of_batches),
     "readme": (ROOT / "README.md", in_readme),
     "peers": (ROOT / "docs" / "performance.md", against_peers),
     "families": (ROOT / "docs" / "performance.md", of_families),

@@ -366,12 +366,14 @@ ANYTHING = st.one_of(
 )  # fmt: skip
 ARGUMENTS = (
     "logits", "topk", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
-    "expert_map", "ids_dtype", "out",
+    "valid", "expert_map", "ids", "ids_dtype", "out",
 )  # fmt: skip
 
 
 @given(argument=st.sampled_from(ARGUMENTS), value=ANYTHING)
 @example(argument="num_valid_tokens", value=torch.tensor([[1]]))
+@example(argument="logits", value=torch.zeros(2))
+@example(argument="logits", value=torch.zeros(2, 0, 4))
 @settings(max_examples=300)
 def test_whatever_comes_the_answer_is_right_or_a_type_or_value_error_naming_an_argument(
     argument, value
@@ -385,11 +387,15 @@ def test_whatever_comes_the_answer_is_right_or_a_type_or_value_error_naming_an_a
         refusal = str(error)
     if refusal is None:
         operands = {
-            name: given_arguments.pop(name, None) for name in ("num_valid_tokens", "expert_map")
+            name: given_arguments.get(name) for name in ("num_valid_tokens", "expert_map", "ids")
         }
-        expected = oracle.route(
-            route.spec, given_arguments["logits"], given_arguments["topk"], **operands
-        )
+        if given_arguments.get("valid") is not None:
+            operands["num_valid_tokens"] = given_arguments["valid"]
+        logits = given_arguments["logits"]
+        rows = logits.flatten(0, -2) if logits.dim() > 1 else logits[None]
+        expected = oracle.route(route.spec, rows, given_arguments["topk"], **operands)
+        assert weights.shape == ids.shape == (*logits.shape[:-1], given_arguments["topk"])
+        weights, ids = weights.view(expected.weights.shape), ids.view(expected.ids.shape)
         assert weights.dtype is torch.float32
         torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-6, atol=1e-12)
         assert torch.equal(ids.long(), expected.ids)
