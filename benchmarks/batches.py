@@ -121,7 +121,7 @@ def main() -> None:
             print(f"{name:16} {way:26} {told}", flush=True)
     what = f"rows of {ROWS} whose logits, and whose experts, are not those of the whole batch"
     name = moe_routing.probe(device).name
-    launches.write(out, what, device=name, rows=ROWS, batches=results)
+    launches.write(out, what, device=name, rows=ROWS, by_batch=results)
 
 
 if __name__ == "__main__":

@@ -208,15 +208,15 @@ def of_batches() -> Iterable[str]:
     """Yield the rows that depend on their batch, on each device that was tried."""
     for kind in ("cpu", "h100"):
         try:
-            held = newest("batches", kind)
+            held = newest("by_batch", kind)
         except FileNotFoundError:
             continue
-        sizes = list(held["batches"][0]["rows"])
+        sizes = list(held["by_batch"][0]["rows"])
         yield f"{held['device']}, {held['with'].partition(' and')[0]}, {held['date']}:"
         yield ""
         yield f"| router | logits by | {' | '.join(f'in batches of {size}' for size in sizes)} |"
         yield "|---|---|" + "---:|" * len(sizes)
-        for row in held["batches"]:
+        for row in held["by_batch"]:
             counts = (f"{n['logits']:,} / {n['experts']:,}" for n in row["rows"].values())
             yield f"| {row['model']} | {row['way']} | {' | '.join(counts)} |"
         yield ""
