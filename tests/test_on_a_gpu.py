@@ -96,7 +96,7 @@ def test_without_a_gpu_a_test_that_needs_one_is_skipped_whatever_is_selected():
     )
     assert done.returncode == 0, done.stdout
     assert re.search(
-        r"SKIPPED \[8\] .*: needs an NVIDIA GPU; torch sees none$", done.stdout, re.MULTILINE
+        r"SKIPPED \[\d+\] .*: needs an NVIDIA GPU; torch sees none$", done.stdout, re.MULTILINE
     )
     assert re.search(r"^=+ 8 skipped in ", done.stdout, re.MULTILINE)
 
