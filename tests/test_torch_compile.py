@@ -165,6 +165,20 @@ def test_the_formula_that_is_compiled_conforms():
     assert "torch-compile conforms: " in run(script, TORCHDYNAMO_DISABLE="1")
 
 
+def test_the_tensors_of_a_caller_bear_no_mark_of_dynamo():
+    route = Router(FAMILIES["hash_sqrtsoftplus"].spec, backend="torch-compile")
+    table = torch.arange(2)[None].expand(3, 2).contiguous()
+    given = {
+        "token_ids": torch.zeros(33, dtype=torch.int64),
+        "expert_table": table,
+        "valid": torch.ones(33, dtype=torch.bool),
+        "ids": torch.zeros(33, 2, dtype=torch.int32),
+    }
+    logits = torch.randn(33, 8)
+    route(logits, 2, **given)
+    assert [vars(tensor) for tensor in (logits, *given.values())] == [{}] * 5
+
+
 @pytest.mark.slow
 def test_16_bit_logits_are_routed_by_one_kernel():
     own = GEMMA4.replace(family="in_one_kernel")  # whose kernel no other test has called

@@ -238,8 +238,11 @@ class CompiledRouter:
                 self._compiled[graph] = self._compile()
             if num_tokens > 1:
                 # A record or a mask is compared with the logits and the token ids, row by row.
+                # The mark stays with a tensor: an alias keeps it off the caller's own.
                 related = PER_TOKEN if self._problem.operands else ()
-                for tensor in (logits, *[operands[name] for name in related if name in operands]):
+                aliases = {n: operands[n].detach() for n in related if n in operands}
+                operands = {**operands, **aliases}
+                for tensor in (logits, *aliases.values()):
                     if tensor.numel() >= num_tokens:  # a number of valid tokens is one element
                         torch._dynamo.mark_dynamic(tensor, 0)  # noqa: SLF001 -- torch documents it under this name
             result = self._compiled[graph](logits, **operands)
