@@ -30,9 +30,3 @@ def _declinable() -> Iterator[RoutingProblem]:
 
 ROUTE = Contract(CLAUSES, _problems, declinable=_declinable)
 check = ROUTE.check
-
-
-def require(condition: object, problem: str) -> None:
-    """Raise ``AssertionError``; an ``assert`` statement would vanish under ``python -O``."""
-    if not condition:
-        raise AssertionError(problem)

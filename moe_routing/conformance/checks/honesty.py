@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from moe_routing._registry import registry
 from moe_routing.conformance import gaps
 from moe_routing.conformance.cases import Case
-from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.checks._check import check
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import (
     GAP_OF,
     BackendUnderTest,

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_routing.conformance.cases import Case
 from moe_routing.conformance.checks import _sets, traced
-from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.checks._check import check
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import NotRunError, must_match, outputs, same_bits
 from moe_routing.conformance.variants import VARIANTS
 

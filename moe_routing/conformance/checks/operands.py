@@ -9,8 +9,9 @@ import torch
 from moe_routing._router import Router
 from moe_routing.conformance.cases import Case
 from moe_routing.conformance.checks import _sets
-from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.checks._check import check
 from moe_routing.conformance.checks.sizes import BIASED
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import must_match, outputs, same_bits
 from moe_routing.conformance.variants import VARIANTS
 from moe_routing.reference.compare import renaming_problems

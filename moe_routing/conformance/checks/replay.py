@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_routing.conformance.checks import _sets, traced
-from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.checks._check import check
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import must_match, outputs, same_bits
 from moe_routing.conformance.variants import VARIANTS
 

@@ -12,8 +12,9 @@ import torch
 
 from moe_routing._router import Router
 from moe_routing.conformance.checks import _sets
-from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.checks._check import check
 from moe_routing.conformance.checks.traced import compare_gradients
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import (
     DeclinedError,
     NotApplicableError,

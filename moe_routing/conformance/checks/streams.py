@@ -9,7 +9,8 @@ import torch
 
 from moe_routing.conformance import streams
 from moe_routing.conformance.checks import _sets
-from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.checks._check import check
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import BackendUnderTest, must_match, outputs, same_bits
 
 if TYPE_CHECKING:

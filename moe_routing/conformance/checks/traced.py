@@ -10,7 +10,8 @@ import torch
 from moe_routing._operators import CallConfig, arguments
 from moe_routing.conformance.cases import on_device
 from moe_routing.conformance.checks import _sets
-from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.checks._check import check
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import must_match, same_bits
 from moe_routing.conformance.variants import VARIANTS
 from moe_routing.kernel import Operands as KernelOperands

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_routing.conformance.checks import _sets
-from moe_routing.conformance.checks._check import check, require
+from moe_routing.conformance.checks._check import check
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import NotRunError, must_match, same_bits
 from moe_routing.conformance.variants import VARIANTS
 from moe_routing.kernel import RoutingOutput

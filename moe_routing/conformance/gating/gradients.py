@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.conformance.gating import _sets
-from moe_routing.conformance.gating._check import check, require
+from moe_routing.conformance.gating._check import check
+from moe_routing.conformance.requirements import require
 from moe_routing.reference import gate_oracle, oracle
 from moe_routing.reference.compare import exact_device, logical_ids
 

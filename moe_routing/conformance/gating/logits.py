@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_routing.conformance.gating import _sets
-from moe_routing.conformance.gating._check import check, require
+from moe_routing.conformance.gating._check import check
 from moe_routing.conformance.gating.calls import bits_of, must_be_same
 from moe_routing.conformance.gating.cases import FACTORS, HIDDEN, Case
+from moe_routing.conformance.requirements import require
 from moe_routing.gating import GateOutput
 from moe_routing.gating.problem import FLOATS
 

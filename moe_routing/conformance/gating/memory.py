@@ -9,9 +9,10 @@ import torch
 
 from moe_routing.conformance.cases import LAYOUTS
 from moe_routing.conformance.gating import _sets
-from moe_routing.conformance.gating._check import check, require
+from moe_routing.conformance.gating._check import check
 from moe_routing.conformance.gating.calls import bits_of, must_be_same
 from moe_routing.conformance.gating.cases import FACTORS, Case
+from moe_routing.conformance.requirements import require
 from moe_routing.gating import GateOutput
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import torch
 
 from moe_routing.conformance import streams
 from moe_routing.conformance.gating import _sets
-from moe_routing.conformance.gating._check import check, require
+from moe_routing.conformance.gating._check import check
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.streams import TURNS
 from moe_routing.conformance.under_test import BackendUnderTest
 from moe_routing.gating import GateOutput

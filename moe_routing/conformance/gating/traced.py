@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.conformance.gating import _sets
-from moe_routing.conformance.gating._check import check, require
+from moe_routing.conformance.gating._check import check
 from moe_routing.conformance.gating.calls import must_be_same
+from moe_routing.conformance.requirements import require
 from moe_routing.gating import GateOutput, RMSNorm, op
 from moe_routing.gating.call import GateConfig
 from moe_routing.kernel import Operands

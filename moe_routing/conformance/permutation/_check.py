@@ -71,9 +71,3 @@ def _of(
     operation: type[Case], cases: Callable[[type[Case], Profile], Iterable[Named]]
 ) -> Callable[[Profile], Iterable[Named]]:
     return lambda profile: cases(operation, profile)
-
-
-def require(condition: object, problem: str) -> None:
-    """Raise ``AssertionError``; an ``assert`` statement would vanish under ``python -O``."""
-    if not condition:
-        raise AssertionError(problem)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing.conformance.permutation._check import both, require
+from moe_routing.conformance.permutation._check import both
 from moe_routing.conformance.permutation.cases import Case, PermuteCase
+from moe_routing.conformance.requirements import require_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -251,29 +252,8 @@ def wrong_arguments_raise_and_are_named(under_test: BackendUnderTest, case: Wron
     call.arguments["hidden" if case.operation is PermuteCase else "rows"].view(-1)[0] = TELLTALE
     for turn in ("a first call", "a call like an earlier one"):
         arguments = {**call.arguments, "backend": under_test.backend, **case.changed(call)}
-        message = _refusal(call, arguments, f"{case.argument} {case.what}, {turn}")
-        require(
-            message.startswith(f"{case.argument}: "),
-            f"the error does not begin with the argument's name: {message!r}",
-        )
-        require(
-            "expected" in message and "got" in message,
-            f"the error does not say what came and what was expected: {message!r}",
-        )
-        require(
-            str(TELLTALE) not in message, f"the error shows the elements of a tensor: {message!r}"
-        )
+        require_refusal(
+            lambda given=arguments: call.function(**given),  # type: ignore[misc] # bound now
+            case.argument, f"{case.argument} {case.what}, {turn}", TELLTALE,
+        )  # fmt: skip
         call.made(under_test)
-
-
-def _refusal(call: Call, arguments: dict[str, Any], what: str) -> str:
-    """Return the message of the error that the call raises."""
-    try:
-        call.function(**arguments)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    except Exception as error:
-        msg = f"{what}: expected a TypeError or ValueError, got {type(error).__name__}: {error}"
-        raise AssertionError(msg) from error
-    msg = f"{what}: no error"
-    raise AssertionError(msg)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.conformance.permutation import _sets, outcomes
-from moe_routing.conformance.permutation._check import COMBINE, PERMUTE, both, require
+from moe_routing.conformance.permutation._check import COMBINE, PERMUTE, both
 from moe_routing.conformance.permutation.calls import CombineCall, PermuteCall
 from moe_routing.conformance.permutation.cases import CombineCase, PermuteCase
 from moe_routing.conformance.permutation.memory import BEFORE, GUARD
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import NotApplicableError
 from moe_routing.permutation import CombinesBackward
 from moe_routing.permutation.problem import FLOATS

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.conformance.permutation import _sets, outcomes, values
-from moe_routing.conformance.permutation._check import both, require
+from moe_routing.conformance.permutation._check import both
 from moe_routing.conformance.permutation.cases import PermuteCase
+from moe_routing.conformance.requirements import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,9 +11,10 @@ import torch
 import moe_routing
 from moe_routing.conformance import drawn
 from moe_routing.conformance.permutation import _sets, values
-from moe_routing.conformance.permutation._check import PERMUTE, require
+from moe_routing.conformance.permutation._check import PERMUTE
 from moe_routing.conformance.permutation.cases import PermuteCase
 from moe_routing.conformance.planning import ids
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import NotRunError
 from moe_routing.permutation import PermutedRows
 from moe_routing.permutation.problem import FLOATS

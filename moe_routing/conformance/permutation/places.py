@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.conformance.permutation import _sets, outcomes
-from moe_routing.conformance.permutation._check import COMBINE, both, require
+from moe_routing.conformance.permutation._check import COMBINE, both
 from moe_routing.conformance.permutation.calls import CombineCall, PermuteCall
 from moe_routing.conformance.permutation.cases import CombineCase, on_device
 from moe_routing.conformance.permutation.memory import BEFORE, launched
+from moe_routing.conformance.requirements import require
 from moe_routing.permutation.problem import FLOATS
 from moe_routing.reference import permutation_oracle as oracle
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_routing.conformance.permutation import _sets, outcomes
-from moe_routing.conformance.permutation._check import both, require
+from moe_routing.conformance.permutation._check import both
 from moe_routing.conformance.permutation.cases import CombineCase, PermuteCase, on_device
 from moe_routing.conformance.planning.repeat import frequent_switches
+from moe_routing.conformance.requirements import require
 from moe_routing.reference import permutation_oracle as oracle
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import torch
 
 from moe_routing.conformance import streams
 from moe_routing.conformance.permutation import _sets
-from moe_routing.conformance.permutation._check import both, require
+from moe_routing.conformance.permutation._check import both
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.streams import TURNS
 from moe_routing.conformance.under_test import BackendUnderTest
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_routing.conformance.permutation import _sets, moved
-from moe_routing.conformance.permutation._check import COMBINE, require
+from moe_routing.conformance.permutation._check import COMBINE
 from moe_routing.conformance.permutation.cases import CombineCase
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import NotRunError
 from moe_routing.permutation.problem import FLOATS
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.conformance.permutation import _sets
-from moe_routing.conformance.permutation._check import both, require
+from moe_routing.conformance.permutation._check import both
 from moe_routing.conformance.permutation.calls import CombineCall, PermuteCall
 from moe_routing.conformance.permutation.cases import PermuteCase
 from moe_routing.conformance.permutation.gradients import (
@@ -17,6 +17,7 @@ from moe_routing.conformance.permutation.gradients import (
     must_require,
     with_leaves,
 )
+from moe_routing.conformance.requirements import require
 from moe_routing.permutation import PermutedRows
 from moe_routing.planning import DispatchPlan
 from moe_routing.python_warnings import not_raised

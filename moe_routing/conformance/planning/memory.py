@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.conformance.planning import _sets, cases, ids
-from moe_routing.conformance.planning._check import check, require
+from moe_routing.conformance.planning._check import check
 from moe_routing.conformance.planning.cases import POISON, Call, Case
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import same_bits
 from moe_routing.planning import DispatchPlan
 

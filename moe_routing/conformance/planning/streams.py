@@ -9,7 +9,8 @@ import torch
 import moe_routing
 from moe_routing.conformance import streams
 from moe_routing.conformance.planning import _sets, cases
-from moe_routing.conformance.planning._check import check, require
+from moe_routing.conformance.planning._check import check
+from moe_routing.conformance.requirements import require
 from moe_routing.conformance.streams import TURNS
 from moe_routing.conformance.under_test import BackendUnderTest
 

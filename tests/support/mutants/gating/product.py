@@ -35,21 +35,27 @@ def no_tokens_in_another_dtype(right: Any) -> Any:
     return wrong
 
 
-@_change(_check, "_vector", "wrong_arguments_raise_and_are_named", r"the first call: ")
+@_change(_check, "_vector", "wrong_arguments_raise_and_are_named", r", the first call: ")
 def vectors_are_not_checked(_right: Any) -> Any:
     return lambda _name, value, _hidden, _length: value
 
 
-@_change(_check, "_number", "wrong_arguments_raise_and_are_named", r"the first call: ")
+@_change(_check, "_number", "wrong_arguments_raise_and_are_named", r", the first call: ")
 def numbers_are_not_checked(_right: Any) -> Any:
     return lambda _name, value, _least: value
 
 
 _change(
-    _check, "refusal", "wrong_arguments_raise_and_are_named", r"the first call: shows elements"
+    _check,
+    "refusal",
+    "wrong_arguments_raise_and_are_named",
+    "^the error shows the elements of a tensor",
 )(elements_are_shown)
 _change(
-    _check, "refusal", "wrong_arguments_raise_and_are_named", r"the first call: expected \w+ first"
+    _check,
+    "refusal",
+    "wrong_arguments_raise_and_are_named",
+    "^the error does not begin with the argument's name",
 )(no_name_in_front)
 
 
