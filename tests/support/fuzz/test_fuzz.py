@@ -78,6 +78,19 @@ FOUND = {
             **SMALL,
         ),
     ),
+    "subnormal bfloat16 numbers, which Triton's interpreter widens to others": (
+        "triton",
+        Call(
+            spec=RoutingSpec(family="f"),
+            seed=2822449404,
+            tokens=2,
+            row=1,
+            experts=15,
+            topk=4,
+            dtype="bfloat16",
+            values="wide",
+        ),
+    ),
 }
 """Calls that a run has found to go wrong, and the backend; put right since."""
 WRONG = {
