@@ -63,6 +63,7 @@ def _built_in() -> dict[str, RoutingSpec]:
         ),
         "sqrtsoftplus_bias/scaled": family["sqrtsoftplus_bias"].replace(scale=1.5),
         "logit_bias_sigmoid/renormalized": family["logit_bias_sigmoid"].replace(renormalize=True),
+        "logit_bias_sigmoid/softmax": family["logit_bias_sigmoid"].replace(score="softmax"),
     }
     return family | modified
 

@@ -91,6 +91,20 @@ FOUND = {
             values="wide",
         ),
     ),
+    "a softmax whose highest logit a bias keeps from being selected": (
+        "triton",
+        Call(
+            spec=RoutingSpec(family="f", selection="logits_plus_bias"),
+            seed=3663949731,
+            tokens=3,
+            row=0,
+            experts=120,
+            topk=4,
+            dtype="float16",
+            ids_dtype="int64",
+            bias="beyond_in_twos",
+        ),
+    ),
 }
 """Calls that a run has found to go wrong, and the backend; put right since."""
 WRONG = {
