@@ -27,7 +27,7 @@ def is_other_rank(logits: object) -> bool:
 
 
 def flattened(operands: Operands, columns: int) -> Operands:
-    """Return the operands of the same call of rows: views, where a view can be had.
+    """Return the operands of the same call of rows, as views where the strides allow it.
 
     :param columns: of the outputs.
     :raises ValueError: an operand has not the logits' leading shape.

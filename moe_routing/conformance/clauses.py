@@ -139,8 +139,8 @@ _CLAUSES = (
         "Any strides and offsets, past 2**31 elements too; row strides cost no copy.",
         "Any row stride and any element stride, any offset into the storage, past 2**31 elements "
         "too; a row stride costs no copy. Logits `[..., E]` of another leading shape than `[T]` "
-        "are routed as rows, in a view where there is one, and answered `[..., K]`. (The `Router` "
-        "does this for every backend.)",
+        "are routed as rows, without a copy where the strides allow a view, and answered "
+        "`[..., K]`. (The `Router` does this for every backend.)",
         "router outputs are slices, and `row * stride` in 32 bits wraps at 16.7 million tokens of "
         "128 experts.",
     ),

@@ -1,4 +1,4 @@
-"""The experts implementation ``"moe_routing"`` of transformers, beside transformers' own.
+"""The experts implementation ``"moe_routing"``, compared with those of transformers.
 
 Experts are transformers' classes with random weights: alone, in tiny models, and under expert
 parallelism's ids.

@@ -111,7 +111,7 @@ def memory_after(rows: Tensor, count: int) -> bool:
 
 
 def overrun(out: Tensor) -> None:
-    """Write zeros to the element after a tensor, where there is one."""
+    """Write zeros to the element after a tensor, if its storage has one."""
     if memory_after(out, 1):
         after = out.as_strided((1,), (1,), out.storage_offset() + out.numel())
         after.copy_(torch.zeros(1).to(out.dtype))
