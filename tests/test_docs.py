@@ -32,6 +32,16 @@ def blocks_of(page, language):
     )
 
 
+def test_the_layer_of_the_page_on_training_learns_and_its_loads_become_flatter(capsys):
+    names = {}
+    for block in blocks_of("docs/train.md", "python"):
+        exec(compile(block, "docs/train.md", "exec"), names)  # noqa: S102 -- running it is the test
+    capsys.readouterr()
+    assert names["errors"][-1] < names["errors"][0] / 4
+    assert names["busiest"][0] > 2.5
+    assert sum(names["busiest"][-10:]) / 10 < 1.7
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_on_a_page_runs(page, capsys):
     blocks = blocks_of(page, "python")
@@ -43,13 +53,16 @@ def test_the_python_on_a_page_runs(page, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("page", ["docs/gate.md", "docs/permute.md", "docs/plan.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["docs/balancing.md", "docs/gate.md", "docs/permute.md", "docs/plan.md", "docs/replay.md"],
+)
 def test_the_results_on_a_page_are_right(page):
     blocks = blocks_of(page, "pycon")
-    assert len(blocks) >= 5
     names = {}
     exec("import torch, moe_routing", names)  # noqa: S102 -- as above
     examples = doctest.DocTestParser().get_doctest("\n".join(blocks), names, page, None, None)
+    assert len(examples.examples) >= 8
     assert doctest.DocTestRunner().run(examples).failed == 0
 
 

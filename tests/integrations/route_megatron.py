@@ -1,6 +1,7 @@
 """Route by the installed megatron-core on a CPU, by its own function and by ours.
 
-The script prints as JSON how far probabilities and gradients are apart, and what is equal.
+The script prints as JSON how far probabilities and gradients are apart, and what is equal; the same
+of the functions that balance experts.
 
 ``python route_megatron.py`` with megatron-core and ``megatron_adapter`` on the path. Routers are
 called by ``TopKRouter.routing``, as their ``forward`` calls it: in front of it ``forward`` computes
@@ -13,6 +14,7 @@ import json
 import sys
 from importlib.metadata import version
 
+import balance_megatron
 import megatron_adapter
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -143,6 +145,7 @@ def main():
         for action in (RouterReplayAction.REPLAY_FORWARD, RouterReplayAction.REPLAY_BACKWARD):
             replayed = both(settings, logits, action, ours["recorded"])
             cases[f"{name}, {action.value}"] = compared(*replayed)
+    said["balancing"] = balance_megatron.compared()
     sys.stdout.write(json.dumps(said))
 
 

@@ -294,7 +294,8 @@ def test_megatron_cores_own_routers_route_train_and_replay_through_us(tmp_path):
 
     Every score function, with a bias and without, without groups and with groups that are judged by
     their best one, two and three. Maps, records and counts of tokens are equal, probabilities and
-    gradients to the last bits of float32.
+    gradients to the last bits of float32. So are losses that balance experts, and their gradients;
+    biases after an update are equal.
     """
     said = answer("route_megatron.py", MEGATRON, tmp_path)
     assert f"megatron-core=={said['version']}" in MEGATRON
@@ -304,6 +305,16 @@ def test_megatron_cores_own_routers_route_train_and_replay_through_us(tmp_path):
         assert case["equal"] == {"map": True, "recorded": True, "counts": True}, name
         assert case["dtypes"] == ["torch.float32", "torch.bool"], name
         assert case["apart"] <= 1e-6 * max(1.0, case["largest"]), name
+    balanced = said["balancing"]
+    assert set(balanced["apart"]) == {
+        "softmax, one batch",
+        "softmax, sequences",
+        "sigmoid, one batch",
+        "sigmoid, sequences",
+        "z",
+    }
+    assert max(balanced["apart"].values()) <= 2e-6, balanced["apart"]
+    assert balanced["biases are equal"]
 
 
 @pytest.mark.slow
