@@ -78,24 +78,33 @@ def source_of(problem, launch, target, *, general=False):
 
     :param general: rows may be any distance apart, padding is counted on the device, and experts
         are mapped.
+
+    A problem with a record or a mask among its operands brings them.
     """
     spec, experts, dtype = problem.spec, problem.num_experts, problem.dtype
     kernel = VARIANTS[launch.variant].kernel
     pdl = supports_pdl(device_of(target))
+    masked, replayed = "valid" in problem.operands, "ids" in problem.operands
+    absent = {
+        "token_ids": spec.selection != "token_table",
+        "expert_table": spec.selection != "token_table" and not replayed,
+        "num_valid_tokens": not general and not masked,
+        "expert_map": not general,
+        "per_expert_scale": not spec.per_expert_scale,
+        "bias": not spec.needs_bias,
+    }
     known = {
         **constants(problem, launch),
         "ROW_STRIDE": 0 if general else experts,
         "EXPERT_STRIDE": 0 if general and launch.variant == "cooperative" else 1,
-        "VALID_ON_DEVICE": general,
+        "VALID_ON_DEVICE": general or masked,
         "PDL": pdl,
-        **({} if spec.selection == "token_table" else dict.fromkeys(("token_ids", "expert_table"))),
-        **({} if general else dict.fromkeys(("num_valid_tokens", "expert_map"))),
-        **({} if spec.per_expert_scale else {"per_expert_scale": None}),
-        **({} if spec.needs_bias else {"bias": None}),
+        **{name: None for name, is_absent in absent.items() if is_absent},
     }
     types = dict.fromkeys(("weights", "per_expert_scale", "bias"), "*fp32") | {
         "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype], "ids": "*i32",
-        "token_ids": "*i64", "expert_table": "*i64", "num_valid_tokens": "*i32",
+        "token_ids": "*i64", "expert_table": "*i16" if replayed else "*i64",
+        "num_valid_tokens": "*i1" if masked else "*i32",
         "expert_map": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64",
         "expert_stride": "i64", "vocabulary": "i32",
     }  # fmt: skip

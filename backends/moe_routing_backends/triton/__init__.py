@@ -26,6 +26,11 @@ from moe_routing_registry.device import INTERPRETER, triton_interprets
 MAX_EXPERTS = 2048
 MAX_TOPK = 64
 BEST_OF_A_GROUP = 2
+UNRECORDED = frozenset({"token_table", "sparsemixer"})
+"""Selections whose records the kernels do not read.
+
+The one has a table where a record would be, the other weighs in rounds.
+"""
 DTYPES = ("bfloat16", "float16", "float32")
 GFX = frozenset({"gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1200", "gfx1201"})
 
@@ -75,6 +80,9 @@ def _routes(problem: RoutingProblem) -> Verdict:
         return Verdict.no(
             RejectCode.SHAPE, f"takes E up to {MAX_EXPERTS} and K up to {MAX_TOPK}, not {asked}"
         )
+    if "ids" in problem.operands and problem.spec.selection in UNRECORDED:
+        reason = f"replays no experts that {problem.spec.selection} selects"
+        return Verdict.no(RejectCode.OPERANDS, reason)
     return knows_score(problem) and knows_group_scores(problem)
 
 
@@ -154,7 +162,8 @@ def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
 def moe_routing_backends() -> list[BackendSpec]:
     """Register the backends."""
     interpreter = (Target("cpu", explicit=True),) if triton_interprets() else ()
-    # The kernels of `gate` have not run on a GPU yet: the interpreter alone offers them.
+    # What has not run on a GPU yet, the interpreter alone offers: `gate`, masks and records.
+    operands = frozenset({"ids", "valid"}) if interpreter else frozenset()
     gate = {"gate": "moe_routing_backends.triton.gating.gate:build"} if interpreter else {}
     return [
         BackendSpec(
@@ -172,6 +181,7 @@ def moe_routing_backends() -> list[BackendSpec]:
                 *interpreter,
             ),
             priority=100,
+            operands=operands,
             supports=supports,
             summary="one fused Triton kernel, on NVIDIA and AMD GPUs",
             notes=notes,
@@ -190,6 +200,7 @@ def moe_routing_backends() -> list[BackendSpec]:
             },
             targets=(Target("xpu"), *interpreter),
             priority=100,
+            operands=operands,
             supports=supports_xpu,
             summary="the same kernels on Intel GPUs, through Triton-XPU",
             notes=partial(notes, interpreted_as=BATTLEMAGE),

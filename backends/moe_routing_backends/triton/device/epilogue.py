@@ -11,19 +11,29 @@ import triton.language as tl
 
 @triton.jit
 def is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE: tl.constexpr):
-    """Tell which rows are tokens; how many are is a number, or stands on the device."""
-    return row < (tl.load(num_valid_tokens) if VALID_ON_DEVICE else valid)
+    """Tell which rows are tokens.
+
+    How many are is a number, or stands on the device; or a mask there says which. With a mask
+    ``valid`` is T.
+    """
+    if VALID_ON_DEVICE:
+        if num_valid_tokens.dtype.element_ty == tl.int1:
+            return tl.load(num_valid_tokens + row, mask=row < valid, other=0)
+        else:
+            return row < tl.load(num_valid_tokens)
+    else:
+        return row < valid
 
 
 @triton.jit
 def store_outputs(
     weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
-    SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, has_experts=None,
+    SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, has_expert=None,
 ):  # fmt: skip
     """Apply the epilogue to ``w`` and logical ids ``picked``, and store them.
 
-    Both are ``[ROWS, N]``, of which K columns count. ``has_experts [ROWS]``: rows that a table
-    gives experts to; the others are padding.
+    Both are ``[ROWS, N]``, of which K columns count. ``has_expert``, ``[ROWS, N]`` or ``[ROWS,
+    1]``: slots that a table or a record gives an expert to; the others are blank.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -42,8 +52,8 @@ def store_outputs(
     if expert_map is not None:
         picked = tl.load(expert_map + picked, mask=written, other=0)
     is_valid = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
-    if has_experts is not None:
-        is_valid = is_valid & has_experts[:, None]
+    if has_expert is not None:
+        is_valid = is_valid & has_expert
     out = row.to(tl.int64)[:, None] * (K + SHARED) + column
     tl.store(weights + out, tl.where(is_valid, w, 0.0), mask=written)
     tl.store(ids + out, tl.where(is_valid, picked, -1).to(ids.dtype.element_ty), mask=written)

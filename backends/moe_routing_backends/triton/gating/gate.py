@@ -100,6 +100,7 @@ class TritonGate:
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
         expert_map: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> RoutingOutput:
         """Gate and route; see ``GatesAndRoutes``."""
         hidden = projection.hidden
@@ -112,8 +113,10 @@ class TritonGate:
             return self._routes(
                 logits, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
                 expert_table=expert_table, num_valid_tokens=num_valid_tokens,
-                expert_map=expert_map,
+                expert_map=expert_map, ids=ids,
             )  # fmt: skip
+        if ids is not None:
+            expert_table = ids  # as ``route`` hands a record over
         order = self._order(projection)
         slices = -(-self._problem.hidden_size // order.slice)
         size = slices * T * (E + (projection.eps is not None))

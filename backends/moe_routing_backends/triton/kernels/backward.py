@@ -161,7 +161,8 @@ def moe_routing_backward(
                 highest = tl.max(tl.where(exists, all_x, -FLOAT32_MAX), axis=1)
                 p = tl.where(exists, exp_of_many(all_x - highest[:, None]), 0.0)
                 total = tree_sum(p)
-            u = selected_weights(x, is_selected, highest, total, SPEC, 1.0)
+            # Of a recorded row some slots may have no expert.
+            u = selected_weights(x, known, highest, total, SPEC, 1.0)
             through_sum = tl.zeros([BLOCK_T], tl.float32)
             if RENORMALIZE:
                 through_sum = tree_sum(grad_u * u)

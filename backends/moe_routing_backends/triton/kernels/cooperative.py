@@ -171,6 +171,29 @@ def from_token_table(
 
 
 @triton.jit
+def from_record(recorded, row, in_batch, column, usual, SPEC: tl.constexpr):
+    """Look up the recorded experts of each token, ids ``[ROWS, N]``, and which slots have one.
+
+    A row of -1 has the experts ``usual``. A row with an entry outside [-1, E) is padding, in the
+    columns of shared experts too.
+    """
+    E: tl.constexpr = SPEC.value.num_experts
+    K: tl.constexpr = SPEC.value.topk
+    routed = (column < K)[None, :]
+    entry = tl.load(
+        recorded + row.to(tl.int64)[:, None] * K + column[None, :],
+        mask=in_batch[:, None] & routed,
+        other=-1,
+    ).to(tl.int64)  # compared before it is narrowed, as a table's
+    exists = (entry >= 0) & (entry < E)
+    has_record = tl.max((entry != -1).to(tl.int32), axis=1)[:, None] != 0
+    is_wrong = tl.max(((entry < -1) | (entry >= E)).to(tl.int32), axis=1)[:, None] != 0
+    picked = tl.where(has_record, tl.where(exists, entry, 0).to(tl.int32), usual)
+    has_expert = tl.where(has_record & routed, exists, True)
+    return picked, has_expert & (is_wrong == 0)
+
+
+@triton.jit
 def rounds_of_exact16(key, column, K: tl.constexpr, UNROLL: tl.constexpr):
     """Return the K highest of keys ``[ROWS, N]`` of which no two are equal: one maximum a round."""
     found = tl.zeros([key.shape[0], column.shape[0]], tl.uint32)
@@ -229,6 +252,7 @@ def route_by_rounds(
 
     ``GROUPS``, ``SIZE``, ``N``: groups, experts a group and columns, as powers of two. ``given
     [BLOCK_T, GROUPS * SIZE]``: logits in registers, which are routed in place of those in memory.
+    ``expert_table``: of a spec without a table, recorded ids ``[T, K]``.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -250,6 +274,7 @@ def route_by_rounds(
     MASK: tl.constexpr = GROUPS * SIZE - 1
     EXACT16: tl.constexpr = (SELECTION == "logits" and NUM_GROUPS == 1) and tl.float32 != DTYPE
     WHOLE_ROW: tl.constexpr = SPEC.value.normalizes_whole_row
+    REPLAYED: tl.constexpr = SELECTION != "token_table" and expert_table is not None
     highest = tl.zeros([BLOCK_T], tl.float32)
     total = highest
     # At one row a program latency is all: the scale of every expert is loaded with the logits, not
@@ -280,6 +305,7 @@ def route_by_rounds(
         picked, has_experts = from_token_table(
             token_ids, expert_table, row, in_batch, column, vocabulary, SPEC
         )
+        has_expert = has_experts[:, None]
     elif EXACT16:
         key = tl.where(exists[None, :], exact16_key(raw, index[None, :], MASK), 0)
         found = rounds_of_exact16(key, column, K, UNROLL)
@@ -303,17 +329,18 @@ def route_by_rounds(
         if SELECTION == "logits":
             x = activate(value_of_key(found), SPEC)
 
-    if SELECTION == "token_table" or (
-        SELECTION == "scores_plus_bias" or SELECTION == "logits_plus_bias"
-    ):
+    if REPLAYED:
+        picked, has_expert = from_record(expert_table, row, in_batch, column, picked, SPEC)
+        is_selected = is_selected & has_expert
+    if REPLAYED or (SELECTION != "logits" and SELECTION != "sparsemixer"):
         if given is None:
             of_picked = tl.load(
                 first[:, None] + picked * step, mask=in_batch[:, None] & is_selected, other=0.0
             )
-        elif SELECTION == "token_table":
-            of_picked = tl.gather(given, picked, 1)  # a table has no groups
         else:
-            of_picked = tl.gather(given, at_index, 1)
+            # Where groups are padded, an expert's place is not its id.
+            at = picked if NUM_GROUPS == 1 else picked // PER * SIZE + picked % PER
+            of_picked = tl.gather(given, at, 1)
         x = activate(clean(of_picked), SPEC)
     if SELECTION == "sparsemixer":
         w = near_share * SCALE if SCALE != 1.0 else near_share
@@ -325,7 +352,7 @@ def route_by_rounds(
     store_outputs(
         weights, ids, w, picked, row, T, valid, num_valid_tokens,
         None if GATHER else per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
-        has_experts if SELECTION == "token_table" else None,
+        has_expert if REPLAYED or SELECTION == "token_table" else None,
     )  # fmt: skip
 
 

@@ -199,7 +199,11 @@ def kind(spec: RoutingSpec) -> Kind:
 
 
 def selects_by_value(problem: RoutingProblem) -> bool:
-    """Tell whether the K highest logits or biased scores of contiguous rows are selected."""
+    """Tell whether the K highest logits or biased scores of contiguous rows are selected.
+
+    Recorded ids select others.
+    """
     spec = problem.spec
     by_value = spec.selection in ("logits", "scores_plus_bias", "logits_plus_bias")
+    by_value = by_value and "ids" not in problem.operands
     return by_value and problem.layout == "rows" and not spec.topk_per_group

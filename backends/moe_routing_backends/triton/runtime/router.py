@@ -113,6 +113,7 @@ class TritonRouter:
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
         expert_map: Tensor | None = None,
+        ids: Tensor | None = None,
         out: RoutingOutput | None = None,
     ) -> RoutingOutput:
         """Route ``logits [T, E]``; see ``Kernel``."""
@@ -121,17 +122,18 @@ class TritonRouter:
         row_stride, expert_stride = logits.stride()
         here = current_device() == self._index
         if out is not None:
-            weights, ids = out
+            weights, selected = out
         elif here:
             size, strides = (T, self._columns), (self._columns, 1)
             weights = empty(size, strides, torch.float32)
-            ids = empty(size, strides, self._ids_dtype)
-            out = _tuple(RoutingOutput, (weights, ids))
+            selected = empty(size, strides, self._ids_dtype)
+            out = _tuple(RoutingOutput, (weights, selected))
         else:
-            weights = torch.empty((T, self._columns), dtype=torch.float32, device=logits.device)
-            ids = torch.empty((T, self._columns), dtype=self._ids_dtype, device=logits.device)
-            out = RoutingOutput(weights, ids)
-        source, to_weights, to_ids = logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
+            size = (T, self._columns)
+            weights = torch.empty(size, dtype=torch.float32, device=logits.device)
+            selected = torch.empty(size, dtype=self._ids_dtype, device=logits.device)
+            out = RoutingOutput(weights, selected)
+        source, to_weights, to_ids = logits.data_ptr(), weights.data_ptr(), selected.data_ptr()
         aligned = not (source | to_weights | to_ids | (row_stride * self._element)) % ALIGNMENT
         step, launch = self._choose(T, aligned=aligned)
         scale_at = bias_at = scale_dtype = bias_dtype = None
@@ -146,15 +148,17 @@ class TritonRouter:
             key = (*key, source % ALIGNMENT, to_weights % ALIGNMENT, to_ids % ALIGNMENT)
         valid, vocabulary = T, 0
         rest = NO_OPERANDS
-        if token_ids is not None or num_valid_tokens is not None or expert_map is not None:
+        # Kernels of specs without a table read a record there.
+        table = expert_table if ids is None else ids
+        if table is not None or num_valid_tokens is not None or expert_map is not None:
             valid_tensor = None
             if isinstance(num_valid_tokens, torch.Tensor):
                 valid_tensor = num_valid_tokens
             elif num_valid_tokens is not None:
                 valid = num_valid_tokens
-            if expert_table is not None:
-                vocabulary = expert_table.shape[0]
-            rest = (token_ids, expert_table, valid_tensor, expert_map)
+            if table is not None:
+                vocabulary = table.shape[0]
+            rest = (token_ids, table, valid_tensor, expert_map)
             key = (*key, *[None if o is None else o.dtype for o in rest])
         ready = self._ready.get(key)
         if ready is None or not here or is_observed():  # only Triton's own launch calls its hooks
@@ -195,7 +199,7 @@ class TritonRouter:
         It takes less host time: all that depends on those is worked out here. This call has been
         routed before. ``None`` where such calls are not launched directly.
         """
-        logits, scale, bias, token_ids, expert_table, valid, expert_map, *_ = operands
+        logits, scale, bias, token_ids, table, valid, expert_map, recorded, _ = operands
         T, _ = logits.shape
         row_stride, expert_stride = logits.stride()
         step, launch = self._choose(T, aligned=True)
@@ -203,10 +207,12 @@ class TritonRouter:
             step, True, row_stride == self._experts, expert_stride == 1,
             None if scale is None else scale.dtype, None if bias is None else bias.dtype,
         )  # fmt: skip
-        extras = token_ids is not None or valid is not None or expert_map is not None
+        if recorded is not None:
+            table = recorded
+        extras = table is not None or valid is not None or expert_map is not None
         counted = isinstance(valid, int)
         if extras:
-            tensors = (token_ids, expert_table, None if counted else valid, expert_map)
+            tensors = (token_ids, table, None if counted else valid, expert_map)
             key = (*key, *[None if o is None else o.dtype for o in tensors])  # type: ignore[union-attr] # no int is left
         ready = self._ready.get(key)
         if ready is None or (row_stride * self._element) % ALIGNMENT:
@@ -214,11 +220,11 @@ class TritonRouter:
         index, ids_dtype = self._index, self._ids_dtype
         size, strides = (T, self._columns), (self._columns, 1)
         blocks = (T + launch.block_t - 1) // launch.block_t
-        vocabulary = 0 if expert_table is None else expert_table.shape[0]
+        vocabulary = 0 if table is None else table.shape[0]
         tail: tuple[Any, ...] = (*NO_OPERANDS, T, T, row_stride, expert_stride, vocabulary)
 
         def route(operands: Operands) -> RoutingOutput:
-            logits, scale, bias, token_ids, expert_table, valid, expert_map, _, out = operands
+            logits, scale, bias, token_ids, table, valid, expert_map, recorded, out = operands
             if current_device() != index or is_observed():
                 return self._route(operands)
             if out is None:
@@ -234,9 +240,11 @@ class TritonRouter:
             bias_at = None if bias is None else bias.data_ptr()
             rest = tail
             if extras:
+                if recorded is not None:
+                    table = recorded
                 rest = (
                     None if token_ids is None else token_ids.data_ptr(),
-                    None if expert_table is None else expert_table.data_ptr(),
+                    None if table is None else table.data_ptr(),
                     None if valid is None or counted else valid.data_ptr(),  # type: ignore[union-attr] # a tensor
                     None if expert_map is None else expert_map.data_ptr(),
                     T, valid if counted else T, row_stride, expert_stride, vocabulary,
@@ -252,10 +260,10 @@ class TritonRouter:
 
     def _route(self, operands: Operands) -> RoutingOutput:
         """Route a call that a prepared one does not fit."""
-        logits, scale, bias, token_ids, expert_table, valid, expert_map, _, out = operands
+        logits, scale, bias, token_ids, table, valid, expert_map, recorded, out = operands
         return self(
-            logits, per_expert_scale=scale, bias=bias, token_ids=token_ids,
-            expert_table=expert_table, num_valid_tokens=valid, expert_map=expert_map, out=out,
+            logits, per_expert_scale=scale, bias=bias, token_ids=token_ids, expert_table=table,
+            num_valid_tokens=valid, expert_map=expert_map, ids=recorded, out=out,
         )  # fmt: skip
 
     def _launch_by_jit(  # noqa: PLR0913, PLR0917 -- what a call knows
@@ -331,8 +339,15 @@ class TritonRouter:
             if spec.selection == "token_table":
                 table = torch.zeros(1, self._problem.topk, dtype=torch.int64, device=device)
                 operands["expert_table"] = table
+            optional = self._problem.operands
             for T in [1, *(int(limit) + 1 for limit in self._limits)]:
                 logits = torch.zeros(T, self._experts, dtype=dtype, device=device)
                 if spec.selection == "token_table":
                     operands["token_ids"] = torch.zeros(T, dtype=torch.int64, device=device)
+                if "ids" in optional:
+                    shape = (T, self._problem.topk)
+                    operands["ids"] = torch.zeros(shape, dtype=torch.int32, device=device)
+                if "valid" in optional:
+                    mask = torch.ones(T, dtype=torch.bool, device=device)
+                    operands["num_valid_tokens"] = mask
                 self(logits, **operands)
