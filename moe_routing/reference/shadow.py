@@ -114,7 +114,7 @@ class Shadow:
         :param wrong_in: says what else is wrong in some rows.
         """
         logits = operands.logits
-        chosen = self._sampling.random() < self._health.rate and not _capturing(logits)
+        chosen = self._sampling.random() < self._health.rate and not is_capturing(logits)
         self._count(calls=1, compared=int(chosen))
         if not chosen:
             return
@@ -180,7 +180,8 @@ def _say_unwatched(_key: str) -> None:
     )
 
 
-def _capturing(logits: Tensor) -> bool:
+def is_capturing(logits: Tensor) -> bool:
+    """Tell whether a CUDA graph captures what is launched where a tensor is."""
     return logits.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
