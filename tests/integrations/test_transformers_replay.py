@@ -40,6 +40,15 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The tensors are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def mixtral(**settings):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES | settings)).eval()
@@ -314,6 +323,15 @@ class TestModels:
             with pytest.raises(ValueError, match=f"got {GATES[0]}, which runs .*; patch it again"):
                 logits(model, tokens(1, 2))
 
+    def test_a_replica_of_data_parallel_which_would_share_the_tape_is_refused(self, model):
+        gate = model.get_submodule(GATES[0])
+        with recording(model):
+            replica = gate._replicate_for_data_parallel()
+            replica.weight = gate.weight.detach()
+            with pytest.raises(ValueError, match=r"is a replica of nn\.DataParallel"):
+                replica(torch.randn(3, 32))
+        replica(torch.randn(3, 32))
+
     def test_copies_and_pickles_leave_the_tape_behind(self, model):
         with recording(model) as records:
             for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 -- its own
@@ -473,36 +491,6 @@ class TestTraining:
             for ids in batches:
                 loss(model, ids).backward()
         assert torch.equal(records.ids, plain.ids)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("where", ["inside", "outside"])
-    @pytest.mark.filterwarnings("ignore::UserWarning:torch")  # of Dynamo, about this machine
-    def test_compiled_models_record_and_replay_with_checkpoints_inside_and_outside(self, where):
-        torch.compiler.reset()
-        batches, record = [tokens(2, 7), tokens(2, 7)], drawn(28, layers=1)
-        model = mixtral(num_hidden_layers=1, attn_implementation="eager")
-        with recording(model) as plain:
-            for ids in batches:
-                loss(model, ids)
-        with replaying(model, record):
-            sum(loss(model, ids) for ids in batches).backward()
-        expected = gradients(model)
-        checkpointed(model, reentrant=False)
-        options = {"fullgraph": True, "backend": "aot_eager"}
-        compiled = model
-        if where == "inside":
-            compiled = torch.compile(model, **options)
-        else:
-            model.get_submodule("model.layers.0.mlp").compile(**options)
-        with replaying(model, record):
-            losses = [loss(compiled, ids) for ids in batches]
-        sum(losses).backward()
-        torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-6)
-        for _ in range(2):
-            with recording(model) as records:
-                for ids in batches:
-                    loss(compiled, ids).backward()
-            assert torch.equal(records.ids, plain.ids)
 
 
 FSDP = """

@@ -94,6 +94,8 @@ class Made:
             if state is None or state.settings != settings:
                 state = made.prepare(router)
             tape = getattr(router, TAPE)
+            if tape is not None and getattr(router, "_is_replica", False):
+                made.require_no_block(router, "is a replica of nn.DataParallel; use DDP or FSDP")
             route = state.route if tape is None else Taped(state.route, tape)
             return recipe.forward(router, route, *args, **kwargs)
 
