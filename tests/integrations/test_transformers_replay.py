@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
@@ -169,6 +170,33 @@ class TestRecording:
             RuntimeError, match=f"{GATES[1]} has 2 forwards with 7 rows, .* 1 with 4"
         ):
             _ = records.ids
+
+    @pytest.mark.parametrize("block", [recording, lambda model: replaying(model, drawn(3))])
+    def test_no_value_is_read_on_the_host(self, model, block):
+        gate, hidden = model.get_submodule(GATES[0]), torch.randn(3, 32)
+        other = model.get_submodule(GATES[1])
+        with torch.no_grad():
+            with Operators() as plain:
+                gate(hidden)
+            with block(model):
+                with Operators() as taped:
+                    gate(hidden)
+                other(hidden)
+        assert taped.names
+        read = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item"}
+        assert not read & (set(taped.names) - set(plain.names))
+
+
+class Operators(TorchDispatchMode):
+    """Keeps the names of the operators that are called in a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
 
 
 class TestReplaying:
