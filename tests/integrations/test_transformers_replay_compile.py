@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from moe_routing.integrations.transformers import recording, replaying
 
@@ -53,8 +54,10 @@ def test_compiled_models_record_and_replay_with_checkpoints_inside_and_outside(w
         losses = [loss(compiled, ids) for ids in batches]
     sum(losses).backward()
     torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-6)
-    for _ in range(2):
+    for again in range(2):
+        graphs = counters["stats"]["unique_graphs"]
         with recording(model) as records:
             for ids in batches:
                 loss(compiled, ids).backward()
         assert torch.equal(records.ids, plain.ids)
+        assert not again or counters["stats"]["unique_graphs"] == graphs

@@ -138,8 +138,8 @@ def replaying(model: nn.Module, records: Records | Tensor) -> Iterator[None]:
 
     Each forward takes the next rows, one for each of its tokens; the forwards of the block must
     take all. A forward that activation checkpointing computes again gets the rows that it had,
-    whatever came between, also after the block. Weights are those of the model's own logits, with
-    gradients; see ``Router.__call__`` for slots and rows of -1.
+    whatever came between, also after the block; all of this in one thread. Weights are those of the
+    model's own logits, with gradients; see ``Router.__call__`` for slots and rows of -1.
 
     Not every backend takes recorded ids; the others are passed over. A CUDA graph cannot be
     captured inside the block.

@@ -102,13 +102,13 @@ class Tape:
         """Append ids ``[..., K]``, unless the forward is one that is computed again."""
         if self.mode != "record" or backward_number() is not None:
             return
-        self._refuse_capture(ids)
+        self._refuse_capture(ids.device)
         self.parts.append(ids.detach().reshape(-1, ids.shape[-1]).to(least_dtype(num_experts)))
 
     def _next(self, tokens: int, device: torch.device) -> Tensor | None:
         rows = None
         if self._rows is not None:
-            self._refuse_capture(self._rows)
+            self._refuse_capture(device)
             if self._rows.device != device:
                 self._rows = self._rows.to(device)
             start, left = self._taken, len(self._rows) - self._taken
@@ -138,8 +138,8 @@ class Tape:
             )
         return None
 
-    def _refuse_capture(self, tensor: Tensor) -> None:
-        if is_capturing(tensor):
+    def _refuse_capture(self, device: torch.device) -> None:
+        if is_capturing(device):
             msg = (
                 f"{self.name}: recording and replaying cannot be captured in a CUDA graph, which "
                 "would repeat the rows of its capture"
