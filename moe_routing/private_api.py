@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     """
 
 __all__ = [
-    "TRACED", "carries_tangents", "compile_by_inductor", "count_modes", "current_device",
-    "current_stream", "dispatch_keys", "empty", "has_tangent", "is_fake_mode",
+    "TRACED", "backward_number", "carries_tangents", "compile_by_inductor", "count_modes",
+    "current_device", "current_stream", "dispatch_keys", "empty", "has_tangent", "is_fake_mode",
     "is_functorch_wrapped_tensor",
-    "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "privateuse1_name",
+    "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "next_number",
+    "privateuse1_name",
     "runs_hooks", "tensor_guard", "unset_fake_temporarily", "why_not_direct",
 ]  # fmt: skip
 
@@ -124,6 +125,24 @@ def runs_hooks(module: torch.nn.Module) -> bool:
         or _modules._global_backward_hooks  # noqa: SLF001 -- likewise
         or _modules._global_backward_pre_hooks  # noqa: SLF001 -- likewise
     )
+
+
+def next_number() -> int:
+    """Return the number that the next node of this thread's autograd graph will have.
+
+    Numbers only grow.
+    """
+    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined] # noqa: SLF001 -- this file's purpose
+
+
+def backward_number() -> int | None:
+    """Return the number of the node whose backward is running, ``None`` outside of backward.
+
+    Activation checkpointing recomputes a forward while the backward of a node runs that this
+    forward made, or, where it is reentrant or compiled, of the node that it was made in.
+    """
+    node = torch._C._current_autograd_node()  # noqa: SLF001 -- this file's purpose
+    return None if node is None else node._sequence_nr()  # noqa: SLF001 -- likewise
 
 
 def privateuse1_name() -> str:

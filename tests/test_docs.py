@@ -23,6 +23,7 @@ PAGES = [
     "docs/gate.md",
     "docs/permute.md",
     "docs/plan.md",
+    "docs/rl_replay.md",
 ]
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -170,6 +171,31 @@ def test_a_launch_hook_of_triton_is_seen():
         assert private_api.is_observed()
         chain.remove(hook)
     assert not private_api.is_observed()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_node_whose_backward_runs_tells_which_forward_is_computed_again(reentrant):
+    forwards, again = [], []
+
+    def layer(x):
+        y = x.sin()
+        number = private_api.backward_number()
+        (forwards if number is None else again).append(
+            private_api.next_number() if number is None else number
+        )
+        return y * y
+
+    losses = [
+        torch.utils.checkpoint.checkpoint(
+            layer, torch.ones(2, requires_grad=True) * 2, use_reentrant=reentrant
+        ).sum()
+        for _ in range(3)
+    ]
+    for index in (1, 2, 0):
+        losses[index].backward()
+    assert private_api.backward_number() is None
+    assert forwards == sorted(set(forwards))
+    assert [sum(begun <= number + 1 for begun in forwards) for number in again] == [2, 3, 1]
 
 
 def test_a_function_in_place_of_tritons_chain_is_a_hook(monkeypatch):

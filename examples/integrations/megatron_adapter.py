@@ -57,23 +57,11 @@ def topk_routing_with_score_function(  # noqa: PLR0913, PLR0917 -- theirs
             logits.detach(), topk, num_groups, group_topk, select
         )
         if routed is None:
-            routed = _weighed(spec, logits, ids.to(logits.device))
+            ids = ids.to(logits.device)
+            routed = _router(spec)(logits, topk, bias=expert_bias, ids=ids, ids_dtype=torch.int64)
     assert routed is not None  # noqa: S101 -- for mypy, which does not look into `select`
     probs, routing_map = moe_routing.dense(*routed, logits.shape[1])
     return probs.to(logits.dtype), routing_map
-
-
-def _weighed(
-    spec: moe_routing.RoutingSpec, logits: Tensor, ids: Tensor
-) -> moe_routing.RoutingOutput:
-    """Weigh the experts of a row of ``ids [T, K]`` for each token: a table of tokens."""
-    tokens = torch.arange(len(ids), device=ids.device)
-    given = spec.replace(selection="token_table", num_groups=1, topk_groups=1, group_by="selection")
-    if not len(ids):  # a table of no tokens is none
-        ids, tokens = ids.new_zeros(1, ids.shape[1]), tokens[:0]
-    return _router(given)(
-        logits, ids.shape[1], token_ids=tokens, expert_table=ids, ids_dtype=torch.int64
-    )
 
 
 @cache

@@ -34,8 +34,6 @@ from moe_routing_registry.locks import ForkSafeLock
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
-
     from moe_routing.kernel import Operands, Prepared, RoutingOutput
     from moe_routing.reference.compare import Comparison
     from moe_routing_registry import RoutingSpec
@@ -114,7 +112,7 @@ class Shadow:
         :param wrong_in: says what else is wrong in some rows.
         """
         logits = operands.logits
-        chosen = self._sampling.random() < self._health.rate and not _capturing(logits)
+        chosen = self._sampling.random() < self._health.rate and not is_capturing(logits.device)
         self._count(calls=1, compared=int(chosen))
         if not chosen:
             return
@@ -180,8 +178,9 @@ def _say_unwatched(_key: str) -> None:
     )
 
 
-def _capturing(logits: Tensor) -> bool:
-    return logits.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph captures what is launched on a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @torch.no_grad()

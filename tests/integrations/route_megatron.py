@@ -22,6 +22,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from moe_routing.replay import from_megatron, to_megatron
+
 T, E = 64, 16
 SETTINGS = {
     "softmax after": {},
@@ -140,10 +142,12 @@ def main():
         cases[name] = compared(*both(settings, logits))
         ours, theirs = both(settings, logits, RouterReplayAction.RECORD)
         cases[f"{name}, recorded"] = compared(ours, theirs)
+        record = from_megatron([ours["recorded"]], num_experts=E)
+        (targets,) = to_megatron(record, num_experts=E)
         # Replayed for other logits, so that the ids are not those that would be selected.
         logits = torch.randn(T // 2, 2, E, generator=generator) * 2
         for action in (RouterReplayAction.REPLAY_FORWARD, RouterReplayAction.REPLAY_BACKWARD):
-            replayed = both(settings, logits, action, ours["recorded"])
+            replayed = both(settings, logits, action, targets)
             cases[f"{name}, {action.value}"] = compared(*replayed)
     said["balancing"] = balance_megatron.compared()
     sys.stdout.write(json.dumps(said))

@@ -12,6 +12,7 @@ its wheel (``sgl_kernel``), so the layers route by ``forward_native``: plain tor
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from types import ModuleType
@@ -48,6 +49,30 @@ def routed(layer, logits, **arguments):
     return weights, ids
 
 
+def recorded():
+    """Capture by SGLang's own cache, and decode by its own function and by ours.
+
+    The detokenizer, which imports more packages, encodes as here.
+    """
+    from sglang.srt.state_capturer.base import BaseDeviceCache
+    from sglang.srt.state_capturer.routed_experts import extract_routed_experts_from_meta_info
+
+    from moe_routing.replay import from_sglang, to_sglang
+
+    record, of_moe, depth = torch.randint(E, (2, T, K)), [0, 2], 3
+    cache = BaseDeviceCache(T, depth, K, "cpu", "routed_experts")
+    for layer, ids in zip(of_moe, record, strict=True):
+        cache.capture(layer, ids)
+    text = base64.b64encode(cache.buffer.numpy().tobytes()).decode("utf-8")
+    read = from_sglang(text, num_experts=E, topk=K, num_layers=depth, layers=of_moe)
+    written = to_sglang(record, num_experts=E, layers=of_moe, num_layers=depth)
+    decoded = extract_routed_experts_from_meta_info({"meta_info": {"routed_experts": written}})
+    return {
+        "read": torch.equal(read.long(), record),
+        "written": decoded.tolist() == cache.buffer.flatten().tolist(),
+    }
+
+
 def main():
     TopK, SharedExpertsConfig, get_context, get_model = import_sglang()
     import sglang_adapter
@@ -63,6 +88,7 @@ def main():
         "custom": {"custom_routing_function": lambda **_: None},
     }
     said = {"differences": {}, "equal ids": {}, "dtypes": {}, "padding": {}, "left": {}}
+    said["recorded"] = recorded()
     with get_context().override_server_args(device="cpu"):
         layers = {
             name: TopK(K, layer_id=0, **arguments) for name, arguments in (plain | others).items()

@@ -328,6 +328,7 @@ def test_sglangs_own_layers_route_through_us(tmp_path):
     ``route_sglang.py`` says by which of its ways.
     """
     said = answer("route_sglang.py", SGLANG, tmp_path)
+    assert said["recorded"] == {"read": True, "written": True}
     assert said["adapted"] == 3
     assert len(said["differences"]) == 6
     assert max(said["differences"].values()) < 1e-6

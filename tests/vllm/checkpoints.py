@@ -67,10 +67,12 @@ MODELS = {
 }
 
 
-def build(model_type):
+def build(model_type, **settings):
     """Return a model of that type in float32, with weights large enough that its tokens vary."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **(SIZES | MODELS[model_type]))
+    config = transformers.AutoConfig.for_model(
+        model_type, **(SIZES | MODELS[model_type] | settings)
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

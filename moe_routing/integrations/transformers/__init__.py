@@ -1,8 +1,9 @@
 """transformers 5.17 to 5.24: a model's mixture-of-experts layers route through ``moe_routing``.
 
 ``patch(model)`` and ``unpatch(model)`` for a loaded model, ``patched(model)`` for a block,
-``enable()`` for all that are loaded from now on. Importing this package registers the experts
-implementation ``"moe_routing"``.
+``enable()`` for all that are loaded from now on. ``recording(model)`` and ``replaying(model,
+records)`` keep what routers select, and have them select it again. Importing this package registers
+the experts implementation ``"moe_routing"``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 
 from moe_routing.integrations.transformers._enable import disable, enable
 from moe_routing.integrations.transformers._patch import patch, patched, unpatch
+from moe_routing.integrations.transformers._replay import Records, recording, replaying
 from moe_routing.integrations.transformers._report import (
     ExpertsLayer,
     GateLayer,
@@ -26,9 +28,12 @@ __all__ = [
     "GateLayer",
     "Layer",
     "PatchReport",
+    "Records",
     "disable",
     "enable",
     "patch",
     "patched",
+    "recording",
+    "replaying",
     "unpatch",
 ]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moe_routing.gating.problem import Norm
     from moe_routing.integrations.transformers._fronts import Front, ReadFront
     from moe_routing.integrations.transformers._logits import Router
+    from moe_routing.integrations.transformers._tapes import Taped
 
 GATED = "_moe_routing_gate"
 """Attribute of a router that ``patch`` was asked to gate.
@@ -42,7 +43,11 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 
 def gated(
-    read: ReadFront, router: Router, route: Route, hidden: Tensor, further: Mapping[str, Any]
+    read: ReadFront,
+    router: Router,
+    route: Route | Taped,
+    hidden: Tensor,
+    further: Mapping[str, Any],
 ) -> GateOutput | None:
     """Gate a router's hidden states; ``None``: the router computes its own logits.
 

@@ -17,6 +17,7 @@ from moe_routing.integrations.transformers._gates import GATED, problem_of, why_
 from moe_routing.integrations.transformers._proof import known, short
 from moe_routing.integrations.transformers._report import GateLayer, Layer, PatchReport
 from moe_routing.integrations.transformers._selection import BEFORE, deselect, select
+from moe_routing.integrations.transformers._tapes import TAPE
 from moe_routing.integrations.transformers._wrapping import (
     defining,
     reaches,
@@ -175,8 +176,8 @@ def _remove(module: nn.Module) -> None:
         warnings.warn(text, MoeRoutingWarning, stacklevel=3)
     swap(module, made.cls, made.stock)
     rebind(module, made.method, made.ours, made.own)
-    vars(module).pop(STATE, None)
-    vars(module).pop(GATED, None)
+    for name in (STATE, GATED, TAPE):
+        vars(module).pop(name, None)
 
 
 def _require_module(model: object) -> None:
@@ -185,23 +186,33 @@ def _require_module(model: object) -> None:
 
 
 def _layers(model: nn.Module) -> Iterator[Layer]:
-    names = {path.rpartition(".")[2] for path in known()}
     modules = dict(model.named_modules())
-    routers = {
-        id(module)
-        for module in modules.values()
-        if any(cls.__name__ in names for cls in type(module).__mro__)
-    }
     model_type = getattr(getattr(model, "config", None), "model_type", "")
-    for name, module in modules.items():
-        if id(module) in routers:
+    for name, is_router in routed_parts(modules):
+        module = modules[name]
+        if is_router:
             yield _layer(name, module, _block_of(name, modules))
-        elif _has_experts(module) and not any(id(inner) in routers for inner in module.modules()):
+        else:
             yield Layer(
                 name,
                 short(stock_of(type(module))),
                 reason=NOT_EXPRESSED.get(model_type, "no router in it is known here"),
             )
+
+
+def routed_parts(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, bool]]:
+    """Yield the names of routers, with ``True``, and of blocks without a router that is known."""
+    names = {path.rpartition(".")[2] for path in known()}
+    routers = {
+        id(module)
+        for module in modules.values()
+        if any(cls.__name__ in names for cls in type(module).__mro__)
+    }
+    for name, module in modules.items():
+        if id(module) in routers:
+            yield name, True
+        elif _has_experts(module) and not any(id(inner) in routers for inner in module.modules()):
+            yield name, False
 
 
 def _has_experts(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._fronts import learn
 from moe_routing.integrations.transformers._gates import GATED
 from moe_routing.integrations.transformers._proof import known, path_of, recipe_of
+from moe_routing.integrations.transformers._tapes import TAPE, Taped
 from moe_routing.integrations.transformers._warnings import warn_once
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Made:
             recipe.method: self.ours,
             STATE: None,
             GATED: None,
+            TAPE: None,
         }
         metaclass: Any = type(stock)
         self.cls: type[nn.Module] = metaclass(stock.__name__, (stock,), names)
@@ -86,11 +88,16 @@ class Made:
             if not isinstance(router, made.cls) or getattr(stock, method) is not own:
                 return made.stock_instead(router, *args, **kwargs)
             if router.training and not recipe.in_training:
+                made.require_no_block(router, "trains by its own code; call eval() on it")
                 return own(router, *args, **kwargs)
             state, settings = getattr(router, STATE), recipe.settings.read(router)
             if state is None or state.settings != settings:
                 state = made.prepare(router)
-            return recipe.forward(router, state.route, *args, **kwargs)
+            tape = getattr(router, TAPE)
+            if tape is not None and getattr(router, "_is_replica", False):
+                made.require_no_block(router, "is a replica of nn.DataParallel; use DDP or FSDP")
+            route = state.route if tape is None else Taped(state.route, tape)
+            return recipe.forward(router, route, *args, **kwargs)
 
         for name in (
             "__module__",
@@ -117,9 +124,17 @@ class Made:
         setattr(router, STATE, state)
         return state
 
+    def require_no_block(self, router: Any, what: str) -> None:  # noqa: ANN401 -- a router
+        """Raise ``ValueError`` if a block records or replays a router that we do not route."""
+        tape = getattr(router, TAPE, None)
+        if tape is not None and tape.mode:
+            msg = f"model: expected routers that route through moe_routing, got {tape.name}, which "
+            raise ValueError(msg + what)
+
     def stock_instead(self, router: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- the block's
         """Run what the stock class has as its method now; warn if that is none of its own."""
         current = getattr(self.stock, self.method)
+        self.require_no_block(router, f"runs {described(current)}; patch it again")
         if current is not self.own and not torch.compiler.is_compiling():
             warn_once(
                 f"the {self.method} of {self.stock.__name__} was replaced after patch, "
