@@ -177,18 +177,20 @@ def is_dtensor(tensor: object) -> bool:
     return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
 
 
-def check_writable(out: RoutingOutput) -> None:
-    """Require outputs that may be written in this mode.
+def check_writable(argument: str, *tensors: Tensor) -> None:
+    """Require tensors that may be written in this mode.
 
     Outside inference mode nothing writes what was made inside, and nobody writes a tensor that
     stands for zeros and has no memory.
     """
-    if any(is_zero_tensor(tensor) for tensor in out):
-        _wrong(ValueError, "out", "tensors that can be written", "tensors of zeros without memory")
-    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in out):
+    if any(is_zero_tensor(tensor) for tensor in tensors):
+        _wrong(
+            ValueError, argument, "tensors that can be written", "tensors of zeros without memory"
+        )
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors):
         _wrong(
             ValueError,
-            "out",
+            argument,
             "tensors that can be written here",
             "inference tensors, outside torch.inference_mode()",
         )
