@@ -192,8 +192,9 @@ class Gate:
             named = {
                 "per_expert_scale": per_expert_scale, "bias": bias, "token_ids": token_ids,
                 "expert_table": expert_table, "num_valid_tokens": num_valid_tokens, "valid": valid,
-                "expert_map": expert_map, "ids": ids, "hidden": hidden, "router_weight": router_weight,
-                "router_bias": router_bias, "norm": weight, "input_scale": input_scale,
+                "expert_map": expert_map, "ids": ids, "hidden": hidden,
+                "router_weight": router_weight, "router_bias": router_bias, "norm": weight,
+                "input_scale": input_scale,
             }  # fmt: skip
             self._check_counts(counts, named)
             renaming, expert_map = expert_map, None  # logical ids are counted
