@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from moe_routing import RoutingSpec
-    from moe_routing._router import Router as Route
     from moe_routing.gating.kernel import GateOutput
     from moe_routing.gating.problem import Norm
     from moe_routing.integrations.transformers._fronts import Front, ReadFront
+    from moe_routing.integrations.transformers._loads import Route
     from moe_routing.integrations.transformers._logits import Router
 
 GATED = "_moe_routing_gate"

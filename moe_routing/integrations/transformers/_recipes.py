@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from moe_routing import RoutingSpec
-    from moe_routing._router import Router as Route
     from moe_routing.integrations.transformers._fronts import ReadFront
+    from moe_routing.integrations.transformers._loads import Route
     from moe_routing.integrations.transformers._logits import Router
     from moe_routing.models import ModelPreset
 

@@ -21,6 +21,7 @@ from moe_routing.integrations._code import described
 from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._fronts import learn
 from moe_routing.integrations.transformers._gates import GATED
+from moe_routing.integrations.transformers._loads import LOADS, Counting
 from moe_routing.integrations.transformers._proof import known, path_of, recipe_of
 from moe_routing.integrations.transformers._warnings import warn_once
 
@@ -73,6 +74,7 @@ class Made:
             recipe.method: self.ours,
             STATE: None,
             GATED: None,
+            LOADS: None,
         }
         metaclass: Any = type(stock)
         self.cls: type[nn.Module] = metaclass(stock.__name__, (stock,), names)
@@ -90,7 +92,9 @@ class Made:
             state, settings = getattr(router, STATE), recipe.settings.read(router)
             if state is None or state.settings != settings:
                 state = made.prepare(router)
-            return recipe.forward(router, state.route, *args, **kwargs)
+            counted = getattr(router, LOADS)
+            route = state.route if counted is None else Counting(state.route, counted)
+            return recipe.forward(router, route, *args, **kwargs)
 
         for name in (
             "__module__",
