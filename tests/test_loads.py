@@ -185,7 +185,6 @@ def test_names_of_layers_are_text():
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_a_drawing_is_written(tmp_path, ending):
-    pytest.importorskip("matplotlib")
     loads = Loads({"$a$": Load((3, 1)), "b": Load((0, 0)), "c": Load((1, 0, 2))})
     first, again = (tmp_path / f"{n}.{ending}" for n in range(2))
     loads.save_plot(first)

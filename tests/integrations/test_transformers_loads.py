@@ -7,7 +7,7 @@ import pickle
 import runpy
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +171,19 @@ def test_two_models_of_other_sizes_do_not_share_a_layers_counts():
     other = MixtralForCausalLM(MixtralConfig(**SIZES, **HEADS, num_local_experts=4))
     with pytest.raises(ValueError, match=r"^num_experts: expected 8, as the counts of 'model.lay"):
         patch(other, loads=monitor)
+
+
+def test_a_router_whose_class_is_made_anew_counts_on(monkeypatch):
+    model, monitor = mixtral(), LoadMonitor()
+    stock = type(model.get_submodule(NAMES[0]))
+    patch(model, loads=monitor)
+    own = stock.forward
+    same = FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__)
+    monkeypatch.setattr(stock, "forward", same)
+    patch(model)
+    model(prompt())
+    assert totals(monitor) == dict.fromkeys(NAMES, SLOTS)
+    unpatch(model)
 
 
 def test_a_wrong_monitor_is_named_and_nothing_is_patched():
