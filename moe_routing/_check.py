@@ -151,10 +151,7 @@ def check_dense(operands: Operands) -> None:
 
     Sparse, nested and other layouts have no strides that a kernel could read by.
     """
-    named = operands._asdict()
-    if is_mask(operands.num_valid_tokens):
-        named["valid"] = named.pop("num_valid_tokens")
-    given = [*named.items(), *(("out", tensor) for tensor in operands.out or ())]
+    given = [*operands.named.items(), *(("out", tensor) for tensor in operands.out or ())]
     for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
             expected = "a dense tensor [..., E]" if argument == "logits" else "a dense tensor"

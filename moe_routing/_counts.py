@@ -23,6 +23,30 @@ if TYPE_CHECKING:
 
     import torch
 
+    from moe_routing.kernel import Operands
+    from moe_routing.planning.kernel import DispatchPlan
+
+
+def check_call(
+    counts: object, operands: Operands, shared: int, planned: DispatchPlan | None = None
+) -> None:
+    """Check ``counts`` of a router's call, and ``expert_map``, which its kernel does not see then.
+
+    :param planned: the plan that the call is to fill.
+    """
+    out = operands.out
+    if out is not None:
+        out = _check.as_output(out)
+        operands = operands._replace(out=out)
+    _check.check_dense(operands)
+    if operands.expert_map is not None and not is_dynamo_compiling():
+        _check.check_addresses(operands)
+    named = operands._replace(out=None).named
+    for written in (out, planned):
+        parts = {} if written is None else written._asdict()
+        named |= {f"the {name} of out": part for name, part in parts.items()}
+    check(counts, operands.logits, -1, shared, named)
+
 
 def check(
     counts: object, like: object, dim: int, shared: int, others: Mapping[str, object]

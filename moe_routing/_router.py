@@ -17,7 +17,7 @@ from moe_routing._autograd import Rule, recorded
 from moe_routing._call_cache import UNREADABLE, CachedCall, described, is_ordinary, matcher, never
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._operators import CallConfig
-from moe_routing.kernel import NO_OPERANDS, Operands, Prepares, RoutingOutput, WarmsUp, is_mask
+from moe_routing.kernel import NO_OPERANDS, Operands, Prepares, RoutingOutput, WarmsUp
 from moe_routing.planning import routed
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
@@ -279,7 +279,7 @@ class Router:
         if num_valid_tokens is not None:
             operands = _check.counted(operands)
         if counts is not None:
-            self._check_counts(operands, counts, plan_out)
+            _counts.check_call(counts, operands, self.spec.shared_experts, plan_out)
         known = None if is_dynamo_compiling() else self._known(operands, topk, ids_dtype)
         planned = None if known is None else routed.known(known.plans, asked, operands, plan_out)
         if known is None or planned is None:
@@ -341,28 +341,8 @@ class Router:
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None, counts: Tensor
     ) -> RoutingOutput:
         """Check what is to be counted into, then route and count."""
-        self._check_counts(operands, counts)
+        _counts.check_call(counts, operands, self.spec.shared_experts)
         return self._routed(operands, topk, ids_dtype, counts)
-
-    def _check_counts(
-        self, operands: Operands, counts: Tensor, planned: DispatchPlan | None = None
-    ) -> None:
-        """Check ``counts`` and ``expert_map``, which no kernel of a call with counts sees.
-
-        :param planned: the plan that the call is to fill.
-        """
-        out = operands.out
-        if out is not None:
-            out = _check.as_output(out)
-            operands = operands._replace(out=out)
-        _check.check_dense(operands)
-        if operands.expert_map is not None and not is_dynamo_compiling():
-            _check.check_addresses(operands)
-        named = _named(operands._replace(out=None))
-        for written in (out, planned):
-            parts = {} if written is None else written._asdict()
-            named |= {f"the {name} of out": part for name, part in parts.items()}
-        _counts.check(counts, operands.logits, -1, self.spec.shared_experts, named)
 
     def _routed(
         self,
@@ -375,8 +355,8 @@ class Router:
         if counts is None:
             route = self._traced if is_dynamo_compiling() else self._dispatch
             return route(operands, topk, ids_dtype)
-        plain = _named(operands._replace(expert_map=None))
-        weights, ids = self(**plain, topk=topk, ids_dtype=ids_dtype)
+        plain = operands._replace(expert_map=None)
+        weights, ids = self(**plain.named, topk=topk, ids_dtype=ids_dtype)
         _counts.add(counts, ids, operands.logits.shape[-1], self.spec.shared_experts)
         out = None if operands.out is None else ids
         return RoutingOutput(weights, _counts.renamed(ids, operands.expert_map, out))
@@ -399,7 +379,7 @@ class Router:
         """Route logits of any leading shape as rows."""
         selected = self._default_topk() if topk is None else _check.integer("topk", topk)
         rows = _leading.flattened(operands, selected + self.spec.shared_experts)
-        output = self(**_named(rows), topk=topk, ids_dtype=ids_dtype)
+        output = self(**rows.named, topk=topk, ids_dtype=ids_dtype)
         if operands.out is not None:
             return RoutingOutput(*operands.out)
         return _leading.in_shape(output, operands.logits)
@@ -704,14 +684,6 @@ def _operator_backward(config: CallConfig, *, replayed: bool) -> Backward:
 
 def _never_routes(operands: Operands) -> RoutingOutput:
     raise AssertionError(operands)
-
-
-def _named(operands: Operands) -> dict[str, Any]:
-    """Return the arguments of a call by name: a mask is ``valid`` there."""
-    named = operands._asdict()
-    if is_mask(operands.num_valid_tokens):
-        named["valid"] = named.pop("num_valid_tokens")
-    return named
 
 
 def _tensors(operands: Operands) -> list[Tensor]:

@@ -269,7 +269,7 @@ class Gate:
         if not is_dynamo_compiling() and all(map(is_ordinary, _tensors(projection, operands))):
             planned = routed.planner(problem, most, operands.logits, config.backend)
         if counts is not None:
-            named = {**operands._asdict(), **projection._asdict(), "logits": None}
+            named = {**operands.named, **projection._asdict(), "logits": None}
             expert_map = operands.expert_map
             self._check_counts(counts, named)
             operands = operands._replace(expert_map=None)  # logical ids are counted
