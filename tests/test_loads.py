@@ -89,6 +89,7 @@ def test_counts_follow_a_layer_to_another_device():
     counts = monitor.on("a", E, torch.device("cpu"))
     assert counts.tolist() == [0] * E
     assert monitor["a"] is counts
+    assert monitor.on("a", E, "cpu") is counts
 
 
 def test_wrong_arguments_are_named():
@@ -98,8 +99,16 @@ def test_wrong_arguments_are_named():
         LoadMonitor("8")
     with pytest.raises(TypeError, match=r"^device: expected a torch.device or its name, got 0"):
         LoadMonitor(E, device=0)
+    with pytest.raises(ValueError, match=r"^device: expected the name of a torch.device, got 'wa"):
+        LoadMonitor(E, device="warp")
     with pytest.raises(TypeError, match=r"^layer: expected a str, got 3"):
         LoadMonitor(E)[3]
+    with pytest.raises(TypeError, match=r"^layer: expected a str, got 3"):
+        LoadMonitor(E).on(3, E, "cpu")
+    with pytest.raises(TypeError, match=r"^num_experts: expected an int, got '8'"):
+        LoadMonitor().on("a", "8", "cpu")
+    with pytest.raises(TypeError, match=r"^device: expected a torch.device or its name, got 0"):
+        LoadMonitor().on("a", E, 0)
     with pytest.raises(ValueError, match=r"^num_experts: expected an int for the layer 'a'"):
         LoadMonitor()["a"]
     monitor = LoadMonitor(E)

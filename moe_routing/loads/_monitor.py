@@ -44,11 +44,9 @@ class LoadMonitor:
         :raises TypeError: an argument has the wrong type.
         :raises ValueError: ``num_experts`` is no number of experts.
         """
-        if not isinstance(device, (str, torch.device)):
-            raise TypeError(refusal("device", "a torch.device or its name", device))
         self.num_experts = None if num_experts is None else _check.experts(num_experts)
         self.counts: dict[str, Tensor] = {}
-        self._device = torch.device(device)
+        self._device = _device_of(device)
 
     def __getitem__(self, layer: str) -> Tensor:
         """Return the counts of a layer, zeros if it has none yet.
@@ -56,8 +54,7 @@ class LoadMonitor:
         :raises TypeError: the layer is no name.
         :raises ValueError: the layer is new, and the monitor was made without ``num_experts``.
         """
-        if not isinstance(layer, str):
-            raise TypeError(refusal("layer", "a str", layer))
+        _check_layer(layer)
         if layer in self.counts:
             return self.counts[layer]
         if self.num_experts is None:
@@ -65,17 +62,21 @@ class LoadMonitor:
             raise ValueError(refusal("num_experts", expected, None))
         return self.on(layer, self.num_experts, self._device)
 
-    def on(self, layer: str, num_experts: int, device: torch.device) -> Tensor:
+    def on(self, layer: str, num_experts: int, device: torch.device | str) -> Tensor:
         """Return the counts of a layer on a device: new ones, or those that it has, moved there.
 
-        :raises ValueError: the layer has counts of another number of experts.
+        :raises TypeError: an argument has the wrong type.
+        :raises ValueError: the layer has counts of another number of experts, or there is no such
+            device.
         """
+        _check_layer(layer)
         counts = self.counts.get(layer)
         if counts is not None and counts.shape[0] != num_experts:
             expected = f"{counts.shape[0]}, as the counts of {layer!r} have"
             raise ValueError(refusal("num_experts", expected, num_experts))
         if counts is not None and counts.device == device:
             return counts
+        num_experts, device = _check.experts(num_experts), _device_of(device)
         # So that calls outside that mode count too.
         with torch.inference_mode(False):  # noqa: FBT003 -- Dynamo takes no keyword here
             if counts is None or counts.is_meta:
@@ -93,3 +94,19 @@ class LoadMonitor:
         """Set all counts to 0, in place: captured graphs and compiled programs go on with them."""
         for counts in self.counts.values():
             counts.zero_()
+
+
+def _check_layer(layer: object) -> None:
+    if not isinstance(layer, str):
+        raise TypeError(refusal("layer", "a str", layer))
+
+
+def _device_of(device: object) -> torch.device:
+    if isinstance(device, torch.device):
+        return device
+    if not isinstance(device, str):
+        raise TypeError(refusal("device", "a torch.device or its name", device))
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(refusal("device", "the name of a torch.device", device)) from error

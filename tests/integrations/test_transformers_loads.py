@@ -171,6 +171,7 @@ def test_two_models_of_other_sizes_do_not_share_a_layers_counts():
     other = MixtralForCausalLM(MixtralConfig(**SIZES, **HEADS, num_local_experts=4))
     with pytest.raises(ValueError, match=r"^num_experts: expected 8, as the counts of 'model.lay"):
         patch(other, loads=monitor)
+    assert type(other.get_submodule(NAMES[0])).__module__.startswith("transformers.")
 
 
 def test_a_router_whose_class_is_made_anew_counts_on(monkeypatch):

@@ -63,6 +63,7 @@ def patch(
         under their names in the model. ``None`` leaves routers that count as they are.
     :returns: what was replaced by what, and what was left and why.
     :raises TypeError: ``model`` is no module, a switch is no bool, or ``loads`` no monitor.
+    :raises ValueError: ``loads`` has counts of another number of experts for a layer.
 
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
@@ -78,11 +79,21 @@ def patch(
     _require_module(model)
     experts, gate = flag("experts", experts), flag("gate", gate)
     _require_monitor(loads)
+    plain = [module for module in model.modules() if made_of(type(module)) is None]
     layers = tuple(_layers(model))
     if loads is not None:
-        for layer in layers:
-            if layer.replaced:
-                _count(model.get_submodule(layer.name), layer.name, loads)
+        routers = {
+            layer.name: model.get_submodule(layer.name) for layer in layers if layer.replaced
+        }
+        try:
+            for name, router in routers.items():
+                _make_counts(router, name, loads)
+        except ValueError:
+            for module in plain:
+                _remove(module)
+            raise
+        for name, router in routers.items():
+            vars(router)[LOADS] = Counted(loads, name)
     report = PatchReport(
         layers,
         select(model) if experts else (),
@@ -289,10 +300,10 @@ def _gated(model: nn.Module, layer: Layer) -> GateLayer:
     return GateLayer(layer.name, layer.router, backend, reason)
 
 
-def _count(router: nn.Module, name: str, loads: LoadMonitor) -> None:
-    """Have a router that was replaced count.
+def _make_counts(router: nn.Module, name: str, loads: LoadMonitor) -> None:
+    """Make the counts of a router that was replaced, where its number of experts is known.
 
-    Its counts are made now where its number of experts is known, so that nothing is compiled twice.
+    Made at its first call, they would lead to a second compilation, or be part of a CUDA graph.
     """
     made = made_of(type(router))
     assert made is not None  # noqa: S101 -- for mypy
@@ -301,7 +312,6 @@ def _count(router: nn.Module, name: str, loads: LoadMonitor) -> None:
         spec, topk = made.recipe.spec_of(router), made.recipe.topk(router)
         problem = problem_of(made.recipe.front, router, spec, topk)
         loads.on(name, problem.num_experts, device)
-    vars(router)[LOADS] = Counted(loads, name)
 
 
 def _device(router: nn.Module) -> torch.device | None:
