@@ -134,7 +134,8 @@ class Loads:
 
     def __str__(self) -> str:
         """Say it in a line."""
-        start = f"{len(self.layers)} layers, {self.overall.total:,} slots"
+        layers = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        start = f"{layers}, {self.overall.total:,} slots"
         worst = self.worst
         if worst is None:
             return start
