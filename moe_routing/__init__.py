@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moe_routing._router import Router
     from moe_routing.gating.kernel import GateOutput, RMSNorm
     from moe_routing.kernel import Kernel, Operands, RoutingOutput
+    from moe_routing.loads import Load, LoadMonitor, Loads
     from moe_routing.permutation.call import combine, permute
     from moe_routing.permutation.kernel import PermutedRows
     from moe_routing.planning.call import plan
@@ -47,6 +48,9 @@ _HOME = {
     "DowngradeWarning": "moe_routing_registry.errors",
     "GateOutput": "moe_routing.gating.kernel",
     "Kernel": "moe_routing.kernel",
+    "Load": "moe_routing.loads",
+    "LoadMonitor": "moe_routing.loads",
+    "Loads": "moe_routing.loads",
     "MoeRoutingWarning": "moe_routing_registry.errors",
     "Operands": "moe_routing.kernel",
     "PermutedRows": "moe_routing.permutation.kernel",
@@ -80,6 +84,9 @@ __all__ = [
     "DowngradeWarning",
     "GateOutput",
     "Kernel",
+    "Load",
+    "LoadMonitor",
+    "Loads",
     "MoeRoutingWarning",
     "Operands",
     "PermutedRows",

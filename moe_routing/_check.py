@@ -151,10 +151,7 @@ def check_dense(operands: Operands) -> None:
 
     Sparse, nested and other layouts have no strides that a kernel could read by.
     """
-    named = operands._asdict()
-    if is_mask(operands.num_valid_tokens):
-        named["valid"] = named.pop("num_valid_tokens")
-    given = [*named.items(), *(("out", tensor) for tensor in operands.out or ())]
+    given = [*operands.named.items(), *(("out", tensor) for tensor in operands.out or ())]
     for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
             expected = "a dense tensor [..., E]" if argument == "logits" else "a dense tensor"
@@ -177,18 +174,20 @@ def is_dtensor(tensor: object) -> bool:
     return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
 
 
-def check_writable(out: RoutingOutput) -> None:
-    """Require outputs that may be written in this mode.
+def check_writable(argument: str, *tensors: Tensor) -> None:
+    """Require tensors that may be written in this mode.
 
     Outside inference mode nothing writes what was made inside, and nobody writes a tensor that
     stands for zeros and has no memory.
     """
-    if any(is_zero_tensor(tensor) for tensor in out):
-        _wrong(ValueError, "out", "tensors that can be written", "tensors of zeros without memory")
-    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in out):
+    if any(is_zero_tensor(tensor) for tensor in tensors):
+        _wrong(
+            ValueError, argument, "tensors that can be written", "tensors of zeros without memory"
+        )
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors):
         _wrong(
             ValueError,
-            "out",
+            argument,
             "tensors that can be written here",
             "inference tensors, outside torch.inference_mode()",
         )

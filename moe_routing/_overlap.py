@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from moe_routing.private_api import TRACED
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -31,11 +33,12 @@ def overlap(operands: Operands) -> str:
         if isinstance(value, Tensor):
             pairs += [(f"weights and {name}", weights, value), (f"ids and {name}", ids, value)]
     return next(
-        (f"{named} that overlap" for named, one, other in pairs if _overlap(one, other)), ""
+        (f"{named} that overlap" for named, one, other in pairs if overlaps(one, other)), ""
     )
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
+def overlaps(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors share memory, from the first byte of each to its last."""
     a, b = address(one), address(other)
     return a != 0 and b != 0 and -span(one) < a - b < span(other)
 
@@ -45,6 +48,8 @@ def address(tensor: Tensor) -> int:
 
     It is 0 for a tensor without elements or memory, a fake or a meta tensor for example.
     """
+    if isinstance(tensor, TRACED):
+        return 0  # what asks a fake tensor for its address warns
     try:
         return tensor.data_ptr()
     except RuntimeError:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
-from moe_routing import _check, _leading, _op, _operators  # noqa: F401 -- `_op` registers what `_operators` calls
+from moe_routing import _check, _counts, _leading, _op, _operators  # noqa: F401 -- `_op` registers what `_operators` calls
 from moe_routing._autograd import Rule, recorded
 from moe_routing._call_cache import UNREADABLE, CachedCall, described, is_ordinary, matcher, never
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._operators import CallConfig
-from moe_routing.kernel import NO_OPERANDS, Operands, Prepares, RoutingOutput, WarmsUp, is_mask
+from moe_routing.kernel import NO_OPERANDS, Operands, Prepares, RoutingOutput, WarmsUp
 from moe_routing.planning import routed
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
@@ -117,6 +117,7 @@ class Router:
         valid: Tensor | None = None,
         expert_map: Tensor | None = None,
         ids: Tensor | None = None,
+        counts: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
         out: RoutingOutput | tuple[Tensor, Tensor] | None = None,
     ) -> RoutingOutput:
@@ -149,6 +150,9 @@ class Router:
             record and is routed as usual. In other rows a slot of -1 has no expert: it gets id -1
             and weight 0, and the others are renormalised without it. A row with an id outside [-1,
             E) counts as padding.
+        :param counts: ``[E]``, or ``[E + shared_experts]`` to count shared experts too, int32 or
+            int64, any stride: the call adds to each logical expert's element how many slots it has
+            in rows that are no padding. Nothing else of the call may be in its memory. int32 wraps.
         :param ids_dtype: ``torch.int32`` (default) or ``torch.int64``.
         :param out: ``(weights, ids)`` to write into: contiguous, ``[T, K + shared_experts]``, not
             with gradients, and of memory that they share neither with each other nor with an
@@ -162,6 +166,14 @@ class Router:
         """
         if valid is not None or type(num_valid_tokens) is Tensor:
             num_valid_tokens = _check.one_padding(num_valid_tokens, valid)
+        if counts is not None:
+            return self._counted(
+                Operands(
+                    logits, per_expert_scale, bias, token_ids, expert_table,
+                    num_valid_tokens, expert_map, ids, out,  # type: ignore[arg-type] # checked next
+                ),
+                topk, ids_dtype, counts,
+            )  # fmt: skip
         if is_dynamo_compiling():
             operands = Operands(
                 logits, per_expert_scale, bias, token_ids, expert_table,
@@ -217,6 +229,7 @@ class Router:
         valid: Tensor | None = None,
         expert_map: Tensor | None = None,
         ids: Tensor | None = None,
+        counts: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
         num_experts: int | None = None,
         block: int | None = None,
@@ -232,6 +245,7 @@ class Router:
 
         :param num_experts: how many ids the plan knows. E + shared experts without an
             ``expert_map``; with one it must be given, for its entries are not read on the host.
+        :param counts: as of a call: logical experts are counted, whatever is planned.
         :param block: as in ``moe_routing.plan``, like ``capacity``, ``drop`` and ``masked``;
             ``drop="least_weight"`` looks at the weights that are returned.
         :param out: ``(weights, ids, plan)`` to write into.
@@ -264,11 +278,16 @@ class Router:
         )
         if num_valid_tokens is not None:
             operands = _check.counted(operands)
+        if counts is not None:
+            _counts.check_call(counts, operands, self.spec.shared_experts, plan_out)
         known = None if is_dynamo_compiling() else self._known(operands, topk, ids_dtype)
         planned = None if known is None else routed.known(known.plans, asked, operands, plan_out)
         if known is None or planned is None:
-            return self._first_with_plan(operands, topk, ids_dtype, asked, plan_out)
-        weights, ids = known.route(operands)
+            return self._first_with_plan(operands, topk, ids_dtype, counts, asked, plan_out)
+        if counts is None:
+            weights, ids = known.route(operands)
+        else:
+            weights, ids = self._routed(operands, topk, ids_dtype, counts)
         return _tuple(RoutedPlan, (weights, ids, planned.fill(weights, ids, plan_out)))
 
     def _known(
@@ -283,11 +302,12 @@ class Router:
             return None
         return self._looked_up(operands, topk, ids_dtype)[1]
 
-    def _first_with_plan(
+    def _first_with_plan(  # noqa: PLR0913, PLR0917 -- what `with_plan` was given
         self,
         operands: Operands,
         topk: int | None,
         ids_dtype: torch.dtype | None,
+        counts: Tensor | None,
         asked: routed.Asked,
         out: DispatchPlan | None,
     ) -> RoutedPlan:
@@ -300,22 +320,46 @@ class Router:
             checked, selected, self.spec.shared_experts, dtype, asked, out
         )
         if traced:
-            output = self._traced(operands, topk, ids_dtype)
+            output = self._routed(operands, topk, ids_dtype, counts)
             return routed.composed(output, problem, asked, self._requested, out)
         brought = _tensors(checked)
         if out is not None:
             routed.check_memory(checked, out)
             brought += [part for part in out if part is not None]
         if not all(map(is_ordinary, brought)):
-            output = self._dispatch(operands, topk, ids_dtype)
+            output = self._routed(operands, topk, ids_dtype, counts)
             return routed.composed(output, problem, asked, self._requested, out)
         planned = routed.planner(problem, most, checked.logits, self._requested)
-        output = self._dispatch(operands, topk, ids_dtype)
+        output = self._routed(operands, topk, ids_dtype, counts)
         made = RoutedPlan(*output, planned.fill(*output, out))
         known = self._known(operands, topk, ids_dtype)
         if known is not None:
             routed.remember(known.plans, asked, planned, checked, made)
         return made
+
+    def _counted(
+        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None, counts: Tensor
+    ) -> RoutingOutput:
+        """Check what is to be counted into, then route and count."""
+        _counts.check_call(counts, operands, self.spec.shared_experts)
+        return self._routed(operands, topk, ids_dtype, counts)
+
+    def _routed(
+        self,
+        operands: Operands,
+        topk: int | None,
+        ids_dtype: torch.dtype | None,
+        counts: Tensor | None,
+    ) -> RoutingOutput:
+        """Route, and count the logical ids where ``counts`` is given, before they are renamed."""
+        if counts is None:
+            route = self._traced if is_dynamo_compiling() else self._dispatch
+            return route(operands, topk, ids_dtype)
+        plain = operands._replace(expert_map=None)
+        weights, ids = self(**plain.named, topk=topk, ids_dtype=ids_dtype)
+        _counts.add(counts, ids, operands.logits.shape[-1], self.spec.shared_experts)
+        out = None if operands.out is None else ids
+        return RoutingOutput(weights, _counts.renamed(ids, operands.expert_map, out))
 
     def _dispatch(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
@@ -335,10 +379,7 @@ class Router:
         """Route logits of any leading shape as rows."""
         selected = self._default_topk() if topk is None else _check.integer("topk", topk)
         rows = _leading.flattened(operands, selected + self.spec.shared_experts)
-        arguments = rows._asdict()
-        if is_mask(rows.num_valid_tokens):
-            arguments["valid"] = arguments.pop("num_valid_tokens")
-        output = self(**arguments, topk=topk, ids_dtype=ids_dtype)
+        output = self(**rows.named, topk=topk, ids_dtype=ids_dtype)
         if operands.out is not None:
             return RoutingOutput(*operands.out)
         return _leading.in_shape(output, operands.logits)
@@ -423,7 +464,7 @@ class Router:
         )
         _refuse_out(operands, differentiable=differentiable)
         if operands.out is not None:
-            _check.check_writable(operands.out)
+            _check.check_writable("out", *operands.out)
         return differentiable
 
     def _unordinary(

@@ -8,7 +8,7 @@ and a kernel that has it has the ability; no base class is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -72,6 +72,14 @@ class Operands(NamedTuple):
         """Names of the operands that not every backend takes: ``RoutingProblem.operands``."""
         named = NO_OPERANDS if self.ids is None else REPLAY
         return named | MASK if is_mask(self.num_valid_tokens) else named
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The arguments of ``Router.__call__``, by name: a mask is ``valid`` there."""
+        named = self._asdict()
+        if is_mask(self.num_valid_tokens):
+            named["valid"] = named.pop("num_valid_tokens")
+        return named
 
 
 class Kernel(Protocol):

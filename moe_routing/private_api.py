@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TRACED", "backward_number", "carries_tangents", "compile_by_inductor", "count_modes",
     "current_device", "current_stream", "dispatch_keys", "empty", "has_tangent", "is_fake_mode",
-    "is_functorch_wrapped_tensor",
+    "is_functorch_wrapped_tensor", "is_in_backward",
     "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "next_number",
     "privateuse1_name",
     "runs_hooks", "tensor_guard", "unset_fake_temporarily", "why_not_direct",
@@ -94,6 +94,15 @@ def carries_tangents() -> bool:
 def has_tangent(tensor: Tensor) -> bool:
     """Tell whether a forward-mode derivative is being computed by this tensor."""
     return carries_tangents() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_in_backward() -> bool:
+    """Tell whether this thread is inside a backward pass, where checkpoints compute layers again.
+
+    >>> is_in_backward()
+    False
+    """
+    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 -- this file's purpose
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ PAGES = [
     "docs/index.md",
     "docs/integrations.md",
     "docs/gate.md",
+    "docs/loads.md",
     "docs/permute.md",
     "docs/plan.md",
     "docs/rl_replay.md",
@@ -56,7 +57,14 @@ def test_the_python_on_a_page_runs(page, capsys):
 
 @pytest.mark.parametrize(
     "page",
-    ["docs/balancing.md", "docs/gate.md", "docs/permute.md", "docs/plan.md", "docs/replay.md"],
+    [
+        "docs/balancing.md",
+        "docs/gate.md",
+        "docs/loads.md",
+        "docs/permute.md",
+        "docs/plan.md",
+        "docs/replay.md",
+    ],
 )
 def test_the_results_on_a_page_are_right(page):
     blocks = blocks_of(page, "pycon")

@@ -246,3 +246,17 @@ def test_a_launcher_without_a_field_that_is_needed_is_not_launched_directly():
     run = CudaLauncher()
     del run.launch_pdl
     assert private_api.why_not_direct(run) == "Triton's CudaLauncher has no launch_pdl"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_that_computes_a_checkpoint_again_is_known(reentrant):
+    seen = []
+
+    def layer(x):
+        seen.append(private_api.is_in_backward())
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert seen == [False, True]
+    assert not private_api.is_in_backward()

@@ -252,6 +252,23 @@ _CLAUSES = (
         "nearly tie select different experts, and the log-probabilities of the same tokens no "
         "longer agree. Positions without a record come as -1, which crashed lookups in a table.",
     ),
+    Clause(
+        17,
+        "counts",
+        "Counts",
+        "With counts, a call adds to each logical expert how many slots it has; padding adds none.",
+        "`counts`, an int32 or int64 tensor `[E]` or `[E + shared_experts]` of any stride, grows: "
+        "the element of each logical expert by the number of slots that it has in this call, "
+        "whatever an `expert_map` renames it to. Rows of padding and slots without an expert add "
+        "nothing. Zero experts count as the experts that they are, and shared slots where the "
+        "tensor has elements for them. Nothing else in memory changes, and weights and ids have "
+        "the bits of a call without `counts`. Every call adds once: with `out`, gradients, a plan "
+        "or a gate too, and so do a run of a compiled or exported program and a replay of a CUDA "
+        "graph. Nothing is read on the host. Calls that run at the same time need tensors of "
+        "their own. (The `Router` does this for every backend, from the logical ids.)",
+        "padding that was counted makes its experts look busy, and counts of physical ids, or of "
+        "a layer that counted twice, balance the wrong experts.",
+    ),
 )
 
 CLAUSES = {clause.number: clause for clause in _CLAUSES}

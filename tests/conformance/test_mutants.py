@@ -9,7 +9,8 @@ from itertools import chain
 
 import pytest
 from mutants import MUTANTS, Mutant, Reference, registered
-from mutants.catching import must_say
+from mutants.catching import each, must_be_caught_in_eager, must_say
+from mutants.counts import CHANGES
 
 from moe_routing.conformance import checks, drawn
 from moe_routing.conformance.clauses import CLAUSES
@@ -43,6 +44,11 @@ def test_there_are_at_least_twenty_mutants():
 @pytest.mark.parametrize("mutant", HERE, ids=lambda mutant: f"{mutant.name}-by-{mutant.caught_by}")
 def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
     must_say(mutant.saying, results(mutant, mutant.caught_by))
+
+
+@pytest.mark.parametrize("change", each(CHANGES))
+def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(change, monkeypatch):
+    must_be_caught_in_eager(change, monkeypatch)
 
 
 @pytest.mark.parametrize("check", sorted({mutant.caught_by for mutant in HERE}))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from moe_routing.conformance.checks import (
     arguments,
+    counts,
     fields,
     honesty,
     memory,
@@ -31,6 +32,6 @@ def named(name: str) -> Check:
 
 __all__ = [
     "ROUTE",
-    "arguments", "fields", "honesty", "memory", "named", "operands", "repeat",
-    "replay", "sizes", "state", "streams", "traced", "values",
+    "arguments", "counts", "fields", "honesty", "memory", "named", "operands",
+    "repeat", "replay", "sizes", "state", "streams", "traced", "values",
 ]  # fmt: skip

@@ -191,6 +191,19 @@ WRONG = (
         lambda call: _outputs(call, columns=K + 2)[1],
     ),
     Wrong("ids", "of rank 1", "softmax_topk", lambda call: _outputs(call)[1][0]),
+    *_vector("counts", "softmax_topk", E, integer=True),
+    Wrong(
+        "counts", "of int16", "softmax_topk",
+        lambda call: torch.zeros(E, dtype=torch.int16, device=call.logits.device),
+    ),
+    Wrong(
+        "counts", "one element for all", "softmax_topk",
+        lambda call: torch.zeros(1, dtype=torch.int64, device=call.logits.device).expand(E),
+    ),
+    Wrong(
+        "counts", "in the logits", "softmax_topk",
+        lambda call: call.logits.view(torch.int32)[1],
+    ),
     Wrong("ids_dtype", "int16", "softmax_topk", lambda _: torch.int16),
     Wrong("out", "of one row too few", "softmax_topk", lambda call: _outputs(call, tokens=T - 1)),
     Wrong(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from moe_routing.conformance.gating.cases import FACTORS, HIDDEN, Case
 from moe_routing.conformance.requirements import require
 from moe_routing.gating import GateOutput
 from moe_routing.gating.problem import FLOATS
+from moe_routing.reference.counts_oracle import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,6 +85,22 @@ def without_logits_the_same_is_routed(under_test: BackendUnderTest, case: Case) 
     right = call.checked(under_test)
     weights, ids = call.gate(under_test)(**call.arguments)
     must_be_same(GateOutput(weights, ids, right.logits), right, "without logits")
+
+
+@check(2, _sets.of_every_variant)
+def what_is_gated_is_counted(under_test: BackendUnderTest, case: Case) -> None:
+    """Each call adds the slots of logical experts to ``counts``, and gates as without."""
+    call = case.make(under_test.device)
+    right = call.checked(under_test)
+    operands: Any = {**call.operands, "expert_map": None}
+    logical = call.but(operands=operands).checked(under_test, "without a map").ids
+    experts = len(call.projection.router_weight) + call.spec.shared_experts
+    counts = torch.full((experts,), 5, device=call.device)
+    for times in (1, 2, 3):
+        made = call.gate(under_test)(**call.arguments, counts=counts, return_logits=True)
+        must_be_same(made, right, f"call {times} with counts")
+        wrong = (counts != 5 + times * counted(logical, experts)).nonzero()
+        require(not len(wrong), f"call {times}: the counts of experts {wrong.tolist()[:3]} are off")
 
 
 def _equal_rows(profile: Profile) -> Iterator[Case]:

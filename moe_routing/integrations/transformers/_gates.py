@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from moe_routing import RoutingSpec
-    from moe_routing._router import Router as Route
     from moe_routing.gating.kernel import GateOutput
     from moe_routing.gating.problem import Norm
     from moe_routing.integrations.transformers._fronts import Front, ReadFront
+    from moe_routing.integrations.transformers._loads import Route
     from moe_routing.integrations.transformers._logits import Router
-    from moe_routing.integrations.transformers._tapes import Taped
 
 GATED = "_moe_routing_gate"
 """Attribute of a router that ``patch`` was asked to gate.
@@ -43,11 +42,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 
 def gated(
-    read: ReadFront,
-    router: Router,
-    route: Route | Taped,
-    hidden: Tensor,
-    further: Mapping[str, Any],
+    read: ReadFront, router: Router, route: Route, hidden: Tensor, further: Mapping[str, Any]
 ) -> GateOutput | None:
     """Gate a router's hidden states; ``None``: the router computes its own logits.
 

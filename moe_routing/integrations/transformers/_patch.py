@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from moe_routing import MoeRoutingWarning, RoutingSpec, explain
+from moe_routing import LoadMonitor, MoeRoutingWarning, RoutingSpec, explain
 from moe_routing._check import flag
 from moe_routing.integrations._code import described
 from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._gates import GATED, problem_of, why_not
+from moe_routing.integrations.transformers._loads import LOADS, Counted
 from moe_routing.integrations.transformers._proof import known, short
 from moe_routing.integrations.transformers._report import GateLayer, Layer, PatchReport
 from moe_routing.integrations.transformers._selection import BEFORE, deselect, select
@@ -38,7 +39,9 @@ _BLOCKS_WITHOUT_EXPERTS = {"DogeCDMoE"}
 """Blocks of transformers that hold no submodule ``experts``, and no router that is known."""
 
 
-def patch(model: nn.Module, *, experts: bool = False, gate: bool = False) -> PatchReport:
+def patch(
+    model: nn.Module, *, experts: bool = False, gate: bool = False, loads: LoadMonitor | None = None
+) -> PatchReport:
     """Replace the routing of a model's mixture-of-experts layers in place.
 
     Parameters and state dict stay as they are.
@@ -57,8 +60,11 @@ def patch(model: nn.Module, *, experts: bool = False, gate: bool = False) -> Pat
     :param gate: also compute the logits, by ``Router.gate`` in the dtype in which the router has
         them, where they are a linear layer or a norm, a scale and a linear layer. Its operands are
         read from the router at each call. ``False`` leaves routers that gate as they are.
+    :param loads: a ``moe_routing.LoadMonitor`` into which the routers that are replaced count,
+        under their names in the model. ``None`` leaves routers that count as they are.
     :returns: what was replaced by what, and what was left and why.
-    :raises TypeError: ``model`` is no module, or a switch is no bool.
+    :raises TypeError: ``model`` is no module, a switch is no bool, or ``loads`` no monitor.
+    :raises ValueError: ``loads`` has counts of another number of experts for a layer.
 
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
@@ -73,7 +79,22 @@ def patch(model: nn.Module, *, experts: bool = False, gate: bool = False) -> Pat
     """
     _require_module(model)
     experts, gate = flag("experts", experts), flag("gate", gate)
+    _require_monitor(loads)
+    plain = [module for module in model.modules() if made_of(type(module)) is None]
     layers = tuple(_layers(model))
+    if loads is not None:
+        routers = {
+            layer.name: model.get_submodule(layer.name) for layer in layers if layer.replaced
+        }
+        try:
+            for name, router in routers.items():
+                _make_counts(router, name, loads)
+        except ValueError:
+            for module in plain:
+                _remove(module)
+            raise
+        for name, router in routers.items():
+            vars(router)[LOADS] = Counted(loads, name)
     report = PatchReport(
         layers,
         select(model) if experts else (),
@@ -102,11 +123,11 @@ def unpatch(model: nn.Module) -> None:
 
 @contextmanager
 def patched(
-    model: nn.Module, *, experts: bool = False, gate: bool = False
+    model: nn.Module, *, experts: bool = False, gate: bool = False, loads: LoadMonitor | None = None
 ) -> Iterator[PatchReport]:
     """Patch a model inside the block; what was patched before stays so after it.
 
-    :param experts: as for ``patch``, like ``gate``.
+    :param experts: as for ``patch``, like ``gate`` and ``loads``.
 
     >>> with patched(nn.Linear(1, 1)) as report:
     ...     report.layers
@@ -115,15 +136,21 @@ def patched(
     _require_module(model)
     before = {id(module) for module in model.modules() if made_of(type(module))}
     gated = {id(module) for module in model.modules() if GATED in vars(module)}
+    counted = {
+        id(module): vars(module)[LOADS] for module in model.modules() if LOADS in vars(module)
+    }
     selected = {id(module) for module in model.modules() if BEFORE in vars(module)}
     try:
-        yield patch(model, experts=experts, gate=gate)
+        yield patch(model, experts=experts, gate=gate, loads=loads)
     finally:
         for module in model.modules():
             if id(module) not in before:
                 _remove(module)
             if id(module) not in gated:
                 vars(module).pop(GATED, None)
+            vars(module).pop(LOADS, None)
+            if id(module) in counted:
+                vars(module)[LOADS] = counted[id(module)]
             if id(module) not in selected:
                 deselect(module)
 
@@ -153,11 +180,11 @@ def install(router: nn.Module) -> tuple[RoutingSpec, Recipe]:
     made.recipe.prove(router)
     spec = made.recipe.spec_of(router)
     if before is not made:
-        gate = {name: value for name, value in vars(router).items() if name == GATED}
+        asked = {name: value for name, value in vars(router).items() if name in {GATED, LOADS}}
         _remove(router)
         swap(router, stock, made.cls)
         rebind(router, made.method, made.own, made.ours)
-        vars(router).update(gate)
+        vars(router).update(asked)
     made.prepare(router)
     return spec, made.recipe
 
@@ -176,8 +203,13 @@ def _remove(module: nn.Module) -> None:
         warnings.warn(text, MoeRoutingWarning, stacklevel=3)
     swap(module, made.cls, made.stock)
     rebind(module, made.method, made.ours, made.own)
-    for name in (STATE, GATED, TAPE):
+    for name in (STATE, GATED, LOADS, TAPE):
         vars(module).pop(name, None)
+
+
+def _require_monitor(loads: object) -> None:
+    if loads is not None and not isinstance(loads, LoadMonitor):
+        raise TypeError(refusal("loads", "a moe_routing.LoadMonitor, or None", loads))
 
 
 def _require_module(model: object) -> None:
@@ -277,6 +309,20 @@ def _gated(model: nn.Module, layer: Layer) -> GateLayer:
         problem = problem_of(made.recipe.front, router, spec, topk)
         backend = explain(problem, device=device).winner or ""
     return GateLayer(layer.name, layer.router, backend, reason)
+
+
+def _make_counts(router: nn.Module, name: str, loads: LoadMonitor) -> None:
+    """Make the counts of a router that was replaced, where its number of experts is known.
+
+    Made at its first call, they would lead to a second compilation, or be part of a CUDA graph.
+    """
+    made = made_of(type(router))
+    assert made is not None  # noqa: S101 -- for mypy
+    device = _device(router)
+    if device is not None and not why_not(made.recipe.front, router):
+        spec, topk = made.recipe.spec_of(router), made.recipe.topk(router)
+        problem = problem_of(made.recipe.front, router, spec, topk)
+        loads.on(name, problem.num_experts, device)
 
 
 def _device(router: nn.Module) -> torch.device | None:

@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from moe_routing import RoutingSpec
-    from moe_routing._router import Router as Route
     from moe_routing.integrations.transformers._fronts import ReadFront
+    from moe_routing.integrations.transformers._loads import Route
     from moe_routing.integrations.transformers._logits import Router
-    from moe_routing.integrations.transformers._tapes import Taped
     from moe_routing.models import ModelPreset
 
 Outputs = tuple[Any, ...]
@@ -156,7 +155,7 @@ def _sorted_by_expert(router: Router, logits: Tensor, weights: Tensor, ids: Tens
 
 
 def _zaya(
-    router: Router, route: Route | Taped, hidden_states: Tensor, router_states: Tensor | None = None
+    router: Router, route: Route, hidden_states: Tensor, router_states: Tensor | None = None
 ) -> Outputs:
     """Do all that Zaya's router does.
 
@@ -219,7 +218,7 @@ class Recipe:
     def forward(
         self,
         router: Router,
-        route: Route | Taped,
+        route: Route,
         hidden_states: Tensor,
         *args: Any,  # noqa: ANN401 -- the block's
         **kwargs: Any,  # noqa: ANN401 -- likewise

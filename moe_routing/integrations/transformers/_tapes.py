@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing import RoutingOutput
-    from moe_routing._router import Router as Route
+    from moe_routing._router import Router
     from moe_routing.gating.kernel import GateOutput
+    from moe_routing.integrations.transformers._loads import Counting
 
 TAPE = "_moe_routing_tape"
 """Attribute of a patched router that keeps its tape."""
@@ -154,7 +155,7 @@ class Tape:
 class Taped:
     """Routes as a router does, by the rows of a tape, and records what it selects."""
 
-    def __init__(self, route: Route, tape: Tape) -> None:
+    def __init__(self, route: Router | Counting, tape: Tape) -> None:
         """Route by ``route``."""
         self._route, self._tape = route, tape
 

@@ -21,6 +21,7 @@ from moe_routing.integrations._code import described
 from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._fronts import learn
 from moe_routing.integrations.transformers._gates import GATED
+from moe_routing.integrations.transformers._loads import LOADS, Counting
 from moe_routing.integrations.transformers._proof import known, path_of, recipe_of
 from moe_routing.integrations.transformers._tapes import TAPE, Taped
 from moe_routing.integrations.transformers._warnings import warn_once
@@ -74,6 +75,7 @@ class Made:
             recipe.method: self.ours,
             STATE: None,
             GATED: None,
+            LOADS: None,
             TAPE: None,
         }
         metaclass: Any = type(stock)
@@ -93,10 +95,11 @@ class Made:
             state, settings = getattr(router, STATE), recipe.settings.read(router)
             if state is None or state.settings != settings:
                 state = made.prepare(router)
-            tape = getattr(router, TAPE)
+            counted, tape = getattr(router, LOADS), getattr(router, TAPE)
             if tape is not None and getattr(router, "_is_replica", False):
                 made.require_no_block(router, "is a replica of nn.DataParallel; use DDP or FSDP")
-            route = state.route if tape is None else Taped(state.route, tape)
+            counting = state.route if counted is None else Counting(state.route, counted)
+            route = counting if tape is None else Taped(counting, tape)
             return recipe.forward(router, route, *args, **kwargs)
 
         for name in (

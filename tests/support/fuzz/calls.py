@@ -49,6 +49,7 @@ class Call:
     valid: str | None = None
     mapped: str | None = None
     out: str | None = None
+    counts: str | None = None
     training: bool = False
 
     def to_json(self) -> str:
@@ -70,7 +71,7 @@ class Operands:
     """The tensors of a call, and what is known of them without reading a device.
 
     :ivar given: keyword arguments of ``Router.__call__``, without ``num_valid_tokens``,
-        ``expert_map`` and ``out``.
+        ``expert_map``, ``out`` and ``counts``.
     :ivar valid: the argument ``num_valid_tokens``; ``counted`` is its value.
     """
 
@@ -80,6 +81,7 @@ class Operands:
     expert_map: Tensor | None = None
     out: tuple[Tensor, Tensor] | None = None
     around_out: list[Tensor] = field(default_factory=list)
+    counts: Tensor | None = None
 
 
 def build(call: Call) -> Operands:
@@ -119,6 +121,8 @@ def build(call: Call) -> Operands:
         operands.out, operands.around_out = tensors.outputs(
             call.out, T, columns, getattr(torch, call.ids_dtype)
         )
+    if call.counts is not None:
+        operands.counts = tensors.counts(call.counts, E, spec.shared_experts, integer)
     return operands
 
 

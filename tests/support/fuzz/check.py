@@ -21,11 +21,16 @@ def check(call: Call, backend: str) -> Verdict:
     given, ids_dtype = operands.given, getattr(torch, call.ids_dtype)
     before = {name: value.detach().clone() for name, value in given.items()}
     more = {"topk": call.topk, "num_valid_tokens": operands.valid, "ids_dtype": ids_dtype}
+    counts = operands.counts
+    left = None if counts is None else counts.clone()
+    alone = operands.expert_map is None and counts is None
     try:
-        out = route(**given, **more, expert_map=operands.expert_map, out=operands.out)
+        out = route(
+            **given, **more, expert_map=operands.expert_map, out=operands.out, counts=counts
+        )
         if call.training and call.tokens and not out.weights.requires_grad:
             return Verdict(["weights without a gradient"])
-        plain = out if operands.expert_map is None else route(**given, **more)
+        plain = out if alone else route(**given, **more)
     except Exception as error:  # noqa: BLE001 -- whatever a backend raises is what is looked for
         return Verdict(
             [f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"]
@@ -35,15 +40,8 @@ def check(call: Call, backend: str) -> Verdict:
     for name, value in given.items():
         if not torch.equal(_bits(value), _bits(before[name])):
             return Verdict([f"{name} was changed"])
-    if operands.expert_map is not None:
-        inside = plain.ids.long().clamp(
-            0, len(operands.expert_map) - 1
-        )  # what is outside is judged below
-        renamed = torch.where(plain.ids < 0, -1, operands.expert_map[inside]).to(ids_dtype)
-        if not torch.equal(out.ids, renamed) or not torch.equal(
-            _bits(out.weights), _bits(plain.weights)
-        ):
-            return Verdict(["with expert_map not the same weights, and ids renamed, as without"])
+    if problem := _beside_plain(operands, out, plain, left):
+        return Verdict([problem])
     with torch.no_grad():
         return judge(call.spec, call.topk, given, operands.counted, plain)
 
@@ -81,6 +79,31 @@ def _form(call: Call, operands: calls.Operands, out: tuple[torch.Tensor, torch.T
         return "out is not what was returned"
     if any((part != 7).any() for part in operands.around_out):
         return "elements around out were written"
+    return ""
+
+
+def _beside_plain(
+    operands: calls.Operands,
+    out: tuple[torch.Tensor, torch.Tensor],
+    plain: tuple[torch.Tensor, torch.Tensor],
+    left: torch.Tensor | None,
+) -> str:
+    """Compare a call with the one without ``expert_map`` and ``counts``.
+
+    :param left: the counts before the call.
+    """
+    ids = renamed = plain[1]
+    if operands.expert_map is not None:
+        last = len(operands.expert_map) - 1
+        inside = ids.long().clamp(0, last)  # what is outside is judged later
+        renamed = torch.where(ids < 0, -1, operands.expert_map[inside]).to(ids.dtype)
+    if not torch.equal(out[1], renamed) or not torch.equal(_bits(out[0]), _bits(plain[0])):
+        return "with expert_map or counts not the same weights, and ids renamed, as without"
+    if operands.counts is not None and left is not None:
+        grown = operands.counts - left
+        slots = (ids.flatten()[:, None] == torch.arange(len(grown))).sum(0)
+        if not torch.equal(grown.long(), slots):
+            return f"counts grew by {grown.tolist()}, not {slots.tolist()}"
     return ""
 
 

@@ -189,6 +189,7 @@ def _call(rng: random.Random, limits: Limits) -> Call:
         if training
         else _usually(rng, (None,), tensors.OUTPUTS),  # refused where gradients are wanted
         training=training,
+        counts=_usually(rng, (None,), tensors.COUNTS),
     )
     return _other_numbers(form, rng, limits)
 

@@ -210,6 +210,16 @@ def expert_map(kind: str, slots: int, dtype: torch.dtype, generator: torch.Gener
     return torch.randint(-1, max(1, slots // 2), (slots,), generator=generator).to(dtype)
 
 
+COUNTS = ("experts", "shared too", "every second")
+
+
+def counts(kind: str, experts: int, shared: int, dtype: torch.dtype) -> Tensor:
+    """Return counts that earlier calls left: of the experts alone, or of shared experts too."""
+    length = experts if kind == "experts" else experts + shared
+    left = torch.arange(2 * length, dtype=dtype) - 3
+    return left[::2] if kind == "every second" else left[:length]
+
+
 OUTPUTS = ("aligned", "odd")
 
 

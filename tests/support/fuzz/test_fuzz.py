@@ -195,6 +195,7 @@ def test_every_family_field_dtype_layout_and_kind_is_drawn():
         "table": tensors.TABLES, "ids_dtype": ("int32", "int64"),
         "integer_dtype": ("int32", "int64"), "valid": (None, *tensors.VALID),
         "mapped": (None, *tensors.MAPS), "out": (None, *tensors.OUTPUTS), "training": (False, True),
+        "counts": (None, *tensors.COUNTS),
     }  # fmt: skip
     for name, values in among.items():
         assert {getattr(call, name) for call in drawn} == set(values), name
