@@ -50,6 +50,7 @@ class Call:
     mapped: str | None = None
     out: str | None = None
     counts: str | None = None
+    record: str | None = None
     training: bool = False
 
     def to_json(self) -> str:
@@ -91,7 +92,7 @@ def build(call: Call) -> Operands:
     spec, E, dtype = call.spec, call.experts, getattr(torch, call.dtype)
     values = tensors.LOGITS[call.values](call.tokens, E, generator).to(dtype)
     integer = getattr(torch, call.integer_dtype)
-    given: dict[str, Tensor] = {}
+    given = _of_rows(call, generator)
     made: dict[str, Tensor] = {}
     if spec.needs_bias:
         made["bias"] = tensors.BIASES[call.bias](E, generator).to(getattr(torch, call.bias_dtype))
@@ -112,7 +113,7 @@ def build(call: Call) -> Operands:
     }
     operands = Operands(given)
     T, columns = len(values), call.topk + spec.shared_experts
-    if call.valid is not None:
+    if call.valid not in (None, "mask"):
         operands.valid, operands.counted = tensors.valid(call.valid, T, integer, rng)
     if call.mapped is not None:
         renamed = tensors.expert_map(call.mapped, E + spec.shared_experts, integer, generator)
@@ -124,6 +125,18 @@ def build(call: Call) -> Operands:
     if call.counts is not None:
         operands.counts = tensors.counts(call.counts, E, spec.shared_experts, integer)
     return operands
+
+
+def _of_rows(call: Call, generator: torch.Generator) -> dict[str, Tensor]:
+    """Make the record and the mask, of the rows that are kept."""
+    made, rows = {}, slice(None) if call.row is None else slice(call.row, call.row + 1)
+    if call.record is not None:
+        made["ids"] = tensors.record(
+            call.record, call.tokens, call.experts, call.topk, generator
+        )[rows]  # fmt: skip
+    if call.valid == "mask":
+        made["valid"] = (torch.rand(call.tokens, generator=generator) < 0.7)[rows]
+    return made
 
 
 def simpler(call: Call, row: int | None) -> Iterator[Call]:

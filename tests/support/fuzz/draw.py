@@ -11,8 +11,11 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fuzz import tensors
 from fuzz.calls import Call
+from moe_routing import list_backends
 from moe_routing.families import FAMILIES
 from moe_routing_registry import RoutingSpec
 from moe_routing_registry.routing_spec import SCORES, SELECTIONS
@@ -105,6 +108,8 @@ class Limits:
     """What a backend's calls stay within, for the time they take or for what it serves.
 
     :ivar group_sums: the scores of groups by what top-k looks at; ``None`` for any scores.
+    :ivar operands: which of ``BackendSpec.operands`` it takes.
+    :ivar not_replayed: selections whose records it does not take.
     :ivar count: calls of a run that names no number.
     :ivar calls_of_a_problem: calls for each spec, E, K and dtypes; more than 1 where a problem is
         compiled.
@@ -115,6 +120,8 @@ class Limits:
     most_topk: int = 2000
     most_tokens: int = 3000
     group_sums: tuple[int, ...] | None = None
+    operands: frozenset[str] = frozenset({"ids", "valid"})
+    not_replayed: tuple[str, ...] = ()
     count: int = 20_000
     calls_of_a_problem: int = 1
 
@@ -126,6 +133,7 @@ LIMITS = {
         most_topk=24,
         most_tokens=8,
         group_sums=(1, 2),
+        not_replayed=("token_table", "sparsemixer"),
         count=2000,
     ),
     "torch-compile": Limits(
@@ -136,7 +144,8 @@ LIMITS = {
 
 
 def limits_of(backend: str) -> Limits:
-    return LIMITS.get(backend, Limits())
+    limits, known = LIMITS.get(backend, Limits()), list_backends().get(backend)
+    return limits if known is None else dataclasses.replace(limits, operands=known.operands)
 
 
 def calls(backend: str, seed: str, count: int) -> Iterator[Call]:
@@ -183,15 +192,23 @@ def _call(rng: random.Random, limits: Limits) -> Call:
         scale_dtype=_usually(rng, ("float32",), VECTOR_DTYPES, 0.5),
         vector_layout=_usually(rng, ("plain",), list(tensors.VECTOR_LAYOUTS)),
         integer_dtype=rng.choice(("int32", "int64")),
-        valid=_usually(rng, (None,), tensors.VALID),
+        valid=_usually(rng, (None,), tensors.VALID[0 if "valid" in limits.operands else 1 :]),
         mapped=_usually(rng, (None,), tensors.MAPS),
         out=None
         if training
         else _usually(rng, (None,), tensors.OUTPUTS),  # refused where gradients are wanted
         training=training,
         counts=_usually(rng, (None,), tensors.COUNTS),
+        record=_usually(rng, (None,), _records(drawn, experts, limits)),
     )
     return _other_numbers(form, rng, limits)
+
+
+def _records(of: RoutingSpec, experts: int, limits: Limits) -> Sequence[str | None]:
+    """Return the dtypes that hold E too, which is no expert."""
+    if "ids" not in limits.operands or of.selection in limits.not_replayed:
+        return (None,)
+    return [kind for kind in tensors.RECORDS if experts <= torch.iinfo(getattr(torch, kind)).max]
 
 
 def _other_numbers(form: Call, rng: random.Random, limits: Limits) -> Call:

@@ -57,6 +57,7 @@ def registered() -> Iterator[None]:
         factories={"route": "fuzz.interpreted:build"},
         targets=(Target("cpu", explicit=True),),
         supports=triton.supports,
+        operands=frozenset({"ids", "valid"}),
     )
     registry().register(spec)
     try:

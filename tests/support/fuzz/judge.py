@@ -52,9 +52,8 @@ def judge(
 ) -> Verdict:
     """Judge outputs of a call without ``expert_map``, each thing after those that it depends on."""
     weights, ids = out[0].double(), out[1].long()
-    bias, token_ids, table = (operands.get(name) for name in ("bias", "token_ids", "expert_table"))
     tokens, experts = operands["logits"].shape
-    padding = reference.is_padding(tokens, experts, valid, token_ids, table)
+    padding = reference.is_padding(tokens, experts, valid, operands)
     everywhere = _Rows(ids, weights, torch.arange(tokens))
     wrong = padding & ((ids != -1).any(1) | (weights != 0).any(1))
     if found := _first("padding is not blank", wrong, everywhere):
@@ -63,8 +62,10 @@ def judge(
     rows = _Rows(ids[places], weights[places], places)
     l = reference.widened(operands["logits"])[places]
     routed, shared = rows.columns(slice(topk)), rows.columns(slice(topk, None))
+    recorded = reference.is_recorded(operands)[places]
+    least = torch.where(recorded, -1, 0)[:, None]
     if found := _first(
-        "ids out of range", ((routed.ids < 0) | (routed.ids >= experts)).any(1), routed
+        "ids out of range", ((routed.ids < least) | (routed.ids >= experts)).any(1), routed
     ):
         return found
     wrong = (shared.ids != torch.arange(experts, experts + spec.shared_experts)).any(1) | (
@@ -72,11 +73,18 @@ def judge(
     ).any(1)
     if found := _first("wrong shared slots", wrong, shared):
         return found
-    if token_ids is not None and table is not None:
-        wanted = table[token_ids[places].long()].long()
-        wrong, near_ties = (routed.ids != wanted).any(1), 0
+    wanted, near_ties = torch.empty_like(routed.ids), 0
+    if recorded.any():
+        wanted[recorded] = operands["ids"][places].long()[recorded]
+    wrong, usual = (routed.ids != wanted).any(1), ~recorded
+    if "token_ids" in operands:
+        token_ids, table = operands["token_ids"][places].long(), operands["expert_table"]
+        wanted[usual] = table[token_ids[usual]].long()
+        wrong = (routed.ids != wanted).any(1)
     else:
-        wrong, near_ties, wanted = _selected(spec, l, bias, routed.ids)
+        wrong[usual], near_ties, wanted[usual] = _selected(
+            spec, l[usual], operands.get("bias"), routed.ids[usual]
+        )
     if found := _first("wrong ids", wrong, routed, wanted):
         return found
     exact, off, anything = reference.weights_at(

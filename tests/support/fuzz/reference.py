@@ -198,15 +198,14 @@ class Weights(NamedTuple):
 
 
 def weights_at(spec: RoutingSpec, l: Tensor, ids: Tensor, scale: Tensor | None) -> Weights:
-    """Exact weights at these ids, scaled, 0 for zero experts; without shared slots.
+    """Exact weights at these ids, scaled, 0 for zero experts and for -1; without shared slots.
 
     A factor that takes a weight out of float32's range makes it infinite, and the next factor
     multiplies that.
     """
-    if spec.selection == "sparsemixer":
-        w, off = sparsemixer(spec, l, ids)
-    else:
-        w, off = scored(spec, l, ids)
+    absent, ids = ids < 0, ids.clamp(min=0)
+    weigh = sparsemixer if spec.selection == "sparsemixer" else scored
+    w, off = weigh(spec, l, ids, absent)
     off, anything = off + ATOL, torch.zeros_like(ids, dtype=torch.bool)
     factors = [torch.full_like(w, spec.scale)] + (
         [] if scale is None else [scale.float().double()[ids]]
@@ -217,26 +216,29 @@ def weights_at(spec: RoutingSpec, l: Tensor, ids: Tensor, scale: Tensor | None) 
         anything |= (w.abs() - MAX).abs() <= MAX * RTOL
         w = torch.where(w.abs() > MAX, w.sign() * torch.inf, w)
         off = torch.where(factor == 0, 0.0, off * factor.abs())  # an infinite ``off`` too
+    nothing = absent
     if spec.zero_experts:
-        nothing = ids >= l.shape[1] - spec.zero_experts
-        w, off, anything = (
-            w.masked_fill(nothing, 0.0),
-            off.masked_fill(nothing, 0.0),
-            anything & ~nothing,
-        )
+        nothing = absent | (ids >= l.shape[1] - spec.zero_experts)
+    w, off = w.masked_fill(nothing, 0.0), off.masked_fill(nothing, 0.0)
+    anything &= ~nothing
     return Weights(w, w.abs() * RTOL + off + TINY, anything)
 
 
-def scored(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
-    """Scores at the ids, divided by their sum or by what epsilon and floor make of it."""
+def scored(spec: RoutingSpec, l: Tensor, ids: Tensor, absent: Tensor) -> Scores:
+    """Scores at the ids, divided by their sum or by what epsilon and floor make of it.
+
+    :param absent: slots without an expert, which no sum has.
+    """
     x, off = transformed(spec, l)
-    logarithm, flushed = log_score(spec, x).gather(1, ids), torch.zeros(())
+    logarithm = log_score(spec, x).gather(1, ids).masked_fill(absent, -torch.inf)
+    flushed = torch.zeros(())
     error = log_score_error(spec, x, off).gather(1, ids)
     if not spec.renormalize:
         w = logarithm.exp()
     elif not (spec.renorm_epsilon or spec.renorm_floor):
         if spec.score == "softmax":
-            logarithm = x.gather(1, ids)  # the softmax's own sum is in all of them
+            # The softmax's own sum is in all of them.
+            logarithm = x.gather(1, ids).masked_fill(absent, -torch.inf)
         logarithm = logarithm.log_softmax(-1)
         w = logarithm.exp()
         error = error + (w * error).sum(-1, keepdim=True)
@@ -249,12 +251,15 @@ def scored(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
     return Scores(w, raised(logarithm, error) + flushed)
 
 
-def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
-    """In each round, a softmax over the experts that are left and near the round's best."""
+def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor, absent: Tensor) -> Scores:
+    """In each round, a softmax over the experts that are left and near the round's best.
+
+    :param absent: rounds that have no expert take none away.
+    """
     x, off = transformed(spec, l)
     left = torch.ones_like(l, dtype=torch.bool)
     weights, offs = [], []
-    for chosen in ids.unbind(1):
+    for chosen, is_absent in zip(ids.unbind(1), absent.unbind(1), strict=True):
         best = l.masked_fill(~left, -torch.inf).amax(1, keepdim=True)
         below, limit = best - l, 2 * spec.jitter * torch.maximum(l.abs(), best)
         near = (below > 0) & ((below - limit).abs() <= THRESHOLD * (below + limit))
@@ -269,20 +274,31 @@ def sparsemixer(spec: RoutingSpec, l: Tensor, ids: Tensor) -> Scores:
             for among in (kept & ~near, kept | (near & left))
         )
         offs.append((raised(logarithm, error) + most - least).gather(1, here))
-        left = left.scatter(1, here, value=False)
+        left = left.scatter(1, here, value=False) | (left & is_absent[:, None])
     return Scores(torch.cat(weights, 1), torch.cat(offs, 1))
 
 
-def is_padding(
-    tokens: int, experts: int, valid: int | None, token_ids: Tensor | None, table: Tensor | None
-) -> Tensor:
+def is_padding(tokens: int, experts: int, valid: int | None, given: dict[str, Tensor]) -> Tensor:
     """Rows past the valid ones, and rows whose token is outside the table.
 
-    Rows of a token with an entry that is no expert are padding too.
+    Rows of a token with an entry that is no expert are padding too; so are rows that a mask leaves
+    out, and records with a number that is no expert. A record stands in place of the table.
     """
     padding = torch.arange(tokens) >= (tokens if valid is None else min(valid, tokens))
-    if token_ids is not None:
+    if "token_ids" in given:
+        token_ids, table = given["token_ids"], given["expert_table"]
         outside = (token_ids < 0) | (token_ids >= len(table))
         entries = table[token_ids.masked_fill(outside, 0).long()]
-        padding |= outside | ((entries < 0) | (entries >= experts)).any(1)
-    return padding
+        has_none = outside | ((entries < 0) | (entries >= experts)).any(1)
+        padding |= has_none & ~is_recorded(given)
+    if "ids" in given:
+        record = given["ids"].long()
+        padding |= ((record < -1) | (record >= experts)).any(1)
+    return padding | ~given["valid"] if "valid" in given else padding
+
+
+def is_recorded(given: dict[str, Tensor]) -> Tensor:
+    """Rows that have a record."""
+    if "ids" not in given:
+        return torch.zeros(len(given["logits"]), dtype=torch.bool)
+    return (given["ids"].long() != -1).any(1)

@@ -175,11 +175,32 @@ def table(  # noqa: PLR0913, PLR0917 -- what a table is made of
     return token_ids.to(dtype), entries.to(dtype)
 
 
-VALID = tuple(
-    f"{form} {size}"
-    for form in ("int", "scalar", "vector")
-    for size in ("none", "some", "more", "most", "negative", "least")
-    if form != "int" or size not in ("negative", "least")  # an int below 0 is refused
+RECORDS = ("int8", "int16", "int32", "int64", "uint8")
+
+
+def record(kind: str, T: int, E: int, K: int, generator: torch.Generator) -> Tensor:
+    """Return recorded ids ``[T, K]`` of that dtype, with rows of every kind.
+
+    Some rows have no record, some have slots without an expert, as far as the dtype has a -1, and
+    some have a number that no expert has.
+    """
+    ids = torch.randint(E, (T, K), generator=generator)
+    row, slot = torch.rand(T, 1, generator=generator), torch.rand(T, K, generator=generator)
+    if kind != "uint8":
+        ids[(row < 0.5) & (slot < 0.4)] = -1
+        ids[(row < 0.2).squeeze(1)] = -1
+    wrong = E if kind == "uint8" or T % 2 else -2
+    return torch.where((row > 0.9) & (slot < 0.3), wrong, ids).to(getattr(torch, kind))
+
+
+VALID = (
+    "mask",
+    *(
+        f"{form} {size}"
+        for form in ("int", "scalar", "vector")
+        for size in ("none", "some", "more", "most", "negative", "least")
+        if form != "int" or size not in ("negative", "least")  # an int below 0 is refused
+    ),
 )
 
 

@@ -91,6 +91,12 @@ FOUND = {
             values="wide",
         ),
     ),
+    "a record in uint8, which has no -1 for the columns past K": (
+        "triton",
+        Call(
+            spec=RoutingSpec(family="f"), seed=1, tokens=3, experts=3, topk=3, record="uint8"
+        ),  # fmt: skip
+    ),
     "a softmax whose highest logit a bias keeps from being selected": (
         "triton",
         Call(
@@ -194,7 +200,7 @@ def test_every_family_field_dtype_layout_and_kind_is_drawn():
         "values": tensors.LOGITS, "bias": tensors.BIASES, "scale": tensors.SCALES,
         "table": tensors.TABLES, "ids_dtype": ("int32", "int64"),
         "integer_dtype": ("int32", "int64"), "valid": (None, *tensors.VALID),
-        "mapped": (None, *tensors.MAPS), "out": (None, *tensors.OUTPUTS), "training": (False, True),
+        "record": (None, *tensors.RECORDS), "mapped": (None, *tensors.MAPS), "out": (None, *tensors.OUTPUTS), "training": (False, True),
         "counts": (None, *tensors.COUNTS),
     }  # fmt: skip
     for name, values in among.items():

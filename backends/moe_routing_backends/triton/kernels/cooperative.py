@@ -180,11 +180,10 @@ def from_record(recorded, row, in_batch, column, usual, SPEC: tl.constexpr):
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     routed = (column < K)[None, :]
-    entry = tl.load(
-        recorded + row.to(tl.int64)[:, None] * K + column[None, :],
-        mask=in_batch[:, None] & routed,
-        other=-1,
-    ).to(tl.int64)  # compared before it is narrowed, as a table's
+    asked = in_batch[:, None] & routed
+    entry = tl.load(recorded + row.to(tl.int64)[:, None] * K + column[None, :], mask=asked)
+    # Widened before it is compared, as a table's; and before it is -1, which uint8 has not.
+    entry = tl.where(asked, entry.to(tl.int64), -1)
     exists = (entry >= 0) & (entry < E)
     has_record = tl.max((entry != -1).to(tl.int32), axis=1)[:, None] != 0
     is_wrong = tl.max(((entry < -1) | (entry >= E)).to(tl.int32), axis=1)[:, None] != 0
