@@ -93,9 +93,7 @@ FOUND = {
     ),
     "a record in uint8, which has no -1 for the columns past K": (
         "triton",
-        Call(
-            spec=RoutingSpec(family="f"), seed=1, tokens=3, experts=3, topk=3, record="uint8"
-        ),  # fmt: skip
+        Call(spec=RoutingSpec(family="f"), seed=1, tokens=3, experts=3, topk=3, record="uint8"),
     ),
     "a softmax whose highest logit a bias keeps from being selected": (
         "triton",
@@ -200,7 +198,8 @@ def test_every_family_field_dtype_layout_and_kind_is_drawn():
         "values": tensors.LOGITS, "bias": tensors.BIASES, "scale": tensors.SCALES,
         "table": tensors.TABLES, "ids_dtype": ("int32", "int64"),
         "integer_dtype": ("int32", "int64"), "valid": (None, *tensors.VALID),
-        "record": (None, *tensors.RECORDS), "mapped": (None, *tensors.MAPS), "out": (None, *tensors.OUTPUTS), "training": (False, True),
+        "record": (None, *tensors.RECORDS),
+        "mapped": (None, *tensors.MAPS), "out": (None, *tensors.OUTPUTS), "training": (False, True),
         "counts": (None, *tensors.COUNTS),
     }  # fmt: skip
     for name, values in among.items():
