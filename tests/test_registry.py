@@ -404,6 +404,8 @@ def test_the_report_is_json_all_the_way_down():
         ("logit_softcap", 0.0),
         ("logit_multiplier", -1.0),
         ("shared_experts", -1),
+        ("shared_weight", 0.4),
+        ("shared_weight", float("inf")),
         ("zero_experts", -1),
         ("jitter", -0.1),
     ],

@@ -27,7 +27,7 @@ def _built_in() -> dict[str, RoutingSpec]:
         "softmax_topk/multiplier": family["softmax_topk"].replace(
             logit_multiplier=0.39, renormalize=True
         ),
-        "gemma4/shared": family["gemma4"].replace(shared_experts=2),
+        "gemma4/shared": family["gemma4"].replace(shared_experts=2, shared_weight=0.4),
         "softmax_bias_topk/floor": family["softmax_bias_topk"].replace(
             renormalize=True, renorm_floor=1e-12
         ),

@@ -118,7 +118,8 @@ def finish(  # noqa: PLR0913 -- what may follow the maths
     if spec.shared_experts:
         shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=device)
         ids = [*ids, shared.expand(num_tokens, -1)]
-        weights = [*weights, weights[0].new_ones(num_tokens, spec.shared_experts)]
+        shape = (num_tokens, spec.shared_experts)
+        weights = [*weights, weights[0].new_full(shape, spec.shared_weight)]
     if expert_map is not None:
         # -1 takes the last entry, and is -1 again below.
         ids = [expert_map[i] for i in ids]

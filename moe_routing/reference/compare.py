@@ -314,9 +314,10 @@ def _id_problems(  # noqa: PLR0913, PLR0917 -- likewise
 
 
 def _shared_problems(spec: RoutingSpec, weights: Tensor, topk: int, rows: Tensor) -> Iterator[str]:
-    if spec.shared_experts and (weights[:, topk:] != 1).any():
+    expected = weights.new_tensor(spec.shared_weight).float()
+    if spec.shared_experts and (weights[:, topk:] != expected).any():
         yield (
-            f"shared slots: expected weight 1 in rows from {int(rows[0])} on, "
+            f"shared slots: expected weight {expected.item():g} in rows from {int(rows[0])} on, "
             f"got {weights[:, topk:].flatten()[:8].tolist()}"
         )
 

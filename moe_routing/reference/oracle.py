@@ -264,7 +264,8 @@ def finish(  # noqa: PLR0913 -- the operands of the last steps
     if spec.shared_experts:
         shared = torch.arange(num_experts, num_experts + spec.shared_experts, device=ids.device)
         ids = torch.cat([ids, shared.expand(len(ids), -1)], dim=1)
-        weights = torch.cat([weights, weights.new_ones(len(ids), spec.shared_experts)], dim=1)
+        constant = weights.new_full((len(ids), spec.shared_experts), spec.shared_weight)
+        weights = torch.cat([weights, constant], dim=1)
     absent = ids < 0
     padding = absent[:, : ids.shape[1] - spec.shared_experts].all(-1, keepdim=True)
     if num_valid_tokens is not None:

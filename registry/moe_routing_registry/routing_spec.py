@@ -48,6 +48,7 @@ _NUMBERS = {
     "renorm_epsilon": (0.0, HUGE),
     "renorm_floor": (0.0, HUGE),
     "scale": (-HUGE, HUGE),
+    "shared_weight": (-HUGE, HUGE),
     # Beyond these a quotient by the cap, or a product with the factor, leaves float32 for ordinary
     # logits.
     "logit_softcap": (1e-30, 1e30),
@@ -88,7 +89,7 @@ class RoutingSpec:
             a group's score is the sum of its best ``group_sum`` experts        (``group_by``)
         w = s[ids];  w = w / max(sum(w) + renorm_epsilon, renorm_floor)          if ``renormalize``
         w = w * scale * per_expert_scale[ids];  w = 0 for ids >= E - zero_experts
-        ``shared_experts`` slots with ids E, E + 1, ... and weight 1 are appended
+        ``shared_experts`` slots with ids E, E + 1, ... and weight ``shared_weight`` are appended
 
     Where selection is monotonic in the logit it is made on the logit itself, never on a rounded
     score.
@@ -115,13 +116,15 @@ class RoutingSpec:
     :ivar logit_softcap: cap of ``cap * tanh(x / cap)``, or ``None``.
     :ivar logit_multiplier: positive factor on the logits.
     :ivar shared_experts: number of always-on slots appended to the K selected.
+    :ivar shared_weight: the weight of each of them: 1 / c where the engine multiplies the sum over
+        all slots by c, 1 where ``scale`` has the c already.
     :ivar zero_experts: how many of the last expert ids are experts that compute nothing (LongCat):
         weight 0.
     :ivar jitter: threshold of sparsemixer's mask.
 
     A selection has no use for some fields, and a spec that sets one of those is refused:
     sparsemixer for other scores, renormalisation, groups, soft-cap and multiplier; a token table
-    for groups. The best score of a group is that of its highest logit, so selection on logits has
+    for groups. Without shared experts nothing has use for a ``shared_weight``. The best score of a group is that of its highest logit, so selection on logits has
     no use for ``group_by="scores"`` with ``group_sum=1``.
 
     Names are made of the characters of plug-in names: a-z, 0-9, ``.``, ``_`` and ``-``. Counts are
@@ -152,6 +155,7 @@ class RoutingSpec:
     logit_softcap: float | None = None
     logit_multiplier: float = 1.0
     shared_experts: int = 0
+    shared_weight: float = 1.0
     zero_experts: int = 0
     jitter: float = 0.01
     _key: str = field(init=False, repr=False, compare=False)
@@ -201,6 +205,9 @@ class RoutingSpec:
         if self.group_by == "scores" and self.group_sum == 1 and not self.needs_bias:
             why = "because with group_sum 1 the highest logit says which group is best"
             raise ValueError(refusal("group_by", f"'selection', {why}", self.group_by))
+        if self.shared_weight != 1.0 and not self.shared_experts:
+            expected = "1.0, because there are no shared_experts"
+            raise ValueError(refusal("shared_weight", expected, self.shared_weight))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -314,7 +321,8 @@ class RoutingSpec:
         if self.zero_experts:
             steps.append(f"w = 0 where ids >= E-{self.zero_experts}")
         if self.shared_experts:
-            steps.append(f"append ids E..E+{self.shared_experts - 1} with w = 1")
+            last = self.shared_experts - 1
+            steps.append(f"append ids E..E+{last} with w = {self.shared_weight:g}")
         return "; ".join(steps)
 
     def _selection_formula(self, x: str, score: str) -> str:

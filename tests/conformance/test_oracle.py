@@ -134,7 +134,7 @@ def brute_force(spec, row, topk, *, bias, scale, table_row):  # noqa: PLR0913 --
     w = [spec.scale * (scale[i] if scale else 1) * v for i, v in zip(ids, w, strict=True)]
     w = [mpf(0) if i >= E - spec.zero_experts else v for i, v in zip(ids, w, strict=True)]
     shared = range(E, E + spec.shared_experts)
-    return [*ids, *shared], [*w, *(mpf(1) for _ in shared)]
+    return [*ids, *shared], [*w, *(mpf(spec.shared_weight) for _ in shared)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -167,7 +167,7 @@ def test_the_oracle_is_what_enumeration_finds(variant, data):
 
 
 def test_padding_is_blanked_last_and_ids_are_renamed_before():
-    spec = VARIANTS["gemma4/shared"]
+    spec = VARIANTS["gemma4/shared"].replace(shared_weight=0.5)
     weights, ids = oracle.route(
         spec,
         torch.tensor([[1.0, 2.0], [1.0, 2.0]]),
@@ -177,7 +177,7 @@ def test_padding_is_blanked_last_and_ids_are_renamed_before():
         expert_map=torch.tensor([10, 11, 12, 13]),
     )
     assert ids.tolist() == [[11, 12, 13], [-1, -1, -1]]
-    assert weights.tolist() == [[5.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    assert weights.tolist() == [[5.0, 0.5, 0.5], [0.0, 0.0, 0.0]]
 
 
 def test_an_unknown_score_function_is_named():

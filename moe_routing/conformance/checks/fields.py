@@ -63,13 +63,13 @@ def _changes(spec: RoutingSpec) -> Iterator[dict[str, Any]]:
     """Yield changes of a spec, several fields at once: each is a kernel of its own."""
     if spec.selection == "sparsemixer":  # has no use for the others, and no spec says them
         yield {"scale": -2.5, "per_expert_scale": True}
-        yield {"scale": 0.0, "shared_experts": 3}
+        yield {"scale": 0.0, "shared_experts": 3, "shared_weight": -0.25}
         yield {"scale": 1e30, "zero_experts": 9, "jitter": 0.0}
         yield {"jitter": 0.3}
         return
     floor = {"softmax": 0.6, "sigmoid": 7.6, "sqrtsoftplus": 12.0}[spec.score]
     yield {"scale": -2.5, "logit_softcap": 0.5}
-    yield {"scale": 0.0, "shared_experts": 3}
+    yield {"scale": 0.0, "shared_experts": 3, "shared_weight": -0.25}
     yield {"scale": 1e30, "logit_multiplier": 4.0, "zero_experts": 9}
     yield {"scale": 1e-5, "logit_multiplier": 1e-6}
     yield {"renormalize": True, "renorm_epsilon": 0.5, "logit_softcap": 7.5}

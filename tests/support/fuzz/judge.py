@@ -69,7 +69,7 @@ def judge(
     ):
         return found
     wrong = (shared.ids != torch.arange(experts, experts + spec.shared_experts)).any(1) | (
-        shared.weights != 1
+        shared.weights != float(torch.tensor(spec.shared_weight, dtype=torch.float32))
     ).any(1)
     if found := _first("wrong shared slots", wrong, shared):
         return found

@@ -48,6 +48,22 @@ class SelectsOnSaturatedScores(Reference):
 
 
 @caught_by(
+    "ids_come_in_exact_order",
+    "gemma4/shared",
+    saying=r"shared slots: expected weight 0\.4 in rows from 0 on, got \[1\.0",
+)
+class SharedSlotsWeighOne(Reference):
+    """Gives shared slots the weight 1, whatever the spec says."""
+
+    def finish(
+        self, weights: Tensor, ids: Tensor, num_experts: int, **operands: Any
+    ) -> RoutingOutput:
+        made = super().finish(weights, ids, num_experts, **operands)
+        made.weights[:, self.topk :] = (made.ids[:, self.topk :] >= 0).to(made.weights.dtype)
+        return made
+
+
+@caught_by(
     "weights_are_gathered_not_subtracted",
     "sigmoid_bias_topk",
     saying=r"weight of id \d+ is nan, exactly 0\.",

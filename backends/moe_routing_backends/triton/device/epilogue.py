@@ -38,6 +38,7 @@ def store_outputs(
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     SHARED: tl.constexpr = SPEC.value.shared_experts
+    SHARED_WEIGHT: tl.constexpr = SPEC.value.shared_weight
     ZERO_EXPERTS: tl.constexpr = SPEC.value.zero_experts
     column = tl.arange(0, w.shape[1])[None, :]
     routed = column < K
@@ -48,7 +49,7 @@ def store_outputs(
         w = tl.where(picked >= E - ZERO_EXPERTS, 0.0, w)
     if SHARED:
         picked = tl.where(routed, picked, E + column - K)
-        w = tl.where(routed, w, 1.0)
+        w = tl.where(routed, w, SHARED_WEIGHT)
     if expert_map is not None:
         picked = tl.load(expert_map + picked, mask=written, other=0)
     is_valid = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]

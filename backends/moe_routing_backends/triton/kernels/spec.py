@@ -55,6 +55,7 @@ class KernelSpec:
     num_experts: int
     topk: int
     shared_experts: int
+    shared_weight: float
     zero_experts: int
     score: str
     selection: str
@@ -89,6 +90,7 @@ def kernel_spec(problem: RoutingProblem) -> KernelSpec:
         num_experts=problem.num_experts,
         topk=problem.topk,
         shared_experts=spec.shared_experts,
+        shared_weight=float(spec.shared_weight),
         zero_experts=spec.zero_experts,
         score=spec.score,
         selection=spec.selection,
