@@ -124,8 +124,9 @@ class RoutingSpec:
 
     A selection has no use for some fields, and a spec that sets one of those is refused:
     sparsemixer for other scores, renormalisation, groups, soft-cap and multiplier; a token table
-    for groups. Without shared experts nothing has use for a ``shared_weight``. The best score of a group is that of its highest logit, so selection on logits has
-    no use for ``group_by="scores"`` with ``group_sum=1``.
+    for groups. Without shared experts nothing has use for a ``shared_weight``. The best score of a
+    group is that of its highest logit, so selection on logits has no use for ``group_by="scores"``
+    with ``group_sum=1``.
 
     Names are made of the characters of plug-in names: a-z, 0-9, ``.``, ``_`` and ``-``. Counts are
     at most 2**31 - 1. Numbers are 0 or of float32's normal range, 2**-126 to 3.4e38, in which
