@@ -71,7 +71,7 @@ def _fields(rng: random.Random) -> dict[str, Any]:
         "logit_softcap": _usually(rng, (None,), (30.0, 50.0, 1.0, 0.01, 5.0, 1e30, 1e-30)),
         "logit_multiplier": _usually(rng, (1.0,), (0.5, 2.0, 0.0625, 10.0, 3.7, 0.1, 1e30, 1e-30)),
         "shared_experts": _usually(rng, (0,), (1, 2, 3)),
-        "shared_weight": _usually(rng, (1.0,), (0.4, 0.0, -2.5, 1e-40, 1e30)),
+        "shared_weight": _usually(rng, (1.0,), (0.4, 0.0, -2.5, 1e-30, 1e30)),
         "zero_experts": _usually(rng, (0,), (1, 2, 5)),
         "jitter": _usually(rng, (0.01,), (0.0, 0.1, 1.0, 1e30)),
     }
