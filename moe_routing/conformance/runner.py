@@ -105,7 +105,7 @@ class Report:
         How much was checked, declined and not run, and why.
 
         >>> run("eager", profile="smoke", clauses=[9]).verdict
-        'conforms: 33 checked'
+        'conforms: 34 checked'
         """
         counts = self.counts
         word = (
