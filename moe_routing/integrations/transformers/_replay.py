@@ -24,6 +24,7 @@ class Records:
     """The experts that each router of a model selected, forward after forward.
 
     The ids stay on the routers' device, and nothing waits for them until they are read.
+    ``torch.save`` and ``torch.load`` keep records, where this class has been imported.
 
     :ivar layers: the names of the routers, in the model's order.
     """
@@ -41,7 +42,8 @@ class Records:
         is the least that holds the ids and -1: int8 up to 128 experts, int16 up to 32,768, else
         int32. The device is that of the first router.
 
-        :raises RuntimeError: there was no forward, or the routers saw different numbers of tokens.
+        :raises RuntimeError: there was no forward, or the routers saw different numbers of tokens,
+            or forwards of several threads in different orders.
         """
         return torch.cat(self._forwards(), dim=1)
 
@@ -50,9 +52,10 @@ class Records:
 
         Every forward must have been one of that batch, ``[B, L]`` for any L: the prompt and each
         step of ``generate``, for example. The token that was generated last never was an input, and
-        has no row.
+        has no row. Beam search and assisted generation reorder or discard sequences between steps,
+        which is not undone here.
 
-        :param batch_size: B.
+        :param batch_size: B; with ``num_return_sequences=n``, n times the number of prompts.
         :raises TypeError: it is no int.
         :raises ValueError: a forward was not of a batch of that size.
         :raises RuntimeError: there was no forward, or the routers saw different numbers of tokens.
@@ -108,7 +111,8 @@ def recording(model: nn.Module) -> Iterator[Records]:
     """Record which experts the routers of a patched model select inside the block.
 
     Works compiled or not, in training and in inference. A forward that activation checkpointing
-    computes again is not recorded again. A CUDA graph cannot be captured inside the block.
+    computes again is not recorded again. Run one forward at a time. A CUDA graph cannot be captured
+    inside the block, nor can ``torch.vmap`` batch the model.
 
     :param model: a model that ``patch`` was called on, all of whose routers it replaced.
     :returns: the records, which grow with each forward of the block.
@@ -148,11 +152,12 @@ def replaying(model: nn.Module, records: Records | Tensor) -> Iterator[None]:
 
     Each forward takes the next rows, one for each of its tokens; the forwards of the block must
     take all. A forward that activation checkpointing computes again gets the rows that it had,
-    whatever came between, also after the block; all of this in one thread. Weights are those of the
-    model's own logits, with gradients; see ``Router.__call__`` for slots and rows of -1.
+    whatever came between, also after the block. All forwards that replay must be in one thread.
+    Weights are those of the model's own logits, with gradients; see ``Router.__call__`` for slots
+    and rows of -1.
 
     Not every backend takes recorded ids; the others are passed over. A CUDA graph cannot be
-    captured inside the block.
+    captured inside the block, nor can ``torch.vmap`` batch the model.
 
     :param model: a model that ``patch`` was called on, all of whose routers it replaced.
     :param records: what ``recording`` returned, or ids ``[layers, T, K]`` of any integer dtype, a
