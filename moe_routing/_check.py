@@ -155,8 +155,14 @@ def check_dense(operands: Operands) -> None:
     for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
             expected = "a dense tensor [..., E]" if argument == "logits" else "a dense tensor"
-            layout = "nested" if value.is_nested else value.layout
-            _wrong(ValueError, argument, expected, f"{shown(value)}, layout {layout}")
+            _wrong(ValueError, argument, expected, shown(value) + layout(value))
+
+
+def layout(tensor: Tensor) -> str:
+    """Say of a tensor that is not dense what it is, as an error ends; ``""`` of others."""
+    if is_dense(tensor) or isinstance(tensor, _WITHOUT_SHAPE):
+        return ""
+    return f", layout {'nested' if tensor.is_nested else tensor.layout}"
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C import _dispatch_keys as dispatch_keys
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad, profiler
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TRACED", "backward_number", "carries_tangents", "compile_by_inductor", "count_modes",
-    "current_device", "current_stream", "dispatch_keys", "empty", "has_tangent", "is_fake_mode",
-    "is_functorch_wrapped_tensor", "is_in_backward",
+    "current_device", "current_stream", "dispatch_keys", "empty", "has_tangent", "is_batched",
+    "is_fake_mode", "is_functorch_wrapped_tensor", "is_in_backward",
     "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "next_number",
     "privateuse1_name",
     "runs_hooks", "tensor_guard", "unset_fake_temporarily", "why_not_direct",
@@ -142,6 +142,15 @@ def next_number() -> int:
     Numbers only grow.
     """
     return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined] # noqa: SLF001 -- this file's purpose
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Tell what ``torch.vmap`` batches, at any level of ``torch.func``'s transforms."""
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor):
+            return True
+        tensor = get_unwrapped(tensor)
+    return False
 
 
 def backward_number() -> int | None:

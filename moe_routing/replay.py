@@ -12,12 +12,13 @@ import base64
 import binascii
 import io
 from collections.abc import Sequence
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moe_routing._check import RECORDED_DTYPES, experts, integer, is_dense
+from moe_routing._check import RECORDED_DTYPES, experts, integer, is_dense, layout
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
@@ -35,11 +36,15 @@ _OF_WORDS = 2**16
 def least_dtype(num_experts: int) -> torch.dtype:
     """Return the least integer dtype that holds -1 and every id of so many experts.
 
+    :raises TypeError: ``num_experts`` is no int.
+    :raises ValueError: it is not from 1 to 2**31 - 1.
+
     >>> [least_dtype(number) for number in (128, 129, 32769)]
     [torch.int8, torch.int16, torch.int32]
     """
+    largest = experts(num_experts) - 1
     for dtype in (torch.int8, torch.int16):
-        if num_experts - 1 <= torch.iinfo(dtype).max:
+        if largest <= torch.iinfo(dtype).max:
             return dtype
     return torch.int32
 
@@ -244,20 +249,21 @@ def _to_tokens(
     return ids.transpose(0, 1).contiguous()
 
 
-def _tensor(argument: str, value: object) -> Tensor:
+def _tensor(argument: str, value: Any) -> Tensor:  # noqa: ANN401 -- whatever came
     """Return a dense integer tensor of a tensor or a NumPy array."""
     if isinstance(value, Tensor):
         made = value
     elif type(value).__module__ == "numpy" and hasattr(value, "shape"):
         try:
-            made = torch.tensor(value)  # a copy: the array may be read-only
+            made = torch.tensor(value.copy())  # which has no negative strides, as a view may
         except (TypeError, ValueError):
             raise TypeError(refusal(argument, "an integer array or tensor", value)) from None
     else:
         raise TypeError(refusal(argument, "an integer array or tensor", value))
     if made.dtype not in _READ_DTYPES or not is_dense(made):
         expected = ", ".join(sorted(map(str, _READ_DTYPES)))
-        raise TypeError(refusal(argument, f"a dense tensor of {expected}", value))
+        said = refusal(argument, f"a dense tensor of {expected}", value)
+        raise TypeError(said + layout(made))
     return made
 
 
@@ -265,7 +271,8 @@ def _record(argument: str, value: object) -> Tensor:
     """Return a record ``[layers, T, K]``."""
     if not isinstance(value, Tensor) or value.dtype not in RECORDED_DTYPES or not is_dense(value):
         expected = ", ".join(sorted(map(str, RECORDED_DTYPES)))
-        raise TypeError(refusal(argument, f"a dense tensor [layers, T, K] of {expected}", value))
+        said = refusal(argument, f"a dense tensor [layers, T, K] of {expected}", value)
+        raise TypeError(said + (layout(value) if isinstance(value, Tensor) else ""))
     if value.dim() != _DIMENSIONS:
         raise ValueError(refusal(argument, "shape [layers, T, K]", value))
     return value
@@ -273,6 +280,8 @@ def _record(argument: str, value: object) -> Tensor:
 
 def _checked(argument: str, ids: Tensor, num_experts: int, least: int) -> Tensor:
     """Require ids in [least, E); reads the ids on the host."""
+    if ids.is_meta:
+        raise ValueError(refusal(argument, "ids with data", ids))
     if ids.numel() and not bool(((ids >= least) & (ids < num_experts)).all()):
         raise ValueError(refusal(argument, f"ids in [{least}, {num_experts})", ids))
     return ids
@@ -290,8 +299,8 @@ def _indices(layers: object, depth: int) -> list[int]:
 
 def _positive(argument: str, value: object) -> int:
     number = integer(argument, value)
-    if number < 1:
-        raise ValueError(refusal(argument, "a number >= 1", number))
+    if not 1 <= number < 2**31:
+        raise ValueError(refusal(argument, "a number from 1 to 2**31 - 1", number))
     return number
 
 
@@ -311,7 +320,7 @@ def _of_npy(text: str) -> Tensor:
     content = _decoded(text)
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (EOFError, OSError, ValueError):
+    except (EOFError, MemoryError, OSError, SyntaxError, TokenError, ValueError):
         msg = f"routed_experts: expected a .npy file in base64, got {len(content)} other bytes"
         raise ValueError(msg) from None
     return _tensor("routed_experts", array)

@@ -55,6 +55,20 @@ def test_functorchs_wrappers_are_known():
     assert not private_api.is_functorch_wrapped_tensor(torch.ones(2))
 
 
+def test_is_batched():
+    seen = []
+
+    def f(x):
+        seen.append(private_api.is_batched(x))
+        return x.sum()
+
+    x = torch.ones(2, 2)
+    for call in (f, torch.func.grad(f), torch.vmap(f), torch.vmap(torch.func.grad(f))):
+        call(x)
+    torch.func.grad(lambda x: torch.vmap(f)(x).sum())(x)
+    assert seen == [False, False, True, True, True]
+
+
 def test_tensors_that_stand_for_plain_ones_while_torch_traces_are_known():
     seen = []
 

@@ -80,6 +80,15 @@ def test_vllms_axes_are_read_in_any_integer_dtype(dtype):
     assert torch.equal(from_vllm(array, num_experts=E, layers=MOE).long(), record)
 
 
+def test_views_of_arrays_are_read_and_masked_arrays_are_not():
+    array = np.arange(12).reshape(3, 2, 2) % 4
+    assert torch.equal(
+        from_vllm(array[::-1], num_experts=4), from_vllm(array[::-1].copy(), num_experts=4)
+    )
+    with pytest.raises(TypeError, match=r"^routed_experts: expected an integer array"):
+        from_vllm(np.ma.masked_array(array, mask=array == 0), num_experts=4)
+
+
 def test_sglang_has_tokens_first_in_int32_in_base64_without_a_shape():
     record = drawn()
     record[0, 0] = -1
@@ -135,7 +144,15 @@ def test_what_is_written_is_read_again(layers, tokens, topk, num_experts, seed):
 
 RECORD = torch.zeros(2, T, K, dtype=torch.int64)
 OUTSIDE = torch.full((2, T, K), 4)
+EXPECTED_NPY = "routed_experts: expected a .npy file in base64"
+HUGE = b"{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999, 99999, 1), }\n"
 SGLANG = {"num_experts": 4, "topk": K, "num_layers": 2}
+
+
+def headed(header):
+    """Return a file of NumPy's with that header and nothing after it, in base64."""
+    length = len(header).to_bytes(2, "little")
+    return base64.b64encode(b"\x93NUMPY\x01\x00" + length + header).decode()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +171,16 @@ SGLANG = {"num_experts": 4, "topk": K, "num_layers": 2}
         (lambda: from_vllm(OUTSIDE, num_experts=5, layers=2), TypeError, "layers: expected"),
         (lambda: from_vllm("???", num_experts=4), ValueError, "routed_experts: expected a base64"),
         (lambda: from_vllm("AAAA", num_experts=4), ValueError, "routed_experts: expected a .npy"),
+        (lambda: from_vllm(headed(b"{'descr': (((\n"), num_experts=4), ValueError, EXPECTED_NPY),
+        (lambda: from_vllm(headed(HUGE), num_experts=4), ValueError, EXPECTED_NPY),
+        (lambda: from_vllm(RECORD.to("meta"), num_experts=4), ValueError, "routed_experts: expec"),
+        (
+            lambda: to_megatron(RECORD.to("meta"), num_experts=4),
+            ValueError,
+            "records: expected ids",
+        ),
+        (lambda: least_dtype("4"), TypeError, "num_experts: expected an int"),
+        (lambda: least_dtype(2**31), ValueError, "num_experts: expected an int from 1"),
         (
             lambda: from_vllm(npy(np.zeros((1, 1, 1))), num_experts=4),
             TypeError,
@@ -176,6 +203,7 @@ SGLANG = {"num_experts": 4, "topk": K, "num_layers": 2}
         ),
         (lambda: from_sglang(b"", **SGLANG), TypeError, "routed_experts: expected a base64 string"),
         (lambda: from_sglang("AAAA", **SGLANG), ValueError, "routed_experts: expected int32 [T, 2"),
+        (lambda: from_sglang("", **SGLANG | {"topk": 2**63}), ValueError, "topk: expected a num"),
         (lambda: from_sglang("", **SGLANG | {"topk": 0}), ValueError, "topk: expected a number"),
         (lambda: from_sglang("", **SGLANG | {"num_layers": None}), TypeError, "num_layers: expect"),
         (lambda: to_sglang(RECORD - 2, num_experts=4), ValueError, "records: expected ids in [-1"),

@@ -29,7 +29,7 @@ def update_bias(
         update. It keeps its values.
     :param rate: 0 or more; DeepSeek-V3 trained with 0.001.
     :param group: a process group, over whose ranks the counts are added before; every rank then
-        makes the same update.
+        makes the same update. ``None`` for DTensors, whose counts are of all ranks already.
     :raises TypeError: an argument has the wrong type or dtype.
     :raises ValueError: an argument has the wrong value, shape or device.
 
@@ -40,12 +40,18 @@ def update_bias(
     """
     _check.tensor("bias", bias, _check.BIASES)
     _check.tensor("counts", counts, _check.INTEGERS)
+    _check.writable("bias", bias)
     _check.like("counts", counts, tuple(bias.shape), bias)
-    rate = _check.rate(rate)
+    rate = _check.rate(rate, bias.dtype)
+    _check.group(group, bias)
     total = counts.long()
     if group is not None:
         total = total.clone()
         torch.distributed.all_reduce(total, group=group)
-    # Compared in integers: the mean may be none.
-    short = total.sum(-1, keepdim=True) - total * total.shape[-1]
+    # Compared in integers, as a quotient and a remainder: the mean may be none, a sum may be too
+    # large for int64.
+    experts = total.shape[-1]
+    of_rests = (total % experts).sum(-1, keepdim=True)
+    mean = (total // experts).sum(-1, keepdim=True) + of_rests // experts
+    short = torch.where(total == mean, of_rests % experts, mean - total)
     bias.add_(short.sign().to(bias.dtype), alpha=rate)

@@ -19,12 +19,12 @@ class Sums(NamedTuple):
 
     :ivar scores: ``[B, E]``, sums over tokens of scores normalised to a sum of 1 for each token.
     :ivar counts: int64 ``[B, E]``, how often each expert was selected.
-    :ivar tokens: ``[B]``, how many tokens there are.
+    :ivar tokens: ``[B, 1]``, or one number for all batches: how many tokens there are; 1 for none.
     """
 
     scores: Tensor
     counts: Tensor
-    tokens: Tensor
+    tokens: Tensor | int
 
 
 def sums(logits: Tensor, ids: Tensor, score: str, valid: Tensor | None) -> Sums:
@@ -33,13 +33,12 @@ def sums(logits: Tensor, ids: Tensor, score: str, valid: Tensor | None) -> Sums:
     ids = ids.long()
     counted = (ids >= 0) & (ids < experts)
     if valid is not None:
-        counted &= valid.unsqueeze(-1)
-    counts = torch.zeros(batches, experts, dtype=torch.int64, device=logits.device)
+        counted = counted & valid.unsqueeze(-1)  # not in place: vmap may batch the mask alone
+    counts = ids.new_zeros(batches, experts)
     # Where nothing is to be counted, nothing is added to the first expert.
     at = ids.masked_fill(~counted, 0).flatten(1)
     counts = counts.scatter_add(1, at, counted.long().flatten(1))
-    everything = torch.full((batches,), tokens, device=logits.device)
-    number = everything if valid is None else valid.sum(1)
+    number = torch.sym_max(1, tokens) if valid is None else valid.sum(1, keepdim=True).clamp(min=1)
     return Sums(score_sums(logits, score, valid), counts, number)
 
 
@@ -51,8 +50,7 @@ def imbalance(of: Sums, counts: Tensor | None = None) -> Tensor:
     counts = of.counts if counts is None else counts
     dtype = of.scores.dtype
     share = counts.to(dtype) / counts.sum(-1, keepdim=True).clamp(min=1)
-    mean = of.scores / of.tokens.clamp(min=1).unsqueeze(-1)
-    return (share * mean).sum(-1) * counts.shape[-1]
+    return (share * (of.scores / of.tokens)).sum(-1) * counts.shape[-1]
 
 
 def load_balancing_loss(
@@ -81,7 +79,8 @@ def load_balancing_loss(
         all.
     :param group: a process group, over whose ranks the counts are added, so that f is of the global
         batch (Qwen3) and P of this rank's tokens: the mean over ranks with equally many tokens is
-        the loss of the global batch. ``None`` for this rank's counts.
+        the loss of the global batch. ``None`` for this rank's counts, and for DTensors, which are
+        of the global batch already.
     :returns: 0-d, float32, or float64 for logits in float64. Without tokens 0.
     :raises TypeError: an argument has the wrong type or dtype.
     :raises ValueError: an argument has the wrong value, shape or device.
@@ -93,6 +92,7 @@ def load_balancing_loss(
     tensor(1.0000)
     """
     _check.call(logits, ids, score, valid)
+    _check.group(group, logits)
     experts = logits.shape[-1]
     of = sums(
         logits.reshape(1, -1, experts),
@@ -129,7 +129,9 @@ def sequence_balancing_loss(
     (tensor(1.7616), tensor(1.0000))
     """
     _check.call(logits, ids, score, valid, sequences=True)
-    return imbalance(sums(logits, ids, score, valid)).sum() / max(1, logits.shape[0])
+    total = imbalance(sums(logits, ids, score, valid)).sum()
+    mean: Tensor = total / torch.sym_max(1, logits.shape[0])
+    return mean
 
 
 def z_loss(logits: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -151,6 +153,6 @@ def z_loss(logits: Tensor, *, valid: Tensor | None = None) -> Tensor:
     _check.valid(valid, logits)
     rows = logits.reshape(1, -1, logits.shape[-1])
     mask = None if valid is None else valid.reshape(1, -1)
-    tokens = rows.shape[1] if mask is None else mask.sum()
-    total = squares_of_logsumexp(rows, mask)[0]
-    return total / (max(1, tokens) if isinstance(tokens, int) else tokens.clamp(min=1))
+    tokens = torch.sym_max(1, rows.shape[1]) if mask is None else mask.sum().clamp(min=1)
+    mean: Tensor = squares_of_logsumexp(rows, mask)[0] / tokens
+    return mean

@@ -56,6 +56,8 @@ def place_replicas(loads: Tensor, *, num_slots: int, num_ranks: int) -> Placemen
             [ 1, -1]])
     """
     _check.tensor("loads", loads, (*_check.INTEGERS, *_check.FLOATS))
+    if loads.is_meta or checks.is_dtensor(loads):
+        raise ValueError(refusal("loads", "a plain tensor that can be read", loads))
     num_slots, num_ranks = _sizes(loads.shape[-1], num_slots, num_ranks)
     experts, leading = loads.shape[-1], loads.shape[:-1]
     host = loads.detach().to("cpu", torch.float64).reshape(-1, experts)

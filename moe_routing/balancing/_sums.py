@@ -80,6 +80,11 @@ def _blanked(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else x.masked_fill(~valid.reshape((*valid.shape, 1)), 0.0)
 
 
+def _through_softmax(of: Tensor, scores: Tensor) -> Tensor:
+    """Return the derivative of a softmax, a symmetric matrix, times ``of``."""
+    return scores * (of - (scores * of).sum(-1, keepdim=True))
+
+
 class _ScoreSums(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -92,16 +97,23 @@ class _ScoreSums(torch.autograd.Function):
         logits, ctx.score, valid = inputs
         del output
         ctx.save_for_backward(logits, valid)
+        ctx.save_for_forward(logits, valid)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 -- a bag by design
         logits, valid = ctx.saved_tensors
         x, (of_sums,) = widened(logits), upstream
-        scores = _log_scores(x, ctx.score).softmax(-1)
-        of_scores = of_sums.unsqueeze(-2)
-        of_log = scores * (of_scores - (scores * of_scores).sum(-1, keepdim=True))
+        of_log = _through_softmax(of_sums.unsqueeze(-2), _log_scores(x, ctx.score).softmax(-1))
         gradient = _blanked(of_log * _slope_of_log_scores(x, ctx.score), valid)
         return gradient.to(logits.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_logits: Tensor, *_constant: None) -> Tensor:  # noqa: ANN401 -- a bag by design
+        logits, valid = ctx.saved_tensors
+        x = widened(logits)
+        of_log = widened(of_logits) * _slope_of_log_scores(x, ctx.score)
+        of_scores = _through_softmax(of_log, _log_scores(x, ctx.score).softmax(-1))
+        return _blanked(of_scores, valid).sum(-2)
 
 
 class _SquaresOfLogSumExp(torch.autograd.Function):
@@ -115,6 +127,7 @@ class _SquaresOfLogSumExp(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ANN401 -- a bag by design
         del output
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 -- a bag by design
@@ -123,3 +136,10 @@ class _SquaresOfLogSumExp(torch.autograd.Function):
         lse = x.logsumexp(-1, keepdim=True)
         gradient = 2 * lse * x.softmax(-1) * of_sums.reshape((*of_sums.shape, 1, 1))
         return _blanked(gradient, valid).to(logits.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, of_logits: Tensor, *_constant: None) -> Tensor:  # noqa: ANN401 -- a bag by design
+        logits, valid = ctx.saved_tensors
+        x = widened(logits)
+        of_lse = (x.softmax(-1) * widened(of_logits)).sum(-1, keepdim=True)
+        return _blanked(2 * x.logsumexp(-1, keepdim=True) * of_lse, valid).sum((-2, -1))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_routing.balancing import load_balancing_loss, update_bias
+from moe_routing.balancing import load_balancing_loss, sequence_balancing_loss, update_bias, z_loss
 
 RANKS = 2
 
@@ -34,6 +34,11 @@ def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch_and_biases_stay_equa
     whole.backward()
     mean = torch.tensor([rank["loss"] for rank in said]).mean()
     torch.testing.assert_close(mean, whole.detach())
+    exact = [whole.item(), sequence_balancing_loss(logits, ids).item(), z_loss(logits).item()]
+    for rank in said:  # DTensors that are sharded give what the whole batch gives
+        assert rank["of shards"] == pytest.approx(exact)
+    refused = "group: expected a group that this rank is in, got one that it is not in"
+    assert [rank["outside"] for rank in said] == ["", *[refused] * (RANKS - 1)]
     gradients = torch.tensor([rank["gradient"] for rank in said]) / RANKS
     torch.testing.assert_close(gradients, leaf.grad)
     counts = ids.flatten(1).new_tensor([rank["counts"] for rank in said])

@@ -1,5 +1,8 @@
 """``update_bias``: DeepSeek-V3's step, in place, seen by routers that have been called before."""
 
+import fractions
+
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +28,41 @@ def test_equal_loads_change_nothing_however_large_they_are():
     before = bias.clone()
     update_bias(bias, torch.full((3,), 2**31 - 1, dtype=torch.int32), 0.5)
     assert torch.equal(bias, before)
+
+
+@pytest.mark.parametrize("counts", [[2**62, 2**62, 2**62, 0], [2**63 - 1, 2**63 - 2, 0, 5]])
+def test_counts_whose_sum_is_too_large_for_int64_are_compared_exactly(counts):
+    bias = torch.zeros(4)
+    update_bias(bias, torch.tensor(counts), 0.5)
+    mean = fractions.Fraction(sum(counts), 4)
+    assert bias.tolist() == [0.5 * ((mean > count) - (mean < count)) for count in counts]
+
+
+def test_rates_of_numpy_are_numbers():
+    for rate in (np.float32(0.5), np.float64(0.5), fractions.Fraction(1, 2)):
+        bias = torch.zeros(2)
+        update_bias(bias, torch.tensor([3, 1]), rate)
+        assert bias.tolist() == [-0.5, 0.5]
+
+
+def test_a_bias_of_inference_mode_is_refused_outside_of_it():
+    counts = torch.tensor([3, 1])
+    with torch.inference_mode():
+        bias = torch.zeros(2)
+        update_bias(bias, counts, 0.5)
+    with pytest.raises(ValueError, match=r"^bias: expected a tensor that can be written .*, got "):
+        update_bias(bias, counts, 0.5)
+    assert bias.tolist() == [-0.5, 0.5]
+
+
+def test_a_compiled_update_is_one_graph_for_all_sizes():
+    compiled = torch.compile(update_bias, fullgraph=True, dynamic=True, backend="eager")
+    for experts, rate in ((4, 0.25), (7, 0.5), (1, 1)):
+        bias, counts = torch.zeros(experts), torch.randint(9, (experts,))
+        expected = bias.clone()
+        update_bias(expected, counts, rate)
+        compiled(bias, counts, rate)
+        assert torch.equal(bias, expected)
 
 
 def test_a_parameter_is_updated_without_a_gradient():
@@ -65,6 +103,16 @@ def test_steps_flatten_the_loads_of_a_router_that_keeps_its_kernel(backend):
         ({"rate": "0.1"}, TypeError, "rate: expected a number"),
         ({"rate": -0.1}, ValueError, "rate: expected a finite number of 0 or more"),
         ({"rate": float("inf")}, ValueError, "rate: expected a finite number"),
+        ({"rate": 10**400}, ValueError, "rate: expected a finite number"),
+        ({"rate": 1e300}, ValueError, "rate: expected a finite number of 0 or more, at most 3.4"),
+        ({"rate": True}, TypeError, "rate: expected a number"),
+        ({"bias": torch.zeros(1).expand(E)}, ValueError, "bias: expected a tensor whose elements"),
+        ({"group": "world"}, TypeError, "group: expected a torch.distributed.ProcessGroup"),
+        (
+            {"counts": torch.ones(E, dtype=torch.int64).to_sparse()},
+            ValueError,
+            "counts: expected a dense tensor",
+        ),
     ],
 )
 def test_bad_arguments_are_named(changed, error, said):
@@ -73,3 +121,12 @@ def test_bad_arguments_are_named(changed, error, said):
     }  # fmt: skip
     with pytest.raises(error, match=f"^{said}.*got "):
         update_bias(**arguments)
+
+
+def test_what_overlaps_is_told_by_strides():
+    counts = torch.tensor([[3, 0, 0], [0, 0, 3]])
+    apart = torch.zeros(3, 2, 2)[..., 0].T
+    update_bias(apart, counts, 0.5)
+    assert torch.equal(apart, torch.tensor([[-0.5, 0.5, 0.5], [0.5, 0.5, -0.5]]))
+    with pytest.raises(ValueError, match=r"^bias: .*, got .*, strides \[1, 1\]"):
+        update_bias(torch.zeros(4).as_strided((2, 3), (1, 1)), counts, 0.5)

@@ -1,5 +1,6 @@
 """The losses of ``moe_routing.balancing``: their formulas, gradients, masks, and memory."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -221,6 +222,8 @@ def test_a_compiled_loss_is_one_graph():
         ),
         ({"score": "relu"}, ValueError, "score: expected one of 'softmax', 'sigmoid'"),
         ({"score": None}, TypeError, "score: expected one of"),
+        ({"score": np.array(["softmax", "relu"])}, TypeError, "score: expected one of"),
+        ({"group": 3}, TypeError, "group: expected a torch.distributed.ProcessGroup, or None"),
         ({"valid": torch.ones(4)}, TypeError, "valid: expected a tensor of dtype torch.bool"),
         (
             {"valid": torch.ones(3, dtype=torch.bool)},
@@ -237,6 +240,12 @@ def test_bad_arguments_are_named(changed, error, said):
     }
     with pytest.raises(error, match=f"^{said}.*got "):
         load_balancing_loss(**arguments)
+
+
+def test_a_layout_that_is_not_dense_is_named():
+    logits, ids = drawn(4)
+    with pytest.raises(ValueError, match=r"^logits: expected a dense.*, layout torch.sparse_coo$"):
+        load_balancing_loss(logits.to_sparse(), ids)
 
 
 def test_sequences_have_three_dimensions():

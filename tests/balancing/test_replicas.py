@@ -57,7 +57,7 @@ def test_ranks_are_nearer_to_equal_than_experts_in_their_order():
     mean = loads.sum(-1) / ranks
     assert ((ours.amax(-1) / mean) < (plain.amax(-1) / mean)).all()
     assert (ours.amax(-1) / mean).median() < 1.02
-    torch.testing.assert_close(ours.sum(-1), loads.sum(-1).double())
+    torch.testing.assert_close(ours.sum(-1), loads.double().sum(-1))
 
 
 def test_layers_are_placed_each_for_itself_and_the_longest_list_says_how_wide_all_are():
@@ -85,6 +85,7 @@ def test_two_replicas_of_an_expert_are_on_two_ranks_where_loads_allow_it():
         ({"loads": [1, 2]}, TypeError, "loads: expected a tensor of dtype"),
         ({"loads": torch.tensor([1.0, torch.nan])}, ValueError, "loads: expected finite numbers"),
         ({"loads": torch.tensor([1, -1])}, ValueError, "loads: expected finite numbers of 0"),
+        ({"loads": torch.ones(4, device="meta")}, ValueError, "loads: expected a plain"),
         ({"num_slots": 7}, ValueError, "num_slots: expected a multiple of num_ranks = 2"),
         ({"num_slots": 2}, ValueError, "num_slots: expected a multiple .* of E = 4 or more"),
         ({"num_slots": 8.0}, TypeError, "num_slots: expected an int"),

@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from moe_routing.integrations.transformers import patch, recording, replaying, unpatch
+from moe_routing.integrations.transformers import patch, patched, recording, replaying, unpatch
 from moe_routing.integrations.transformers._tapes import TAPE
 
 AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
@@ -171,6 +172,39 @@ class TestRecording:
         ):
             _ = records.ids
 
+    def test_records_are_saved_and_loaded_by_torchs_defaults(self, model, tmp_path):
+        with recording(model) as records:
+            generated(model, tokens(2, 3))
+        torch.save(records, tmp_path / "records.pt")
+        loaded = torch.load(tmp_path / "records.pt", weights_only=True)
+        assert loaded.layers == records.layers
+        assert torch.equal(loaded.sequences(2), records.sequences(2))
+
+    def test_layers_are_named_in_the_model_that_records(self, model):
+        for module, names in (
+            (model.model.layers[1], ("mlp.gate",)),
+            (model, GATES),
+            (model.model, tuple(name.removeprefix("model.") for name in GATES)),
+        ):
+            with recording(module) as records:
+                pass
+            assert records.layers == names
+
+    def test_forwards_of_threads_that_overtake_each_other_are_told(self, model):
+        gates, hidden = [model.get_submodule(name) for name in GATES], torch.randn(3, 32)
+        with recording(model) as records:
+            gates[0](hidden)
+            in_another_thread(lambda: [gate(hidden) for gate in gates])
+            gates[1](hidden)
+        with pytest.raises(RuntimeError, match=f"several threads .*: {GATES[1]} and {GATES[0]}"):
+            _ = records.ids
+        with recording(model) as records:  # one at a time
+            for _ in range(2):
+                in_another_thread(lambda: [gate(hidden) for gate in gates])
+            for gate in gates:
+                gate(hidden)
+        assert records.ids.shape == (LAYERS, 9, K)
+
     @pytest.mark.parametrize("block", [recording, lambda model: replaying(model, drawn(3))])
     def test_no_value_is_read_on_the_host(self, model, block):
         gate, hidden = model.get_submodule(GATES[0]), torch.randn(3, 32)
@@ -185,6 +219,12 @@ class TestRecording:
         assert taped.names
         read = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item"}
         assert not read & (set(taped.names) - set(plain.names))
+
+
+def in_another_thread(function):
+    """Call a function in a thread, and return what it returned or raise what it raised."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 class Operators(TorchDispatchMode):
@@ -273,6 +313,7 @@ class TestReplaying:
             (drawn(5).float(), TypeError, "records: expected Records, or an integer tensor"),
             (drawn(5)[0], ValueError, "records: expected a plain, dense tensor [layers, T, K]"),
             (drawn(5).to_sparse(), ValueError, "records: expected a plain, dense tensor"),
+            (drawn(5).to("meta"), ValueError, "records: expected a plain, dense tensor [layers, T"),
             (
                 drawn(5, layers=3),
                 ValueError,
@@ -297,6 +338,28 @@ class TestReplaying:
         said = f"expected 4 rows for the tokens of this forward, got 1 left of 7; at {GATES[0]}"
         with pytest.raises(ValueError, match="^records: " + said):
             pass_two(model, drawn(7))
+
+    def test_forwards_are_all_in_the_thread_of_the_first(self, model):
+        with replaying(model, drawn(6)):
+            logits(model, tokens(2, 3))
+        said = r"^records: expected the thread of the first forward .*, got another"
+        with pytest.raises(ValueError, match=said), replaying(model, drawn(6)):
+            in_another_thread(lambda: logits(model, tokens(2, 3)))
+        in_another_thread(lambda: logits(model, tokens(2, 3)))  # outside of a block
+        unpatch(model)
+        patch(model)
+
+        def replayed():
+            with replaying(model, drawn(6)):
+                logits(model, tokens(2, 3))
+
+        in_another_thread(replayed)
+
+    @pytest.mark.parametrize("block", [recording, lambda gate: replaying(gate, drawn(4, 1))])
+    def test_what_vmap_batches_is_refused(self, model, block):
+        gate = model.get_submodule(GATES[0])
+        with pytest.raises(RuntimeError, match=r"cannot be batched by torch\.vmap"), block(gate):
+            torch.vmap(lambda hidden: gate(hidden)[1])(torch.randn(3, 4, 32))
 
     def test_rows_that_nobody_took_are_an_error_at_the_end(self, model):
         said = f"records: expected 6 rows, as many as tokens were routed, got 7; at {GATES[0]}"
@@ -367,6 +430,27 @@ class TestModels:
                 assert getattr(other.get_submodule(GATES[0]), TAPE) is None
             logits(model, tokens(1, 3))
         assert records.ids.shape == (LAYERS, 3, K)
+
+    @pytest.mark.parametrize("mode", ["records", "replays"])
+    def test_unpatch_in_a_block_is_refused_and_the_block_goes_on(self, model, mode):
+        block = recording(model) if mode == "records" else replaying(model, drawn(6))
+        said = f"^model: .*, got one in a block that {mode}; at {GATES[0]}"
+        with block:
+            with pytest.raises(ValueError, match=said):
+                unpatch(model)
+            with patched(model, experts=True):  # takes back nothing of what was patched before
+                logits(model, tokens(2, 3))
+        unpatch(model)
+
+    def test_patched_must_not_end_in_a_block(self):
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES))
+        outer = patched(model)
+        outer.__enter__()
+        with recording(model) as records:
+            with pytest.raises(ValueError, match=f"got one in a block that records; at {GATES[0]}"):
+                outer.__exit__(None, None, None)
+            logits(model, tokens(1, 2))
+        assert records.ids.shape == (LAYERS, 2, K)
 
     def test_unpatch_leaves_nothing(self, model):
         with replaying(model, drawn(2)):

@@ -114,8 +114,12 @@ def unpatch(model: nn.Module) -> None:
     An experts implementation that ``patch`` selected is exchanged for the one before.
 
     :param model: what ``patch`` was given, or a model that was loaded after ``enable``.
+    :raises TypeError: ``model`` is no module.
+    :raises ValueError: ``model`` is in a block of ``recording`` or ``replaying``.
     """
     _require_module(model)
+    for module in model.modules():
+        _require_no_block(module)
     for module in model.modules():
         _remove(module)
         deselect(module)
@@ -126,6 +130,9 @@ def patched(
     model: nn.Module, *, experts: bool = False, gate: bool = False, loads: LoadMonitor | None = None
 ) -> Iterator[PatchReport]:
     """Patch a model inside the block; what was patched before stays so after it.
+
+    Blocks of ``recording`` and ``replaying`` in it must end before it does, or it ends with a
+    ``ValueError`` and the model stays patched.
 
     :param experts: as for ``patch``, like ``gate`` and ``loads``.
 
@@ -194,6 +201,7 @@ def _remove(module: nn.Module) -> None:
     made = made_of(type(module))
     if made is None:
         return
+    _require_no_block(module)
     wrapper = vars(made.cls)[made.method]
     if wrapper is not made.ours:
         text = (
@@ -215,6 +223,13 @@ def _require_monitor(loads: object) -> None:
 def _require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(refusal("model", "a torch.nn.Module", model))
+
+
+def _require_no_block(module: nn.Module) -> None:
+    """Raise ``ValueError`` while a router records or replays: its forwards would be missed."""
+    tape = vars(module).get(TAPE)
+    if tape is not None:
+        tape.require_no_block()
 
 
 def _layers(model: nn.Module) -> Iterator[Layer]:

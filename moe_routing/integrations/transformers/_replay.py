@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from moe_routing._check import RECORDED_DTYPES, integer, is_dense, is_dtensor
+from moe_routing._check import RECORDED_DTYPES, integer, is_dense, is_dtensor, layout
 from moe_routing.integrations.transformers._patch import routed_parts
-from moe_routing.integrations.transformers._tapes import TAPE, Tape
+from moe_routing.integrations.transformers._tapes import TAPE, Part, Tape
 from moe_routing.integrations.transformers.routers import made_of
 from moe_routing_registry.text import refusal
 
@@ -24,6 +24,7 @@ class Records:
     """The experts that each router of a model selected, forward after forward.
 
     The ids stay on the routers' device, and nothing waits for them until they are read.
+    ``torch.save`` and ``torch.load`` keep records, where this class has been imported.
 
     :ivar layers: the names of the routers, in the model's order.
     """
@@ -31,7 +32,7 @@ class Records:
     def __init__(self, layers: tuple[str, ...]) -> None:
         """Begin with no forward."""
         self.layers = layers
-        self._parts: tuple[list[Tensor], ...] = tuple([] for _ in layers)
+        self._parts: tuple[list[Part], ...] = tuple([] for _ in layers)
 
     @property
     def ids(self) -> Tensor:
@@ -41,7 +42,8 @@ class Records:
         is the least that holds the ids and -1: int8 up to 128 experts, int16 up to 32,768, else
         int32. The device is that of the first router.
 
-        :raises RuntimeError: there was no forward, or the routers saw different numbers of tokens.
+        :raises RuntimeError: there was no forward, or the routers saw different numbers of tokens,
+            or forwards of several threads in different orders.
         """
         return torch.cat(self._forwards(), dim=1)
 
@@ -50,9 +52,10 @@ class Records:
 
         Every forward must have been one of that batch, ``[B, L]`` for any L: the prompt and each
         step of ``generate``, for example. The token that was generated last never was an input, and
-        has no row.
+        has no row. Beam search and assisted generation reorder or discard sequences between steps,
+        which is not undone here.
 
-        :param batch_size: B.
+        :param batch_size: B; with ``num_return_sequences=n``, n times the number of prompts.
         :raises TypeError: it is no int.
         :raises ValueError: a forward was not of a batch of that size.
         :raises RuntimeError: there was no forward, or the routers saw different numbers of tokens.
@@ -68,7 +71,7 @@ class Records:
     def __repr__(self) -> str:
         """Say how many forwards and tokens there are, without the ids."""
         parts = self._parts[0]
-        tokens = sum(len(ids) for ids in parts)
+        tokens = sum(len(part.ids) for part in parts)
         return f"Records(layers={len(self.layers)}, forwards={len(parts)}, tokens={tokens})"
 
     def _forwards(self) -> list[Tensor]:
@@ -77,20 +80,30 @@ class Records:
         if not first:
             msg = f"the records are empty: no forward of {self.layers[0]} was recorded"
             raise RuntimeError(msg)
-        shapes = [ids.shape for ids in first]
+        shapes, threads = [part.ids.shape for part in first], [part.thread for part in first]
         for name, parts in zip(self.layers, self._parts, strict=True):
-            if [ids.shape for ids in parts] != shapes:
+            if [part.ids.shape for part in parts] != shapes:
                 msg = (
                     f"the routers saw other tokens: {name} has {len(parts)} forwards with "
-                    f"{sum(map(len, parts))} rows, {self.layers[0]} {len(first)} with "
-                    f"{sum(map(len, first))}, or another number of experts a token"
+                    f"{sum(len(part.ids) for part in parts)} rows, {self.layers[0]} {len(first)} "
+                    f"with {sum(len(part.ids) for part in first)}, or another number of experts a "
+                    "token"
                 )
                 raise RuntimeError(msg)
-        dtype = max((parts[0].dtype for parts in self._parts), key=lambda kind: kind.itemsize)
+            if [part.thread for part in parts] != threads:
+                msg = (
+                    f"the routers saw the forwards of several threads in another order: {name} and "
+                    f"{self.layers[0]}; run one forward at a time"
+                )
+                raise RuntimeError(msg)
+        dtype = max((parts[0].ids.dtype for parts in self._parts), key=lambda kind: kind.itemsize)
         return [
-            torch.stack([ids.to(of_layers[0].device, dtype) for ids in of_layers])
+            torch.stack([part.ids.to(of_layers[0].ids.device, dtype) for part in of_layers])
             for of_layers in zip(*self._parts, strict=True)
         ]
+
+
+torch.serialization.add_safe_globals([Records, Part])  # torch.load reads them by default
 
 
 @contextmanager
@@ -98,7 +111,8 @@ def recording(model: nn.Module) -> Iterator[Records]:
     """Record which experts the routers of a patched model select inside the block.
 
     Works compiled or not, in training and in inference. A forward that activation checkpointing
-    computes again is not recorded again. A CUDA graph cannot be captured inside the block.
+    computes again is not recorded again. Run one forward at a time. A CUDA graph cannot be captured
+    inside the block, nor can ``torch.vmap`` batch the model.
 
     :param model: a model that ``patch`` was called on, all of whose routers it replaced.
     :returns: the records, which grow with each forward of the block.
@@ -138,11 +152,12 @@ def replaying(model: nn.Module, records: Records | Tensor) -> Iterator[None]:
 
     Each forward takes the next rows, one for each of its tokens; the forwards of the block must
     take all. A forward that activation checkpointing computes again gets the rows that it had,
-    whatever came between, also after the block; all of this in one thread. Weights are those of the
-    model's own logits, with gradients; see ``Router.__call__`` for slots and rows of -1.
+    whatever came between, also after the block. All forwards that replay must be in one thread.
+    Weights are those of the model's own logits, with gradients; see ``Router.__call__`` for slots
+    and rows of -1.
 
     Not every backend takes recorded ids; the others are passed over. A CUDA graph cannot be
-    captured inside the block.
+    captured inside the block, nor can ``torch.vmap`` batch the model.
 
     :param model: a model that ``patch`` was called on, all of whose routers it replaced.
     :param records: what ``recording`` returned, or ids ``[layers, T, K]`` of any integer dtype, a
@@ -194,16 +209,13 @@ def _tapes(model: nn.Module) -> list[tuple[Tape, int]]:
             )
             raise ValueError(msg)
         tape: Tape | None = getattr(router, TAPE)
-        if tape is not None and tape.mode:
-            msg = (
-                f"model: expected one outside of recording and replaying, got one in a block that "
-                f"{tape.mode}s; at {name}"
-            )
-            raise ValueError(msg)
+        if tape is not None:
+            tape.require_no_block()
         found.append((name, router, made.recipe.topk(router)))
     for name, router, _ in found:
         if getattr(router, TAPE) is None:
             setattr(router, TAPE, Tape(name))
+        getattr(router, TAPE).name = name  # in this model, which may be a part of another
     return [(getattr(router, TAPE), topk) for _, router, topk in found]
 
 
@@ -212,8 +224,9 @@ def _checked(records: object, tapes: list[tuple[Tape, int]]) -> Tensor:
     ids = records.ids if isinstance(records, Records) else records
     if not isinstance(ids, Tensor) or ids.dtype not in RECORDED_DTYPES:
         raise TypeError(refusal("records", "Records, or an integer tensor [layers, T, K]", ids))
-    if ids.dim() != _DIMENSIONS or not is_dense(ids) or is_dtensor(ids):
-        raise ValueError(refusal("records", "a plain, dense tensor [layers, T, K]", ids))
+    if ids.dim() != _DIMENSIONS or not is_dense(ids) or is_dtensor(ids) or ids.is_meta:
+        expected = "a plain, dense tensor [layers, T, K] with data"
+        raise ValueError(refusal("records", expected, ids) + layout(ids))
     if len(ids) != len(tapes):
         expected = f"{len(tapes)} layers, one for each router from {tapes[0][0].name} on"
         raise ValueError(refusal("records", expected, ids))

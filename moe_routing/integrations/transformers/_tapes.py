@@ -12,20 +12,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
-from moe_routing.private_api import backward_number, next_number
+from moe_routing.private_api import backward_number, is_batched, next_number
 from moe_routing.reference.shadow import is_capturing
 from moe_routing.replay import least_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
     from moe_routing import RoutingOutput
     from moe_routing._router import Router
@@ -38,12 +38,23 @@ _number = count()
 _TAPES: WeakValueDictionary[int, Tape] = WeakValueDictionary()
 
 
+class Part(NamedTuple):
+    """What a router selected in one forward.
+
+    :ivar ids: ``[T, K]``.
+    :ivar thread: that the forward ran in.
+    """
+
+    ids: Tensor
+    thread: int
+
+
 class Tape:
     """Records and replays the ids of one router.
 
     :ivar name: of the router in the model.
     :ivar mode: what the block does that the model is in; ``""``: none.
-    :ivar parts: the ids ``[T, K]`` of each forward of the block that records.
+    :ivar parts: what the block that records has recorded, forward by forward.
     :ivar replayed: whether there was a block that replays.
     """
 
@@ -51,10 +62,11 @@ class Tape:
         """Begin with nothing."""
         self.name = name
         self.mode: Literal["", "record", "replay"] = ""
-        self.parts: list[Tensor] = []
+        self.parts: list[Part] = []
         self.replayed = False
         self._rows: Tensor | None = None
         self._taken = 0
+        self._thread: int | None = None
         self._numbers: list[int] = []
         self._forwards: list[Tensor | None] = []
         self._before_block = 0
@@ -67,7 +79,16 @@ class Tape:
         """Leave the tape out of copies of the model: ``type(None)()`` is ``None``."""
         return type(None), ()
 
-    def record(self, parts: list[Tensor]) -> None:
+    def require_no_block(self) -> None:
+        """Raise ``ValueError`` inside a block."""
+        if self.mode:
+            msg = (
+                f"model: expected one outside of recording and replaying, got one in a block that "
+                f"{self.mode}s; at {self.name}"
+            )
+            raise ValueError(msg)
+
+    def record(self, parts: list[Part]) -> None:
         """Append what the router selects to a list."""
         self.mode, self.parts = "record", parts
 
@@ -86,10 +107,13 @@ class Tape:
         self.mode, self.parts, self._rows = "", [], None
         return left
 
-    def take(self, tokens: int, topk: int, device: torch.device) -> Tensor | None:
-        """Return the rows ``[T, K]`` of a forward, ``None`` if it is routed as usual."""
-        number = backward_number()
-        rows = self._next(tokens, device) if number is None else self._again(number)
+    def take(self, of: Tensor, topk: int) -> Tensor | None:
+        """Return the rows ``[T, K]`` of a forward, ``None`` if it is routed as usual.
+
+        :param of: ``[..., E]`` or ``[..., H]``, a row for each token.
+        """
+        number, tokens = backward_number(), of.numel() // of.shape[-1]
+        rows = self._next(tokens, of) if number is None else self._again(number)
         if rows is not None and tuple(rows.shape) != (tokens, topk):
             self._refuse(
                 f"expected the shape [{len(rows)}, {rows.shape[1]}] of the rows that this forward "
@@ -103,15 +127,23 @@ class Tape:
         """Append ids ``[..., K]``, unless the forward is one that is computed again."""
         if self.mode != "record" or backward_number() is not None:
             return
-        self._refuse_capture(ids.device)
-        self.parts.append(ids.detach().reshape(-1, ids.shape[-1]).to(least_dtype(num_experts)))
+        self._refuse_what_repeats(ids)
+        kept = ids.detach().reshape(-1, ids.shape[-1]).to(least_dtype(num_experts))
+        self.parts.append(Part(kept, get_ident()))
 
-    def _next(self, tokens: int, device: torch.device) -> Tensor | None:
-        rows = None
+    def _next(self, tokens: int, of: Tensor) -> Tensor | None:
+        rows, thread = None, get_ident()
         if self._rows is not None:
-            self._refuse_capture(device)
-            if self._rows.device != device:
-                self._rows = self._rows.to(device)
+            self._refuse_what_repeats(of)
+            if self._thread not in {None, thread}:
+                self._refuse(
+                    "expected the thread of the first forward that replayed, because autograd "
+                    "numbers the nodes of each thread separately, got another; unpatch and patch "
+                    "the model to change the thread"
+                )
+            self._thread = thread
+            if self._rows.device != of.device:
+                self._rows = self._rows.to(of.device)
             start, left = self._taken, len(self._rows) - self._taken
             if tokens > left:
                 self._refuse(
@@ -121,7 +153,9 @@ class Tape:
             self._taken += tokens
             rows = self._rows[start : self._taken]
         # A run of forwards without rows counts once: all of them are routed as usual.
-        if rows is not None or not self._forwards or self._forwards[-1] is not None:
+        if thread == self._thread and (
+            rows is not None or not self._forwards or self._forwards[-1] is not None
+        ):
             self._numbers.append(next_number())
             self._forwards.append(rows)
         return rows
@@ -139,8 +173,14 @@ class Tape:
             )
         return None
 
-    def _refuse_capture(self, device: torch.device) -> None:
-        if is_capturing(device):
+    def _refuse_what_repeats(self, of: Tensor) -> None:
+        if is_batched(of):
+            msg = (
+                f"{self.name}: recording and replaying cannot be batched by torch.vmap, which runs "
+                "one forward for all"
+            )
+            raise RuntimeError(msg)
+        if is_capturing(of.device):
             msg = (
                 f"{self.name}: recording and replaying cannot be captured in a CUDA graph, which "
                 "would repeat the rows of its capture"
@@ -180,9 +220,9 @@ class Taped:
 
     def _recorded(self, rows: Tensor, topk: int) -> dict[str, Any]:
         """Return ``ids`` for a call with these rows, nothing if it is routed as usual."""
-        tape, tokens = self._tape, rows.numel() // rows.shape[-1]
+        tape = self._tape
         if not is_compiling():
-            ids = tape.take(tokens, topk, rows.device)
+            ids = tape.take(rows, topk)
         # Compiled code may be computed again after the block.
         elif tape.mode == "replay" or (tape.replayed and torch.is_grad_enabled()):
             ids = torch.ops.moe_routing.recorded_ids(rows, tape.key, topk)
@@ -219,10 +259,11 @@ def _tape_of(key: Tensor) -> Tape:
 
 def _recorded_ids(rows: Tensor, key: Tensor, topk: int) -> Tensor:
     """Return int64 ids ``[T, K]`` for rows ``[..., H]``; -1 where routing is as usual."""
-    tokens = rows.numel() // rows.shape[-1]
-    ids = _tape_of(key).take(tokens, topk, rows.device)
+    ids = _tape_of(key).take(rows, topk)
     if ids is None:
-        return torch.full((tokens, topk), -1, dtype=torch.int64, device=rows.device)
+        return torch.full(
+            (rows.numel() // rows.shape[-1], topk), -1, dtype=torch.int64, device=rows.device
+        )
     return ids.to(torch.int64, copy=True)
 
 
