@@ -88,7 +88,8 @@ class Bound:
             _route(
                 logits.detach().float().numpy(), bias.detach().numpy(), scale.numpy(),
                 physical.numpy(), valid, num_experts - spec.zero_experts, np.float32(spec.scale),
-                SCORE[spec.score], spec.selection == "logits", spec.selection == "scores_plus_bias",
+                np.float32(spec.shared_weight), SCORE[spec.score],
+                spec.selection == "logits", spec.selection == "scores_plus_bias",
                 spec.renormalize, spec.renorm_epsilon, spec.renorm_floor, self.topk,
                 out.weights.numpy(), out.ids.numpy(),
             )  # fmt: skip
@@ -230,7 +231,7 @@ def _weigh(x, exponential, total, chosen, score, renormalize, epsilon, floor, va
 # One signature for all layouts of the logits (":, :" is any strides), and one for each dtype of
 # ids: each costs seconds to compile, kept in a cache.
 _SIGNATURES = [
-    "(f4[:, :], f4[::1], f4[::1], i8[::1], i8, i8, f4, i8, b1, b1, b1, f8, f8, i8, f4[:, ::1], "
+    "(f4[:, :], f4[::1], f4[::1], i8[::1], i8, i8, f4, f4, i8, b1, b1, b1, f8, f8, i8, f4[:, ::1], "
     + ids
     + "[:, ::1])"
     for ids in ("i4", "i8")
@@ -239,7 +240,7 @@ _SIGNATURES = [
 
 @numba.njit(_SIGNATURES, parallel=True, cache=True, nogil=True, error_model="numpy")
 def _route(
-    logits, bias, scale, physical, valid, weighing, factor,
+    logits, bias, scale, physical, valid, weighing, factor, shared_weight,
     score, on_logits, on_scores, renormalize, epsilon, floor, topk, weights, ids,
 ):  # fmt: skip
     num_tokens, num_experts = logits.shape
@@ -289,5 +290,5 @@ def _route(
                 weights[t, k] = scaled if chosen[k] < weighing else np.float32(0)
                 ids[t, k] = physical[chosen[k]]
             for slot in range(topk, weights.shape[1]):  # shared experts
-                weights[t, slot] = 1
+                weights[t, slot] = shared_weight
                 ids[t, slot] = physical[num_experts + slot - topk]
