@@ -107,6 +107,15 @@ def pytest_runtest_setup(item):
         pytest.skip("needs an NVIDIA GPU; torch sees none")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Compute in one thread: with tiny tensors, threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch):
     for variable in (*VARIABLES, WIDTH):

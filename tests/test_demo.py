@@ -8,20 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import moe_routing
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -30,15 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 T, H, E, K, VOCABULARY = 96, 64, 24, 3, 50
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Routed(NamedTuple):

@@ -21,7 +21,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def save(loads: Loads, path: str | Path) -> None:
-    """Draw layers below each other, experts beside each other.
+    """Draw a row for each layer and a column for each expert.
 
     :raises ValueError: the name of the file ends in something else than .png or .svg, or nothing
         was counted.

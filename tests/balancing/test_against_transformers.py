@@ -1,4 +1,4 @@
-"""Losses beside transformers' ``load_balancing_loss_func``."""
+"""Losses compared with transformers' ``load_balancing_loss_func``."""
 
 import pytest
 import torch

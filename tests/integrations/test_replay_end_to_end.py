@@ -19,15 +19,7 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
     "num_local_experts": 16, "num_experts_per_tok": 3,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def built(weights, noise):

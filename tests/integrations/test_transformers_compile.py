@@ -43,18 +43,16 @@ TOKENS = (1, 2, 3, 7, 130)
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),  # of Inductor, about this machine
 ]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_fresh_compiler():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _a_fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-    torch.set_num_threads(threads)
 
 
 def built(model_type, experts):

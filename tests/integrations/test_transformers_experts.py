@@ -79,15 +79,7 @@ DTYPES = {
 }
 """What roundings of the products' rows and of the sum may move, of values of about 1 to 4."""
 IN_MODELS = [name for name in AGAINST.WHOLE if name != "llama4_text"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

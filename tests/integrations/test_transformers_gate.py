@@ -46,16 +46,12 @@ WHOLE = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in AGAINST.WHOLE
 ]
 assert len(WHOLE) >= 10
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_all_warnings():
-    """The tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _all_warnings():
     warn_once.cache_clear()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -37,15 +37,7 @@ CASES = [
 ]
 MADE = "moe_routing.integrations.transformers.routers"
 FEW = ("gemma4_text", "deepseek_v3", "qwen3_moe", "gpt_oss")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 MAPPING_WORKS = importlib.util.find_spec("torchvision") is not None or Version(

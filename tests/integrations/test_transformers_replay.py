@@ -37,18 +37,12 @@ QWEN = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2,
 HERE = [case for case in AGAINST.CASES if AGAINST.is_here(case)]
 LAYERS, E, K = 2, 8, 2
 GATES = ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing_:FutureWarning"  # which older releases call nothing else
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:`gradient_checkpointing_:FutureWarning"  # which older releases call nothing else
+    ),
+]
 
 
 def mixtral(**settings):

@@ -27,7 +27,6 @@ mixtral, tokens, drawn, loss, gradients, checkpointed = (
     REPLAY.checkpointed,
 )
 pytestmark = REPLAY.pytestmark
-_one_thread = REPLAY._one_thread
 
 
 @pytest.mark.slow

@@ -46,15 +46,7 @@ TRAINED = [
     for parameters in REPLACED
     if parameters.id.endswith("-0") or parameters.id == "axk2-3"
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(case, said, dtype=torch.float32):
