@@ -22,8 +22,9 @@ place, 4 u, for a reciprocal root.
 **Underflow**: each of the products may lose what is below ``2**-126``, a subnormal number, before
 the other factors multiply it.
 
-Logits that are rounded to bfloat16 or float16 may be off by half a unit in that dtype's last place
-more.
+Rounding to bfloat16 or float16 is monotonic. So the least and the greatest right logit in those
+dtypes are what the two ends of the float32 bound are rounded to; both are infinite where the dtype
+has no number so large. A result below the dtype's normal range may be flushed to zero.
 """
 
 from __future__ import annotations
@@ -89,18 +90,24 @@ def _inputs(projection: Projection) -> Tensor:
     return inputs * projection.multiplier
 
 
-class Bound(NamedTuple):
-    """The exact logits, and how far others may be from them, both float64 ``[T, E]``."""
+class Between(NamedTuple):
+    """The exact logits and the least and greatest right ones, all float64 ``[T, E]``."""
 
     exact: Tensor
-    error: Tensor
+    least: Tensor
+    greatest: Tensor
 
 
 @torch.no_grad()
-def bound(projection: Projection, dtype: torch.dtype) -> Bound:
-    """Return the exact logits and their error bound, which the text above derives.
+def bounds(projection: Projection, dtype: torch.dtype) -> Between:
+    """Return between what the logits may lie, which the text above derives.
 
     :param dtype: what the logits are rounded to at the end.
+
+    >>> from moe_routing.gating import Projection
+    >>> found = bounds(Projection(torch.full((1, 1), 300.0), torch.full((1, 1), 300.0)), torch.half)
+    >>> found.exact.item(), found.least.item(), found.greatest.item()
+    (90000.0, inf, inf)
     """
     hidden, weight, bias, norm_weight, input_scale, eps, multiplier = projection
     exact, columns = logits(projection), hidden.shape[1]
@@ -114,10 +121,12 @@ def bound(projection: Projection, dtype: torch.dtype) -> Bound:
     if bias is not None:
         magnitudes += bias.double().abs()
     error = U * (relative * magnitudes + exact.abs()) + _flushed(projection)
-    if dtype != torch.float32:
-        most = exact.abs() + error
-        error += torch.finfo(dtype).eps / 2 * most + torch.finfo(dtype).smallest_normal
-    return Bound(exact, error)
+    least, greatest = exact - error, exact + error
+    if dtype == torch.float32:
+        return Between(exact, least, greatest)
+    flushed = torch.finfo(dtype).smallest_normal
+    rounded = [end.float().to(dtype).double() for end in (least - flushed, greatest + flushed)]
+    return Between(exact, *rounded)
 
 
 def _additions(terms: int) -> float:
@@ -146,18 +155,18 @@ def _flushed(projection: Projection) -> Tensor:
 def logits_problems(projection: Projection, made: Tensor) -> list[str]:
     """Say which logits are further from the exact ones than their bound allows.
 
-    Logits without a finite bound, of rows that are not finite or leave float32's range, are not
-    compared: they have no stated value.
+    Logits of rows that are not finite or leave float32's range are not compared: they have no
+    stated value.
     """
-    exact, error = bound(projection, made.dtype)
-    stated = exact.isfinite() & error.isfinite() & in_range(projection)
-    far = ~((made.double() - exact).abs() <= error)  # NaN is wrong
+    exact, least, greatest = bounds(projection, made.dtype)
+    stated = exact.isfinite() & in_range(projection)
+    values = made.double()
+    wrong = ~((least <= values) & (values <= greatest))  # NaN is wrong
     return [
         f"row {row}: the logit of expert {expert} is {float(made[row, expert]):.9g}, exactly "
-        f"{float(exact[row, expert]):.9g}: off by "
-        f"{abs(float(made[row, expert]) - float(exact[row, expert])):.3g}, "
-        f"allowed {float(error[row, expert]):.3g}"
-        for row, expert in (far & stated).nonzero()[:MANY].tolist()
+        f"{float(exact[row, expert]):.9g}; right are {float(least[row, expert]):.9g} to "
+        f"{float(greatest[row, expert]):.9g}"
+        for row, expert in (wrong & stated).nonzero()[:MANY].tolist()
     ]
 
 

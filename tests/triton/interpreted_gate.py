@@ -66,7 +66,7 @@ def drawn():
     weight = rows_of(experts, columns, "float32" if float32_weight else dtype)
     projection = Projection(
         rows_of(tokens, columns, dtype), weight, vector(experts), norm_weight, vector(columns),
-        eps=1e-6 if norm else None, multiplier=random.choice([1.0, columns**-0.5]),
+        eps=1e-6 if norm else None, multiplier=random.choice([1.0, columns**-0.5, 3e4]),
     )  # fmt: skip
     problem = GateProblem(
         spec=spec, num_experts=experts, topk=topk, hidden_size=columns, dtype=dtype,

@@ -47,6 +47,11 @@ def _tiny(tokens: int, columns: int, generator: Generator) -> Tensor:
     return _normal(tokens, columns, generator) * 2.0**-14
 
 
+def _large(tokens: int, columns: int, generator: Generator) -> Tensor:
+    """Return rows of which some logits are too large for float16, and none for float32."""
+    return (_normal(tokens, columns, generator) * 60000).clamp(-60000, 60000)
+
+
 def _integers(tokens: int, columns: int, generator: Generator) -> Tensor:
     """Return rows whose sums are often halfway between two numbers of a shorter dtype."""
     return torch.randint(-8, 9, (tokens, columns), generator=generator).float()
@@ -57,6 +62,7 @@ HIDDEN: dict[str, Callable[[int, int, Generator], Tensor]] = {
     "outlier": _outlier,
     "cancelling": _cancelling,
     "tiny": _tiny,
+    "large": _large,
     "integers": _integers,
 }
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe_routing.gating import Projection
     from moe_routing.kernel import RoutingOutput
 
-FAR = r"row \d+: the logit of expert \d+ is .*, exactly .*: off by .*, allowed "
+FAR = r"row \d+: the logit of expert \d+ is .*, exactly .*; right are .* to "
 
 
 @caught_by("logits_of_every_size_are_within_their_bound", saying=FAR)
@@ -135,3 +135,12 @@ class CutOffInsteadOfRounded(Projects):
         if logits.dtype is torch.bfloat16:
             made = (made.view(torch.int32) & -(1 << 16)).view(torch.float32)
         super().write(made, logits)
+
+
+@caught_by("rounded_logits_are_routed", saying=FAR)
+class SaturatedInsteadOfRounded(Projects):
+    """Stores the largest number of a dtype for logits above it."""
+
+    def write(self, made: Tensor, logits: Tensor) -> None:
+        most = torch.finfo(logits.dtype).max
+        super().write(made.clamp(-most, most), logits)
