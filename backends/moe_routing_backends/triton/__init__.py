@@ -162,9 +162,7 @@ def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
 def moe_routing_backends() -> list[BackendSpec]:
     """Register the backends."""
     interpreter = (Target("cpu", explicit=True),) if triton_interprets() else ()
-    # What has not run on a GPU yet, the interpreter alone offers: `gate`, masks and records.
-    operands = frozenset({"ids", "valid"}) if interpreter else frozenset()
-    gate = {"gate": "moe_routing_backends.triton.gating.gate:build"} if interpreter else {}
+    operands = frozenset({"ids", "valid"})
     return [
         BackendSpec(
             name="triton",
@@ -173,7 +171,7 @@ def moe_routing_backends() -> list[BackendSpec]:
                 "plan": "moe_routing_backends.triton.planning.planner:build",
                 "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
                 "combine": "moe_routing_backends.triton.permutation.mover:build_combine",
-                **gate,
+                "gate": "moe_routing_backends.triton.gating.gate:build",
             },
             targets=(
                 Target("cuda", min_capability=(8, 0)),

@@ -68,7 +68,7 @@ def _valued(profile: Profile) -> Iterator[Case]:
 
 @check(1, _valued)
 def values_of_every_kind_are_summed_in_float32(under_test: BackendUnderTest, case: Case) -> None:
-    """Outliers, terms that cancel, tiny and large values and integers are summed within the bound."""
+    """Outliers, cancelling terms, integers, tiny and large values are summed within the bound."""
     case.make(under_test.device).checked(under_test)
 
 

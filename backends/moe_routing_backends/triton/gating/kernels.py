@@ -101,6 +101,41 @@ def add_products(w, x, sums):
 
 
 @triton.jit
+def add_step(
+    sums, low, squares, hidden, router_weight, norm_weight, input_scale, column, token, expert,
+    hidden_stride, weight_stride, HIDDEN_SIZE: tl.constexpr, TAIL: tl.constexpr,
+    NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Add the products of some columns.
+
+    :param low: the sum of products of low parts. A matrix unit cuts off the sum that it adds to
+        once in 16 terms. These products would cut off the large sum once more each; by themselves
+        they cut off their own, which is small.
+    """
+    w = read_rows(router_weight, expert, column, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED)
+    x = read_rows(hidden, token, column, hidden_stride, HIDDEN_SIZE, TAIL, ALIGNED)
+    if NORM:
+        wide = x.to(tl.float32)
+        squares += tree_sum(wide * wide)
+    if WEIGHT_PARTS == 0:
+        sums = add_products(w, x, sums)
+    else:
+        w = w.to(tl.float32)
+        if norm_weight is not None or input_scale is not None:
+            w *= factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE)[None, :]
+        of_weight = parts_of(w, WEIGHT_PARTS)
+        of_hidden = parts_of(x.to(tl.float32), HIDDEN_PARTS) if HIDDEN_PARTS else (x,)
+        for j in tl.static_range(len(of_hidden)):
+            for i in tl.static_range(WEIGHT_PARTS):
+                if i + j == 0:
+                    sums = add_products(of_weight[i], of_hidden[j], sums)
+                else:
+                    low = add_products(of_weight[i], of_hidden[j], low)
+    return sums, low, squares
+
+
+@triton.jit
 def sums_of_slice(
     hidden, router_weight, norm_weight, input_scale, slice_, token, expert, hidden_stride,
     weight_stride, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
@@ -115,25 +150,27 @@ def sums_of_slice(
     """
     TAIL: tl.constexpr = HIDDEN_SIZE % SLICE != 0
     sums = tl.zeros([expert.shape[0], token.shape[0]], SUM)
+    low = sums
     squares = tl.zeros([token.shape[0]], tl.float32)
-    for step in tl.static_range(SLICE // STEP):
-        column = slice_ * SLICE + step * STEP + tl.arange(0, STEP)
-        w = read_rows(router_weight, expert, column, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED)
-        x = read_rows(hidden, token, column, hidden_stride, HIDDEN_SIZE, TAIL, ALIGNED)
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += tree_sum(wide * wide)
-        if WEIGHT_PARTS == 0:
-            sums = add_products(w, x, sums)
-        else:
-            w = w.to(tl.float32)
-            if norm_weight is not None or input_scale is not None:
-                w *= factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE)[None, :]
-            of_weight = parts_of(w, WEIGHT_PARTS)
-            of_hidden = parts_of(x.to(tl.float32), HIDDEN_PARTS) if HIDDEN_PARTS else (x,)
-            for j in tl.static_range(len(of_hidden)):
-                for i in tl.static_range(WEIGHT_PARTS):
-                    sums = add_products(of_weight[i], of_hidden[j], sums)
+    first = slice_ * SLICE + tl.arange(0, STEP)
+    if HIDDEN_PARTS > 1:
+        # A loop: unrolled, four to nine products a step take seconds to compile.
+        for step in range(SLICE // STEP):
+            sums, low, squares = add_step(
+                sums, low, squares, hidden, router_weight, norm_weight, input_scale,
+                first + step * STEP, token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL,
+                NORM, HIDDEN_PARTS, WEIGHT_PARTS, ALIGNED,
+            )  # fmt: skip
+    else:
+        # Unrolled: all loads are under way before the first is waited for.
+        for step in tl.static_range(SLICE // STEP):
+            sums, low, squares = add_step(
+                sums, low, squares, hidden, router_weight, norm_weight, input_scale,
+                first + step * STEP, token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL,
+                NORM, HIDDEN_PARTS, WEIGHT_PARTS, ALIGNED,
+            )  # fmt: skip
+    if WEIGHT_PARTS != 0:
+        sums += low
     return sums.to(tl.float32), squares
 
 
