@@ -4,9 +4,10 @@
 
 Microseconds a call: the median of CUDA-graph replays over hidden states in turns; the router weight
 is the same, so it stays in the cache, and for ``cold`` each call has its own. In the same run: the
-chain of PyTorch's norm and linear layer with our routing, and the linear layer alone. Before that,
-what every launch computes is compared with the float64 oracle, and the bits of a row among all
-launches and batches.
+chain of PyTorch's norm and linear layer with our routing, the linear layer alone, and PyTorch's
+product of bfloat16 matrices into float32 logits with our routing (``product``). Before that, what
+every launch computes is compared with the float64 oracle, and the bits of a row among all launches
+and batches.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ if TYPE_CHECKING:
 
 DEVICE = "cuda:0"
 TOKENS = (1, 8, 16, 64, 256, 1024, 4096, 16384)
-SLICES = (128, 256, 512)
+SLICES = (64, 128, 256, 512)
 TILES = (
     *((16, 64, 4, True), (16, 128, 4, True), (32, 64, 4, True), (64, 64, 4, True)),
-    *((64, 64, 8, False), (64, 128, 8, False), (128, 128, 8, False), (32, 64, 4, False)),
+    *((32, 64, 4, False), (64, 64, 4, False), (32, 128, 8, False), (64, 128, 8, False)),
+    (128, 128, 8, False),
 )
 """Tokens and experts a program, its warps, and whether a program takes one slice."""
 BATCHES = (1, 2, 7, 16, 33, 64, 65, 200, 1024, 1500, 5000)
 """Numbers of tokens among which the bits of a row are compared."""
+OTHERS = ("linear", "chain", "product", "gate", "cold")
+"""What is timed besides launches that are tried."""
 MOST_BYTES = 4 << 30
 """Of the hidden states that are taken in turns."""
 
@@ -120,7 +124,12 @@ def kernel(problem: GateProblem, of: Sequence[GateLaunch] | None) -> host.Triton
 
 def in_slices_of(columns: int) -> Callable[..., Order]:
     """Return ``order_of`` for slices of another length."""
-    return lambda problem, vectors: order_of(problem, vectors)._replace(slice=columns)
+
+    def order(problem: GateProblem, vectors: Sequence[torch.dtype]) -> Order:
+        known = order_of(problem, vectors)
+        return known._replace(slice=columns, step=min(known.step, columns))
+
+    return order
 
 
 def check(model: Model, of: Sequence[GateLaunch] | None, said: str) -> None:
@@ -159,6 +168,12 @@ def chain(b: Built, hidden: Tensor) -> object:
     return route(logits, b.problem.topk, **b.operands)
 
 
+def product(b: Built, hidden: Tensor) -> object:
+    """Compute float32 logits of bfloat16 matrices by PyTorch, and route them by us."""
+    logits = torch.mm(hidden, b.projection.router_weight.t(), out_dtype=torch.float32)
+    return moe_routing.get_router(b.problem.spec)(logits, b.problem.topk, **b.operands)
+
+
 def timed(model: Model, tokens: int) -> dict[str, float]:
     """Return microseconds a call, by what is called."""
     b = built(model)
@@ -175,6 +190,8 @@ def timed(model: Model, tokens: int) -> dict[str, float]:
     weight = b.projection.router_weight
     us = {"linear": turns(lambda x: torch.nn.functional.linear(x.to(weight.dtype), weight))}
     us["chain"] = turns(partial(chain, b))
+    if not (b.problem.float32_weight or b.projection.eps):
+        us["product"] = turns(partial(product, b))
 
     def gated(gate: host.TritonGate) -> float:
         return turns(lambda x: gate.routed(b.projection._replace(hidden=x), None, **b.operands))
@@ -206,14 +223,14 @@ def main() -> None:
     for model in MODELS:
         check(model, None, model.name)
         for launch in SM_90:
-            check(model, (launch._replace(tokens=None),), f"{model.name}, {launch}")
+            check(model, (launch._replace(logits=None),), f"{model.name}, {launch}")
     print("all right", flush=True)
     results = []
     for model, tokens in itertools.product(MODELS, sizes):
         us = timed(model, tokens)
         results.append({"model": model.name, "T": tokens, "us": us})
-        best = min((t, n) for n, t in us.items() if n not in {"linear", "chain", "cold", "gate"})
-        four = "".join(f"{us[name]:9.2f}" for name in ("linear", "chain", "gate", "cold"))
+        best = min((t, n) for n, t in us.items() if n not in OTHERS)
+        four = "".join(f"{us.get(name, 0):9.2f}" for name in OTHERS)
         print(f"{model.name:16} {tokens:6}{four}{best[0]:9.2f} {best[1]}", flush=True)
         launches.write(out, "microseconds a call of gate", results=results)
 

@@ -294,7 +294,7 @@ class Gate:
         """Count the logical ids, and rename them."""
         shared = self._router.spec.shared_experts
         _counts.add(counts, made.ids, router_weight.shape[0], shared)
-        return made._replace(ids=_counts.renamed(made.ids, expert_map, None))
+        return _renamed(made, _counts.renamed(made.ids, expert_map, None))
 
     def __repr__(self) -> str:
         """Show the router."""
@@ -360,7 +360,12 @@ def _gated(
     made = op.gate(projection, _as_tensors(operands), config)
     if operands.expert_map is None:
         return made, None
-    return made._replace(ids=apply_map(made.ids, operands.expert_map)), None
+    return _renamed(made, apply_map(made.ids, operands.expert_map)), None
+
+
+def _renamed(made: GateOutput, ids: Tensor) -> GateOutput:
+    """Return the output with these ids; PyTorch 2.11 compiles no ``_replace`` that is returned."""
+    return GateOutput(made.weights, ids, made.logits)
 
 
 def run(projection: Projection, operands: Operands, config: GateConfig) -> GateOutput:

@@ -37,7 +37,7 @@ LAUNCHES = (
     None,
     (GateLaunch(None, 16, 64, 4, split=True),),
     (GateLaunch(None, 32, 64, 4),),
-    (GateLaunch(2, 16, 32, 4, split=True), GateLaunch(None, 16, 128, 4)),
+    (GateLaunch(128, 16, 32, 4, split=True), GateLaunch(None, 16, 128, 4)),
 )
 
 

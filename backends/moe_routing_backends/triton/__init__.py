@@ -147,13 +147,20 @@ def _launches(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN
 
 def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 -- of ``gate``
     """Say in which order ``gate`` adds, and how many kernels do it."""
-    from moe_routing_backends.triton.gating.launches import SLICE, launches_for
+    from moe_routing_backends.triton.gating.gate import adds_in_any_order
+    from moe_routing_backends.triton.gating.launches import MANY, launches_for
     from moe_routing_backends.triton.tuning import choose
 
-    few = max(launch.tokens or 0 for launch in launches_for(device) if launch.split)
+    E = problem.num_experts
+    few = max(launch.logits or 0 for launch in launches_for(device) if launch.split)
+    if adds_in_any_order(problem, device):
+        few = min(few, MANY - 1)
+        many = f"from {-(-MANY // E)} tokens PyTorch's product, in any order"
+    else:
+        many = "one order for any number of tokens"
     return (
-        f"logits: float32 sums of slices of {SLICE} columns, one order for any number of tokens",
-        f"up to {few} tokens two kernels, the second of which adds and routes",
+        f"logits: float32 sums of slices, {many}",
+        f"up to {few // E} tokens two kernels, the second of which adds and routes",
         choose.describe_table(device, problem.routing),
     )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_routing.conformance.exported import saved_and_loaded
 from moe_routing.conformance.gating import _sets
 from moe_routing.conformance.gating._check import check
 from moe_routing.conformance.gating.calls import must_be_same
@@ -91,11 +91,7 @@ def exports_and_comes_back(under_test: BackendUnderTest, case: Case) -> None:
     """A program that torch.export made, saved and loaded, gives the plain call's bits."""
     call = case.make(under_test.device)
     call.made(under_test)
-    exported = torch.export.export(_Module(call, under_test), (call.projection.hidden,))
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
+    loaded = saved_and_loaded(_Module(call, under_test), (call.projection.hidden,))
     other = call.rows(torch.arange(len(call.projection.hidden), device=call.device).flip(0))
     must_be_same(
         GateOutput(*loaded(other.projection.hidden)), other.made(under_test), "the loaded program"

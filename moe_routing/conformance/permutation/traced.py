@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_routing.conformance.exported import saved_and_loaded
 from moe_routing.conformance.permutation import _sets
 from moe_routing.conformance.permutation._check import both
 from moe_routing.conformance.permutation.calls import CombineCall, PermuteCall
@@ -105,11 +105,7 @@ def exports_and_comes_back(under_test: BackendUnderTest, case: Case) -> None:
     """A program that torch.export made, saved and loaded, is right for other rows and plans."""
     call, other = (some.make(under_test.device) for some in (case, case.but(turn=1)))
     call.made(under_test)
-    exported = torch.export.export(_Module(call, under_test.backend), _given(call))
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
+    loaded = saved_and_loaded(_Module(call, under_test.backend), _given(call))
     other.must_match(_as_tuple(other, loaded(*_given(other))), "the loaded program")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 import torch
 
 import moe_routing
+from moe_routing.conformance.exported import saved_and_loaded
 from moe_routing.conformance.planning import _sets, cases
 from moe_routing.conformance.planning._check import check
 from moe_routing.conformance.requirements import require
@@ -62,11 +62,7 @@ def exports_and_comes_back(under_test: BackendUnderTest, case: Case) -> None:
     """A program that torch.export made, saved and loaded, gives the right plan of other ids."""
     call = case.make(under_test.device)
     cases.plan(under_test, call)
-    exported = torch.export.export(_Module(call, under_test.backend), (call.ids, call.weights))
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
+    loaded = saved_and_loaded(_Module(call, under_test.backend), (call.ids, call.weights))
     other = call.but(ids=call.ids.flip(0, 1).contiguous())
     cases.must_match(other, loaded(other.ids, other.weights), "the loaded program")
 

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from moe_routing._call_cache import ORDINARY
 from moe_routing._check import is_dense, is_dtensor
 from moe_routing._dispatch import dtype_name
+from moe_routing.gating.kernel import GateOutput
 from moe_routing.gating.problem import FLOATS, MAX_EXPERTS, MAX_HIDDEN, GateProblem
 from moe_routing.integrations.transformers import _logits
 from moe_routing.integrations.transformers._warnings import warn_once
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from moe_routing import RoutingSpec
-    from moe_routing.gating.kernel import GateOutput
     from moe_routing.gating.problem import Norm
     from moe_routing.integrations.transformers._fronts import Front, ReadFront
     from moe_routing.integrations.transformers._loads import Route
@@ -77,7 +77,8 @@ def gated(
         return_logits=True,
         **further,
     )
-    return made._replace(logits=made.logits.to(front.logits_dtype or made.logits.dtype))
+    logits = made.logits.to(front.logits_dtype or made.logits.dtype)
+    return GateOutput(made.weights, made.ids, logits)
 
 
 def why_not(read: ReadFront, router: Router) -> str:

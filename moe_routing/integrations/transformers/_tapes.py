@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from moe_routing import RoutingOutput
+from moe_routing.gating.kernel import GateOutput
 from moe_routing.private_api import backward_number, is_batched, next_number
 from moe_routing.reference.shadow import is_capturing
 from moe_routing.replay import least_dtype
@@ -27,9 +29,7 @@ from moe_routing.replay import least_dtype
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_routing import RoutingOutput
     from moe_routing._router import Router
-    from moe_routing.gating.kernel import GateOutput
     from moe_routing.integrations.transformers._loads import Counting
 
 TAPE = "_moe_routing_tape"
@@ -202,7 +202,7 @@ class Taped:
     def __call__(self, logits: Tensor, topk: int, **further: Any) -> RoutingOutput:  # noqa: ANN401 -- the operands of a call
         """Route logits ``[..., E]``."""
         made = self._route(logits, topk, **self._recorded(logits, topk), **further)
-        return made._replace(ids=self._kept(made.ids, logits.shape[-1]))
+        return RoutingOutput(made.weights, self._kept(made.ids, logits.shape[-1]))
 
     def gate(
         self,
@@ -216,7 +216,7 @@ class Taped:
         """Gate hidden states ``[T, H]``."""
         options = {**self._recorded(hidden, topk), **further}
         made = self._route.gate(hidden, weight, topk, return_logits=return_logits, **options)
-        return made._replace(ids=self._kept(made.ids, weight.shape[0]))
+        return GateOutput(made.weights, self._kept(made.ids, weight.shape[0]), made.logits)
 
     def _recorded(self, rows: Tensor, topk: int) -> dict[str, Any]:
         """Return ``ids`` for a call with these rows, nothing if it is routed as usual."""

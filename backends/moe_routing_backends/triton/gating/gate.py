@@ -12,7 +12,7 @@ from triton import JITFunction
 from moe_routing import RoutingOutput
 from moe_routing.private_api import current_device, current_stream, empty, is_observed
 from moe_routing_backends.triton.gating.kernels import moe_routing_gate_route, moe_routing_gate_sums
-from moe_routing_backends.triton.gating.launches import launches_for, order_of
+from moe_routing_backends.triton.gating.launches import MANY, launches_for, order_of
 from moe_routing_backends.triton.kernels import VARIANTS, constants
 from moe_routing_backends.triton.kernels.spec import Launch
 from moe_routing_backends.triton.runtime import router
@@ -65,7 +65,8 @@ class TritonGate:
         self._index = NEVER_CURRENT if device.type == "cpu" else device.index or 0
         self._routes = routes
         self._launches = launches_for(device) if launches is None else launches
-        self._limits = [launch.tokens for launch in self._launches if launch.tokens is not None]
+        self._limits = [launch.logits for launch in self._launches if launch.logits is not None]
+        self._any_order = adds_in_any_order(problem, device)
         self._pdl = supports_pdl(device)
         where = "cpu" if device.type == "cpu" else f"{device.type}:{self._index}"
         self._compiled = Compiled(problem, torch.device(where), self._advice)
@@ -85,9 +86,8 @@ class TritonGate:
 
     def __call__(self, projection: Projection, logits: Tensor) -> None:
         """Write the logits; see ``GateKernel``."""
-        tokens = len(projection.hidden)
-        launch = self._launches[bisect_left(self._limits, tokens)]
-        self._add(projection, launch._replace(split=False), logits)
+        launch = self._launches[bisect_left(self._limits, logits.numel())]
+        self._write(projection, launch, logits)
 
     def routed(  # noqa: PLR0913 -- see the protocol
         self,
@@ -105,11 +105,11 @@ class TritonGate:
         """Gate and route; see ``GatesAndRoutes``."""
         hidden = projection.hidden
         T, E = len(hidden), self._problem.num_experts
-        launch = self._launches[bisect_left(self._limits, T)]
-        if not launch.split:
+        launch = self._launches[bisect_left(self._limits, T * E)]
+        if not launch.split or self._multiplies(projection, T * E):
             if logits is None:
                 logits = self._empty((T, E), self._logits_dtype, hidden.device)
-            self._add(projection, launch, logits)
+            self._write(projection, launch, logits)
             return self._routes(
                 logits, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
                 expert_table=expert_table, num_valid_tokens=num_valid_tokens,
@@ -154,6 +154,18 @@ class TritonGate:
         )  # fmt: skip
         return out
 
+    def _write(self, projection: Projection, launch: GateLaunch, logits: Tensor) -> None:
+        """Write the logits."""
+        if self._multiplies(projection, logits.numel()):
+            weight = projection.router_weight.t()
+            torch.mm(projection.hidden, weight, out_dtype=torch.float32, out=logits)
+        else:
+            self._add(projection, launch._replace(split=False), logits)
+
+    def _multiplies(self, projection: Projection, count: int) -> bool:
+        """Tell whether PyTorch's product makes this many logits."""
+        return self._any_order and count >= MANY and projection.multiplier == 1.0
+
     def _add(self, projection: Projection, launch: GateLaunch, made: Tensor) -> None:
         """Add the products.
 
@@ -179,6 +191,7 @@ class TritonGate:
             "MULTIPLIED": multiplier != 1.0,
             "HIDDEN_PARTS": order.hidden_parts,
             "WEIGHT_PARTS": order.weight_parts,
+            "SCALES_HIDDEN": order.scales_hidden,
             "ALIGNED": aligned,
             "STAGES": launch.stages,
             "PDL": self._pdl,
@@ -233,6 +246,19 @@ class TritonGate:
 
     def _advice(self, _key: tuple[Any, ...]) -> str:
         return "gate as many tokens of the same kind once"
+
+
+def adds_in_any_order(problem: GateProblem, device: DeviceInfo) -> bool:
+    """Tell whether PyTorch's product of two matrices may make the logits of many tokens.
+
+    Where it writes float32 logits of shorter matrices, which it does on CUDA, and the caller asks
+    for no order.
+    """
+    plain = not (problem.norm or problem.input_scale or problem.router_bias)
+    dtypes = problem.dtype != "float32" and not problem.float32_weight
+    float32 = problem.logits_dtype == "float32"
+    able = device.platform == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
+    return plain and dtypes and float32 and able and not problem.invariant
 
 
 def _check_interpreter(device: DeviceInfo) -> None:

@@ -11,9 +11,13 @@ other shapes, of which Triton picks one by the tile's, could add in another orde
 launches (``launches.py``) get the same.
 
 **Products are exact.** A factor of float32 is a sum of three bfloat16 numbers, 8 bits each of its
-24, and the matrix unit adds the products of all. Two are enough for a bfloat16 weight times a
+24, and the matrix unit adds the products of all. Two are enough for a bfloat16 hidden state times a
 bfloat16 vector, whose product has 16 bits. The bits are cut off rather than rounded: so no part is
 beyond the largest bfloat16. What is below 2**-126 may be lost.
+
+Vectors of columns are multiplied into the hidden states: a program has fewer tokens than experts,
+and the weight goes to the matrix unit as it is read. A float32 weight is in three parts anyway, and
+takes the vectors itself.
 
 The norm's factor belongs to a row: it is applied to the sum. The squares are added up by the same
 programs, since these have the row in their registers.
@@ -105,7 +109,7 @@ def add_step(
     sums, low, squares, hidden, router_weight, norm_weight, input_scale, column, token, expert,
     hidden_stride, weight_stride, HIDDEN_SIZE: tl.constexpr, TAIL: tl.constexpr,
     NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    SCALES_HIDDEN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Add the products of some columns.
 
@@ -118,20 +122,20 @@ def add_step(
     if NORM:
         wide = x.to(tl.float32)
         squares += tree_sum(wide * wide)
-    if WEIGHT_PARTS == 0:
-        sums = add_products(w, x, sums)
-    else:
-        w = w.to(tl.float32)
-        if norm_weight is not None or input_scale is not None:
-            w *= factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE)[None, :]
-        of_weight = parts_of(w, WEIGHT_PARTS)
-        of_hidden = parts_of(x.to(tl.float32), HIDDEN_PARTS) if HIDDEN_PARTS else (x,)
-        for j in tl.static_range(len(of_hidden)):
-            for i in tl.static_range(WEIGHT_PARTS):
-                if i + j == 0:
-                    sums = add_products(of_weight[i], of_hidden[j], sums)
-                else:
-                    low = add_products(of_weight[i], of_hidden[j], low)
+    if norm_weight is not None or input_scale is not None:
+        factor = factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE)[None, :]
+        if SCALES_HIDDEN:
+            x = x.to(tl.float32) * factor
+        else:
+            w = w.to(tl.float32) * factor
+    of_weight = parts_of(w.to(tl.float32), WEIGHT_PARTS) if WEIGHT_PARTS else (w,)
+    of_hidden = parts_of(x.to(tl.float32), HIDDEN_PARTS) if HIDDEN_PARTS else (x,)
+    for j in tl.static_range(len(of_hidden)):
+        for i in tl.static_range(len(of_weight)):
+            if i + j == 0:
+                sums = add_products(of_weight[i], of_hidden[j], sums)
+            else:
+                low = add_products(of_weight[i], of_hidden[j], low)
     return sums, low, squares
 
 
@@ -140,26 +144,24 @@ def sums_of_slice(
     hidden, router_weight, norm_weight, input_scale, slice_, token, expert, hidden_stride,
     weight_stride, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
     NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    SCALES_HIDDEN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of a slice's products ``[EXPERTS, TOKENS]``, and of squares ``[TOKENS]``.
 
-    :param STEP: columns that are in registers at a time; it is part of the order.
-    :param HIDDEN_PARTS, WEIGHT_PARTS: numbers that a factor is the sum of; 0 means that it is used
-        as it is.
+    The parameters are those of ``Order``.
     """
     TAIL: tl.constexpr = HIDDEN_SIZE % SLICE != 0
     sums = tl.zeros([expert.shape[0], token.shape[0]], SUM)
     low = sums
     squares = tl.zeros([token.shape[0]], tl.float32)
     first = slice_ * SLICE + tl.arange(0, STEP)
-    if HIDDEN_PARTS > 1:
+    if HIDDEN_PARTS > 1 and WEIGHT_PARTS > 1:
         # A loop: unrolled, four to nine products a step take seconds to compile.
         for step in range(SLICE // STEP):
             sums, low, squares = add_step(
                 sums, low, squares, hidden, router_weight, norm_weight, input_scale,
                 first + step * STEP, token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL,
-                NORM, HIDDEN_PARTS, WEIGHT_PARTS, ALIGNED,
+                NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED,
             )  # fmt: skip
     else:
         # Unrolled: all loads are under way before the first is waited for.
@@ -167,9 +169,9 @@ def sums_of_slice(
             sums, low, squares = add_step(
                 sums, low, squares, hidden, router_weight, norm_weight, input_scale,
                 first + step * STEP, token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL,
-                NORM, HIDDEN_PARTS, WEIGHT_PARTS, ALIGNED,
+                NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED,
             )  # fmt: skip
-    if WEIGHT_PARTS != 0:
+    if HIDDEN_PARTS + WEIGHT_PARTS > 0:
         sums += low
     return sums.to(tl.float32), squares
 
@@ -200,8 +202,8 @@ def moe_routing_gate_sums(
     hidden_stride: tl.int64, weight_stride: tl.int64, eps: tl.float32, multiplier: tl.float32,
     E: tl.constexpr, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
     SPLIT: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr, HIDDEN_PARTS: tl.constexpr,
-    WEIGHT_PARTS: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr, ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Multiply ``BLOCK_T`` tokens by ``BLOCK_E`` experts.
 
@@ -229,7 +231,7 @@ def moe_routing_gate_sums(
         sums, squares = sums_of_slice(
             hidden, router_weight, norm_weight, input_scale, slice_, readable_token,
             readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
-            HIDDEN_PARTS, WEIGHT_PARTS, ALIGNED,
+            HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED,
         )  # fmt: skip
         row = slice_.to(tl.int64) * T + token
         tl.store(partial + (row[None, :] * E + expert[:, None]), sums, mask=written)
@@ -244,7 +246,7 @@ def moe_routing_gate_sums(
             of_slice, squares_of_slice = sums_of_slice(
                 hidden, router_weight, norm_weight, input_scale, slice_, readable_token,
                 readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
-                HIDDEN_PARTS, WEIGHT_PARTS, ALIGNED,
+                HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED,
             )  # fmt: skip
             sums += of_slice
             squares += squares_of_slice
