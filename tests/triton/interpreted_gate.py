@@ -57,7 +57,8 @@ def drawn():
     routing = RoutingProblem(spec=spec, num_experts=experts, topk=topk, dtype="float32")
     if not knows_group_scores(routing):
         return drawn()
-    tokens, columns = random.choice([1, 2, 3, 17, 40]), random.choice([1, 8, 96, 255, 256, 520])
+    tokens = random.choice([1, 2, 3, 17, 40])
+    columns = random.choice([1, 8, 96, 255, 256, 520, 4300])  # the last: more than 32 slices
     dtype = random.choice(FLOATS)
     float32_weight = dtype != "float32" and random.random() < 0.3
     norm = random.choice(["", "rms", "rms_weight"])

@@ -43,6 +43,8 @@ of bfloat16 numbers.
 """
 HIGH_BITS = tl.constexpr(-0x10000)
 """Of a float32, those that a bfloat16 has."""
+UNROLLED = tl.constexpr(32)
+"""Slices that are added without a loop: those of 4,096 scaled columns, or of 8,192 others."""
 NOT_SPECIALIZED = (
     "hidden", "router_weight", "router_bias", "norm_weight", "input_scale", "logits", "weights",
     "ids", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
@@ -259,6 +261,28 @@ def moe_routing_gate_sums(
         tl.store(at, nearest(made, logits.dtype.element_ty), mask=written)
 
 
+@triton.jit
+def add_slices(
+    sums, squares, partial, first, row, expert, T, here, in_batch, E: tl.constexpr,
+    SLICES: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of ``COUNT`` slices from the first on, and of squares.
+
+    :param here: which elements ``[BLOCK_T, experts]`` exist.
+    :param TAIL: some of the slices may be past the last.
+    """
+    after = SLICES * T.to(tl.int64) * E
+    # Unrolled: all loads are under way before the first is waited for.
+    for i in tl.static_range(COUNT):
+        at = (first + i) * T.to(tl.int64) + row
+        rows = in_batch & (first + i < SLICES) if TAIL else in_batch
+        elements = here & rows[:, None] if TAIL else here
+        sums += tl.load(partial + (at[:, None] * E + expert[None, :]), mask=elements, other=0.0)
+        if NORM:
+            squares += tl.load(partial + (after + at), mask=rows, other=0.0)
+    return sums, squares
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_gate_route(
     partial, router_bias, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table,
@@ -283,13 +307,30 @@ def moe_routing_gate_route(
     here = in_batch[:, None] & exists[None, :]
     sums = tl.zeros([BLOCK_T, GROUPS * SIZE], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
-    after = SLICES * T.to(tl.int64) * E
-    # Unrolled: all loads are under way before the first is waited for.
-    for slice_ in tl.static_range(SLICES):
-        first = slice_ * T.to(tl.int64) + row
-        sums += tl.load(partial + (first[:, None] * E + expert[None, :]), mask=here, other=0.0)
-        if NORM:
-            squares += tl.load(partial + (after + first), mask=in_batch, other=0.0)
+    if SLICES <= UNROLLED:
+        sums, squares = add_slices(
+            sums,
+            squares,
+            partial,
+            0,
+            row,
+            expert,
+            T,
+            here,
+            in_batch,
+            E,
+            SLICES,
+            SLICES,
+            False,
+            NORM,
+        )
+    else:
+        # All slices of a large H at once take up to a minute to compile.
+        for first in range(0, SLICES, UNROLLED):
+            sums, squares = add_slices(
+                sums, squares, partial, first, row, expert, T, here, in_batch, E, SLICES, UNROLLED,
+                True, NORM,
+            )  # fmt: skip
     made = sums
     if NORM or MULTIPLIED:
         made *= factor_of_rows(squares, eps, multiplier, HIDDEN_SIZE, NORM, MULTIPLIED)[:, None]
