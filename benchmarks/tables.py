@@ -204,6 +204,34 @@ def compiled_ahead() -> Iterable[str]:
         )
 
 
+def of_gate() -> Iterable[str]:
+    """Yield the time of ``gate`` with the launches that ship, and of PyTorch's chain."""
+    from moe_routing_backends.triton.gating.launches import SLICE, SLICE_OF_SCALED, SM_90
+
+    held = json.loads((RESULTS / "h100-2026-11-27-gate-tried.json").read_text())
+    sizes = list(dict.fromkeys(row["T"] for row in held["results"]))
+    yield f"| router | | {' | '.join(f'T = {T:,}' if T == 1 else f'{T:,}' for T in sizes)} |"
+    yield "|---|---|" + "---|" * len(sizes)
+    of_model: dict[str, dict[int, dict[str, float]]] = {}
+    for row in held["results"]:
+        of_model.setdefault(row["model"], {})[row["T"]] = row["us"]
+    for model, (experts, slice_) in {
+        "Gemma4-26B-A4B": (128, SLICE_OF_SCALED), "Qwen3-30B-A3B": (128, SLICE),
+        "Qwen3-235B-A22B": (128, SLICE), "DeepSeek-V3": (256, SLICE),
+    }.items():  # fmt: skip
+        ours, chain = [], []
+        for tokens, us in of_model[model].items():
+            of = next(x for x in SM_90 if x.logits is None or tokens * experts <= x.logits)
+            kind = "split" if of.split else "whole"
+            ours.append(us[f"{kind} {of.block_t}x{of.block_e}/{of.num_warps} {slice_}"])
+            chain.append(us["chain"])
+        yield f"| {model} | `gate` | {' | '.join(f'**{us:.2f}**' for us in ours)} |"
+        yield f"| | PyTorch, and our routing | {' | '.join(f'{us:.2f}' for us in chain)} |"
+        if "product" in next(iter(of_model[model].values())):
+            products = (us["product"] for us in of_model[model].values())
+            yield f"| | the same, float32 logits | {' | '.join(f'{us:.2f}' for us in products)} |"
+
+
 def of_batches() -> Iterable[str]:
     """Yield the rows that depend on their batch, on each device that was tried."""
     for kind in ("cpu", "h100"):
@@ -224,6 +252,7 @@ def of_batches() -> Iterable[str]:
 
 TABLES = {
     "batches": (ROOT / "docs" / "mismatch.md", of_batches),
+    "gate": (ROOT / "docs" / "performance.md", of_gate),
     "readme": (ROOT / "README.md", in_readme),
     "peers": (ROOT / "docs" / "performance.md", against_peers),
     "families": (ROOT / "docs" / "performance.md", of_families),
