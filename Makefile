@@ -11,7 +11,7 @@ MODEL ?= gemma4
 export PYTHONDONTWRITEBYTECODE :=
 TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
 
-.PHONY: help setup demo test about-test test-all test-gpu fuzz lint docs figures pytest triton-versions environments transformers-check vllm-check vllm-overlay xpu-check clean
+.PHONY: help setup demo test about-test test-all test-gpu fuzz lint docs figures pytest triton-versions environments dist transformers-check vllm-check vllm-overlay xpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -143,6 +143,12 @@ $(XPU)/.ready: $(READY)
 	@$(XPU_PIP) --python $(XPU)/overwritten $(XPU_INSTALL) --pre triton-xpu==3.3.0b1
 	@$(XPU_PIP) --python $(XPU)/overwritten $(XPU_INSTALL) triton==3.7.1
 	@touch $@
+
+dist: $(READY) ## wheel and sdist in dist/, of the last commit: the same commit gives the same bytes
+	@git diff --quiet HEAD || { echo "make dist: the tree has changes that are not committed: git stash, or commit them"; exit 1; }
+	@rm -rf dist
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --quiet
+	@cd dist && sha256sum *
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) $(VLLM) $(VLLM)-$(OVERLAY) $(XPU) docs/_build .mypy_cache .ruff_cache .pytest_cache

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_importing_the_command_line_imports_no_torch():
 
 def test_python_m_is_the_command_line():
     done = process("-m", "moe_routing", "--version")
-    assert (done.returncode, done.stdout.decode()) == (0, "moe-routing 0.1.0\n")
+    assert (done.returncode, done.stdout.decode()) == (0, f"moe-routing {version('moe-routing')}\n")
 
 
 def test_without_a_command_it_shows_help_with_examples(cli):
