@@ -12,8 +12,8 @@ way sends the same tokens to the same experts and equally many experts are read.
 
 The routers and the experts of some layers are timed alone too, in each way and on what they got
 in that very step. Their times predict a step's: stock's, plus what the pieces of all layers take
-more or less. Before anything is timed, routing and one layer's experts are compared with stock.
-``--tiny`` tries the script on a CPU; ``plot IN.json OUT.png`` draws what was measured.
+more or less. Before anything is timed, routing, gate and one layer's experts are compared with
+stock. ``--tiny`` tries the script on a CPU; ``plot IN.json OUT.png`` draws what was measured.
 """
 
 from __future__ import annotations
@@ -138,6 +138,8 @@ PIECES = 6
 """Layers whose routers and experts are timed alone: more weights than the cache holds."""
 LARGEST_DIFFERENCE = 0.01
 """Of a layer's experts in bfloat16 from ``grouped_mm``, by norm: what one rounding more moves."""
+LARGEST_GAP = 0.03
+"""Of logits that stock's roundings to bfloat16, each at most 0.4 %, may put in another order."""
 
 
 class Bench:
@@ -478,6 +480,38 @@ def routing_agreement(bench: Bench, calls: Calls) -> dict[str, Any]:
     return found
 
 
+def gate_agreement(bench: Bench, calls: Calls) -> dict[str, Any]:
+    """Compare the experts that ``gate`` selects with stock's, from the same hidden states.
+
+    Stock rounds its norm, its scaled hidden states and its logits. So rows may differ where stock's
+    logits are near: ``largest_gap`` is how far apart, of its logits, an expert that stock alone
+    selected and one that ``gate`` alone selected are, as a share of the larger magnitude.
+    """
+    found = {"rows": 0, "differ": 0, "largest_gap": 0.0}
+    for router, (hidden, *_) in calls:
+        _, _, ids = router(hidden)
+        with bench.way("gate", "grouped_mm"):
+            _, _, our_ids = router(hidden)
+        logits = bench.shape.logits(router, hidden.reshape(-1, hidden.shape[-1])).float()
+        theirs, ours = (
+            torch.zeros_like(logits).scatter(1, selected.long(), 1.0).bool()
+            for selected in (ids, our_ids)
+        )
+        differ = (theirs != ours).any(-1)
+        found["rows"] += len(logits)
+        found["differ"] += int(differ.sum())
+        if differ.any():
+            best = logits.masked_fill(~theirs | ours, -torch.inf).amax(-1)[differ]
+            least = logits.masked_fill(~ours | theirs, torch.inf).amin(-1)[differ]
+            gap = (best - least) / torch.maximum(best.abs(), least.abs())
+            found["largest_gap"] = max(found["largest_gap"], float(gap.max()))
+    print(f"gate on the same hidden states: {found}", flush=True)
+    if found["largest_gap"] > LARGEST_GAP:
+        msg = f"expected gaps of at most {LARGEST_GAP}, got {found}"
+        raise RuntimeError(msg)
+    return found
+
+
 def experts_agreement(bench: Bench, calls: Calls) -> dict[str, Any]:
     """Compare one layer's experts in our way with ``grouped_mm``, for few and many tokens."""
     experts, (hidden, ids, weights) = calls[0]
@@ -540,6 +574,7 @@ def run(out: Path, model: str, batches: tuple[int, ...], *, tiny: bool) -> None:
         with bench.way("stock", "grouped_mm"):
             calls = Pieces(bench, first.prefill).calls
         result["routing_agreement"] = routing_agreement(bench, calls["routers"])
+        result["gate_agreement"] = gate_agreement(bench, calls["routers"])
         result["experts_agreement"] = experts_agreement(bench, calls["experts"])
         del first, calls
         for batch in batches:

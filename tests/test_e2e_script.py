@@ -27,6 +27,8 @@ def test_every_model_is_compared_with_stock_and_measured_in_every_way(tmp_path, 
     said = json.loads(out.read_text())
     assert said["routing_agreement"]["wrong"] == 0
     assert said["routing_agreement"]["rows"] > 0
+    assert said["gate_agreement"]["rows"] == said["routing_agreement"]["rows"]
+    assert said["gate_agreement"]["differ"] <= said["gate_agreement"]["rows"] // 4
     assert said["experts_agreement"].keys() == {"1", "16"}
     assert [(row["stage"], row["batch"]) for row in said["rows"]] == [
         (stage, batch) for batch in (1, 2) for stage in ("prefill", "graph decode")
