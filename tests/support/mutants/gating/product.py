@@ -156,6 +156,18 @@ def later_calls_are_not_counted(right: Any) -> Any:
     return wrong
 
 
+@_change(
+    call.Gate, "_done", "what_is_gated_gets_its_replica", r"^call 1 with replicas: ids has other"
+)
+def what_is_gated_keeps_logical_ids(right: Any) -> Any:
+    return lambda gate, after, *others: right(gate, after._replace(replicas=None), *others)
+
+
+@_change(call, "_after_of", "what_is_gated_gets_its_replica", r"^with a plan of replicas: ids has")
+def a_plan_of_a_gate_keeps_logical_ids(_right: Any) -> Any:
+    return lambda _options: None
+
+
 @_change(op, "gate", "compiles_as_one_graph", r"dynamic=\w+: \w+ has other bits in \d+ rows")
 def traced_calls_have_another_multiplier(right: Any) -> Any:
     def wrong(projection: Any, routed: Any, config: Any) -> GateOutput:
