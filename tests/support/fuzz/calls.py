@@ -124,12 +124,17 @@ def build(call: Call) -> Operands:
         operands.out, operands.around_out = tensors.outputs(
             call.out, T, columns, getattr(torch, call.ids_dtype)
         )
-    if call.counts is not None:
-        operands.counts = tensors.counts(call.counts, E, spec.shared_experts, integer)
-    if call.replicas is not None:
-        slots = E + spec.shared_experts
-        operands.replicas = tensors.replicas(call.replicas, slots, integer, generator)
+    _add_after(operands, call, generator)
     return operands
+
+
+def _add_after(operands: Operands, call: Call, generator: torch.Generator) -> None:
+    """Make what the router does not hand to a kernel."""
+    E, shared, integer = call.experts, call.spec.shared_experts, getattr(torch, call.integer_dtype)
+    if call.counts is not None:
+        operands.counts = tensors.counts(call.counts, E, shared, integer)
+    if call.replicas is not None:
+        operands.replicas = tensors.replicas(call.replicas, E + shared, integer, generator)
 
 
 def _of_rows(call: Call, generator: torch.Generator) -> dict[str, Tensor]:
