@@ -285,8 +285,8 @@ _CLAUSES = (
         "replicas, R = 1 is an `expert_map`, a plan is of physical ids, and `counts` and recorded "
         "`ids` are of logical ones. The same holds with `out`, gradients, a gate, compiled and "
         "exported programs and CUDA graphs. A row's ids depend on its number, on no other row, "
-        "no rank and no earlier call. (The `Router` does this for every backend, from the "
-        "logical ids.)",
+        "no rank and no earlier call; clause 10 holds for its logical ids. (The `Router` does "
+        "this for every backend, from the logical ids.)",
         "ranks that choose by a random number, or by a counter of their own, send the same tokens "
         "to other slots in each run; a choice that does not change from row to row leaves one "
         "replica with all tokens; and padding that was renamed reaches an expert.",
