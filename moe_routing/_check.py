@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
+from itertools import product
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import UninitializedBuffer, UninitializedParameter
 
-from moe_routing._overlap import overlap
+from moe_routing._overlap import overlap, overlaps
 from moe_routing.kernel import RoutingOutput, is_mask
 from moe_routing.private_api import is_zero_tensor
 from moe_routing_registry.problem import OPTIONAL_OPERANDS
 from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from moe_routing.kernel import Operands
     from moe_routing_registry import RoutingSpec
 
@@ -39,6 +42,7 @@ RECORDED_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, 
 PACKED = torch.float4_e2m1fn_x2
 """A float dtype with two numbers in an element: no vector of E numbers has E elements of it."""
 _MATRIX = 2
+_APART = "tensors that share no memory with each other or an operand"
 _WITHOUT_SHAPE = (UninitializedParameter, UninitializedBuffer)
 
 
@@ -202,9 +206,14 @@ def check_writable(argument: str, *tensors: Tensor) -> None:
 def check_addresses(operands: Operands) -> None:
     """Require that ``out`` shares no memory, neither within itself nor with an operand."""
     if both := overlap(operands):
-        _wrong(
-            ValueError, "out", "tensors that share no memory with each other or an operand", both
-        )
+        _wrong(ValueError, "out", _APART, both)
+
+
+def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+    """Require that outputs share no memory with operands that are not among ``Operands``."""
+    for output, operand in product(written, read):
+        if overlaps(written[output], read[operand]):
+            _wrong(ValueError, "out", _APART, f"{output} and {operand} that overlap")
 
 
 def check_logits(logits: object) -> None:
@@ -254,6 +263,26 @@ def check_vector(  # noqa: PLR0913 -- said once for every vector operand
         _wrong(ValueError, argument, f"shape [{length}]", list(value.shape))
     if value.device != logits.device:
         _wrong(ValueError, argument, f"the logits' device {logits.device}", value.device)
+
+
+def check_integers(
+    argument: str,
+    value: object,
+    shape: str,
+    device: torch.device,
+    fits: Callable[[Sequence[int]], bool],
+) -> Tensor:
+    """Return an operand that is a dense int32 or int64 tensor on the logits' device.
+
+    :param shape: what an error says of its shape, which ``fits`` tells right from wrong.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in IDS_DTYPES:
+        raise TypeError(refusal(argument, f"an int32 or int64 tensor {shape}", value))
+    if not is_dense(value) or not fits(value.shape):
+        raise ValueError(refusal(argument, f"a dense tensor {shape}", value))
+    if value.device != device:
+        raise ValueError(refusal(argument, f"a tensor on {device}, as the logits", value))
+    return value
 
 
 def check_table(spec: RoutingSpec, value: object, topk: int, logits: Tensor) -> None:

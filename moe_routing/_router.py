@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
-from moe_routing import _check, _counts, _leading, _op, _operators  # noqa: F401 -- `_op` registers what `_operators` calls
+from moe_routing import _after, _check, _leading, _op, _operators  # noqa: F401 -- `_op` registers what `_operators` calls
 from moe_routing._autograd import Rule, recorded
 from moe_routing._call_cache import UNREADABLE, CachedCall, described, is_ordinary, matcher, never
 from moe_routing._dispatch import dispatcher_of, empty_output
@@ -26,6 +26,7 @@ from moe_routing_registry.request import verify_rate
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
+    from moe_routing._after import After
     from moe_routing._autograd import Backward, Gradients
     from moe_routing._call_cache import Matches
     from moe_routing._dispatch import Resolved
@@ -116,6 +117,8 @@ class Router:
         num_valid_tokens: int | Tensor | None = None,
         valid: Tensor | None = None,
         expert_map: Tensor | None = None,
+        logical_to_physical: Tensor | None = None,
+        replica_count: Tensor | None = None,
         ids: Tensor | None = None,
         counts: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
@@ -145,6 +148,12 @@ class Router:
         :param expert_map: ``[E + shared_experts]``, int32 or int64, logical -> physical expert.
             Experts may share a physical id, and one that is elsewhere has -1; the weights stay as
             they are.
+        :param logical_to_physical: ``[E + shared_experts, R]``, int32 or int64, in place of
+            ``expert_map`` where experts have replicas: row t (of logits that are flattened to ``[T,
+            E]``) gets the physical id ``logical_to_physical[e, t % replica_count[e]]`` of an expert
+            e. Other entries may be anything.
+        :param replica_count: ``[E + shared_experts]``, int32 or int64, from 1 to R; other numbers
+            count as the nearest of these.
         :param ids: recorded logical ids ``[T, K]``, of any integer dtype: weigh these experts
             instead of selecting, with their unbiased scores. A row that is -1 throughout has no
             record and is routed as usual. In other rows a slot of -1 has no expert: it gets id -1
@@ -166,13 +175,14 @@ class Router:
         """
         if valid is not None or type(num_valid_tokens) is Tensor:
             num_valid_tokens = _check.one_padding(num_valid_tokens, valid)
-        if counts is not None:
-            return self._counted(
+        if counts is not None or logical_to_physical is not None or replica_count is not None:
+            return self._with_after(
                 Operands(
                     logits, per_expert_scale, bias, token_ids, expert_table,
                     num_valid_tokens, expert_map, ids, out,  # type: ignore[arg-type] # checked next
                 ),
-                topk, ids_dtype, counts,
+                topk, ids_dtype,
+                _after.asked(counts, logical_to_physical, replica_count, expert_map),
             )  # fmt: skip
         if is_dynamo_compiling():
             operands = Operands(
@@ -228,6 +238,8 @@ class Router:
         num_valid_tokens: int | Tensor | None = None,
         valid: Tensor | None = None,
         expert_map: Tensor | None = None,
+        logical_to_physical: Tensor | None = None,
+        replica_count: Tensor | None = None,
         ids: Tensor | None = None,
         counts: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
@@ -244,7 +256,8 @@ class Router:
         plan is of rows: flatten logits of another leading shape to ``[T, E]`` first.
 
         :param num_experts: how many ids the plan knows. E + shared experts without an
-            ``expert_map``; with one it must be given, for its entries are not read on the host.
+            ``expert_map`` or ``logical_to_physical``; with one it must be given, for its entries
+            are not read on the host.
         :param counts: as of a call: logical experts are counted, whatever is planned.
         :param block: as in ``moe_routing.plan``, like ``capacity``, ``drop`` and ``masked``;
             ``drop="least_weight"`` looks at the weights that are returned.
@@ -278,16 +291,19 @@ class Router:
         )
         if num_valid_tokens is not None:
             operands = _check.counted(operands)
-        if counts is not None:
-            _counts.check_call(counts, operands, self.spec.shared_experts, plan_out)
+        after = None
+        if counts is not None or logical_to_physical is not None or replica_count is not None:
+            after = _after.asked(counts, logical_to_physical, replica_count, expert_map)
+            _after.check_call(after, operands, self.spec.shared_experts, plan_out)
+            routed.require_experts(num_experts, after.replicas)
         known = None if is_dynamo_compiling() else self._known(operands, topk, ids_dtype)
         planned = None if known is None else routed.known(known.plans, asked, operands, plan_out)
         if known is None or planned is None:
-            return self._first_with_plan(operands, topk, ids_dtype, counts, asked, plan_out)
-        if counts is None:
+            return self._first_with_plan(operands, topk, ids_dtype, after, asked, plan_out)
+        if after is None:
             weights, ids = known.route(operands)
         else:
-            weights, ids = self._routed(operands, topk, ids_dtype, counts)
+            weights, ids = self._routed(operands, topk, ids_dtype, after)
         return _tuple(RoutedPlan, (weights, ids, planned.fill(weights, ids, plan_out)))
 
     def _known(
@@ -307,7 +323,7 @@ class Router:
         operands: Operands,
         topk: int | None,
         ids_dtype: torch.dtype | None,
-        counts: Tensor | None,
+        after: After | None,
         asked: routed.Asked,
         out: DispatchPlan | None,
     ) -> RoutedPlan:
@@ -320,46 +336,48 @@ class Router:
             checked, selected, self.spec.shared_experts, dtype, asked, out
         )
         if traced:
-            output = self._routed(operands, topk, ids_dtype, counts)
+            output = self._routed(operands, topk, ids_dtype, after)
             return routed.composed(output, problem, asked, self._requested, out)
         brought = _tensors(checked)
         if out is not None:
             routed.check_memory(checked, out)
             brought += [part for part in out if part is not None]
         if not all(map(is_ordinary, brought)):
-            output = self._routed(operands, topk, ids_dtype, counts)
+            output = self._routed(operands, topk, ids_dtype, after)
             return routed.composed(output, problem, asked, self._requested, out)
         planned = routed.planner(problem, most, checked.logits, self._requested)
-        output = self._routed(operands, topk, ids_dtype, counts)
+        output = self._routed(operands, topk, ids_dtype, after)
         made = RoutedPlan(*output, planned.fill(*output, out))
         known = self._known(operands, topk, ids_dtype)
         if known is not None:
             routed.remember(known.plans, asked, planned, checked, made)
         return made
 
-    def _counted(
-        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None, counts: Tensor
+    def _with_after(
+        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None, after: After
     ) -> RoutingOutput:
-        """Check what is to be counted into, then route and count."""
-        _counts.check_call(counts, operands, self.spec.shared_experts)
-        return self._routed(operands, topk, ids_dtype, counts)
+        """Check what is to be done after the kernel, then route and do it."""
+        _after.check_call(after, operands, self.spec.shared_experts)
+        return self._routed(operands, topk, ids_dtype, after)
 
     def _routed(
         self,
         operands: Operands,
         topk: int | None,
         ids_dtype: torch.dtype | None,
-        counts: Tensor | None,
+        after: After | None,
     ) -> RoutingOutput:
-        """Route, and count the logical ids where ``counts`` is given, before they are renamed."""
-        if counts is None:
+        """Route, and do what is left to do with the logical ids before they are renamed."""
+        if after is None:
             route = self._traced if is_dynamo_compiling() else self._dispatch
             return route(operands, topk, ids_dtype)
         plain = operands._replace(expert_map=None)
         weights, ids = self(**plain.named, topk=topk, ids_dtype=ids_dtype)
-        _counts.add(counts, ids, operands.logits.shape[-1], self.spec.shared_experts)
-        out = None if operands.out is None else ids
-        return RoutingOutput(weights, _counts.renamed(ids, operands.expert_map, out))
+        physical = _after.done(
+            after, ids, operands.logits.shape[-1], self.spec.shared_experts,
+            operands.expert_map, None if operands.out is None else ids,
+        )  # fmt: skip
+        return RoutingOutput(weights, physical)
 
     def _dispatch(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None

@@ -37,6 +37,8 @@ def place_replicas(loads: Tensor, *, num_slots: int, num_ranks: int) -> Placemen
     with fewer replicas comes first, then the lower id, and of equal ranks the lower: the same loads
     give the same placement on every machine. It runs on the host and reads the loads there.
 
+    Routers take what it returns by the same names, ``logical_to_physical=`` and ``replica_count=``.
+
     :param loads: ``[..., E]``, integers or floats, finite and not negative: tokens of each expert,
         of one call or of a history; leading dimensions are layers.
     :param num_slots: S, physical experts of all ranks together: a multiple of ``num_ranks``, E or

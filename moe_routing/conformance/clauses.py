@@ -269,6 +269,28 @@ _CLAUSES = (
         "padding that was counted makes its experts look busy, and counts of physical ids, or of "
         "a layer that counted twice, balance the wrong experts.",
     ),
+    Clause(
+        18,
+        "replicas",
+        "Replicas",
+        "Row t gets replica t % replica_count of each of its experts; -1 stays -1.",
+        "`logical_to_physical` `[E + shared_experts, R]` and `replica_count` `[E + "
+        "shared_experts]`, int32 or int64 and of any strides, rename ids in place of an "
+        "`expert_map`: the id e in row t becomes `logical_to_physical[e, t % replica_count[e]]`, "
+        "where t is the row's number among the `[T]` rows of the call, padding included. The -1 of "
+        "padding and of slots without an expert stays. Zero and shared experts are renamed like "
+        "others. Entries are physical ids as in an `expert_map`; those from `replica_count[e]` on "
+        "are never used. Counts are read on the device alone, so one below 1 counts as 1 and one "
+        "above R as R; nothing is read outside the table. Weights have the bits of a call without "
+        "replicas, R = 1 is an `expert_map`, a plan is of physical ids, and `counts` and recorded "
+        "`ids` are of logical ones. The same holds with `out`, gradients, a gate, compiled and "
+        "exported programs and CUDA graphs. A row's ids depend on its number, on no other row, "
+        "no rank and no earlier call; clause 10 holds for its logical ids. (The `Router` does "
+        "this for every backend, from the logical ids.)",
+        "ranks that choose by a random number, or by a counter of their own, send the same tokens "
+        "to other slots in each run; a choice that does not change from row to row leaves one "
+        "replica with all tokens; and padding that was renamed reaches an expert.",
+    ),
 )
 
 CLAUSES = {clause.number: clause for clause in _CLAUSES}

@@ -21,7 +21,7 @@ BUDGET_SECONDS = 4.0
 class Finding:
     """What one check found.
 
-    :ivar clause: the contract's clause, 0 to 16.
+    :ivar clause: the number of a clause of the contract.
     :ivar name: name of the check.
     :ivar ok: whether the backend kept it.
     :ivar sentence: what was checked, or what went wrong and where.

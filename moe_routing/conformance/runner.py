@@ -46,7 +46,7 @@ REASONS = 3
 class Result:
     """What one check on one case came to.
 
-    :ivar clause: the contract's clause, 0 to 16.
+    :ivar clause: the number of a clause of the contract.
     :ivar check: the check's name.
     :ivar case: the case's name.
     :ivar family: the family, or ``""`` where it is about none.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from moe_routing import _check, _counts
+from moe_routing import _after, _check
 from moe_routing._autograd import apply_map
 from moe_routing._call_cache import is_ordinary
 from moe_routing._dispatch import chosen, dispatcher_of, dtype_name, empty_output
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
+    from moe_routing._after import After
     from moe_routing._router import Router
     from moe_routing.gating.kernel import GateKernel
     from moe_routing.kernel import Prepared
@@ -84,6 +85,8 @@ class GateOptions(TypedDict, total=False):
     num_valid_tokens: int | Tensor | None
     valid: Tensor | None
     expert_map: Tensor | None
+    logical_to_physical: Tensor | None
+    replica_count: Tensor | None
     ids: Tensor | None
     counts: Tensor | None
     ids_dtype: torch.dtype
@@ -150,6 +153,8 @@ class Gate:
         num_valid_tokens: int | Tensor | None = None,
         valid: Tensor | None = None,
         expert_map: Tensor | None = None,
+        logical_to_physical: Tensor | None = None,
+        replica_count: Tensor | None = None,
         ids: Tensor | None = None,
         counts: Tensor | None = None,
         ids_dtype: torch.dtype = torch.int32,
@@ -164,7 +169,8 @@ class Gate:
         :param router_weight: ``[E, H]``, of the dtype of ``hidden`` or float32; E is at most 1,024.
         :param topk: K, as of ``Router.__call__``.
         :param per_expert_scale: likewise, as are ``bias``, ``token_ids``, ``expert_table``,
-            ``num_valid_tokens``, ``valid``, ``expert_map``, ``ids``, ``counts`` and ``ids_dtype``.
+            ``num_valid_tokens``, ``valid``, ``expert_map``, ``logical_to_physical``,
+            ``replica_count``, ``ids``, ``counts`` and ``ids_dtype``.
         :param router_bias: ``[E]``, any float dtype: the bias of the linear layer, part of the
             logits.
         :param norm: a ``moe_routing.RMSNorm`` in front of everything else.
@@ -187,8 +193,9 @@ class Gate:
         padding = num_valid_tokens
         if valid is not None or type(num_valid_tokens) is Tensor:
             padding = _check.one_padding(num_valid_tokens, valid)
-        renaming = None
-        if counts is not None:
+        after = renaming = None
+        if counts is not None or logical_to_physical is not None or replica_count is not None:
+            after = _after.asked(counts, logical_to_physical, replica_count, expert_map)
             named = {
                 "per_expert_scale": per_expert_scale, "bias": bias, "token_ids": token_ids,
                 "expert_table": expert_table, "num_valid_tokens": num_valid_tokens, "valid": valid,
@@ -196,8 +203,8 @@ class Gate:
                 "router_weight": router_weight, "router_bias": router_bias, "norm": weight,
                 "input_scale": input_scale,
             }  # fmt: skip
-            self._check_counts(counts, named)
-            renaming, expert_map = expert_map, None  # logical ids are counted
+            self._check_after(after, named)
+            renaming, expert_map = expert_map, None  # after the kernel
         given = Given(
             Projection(
                 hidden, router_weight, router_bias, weight, input_scale, eps, input_multiplier
@@ -212,7 +219,7 @@ class Gate:
             known = served_by(self._router._latest_gate, given)  # noqa: SLF001 -- a gate is a part of its router
         if known is not None:
             made = _served(known, given.projection, given.operands, wanted=return_logits)
-            made = made if counts is None else self._counted(made, counts, router_weight, renaming)
+            made = made if after is None else self._done(after, made, router_weight, renaming)
             return made if return_logits else RoutingOutput(made.weights, made.ids)
         checked = self._checked(
             hidden, router_weight, topk, per_expert_scale,
@@ -227,7 +234,7 @@ class Gate:
         made, chosen = _gated(*checked, wanted=return_logits)
         if chosen is not None:
             self._router._latest_gate = latest_of(given, chosen)  # noqa: SLF001 -- likewise
-        made = made if counts is None else self._counted(made, counts, router_weight, renaming)
+        made = made if after is None else self._done(after, made, router_weight, renaming)
         return made if return_logits else RoutingOutput(made.weights, made.ids)
 
     def with_plan(  # noqa: PLR0913 -- the arguments of a call, and those of `plan`
@@ -257,7 +264,7 @@ class Gate:
         for name, value in options.items():
             if name not in GateOptions.__annotations__:
                 raise TypeError(refusal(name, "no such argument", value))
-        counts, expert_map = options.get("counts"), None
+        after, expert_map = _after_of(options), options.get("expert_map")
         router, asked = self._router, (num_experts, block, capacity, drop, masked)
         projection, operands, config = self._checked(
             hidden, router_weight, topk, per_expert_scale, options
@@ -268,33 +275,32 @@ class Gate:
         planned = None
         if not is_dynamo_compiling() and all(map(is_ordinary, _tensors(projection, operands))):
             planned = routed.planner(problem, most, operands.logits, config.backend)
-        if counts is not None:
+        if after is not None:
             named = {**operands.named, **projection._asdict(), "logits": None}
-            expert_map = operands.expert_map
-            self._check_counts(counts, named)
-            operands = operands._replace(expert_map=None)  # logical ids are counted
+            self._check_after(after, named)
+            routed.require_experts(num_experts, after.replicas)
+            operands = operands._replace(expert_map=None)  # after the kernel
         made, _ = _gated(projection, operands, config, wanted=False)
-        made = made if counts is None else self._counted(made, counts, router_weight, expert_map)
+        made = made if after is None else self._done(after, made, router_weight, expert_map)
         output = RoutingOutput(made.weights, made.ids)
         if planned is None:
             return routed.composed(output, problem, asked, config.backend, None)
         return RoutedPlan(*output, planned.fill(*output, None))
 
-    def _check_counts(self, counts: Tensor, named: Mapping[str, object]) -> None:
-        """Check what is to be counted into, and the map, which no kernel sees then."""
+    def _check_after(self, after: After, named: Mapping[str, object]) -> None:
+        """Check what is to be done after the kernel, and the map, which no kernel sees then."""
         for name, value in named.items():
             if isinstance(value, Tensor) and not _check.is_dense(value):
                 raise ValueError(refusal(name, "a dense tensor", value))
         shared = self._router.spec.shared_experts
-        _counts.check(counts, named["router_weight"], 0, shared, named)
+        _after.check(after, named["router_weight"], 0, shared, named, {})
 
-    def _counted(
-        self, made: GateOutput, counts: Tensor, router_weight: Tensor, expert_map: Tensor | None
+    def _done(
+        self, after: After, made: GateOutput, router_weight: Tensor, expert_map: Tensor | None
     ) -> GateOutput:
-        """Count the logical ids, and rename them."""
-        shared = self._router.spec.shared_experts
-        _counts.add(counts, made.ids, router_weight.shape[0], shared)
-        return _renamed(made, _counts.renamed(made.ids, expert_map, None))
+        """Do what is left to do with the logical ids, and rename them."""
+        experts, shared = router_weight.shape[0], self._router.spec.shared_experts
+        return _renamed(made, _after.done(after, made.ids, experts, shared, expert_map, None))
 
     def __repr__(self) -> str:
         """Show the router."""
@@ -341,6 +347,15 @@ class Gate:
             router._shadow_key, training,  # noqa: SLF001 -- likewise
         )  # fmt: skip
         return projection, operands, config
+
+
+def _after_of(options: GateOptions) -> After | None:
+    """Return what is to be done after the kernel, if the arguments ask for anything."""
+    counts, count = options.get("counts"), options.get("replica_count")
+    table = options.get("logical_to_physical")
+    if counts is None and table is None and count is None:
+        return None
+    return _after.asked(counts, table, count, options.get("expert_map"))
 
 
 def _gated(

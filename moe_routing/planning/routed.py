@@ -146,9 +146,7 @@ def checked(  # noqa: PLR0913, PLR0917 -- what the router knows of its ids, and 
     num_experts, block, capacity, drop, masked = asked
     num_tokens, columns = operands.logits.shape
     if num_experts is None:
-        if operands.expert_map is not None:
-            expected = "an int, how many physical experts there are, with an expert_map"
-            raise TypeError(refusal("num_experts", expected, None))
+        require_experts(num_experts, operands.expert_map)
         num_experts = columns + shared
         if num_experts > MAX_EXPERTS:
             expected = f"E + shared_experts up to {MAX_EXPERTS}, for a plan without num_experts"
@@ -167,6 +165,16 @@ def checked(  # noqa: PLR0913, PLR0917 -- what the router knows of its ids, and 
     if out is not None:
         _check.check_out(out, shapes(problem, num_tokens, most), operands.logits.device)
     return problem, most
+
+
+def require_experts(num_experts: int | None, renaming: object) -> None:
+    """Require the number of physical experts where ids are renamed; the host cannot see it.
+
+    :param renaming: the ``expert_map`` or replicas of the call, if it has one.
+    """
+    if num_experts is None and renaming is not None:
+        expected = "an int, how many physical experts there are, where ids are renamed"
+        raise TypeError(refusal("num_experts", expected, None))
 
 
 def check_memory(operands: Operands, out: DispatchPlan) -> None:

@@ -13,6 +13,7 @@ from moe_routing.conformance.checks import (
     operands,
     repeat,
     replay,
+    replicas,
     sizes,
     state,
     streams,
@@ -33,5 +34,5 @@ def named(name: str) -> Check:
 __all__ = [
     "ROUTE",
     "arguments", "counts", "fields", "honesty", "memory", "named", "operands",
-    "repeat", "replay", "sizes", "state", "streams", "traced", "values",
+    "repeat", "replay", "replicas", "sizes", "state", "streams", "traced", "values",
 ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,12 +31,14 @@ class Wrong:
     :ivar what: what is wrong with it.
     :ivar variant: the spec that is called.
     :ivar value: makes the wrong value from the right call.
+    :ivar beside: makes right operands that the call has besides.
     """
 
     argument: str
     what: str
     variant: str
     value: Callable[[Call], Any]
+    beside: Callable[[Call], dict[str, Any]] = lambda _: {}
 
     @property
     def id(self) -> str:
@@ -46,6 +49,46 @@ class Wrong:
     def family(self) -> str:
         """The family that is called."""
         return self.variant.partition("/")[0]
+
+
+def _integers(call: Call, *shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.int64, device=call.logits.device)
+
+
+def _with_table(call: Call) -> dict[str, Any]:
+    return {"logical_to_physical": _integers(call, E + call.spec.shared_experts, 3)}
+
+
+def _with_count(call: Call) -> dict[str, Any]:
+    return {"replica_count": _integers(call, E + call.spec.shared_experts)}
+
+
+def _replicas() -> list[Wrong]:
+    """Return what can be wrong with a table of replicas, and with their numbers."""
+
+    def table(what: str, value: Callable[[Call], Any]) -> Wrong:
+        return Wrong("logical_to_physical", what, "softmax_topk", value, _with_count)
+
+    return [
+        *(
+            replace(wrong, beside=_with_table)
+            for wrong in _vector("replica_count", "gemma4/shared", E + 2, integer=True)
+        ),
+        Wrong("replica_count", "missing", "softmax_topk", lambda _: None, _with_table),
+        table("missing", lambda _: None),
+        table("too short", lambda call: _integers(call, E - 1, 3)),
+        table("without a column", lambda call: _integers(call, E, 0)),
+        table("of rank 1", lambda call: _integers(call, E)),
+        table("of floats", lambda call: _integers(call, E, 3).float()),
+        table("of int16", lambda call: _integers(call, E, 3).short()),
+        table("on another device", lambda call: _integers(call, E, 3).to("meta")),
+        table("a list", lambda _: [[0, 1, 2]] * E),
+        Wrong(
+            "logical_to_physical", "with an expert_map", "softmax_topk",
+            lambda call: _integers(call, E, 3),
+            lambda call: _with_count(call) | {"expert_map": _integers(call, E)},
+        ),
+    ]  # fmt: skip
 
 
 def _vector(argument: str, variant: str, length: int, *, integer: bool = False) -> list[Wrong]:
@@ -118,6 +161,11 @@ def _within(operand: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Return an output in the memory of a contiguous operand."""
     assert operand is not None  # noqa: S101 -- for mypy: the variant has one
     return operand.flatten().view(dtype)[: T * K].view(T, K)
+
+
+def _ids_within(call: Call, operand: str) -> Any:  # noqa: ANN401 -- likewise
+    operands: dict[str, Any] = dict(call.operands)
+    return _outputs(call)[0], _within(operands[operand], torch.int32)
 
 
 def _table(call: Call) -> torch.Tensor:
@@ -204,6 +252,7 @@ WRONG = (
         "counts", "in the logits", "softmax_topk",
         lambda call: call.logits.view(torch.int32)[1],
     ),
+    *_replicas(),
     Wrong("ids_dtype", "int16", "softmax_topk", lambda _: torch.int16),
     Wrong("out", "of one row too few", "softmax_topk", lambda call: _outputs(call, tokens=T - 1)),
     Wrong(
@@ -226,6 +275,14 @@ WRONG = (
         "out", "ids in the scale", "gemma4",
         lambda call: (_outputs(call)[0], _within(call.operands["per_expert_scale"], torch.int32)),
     ),
+    *(
+        Wrong(
+            "out", f"ids in the {what}", "softmax_topk",
+            partial(_ids_within, operand=operand),
+            lambda call: _with_table(call) | _with_count(call),
+        )
+        for what, operand in (("table", "logical_to_physical"), ("count", "replica_count"))
+    ),
     Wrong(
         "out", "not contiguous", "softmax_topk",
         lambda call: tuple(t[:, ::2] for t in _outputs(call, columns=2 * K)),
@@ -240,6 +297,7 @@ def wrong_arguments_raise_and_are_named(under_test: BackendUnderTest, case: Wron
     The error is a TypeError or ValueError.
     """
     call = Case(variant=case.variant, num_experts=E, topk=K, num_tokens=T).make(under_test.device)
+    call = call.but(**case.beside(call))
     arguments: dict[str, Any] = {
         "logits": call.logits,
         "topk": K,

@@ -14,6 +14,7 @@ from moe_routing.conformance.gating.cases import FACTORS, HIDDEN, Case
 from moe_routing.conformance.requirements import require
 from moe_routing.gating import GateOutput
 from moe_routing.gating.problem import FLOATS
+from moe_routing.reference import replicas_oracle
 from moe_routing.reference.counts_oracle import counted
 
 if TYPE_CHECKING:
@@ -102,6 +103,31 @@ def what_is_gated_is_counted(under_test: BackendUnderTest, case: Case) -> None:
         must_be_same(made, right, f"call {times} with counts")
         wrong = (counts != 5 + times * counted(logical, experts)).nonzero()
         require(not len(wrong), f"call {times}: the counts of experts {wrong.tolist()[:3]} are off")
+
+
+@check(2, _sets.of_every_variant)
+def what_is_gated_gets_its_replica(under_test: BackendUnderTest, case: Case) -> None:
+    """Row t gets replica ``t % replica_count`` of each expert, in every call and with a plan."""
+    call = case.make(under_test.device)
+    operands: Any = {**call.operands, "expert_map": None}
+    call = call.but(operands=operands)
+    logical = call.checked(under_test)
+    experts = len(call.projection.router_weight) + call.spec.shared_experts
+    replicas = {
+        "logical_to_physical": torch.arange(3 * experts, device=call.device).view(experts, 3),
+        "replica_count": torch.arange(experts, device=call.device) % 3 + 1,
+    }
+    ids = replicas_oracle.physical(logical.ids, **replicas).to(logical.ids.dtype)
+    right = GateOutput(logical.weights, ids, logical.logits)
+    gate: Any = call.gate(under_test)
+    for times in (1, 2, 3):
+        made = gate(**call.arguments, **replicas, return_logits=True)
+        must_be_same(made, right, f"call {times} with replicas")
+    if "plan" in under_test.spec.factories:
+        planned = gate.with_plan(**call.arguments, **replicas, num_experts=3 * experts)
+        must_be_same(
+            GateOutput(planned.weights, planned.ids, right.logits), right, "with a plan of replicas"
+        )
 
 
 def _equal_rows(profile: Profile) -> Iterator[Case]:

@@ -51,6 +51,7 @@ class Call:
     out: str | None = None
     counts: str | None = None
     record: str | None = None
+    replicas: str | None = None
     training: bool = False
 
     def to_json(self) -> str:
@@ -72,7 +73,7 @@ class Operands:
     """The tensors of a call, and what is known of them without reading a device.
 
     :ivar given: keyword arguments of ``Router.__call__``, without ``num_valid_tokens``,
-        ``expert_map``, ``out`` and ``counts``.
+        ``expert_map``, ``out``, ``counts`` and ``replicas``.
     :ivar valid: the argument ``num_valid_tokens``; ``counted`` is its value.
     """
 
@@ -83,6 +84,7 @@ class Operands:
     out: tuple[Tensor, Tensor] | None = None
     around_out: list[Tensor] = field(default_factory=list)
     counts: Tensor | None = None
+    replicas: tuple[Tensor, Tensor] | None = None
 
 
 def build(call: Call) -> Operands:
@@ -122,9 +124,17 @@ def build(call: Call) -> Operands:
         operands.out, operands.around_out = tensors.outputs(
             call.out, T, columns, getattr(torch, call.ids_dtype)
         )
-    if call.counts is not None:
-        operands.counts = tensors.counts(call.counts, E, spec.shared_experts, integer)
+    _add_after(operands, call, generator)
     return operands
+
+
+def _add_after(operands: Operands, call: Call, generator: torch.Generator) -> None:
+    """Make what the router does not hand to a kernel."""
+    E, shared, integer = call.experts, call.spec.shared_experts, getattr(torch, call.integer_dtype)
+    if call.counts is not None:
+        operands.counts = tensors.counts(call.counts, E, shared, integer)
+    if call.replicas is not None:
+        operands.replicas = tensors.replicas(call.replicas, E + shared, integer, generator)
 
 
 def _of_rows(call: Call, generator: torch.Generator) -> dict[str, Tensor]:

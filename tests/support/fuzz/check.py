@@ -23,11 +23,14 @@ def check(call: Call, backend: str) -> Verdict:
     more = {"topk": call.topk, "num_valid_tokens": operands.valid, "ids_dtype": ids_dtype}
     counts = operands.counts
     left = None if counts is None else counts.clone()
-    alone = operands.expert_map is None and counts is None
+    table, numbers = operands.replicas or (None, None)
+    beside = {
+        "expert_map": operands.expert_map, "counts": counts,
+        "logical_to_physical": table, "replica_count": numbers,
+    }  # fmt: skip
+    alone = all(value is None for value in beside.values())
     try:
-        out = route(
-            **given, **more, expert_map=operands.expert_map, out=operands.out, counts=counts
-        )
+        out = route(**given, **more, **beside, out=operands.out)
         if call.training and call.tokens and not out.weights.requires_grad:
             return Verdict(["weights without a gradient"])
         plain = out if alone else route(**given, **more)
@@ -88,7 +91,7 @@ def _beside_plain(
     plain: tuple[torch.Tensor, torch.Tensor],
     left: torch.Tensor | None,
 ) -> str:
-    """Compare a call with the one without ``expert_map`` and ``counts``.
+    """Compare a call with the one without ``expert_map``, replicas and ``counts``.
 
     :param left: the counts before the call.
     """
@@ -97,14 +100,25 @@ def _beside_plain(
         last = len(operands.expert_map) - 1
         inside = ids.long().clamp(0, last)  # what is outside is judged later
         renamed = torch.where(ids < 0, -1, operands.expert_map[inside]).to(ids.dtype)
+    if operands.replicas is not None:
+        renamed = _replicas_of(ids, *operands.replicas)
     if not torch.equal(out[1], renamed) or not torch.equal(_bits(out[0]), _bits(plain[0])):
-        return "with expert_map or counts not the same weights, and ids renamed, as without"
+        return "with a map, replicas or counts not the same weights, and ids renamed, as without"
     if operands.counts is not None and left is not None:
         grown = operands.counts - left
         slots = (ids.flatten()[:, None] == torch.arange(len(grown))).sum(0)
         if not torch.equal(grown.long(), slots):
             return f"counts grew by {grown.tolist()}, not {slots.tolist()}"
     return ""
+
+
+def _replicas_of(ids: torch.Tensor, table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    renamed = ids.clone()
+    for row, slot in (ids >= 0).nonzero().tolist():
+        expert = min(int(ids[row, slot]), len(table) - 1)  # what is outside is judged later
+        used = min(max(int(numbers[expert]), 1), table.shape[1])
+        renamed[row, slot] = table[expert, row % used]
+    return renamed
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

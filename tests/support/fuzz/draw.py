@@ -180,6 +180,7 @@ def _call(rng: random.Random, limits: Limits) -> Call:
         name for name in tensors.LAYOUTS if not (name == "negated" and "float8" in dtype)
     ]  # PyTorch negates none
     training = rng.random() < 0.1
+    mapped = _usually(rng, (None,), tensors.MAPS)
     form = Call(
         spec=drawn,
         seed=0,
@@ -194,13 +195,14 @@ def _call(rng: random.Random, limits: Limits) -> Call:
         vector_layout=_usually(rng, ("plain",), list(tensors.VECTOR_LAYOUTS)),
         integer_dtype=rng.choice(("int32", "int64")),
         valid=_usually(rng, (None,), tensors.VALID[0 if "valid" in limits.operands else 1 :]),
-        mapped=_usually(rng, (None,), tensors.MAPS),
+        mapped=mapped,
         out=None
         if training
         else _usually(rng, (None,), tensors.OUTPUTS),  # refused where gradients are wanted
         training=training,
         counts=_usually(rng, (None,), tensors.COUNTS),
         record=_usually(rng, (None,), _records(drawn, experts, limits)),
+        replicas=None if mapped else _usually(rng, (None,), tensors.REPLICAS),  # one renames
     )
     return _other_numbers(form, rng, limits)
 

@@ -241,6 +241,19 @@ def counts(kind: str, experts: int, shared: int, dtype: torch.dtype) -> Tensor:
     return left[::2] if kind == "every second" else left[:length]
 
 
+REPLICAS = ("few", "wild counts")
+
+
+def replicas(
+    kind: str, slots: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return a table of replicas and their numbers, which may be outside the table too."""
+    most = int(torch.randint(1, 6, (), generator=generator))
+    low, high = (1, most + 1) if kind == "few" else (-3, most + 9)
+    table = torch.randint(-1, 9 * slots, (slots, most), generator=generator).to(dtype)
+    return table, torch.randint(low, high, (slots,), generator=generator).to(dtype)
+
+
 OUTPUTS = ("aligned", "odd")
 
 

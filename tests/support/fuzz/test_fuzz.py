@@ -200,7 +200,7 @@ def test_every_family_field_dtype_layout_and_kind_is_drawn():
         "integer_dtype": ("int32", "int64"), "valid": (None, *tensors.VALID),
         "record": (None, *tensors.RECORDS),
         "mapped": (None, *tensors.MAPS), "out": (None, *tensors.OUTPUTS), "training": (False, True),
-        "counts": (None, *tensors.COUNTS),
+        "counts": (None, *tensors.COUNTS), "replicas": (None, *tensors.REPLICAS),
     }  # fmt: skip
     for name, values in among.items():
         assert {getattr(call, name) for call in drawn} == set(values), name

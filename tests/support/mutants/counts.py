@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing import _counts, _router
+from moe_routing import _after, _counts, _router
 from mutants._change import Change
 
 if TYPE_CHECKING:
@@ -75,25 +75,25 @@ def equal_ids_of_a_record_count_once(right: Any) -> Any:
 
 @_change(_router.Router, "_routed", COUNTED, r"call 1: expert \d+ counts -?\d+, it has")
 def physical_experts_are_counted(right: Any) -> Any:
-    def wrong(router: Any, operands: Any, topk: Any, ids_dtype: Any, counts: Any) -> Any:
+    def wrong(router: Any, operands: Any, topk: Any, ids_dtype: Any, after: Any) -> Any:
         output = right(router, operands, topk, ids_dtype, None)
-        if counts is not None:
+        if after is not None:
             experts = operands.logits.shape[-1]
             places = output.ids.where(output.ids < 0, output.ids % experts)
-            _counts.add(counts, places, experts, router.spec.shared_experts)
+            _counts.add(after.counts, places, experts, router.spec.shared_experts)
         return output
 
     return wrong
 
 
-@_change(_counts, "renamed", COUNTED, r"call 1: not the outputs of the call without counts")
+@_change(_after, "renamed", COUNTED, r"call 1: not the outputs of the call without counts")
 def what_is_counted_is_not_renamed(_right: Any) -> Any:
     return lambda ids, *_: ids
 
 
-@_change(_counts, "renamed", COUNTED, r"call 3: not the outputs of the call without counts")
+@_change(_after, "renamed", COUNTED, r"call 3: not the outputs of the call without counts")
 def what_is_given_keeps_logical_ids(right: Any) -> Any:
-    return lambda ids, expert_map, out: ids if out is not None else right(ids, expert_map, None)
+    return lambda ids, renaming, out: ids if out is not None else right(ids, renaming, None)
 
 
 @_change(_counts, "add", "counts_may_lie_anywhere", r"^a slice: what is around the counts")
@@ -118,10 +118,10 @@ def counts_are_added_to_a_copy(right: Any) -> Any:
     r"^call 1 with a plan: expert \d+ counts",
 )
 def a_first_call_with_a_plan_counts_twice(right: Any) -> Any:
-    def wrong(router: Any, operands: Any, topk: Any, dtype: Any, counts: Any, *others: Any) -> Any:
-        if counts is not None:
-            router._routed(operands, topk, dtype, counts)
-        return right(router, operands, topk, dtype, counts, *others)
+    def wrong(router: Any, operands: Any, topk: Any, dtype: Any, after: Any, *others: Any) -> Any:
+        if after is not None:
+            router._routed(operands, topk, dtype, after)
+        return right(router, operands, topk, dtype, after, *others)
 
     return wrong
 
@@ -159,6 +159,4 @@ def compiled_calls_do_not_count(right: Any) -> Any:
 
 @_change(_counts, "check", "wrong_arguments_raise_and_are_named", r"counts in the logits: no error")
 def counts_may_lie_in_operands(right: Any) -> Any:
-    return lambda counts, like, dim, shared, others: right(
-        counts, like, dim, shared, {"expert_map": others["expert_map"]}
-    )
+    return lambda *given: right(*given[:-1], {})

@@ -128,31 +128,44 @@ def the_weight_is_a_constant_the_second_time(right: Any) -> Any:
     return wrong
 
 
-@_change(
-    call.Gate, "_counted", "what_is_gated_is_counted", r"^call 1: the counts of experts \[\[\d"
-)
+def _elsewhere(after: Any) -> Any:
+    """Count into a tensor that nobody sees."""
+    return after._replace(counts=torch.zeros_like(after.counts))
+
+
+@_change(call.Gate, "_done", "what_is_gated_is_counted", r"^call 1: the counts of experts \[\[\d")
 def physical_experts_are_counted(right: Any) -> Any:
-    def wrong(gate: Any, made: Any, counts: Any, weight: Any, expert_map: Any) -> Any:
-        mapped = right(gate, made, torch.zeros_like(counts), weight, expert_map)
-        places = mapped.ids.where(mapped.ids < 0, mapped.ids % len(counts))
-        right(gate, made._replace(ids=places), counts, weight, None)
+    def wrong(gate: Any, after: Any, made: Any, weight: Any, expert_map: Any) -> Any:
+        mapped = right(gate, _elsewhere(after), made, weight, expert_map)
+        places = mapped.ids.where(mapped.ids < 0, mapped.ids % len(after.counts))
+        right(gate, after, made._replace(ids=places), weight, None)
         return mapped
 
     return wrong
 
 
-@_change(
-    call.Gate, "_counted", "what_is_gated_is_counted", r"^call 2: the counts of experts \[\[\d"
-)
+@_change(call.Gate, "_done", "what_is_gated_is_counted", r"^call 2: the counts of experts \[\[\d")
 def later_calls_are_not_counted(right: Any) -> Any:
     seen: set[int] = set()
 
-    def wrong(gate: Any, made: Any, counts: Any, *others: Any) -> Any:
-        known = counts.data_ptr() in seen
-        seen.add(counts.data_ptr())
-        return right(gate, made, torch.zeros_like(counts) if known else counts, *others)
+    def wrong(gate: Any, after: Any, *others: Any) -> Any:
+        known = after.counts.data_ptr() in seen
+        seen.add(after.counts.data_ptr())
+        return right(gate, _elsewhere(after) if known else after, *others)
 
     return wrong
+
+
+@_change(
+    call.Gate, "_done", "what_is_gated_gets_its_replica", r"^call 1 with replicas: ids has other"
+)
+def what_is_gated_keeps_logical_ids(right: Any) -> Any:
+    return lambda gate, after, *others: right(gate, after._replace(replicas=None), *others)
+
+
+@_change(call, "_after_of", "what_is_gated_gets_its_replica", r"^with a plan of replicas: ids has")
+def a_plan_of_a_gate_keeps_logical_ids(_right: Any) -> Any:
+    return lambda _options: None
 
 
 @_change(op, "gate", "compiles_as_one_graph", r"dynamic=\w+: \w+ has other bits in \d+ rows")
