@@ -4,7 +4,7 @@ from moe_routing.conformance import PlanConformance, RouterConformance
 
 
 class TestAcme(RouterConformance):
-    """All sixteen clauses, each a test method of the class above."""
+    """Every clause, each a test method of the class above."""
 
     backend = "acme"
 
