@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_routing.balancing._losses import Sums, imbalance
 from moe_routing.balancing._sums import through_softmax
+from moe_routing.private_api import softmax_backward
 
 
 def load_balancing_loss(
@@ -84,9 +85,8 @@ class _LayerSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401 -- a bag by design
         logits, weights = ctx.saved_tensors
-        of_scores = _weighted(upstream[0].expand(logits.shape), weights)
-        gradient = through_softmax(of_scores, logits.softmax(-1).float())
-        return gradient.to(logits.dtype), None, None, None
+        of_scores = _weighted(upstream[0].expand(logits.shape), weights).to(logits.dtype)
+        return softmax_backward(of_scores, logits.softmax(-1)), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, of_logits: Tensor, *_constant: None) -> tuple[Tensor, None]:  # noqa: ANN401 -- a bag by design
