@@ -5,7 +5,6 @@ Models are transformers' own, with random weights.
 
 from __future__ import annotations
 
-import ast
 import copy
 import gc
 import inspect
@@ -26,10 +25,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.mixtral import modeling_mixtral
 
 from moe_routing import MoeRoutingWarning
-from moe_routing.integrations._code import digest
 from moe_routing.integrations.transformers import _balance, losses, patch, patched, unpatch
 
 AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
+FINGERPRINTS = runpy.run_path(str(Path(__file__).with_name("fingerprints.py")))
 THEIRS = modeling_mixtral.load_balancing_loss_func
 E, B, S = 8, 2, 16
 FURTHER = {"jamba": {"num_experts": E, "num_experts_per_tok": 2, "use_mamba_kernels": False}}
@@ -190,16 +189,8 @@ def test_losses_and_gradients_of_a_step_are_the_models_own(model_type, mask, cal
 
 
 def test_every_model_with_the_loss_is_known_or_known_to_be_another():
-    found = []
-    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
-        text = file.read_text()
-        if f"def {losses.THEIRS}(" in text:
-            (function,) = (
-                node
-                for node in ast.parse(text).body
-                if isinstance(node, ast.FunctionDef) and node.name == losses.THEIRS
-            )
-            found.append(digest([], {losses.THEIRS: function}))
+    site = Path(transformers.__file__).parents[1]
+    found = [fingerprint for _, fingerprint, _ in FINGERPRINTS["of_losses"](site)]
     known = [each for each in found if each in losses.KNOWN]
     assert len(known) > 25
     assert set(found) - set(known) <= set(losses.OTHERS)
