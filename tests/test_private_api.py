@@ -274,3 +274,12 @@ def test_a_backward_that_computes_a_checkpoint_again_is_known(reentrant):
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
     assert seen == [False, True]
     assert not private_api.is_in_backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_softmax_is_autograds(dtype):
+    x, upstream = torch.randn(5, 7, dtype=dtype).requires_grad_(), torch.randn(7, dtype=dtype)
+    scores = x.softmax(-1)
+    scores.backward(upstream.expand(5, 7))
+    found = private_api.softmax_backward(upstream.expand(5, 7), scores.detach())
+    assert found.equal(x.grad)

@@ -80,7 +80,7 @@ def _blanked(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else x.masked_fill(~valid.reshape((*valid.shape, 1)), 0.0)
 
 
-def _through_softmax(of: Tensor, scores: Tensor) -> Tensor:
+def through_softmax(of: Tensor, scores: Tensor) -> Tensor:
     """Return the derivative of a softmax, a symmetric matrix, times ``of``."""
     return scores * (of - (scores * of).sum(-1, keepdim=True))
 
@@ -103,7 +103,7 @@ class _ScoreSums(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 -- a bag by design
         logits, valid = ctx.saved_tensors
         x, (of_sums,) = widened(logits), upstream
-        of_log = _through_softmax(of_sums.unsqueeze(-2), _log_scores(x, ctx.score).softmax(-1))
+        of_log = through_softmax(of_sums.unsqueeze(-2), _log_scores(x, ctx.score).softmax(-1))
         gradient = _blanked(of_log * _slope_of_log_scores(x, ctx.score), valid)
         return gradient.to(logits.dtype), None, None
 
@@ -112,7 +112,7 @@ class _ScoreSums(torch.autograd.Function):
         logits, valid = ctx.saved_tensors
         x = widened(logits)
         of_log = widened(of_logits) * _slope_of_log_scores(x, ctx.score)
-        of_scores = _through_softmax(of_log, _log_scores(x, ctx.score).softmax(-1))
+        of_scores = through_softmax(of_log, _log_scores(x, ctx.score).softmax(-1))
         return _blanked(of_scores, valid).sum(-2)
 
 

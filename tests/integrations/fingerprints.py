@@ -4,7 +4,8 @@
 FOLDER transformers==...`` made. Prints each router's code that the file does not know: class,
 fingerprint, source. Give it a recipe of ``_recipes.py`` that computes the same, or write one, and
 add the line; ``test_transformers_routers.py`` then holds it against the router. Prints the code of
-``grouped_mm_experts_forward`` too, if ``experts.py`` does not know it.
+``grouped_mm_experts_forward`` too, if ``experts.py`` does not know it, and of each function
+``load_balancing_loss_func`` that ``losses.py`` does not know.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from moe_routing.integrations._code import digest
+from moe_routing.integrations.transformers import losses
 from moe_routing.integrations.transformers._proof import known
 from moe_routing.integrations.transformers.experts import KNOWN
 
@@ -53,12 +55,26 @@ def of_experts(site):
     return digest([], {name: function}), ast.unparse(function)
 
 
+def of_losses(site):
+    """Fingerprint every load balancing loss of a release: model, fingerprint, source."""
+    for file in sorted((Path(site) / "transformers" / "models").glob("*/modeling_*.py")):
+        text = file.read_text()
+        if f"def {losses.THEIRS}(" in text:
+            for node in ast.parse(text).body:
+                if isinstance(node, ast.FunctionDef) and node.name == losses.THEIRS:
+                    fingerprint = digest([], {losses.THEIRS: node})
+                    yield file.parent.name, fingerprint, ast.unparse(node)
+
+
 def main(sites):
     unknown = {}
     for site in sites:
         fingerprint, source = of_experts(site)
         if fingerprint not in KNOWN:
             unknown["grouped_mm_experts_forward", fingerprint] = (site, source)
+        for folder, fingerprint, source in of_losses(site):
+            if fingerprint not in losses.KNOWN.keys() | losses.OTHERS.keys():
+                unknown.setdefault((f"{folder}.{losses.THEIRS}", fingerprint), (site, source))
         for path, recipes in known().items():
             fingerprint, source = of_release(site, path)
             if fingerprint is not None and fingerprint not in recipes:

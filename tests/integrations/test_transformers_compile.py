@@ -153,3 +153,28 @@ def test_a_compiled_router_alone_is_one_graph_at_any_number_of_tokens(model_type
     assert type(router).__module__ == routers.__name__
     ours = torch.compile(router, fullgraph=True, backend="aot_eager")(hidden)
     AGAINST.assert_same_items(AGAINST.in_order_of_ids(ours), AGAINST.in_order_of_ids(theirs))
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_compiled_step_with_the_balancing_loss_gives_the_models_own(padding):
+    model, stock = (built("qwen3_moe", "grouped_mm") for _ in range(2))
+    assert patch(model, loss=True).losses[0].replaced
+    ids = torch.randint(3, AGAINST.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(16) >= torch.tensor([[padding], [0]])).long() if padding else None
+    # The first forward sets transformers' hooks for the logits under a lock, which Dynamo refuses.
+    with torch.no_grad():
+        model(input_ids=ids, output_router_logits=True)
+    found = []
+    for each in (torch.compile(model, fullgraph=True, backend="aot_eager"), stock):
+        out = each(
+            input_ids=ids,
+            attention_mask=mask,
+            labels=ids,
+            use_cache=False,
+            output_router_logits=True,
+        )
+        out.loss.backward()
+        found.append([out.loss, out.aux_loss])
+    ours, theirs = ([p.grad for p in each.parameters()] for each in (model, stock))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-5)

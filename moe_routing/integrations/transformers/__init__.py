@@ -17,6 +17,7 @@ from moe_routing.integrations.transformers._report import (
     ExpertsLayer,
     GateLayer,
     Layer,
+    LossLayer,
     PatchReport,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "ExpertsLayer",
     "GateLayer",
     "Layer",
+    "LossLayer",
     "PatchReport",
     "Records",
     "disable",

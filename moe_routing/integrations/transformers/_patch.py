@@ -12,11 +12,18 @@ from torch import nn
 from moe_routing import LoadMonitor, MoeRoutingWarning, RoutingSpec, explain
 from moe_routing._check import flag
 from moe_routing.integrations._code import described
+from moe_routing.integrations.transformers import losses
 from moe_routing.integrations.transformers._fingerprint import RefusedError
 from moe_routing.integrations.transformers._gates import GATED, problem_of, why_not
 from moe_routing.integrations.transformers._loads import LOADS, Counted
 from moe_routing.integrations.transformers._proof import known, short
-from moe_routing.integrations.transformers._report import GateLayer, Layer, PatchReport
+from moe_routing.integrations.transformers._report import (
+    ExpertsLayer,
+    GateLayer,
+    Layer,
+    LossLayer,
+    PatchReport,
+)
 from moe_routing.integrations.transformers._selection import BEFORE, deselect, select
 from moe_routing.integrations.transformers._tapes import TAPE
 from moe_routing.integrations.transformers._wrapping import (
@@ -40,7 +47,12 @@ _BLOCKS_WITHOUT_EXPERTS = {"DogeCDMoE"}
 
 
 def patch(
-    model: nn.Module, *, experts: bool = False, gate: bool = False, loads: LoadMonitor | None = None
+    model: nn.Module,
+    *,
+    experts: bool = False,
+    gate: bool = False,
+    loss: bool = False,
+    loads: LoadMonitor | None = None,
 ) -> PatchReport:
     """Replace the routing of a model's mixture-of-experts layers in place.
 
@@ -60,6 +72,9 @@ def patch(
     :param gate: also compute the logits, by ``Router.gate`` in the dtype in which the router has
         them, where they are a linear layer or a norm, a scale and a linear layer. Its operands are
         read from the router at each call. ``False`` leaves routers that gate as they are.
+    :param loss: also compute the load balancing loss, where the model's forward does for
+        ``output_router_logits``: the same number, with no tensor of scores kept for each layer.
+        ``False`` leaves a loss that was replaced as it is.
     :param loads: a ``moe_routing.LoadMonitor`` into which the routers that are replaced count,
         under their names in the model. ``None`` leaves routers that count as they are.
     :returns: what was replaced by what, and what was left and why.
@@ -78,7 +93,7 @@ def patch(
     >>> unpatch(model)
     """
     _require_module(model)
-    experts, gate = flag("experts", experts), flag("gate", gate)
+    experts, gate, loss = flag("experts", experts), flag("gate", gate), flag("loss", loss)
     _require_monitor(loads)
     plain = [module for module in model.modules() if made_of(type(module)) is None]
     layers = tuple(_layers(model))
@@ -99,9 +114,14 @@ def patch(
         layers,
         select(model) if experts else (),
         tuple(_gated(model, layer) for layer in layers) if gate else (),
+        losses.replace(model) if loss else (),
     )
-    reasons = [layer.reason for layer in report.experts] + [layer.reason for layer in report.gates]
-    if report.left or any(reasons):
+    parts: tuple[ExpertsLayer | GateLayer | LossLayer, ...] = (
+        *report.experts,
+        *report.gates,
+        *report.losses,
+    )
+    if report.left or any(part.reason for part in parts):
         lines = str(report).splitlines()
         text = "\n".join(line for line in lines if not line.startswith("[replaced]"))
         warnings.warn(text, MoeRoutingWarning, stacklevel=2)
@@ -111,7 +131,8 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Give every router of a model its own class back; hooks and wrappers that others set stay.
 
-    An experts implementation that ``patch`` selected is exchanged for the one before.
+    An experts implementation that ``patch`` selected is exchanged for the one before, and a loss
+    that it replaced is the model's own again.
 
     :param model: what ``patch`` was given, or a model that was loaded after ``enable``.
     :raises TypeError: ``model`` is no module.
@@ -122,19 +143,25 @@ def unpatch(model: nn.Module) -> None:
         _require_no_block(module)
     for module in model.modules():
         _remove(module)
+        losses.restore(module)
         deselect(module)
 
 
 @contextmanager
 def patched(
-    model: nn.Module, *, experts: bool = False, gate: bool = False, loads: LoadMonitor | None = None
+    model: nn.Module,
+    *,
+    experts: bool = False,
+    gate: bool = False,
+    loss: bool = False,
+    loads: LoadMonitor | None = None,
 ) -> Iterator[PatchReport]:
     """Patch a model inside the block; what was patched before stays so after it.
 
     Blocks of ``recording`` and ``replaying`` in it must end before it does, or it ends with a
     ``ValueError`` and the model stays patched.
 
-    :param experts: as for ``patch``, like ``gate`` and ``loads``.
+    :param experts: as for ``patch``, like ``gate``, ``loss`` and ``loads``.
 
     >>> with patched(nn.Linear(1, 1)) as report:
     ...     report.layers
@@ -147,8 +174,9 @@ def patched(
         id(module): vars(module)[LOADS] for module in model.modules() if LOADS in vars(module)
     }
     selected = {id(module) for module in model.modules() if BEFORE in vars(module)}
+    balanced = {id(module) for module in model.modules() if losses.is_replaced(module)}
     try:
-        yield patch(model, experts=experts, gate=gate, loads=loads)
+        yield patch(model, experts=experts, gate=gate, loss=loss, loads=loads)
     finally:
         for module in model.modules():
             if id(module) not in before:
@@ -160,6 +188,8 @@ def patched(
                 vars(module)[LOADS] = counted[id(module)]
             if id(module) not in selected:
                 deselect(module)
+            if id(module) not in balanced:
+                losses.restore(module)
 
 
 def install(router: nn.Module) -> tuple[RoutingSpec, Recipe]:

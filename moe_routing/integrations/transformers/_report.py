@@ -82,6 +82,25 @@ class GateLayer:
 
 
 @dataclass(frozen=True)
+class LossLayer:
+    """What became of one model's load balancing loss, where ``patch`` was asked for it.
+
+    :ivar name: the name of the module that computes it, ``""`` for the whole model.
+    :ivar model: its class.
+    :ivar reason: why it computes its own.
+    """
+
+    name: str
+    model: str
+    reason: str = ""
+
+    @property
+    def replaced(self) -> bool:
+        """Whether ``moe_routing`` computes it."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
 class PatchReport:
     """What ``patch`` did, layer by layer.
 
@@ -90,11 +109,13 @@ class PatchReport:
     :ivar layers: every router that was found, in the model's order.
     :ivar experts: all experts that were found, if ``patch`` was asked for them.
     :ivar gates: every router again, if ``patch`` was asked for the gate.
+    :ivar losses: every module that computes a load balancing loss, if ``patch`` was asked for it.
     """
 
     layers: tuple[Layer, ...]
     experts: tuple[ExpertsLayer, ...] = ()
     gates: tuple[GateLayer, ...] = ()
+    losses: tuple[LossLayer, ...] = ()
 
     @property
     def replaced(self) -> tuple[Layer, ...]:
@@ -110,16 +131,19 @@ class PatchReport:
         """Return plain data.
 
         It has ``schema_version``, the fields and ``replaced`` of ``layers``, the fields and
-        ``selected`` of ``experts``, and the fields and ``gated`` of ``gates``.
+        ``selected`` of ``experts``, the fields and ``gated`` of ``gates``, and the fields and
+        ``replaced`` of ``losses``.
         """
         layers = [{**asdict(layer), "replaced": layer.replaced} for layer in self.layers]
         experts = [{**asdict(layer), "selected": layer.selected} for layer in self.experts]
         gates = [{**asdict(layer), "gated": layer.gated} for layer in self.gates]
+        losses = [{**asdict(loss), "replaced": loss.replaced} for loss in self.losses]
         return {
             "schema_version": SCHEMA_VERSION,
             "layers": layers,
             "experts": experts,
             "gates": gates,
+            "losses": losses,
         }
 
     def __str__(self) -> str:
@@ -158,6 +182,14 @@ class PatchReport:
                 f"[{'replaced' if experts.selected else 'left'}] {names} ({experts.experts}): "
                 f"{experts.reason or what}"
             )
+        if self.losses:
+            replaced = sum(loss.replaced for loss in self.losses)
+            lines.append(f"{replaced} of {len(self.losses)} load balancing losses replaced")
+        lines += [
+            f"[{'replaced' if loss.replaced else 'left'}] {loss.name or 'the model'} "
+            f"({loss.model}): {loss.reason or 'load_balancing_loss'}"
+            for loss in self.losses
+        ]
         return "\n".join(lines)
 
     def runs(self) -> list[tuple[str, Layer]]:
@@ -187,6 +219,9 @@ class PatchReport:
         for names, experts in _runs(self.experts):
             now = "plan, permute, combine" if experts.selected else "its own code"
             built.add_row(names, experts.experts, now, "", experts.reason)
+        for loss in self.losses:
+            now = "load_balancing_loss" if loss.replaced else "its own loss"
+            built.add_row(loss.name or "the model", loss.model, now, "", loss.reason)
         return built
 
 

@@ -198,17 +198,18 @@ def stock_of(cls: type[nn.Module]) -> type[nn.Module]:
 
 def swap(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
     """Change a module's class so that ``new`` stands in the place of ``old``."""
-    module.__class__ = _swapped(type(module), old, new)
+    module.__class__ = swapped(type(module), old, new)
 
 
-def _swapped(cls: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -> type[nn.Module]:
+def swapped(cls: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that is ``cls`` with ``new`` in the place of ``old``."""
     if cls is old:
         return new
     before = _PLAIN.get(cls)
     if before is not None and issubclass(before, new) and vars(before).keys() == vars(cls).keys():
         return before
     bases = tuple(
-        _swapped(base, old, new) if issubclass(base, old) else base for base in cls.__bases__
+        swapped(base, old, new) if issubclass(base, old) else base for base in cls.__bases__
     )
     names = {
         name: value for name, value in vars(cls).items() if name not in {"__dict__", "__weakref__"}
