@@ -8,8 +8,8 @@
 """
 
 from moe_routing.balancing._bias import update_bias
-from moe_routing.balancing._losses import load_balancing_loss, sequence_balancing_loss, z_loss
 from moe_routing.balancing._replicas import Placement, place_replicas
+from moe_routing.balancing.losses import load_balancing_loss, sequence_balancing_loss, z_loss
 
 __all__ = [
     "Placement",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_routing.balancing._losses import Sums, imbalance
-from moe_routing.balancing._sums import through_softmax
+from moe_routing.balancing.losses import Sums, imbalance
+from moe_routing.balancing.sums import through_softmax
 from moe_routing.private_api import softmax_backward
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_routing.balancing import _check
-from moe_routing.balancing._sums import score_sums, squares_of_logsumexp
+from moe_routing.balancing.sums import score_sums, squares_of_logsumexp
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
