@@ -1,4 +1,4 @@
-"""Time ``route`` with recorded ids, a mask or counts, beside the same call without.
+"""Time ``route`` with recorded ids, a mask or counts, and the same call without.
 
     python benchmarks/operands.py OUT.json
 

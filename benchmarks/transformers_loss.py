@@ -4,7 +4,7 @@
 measures one function, so that its peak of memory is its own: once for the times, and once with
 glibc's allocator told to give freed tensors back at once, so that they do not count. Gradients of
 logits are dropped when they are made, as a model's backward does. CPU seconds of all threads are
-printed beside the wall time, for machines that others use too.
+printed next to the wall time, for machines that others use too.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """``logical_to_physical=`` and ``replica_count=``: every call gives rows replicas by the rule."""
 
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
+from fake_group import fake_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -223,23 +223,11 @@ def test_shadow_mode_compares_calls_with_replicas():
     assert (route.health().compared, route.health().ok) == (1, True)
 
 
-@contextmanager
-def _distributed():
-    from torch import distributed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
-
-
 def test_dtensors_are_refused():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate
 
-    with _distributed(), warnings.catch_warnings():
+    with fake_group(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mesh = init_device_mesh("cpu", (2,))
         logits = DTensor.from_local(torch.randn(T, E), mesh, [Replicate()])

@@ -31,14 +31,14 @@ class Wrong:
     :ivar what: what is wrong with it.
     :ivar variant: the spec that is called.
     :ivar value: makes the wrong value from the right call.
-    :ivar beside: makes right operands that the call has besides.
+    :ivar others: makes the right operands that the call has too.
     """
 
     argument: str
     what: str
     variant: str
     value: Callable[[Call], Any]
-    beside: Callable[[Call], dict[str, Any]] = lambda _: {}
+    others: Callable[[Call], dict[str, Any]] = lambda _: {}
 
     @property
     def id(self) -> str:
@@ -71,7 +71,7 @@ def _replicas() -> list[Wrong]:
 
     return [
         *(
-            replace(wrong, beside=_with_table)
+            replace(wrong, others=_with_table)
             for wrong in _vector("replica_count", "gemma4/shared", E + 2, integer=True)
         ),
         Wrong("replica_count", "missing", "softmax_topk", lambda _: None, _with_table),
@@ -297,7 +297,7 @@ def wrong_arguments_raise_and_are_named(under_test: BackendUnderTest, case: Wron
     The error is a TypeError or ValueError.
     """
     call = Case(variant=case.variant, num_experts=E, topk=K, num_tokens=T).make(under_test.device)
-    call = call.but(**case.beside(call))
+    call = call.but(**case.others(call))
     arguments: dict[str, Any] = {
         "logits": call.logits,
         "topk": K,

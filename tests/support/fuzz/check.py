@@ -24,13 +24,13 @@ def check(call: Call, backend: str) -> Verdict:
     counts = operands.counts
     left = None if counts is None else counts.clone()
     table, numbers = operands.replicas or (None, None)
-    beside = {
+    after = {
         "expert_map": operands.expert_map, "counts": counts,
         "logical_to_physical": table, "replica_count": numbers,
     }  # fmt: skip
-    alone = all(value is None for value in beside.values())
+    alone = all(value is None for value in after.values())
     try:
-        out = route(**given, **more, **beside, out=operands.out)
+        out = route(**given, **more, **after, out=operands.out)
         if call.training and call.tokens and not out.weights.requires_grad:
             return Verdict(["weights without a gradient"])
         plain = out if alone else route(**given, **more)
