@@ -80,13 +80,14 @@ def test_steps_flatten_the_loads_of_a_router_that_keeps_its_kernel(backend):
     route = moe_routing.get_router("sigmoid_bias_topk", backend=backend)
     logits = torch.randn(512, E) + torch.linspace(-2, 2, E)
     bias, spread = torch.zeros(E), []
-    for _ in range(60):
+    for step in range(60):
         ids = route(logits, K, bias=bias).ids
         counts = ids.flatten().bincount(minlength=E)
         spread.append(int(counts.max() - counts.min()))
-        update_bias(bias, counts, 0.02)
-    assert spread[0] > 250
-    assert max(spread[-5:]) < 60
+        # At a constant rate the loads swing for ever, as far as the draw has rows near a tie.
+        update_bias(bias, counts, 0.1 * 0.9**step)
+    assert spread[0] > 250  # 386 at the least in 400 draws
+    assert max(spread[-5:]) < 60  # 7 at the most
 
 
 @pytest.mark.parametrize(
