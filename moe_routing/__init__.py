@@ -75,6 +75,8 @@ _HOME = {
     "probe": "moe_routing.probing",
 }
 
+_MODULES = frozenset({"distributed"})
+
 __version__ = "0.1.0"
 __all__ = [
     "AbsentDeviceError",
@@ -114,6 +116,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 -- the TYPE_CHECKING block above holds the types
     """Import a public name on its first use."""
+    if name in _MODULES:
+        return importlib.import_module(f"moe_routing.{name}")
     if name not in _HOME:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)

@@ -11,6 +11,8 @@ BUILT_IN = {
     "eager": "moe_routing_backends.eager",
     "torch-compile": "moe_routing_backends.torch_compile",
     "triton": "moe_routing_backends.triton",
+    "all-to-all": "moe_routing_backends.all_to_all",
+    "all-reduce": "moe_routing_backends.all_reduce",
 }
 """The lines of ``[project.entry-points]`` in pyproject.toml, for a checkout without metadata.
 

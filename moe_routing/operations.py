@@ -48,4 +48,11 @@ OPERATIONS = (
         contract="moe_routing.conformance.permutation:COMBINE",
         summary="rows in the order of a plan to weighted sums of each token",
     ),
+    OperationSpec(
+        name="exchange",
+        example="moe_routing.distributed.problem:EXCHANGE_EXAMPLE",
+        oracle="moe_routing.reference.exchange_oracle:exchange",
+        contract="moe_routing.conformance.exchange:EXCHANGE",
+        summary="tokens to the ranks of their experts, and the results back",
+    ),
 )

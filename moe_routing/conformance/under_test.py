@@ -30,6 +30,7 @@ GAP_OF = {
     RejectCode.SHAPE: "shape",
     RejectCode.LAYOUT: "layout",
     RejectCode.OPERANDS: "operands",
+    RejectCode.GROUP: "group",
     RejectCode.INVARIANCE: "invariance",
     RejectCode.TRAINING: "gradients",
 }

@@ -23,8 +23,8 @@ API_VERSION = 1
 """Version of the plug-in interface; a spec for another version is rejected."""
 
 CAPABILITIES = (
-    "compile", "cuda_graphs", "dtype", "family", "gradients", "invariance", "large_sizes", "layout",
-    "operands", "several_devices", "shape",
+    "compile", "cuda_graphs", "dtype", "family", "gradients", "group", "invariance", "large_sizes",
+    "layout", "operands", "several_devices", "shape",
 )  # fmt: skip
 """What a backend may leave out deliberately, and state in its spec."""
 

@@ -50,6 +50,8 @@ class RejectCode(str, Enum):
     """It does not take these strides."""
     OPERANDS = "operands"
     """It does not take an operand that a call brings: recorded ``ids``, for example."""
+    GROUP = "group"
+    """It is not for such a group of ranks: their number, their hosts, or what each holds."""
     INVARIANCE = "invariance"
     """It has no order of summation that is the same for every number of tokens."""
     TRAINING = "training"

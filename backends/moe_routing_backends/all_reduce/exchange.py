@@ -1,0 +1,55 @@
+"""Every rank computes the experts that it has for all tokens; an all-reduce adds the results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+from moe_routing.distributed.collectives import copied, summed
+from moe_routing.distributed.kernel import Received
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from moe_routing.distributed import ExchangeProblem
+    from moe_routing.distributed.kernel import Exchange, ExchangeKernel, Tokens
+    from moe_routing_registry import DeviceInfo
+
+
+class AllReduce:
+    """The transport of one group."""
+
+    def __init__(self, experts_per_rank: int, group: ProcessGroup) -> None:
+        """Keep what the calls need."""
+        self._experts = experts_per_rank
+        self._group = group
+        self._rank = distributed.get_rank(group)
+
+    def dispatch(self, tokens: Tokens) -> Received:
+        """Move nothing: leave out the slots whose experts are on other ranks."""
+        ids = tokens.ids - self._rank * self._experts
+        here = (ids >= 0) & (ids < self._experts)
+        return Received(
+            rows=copied(tokens.hidden, self._group),
+            ids=torch.where(here, ids, -1).int(),
+            weights=copied(tokens.weights, self._group),
+            scales=tokens.scales,
+            state=None,
+        )
+
+    def combine(self, rows: Tensor, received: Received) -> Tensor:
+        """Add the sums of all ranks."""
+        del received
+        return summed(rows, self._group)
+
+
+def build(problem: ExchangeProblem, _device: DeviceInfo) -> ExchangeKernel:
+    """Build what makes the transport of a group."""
+
+    def kernel(group: ProcessGroup) -> Exchange:
+        return AllReduce(problem.experts_per_rank, group)
+
+    return kernel

@@ -1,0 +1,114 @@
+"""Collectives of torch.distributed with gradients, for transports.
+
+Rows travel as bytes: so they keep their bits in every dtype, also in those that a backend of
+torch.distributed does not know.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+
+class Splits(NamedTuple):
+    """How many rows go to each rank, and come from each; ``None`` is the same number everywhere.
+
+    :ivar send: rows for each rank, which lie one after the other.
+    :ivar receive: rows from each rank.
+    """
+
+    send: tuple[int, ...] | None
+    receive: tuple[int, ...] | None
+
+    @property
+    def reversed(self) -> Splits:
+        """The splits of the way back."""
+        return Splits(self.receive, self.send)
+
+
+EVEN = Splits(None, None)
+
+
+def all_to_all(rows: Tensor, splits: Splits, places: int, group: ProcessGroup) -> Tensor:
+    """Exchange rows with every rank of the group.
+
+    :param rows: ``[P, ...]``; those behind the last one to send are not sent.
+    :param places: the rows of the result, at least as many as are received.
+    :returns: ``[places, ...]``: the rows of each rank, by rank. Rows behind them hold anything.
+        Gradients take the way back, bit for bit; rows that were not sent get 0.
+    """
+    result: Tensor = _AllToAll.apply(rows, splits, places, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+def copied(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the tensor, which every rank holds; its gradient is summed over the ranks."""
+    result: Tensor = _Copied.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+def summed(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the sum over the ranks, in the tensor's dtype.
+
+    Every rank goes on with the same sum, so the gradient of each is the gradient of the sum.
+    """
+    result: Tensor = _Summed.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _exchanged(rows: Tensor, splits: Splits, places: int, group: ProcessGroup) -> Tensor:
+    rows = rows.contiguous()
+    out = rows.new_empty((places, *rows.shape[1:]))
+    send, receive = (None if part is None else list(part) for part in splits)
+    sent = rows if send is None else rows[: sum(send)]
+    received = out if receive is None else out[: sum(receive)]
+    distributed.all_to_all_single(_bytes(received), _bytes(sent), receive, send, group=group)
+    return out
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.flatten(1).view(torch.uint8)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, splits: Splits, places: int, group: ProcessGroup) -> Tensor:  # noqa: ANN401 -- a bag by design
+        ctx.splits, ctx.places, ctx.group = splits, len(rows), group
+        return _exchanged(rows, splits, places, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401 -- a bag by design
+        grad = all_to_all(grads[0], ctx.splits.reversed, ctx.places, ctx.group)
+        if ctx.splits.send is not None:
+            grad[sum(ctx.splits.send) :].zero_()
+        return grad, None, None, None
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:  # noqa: ANN401 -- likewise
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 -- likewise
+        return summed(grads[0], ctx.group), None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:  # noqa: ANN401 -- likewise
+        ctx.group = group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 -- likewise
+        return copied(grads[0], ctx.group), None

@@ -1,0 +1,249 @@
+"""``ExpertParallel``: the experts of one MoE layer on the ranks of a group."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+import moe_routing
+from moe_routing._dispatch import chosen
+from moe_routing.distributed import _agreement, _check
+from moe_routing.distributed.kernel import Tokens
+from moe_routing.permutation._check import check_rows_of_places
+from moe_routing.probing import probe
+from moe_routing_registry import Request
+from moe_routing_registry.text import refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed import ProcessGroup
+
+    from moe_routing.distributed._check import Placement
+    from moe_routing.distributed.kernel import Exchange, ExchangeKernel, Received
+    from moe_routing.distributed.problem import ExchangeProblem, Reduce
+    from moe_routing.permutation.kernel import PermutedRows
+    from moe_routing.planning.kernel import DispatchPlan
+    from moe_routing_registry import ResolutionReport
+
+TIMEOUT = 60.0
+"""Seconds that ranks wait for each other when an ``ExpertParallel`` is made."""
+
+
+class Dispatched(NamedTuple):
+    """What a rank's experts compute: rows in the order of a plan over this rank's experts.
+
+    :ivar rows: ``[P, H]``, by expert, then by source rank, token and slot; a ``PermutedRows`` where
+        scales came along. P may be more than there are rows of experts: ``plan.offsets[-1]``.
+    :ivar plan: the plan over the experts of this rank, in the order of ``local_experts``.
+    """
+
+    rows: Tensor | PermutedRows
+    plan: DispatchPlan
+
+
+class _Sent(NamedTuple):
+    """What ``combine`` needs of ``dispatch``."""
+
+    received: Received
+    plan: DispatchPlan
+
+
+class ExpertParallel:
+    """The experts of a layer, split over the ranks of a group of torch.distributed.
+
+    Every rank makes one with the same arguments, and makes the same calls in the same order: they
+    communicate. The ranks tell each other their arguments when it is made, and an argument that is
+    not the same everywhere is an error on every rank.
+
+    The registry chooses the transport; ``report`` says which, and why no other.
+
+    :param group: a ``ProcessGroup`` that this process is in; ``None`` is all ranks.
+    :param num_experts: E. As many are on each rank, in order, unless ``placement`` says otherwise.
+    :param placement: the rank of each expert ``[E]``. A rank may have none.
+    :param reduce: ``"none"``: a token goes once to each of its experts, K rows come back, and are
+        summed on the token's rank, in float32 and in the order of its slots: the result has the
+        same bits for any number of ranks. ``"rank"``: a token goes once to each rank that has one
+        of its experts, and comes back as that rank's sum, in the rows' dtype; these are added in
+        the order of ranks. Where K experts are on fewer than K ranks that moves fewer bytes.
+    :param shared_batch: every rank calls with the same tokens.
+    :param max_tokens: the most tokens of a rank. With it sizes need not be exchanged: no call waits
+        for the device, each can be captured in a CUDA graph, and rows are sent as if every rank had
+        that many tokens.
+    :param topk: K, if it is known; ranks and calls are held to it.
+    :param hidden_size: H, likewise.
+    :param dtype: of the rows, likewise.
+    :param device: of the tokens; ``None``: the current accelerator, if the group's backend
+        communicates on it, else the CPU.
+    :param transport: the name of one: this or none. Without it the registry chooses.
+        ``MOE_ROUTING_BLOCK`` leaves some out; ``MOE_ROUTING_BACKEND`` and ``prefer``, which name
+        who computes, are not asked.
+    :param timeout: seconds that this rank waits for the others here. Calls wait as long as the
+        group says (``init_process_group(timeout=)``).
+    :raises TypeError: an argument has the wrong type.
+    :raises ValueError: an argument has a wrong value, here or on another rank, or ranks differ.
+    :raises TimeoutError: a rank did not make one.
+    :raises BackendUnavailableError: no transport fits on some rank.
+
+    :ivar group: the group.
+    :ivar rank: this process's, in the group.
+    :ivar device: where the tokens are.
+    :ivar problem: what the transport was asked for.
+    :ivar local_experts: the experts of this rank, ascending.
+    :ivar report: the choice of the transport, a ``ResolutionReport``.
+
+    >>> import torch, torch.distributed
+    >>> torch.distributed.init_process_group(
+    ...     "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    ... )
+    >>> ep = ExpertParallel(None, num_experts=4)
+    >>> ids, weights = torch.tensor([[3, 0], [0, 1]]), torch.full((2, 2), 0.5)
+    >>> rows, plan = ep.dispatch(torch.tensor([[1.0], [3.0]]), ids, weights)
+    >>> plan.counts.tolist(), rows.flatten().tolist()
+    ([2, 1, 0, 1], [1.0, 3.0, 3.0, 1.0])
+    >>> ep.combine(10 * rows).flatten().tolist()
+    [10.0, 30.0]
+    >>> ep.report.winner
+    'all-to-all'
+    >>> torch.distributed.destroy_process_group()
+    """
+
+    group: ProcessGroup
+    rank: int
+    device: torch.device
+    problem: ExchangeProblem
+    local_experts: tuple[int, ...]
+    report: ResolutionReport
+
+    def __init__(  # noqa: PLR0913 -- what ranks must agree on
+        self,
+        group: ProcessGroup | None,
+        num_experts: int,
+        *,
+        placement: Sequence[int] | Tensor | None = None,
+        reduce: Reduce = "none",
+        shared_batch: bool = False,
+        max_tokens: int | None = None,
+        topk: int | None = None,
+        hidden_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        transport: str | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        """Agree with the other ranks, and choose the transport."""
+        seconds = _check.check_timeout(timeout)
+        self.group = _check.check_group(group)
+        self.rank = distributed.get_rank(self.group)
+        self.device = _check.check_device(device, self.group)
+        self._last: _Sent | None = None
+
+        def asked() -> tuple[tuple[Placement, ExchangeProblem], dict[str, object]]:
+            ranks = distributed.get_world_size(self.group)
+            placed = _check.check_placement(num_experts, placement, ranks)
+            problem = _check.check_problem(
+                placed,
+                reduce=reduce,
+                shared_batch=shared_batch,
+                max_tokens=max_tokens,
+                topk=topk,
+                hidden_size=hidden_size,
+                dtype=dtype,
+            )
+            map_of = hashlib.sha256(repr(placed.ranks).encode()).hexdigest()[:16]
+            named = {"num_experts": len(placed.ranks), **problem.to_dict(), "placement": map_of}
+            return (placed, problem), named | {"transport": transport}
+
+        (placed, problem), hosts = _agreement.agreed(asked, self.group, self.device, seconds)
+        self.problem = dataclasses.replace(problem, hosts=hosts)
+        self.local_experts = placed.of_each_rank[self.rank]
+        self._places = None if placed.is_even else torch.tensor(placed.places, device=self.device)
+        (kernel, self.report), _ = _agreement.agreed(
+            lambda: self._chosen(transport), self.group, self.device, seconds
+        )
+        self._exchange: Exchange = kernel(self.group)
+
+    def _chosen(
+        self, transport: str | None
+    ) -> tuple[tuple[ExchangeKernel, ResolutionReport], dict[str, object]]:
+        """Choose on this rank, by the argument and the probe; the other ranks must find the same.
+
+        What names a backend that computes, in a context or the environment, names no transport.
+        """
+        gathered = Request.gather()
+        request = Request(
+            transport,
+            "probe" if transport is None else "argument",
+            gathered.blocked,
+            gathered.strict,
+        )
+        kernel, report = chosen(self.problem, probe(self.device), request)
+        return (kernel, report), {"transport": report.winner}
+
+    def dispatch(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor | None = None
+    ) -> Dispatched:
+        """Send tokens to the ranks of their experts, and order what arrives by expert.
+
+        :param hidden: ``[T, H]``, of any dtype and strides; T may differ between ranks, and be 0.
+        :param ids: int32 or int64 ``[T, K]``. An id outside ``[0, num_experts)``, -1 of padding for
+            example, has no expert: nothing is sent for it, and it adds nothing.
+        :param weights: bfloat16, float16 or float32 ``[T, K]``.
+        :param scales: ``[T, S]`` of any dtype, of fp8 rows for example, moved with the rows.
+        :returns: the rows of this rank's experts and their plan. Gradients flow back to ``hidden``.
+        :raises TypeError: an argument has the wrong type or dtype.
+        :raises ValueError: an argument has the wrong shape or device, or the ranks' rows differ in
+            columns, K or dtype (of which ranks that exchange no sizes learn nothing).
+        """
+        received = self.dispatch_rows(hidden, ids, weights, scales=scales)
+        plan = moe_routing.plan(received.ids, max(1, len(self.local_experts)))
+        self._last = _Sent(received, plan)
+        if received.scales is None:
+            return Dispatched(moe_routing.permute(received.rows, plan), plan)
+        rows = moe_routing.permute(received.rows, plan, scales=received.scales)
+        return Dispatched(rows, plan)
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """Return the experts' results to the tokens of the last ``dispatch``, and sum them.
+
+        :param rows: bfloat16, float16 or float32 ``[P, H']``, a result for each row that
+            ``dispatch`` returned.
+        :returns: ``[T, H']``, of the rows' dtype: for each token the sum over its slots of weight
+            times result, with gradients to rows and weights.
+        :raises TypeError: the rows are of another type or dtype.
+        :raises ValueError: they have another shape or device, or nothing was dispatched.
+        """
+        if self._last is None:
+            msg = "rows: expected results of what dispatch returned, got nothing dispatched before"
+            raise ValueError(msg)
+        received, plan = self._last
+        sums = moe_routing.combine(rows, plan, received.weights)
+        return self._exchange.combine(sums, received)
+
+    def dispatch_rows(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor | None = None
+    ) -> Received:
+        """Send tokens as ``dispatch`` does, and return them as they arrive.
+
+        For experts that order rows themselves. They return to ``combine_rows`` one row for each
+        that arrived: where ``weights`` came along, the weighted sum over the row's slots.
+        """
+        tokens = Tokens(hidden, ids, weights, scales)
+        tokens = _check.check_tokens(self.problem, self.device, tokens)
+        if self._places is not None:
+            known = (tokens.ids >= 0) & (tokens.ids < len(self._places))
+            places = self._places[torch.where(known, tokens.ids, 0).long()]
+            tokens = tokens._replace(ids=torch.where(known, places, -1))
+        return self._exchange.dispatch(tokens)
+
+    def combine_rows(self, rows: Tensor, received: Received) -> Tensor:
+        """Return a result for each row of ``dispatch_rows`` to its token, and sum them: [T, H']."""
+        rows = check_rows_of_places(rows)
+        if rows.shape[0] != received.ids.shape[0]:
+            expected = f"{received.ids.shape[0]} rows, as many as arrived"
+            raise ValueError(refusal("rows", expected, rows))
+        return self._exchange.combine(rows, received)

@@ -1,0 +1,76 @@
+"""What a transport takes and returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+
+class Tokens(NamedTuple):
+    """What a rank dispatches.
+
+    :ivar hidden: ``[T, H]``, of any dtype and strides. T may be 0, and differ between ranks.
+    :ivar ids: int32 or int64 ``[T, K]``: expert e is on rank ``e // experts_per_rank``, and there
+        the expert ``e % experts_per_rank``. An id outside the experts of the group has no expert.
+    :ivar weights: bfloat16, float16 or float32 ``[T, K]``.
+    :ivar scales: ``[T, S]`` of any dtype, moved with the rows; or ``None``.
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+    scales: Tensor | None = None
+
+
+class Received(NamedTuple):
+    """What a rank's experts get: rows as they arrived, by source rank.
+
+    :ivar rows: ``[R, H]``, of the dtype of ``hidden``. Rows without an expert may hold anything.
+    :ivar ids: int32 ``[R, J]``: the experts of this rank, counted from 0, that compute the row; -1
+        in a slot without one. J is 1 with ``reduce="none"``, else K.
+    :ivar weights: ``[R, J]``, for sums made here; ``None`` where rows go back unweighted. Those of
+        slots without an expert may be anything.
+    :ivar scales: ``[R, S]``, or ``None``.
+    :ivar state: what the transport's own ``combine`` needs.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    weights: Tensor | None
+    scales: Tensor | None
+    state: object
+
+
+class Exchange(Protocol):
+    """A transport between the ranks of a group; every rank makes the same calls in the same order.
+
+    Gradients flow through both calls to ``hidden``, ``weights`` and ``rows``. The arguments have
+    been checked on this rank.
+    """
+
+    def dispatch(self, tokens: Tokens) -> Received:
+        """Send each token to the ranks of its experts, once an expert or once a rank."""
+        ...
+
+    def combine(self, rows: Tensor, received: Received) -> Tensor:
+        """Return the results to the tokens' ranks, and sum them there: ``[T, H']``.
+
+        :param rows: ``[R, H']``, a result for each row of ``received``: of the expert, or, where
+            ``received`` has weights, the weighted sum over the row's slots. Those of rows without
+            an expert are not read.
+        """
+        ...
+
+
+class ExchangeKernel(Protocol):
+    """What a factory returns for an ``ExchangeProblem``."""
+
+    def __call__(self, group: ProcessGroup) -> Exchange:
+        """Return the transport between the ranks of this group.
+
+        Called once for an ``ExpertParallel``, on every rank: it may communicate.
+        """
+        ...
