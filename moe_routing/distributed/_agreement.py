@@ -51,7 +51,11 @@ def agreed(
     message = {"said": dict(said), "refused": why, "host": socket.gethostname()}
     heard = _told(message, group, device, seconds)
     if refused is not None:
-        raise refused
+        try:
+            raise refused
+        finally:
+            # The error holds this frame. As a cycle that would keep the group past its end.
+            del refused
     for rank, other in enumerate(heard):
         if other["refused"]:
             msg = (

@@ -7,6 +7,7 @@ torch.distributed does not know.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import distributed
@@ -14,6 +15,21 @@ from torch import distributed
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
+
+
+def alive(group: ref[ProcessGroup]) -> ProcessGroup:
+    """Return a group that is kept by a weak reference.
+
+    A process that keeps a group past ``destroy_process_group`` may abort at its exit: whoever
+    outlives a call keeps no more than a weak reference.
+
+    :raises RuntimeError: the group was destroyed.
+    """
+    found = group()
+    if found is None:
+        msg = "the process group was destroyed: make an ExpertParallel of a new one"
+        raise RuntimeError(msg)
+    return found
 
 
 class Splits(NamedTuple):
@@ -79,12 +95,12 @@ def _bytes(rows: Tensor) -> Tensor:
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, splits: Splits, places: int, group: ProcessGroup) -> Tensor:  # noqa: ANN401 -- a bag by design
-        ctx.splits, ctx.places, ctx.group = splits, len(rows), group
+        ctx.splits, ctx.places, ctx.group = splits, len(rows), ref(group)
         return _exchanged(rows, splits, places, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401 -- a bag by design
-        grad = all_to_all(grads[0], ctx.splits.reversed, ctx.places, ctx.group)
+        grad = all_to_all(grads[0], ctx.splits.reversed, ctx.places, alive(ctx.group))
         if ctx.splits.send is not None:
             grad[sum(ctx.splits.send) :].zero_()
         return grad, None, None, None
@@ -93,22 +109,22 @@ class _AllToAll(torch.autograd.Function):
 class _Copied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:  # noqa: ANN401 -- likewise
-        ctx.group = group
+        ctx.group = ref(group)
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 -- likewise
-        return summed(grads[0], ctx.group), None
+        return summed(grads[0], alive(ctx.group)), None
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:  # noqa: ANN401 -- likewise
-        ctx.group = group
+        ctx.group = ref(group)
         total = tensor.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 -- likewise
-        return copied(grads[0], ctx.group), None
+        return copied(grads[0], alive(ctx.group)), None

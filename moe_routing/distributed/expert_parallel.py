@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, distributed
@@ -12,6 +13,7 @@ from torch import Tensor, distributed
 import moe_routing
 from moe_routing._dispatch import chosen
 from moe_routing.distributed import _agreement, _check
+from moe_routing.distributed.collectives import alive
 from moe_routing.distributed.kernel import Tokens
 from moe_routing.permutation._check import check_rows_of_places
 from moe_routing.probing import probe
@@ -89,7 +91,6 @@ class ExpertParallel:
     :raises TimeoutError: a rank did not make one.
     :raises BackendUnavailableError: no transport fits on some rank.
 
-    :ivar group: the group.
     :ivar rank: this process's, in the group.
     :ivar device: where the tokens are.
     :ivar problem: what the transport was asked for.
@@ -112,7 +113,6 @@ class ExpertParallel:
     >>> torch.distributed.destroy_process_group()
     """
 
-    group: ProcessGroup
     rank: int
     device: torch.device
     problem: ExchangeProblem
@@ -137,13 +137,14 @@ class ExpertParallel:
     ) -> None:
         """Agree with the other ranks, and choose the transport."""
         seconds = _check.check_timeout(timeout)
-        self.group = _check.check_group(group)
-        self.rank = distributed.get_rank(self.group)
-        self.device = _check.check_device(device, self.group)
+        found = _check.check_group(group)
+        self._group = ref(found)
+        self.rank = distributed.get_rank(found)
+        self.device = _check.check_device(device, found)
         self._last: _Sent | None = None
 
         def asked() -> tuple[tuple[Placement, ExchangeProblem], dict[str, object]]:
-            ranks = distributed.get_world_size(self.group)
+            ranks = distributed.get_world_size(found)
             placed = _check.check_placement(num_experts, placement, ranks)
             problem = _check.check_problem(
                 placed,
@@ -158,14 +159,19 @@ class ExpertParallel:
             named = {"num_experts": len(placed.ranks), **problem.to_dict(), "placement": map_of}
             return (placed, problem), named | {"transport": transport}
 
-        (placed, problem), hosts = _agreement.agreed(asked, self.group, self.device, seconds)
+        (placed, problem), hosts = _agreement.agreed(asked, found, self.device, seconds)
         self.problem = dataclasses.replace(problem, hosts=hosts)
         self.local_experts = placed.of_each_rank[self.rank]
         self._places = None if placed.is_even else torch.tensor(placed.places, device=self.device)
         (kernel, self.report), _ = _agreement.agreed(
-            lambda: self._chosen(transport), self.group, self.device, seconds
+            lambda: self._chosen(transport), found, self.device, seconds
         )
-        self._exchange: Exchange = kernel(self.group)
+        self._exchange: Exchange = kernel(found)
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The group, unless it was destroyed."""
+        return alive(self._group)
 
     def _chosen(
         self, transport: str | None

@@ -71,6 +71,7 @@ class ExchangeKernel(Protocol):
     def __call__(self, group: ProcessGroup) -> Exchange:
         """Return the transport between the ranks of this group.
 
-        Called once for an ``ExpertParallel``, on every rank: it may communicate.
+        Called once for an ``ExpertParallel``, on every rank: it may communicate. Keep the group by
+        a weak reference, as ``collectives.alive`` says.
         """
         ...

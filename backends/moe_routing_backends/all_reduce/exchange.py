@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 from torch import distributed
 
-from moe_routing.distributed.collectives import copied, summed
+from moe_routing.distributed.collectives import alive, copied, summed
 from moe_routing.distributed.kernel import Received
 
 if TYPE_CHECKING:
@@ -25,17 +26,18 @@ class AllReduce:
     def __init__(self, experts_per_rank: int, group: ProcessGroup) -> None:
         """Keep what the calls need."""
         self._experts = experts_per_rank
-        self._group = group
+        self._group = ref(group)
         self._rank = distributed.get_rank(group)
 
     def dispatch(self, tokens: Tokens) -> Received:
         """Move nothing: leave out the slots whose experts are on other ranks."""
         ids = tokens.ids - self._rank * self._experts
         here = (ids >= 0) & (ids < self._experts)
+        group = alive(self._group)
         return Received(
-            rows=copied(tokens.hidden, self._group),
+            rows=copied(tokens.hidden, group),
             ids=torch.where(here, ids, -1).int(),
-            weights=copied(tokens.weights, self._group),
+            weights=copied(tokens.weights, group),
             scales=tokens.scales,
             state=None,
         )
@@ -43,7 +45,7 @@ class AllReduce:
     def combine(self, rows: Tensor, received: Received) -> Tensor:
         """Add the sums of all ranks."""
         del received
-        return summed(rows, self._group)
+        return summed(rows, alive(self._group))
 
 
 def build(problem: ExchangeProblem, _device: DeviceInfo) -> ExchangeKernel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from typing import TYPE_CHECKING, NamedTuple, cast
+from weakref import ref
 
 import torch
 from torch import distributed
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 
 import moe_routing
 from moe_routing._dispatch import dtype_name
-from moe_routing.distributed.collectives import EVEN, Splits, all_to_all
+from moe_routing.distributed.collectives import EVEN, Splits, alive, all_to_all
 from moe_routing.distributed.kernel import Received
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class AllToAll:
     def __init__(self, problem: ExchangeProblem, device: torch.device, group: ProcessGroup) -> None:
         """Keep what the calls need."""
         self._problem = problem
-        self._group = group
+        self._group = ref(group)
         self._ranks, self._experts = problem.ranks, problem.experts_per_rank
         self._first = distributed.get_rank(group) * self._experts
         self._all_ranks = torch.arange(self._ranks, device=device)
@@ -73,8 +74,10 @@ class AllToAll:
             slots = torch.where(reached, self._all_ranks, -1)
         plan, splits, places = self._ordered(slots, tokens)
 
+        group = alive(self._group)
+
         def sent(rows: Tensor) -> Tensor:
-            return all_to_all(rows.flatten(0, -2), splits, places, self._group)
+            return all_to_all(rows.flatten(0, -2), splits, places, group)
 
         # The token of each place; the number of tokens (or of pairs) at an empty one, which reads
         # the row that is appended.
@@ -96,7 +99,7 @@ class AllToAll:
     def combine(self, rows: Tensor, received: Received) -> Tensor:
         """Send the results back, and sum them for each token, in the order of its slots."""
         plan, splits, weights = cast("State", received.state)
-        back = all_to_all(rows, splits.reversed, plan.order.numel(), self._group)
+        back = all_to_all(rows, splits.reversed, plan.order.numel(), alive(self._group))
         return moe_routing.combine(back.unflatten(0, plan.order.shape), plan, weights)
 
     def _ordered(self, slots: Tensor, tokens: Tokens) -> tuple[DispatchPlan, Splits, int]:
@@ -121,7 +124,7 @@ class AllToAll:
             row = torch.tensor(numbers, device=counts.device).expand(self._ranks, -1)
             self._forms[form] = row
         said = torch.cat((counts[:, None], self._forms[form]), dim=1)
-        heard = all_to_all(said, EVEN, self._ranks, self._group)
+        heard = all_to_all(said, EVEN, self._ranks, alive(self._group))
         mine, others = torch.stack((said, heard)).tolist()  # the one synchronisation
         for rank, other in enumerate(others):
             pairs = zip(Form._fields, mine[0][1:], other[1:], strict=True)
