@@ -71,6 +71,7 @@ _SOURCES = {
     "plan": "moe_routing/conformance/plan_clauses.py",
     "permute": "moe_routing/conformance/permute_clauses.py",
     "combine": "moe_routing/conformance/combine_clauses.py",
+    "exchange": "moe_routing/conformance/exchange_clauses.py",
 }
 """Operations with a section of clauses in ``contract.md``, and where their clauses are."""
 _END = "<!-- until here -->"

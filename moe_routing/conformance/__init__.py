@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moe_routing.conformance.runner import Report, Result, run
     from moe_routing.conformance.suite import (
         CombineConformance,
+        ExchangeConformance,
         GateConformance,
         PermuteConformance,
         PlanConformance,
@@ -25,6 +26,7 @@ _HOME = {
     "Clause": ("moe_routing.conformance.clauses", "Clause"),
     "CombineConformance": ("moe_routing.conformance.suite", "CombineConformance"),
     "Contract": ("moe_routing.conformance.contract", "Contract"),
+    "ExchangeConformance": ("moe_routing.conformance.suite", "ExchangeConformance"),
     "GateConformance": ("moe_routing.conformance.suite", "GateConformance"),
     "PermuteConformance": ("moe_routing.conformance.suite", "PermuteConformance"),
     "PlanConformance": ("moe_routing.conformance.suite", "PlanConformance"),
@@ -36,8 +38,9 @@ _HOME = {
 }
 
 __all__ = [
-    "Clause", "CombineConformance", "Contract", "GateConformance", "PermuteConformance",
-    "PlanConformance", "Report", "Result", "RouterConformance", "run", "verify",
+    "Clause", "CombineConformance", "Contract", "ExchangeConformance", "GateConformance",
+    "PermuteConformance", "PlanConformance", "Report", "Result", "RouterConformance", "run",
+    "verify",
 ]  # fmt: skip
 
 

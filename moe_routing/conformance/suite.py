@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from moe_routing.conformance import (
     clauses,
     combine_clauses,
+    exchange_clauses,
     gate_clauses,
     permute_clauses,
     plan_clauses,
@@ -134,6 +135,15 @@ class GateConformance(_Conformance):
     operation = "gate"
 
 
+class ExchangeConformance(_Conformance):
+    """The same for the operation ``exchange``, in the ranks that pytest runs in.
+
+    Those are the ranks of torchrun, or one.
+    """
+
+    operation = "exchange"
+
+
 def _add_methods(suite: type[_Conformance], contents: Mapping[int, Clause]) -> None:
     for clause in contents.values():
         method = _method(clause)
@@ -146,3 +156,4 @@ _add_methods(PlanConformance, plan_clauses.CLAUSES)
 _add_methods(PermuteConformance, permute_clauses.CLAUSES)
 _add_methods(CombineConformance, combine_clauses.CLAUSES)
 _add_methods(GateConformance, gate_clauses.CLAUSES)
+_add_methods(ExchangeConformance, exchange_clauses.CLAUSES)

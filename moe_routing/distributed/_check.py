@@ -49,8 +49,9 @@ class Placement(NamedTuple):
 
     @property
     def is_even(self) -> bool:
-        """Whether the experts are numbered so already."""
-        return self.places == list(range(len(self.ranks)))
+        """Whether the experts are numbered so already, and every such number is an expert."""
+        every = len(self.of_each_rank) * self.experts_per_rank
+        return self.places == list(range(every))
 
 
 def check_group(group: object) -> ProcessGroup:
