@@ -20,6 +20,8 @@ from moe_routing.cli._show import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from moe_routing.conformance.cases import Profile
@@ -41,15 +43,30 @@ _STYLES = {
 
 def conformance(  # noqa: PLR0913 -- the options of the command
     backend: Annotated[
-        str, typer.Argument(help="Name of the backend, as `moe-routing doctor` lists it.")
-    ],
+        str | None, typer.Argument(help="Name of the backend, as `moe-routing doctor` lists it.")
+    ] = None,
     *,
     device: Annotated[
-        str, typer.Option(help="The device to check it on: cpu, cuda:0, xpu, ...")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            help="The device to check it on: cpu, cuda:0, xpu, ... Without it cpu; with "
+            "--distributed each rank's accelerator, if there is one."
+        ),
+    ] = None,
     operation: Annotated[
-        str, typer.Option(help="The operation whose contract is checked.")
-    ] = "route",
+        str | None,
+        typer.Option(
+            help="The operation whose contract is checked: route, or with --distributed exchange."
+        ),
+    ] = None,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Check transports on all ranks that torchrun started: every one of them, "
+            "unless BACKEND names one.",
+        ),
+    ] = False,
     full: Annotated[
         bool, typer.Option("--full", help="All sizes and dtypes, not a pairwise sample of them.")
     ] = False,
@@ -78,8 +95,9 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     Exit code 0 if it conforms, 1 if not, 2 if nothing was checked.
     """
     from moe_routing.conformance.contract import contract_of
-    from moe_routing.conformance.report import WRITERS, write
 
+    operation = operation or ("exchange" if distributed else "route")
+    _check_who(backend, operation, report, distributed=distributed)
     clauses = contract_of(operation).clauses
 
     for number in clause or ():
@@ -87,27 +105,103 @@ def conformance(  # noqa: PLR0913 -- the options of the command
             msg = f"--clause: expected one of {', '.join(map(str, clauses))}, got {number}"
             raise UsageError(msg)
     for path in report or ():
-        if path.suffix not in WRITERS:
-            msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {str(path)!r}"
-            raise UsageError(msg)
-        check_writable("--report", path)
-    outcome = _run(
-        backend, device, operation, "full" if full else "quick", clause, seed, as_json=as_json
-    )
-    screen = console()
-    if as_json:
-        print_json(outcome.to_dict())
+        _check_path(path)
+    profile: Profile = "full" if full else "quick"
+    if distributed:
+        outcomes = _on_every_rank(backend, device, profile, clause, seed)
     else:
-        _show(outcome, screen)
+        assert backend is not None  # noqa: S101 -- for mypy: _check_who asked
+        where = device or "cpu"
+        outcomes = [_run(backend, where, operation, profile, clause, seed, as_json=as_json)]
+    if outcomes is None:  # another rank than the first, which shows them
+        return
+    if as_json:
+        made = [outcome.to_dict() for outcome in outcomes]
+        ok = all(outcome.ok for outcome in outcomes)
+        print_json(made[0] if backend else {"ok": ok, "reports": made})
+    else:
+        for outcome in outcomes:
+            _show(outcome, console())
     for path in report or ():
-        try:
-            write(outcome, path)
-        except OSError as error:
-            msg = f"--report: {error}"
-            raise Unusable(msg) from error
-        if not as_json:
-            screen.print(f"Report: {path}", soft_wrap=True)
-    raise typer.Exit(0 if outcome.ok else 1 if outcome.failed else NOTHING_CHECKED)
+        _write(outcomes[0], path, as_json=as_json)
+    raise typer.Exit(_exit_code(outcomes))
+
+
+def _exit_code(outcomes: list[Report]) -> int:
+    if any(outcome.failed for outcome in outcomes):
+        return 1
+    return 0 if all(outcome.ok for outcome in outcomes) else NOTHING_CHECKED
+
+
+def _check_who(
+    backend: str | None, operation: str, report: list[Path] | None, *, distributed: bool
+) -> None:
+    """Require a backend, or ranks for all of them."""
+    if not distributed:
+        if backend is None:
+            msg = "BACKEND: expected a name that `moe-routing doctor` lists, got none"
+            raise UsageError(msg)
+        return
+    from torch.distributed import is_torchelastic_launched
+
+    from moe_routing.conformance.exchange.ranks import COMMAND
+
+    if operation != "exchange":
+        msg = f"--operation: expected exchange with --distributed, got {operation!r}"
+        raise UsageError(msg)
+    if not is_torchelastic_launched():
+        command = COMMAND.format(ranks=2)
+        msg = f"--distributed: expected a process of torchrun, got none; {command}"
+        raise UsageError(msg)
+    if report and backend is None:
+        msg = "--report: expected a BACKEND beside it, got none; a report is of one"
+        raise UsageError(msg)
+
+
+def _on_every_rank(
+    backend: str | None,
+    device: str | None,
+    profile: Profile,
+    clauses: list[int] | None,
+    seed: int | None,
+) -> list[Report] | None:
+    """Check transports together with the other ranks; only the first one returns reports."""
+    from moe_routing.conformance.exchange import ranks
+
+    with ranks.of_torchrun(device, seed) as here:
+        names = [backend] if backend else ranks.transports()
+        if here.rank:
+            for name in names:
+                ranks.run(here, name, profile, clauses)
+            return None
+        return [
+            _with_progress(
+                name,
+                lambda advance, name=name: ranks.run(here, name, profile, clauses, advance),  # type: ignore[misc] # bound now
+            )
+            for name in names
+        ]
+
+
+def _check_path(path: Path) -> None:
+    from moe_routing.conformance.report import WRITERS
+
+    if path.suffix not in WRITERS:
+        msg = f"--report: expected a name that ends in {', '.join(WRITERS)}, got {str(path)!r}"
+        raise UsageError(msg)
+    check_writable("--report", path)
+
+
+def _write(outcome: Report, path: Path, *, as_json: bool) -> None:
+    from moe_routing.conformance.report import write
+
+    try:
+        write(outcome, path)
+    except OSError as error:
+        msg = f"--report: {error}"
+        raise Unusable(msg) from error
+    if not as_json:
+        console().print(f"Report: {path}", soft_wrap=True)
 
 
 def _run(  # noqa: PLR0913, PLR0917 -- the options of the command
@@ -121,11 +215,22 @@ def _run(  # noqa: PLR0913, PLR0917 -- the options of the command
     as_json: bool,
 ) -> Report:
     import moe_routing
-    from moe_routing.conformance.runner import NotUsableError
+    from moe_routing.conformance.runner import NotUsableError, run
 
     moe_routing.probe(device)  # a device that is not here is an error of its own
     try:
-        return _with_progress(backend, device, operation, profile, clauses, seed)
+        return _with_progress(
+            backend,
+            lambda advance: run(
+                backend,
+                device,
+                operation=operation,
+                profile=profile,
+                clauses=clauses,
+                seed=seed,
+                on_result=advance,
+            ),
+        )
     except NotUsableError as error:
         if as_json:
             print_json(
@@ -142,18 +247,12 @@ def _run(  # noqa: PLR0913, PLR0917 -- the options of the command
         raise typer.Exit(NOTHING_CHECKED) from error
 
 
-def _with_progress(  # noqa: PLR0913, PLR0917 -- the options of the command
-    backend: str,
-    device: str,
-    operation: str,
-    profile: Profile,
-    clauses: list[int] | None,
-    seed: int | None,
+def _with_progress(
+    backend: str, run: Callable[[Callable[[Result, int, int], None]], Report]
 ) -> Report:
-    from moe_routing.conformance.runner import run
-
+    """Run with a bar, which ``run`` moves by what it is given."""
     with progress() as bar:
-        task = bar.add_task("conformance", total=None)
+        task = bar.add_task(backend, total=None)
 
         def advance(result: Result, done: int, total: int) -> None:
             bar.update(
@@ -165,15 +264,7 @@ def _with_progress(  # noqa: PLR0913, PLR0917 -- the options of the command
             if result.status == "failed" and not bar.disable:
                 bar.console.print(Text.assemble(("failed ", _STYLES["failed"]), result.id))
 
-        return run(
-            backend,
-            device,
-            operation=operation,
-            profile=profile,
-            clauses=clauses,
-            seed=seed,
-            on_result=advance,
-        )
+        return run(advance)
 
 
 def _show(report: Report, screen: Console) -> None:

@@ -6,18 +6,24 @@ Every rank runs the same checks in the same order. What one finds is the outcome
 from __future__ import annotations
 
 import contextlib
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import distributed
 
+from moe_routing._registry import registry
+from moe_routing.conformance import drawn, runner
 from moe_routing.conformance.under_test import DeclinedError, NotApplicableError, NotRunError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.distributed import ProcessGroup
+
+    from moe_routing.conformance.cases import Profile
+    from moe_routing.conformance.runner import Report, Result
 
 Said = TypeVar("Said")
 TIMEOUT = timedelta(seconds=120)
@@ -63,6 +69,74 @@ def _all_ranks() -> ProcessGroup:
     group = distributed.group.WORLD
     assert group is not None  # noqa: S101 -- for mypy: it was initialised
     return group
+
+
+class Here(NamedTuple):
+    """This process among the ranks of torchrun.
+
+    :ivar rank: its number; rank 0 reports.
+    :ivar device: the device that it checks on.
+    :ivar seed: draws the cases that are in no list, the same on every rank.
+    """
+
+    rank: int
+    device: torch.device
+    seed: int
+
+
+@contextlib.contextmanager
+def of_torchrun(device: str | None, seed: int | None) -> Iterator[Here]:
+    """Enter the group of all ranks, each on its own accelerator if the machine has any.
+
+    :param device: instead of that: ``"cpu"``.
+    :param seed: draws the cases; a new one, which rank 0 draws, where ``None``.
+    """
+    found = _device(device)
+    initialise(found)
+    try:
+        rank = distributed.get_rank()
+        seeds = [drawn.new_seed() if seed is None else seed]
+        distributed.broadcast_object_list(seeds, src=0, device=torch.device("cpu"))
+        yield Here(rank, found, seeds[0])
+    finally:
+        distributed.destroy_process_group()
+
+
+def _device(named: str | None) -> torch.device:
+    """Return this rank's device, and make it the current one."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if named == "cpu" or (named is None and kind is None):
+        return torch.device("cpu")
+    device = torch.device(named or kind.type)  # type: ignore[union-attr] # one of them is there
+    index = int(os.environ["LOCAL_RANK"]) if device.index is None else device.index
+    torch.accelerator.set_device_index(index)
+    return torch.device(device.type, index)
+
+
+def transports() -> list[str]:
+    """Return the names of all backends that have a factory for ``exchange``."""
+    return [name for name, spec in registry().backends.items() if "exchange" in spec.factories]
+
+
+def run(
+    here: Here,
+    transport: str,
+    profile: Profile,
+    clauses: Iterable[int] | None,
+    on_result: Callable[[Result, int, int], None] | None = None,
+) -> Report:
+    """Check a transport together with the other ranks, which all call this."""
+    report = runner.run(
+        transport,
+        here.device,
+        operation="exchange",
+        profile=profile,
+        clauses=clauses,
+        seed=here.seed,
+        on_result=on_result,
+    )
+    report.device = f"{report.device}, {distributed.get_world_size()} ranks"
+    return report
 
 
 def need(ranks: int) -> None:
