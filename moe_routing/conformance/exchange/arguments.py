@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing.conformance.exchange import _sets, outcomes
+from moe_routing.conformance.exchange import _sets, outcomes, ranks
 from moe_routing.conformance.exchange._check import check
 from moe_routing.conformance.requirements import require_refusal
 
@@ -54,22 +55,18 @@ def wrong_operands_are_refused_by_name(under_test: BackendUnderTest, case: Case)
     """A wrong operand is an error that names it and shows no element; the next call is right."""
     world = case.make(under_test.device)
     ep = world.parallel(under_test, topk=case.topk)
-    for wrong in _WRONG:
-        if "max_tokens" in wrong.what and not case.padded:
-            continue
-        operands: dict[str, Any] = {
-            name: part for name, part in world.mine._asdict().items() if part is not None
-        }
-        operands["hidden"] = torch.full_like(world.mine.hidden, TELLTALE)
-        given = world.mine._replace(hidden=operands["hidden"])
-        operands[wrong.argument] = wrong.change(given)
-        require_refusal(
-            lambda: ep.dispatch(**operands),  # noqa: B023 -- called at once
-            wrong.argument,
-            f"{wrong.argument} {wrong.what}",
-            TELLTALE,
-        )
-    outcomes.must_be_right(world, outcomes.exchanged(world, ep), "after errors")
+    with ranks.to_the_end() as hold:
+        for wrong in _WRONG:
+            if "max_tokens" in wrong.what and not case.padded:
+                continue
+            given = world.mine._replace(hidden=torch.full_like(world.mine.hidden, TELLTALE))
+            operands: dict[str, Any] = given._asdict()
+            operands[wrong.argument] = wrong.change(given)
+            call = functools.partial(ep.dispatch, **operands)
+            what = f"{wrong.argument} {wrong.what}"
+            hold(require_refusal, call, wrong.argument, what, TELLTALE)
+        made = outcomes.exchanged(world, ep)
+        hold(outcomes.must_be_right, world, made, "after errors")
 
 
 @check(5, _modes)
@@ -79,7 +76,9 @@ def wrong_results_are_refused_by_name(under_test: BackendUnderTest, case: Case) 
     ep = world.parallel(under_test)
     rows, scales, plan = outcomes.dispatched(world, ep)
     computed = world.computed(rows, plan)
-    for wrong in (computed.tolist(), computed[0], computed[:-1], computed.long()):
-        require_refusal(lambda: ep.combine(wrong), "rows", "wrong results", TELLTALE)  # type: ignore[arg-type] # noqa: B023 -- that is the point
-    made = outcomes.Exchanged(rows, scales, plan, ep.combine(computed))
-    outcomes.must_be_right(world, made, "after errors")
+    with ranks.to_the_end() as hold:
+        for wrong in (computed.tolist(), computed[0], computed[:-1], computed.long()):
+            call = functools.partial(ep.combine, wrong)  # type: ignore[arg-type] # that is the point
+            hold(require_refusal, call, "rows", "wrong results", TELLTALE)
+        made = outcomes.Exchanged(rows, scales, plan, ep.combine(computed))
+        hold(outcomes.must_be_right, world, made, "after errors")

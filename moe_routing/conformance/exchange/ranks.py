@@ -181,6 +181,25 @@ def together(name: str, run: Callable[[], None]) -> None:
         raised = None  # a cycle with its frame would keep the group
 
 
+@contextlib.contextmanager
+def to_the_end() -> Iterator[Callable[..., None]]:
+    """Yield what holds a part of a check; what it finds wrong is raised at the end of the block.
+
+    A rank that stopped between two exchanges would leave the others waiting in the second.
+    """
+    found: list[str] = []
+
+    def hold(part: Callable[..., object], *arguments: object) -> None:
+        try:
+            part(*arguments)
+        except AssertionError as error:
+            found.append(str(error))
+
+    yield hold
+    if found:
+        raise AssertionError(found[0])
+
+
 def _heard(said: Said) -> list[Said]:
     """Return what every rank says, by rank."""
     heard = [said] * distributed.get_world_size()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_routing.conformance.exchange import _sets, outcomes
+from moe_routing.conformance.exchange import _sets, outcomes, ranks
 from moe_routing.conformance.exchange._check import check
 from moe_routing.conformance.permutation.outcomes import same_bits
 from moe_routing.conformance.requirements import require
@@ -31,11 +31,12 @@ def the_same_call_gives_the_same_bits(under_test: BackendUnderTest, case: Case) 
     world, other = case.make(under_test.device), case.but(turn=1).make(under_test.device)
     ep = world.parallel(under_test)
     first = outcomes.exchanged(world, ep)
-    outcomes.must_be_right(world, first)
-    for run in range(2, RUNS + 1):
-        outcomes.must_be_right(other, outcomes.exchanged(other, ep), "another call")
-        again = outcomes.exchanged(world, ep).result
-        require(same_bits(again, first.result), f"run {run} of {RUNS} gives other bits")
+    with ranks.to_the_end() as hold:
+        hold(outcomes.must_be_right, world, first)
+        for run in range(2, RUNS + 1):
+            hold(outcomes.must_be_right, other, outcomes.exchanged(other, ep), "another call")
+            same = same_bits(outcomes.exchanged(world, ep).result, first.result)
+            hold(require, same, f"run {run} of {RUNS} gives other bits")
 
 
 @check(6, _modes)
@@ -45,15 +46,16 @@ def operands_changed_in_place_are_read_again(under_test: BackendUnderTest, case:
     world, kept = case.make(under_test.device), case.make(under_test.device)
     ep = world.parallel(under_test)
     first = outcomes.exchanged(world, ep)
-    for turn in (1, 2):
-        other = case.but(turn=turn).make(under_test.device)
-        for part, new in zip(world.mine, other.mine, strict=True):
-            if part is not None and new is not None:
-                part.copy_(new)
-        other.mine = world.mine  # the same memory
-        made = outcomes.exchanged(other, ep)
-        outcomes.must_be_right(other, made, "operands changed in place")
-    outcomes.must_be_right(kept, first, "the result of an earlier call")
+    with ranks.to_the_end() as hold:
+        for turn in (1, 2):
+            other = case.but(turn=turn).make(under_test.device)
+            for part, new in zip(world.mine, other.mine, strict=True):
+                if part is not None and new is not None:
+                    part.copy_(new)
+            other.mine = world.mine  # the same memory
+            made = outcomes.exchanged(other, ep)
+            hold(outcomes.must_be_right, other, made, "operands changed in place")
+        hold(outcomes.must_be_right, kept, first, "the result of an earlier call")
 
 
 @check(6, _modes)
@@ -62,10 +64,11 @@ def two_layers_may_be_in_flight(under_test: BackendUnderTest, case: Case) -> Non
     worlds = [case.but(turn=turn).make(under_test.device) for turn in (0, 1)]
     layers = [world.parallel(under_test) for world in worlds]
     sent = [outcomes.dispatched(world, ep) for world, ep in zip(worlds, layers, strict=True)]
-    for world, ep, (rows, scales, plan) in zip(worlds, layers, sent, strict=True):
-        result = ep.combine(world.computed(rows, plan))
-        made = outcomes.Exchanged(rows, scales, plan, result)
-        outcomes.must_be_right(world, made, "two layers at once")
+    with ranks.to_the_end() as hold:
+        for world, ep, (rows, scales, plan) in zip(worlds, layers, sent, strict=True):
+            result = ep.combine(world.computed(rows, plan))
+            made = outcomes.Exchanged(rows, scales, plan, result)
+            hold(outcomes.must_be_right, world, made, "two layers at once")
 
 
 @check(6, _modes)
@@ -73,6 +76,8 @@ def calls_follow_each_other_in_every_mode(under_test: BackendUnderTest, case: Ca
     """Calls with gradients, without them and in inference mode may follow each other."""
     world = case.make(under_test.device)
     ep = world.parallel(under_test)
-    for mode in (torch.enable_grad, torch.inference_mode, torch.no_grad, torch.enable_grad):
-        with mode():
-            outcomes.must_be_right(world, outcomes.exchanged(world, ep), mode.__name__)
+    with ranks.to_the_end() as hold:
+        for mode in (torch.enable_grad, torch.inference_mode, torch.no_grad, torch.enable_grad):
+            with mode():
+                made = outcomes.exchanged(world, ep)
+                hold(outcomes.must_be_right, world, made, mode.__name__)

@@ -1,0 +1,62 @@
+"""What each rank of ``test_exchange_kit.py`` tries: right transports, wrong ones, and changes.
+
+Rank 0 prints JSON: for each of them, what the checks said.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from mutants import registered
+from mutants._mutant import Mutant
+from mutants.exchange import CHANGES, MUTANTS, Transport
+from torch import distributed
+
+from moe_routing.conformance import drawn
+from moe_routing.conformance.contract import contract_of
+from moe_routing.conformance.exchange import ranks
+from moe_routing.conformance.runner import backend_under_test, evaluate
+
+
+def said(name, check, seed):
+    """Return whether the check's cases passed, and what those that failed said."""
+    under_test = backend_under_test(name, "cpu")
+    with drawn.seeded(seed):
+        items = [one for one in contract_of("exchange").items("smoke") if one.check.name == check]
+    found = [evaluate(item, under_test) for item in items]
+    return {
+        "passed": sum(one.status == "passed" for one in found),
+        "failed": [one.message for one in found if one.status == "failed"],
+    }
+
+
+def main(seed):
+    torch.set_num_threads(1)
+    ranks.initialise(torch.device("cpu"))
+    told = {"ranks": distributed.get_world_size(), "kits": {}, "mutants": {}, "changes": {}}
+    for name in ranks.transports():
+        report = ranks.run(ranks.Here(0, torch.device("cpu"), seed), name, "quick", None)
+        failed = [f"{one.id}: {one.message}" for one in report.failed]
+        told["kits"][name] = {"verdict": report.verdict, "failed": failed}
+    if distributed.get_world_size() == 2:
+        for mutant in MUTANTS:
+            if not mutant.only_on:
+                with registered(mutant) as name:
+                    told["mutants"][mutant.name] = said(name, mutant.caught_by, seed)
+        for change in CHANGES:
+            right = vars(change.home)[change.function]
+            setattr(change.home, change.function, change.made(right))
+            told["changes"][change.name] = said("all-to-all", change.caught_by, seed)
+            setattr(change.home, change.function, right)
+        with registered(Mutant(Transport, "", operation="exchange")) as name:
+            checks = {mutant.caught_by for mutant in MUTANTS if not mutant.only_on}
+            told["right"] = {check: said(name, check, seed) for check in sorted(checks)}
+    if distributed.get_rank() == 0:
+        sys.stdout.write(json.dumps(told))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
