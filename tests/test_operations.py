@@ -197,6 +197,7 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
         ("plan", "eager"),
         ("permute", "eager"),
         ("combine", "eager"),
+        ("exchange", "all-to-all"),
     ]
     assert copied == {
         "name": "scaled_copy",

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from moe_routing import _check
 from moe_routing.distributed.problem import REDUCE, ExchangeProblem
-from moe_routing.permutation import _check as permutation
+from moe_routing.permutation import checks as permutation
 from moe_routing.planning.problem import MAX_EXPERTS, MAX_TOPK
 from moe_routing_registry.text import refusal
 

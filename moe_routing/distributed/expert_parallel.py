@@ -15,7 +15,7 @@ from moe_routing._dispatch import chosen
 from moe_routing.distributed import _agreement, _check
 from moe_routing.distributed.collectives import alive
 from moe_routing.distributed.kernel import Tokens
-from moe_routing.permutation._check import check_rows_of_places
+from moe_routing.permutation.checks import check_rows_of_places
 from moe_routing.probing import probe
 from moe_routing_registry import Request
 from moe_routing_registry.text import refusal

@@ -15,7 +15,6 @@ from torch import distributed
 from torch.nn.functional import pad
 
 import moe_routing
-from moe_routing._dispatch import dtype_name
 from moe_routing.distributed.collectives import EVEN, Splits, alive, all_to_all
 from moe_routing.distributed.kernel import Received
 
@@ -151,7 +150,7 @@ def _form(tokens: Tokens) -> Form:
         topk=tokens.ids.shape[1],
         scales=0 if scales is None else scales.shape[1],
         dtypes=" ".join(
-            dtype_name(part.dtype)
+            str(part.dtype).removeprefix("torch.")
             for part in (tokens.hidden, tokens.weights, scales)
             if part is not None
         ),

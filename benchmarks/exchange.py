@@ -1,0 +1,194 @@
+"""Time what brings tokens to the ranks of their experts and back, beside transformers.
+
+    torchrun --nproc-per-node 2 benchmarks/exchange.py OUT.json [TOKENS ...]
+
+Microseconds of ``ExpertParallel.dispatch_rows`` and ``combine_rows``, with experts that change
+nothing between them, on one machine; the slowest rank's median. ``eager`` is a call with the host's
+part, one after the other; ``graph`` the replay of a CUDA graph of several. Beside them
+transformers' ``AllToAllEP``, where it is installed (5.23 on), on the same ranks and tokens.
+Everything is compared with the sum on one rank first.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import launches
+import torch
+from torch import distributed
+
+from moe_routing.distributed import ExpertParallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+K = 8
+MODELS = ((2816, 128), (7168, 256))
+"""Columns and experts: Gemma4's and DeepSeek-V3's."""
+TOKENS = (1, 16, 64, 512, 4096)
+"""Of each rank."""
+RUNS, CALLS = 30, 8
+"""Medians are of so many runs, each of so many calls."""
+
+
+class Case(NamedTuple):
+    """What a rank dispatches, and what comes back where experts change nothing."""
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+    right: Tensor
+
+
+def drawn(tokens: int, columns: int, experts: int) -> Case:
+    """Draw tokens of this rank."""
+    hidden = torch.randn(tokens, columns, device="cuda").bfloat16()
+    ids = torch.rand(tokens, experts, device="cuda").topk(K).indices.int()
+    weights = torch.rand(tokens, K, device="cuda")
+    return Case(hidden, ids, weights, hidden.float() * weights.sum(1, keepdim=True))
+
+
+def ours(ep: ExpertParallel, case: Case) -> Tensor:
+    """Exchange there and back; where sums are made on each rank, that sum is made too."""
+    received = ep.dispatch_rows(*case[:3])
+    rows = received.rows
+    if received.weights is not None:
+        here = torch.where(received.ids >= 0, received.weights, 0.0).sum(1, keepdim=True)
+        rows = (rows.float() * here).to(rows.dtype)
+    return ep.combine_rows(rows, received)
+
+
+class OneMesh(NamedTuple):
+    """What ``AllToAllEP`` asks of the meshes: here that of the experts, or of this rank alone."""
+
+    group: Any
+    ranks: int
+
+    def get_group(self) -> Any:  # noqa: ANN401 -- a process group
+        """Return the group."""
+        return self.group
+
+    def size(self) -> int:
+        """Return the number of its ranks."""
+        return self.ranks
+
+
+def theirs(experts: int) -> Callable[[Case], Tensor] | None:
+    """Return transformers' exchange, if it is installed."""
+    try:
+        from transformers.distributed.expert_parallel import AllToAllEP
+    except ImportError:
+        return None
+    made = AllToAllEP.__new__(AllToAllEP)
+    ranks = distributed.get_world_size()
+    made.ep_mesh, made.tp_mesh = OneMesh(distributed.group.WORLD, ranks), OneMesh(None, 1)
+    made.num_local_experts = experts // ranks
+    made.experts_forward = lambda rows, _ids, _weights: rows
+
+    def call(case: Case) -> Tensor:
+        out: Tensor = made(case.hidden, case.ids.long(), case.weights)
+        return out
+
+    return call
+
+
+def must_be_right(name: str, made: Tensor, case: Case) -> None:
+    """Require the weighted sums, within a few roundings of bfloat16."""
+    off = (made.float() - case.right).abs().max() / case.right.abs().max()
+    if not off < 0.02:  # noqa: PLR2004 -- 2**-8, a few times
+        msg = f"{name}: off by {float(off)}"
+        raise SystemExit(msg)
+
+
+def eager(call: Callable[[], object]) -> list[float]:
+    """Return microseconds a call, the host's part among them."""
+    times = []
+    for _ in range(RUNS):
+        distributed.barrier()
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun) / CALLS * 1e6)
+    return times
+
+
+def graph(call: Callable[[], object]) -> list[float]:
+    """Return microseconds a call in the replays of a graph."""
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for _ in range(CALLS):
+            call()
+    for _ in range(3):
+        captured.replay()
+    times = []
+    for _ in range(RUNS):
+        distributed.barrier()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        captured.replay()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) / CALLS * 1e3)
+    return times
+
+
+def slowest(times: list[float]) -> dict[str, float]:
+    """Return the median and spread of the slowest rank."""
+    quartiles = statistics.quantiles(times, n=4)
+    heard = [(0.0, 0.0, 0.0)] * distributed.get_world_size()
+    distributed.all_gather_object(heard, (quartiles[1], quartiles[0], quartiles[2]))
+    median, low, high = max(heard)
+    return {"microseconds": round(median, 2), "low": round(low, 2), "high": round(high, 2)}
+
+
+def rows_of(tokens: int, columns: int, experts: int) -> list[dict[str, Any]]:
+    """Time every way to exchange, of one size."""
+    case = drawn(tokens, columns, experts)
+    found = []
+    modes = [(reduce, most) for reduce in ("none", "rank") for most in (None, tokens)]
+    calls: list[tuple[str, Callable[[], Tensor], bool]] = []
+    for reduce, most in modes:
+        ep = ExpertParallel(None, experts, reduce=reduce, max_tokens=most)  # type: ignore[arg-type] # one of two
+        name = f"moe_routing reduce={reduce}" + (" padded" if most else "")
+        calls.append((name, lambda ep=ep: ours(ep, case), bool(most)))  # type: ignore[misc] # bound now
+    other = theirs(experts)
+    if other is not None:
+        calls.append(("transformers all_to_all", lambda: other(case), False))
+    with torch.no_grad():
+        for name, call, capturable in calls:
+            must_be_right(name, call(), case)
+            for how, timed in (("eager", eager), *([("graph", graph)] if capturable else [])):
+                row = {"name": name, "how": how, "tokens": tokens, "hidden_size": columns}
+                found.append(row | slowest(timed(call)))
+                if distributed.get_rank() == 0:
+                    print(*found[-1].values(), flush=True)
+    return found
+
+
+def main(out: Path, tokens: list[int]) -> None:
+    """Time all sizes, and write them down."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl")
+    torch.manual_seed(distributed.get_rank())
+    found = []
+    for columns, experts in MODELS:
+        for number in tokens:
+            found += rows_of(number, columns, experts)
+    if distributed.get_rank() == 0:
+        what = "microseconds there and back of the slowest rank: its median and quartiles"
+        launches.write(out, what, ranks=distributed.get_world_size(), K=K, results=found)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [int(text) for text in sys.argv[2:]] or list(TOKENS))
