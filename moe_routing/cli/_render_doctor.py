@@ -98,7 +98,11 @@ def _backends(report: dict[str, Any], console: Console) -> None:
             if problem
             else ""
         )
-        states = [(backend["name"], backend["devices"][place]) for backend in report["backends"]]
+        states = [
+            (backend["name"], backend["devices"][place])
+            for backend in report["backends"]
+            if "route" in backend["operations"]  # who computes the others, the next table says
+        ]
         rows = [
             (
                 name,
