@@ -11,7 +11,7 @@ from moe_routing.doctor._environment import HIDING
 from moe_routing_registry.request import BACKEND_VARIABLE, BLOCK_VARIABLE, STRICT_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from moe_routing.doctor._check import Status
 
@@ -69,7 +69,7 @@ def _counted(number: int, word: str) -> str:
 def _versions(found: Sequence[Finding]) -> Iterable[Check]:
     """Compare versions; those of torch and Triton may differ, but then results may too."""
     for name in ("moe-routing", "torch", "triton"):
-        said = _by_value(found, lambda one, name=name: one["versions"][name])  # type: ignore[misc]
+        said = _by_value(found, [one["versions"].get(name) for one in found])
         if len(said) > 1:
             version = next(iter(said))
             fix = f"pip install {name}=={version}" if version and name == "moe-routing" else ""
@@ -79,14 +79,14 @@ def _versions(found: Sequence[Finding]) -> Iterable[Check]:
 
 def _plugins(found: Sequence[Finding]) -> Iterable[Check]:
     """Compare the backends of plug-ins and who brought them, those that differ alike in a line."""
-    alike: dict[tuple[object, ...], list[str]] = {}
+    alike: dict[tuple[str | None, ...], list[str]] = {}
     for name in sorted({name for one in found for name in one["plugins"]}):
         alike.setdefault(tuple(one["plugins"].get(name) for one in found), []).append(name)
     for brought, names in alike.items():
-        said = _by_value(found, lambda one, name=names[0]: one["plugins"].get(name))  # type: ignore[misc]
-        if len(said) < 2:  # noqa: PLR2004 -- all say the same
+        said = _by_value(found, brought)
+        if len(said) <= 1:
             continue
-        distribution, _, version = next(str(one) for one in brought if one).partition(" ")
+        distribution, _, version = next(filter(None, brought)).partition(" ")
         known = version and not distribution.startswith("(")
         fix = f"pip install {shlex.quote(f'{distribution}=={version}')}" if known else ""
         words = f"{'backend' if len(names) == 1 else 'backends'} {', '.join(names)}"
@@ -94,7 +94,9 @@ def _plugins(found: Sequence[Finding]) -> Iterable[Check]:
 
 
 def _devices(found: Sequence[Finding]) -> Iterable[Check]:
-    said = _by_value(found, lambda one: " ".join(filter(None, (one["platform"], one["arch"]))))
+    said = _by_value(
+        found, [" ".join(filter(None, (one["platform"], one["arch"]))) for one in found]
+    )
     if len(said) > 1:
         yield _check("problem", f"the kind of device differs: {_told(said, 'none')}")
 
@@ -103,11 +105,11 @@ def _choices(found: Sequence[Finding]) -> Iterable[Check]:
     """Compare what was chosen, and name the variables by which it was, those that differ once."""
     told: set[str] = set()
     for key, (what, variables) in _CHOICES.items():
-        said = _by_value(found, lambda one, key=key: one[key])  # type: ignore[misc]
-        if len(said) < 2:  # noqa: PLR2004 -- all say the same
+        said = _by_value(found, [one[key] for one in found])
+        if len(said) <= 1:
             continue
         values = {
-            name: _by_value(found, lambda one, name=name: one["environment"].get(name))  # type: ignore[misc]
+            name: _by_value(found, [one["environment"].get(name) for one in found])
             for name in variables
             if name not in told
         }
@@ -156,12 +158,12 @@ def _elsewhere(found: Sequence[Finding]) -> Iterable[Check]:
 
 
 def _by_value(
-    found: Sequence[Finding], value: Callable[[Finding], str | None]
+    found: Sequence[Finding], values: Sequence[str | None]
 ) -> dict[str | None, list[int]]:
-    """Group ranks by what they say, rank 0's first."""
+    """Group ranks by what each of them says, rank 0's first."""
     said: dict[str | None, list[int]] = {}
-    for one in found:
-        said.setdefault(value(one), []).append(one["rank"])
+    for one, value in zip(found, values, strict=True):
+        said.setdefault(value, []).append(one["rank"])
     return said
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,13 @@ SECONDS = 180
 """How long ranks wait for each other after their examinations."""
 SECONDS_VERIFYING = 900
 """The same where they compare backends with the oracle, which may take minutes."""
-_QUIET = 5
+_QUIET = 10
 """Seconds after which rank 0 says that it waits."""
+_HEAD_START = 0.5
+"""Seconds that rank 0 has to say what its examination raised.
+
+It says so after the others were told, and torchrun ends every rank when the first one fails.
+"""
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun, or who does its work, sets for each process."""
 
@@ -111,6 +117,8 @@ def examined_by_ranks(
             ok = ok and report["ok"]
             report |= {"ok": ok, "ranks": found, "checks": kept}
         yield Examined(rank=rank, report=report, ok=ok, unmet=unmet)
+    if rank and found and found[0]["error"]:
+        time.sleep(_HEAD_START)
 
 
 def _number(variable: str) -> int:
