@@ -184,6 +184,47 @@ def test_an_examination_that_raises_is_a_finding_of_the_others(tmp_path):
     assert "not examined" in out
 
 
+SLOW_TO_SHOW = """
+import os, sys, time
+from pathlib import Path
+import moe_routing.cli._doctor
+from moe_routing.cli import main
+
+shown, render = Path(__file__).with_name("shown"), moe_routing.cli._doctor.render
+
+def slow(*arguments, **options):
+    time.sleep(1)
+    render(*arguments, **options)
+    shown.touch()
+
+moe_routing.cli._doctor.render = slow
+try:
+    main()
+finally:
+    print("moe-routing: after it was shown:", shown.exists(), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_no_rank_ends_before_rank_0_has_shown_what_was_found(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_TO_SHOW)
+    for _, _, err in two("--check", "python", module="slow", path=[tmp_path]):
+        assert without_torchs_own(err)[-1] == "moe-routing: after it was shown: True"
+
+
+@pytest.mark.slow
+def test_a_problem_of_every_rank_is_said_once_and_every_rank_fails():
+    (code, out, _), (other_code, other_out, other_err) = two("--device", "cuda:77", "--json")
+    assert (code, other_code) == (1, 1)
+    assert (other_out, without_torchs_own(other_err)) == ("", [])
+    report = json.loads(out)
+    assert [check["name"] for check in report["checks"] if check["status"] == "problem"] == [
+        "devices"
+    ]
+    (check,) = of_ranks(report)
+    assert check["summary"] == ("2 ranks on 1 host agree: no backend routes, none moves tokens")
+
+
 @pytest.mark.slow
 def test_wrong_usage_is_said_once():
     (code, out, err), (other_code, other_out, other_err) = two("--check", "trition")

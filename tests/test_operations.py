@@ -251,6 +251,18 @@ def test_what_was_named_is_told_whatever_it_computes(capsys):
     assert "all-" not in capsys.readouterr().out
 
 
+def test_what_names_a_backend_that_computes_names_no_transport(monkeypatch):
+    """As ``ExpertParallel`` chooses; its argument is asked, and so is what is blocked."""
+    problem = registry().example("exchange")
+    monkeypatch.setenv("MOE_ROUTING_BACKEND", "eager")
+    assert moe_routing.explain(problem).winner == "all-to-all"
+    with moe_routing.prefer("eager"):
+        assert moe_routing.explain(problem).asked_by == "probe"
+    assert moe_routing.explain(problem, backend="all-reduce").requested == "all-reduce"
+    monkeypatch.setenv("MOE_ROUTING_BLOCK", "all-to-all")
+    assert moe_routing.explain(problem).winner is None
+
+
 def test_doctors_table_for_a_router_has_only_backends_that_route(capsys):
     assert command(["doctor", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out

@@ -57,7 +57,7 @@ def _agreement(found: Sequence[Finding]) -> Check:
     one, hosts = found[0], len({other["host"] for other in found})
     summary = (
         f"{_counted(len(found), 'rank')} on {_counted(hosts, 'host')} agree: "
-        f"{one['backend']} routes, {one['transport']} moves tokens"
+        f"{one['backend'] or 'no backend'} routes, {one['transport'] or 'none'} moves tokens"
     )
     return _check("ok", summary)
 
