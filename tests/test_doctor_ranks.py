@@ -226,6 +226,21 @@ def test_a_problem_of_every_rank_is_said_once_and_every_rank_fails():
 
 
 @pytest.mark.slow
+def test_a_torch_that_kills_who_imports_it_leaves_each_rank_by_itself(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
+    )
+    (code, out, _), (other_code, other_out, other_err) = two("--json", path=[tmp_path])
+    assert (code, other_code, other_out) == (1, 1, "")
+    said = "torch cannot be used: importing it kills the process with SIGILL"
+    assert without_torchs_own(other_err) == [f"moe-routing: rank 1: {said}"]
+    (check,) = of_ranks(json.loads(out))
+    assert check["summary"].endswith(f"so this is of rank 0 only: {said}")
+    assert check["fix"] == ""
+
+
+@pytest.mark.slow
 def test_wrong_usage_is_said_once():
     (code, out, err), (other_code, other_out, other_err) = two("--check", "trition")
     assert (code, out) == (2, "")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._differences import judged
+from moe_routing.doctor._machine import look, quietly
 from moe_routing_registry.containment import PluginFailure, contained
 
 if TYPE_CHECKING:
@@ -96,13 +97,15 @@ def examined_by_ranks(
     except PluginFailure as raised:
         failure = raised
         finding |= {"error": raised.sentence, "traceback": raised.trace}
+    found = list[dict[str, Any]]()
     with contextlib.ExitStack() as stack:
-        found, unmet = list[dict[str, Any]](), ""
+        unmet = _without_torch()
         try:
             with contained("meeting the others"), _waiting(seconds, rank, say):
-                stack.enter_context(_group(seconds))
-                found = _told_to_all(finding)
-                stack.callback(_wait_for_all)
+                if not unmet:
+                    stack.enter_context(_group(seconds))
+                    found = _told_to_all(finding)
+                    stack.callback(_wait_for_all)
         except PluginFailure as raised:
             unmet = raised.sentence
         if failure is not None and rank == 0:
@@ -127,12 +130,20 @@ def _number(variable: str) -> int:
     return int(value) if value.isdecimal() else 0
 
 
+def _without_torch() -> str:
+    """Say why torch, by which ranks meet, cannot be used; ``""`` where it can.
+
+    To import it here without a look may kill the process.
+    """
+    failure = look("cpu").torch_failure
+    return "" if failure is None else f"torch cannot be used: {failure.sentence}"
+
+
 def _own_device() -> str | None:
     """Name the device that this rank would use; ``None`` where torch cannot tell."""
-    from moe_routing.doctor._machine import look, quietly
     from moe_routing.probing import device_names
 
-    if look("cpu").build is None:
+    if _without_torch():
         return None
     with quietly():
         return _own_of(device_names())
@@ -222,7 +233,7 @@ def _by_itself() -> str:
 
 def _alone(seconds: float, unmet: str) -> Check:
     summary = f"ranks did not meet (they wait {seconds:g} s), so this is of rank 0 only: {unmet}"
-    fix = "unset RANK" if _by_itself() else ""
+    fix = "unset RANK" if _by_itself() and not unmet.startswith("torch") else ""
     return Check(name="ranks", status="problem", summary=summary, fix=fix)
 
 
