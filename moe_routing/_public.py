@@ -222,7 +222,7 @@ def explain(  # noqa: PLR0913 -- the fields of a RoutingProblem
 
 def _explain(problem: Problem, device: torch.device | str, backend: str | None) -> ResolutionReport:
     try:
-        request = Request.gather(backend)
+        request = _request_for(problem, backend)
     except Exception as error:  # noqa: BLE001 -- likewise
         return ResolutionReport(requested=backend, error=f"{type(error).__name__}: {error}")
     try:
@@ -241,6 +241,14 @@ def _explain(problem: Problem, device: torch.device | str, backend: str | None) 
             requested=backend,
             error=f"{type(error).__name__}: {error}",
         )
+
+
+def _request_for(problem: Problem, backend: str | None) -> Request:
+    if problem.operation != "exchange":
+        return Request.gather(backend)
+    from moe_routing.distributed.request import transport_request  # which few processes need
+
+    return transport_request(backend)
 
 
 def _how_it_plans(problem: RoutingProblem, info: DeviceInfo, request: Request) -> str:

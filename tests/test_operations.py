@@ -228,6 +228,56 @@ def test_the_report_says_how_to_check_it():
     assert command in line
 
 
+def test_what_is_for_another_operation_is_kept_and_not_told():
+    report = moe_routing.explain("gemma4")
+    assert report.rejection("all-to-all").verdict.code is RejectCode.OPERATION
+    assert "all-to-all" in {rejected["name"] for rejected in report.to_dict()["rejected"]}
+    assert {rejected.name for rejected in report.considered} >= {"triton", "torch-compile"}
+    assert "has no factory" not in str(report)
+    assert "not triton: is for cuda and rocm, the device is cpu [platform]" in str(report)
+
+
+def test_what_was_named_is_told_whatever_it_computes(capsys):
+    said = "has no factory for the operation 'route'; it computes exchange"
+    report = moe_routing.explain("gemma4", backend="all-to-all")
+    assert [line for line in str(report).splitlines() if "has no factory" in line] == [
+        f"  not all-to-all: {said} [operation]"
+    ]
+    assert command(["explain", "gemma4", "--backend", "all-to-all"]) == 1
+    shown = capsys.readouterr().out
+    assert said in shown
+    assert "all-reduce" not in shown
+    assert command(["explain", "gemma4"]) == 0
+    assert "all-" not in capsys.readouterr().out
+
+
+def test_what_names_a_backend_that_computes_names_no_transport(monkeypatch):
+    """As ``ExpertParallel`` chooses; its argument is asked, and so is what is blocked."""
+    problem = registry().example("exchange")
+    monkeypatch.setenv("MOE_ROUTING_BACKEND", "eager")
+    assert moe_routing.explain(problem).winner == "all-to-all"
+    with moe_routing.prefer("eager"):
+        assert moe_routing.explain(problem).asked_by == "probe"
+    assert moe_routing.explain(problem, backend="all-reduce").requested == "all-reduce"
+    monkeypatch.setenv("MOE_ROUTING_BLOCK", "all-to-all")
+    assert moe_routing.explain(problem).winner is None
+
+
+def test_doctors_table_for_a_router_has_only_backends_that_route(capsys):
+    assert command(["doctor", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    routing = shown.partition("Backends for gemma4")[2].partition("Operations")[0]
+    assert "torch-compile" in routing
+    assert "all-" not in routing
+    assert "all-to-all" in shown.partition("Operations")[2]
+    assert {"all-to-all", "all-reduce"} <= {b["name"] for b in examine(device="cpu")["backends"]}
+
+
+def test_list_names_the_backends_of_each_operation_best_first(capsys):
+    assert command(["list", "exchange"]) == 0
+    assert "backends: all-reduce, all-to-all" in capsys.readouterr().out
+
+
 def test_an_unknown_operation_is_an_error_and_near_names_are_named(copying):
     problem = type("Problem", (copying.CopyProblem,), {"operation": "scale_copy"})(3)
     with pytest.raises(

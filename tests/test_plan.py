@@ -232,7 +232,11 @@ def test_doctor_says_who_plans():
 def test_the_command_line_lists_and_explains_plan(capsys):
     assert command(["list", "plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["operations"] == [
-        {"name": "plan", "summary": "ids to the places of tokens grouped by expert"}
+        {
+            "name": "plan",
+            "summary": "ids to the places of tokens grouped by expert",
+            "backends": ["triton", "triton-xpu", "torch-compile", "eager"],
+        }
     ]
     assert command(["explain", "plan", "-e", "64", "-k", "6"]) == 0
     out = capsys.readouterr().out

@@ -175,7 +175,12 @@ CHANGES = {
     ),
     "nothing, but it imports the compiler": (
         "import torch._dynamo",
-        ["every plug-in loaded; backends: triton, triton-xpu, torch-compile, eager, odd-backend"],
+        [
+            (
+                "every plug-in loaded; backends: triton, triton-xpu, all-reduce, all-to-all, "
+                "torch-compile, eager, odd-backend"
+            )
+        ],
     ),
 }
 

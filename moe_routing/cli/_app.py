@@ -75,6 +75,10 @@ app.command(
         ("moe-routing doctor --router deepseek_v3", "judge the backends by that model's routing"),
         ("moe-routing doctor --check torch --check triton", "only these checks"),
         (
+            "torchrun --nproc-per-node 2 -m moe_routing doctor",
+            "what each rank has, and whether ranks differ",
+        ),
+        (
             "moe-routing doctor --json | jq .checks",
             "for programs; exit code 0 fine, 1 unusable, 2 wrong usage",
         ),

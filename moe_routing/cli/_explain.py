@@ -170,7 +170,7 @@ def _show(screen: Console, name: str, does: str, device: str, report: Resolution
                     r.verdict.code.value if r.verdict.code else "",
                     r.verdict.reason,
                 )
-                for r in report.rejected
+                for r in report.considered
             ),
         )
     ]
@@ -178,7 +178,7 @@ def _show(screen: Console, name: str, does: str, device: str, report: Resolution
         screen.print(
             table(None, "Name", "State", "Code", "Why", rows=rows, whole=("Name", "State", "Code"))
         )
-    for rejection in report.rejected:
+    for rejection in report.considered:
         if rejection.verdict.fix:
             screen.print(Text(f"to use {rejection.name}:"))
             command(screen, rejection.verdict.fix)

@@ -30,13 +30,17 @@ def list_routers(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """List families and model names with their formula and source, and the operations."""
+    """List families and models with formula and source, and operations with their backends."""
     from moe_routing._registry import registry
 
     found = [entry for entry in catalogue().values() if containing.lower() in entry.name]
     operations = [
         spec for name, spec in registry().operations.items() if containing.lower() in name
     ]
+    best_first = sorted(registry().backends.values(), key=lambda b: (-b.priority, b.name))
+    backends = {
+        spec.name: [b.name for b in best_first if spec.name in b.factories] for spec in operations
+    }
     if not found and not operations:
         msg = (
             f"no family, model or operation has {containing!r} in its name; "
@@ -48,7 +52,10 @@ def list_routers(
             {
                 "schema_version": SCHEMA_VERSION,
                 "routers": [entry.to_dict() for entry in found],
-                "operations": [{"name": spec.name, "summary": spec.summary} for spec in operations],
+                "operations": [
+                    {"name": spec.name, "summary": spec.summary, "backends": backends[spec.name]}
+                    for spec in operations
+                ],
             }
         )
         return
@@ -66,7 +73,8 @@ def list_routers(
     if operations:
         screen.print(Text("Operations, which backends compute", style="bold underline"))
         for spec in operations:
-            _block(screen, spec.name, spec.summary)
+            computed_by = ", ".join(backends[spec.name]) or "none"
+            _block(screen, spec.name, spec.summary, f"backends: {computed_by}")
     screen.print(
         "In formulas: l logits, b selection bias, E experts, K top-k, w weights, "
         "ids the experts chosen."

@@ -36,6 +36,8 @@ def render(
         _backends(report, console)
         _operations(report, console)
         _environment(report, console)
+    _ranks(report, console)
+    if tables:
         console.print()
     _checks(report, console, verbose=verbose)
 
@@ -98,7 +100,11 @@ def _backends(report: dict[str, Any], console: Console) -> None:
             if problem
             else ""
         )
-        states = [(backend["name"], backend["devices"][place]) for backend in report["backends"]]
+        states = [
+            (backend["name"], backend["devices"][place])
+            for backend in report["backends"]
+            if "route" in backend["operations"]  # who computes the others, the next table says
+        ]
         rows = [
             (
                 name,
@@ -139,6 +145,44 @@ def _environment(report: dict[str, Any], console: Console) -> None:
         console.print(
             table("Environment variables", "Name", "Value", "Meaning", rows=rows, whole=("Name",))
         )
+
+
+def _ranks(report: dict[str, Any], console: Console) -> None:
+    """Show each rank that torchrun started."""
+    rows = [
+        (
+            str(one["rank"]),
+            one["host"],
+            _device(one),
+            one["backend"] or "none",
+            one["transport"] or "none",
+            one["shared_batch_transport"] or "none",
+            one["versions"].get("moe-routing") or "unknown",
+            one["versions"].get("torch") or "no",
+            one["versions"].get("triton") or "no",
+            _problems(one),
+        )
+        for one in report["ranks"]
+    ]
+    if rows:
+        columns = (
+            *("Rank", "Host", "Device", "Backend", "Transport", "Shared batch"),
+            *("moe-routing", "torch", "Triton", "Problems"),
+        )
+        console.print(table("Ranks", *columns, rows=rows, whole=(columns[0], *columns[3:6])))
+
+
+def _device(one: dict[str, Any]) -> str:
+    known = ", ".join(filter(None, (one["name"], one["arch"])))
+    return f"{one['device'] or 'unknown'} ({known})" if known else one["device"] or "unknown"
+
+
+def _problems(one: dict[str, Any]) -> Text:
+    """Name the checks that found one; what they say is below."""
+    found = [check["name"] for check in one["findings"] if check["status"] == "problem"]
+    if one["error"]:
+        return Text("not examined", style="red")
+    return Text(", ".join(dict.fromkeys(found)), style="red") if found else Text("none")
 
 
 def _checks(report: dict[str, Any], console: Console, *, verbose: bool) -> None:

@@ -15,9 +15,9 @@ from moe_routing._dispatch import chosen
 from moe_routing.distributed import _agreement, _check
 from moe_routing.distributed.collectives import alive
 from moe_routing.distributed.kernel import Tokens
+from moe_routing.distributed.request import transport_request
 from moe_routing.permutation.checks import check_rows_of_places
 from moe_routing.probing import probe
-from moe_routing_registry import Request
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
@@ -176,17 +176,8 @@ class ExpertParallel:
     def _chosen(
         self, transport: str | None
     ) -> tuple[tuple[ExchangeKernel, ResolutionReport], dict[str, object]]:
-        """Choose on this rank, by the argument and the probe; the other ranks must find the same.
-
-        What names a backend that computes, in a context or the environment, names no transport.
-        """
-        gathered = Request.gather()
-        request = Request(
-            transport,
-            "probe" if transport is None else "argument",
-            gathered.blocked,
-            gathered.strict,
-        )
+        """Choose on this rank; the other ranks must find the same."""
+        request = transport_request(transport)
         kernel, report = chosen(self.problem, probe(self.device), request)
         return (kernel, report), {"transport": report.winner}
 

@@ -6,5 +6,16 @@ Works where torch is missing or broken.
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._examine import CHECKS, SCHEMA_VERSION, examine
 from moe_routing.doctor._machine import Failure
+from moe_routing.doctor._ranks import SECONDS, SECONDS_VERIFYING, examined_by_ranks, launched
 
-__all__ = ["CHECKS", "SCHEMA_VERSION", "Check", "Failure", "examine"]
+__all__ = [
+    "CHECKS",
+    "SCHEMA_VERSION",
+    "SECONDS",
+    "SECONDS_VERIFYING",
+    "Check",
+    "Failure",
+    "examine",
+    "examined_by_ranks",
+    "launched",
+]

@@ -9,6 +9,7 @@ from moe_routing.doctor import _checks
 from moe_routing.doctor._case import take
 from moe_routing.doctor._check import Check
 from moe_routing.doctor._environment import variables
+from moe_routing.doctor._ranks import ranks
 from moe_routing.doctor._vllm import vllm
 from moe_routing_registry.containment import PluginFailure, contained
 
@@ -39,6 +40,7 @@ CHECKS: dict[str, Callable[[Case], list[Check]]] = {
         _checks.backend,
         vllm,
         _checks.verify,
+        ranks,
     )
 }
 """Every check by name, in the order in which they are shown."""
@@ -60,7 +62,8 @@ def examine(
     :param checks: names of the checks to run; all of them where ``None``.
     :returns: plain JSON values: ``schema_version``, ``ok`` (no check found a problem),
         ``versions``, ``router``, ``devices``, ``toolchains``, ``backends``, ``operations``,
-        ``plugin_failures``, ``environment``, ``reports``, ``checks``.
+        ``plugin_failures``, ``environment``, ``reports``, ``ranks`` (none; who examines
+        several adds them), ``checks``.
 
     :raises UnknownDeviceError: ``device`` is nothing that torch knows; a ``ValueError``.
 
@@ -89,6 +92,7 @@ def examine(
         "plugin_failures": [failure.to_dict() for failure in case.failures],
         "environment": [variable._asdict() for variable in variables(known)],
         "reports": {name: _plain(report.to_dict()) for name, report in case.reports.items()},
+        "ranks": [],
         "checks": [check.to_dict() for check in found],
     }
 

@@ -93,7 +93,11 @@ def _machine(doctor: dict[str, Any]) -> Iterator[str]:
 
 def _backends(doctor: dict[str, Any]) -> Iterator[str]:
     for place in doctor["reports"]:
-        states = [(backend["name"], backend["devices"][place]) for backend in doctor["backends"]]
+        states = [
+            (backend["name"], backend["devices"][place])
+            for backend in doctor["backends"]
+            if "route" in backend["operations"]  # who computes the others, the next table says
+        ]
         rows = [
             (name, " ".join(filter(None, (state["state"], state["code"]))), state["reason"])
             for name, state in states

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_routing_registry.text import printable
+from moe_routing_registry.verdict import RejectCode
 
 if TYPE_CHECKING:
     from moe_routing_registry.device import DeviceInfo
@@ -124,6 +125,18 @@ class ResolutionReport:
         """Return what was said against the backend of that name, or ``None``."""
         return next((r for r in self.rejected if r.name == name), None)
 
+    @property
+    def considered(self) -> tuple[Rejection, ...]:
+        """The rejected that a reader wants to know of: without those for other operations.
+
+        The backend that was asked for by name is among them, whatever it computes.
+        """
+        return tuple(
+            r
+            for r in self.rejected
+            if r.verdict.code is not RejectCode.OPERATION or r.name == self.requested
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
@@ -144,7 +157,7 @@ class ResolutionReport:
         }
 
     def __str__(self) -> str:
-        """Tell the whole story, a line each, without what would steer a terminal."""
+        """Tell who was considered, a line each, without what would steer a terminal."""
         lines = [f"{self.winner or 'no backend'}: {self.why}"]
         if self.problem is not None:
             lines.append(f"  for {self.problem} on {self.device}")
@@ -154,7 +167,7 @@ class ResolutionReport:
             for c in self.eligible
             if c.name != self.winner
         ]
-        for r in self.rejected:
+        for r in self.considered:
             code = r.verdict.code.value if r.verdict.code else "?"
             lines.append(
                 f"  not {r.name}: {r.verdict.reason} [{code}]"
