@@ -57,7 +57,7 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor, rows: int, group: ProcessGroup) -> Tensor:  # noqa: ANN401 -- likewise
         ctx.group = group
         n = _of_each(rows, group)
-        # As many rows from each rank: their sizes need not be told, and only the last ones are void.
+        # As many rows from each rank: nobody need be told how many, and what is void comes last.
         sent = part.new_empty((n, *part.shape[1:]))
         sent[: len(part)] = part
         out = part.new_empty((n * distributed.get_world_size(group), *part.shape[1:]))

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from moe_routing.distributed import Received
 
+_OWN_ROWS = ("eager", "grouped_mm", NAME)
+"""Experts implementations that read no row without an expert. ``batched_mm`` multiplies all."""
 TIMEOUT = 7200.0
 """Seconds that ranks wait for each other when a model is loaded, as transformers has them wait."""
 _EXCHANGES: MutableMapping[DeviceMesh, dict[tuple[int, bool], ExpertParallel]] = (
@@ -42,13 +44,13 @@ what is left of a model that was deleted would be found on those that have not c
 """
 
 
-class MoeRoutingEP(EPImplementation):  # type: ignore[misc] # transformers' types are not read
+class MoeRoutingEP(EPImplementation):
     """How one layer's experts get their tokens. transformers makes it when it loads a model.
 
-    Where the ranks of the expert group hold the same batch and no gradients flow, each computes its
-    own experts for all tokens and the results are added: no token moves, no size is read on the
-    host. Otherwise each rank of a tensor parallel group takes its slice of their batch, sends the
-    tokens to their experts, and shares the results with the others.
+    Where the ranks of the expert group hold the same batch and no gradient flows to it, each
+    computes its own experts for all tokens and the results are added: no token moves, no size is
+    read on the host. Otherwise each rank of a tensor parallel group takes its slice of their batch,
+    sends the tokens to their experts, and shares the results with the others.
 
     It keeps nothing between calls, so a call may be repeated for activation checkpointing, and the
     layers of a model with as many experts use the same exchange.
@@ -64,9 +66,7 @@ class MoeRoutingEP(EPImplementation):  # type: ignore[misc] # transformers' type
             _exchange(ep_mesh, num_experts, shared_batch=True) if self.shares_batch else None
         )
 
-    def __call__(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the experts' weighted sums ``[T, H]`` for the tokens of this rank's batch."""
         tokens = (hidden_states, top_k_index, top_k_weights)
         if self._in_place is not None and not _requires_grad(*tokens):
@@ -91,6 +91,9 @@ class MoeRoutingEP(EPImplementation):  # type: ignore[misc] # transformers' type
         if not len(rows):
             return self._connected(torch.empty_like(rows), received)
         elsewhere = ids < 0
+        if torch.is_grad_enabled() and self._implementation not in _OWN_ROWS:
+            # A row without an expert may hold NaN, which makes NaN of the 0 of its gradient.
+            rows = rows.masked_fill(elsewhere.all(dim=1, keepdim=True), 0.0)
         # transformers' experts know the number of experts as the id of none, with the weight 0.
         ids = torch.where(elsewhere, self.num_local_experts, ids).long()
         if weights is None:
@@ -100,6 +103,11 @@ class MoeRoutingEP(EPImplementation):  # type: ignore[misc] # transformers' type
         out: Tensor = self.experts_forward(rows, ids, weights)
         # `eager` adds to zeros, which depend on nothing where no row has an expert.
         return out if out.requires_grad else self._connected(out, received)
+
+    @property
+    def _implementation(self) -> str | None:
+        config = getattr(self._experts, "config", None)
+        return getattr(config, "_experts_implementation", None)
 
     def _connected(self, out: Tensor, received: Received) -> Tensor:
         """Return the result as one of all that a result depends on."""
