@@ -35,7 +35,7 @@ _OWN_ROWS = ("eager", "grouped_mm", NAME)
 TIMEOUT = 7200.0
 """Seconds that ranks wait for each other when a model is loaded, as transformers has them wait."""
 _EXCHANGES: MutableMapping[DeviceMesh, dict[tuple[int, bool], ExpertParallel]] = (
-    WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+    WeakIdKeyDictionary()
 )
 """What the layers of a model share, by the mesh object that transformers passes to all of them.
 
@@ -44,7 +44,7 @@ what is left of a model that was deleted would be found on those that have not c
 """
 
 
-class MoeRoutingEP(EPImplementation):
+class MoeRoutingEP(EPImplementation):  # type: ignore[misc] # transformers' types are not read
     """How one layer's experts get their tokens. transformers makes it when it loads a model.
 
     Where the ranks of the expert group hold the same batch and no gradient flows to it, each
