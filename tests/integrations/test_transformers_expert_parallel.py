@@ -16,7 +16,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from moe_routing.distributed import Received
 from moe_routing.integrations import transformers as integration
 from moe_routing.integrations.transformers import expert_parallel
 
@@ -82,6 +84,9 @@ def special_cases():
     yield "routers alone train", mixtral | {"does": "training", "config": SHARED, "only": ".gate."}
     batched = {"config": OWN, "shapes": TWO, "experts": "batched_mm"}
     yield "batched_mm padded", said | batched | PLUGGED_IN
+    for experts in ("grouped_mm", NAME):
+        said = {"model": "qwen3_moe", "experts": experts, "config": SHARED, "patch": {}}
+        yield f"{experts} compiled", said | {"does": "inference", "compiled": True}
     yield "slices", {"does": "slices"}
     yield "example", {"model": "mixtral", "does": "example"}
 
@@ -253,6 +258,26 @@ def test_an_older_transformers_gets_nothing_and_no_error(monkeypatch):
     assert not registered
 
 
+def test_experts_get_the_id_and_the_weight_that_transformers_gives_slots_without_one():
+    """Also those that look neither at the id nor at what a transport leaves in such a slot."""
+    ids = torch.tensor([[3, -1], [-1, -1], [0, 2]], dtype=torch.int32)
+    received = Received(
+        rows=torch.ones(3, 8),
+        ids=ids,
+        weights=torch.full((3, 2), 0.5).masked_fill(ids < 0, torch.nan),
+        scales=None,
+        state=None,
+    )
+    ep = expert_parallel.MoeRoutingEP.__new__(expert_parallel.MoeRoutingEP)
+    ep._experts, ep.num_local_experts = torch.nn.Module(), 4
+    given = []
+    ep.experts_forward = lambda *operands: given.extend(operands) or operands[0]
+    ep._computed(received)
+    assert given[1].dtype == torch.int64
+    assert given[1].tolist() == [[3, 4], [4, 4], [0, 2]]
+    assert given[2].tolist() == [[0.5, 0.0], [0.0, 0.0], [0.5, 0.5]]
+
+
 @needs_the_interface
 @pytest.mark.slow
 @pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
@@ -328,6 +353,13 @@ def test_routers_that_train_alone_get_gradients(on_two):
 @pytest.mark.parametrize("experts", [*EXPERTS, "batched_mm"])
 def test_the_registry_may_choose_a_transport_that_pads(experts, on_two):
     assert all(said["transports"] == ["padded"] for said in on_two[f"{experts} padded"])
+
+
+@needs_the_interface
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["grouped_mm", NAME])
+def test_a_model_whose_tokens_stay_compiles_as_one_graph(experts, on_two):
+    assert all("logits" in said for said in on_two[f"{experts} compiled"])
 
 
 @needs_the_interface
