@@ -213,7 +213,8 @@ def done(case, path, rank):
         return example(path, one, given)
     model = parallel(path, case)
     if case.get("compiled"):
-        model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+        whole_graph = case["does"] == "inference"
+        model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=whole_graph)
     of_each = case["config"].get("tp_size", 1)  # these have the same batch
     mine = rank // of_each % len(given)
     if case["does"] == "training":

@@ -87,6 +87,7 @@ def special_cases():
     for experts in ("grouped_mm", NAME):
         said = {"model": "qwen3_moe", "experts": experts, "config": SHARED, "patch": {}}
         yield f"{experts} compiled", said | {"does": "inference", "compiled": True}
+        yield f"{experts} compiled trains", said | {"does": "training", "compiled": True}
     yield "slices", {"does": "slices"}
     yield "example", {"model": "mixtral", "does": "example"}
 
@@ -360,6 +361,13 @@ def test_the_registry_may_choose_a_transport_that_pads(experts, on_two):
 @pytest.mark.parametrize("experts", ["grouped_mm", NAME])
 def test_a_model_whose_tokens_stay_compiles_as_one_graph(experts, on_two):
     assert all("logits" in said for said in on_two[f"{experts} compiled"])
+
+
+@needs_the_interface
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["grouped_mm", NAME])
+def test_a_model_whose_tokens_move_compiles_in_parts_and_trains(experts, on_two):
+    assert all(said["gradients"] for said in on_two[f"{experts} compiled trains"])
 
 
 @needs_the_interface
