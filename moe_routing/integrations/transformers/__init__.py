@@ -3,7 +3,8 @@
 ``patch(model)`` and ``unpatch(model)`` for a loaded model, ``patched(model)`` for a block,
 ``enable()`` for all that are loaded from now on. ``recording(model)`` and ``replaying(model,
 records)`` keep what routers select, and have them select it again. Importing this package registers
-the experts implementation ``"moe_routing"``.
+the experts implementation ``"moe_routing"`` and, from transformers 5.23 on, the implementation of
+expert parallelism of that name.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moe_routing.integrations.transformers._report import (
 )
 
 if find_spec("transformers") is not None:  # nothing to register without it
+    from moe_routing.integrations.transformers import expert_parallel as expert_parallel
     from moe_routing.integrations.transformers import experts as experts
 
 __all__ = [
