@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.compiler import is_dynamo_compiling
 
 import moe_routing
 from moe_routing._dispatch import chosen
 from moe_routing.distributed import _agreement, _check
+from moe_routing.distributed.collectives import joined
 from moe_routing.distributed.kernel import Tokens
-from moe_routing.permutation._check import check_rows_of_places
 from moe_routing.probing import probe
 from moe_routing_registry import Request
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.distributed import ProcessGroup
 
@@ -30,8 +32,24 @@ if TYPE_CHECKING:
     from moe_routing.planning.kernel import DispatchPlan
     from moe_routing_registry import ResolutionReport
 
-TIMEOUT = 60.0
-"""Seconds that ranks wait for each other when an ``ExpertParallel`` is made."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Let Dynamo break the graph at a function that communicates, and call it as it is."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if is_dynamo_compiling():
+            from moe_routing.distributed._untraced import call
+
+            result: R = call(function, *args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return called
 
 
 class Dispatched(NamedTuple):
@@ -133,16 +151,18 @@ class ExpertParallel:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         transport: str | None = None,
-        timeout: float = TIMEOUT,
+        timeout: float = _check.TIMEOUT,
     ) -> None:
         """Agree with the other ranks, and choose the transport."""
-        seconds = _check.check_timeout(timeout)
         self.group = _check.check_group(group)
         self.rank = distributed.get_rank(self.group)
-        self.device = _check.check_device(device, self.group)
         self._last: _Sent | None = None
+        seconds, self.device = _check.to_agree_with(timeout, device, self.group)
 
         def asked() -> tuple[tuple[Placement, ExchangeProblem], dict[str, object]]:
+            _check.check_timeout(timeout)
+            at = _check.check_device(device, self.group)
+            _check.check_transport(transport)
             ranks = distributed.get_world_size(self.group)
             placed = _check.check_placement(num_experts, placement, ranks)
             problem = _check.check_problem(
@@ -156,7 +176,7 @@ class ExpertParallel:
             )
             map_of = hashlib.sha256(repr(placed.ranks).encode()).hexdigest()[:16]
             named = {"num_experts": len(placed.ranks), **problem.to_dict(), "placement": map_of}
-            return (placed, problem), named | {"transport": transport}
+            return (placed, problem), named | {"transport": transport, "device": at.type}
 
         (placed, problem), hosts = _agreement.agreed(asked, self.group, self.device, seconds)
         self.problem = dataclasses.replace(problem, hosts=hosts)
@@ -165,7 +185,10 @@ class ExpertParallel:
         (kernel, self.report), _ = _agreement.agreed(
             lambda: self._chosen(transport), self.group, self.device, seconds
         )
-        self._exchange: Exchange = kernel(self.group)
+        self._exchange: Exchange
+        self._exchange, _ = _agreement.agreed(
+            lambda: (kernel(self.group), {}), self.group, self.device, seconds
+        )
 
     def _chosen(
         self, transport: str | None
@@ -184,6 +207,7 @@ class ExpertParallel:
         kernel, report = chosen(self.problem, probe(self.device), request)
         return (kernel, report), {"transport": report.winner}
 
+    @_untraced
     def dispatch(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor | None = None
     ) -> Dispatched:
@@ -207,6 +231,7 @@ class ExpertParallel:
         rows = moe_routing.permute(received.rows, plan, scales=received.scales)
         return Dispatched(rows, plan)
 
+    @_untraced
     def combine(self, rows: Tensor) -> Tensor:
         """Return the experts' results to the tokens of the last ``dispatch``, and sum them.
 
@@ -218,12 +243,20 @@ class ExpertParallel:
         :raises ValueError: they have another shape or device, or nothing was dispatched.
         """
         if self._last is None:
-            msg = "rows: expected results of what dispatch returned, got nothing dispatched before"
+            msg = (
+                "rows: expected results of what dispatch returned, got nothing dispatched since "
+                "the last combine"
+            )
             raise ValueError(msg)
+        rows = _check.check_results("rows", rows, self.device)
         received, plan = self._last
-        sums = moe_routing.combine(rows, plan, received.weights)
-        return self._exchange.combine(sums, received)
+        if rows.shape[0] != plan.order.numel():
+            expected = f"{plan.order.numel()} rows, as many as dispatch returned"
+            raise ValueError(refusal("rows", expected, rows))
+        self._last = None  # it would keep what arrived, and all that autograd knows of it
+        return self._returned(moe_routing.combine(rows, plan, received.weights), received)
 
+    @_untraced
     def dispatch_rows(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor | None = None
     ) -> Received:
@@ -240,10 +273,15 @@ class ExpertParallel:
             tokens = tokens._replace(ids=torch.where(known, places, -1))
         return self._exchange.dispatch(tokens)
 
+    @_untraced
     def combine_rows(self, rows: Tensor, received: Received) -> Tensor:
         """Return a result for each row of ``dispatch_rows`` to its token, and sum them: [T, H']."""
-        rows = check_rows_of_places(rows)
+        received = _check.check_received(received)
+        rows = _check.check_results("rows", rows, self.device)
         if rows.shape[0] != received.ids.shape[0]:
             expected = f"{received.ids.shape[0]} rows, as many as arrived"
             raise ValueError(refusal("rows", expected, rows))
-        return self._exchange.combine(rows, received)
+        return self._returned(rows, received)
+
+    def _returned(self, rows: Tensor, received: Received) -> Tensor:
+        return self._exchange.combine(joined(rows, received.rows, received.weights), received)
