@@ -127,12 +127,12 @@ CONSTRUCTOR = [
     ({"num_experts": 0}, ValueError, "num_experts: expected an int from 1 to "),
     ({"num_experts": 5000}, ValueError, "num_experts: expected an int from 1 to 4096, got 5000"),
     ({"num_experts": 7}, ValueError, "num_experts: expected a multiple of the group's . ranks, or"),
-    ({"placement": "000000"}, TypeError, "placement: expected a rank from 0 to . for each of 6 exp"),
+    ({"placement": "000000"}, TypeError, "placement: expected a rank from 0 to . for each of 6 ex"),
     ({"placement": 3}, TypeError, "placement: expected a rank from 0 to .* got 3"),
     ({"placement": [0.0] * E}, TypeError, "placement: expected a rank from 0"),
-    ({"placement": torch.zeros(E)}, TypeError, "placement: .* got a Tensor of shape .6., dtype torch"),
-    ({"placement": torch.zeros(E, 1).int()}, TypeError, r"placement: .* got a Tensor of shape \[6, 1"),
-    ({"placement": [0] * (E - 1)}, ValueError, "placement: expected a rank from 0 to . for each of 6"),
+    ({"placement": torch.zeros(E)}, TypeError, "placement: .* got a Tensor of shape .6., dtype to"),
+    ({"placement": torch.zeros(E, 1).int()}, TypeError, r"placement: .* got a Tensor of shape \[6"),
+    ({"placement": [0] * (E - 1)}, ValueError, "placement: expected a rank from 0 to . for each o"),
     ({"placement": [0, 1, 9, 0, 1, 0]}, ValueError, r"placement: .* got \[0, 1, 9, 0, 1, 0\]"),
     ({"placement": [-1] * E}, ValueError, "placement: expected a rank from 0 to "),
     ({"reduce": "sum"}, ValueError, "reduce: expected 'none' or 'rank', got 'sum'"),
@@ -149,7 +149,7 @@ CONSTRUCTOR = [
     ({"hidden_size": torch.tensor(3)}, TypeError, r"hidden_size: .* got a Tensor of shape \[\]"),
     ({"dtype": "float32"}, TypeError, "dtype: expected a torch.dtype or None, got 'float32'"),
     ({"device": 0}, TypeError, "device: expected a torch.device, a str or None, got 0"),
-    ({"device": "nowhere"}, ValueError, "device: expected one that is here and that .* got 'nowhere'"),
+    ({"device": "nowhere"}, ValueError, "device: expected one that is here and that .* got 'nowhe"),
     ({"device": "cuda:99"}, ValueError, "device: expected one that is here and that .* 'cuda:99'"),
     ({"device": "meta"}, ValueError, "device: expected one that is here and that .* got 'meta'"),
     ({"transport": 3}, TypeError, "transport: expected a name, or None, got 3"),
@@ -161,7 +161,7 @@ CONSTRUCTOR = [
     ({"timeout": 0}, ValueError, "timeout: expected from 0.001 to 1e.09 seconds, got 0"),
     ({"timeout": 1e-9}, ValueError, "timeout: expected from 0.001 to 1e.09 seconds, got 1e-09"),
     ({"timeout": 10**400}, ValueError, "timeout: expected from 0.001 to 1e.09 seconds, got 1000"),
-    ({"timeout": float("nan")}, ValueError, "timeout: expected from 0.001 to 1e.09 seconds, got nan"),
+    ({"timeout": float("nan")}, ValueError, "timeout: expected from 0.001 to 1e.09 seconds, got n"),
 ]  # fmt: skip
 
 
@@ -245,9 +245,9 @@ def tokens_that_are_wrong():
         ("hidden", None, TypeError, r"a tensor \[T, H\], got None"),
         ("hidden", torch.randn(H), ValueError, r"a dense .* rank 2, got a Tensor of shape \[5\]"),
         ("hidden", hidden.to_sparse(), ValueError, "a dense tensor"),
-        ("hidden", hidden.to("meta"), ValueError, "device cpu, on which the ranks exchange, got a Te"),
+        ("hidden", hidden.to("meta"), ValueError, "device cpu, on which the ranks exchange, got a"),
         ("ids", ids.tolist(), TypeError, r"an int32 or int64 tensor \[T, K\], got a list of"),
-        ("ids", ids.short(), TypeError, r"an int32 or int64 tensor \[T, K\], got a Tensor of shape"),
+        ("ids", ids.short(), TypeError, r"an int32 or int64 tensor \[T, K\], got a Tensor of shap"),
         ("ids", ids[:, 0], ValueError, r"a dense tensor \[4, K\], got a Tensor of shape \[4\]"),
         ("ids", ids[1:], ValueError, r"a dense tensor \[4, K\], got a Tensor of shape \[3, 3\]"),
         ("ids", ids[:, :0], ValueError, r"1 to 64 columns, got a Tensor of shape \[4, 0\]"),
@@ -258,8 +258,8 @@ def tokens_that_are_wrong():
         ("weights", weights[:, 1:], ValueError, r"a dense .* shape \[4, 3\], got a Tensor of sha"),
         ("weights", weights.to("meta"), ValueError, "device cpu, on which the ranks exchange"),
         ("scales", 1, TypeError, r"a tensor \[T, H\], got 1"),
-        ("scales", torch.ones(T), ValueError, r"a dense tensor .* of rank 2, got a Tensor of shape"),
-        ("scales", torch.ones(T + 1, 1), ValueError, "4 rows, as hidden has, got a Tensor of shape"),
+        ("scales", torch.ones(T), ValueError, r"a dense tensor .* of rank 2, got a Tensor of shap"),
+        ("scales", torch.ones(T + 1, 1), ValueError, "4 rows, as hidden has, got a Tensor of shap"),
         ("scales", torch.ones(T, 1, **meta), ValueError, "device cpu, on which the ranks exchange"),
     ]:  # fmt: skip
         right = {"hidden": hidden, "ids": ids, "weights": weights, "scales": None}
@@ -277,10 +277,10 @@ def wrong_tokens_are_refused_before_anything_is_sent(group, rank, number):
     ep = made(group, max_tokens=T, topk=K, hidden_size=H, dtype=torch.float32)
     hidden, ids, weights = torch.randn(T, H), torch.zeros(T, K, dtype=torch.int32), torch.ones(T, K)
     for arguments, kind, text in [
-        ((hidden.double(), ids, weights), TypeError, "hidden: expected dtype float32, as was stated"),
-        ((hidden[:, 1:], ids, weights), ValueError, "hidden: expected 5 columns, as was stated, got"),
-        ((hidden, ids[:, 1:], weights), ValueError, "ids: expected 3 columns, got a Tensor of shape"),
-        ([torch.cat((t, t)) for t in (hidden, ids, weights)], ValueError, "hidden: .* max_tokens=4 r"),
+        ((hidden.double(), ids, weights), TypeError, "hidden: expected dtype float32, as was stat"),
+        ((hidden[:, 1:], ids, weights), ValueError, "hidden: expected 5 columns, as was stated, g"),
+        ((hidden, ids[:, 1:], weights), ValueError, "ids: expected 3 columns, got a Tensor of sha"),
+        ([torch.cat((t, t)) for t in (hidden, ids, weights)], ValueError, "hidden: .* max_tokens="),
     ]:  # fmt: skip
         refuses(partial(ep.dispatch, *arguments), kind, text)
 
