@@ -19,6 +19,7 @@ import ranks
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -702,6 +703,70 @@ def an_error_between_dispatch_and_combine_leaves_the_next_call_right(group, rank
     Batch(number).holds(ep, rank)
 
 
+@case
+def a_loss_that_does_not_use_the_output_goes_back_through_zeros(group, rank, number):
+    for kind in KINDS:
+        batch, ep = Batch(number), made(group, **kind)
+        hidden, ids, weights = batch.of(rank)
+        out = layer(ep, hidden.requires_grad_(), ids, weights, batch.mine(ep))
+        (0 * out.sum() if rank == 0 else out.sum()).backward()
+        assert bool(hidden.grad.any()) == (rank != 0 and bool(((ids >= 0) & (ids < E)).any()))
+
+
+@case
+def tensors_of_a_mesh_are_refused(group, rank, number):
+    mesh = DeviceMesh("cpu", list(range(number)))
+    ep, (hidden, ids, weights) = made(group), Batch(number).of(rank)
+    text = "expected a tensor of this rank, .to_local() perhaps, got a DTensor"
+    whole = DTensor.from_local(hidden, mesh, [Replicate()])
+    error = raised(lambda: ep.dispatch(whole, ids, weights))
+    assert type(error) is TypeError, error
+    assert str(error).startswith(f"hidden: {text}"), error
+    rows, _ = ep.dispatch(hidden, ids, weights)
+    error = raised(lambda: ep.combine(DTensor.from_local(rows, mesh, [Replicate()])))
+    assert str(error).startswith(f"rows: {text}"), error
+    assert ep.combine(rows).shape == (T, H)
+
+
+@case
+def as_many_bytes_are_sent_as_the_page_says(group, rank, number):
+    every_byte, returned = [], []
+    plainly = distributed.all_to_all_single
+
+    def counted(received, sent, *rest, **options):
+        every_byte.append(sent.numel() * sent.element_size())
+        returned.append(received.numel() * received.element_size())
+        return plainly(received, sent, *rest, **options)
+
+    for kind in KINDS:
+        most = kind.get("max_tokens")
+        batch, ep = Batch(number), made(group, **kind)
+        batch.ids = [torch.rand(T, E).argsort(1)[:, :K] for _ in range(number)]
+        hidden, ids, weights = batch.of(rank)
+        every_byte.clear()
+        distributed.all_to_all_single = counted
+        try:
+            out = layer(ep, hidden.requires_grad_(), ids, weights.requires_grad_(), batch.mine(ep))
+            forward, came_back = list(every_byte), returned[-1]
+            out.sum().backward()
+        finally:
+            distributed.all_to_all_single = plainly
+        reached = sum(len({e // (E // number) for e in row}) for row in ids.tolist())
+        if kind["reduce"] == "none":
+            places = number * most * K if most else T * K
+            dispatched, combined, of_ids = places * (4 * H + 4), places * 4 * H, 4 * places
+        else:
+            places = number * most if most else reached
+            dispatched, combined = places * (4 * H + 4 * K + 4 * K), places * 4 * H
+            of_ids = 4 * K * places
+        sizes = [] if most else [48 * number]
+        assert forward[: len(sizes)] == sizes
+        assert sum(forward[len(sizes) : -1]) == dispatched
+        assert came_back == combined
+        if most:
+            assert sum(every_byte[len(forward) :]) == dispatched + combined - of_ids
+
+
 # transports of others
 
 made_by = {}
@@ -838,6 +903,14 @@ def without_a_group(_rank, _number):
     distributed.destroy_process_group()
     error = raised(lambda: made(None))
     return [type(error).__name__, str(error)]
+
+
+def brought(rank, number):
+    """Use the transport that an installed distribution brings."""
+    torch.manual_seed(0)
+    ep = made(None)
+    Batch(number).holds(ep, rank)
+    return [ep.report.winner, ep.report.eligible[0].distribution, ep._exchange.calls]
 
 
 def dying(rank, number, folder):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,63 @@ def test_without_a_group(tmp_path):
     (said,) = ranks.run(FILE, "without_a_group", 1, tmp_path)
     fix = "call torch.distributed.init_process_group first"
     assert said == ["ValueError", f"group: expected a group of torch.distributed, got none; {fix}"]
+
+
+RELAY = """
+from moe_routing_registry import ANY, BackendSpec, Target, hookimpl
+
+def build(problem, device):
+    from moe_routing_backends.all_to_all.exchange import build
+
+    kernel = build(problem, device)
+    return lambda group: Relay(kernel(group))
+
+class Relay:
+    def __init__(self, inner):
+        self.inner, self.calls = inner, []
+
+    def dispatch(self, tokens):
+        self.calls.append("dispatch")
+        return self.inner.dispatch(tokens)
+
+    def combine(self, rows, received):
+        self.calls.append("combine")
+        return self.inner.combine(rows, received)
+
+@hookimpl
+def moe_routing_backends():
+    factories = {"exchange": "relay_transport:build"}
+    return [BackendSpec(name="relay", factories=factories, targets=(Target(ANY),), priority=90)]
+"""
+
+
+@pytest.mark.slow
+def test_an_installed_distribution_brings_a_transport(install_plugin, monkeypatch, tmp_path):
+    site = install_plugin("relay_transport", RELAY, distribution="relay", entry_point="relay")
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+    said = ranks.run(FILE, "brought", 2, tmp_path)
+    assert said == [["relay", "relay 1.0", ["dispatch", "combine"]]] * 2
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "expert_parallel.py"
+
+
+@pytest.mark.slow
+def test_the_example_learns_as_well_on_two_ranks_as_on_one(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun warns of its absence
+    errors = []
+    for number in (1, 2):
+        run = [*(sys.executable, "-m", "torch.distributed.run"), "--standalone"]
+        done = subprocess.run(
+            [*run, "--nproc-per-node", str(number), str(EXAMPLE)],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"exchange ranks={number} E=8" in done.stdout
+        errors.append([float(n) for n in re.findall(r"error (\d\.\d+)", done.stdout)])
+    one, two = errors
+    assert two == pytest.approx(one, abs=2e-3)
+    assert one[1] < one[0] / 4
 
 
 @pytest.mark.slow
