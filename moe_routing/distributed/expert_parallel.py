@@ -104,8 +104,9 @@ class ExpertParallel:
         group says (``init_process_group(timeout=)``).
     :raises TypeError: an argument has the wrong type.
     :raises ValueError: an argument has a wrong value, here or on another rank, or ranks differ.
-    :raises TimeoutError: a rank did not make one.
-    :raises BackendUnavailableError: no transport fits on some rank.
+    :raises TimeoutError: a rank did not make one. The group is of no use after that.
+    :raises BackendUnavailableError: no transport fits here; a rank that has one raises
+        ``ValueError``.
 
     :ivar group: the group.
     :ivar rank: this process's, in the group.
@@ -218,10 +219,12 @@ class ExpertParallel:
             example, has no expert: nothing is sent for it, and it adds nothing.
         :param weights: bfloat16, float16 or float32 ``[T, K]``.
         :param scales: ``[T, S]`` of any dtype, of fp8 rows for example, moved with the rows.
-        :returns: the rows of this rank's experts and their plan. Gradients flow back to ``hidden``.
+        :returns: the rows of this rank's experts and their plan. Gradients flow back to ``hidden``:
+            on every rank or on none, since the way back communicates too.
         :raises TypeError: an argument has the wrong type or dtype.
         :raises ValueError: an argument has the wrong shape or device, or the ranks' rows differ in
-            columns, K or dtype (of which ranks that exchange no sizes learn nothing).
+            columns, K, dtype or ``requires_grad`` (of which ranks that exchange no sizes learn
+            nothing).
         """
         received = self.dispatch_rows(hidden, ids, weights, scales=scales)
         plan = moe_routing.plan(received.ids, max(1, len(self.local_experts)))
@@ -235,12 +238,15 @@ class ExpertParallel:
     def combine(self, rows: Tensor) -> Tensor:
         """Return the experts' results to the tokens of the last ``dispatch``, and sum them.
 
+        Once: nothing of that call is kept after it.
+
         :param rows: bfloat16, float16 or float32 ``[P, H']``, a result for each row that
-            ``dispatch`` returned.
+            ``dispatch`` returned. H' and dtype are the same on every rank, with rows or without.
         :returns: ``[T, H']``, of the rows' dtype: for each token the sum over its slots of weight
             times result, with gradients to rows and weights.
         :raises TypeError: the rows are of another type or dtype.
-        :raises ValueError: they have another shape or device, or nothing was dispatched.
+        :raises ValueError: they have another shape or device, or nothing was dispatched since the
+            last ``combine``.
         """
         if self._last is None:
             msg = (

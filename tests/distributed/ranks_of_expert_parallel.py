@@ -29,8 +29,9 @@ from moe_routing.distributed import ExpertParallel
 from moe_routing_registry import ANY, BackendSpec, Target
 
 E, K, H, T = 6, 3, 5, 4  # E is a multiple of 2 and 3 ranks
+SMILE = "\U0001f600"
+"""What is long in JSON and in UTF-8."""
 CASES = {}
-ALONE = {}
 
 
 def case(function):
@@ -156,7 +157,7 @@ CONSTRUCTOR = [
     ({"transport": 3}, TypeError, "transport: expected a name, or None, got 3"),
     ({"transport": "A\nname"}, ValueError, "transport: expected 1 to 100 of the characters"),
     ({"transport": "x" * 9999}, ValueError, "transport: expected 1 to 100 of the characters"),
-    ({"transport": "\U0001f600" * 999}, ValueError, "transport: expected 1 to 100 of the char"),
+    ({"transport": SMILE * 999}, ValueError, "transport: expected 1 to 100 of the char"),
     ({"timeout": "60"}, TypeError, "timeout: expected a number of seconds, got '60'"),
     ({"timeout": True}, TypeError, "timeout: expected a number of seconds, got True"),
     ({"timeout": 0}, ValueError, "timeout: expected from 0.001 to 1e.09 seconds, got 0"),
@@ -802,7 +803,7 @@ def build_nothing(problem, device):
 
 def build_for_no_group(_problem, _device):
     def kernel(group):
-        msg = f"no buffers for {group.size()} ranks"
+        msg = f"no buffers for {group.size()} ranks {600 * SMILE}"
         raise RuntimeError(msg)
 
     return kernel
