@@ -100,8 +100,8 @@ class ExpertParallel:
     :param transport: the name of one: this or none. Without it the registry chooses.
         ``MOE_ROUTING_BLOCK`` leaves some out; ``MOE_ROUTING_BACKEND`` and ``prefer``, which name
         who computes, are not asked.
-    :param timeout: seconds that this rank waits for the others here. Calls wait as long as the
-        group says (``init_process_group(timeout=)``).
+    :param timeout: seconds that this rank waits for the others here, unless the group's own time is
+        over before. Calls wait as long as that (``init_process_group(timeout=)``).
     :raises TypeError: an argument has the wrong type.
     :raises ValueError: an argument has a wrong value, here or on another rank, or ranks differ.
     :raises TimeoutError: a rank did not make one. The group is of no use after that.

@@ -645,7 +645,8 @@ def gradients_of_gradients(group, rank, number):
                 computed(moe_routing.permute(h, plan), plan, batch.matrices), plan, w  # noqa: B023 -- likewise
             ),
         )  # fmt: skip
-        assert_close(got, expected)
+        for one, other in zip(got, expected, strict=True):  # terms cancel each other
+            assert (one - other).abs().max() <= 1e-4 * other.abs().max()
 
 
 @case
@@ -923,9 +924,10 @@ def dying(rank, number, folder):
     if rank == number - 1:
         os._exit(17)
     first = raised(lambda: ep.combine(computed(rows, plan, batch.mine(ep))))
+    again = raised(lambda: made(None, timeout=2))
     distributed.destroy_process_group()
     ranks.start(Path(folder) / "survivors", rank, number - 1)
     ep = made(None)
     for _ in range(3):
         Batch(number - 1).holds(ep, rank)
-    return [type(first).__name__, isinstance(first, RuntimeError), str(first), ep.problem.ranks]
+    return [isinstance(first, RuntimeError), type(again).__name__, str(again), ep.problem.ranks]
