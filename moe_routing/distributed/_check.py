@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from moe_routing import _check
 from moe_routing.distributed.kernel import Received
 from moe_routing.distributed.problem import REDUCE, ExchangeProblem
-from moe_routing.permutation import _check as permutation
+from moe_routing.permutation.problem import FLOATS
 from moe_routing.planning.problem import MAX_EXPERTS, MAX_TOPK
 from moe_routing_registry.text import refusal, require_name
 
@@ -236,12 +236,12 @@ def check_tokens(problem: ExchangeProblem, device: torch.device, tokens: Tokens)
     :raises TypeError: an argument has the wrong type or dtype.
     :raises ValueError: an argument has the wrong shape or device.
     """
-    hidden = permutation.check_rows_of_tokens("hidden", tokens.hidden)
+    hidden = _rows("hidden", "[T, H]", tokens.hidden)
     _check_stated(problem, hidden)
     _check_ids(tokens.ids, hidden.shape[0], problem.topk)
     _check_weights(tokens.weights, list(tokens.ids.shape))
     if tokens.scales is not None:
-        scales = permutation.check_rows_of_tokens("scales", tokens.scales)
+        scales = _rows("scales", "[T, S]", tokens.scales)
         if scales.shape[0] != hidden.shape[0]:
             raise ValueError(refusal("scales", f"{hidden.shape[0]} rows, as hidden has", scales))
     for name, part in tokens._asdict().items():
@@ -254,15 +254,23 @@ def check_tokens(problem: ExchangeProblem, device: torch.device, tokens: Tokens)
     return tokens
 
 
+def _rows(name: str, shape: str, rows: object) -> Tensor:
+    if not isinstance(rows, Tensor):
+        raise TypeError(refusal(name, f"a tensor {shape}", rows))
+    if not _check.is_dense(rows) or rows.dim() != _MATRIX:
+        raise ValueError(refusal(name, f"a dense tensor {shape} of rank 2", rows))
+    return rows
+
+
 def check_results(name: str, rows: object, device: torch.device) -> Tensor:
     """Require rows that experts computed.
 
     :raises TypeError: they are no tensor, or of another dtype.
     :raises ValueError: they are no dense matrix, or on another device.
     """
-    rows = permutation.check_rows_of_places(rows)
-    if rows.dim() != _MATRIX:
-        raise ValueError(refusal(name, "a dense tensor [P, H] of rank 2", rows))
+    rows = _rows(name, "[P, H]", rows)
+    if str(rows.dtype).removeprefix("torch.") not in FLOATS:
+        raise TypeError(refusal(name, f"dtype {', '.join(FLOATS[:-1])} or {FLOATS[-1]}", rows))
     if _check.is_dtensor(rows):
         raise TypeError(refusal(name, "a tensor of this rank, .to_local() perhaps", rows))
     if rows.device != device:

@@ -259,7 +259,7 @@ def tokens_that_are_wrong():
         ("weights", weights.double(), TypeError, r"a tensor \[4, 3\] of .* dtype torch.float64"),
         ("weights", weights[:, 1:], ValueError, r"a dense .* shape \[4, 3\], got a Tensor of sha"),
         ("weights", weights.to("meta"), ValueError, "device cpu, on which the ranks exchange"),
-        ("scales", 1, TypeError, r"a tensor \[T, H\], got 1"),
+        ("scales", 1, TypeError, r"a tensor \[T, S\], got 1"),
         ("scales", torch.ones(T), ValueError, r"a dense tensor .* of rank 2, got a Tensor of shap"),
         ("scales", torch.ones(T + 1, 1), ValueError, "4 rows, as hidden has, got a Tensor of shap"),
         ("scales", torch.ones(T, 1, **meta), ValueError, "device cpu, on which the ranks exchange"),

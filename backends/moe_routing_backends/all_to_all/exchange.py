@@ -14,7 +14,6 @@ from torch import distributed
 from torch.nn.functional import pad
 
 import moe_routing
-from moe_routing._dispatch import dtype_name
 from moe_routing.distributed.collectives import EVEN, Splits, all_to_all
 from moe_routing.distributed.kernel import Received
 
@@ -151,9 +150,7 @@ class AllToAll:
             hidden_size=tokens.hidden.shape[1],
             topk=tokens.ids.shape[1],
             scales=0 if tokens.scales is None else tokens.scales.shape[1],
-            dtypes=" ".join(
-                dtype_name(parts[name].dtype) for name in sorted(parts.keys() - {"ids"})
-            ),
+            dtypes=" ".join(str(parts[name].dtype) for name in sorted(parts.keys() - {"ids"})),
             gradients=" ".join(going_back) if torch.is_grad_enabled() else "",
         )
 
