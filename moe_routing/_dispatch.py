@@ -255,6 +255,8 @@ def chosen(
         ``FactoryError`` for a kernel that cannot do what the problem needs.
     :raises BackendUnavailableError: no backend fits, or the one that was named does not.
     """
+    if _registry.generation != _generation:
+        _start_anew()
     report = registry().resolve(problem, device, request)
     while report.winner is not None:
         try:

@@ -173,6 +173,28 @@ def test_another_ids_dtype_layout_or_size_is_another_problem(add_backend):
     assert len(BUILT) == 4
 
 
+def build_plan(problem, device):
+    from moe_routing_backends.eager.plan import build
+
+    BUILT.append(problem)
+    return build(problem, device)
+
+
+def test_a_backend_of_another_operation_that_is_registered_again_is_built_again():
+    factories = {"plan": f"{__name__}:build_plan"}
+    BUILT.clear()
+    for _ in range(2):
+        registry().register(
+            BackendSpec(name="plans", factories=factories, targets=(Target("cpu"),))
+        )
+        try:
+            for _ in range(2):
+                moe_routing.plan(torch.zeros(3, 2, dtype=torch.int32), 4, backend="plans")
+        finally:
+            registry().unregister("plans")
+    assert len(BUILT) == 2
+
+
 def test_a_backend_that_is_registered_again_is_built_again(add_backend):
     add_backend("noted", "build_noted")
     Router(SPEC, backend="noted")(**operands())

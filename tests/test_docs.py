@@ -16,6 +16,7 @@ WRITTEN = sorted(
 )
 PAGES = [
     "README.md",
+    "docs/expert_parallel.md",
     "docs/quickstart.md",
     "docs/families.md",
     "docs/index.md",

@@ -70,7 +70,7 @@ def _told(
     message: Mapping[str, Any], group: ProcessGroup, device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
     """Tell the other ranks, and return what each rank says, by rank."""
-    text = json.dumps(message).encode().ljust(_BYTES)
+    text = json.dumps(message, ensure_ascii=False).encode().ljust(_BYTES)
     sent = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
     heard = [torch.empty_like(sent) for _ in range(distributed.get_world_size(group))]
     try:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, distributed
 
 from moe_routing import _check
+from moe_routing.distributed.kernel import Received
 from moe_routing.distributed.problem import REDUCE, ExchangeProblem
-from moe_routing.permutation import checks as permutation
+from moe_routing.permutation.problem import FLOATS
 from moe_routing.planning.problem import MAX_EXPERTS, MAX_TOPK
-from moe_routing_registry.text import refusal
+from moe_routing_registry.text import refusal, require_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 _MATRIX = 2
 _WEIGHTS = (torch.bfloat16, torch.float16, torch.float32)
+TIMEOUT = 60.0
+"""Seconds that ranks wait for each other when an ``ExpertParallel`` is made."""
+LEAST_TIMEOUT = 1e-3
+"""A millisecond: torch.distributed counts in them, and takes 0 for no limit."""
+MOST_TIMEOUT = 1e9
 _OUTSIDE = "group: expected one that this process is in, got one that it is not in"
 
 
@@ -93,14 +99,30 @@ def check_device(device: object, group: ProcessGroup) -> torch.device:
     else:
         if not isinstance(device, (str, torch.device)):
             raise TypeError(refusal("device", "a torch.device, a str or None", device))
-        made = torch.device(device)
-        kind = made.type
-        if kind not in kinds:
-            expected = f"one that the group communicates on: {', '.join(kinds)}"
+        expected = f"one that is here and that the group communicates on: {', '.join(kinds)}"
+        try:
+            made = torch.device(device)
+            found = torch.empty(0, device=made if made.type in kinds else None).device
+        except (RuntimeError, AssertionError) as error:  # of torch, about a device that is not here
+            raise ValueError(refusal("device", expected, str(device))) from error
+        if made.type not in kinds:
             raise ValueError(refusal("device", expected, str(device)))
-        if made.index is not None:
-            return made
+        return torch.device("cpu") if found.type == "cpu" else found
     return torch.empty(0, device=kind).device
+
+
+def to_agree_with(
+    timeout: object, device: object, group: ProcessGroup
+) -> tuple[float, torch.device]:
+    """Return seconds and a device for the agreement, in which wrong ones of this rank are told."""
+    try:
+        seconds = check_timeout(timeout)
+    except (TypeError, ValueError):
+        seconds = TIMEOUT
+    try:
+        return seconds, check_device(device, group)
+    except (TypeError, ValueError):
+        return seconds, check_device(None, group)
 
 
 def check_placement(num_experts: object, placement: object, ranks: int) -> Placement:
@@ -154,17 +176,20 @@ def check_problem(  # noqa: PLR0913 -- the arguments of `ExpertParallel`
     :raises TypeError: an argument has the wrong type.
     :raises ValueError: an argument has the wrong value.
     """
-    if reduce not in REDUCE:
+    if not isinstance(reduce, str) or reduce not in REDUCE:
         raise ValueError(refusal("reduce", "'none' or 'rank'", reduce))
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(refusal("dtype", "a torch.dtype or None", dtype))
+    ranks = len(placement.of_each_rank)
+    columns = _stated("topk", topk, MAX_TOPK)
     return ExchangeProblem(
-        ranks=len(placement.of_each_rank),
+        ranks=ranks,
         experts_per_rank=placement.experts_per_rank,
         reduce="rank" if reduce == "rank" else "none",
         shared_batch=_check.flag("shared_batch", shared_batch),
-        max_tokens=_stated("max_tokens", max_tokens, 2**31 - 1),
-        topk=_stated("topk", topk, MAX_TOPK),
+        # The pairs that a rank receives, padded, are counted in int32.
+        max_tokens=_stated("max_tokens", max_tokens, (2**31 - 1) // (ranks * max(1, columns))),
+        topk=columns,
         hidden_size=_stated("hidden_size", hidden_size, 2**31 - 1),
         dtype="" if dtype is None else str(dtype).removeprefix("torch."),
     )
@@ -181,16 +206,29 @@ def _stated(name: str, value: object, most: int) -> int:
 
 
 def check_timeout(timeout: object) -> float:
-    """Require a positive number of seconds.
+    """Require a number of seconds that torch.distributed can wait.
 
     :raises TypeError: it is no number.
-    :raises ValueError: it is not positive.
+    :raises ValueError: it is too short or too long.
     """
     if isinstance(timeout, bool) or not isinstance(timeout, Real):
         raise TypeError(refusal("timeout", "a number of seconds", timeout))
-    if not 0 < float(timeout) < float("inf"):
-        raise ValueError(refusal("timeout", "a positive number of seconds", timeout))
+    if not LEAST_TIMEOUT <= timeout <= MOST_TIMEOUT:  # type: ignore[operator] # what is real compares
+        expected = f"from {LEAST_TIMEOUT:g} to {MOST_TIMEOUT:g} seconds"
+        raise ValueError(refusal("timeout", expected, timeout))
     return float(timeout)
+
+
+def check_transport(transport: object) -> None:
+    """Require the name of a backend, or ``None``; whether there is one, the registry says.
+
+    :raises TypeError: it is no string.
+    :raises ValueError: no backend can have that name.
+    """
+    if transport is not None:
+        if not isinstance(transport, str):
+            raise TypeError(refusal("transport", "a name, or None", transport))
+        require_name("transport", transport)
 
 
 def check_tokens(problem: ExchangeProblem, device: torch.device, tokens: Tokens) -> Tokens:
@@ -199,12 +237,12 @@ def check_tokens(problem: ExchangeProblem, device: torch.device, tokens: Tokens)
     :raises TypeError: an argument has the wrong type or dtype.
     :raises ValueError: an argument has the wrong shape or device.
     """
-    hidden = permutation.check_rows_of_tokens("hidden", tokens.hidden)
+    hidden = _rows("hidden", "[T, H]", tokens.hidden)
     _check_stated(problem, hidden)
     _check_ids(tokens.ids, hidden.shape[0], problem.topk)
     _check_weights(tokens.weights, list(tokens.ids.shape))
     if tokens.scales is not None:
-        scales = permutation.check_rows_of_tokens("scales", tokens.scales)
+        scales = _rows("scales", "[T, S]", tokens.scales)
         if scales.shape[0] != hidden.shape[0]:
             raise ValueError(refusal("scales", f"{hidden.shape[0]} rows, as hidden has", scales))
     for name, part in tokens._asdict().items():
@@ -215,6 +253,40 @@ def check_tokens(problem: ExchangeProblem, device: torch.device, tokens: Tokens)
         if part.device != device:
             raise ValueError(refusal(name, f"device {device}, on which the ranks exchange", part))
     return tokens
+
+
+def _rows(name: str, shape: str, rows: object) -> Tensor:
+    if not isinstance(rows, Tensor):
+        raise TypeError(refusal(name, f"a tensor {shape}", rows))
+    if not _check.is_dense(rows) or rows.dim() != _MATRIX:
+        raise ValueError(refusal(name, f"a dense tensor {shape} of rank 2", rows))
+    return rows
+
+
+def check_results(name: str, rows: object, device: torch.device) -> Tensor:
+    """Require rows that experts computed.
+
+    :raises TypeError: they are no tensor, or of another dtype.
+    :raises ValueError: they are no dense matrix, or on another device.
+    """
+    rows = _rows(name, "[P, H]", rows)
+    if str(rows.dtype).removeprefix("torch.") not in FLOATS:
+        raise TypeError(refusal(name, f"dtype {', '.join(FLOATS[:-1])} or {FLOATS[-1]}", rows))
+    if _check.is_dtensor(rows):
+        raise TypeError(refusal(name, "a tensor of this rank, .to_local() perhaps", rows))
+    if rows.device != device:
+        raise ValueError(refusal(name, f"device {device}, on which the ranks exchange", rows))
+    return rows
+
+
+def check_received(received: object) -> Received:
+    """Require what a transport's ``dispatch`` returned.
+
+    :raises TypeError: it is something else.
+    """
+    if not isinstance(received, Received):
+        raise TypeError(refusal("received", "what dispatch_rows returned", received))
+    return received
 
 
 def _check_stated(problem: ExchangeProblem, hidden: Tensor) -> None:

@@ -78,8 +78,21 @@ def summed(tensor: Tensor, group: ProcessGroup) -> Tensor:
     return result
 
 
+def joined(rows: Tensor, *others: Tensor | None) -> Tensor:
+    """Return the rows; the way back from them leads to the others too, without a gradient.
+
+    So every rank goes back through what it received, and its collectives match those of the other
+    ranks, whether or not the rows were computed from it: a rank may have had no row to compute.
+    """
+    reached = [other for other in others if other is not None and other.requires_grad]
+    if not reached or not torch.is_grad_enabled():
+        return rows
+    result: Tensor = _Joined.apply(rows, *reached)  # type: ignore[no-untyped-call]
+    return result
+
+
 def _exchanged(rows: Tensor, splits: Splits, places: int, group: ProcessGroup) -> Tensor:
-    rows = rows.contiguous()
+    rows = rows.resolve_conj().resolve_neg().contiguous()
     out = rows.new_empty((places, *rows.shape[1:]))
     send, receive = (None if part is None else list(part) for part in splits)
     sent = rows if send is None else rows[: sum(send)]
@@ -128,3 +141,14 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 -- likewise
         return copied(grads[0], alive(ctx.group)), None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, *others: Tensor) -> Tensor:  # noqa: ANN401 -- likewise
+        ctx.others = len(others)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- likewise
+        return grads[0], *(None,) * ctx.others

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor, distributed
+from torch.compiler import is_dynamo_compiling
 
 import moe_routing
 from moe_routing._dispatch import chosen
 from moe_routing.distributed import _agreement, _check
-from moe_routing.distributed.collectives import alive
+from moe_routing.distributed.collectives import alive, joined
 from moe_routing.distributed.kernel import Tokens
 from moe_routing.distributed.request import transport_request
-from moe_routing.permutation.checks import check_rows_of_places
 from moe_routing.probing import probe
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.distributed import ProcessGroup
 
@@ -32,8 +33,24 @@ if TYPE_CHECKING:
     from moe_routing.planning.kernel import DispatchPlan
     from moe_routing_registry import ResolutionReport
 
-TIMEOUT = 60.0
-"""Seconds that ranks wait for each other when an ``ExpertParallel`` is made."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Let Dynamo break the graph at a function that communicates, and call it as it is."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if is_dynamo_compiling():
+            from moe_routing.distributed._untraced import call
+
+            result: R = call(function, *args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return called
 
 
 class Dispatched(NamedTuple):
@@ -84,12 +101,13 @@ class ExpertParallel:
     :param transport: the name of one: this or none. Without it the registry chooses.
         ``MOE_ROUTING_BLOCK`` leaves some out; ``MOE_ROUTING_BACKEND`` and ``prefer``, which name
         who computes, are not asked.
-    :param timeout: seconds that this rank waits for the others here. Calls wait as long as the
-        group says (``init_process_group(timeout=)``).
+    :param timeout: seconds that this rank waits for the others here, unless the group's own time is
+        over before. Calls wait as long as that (``init_process_group(timeout=)``).
     :raises TypeError: an argument has the wrong type.
     :raises ValueError: an argument has a wrong value, here or on another rank, or ranks differ.
-    :raises TimeoutError: a rank did not make one.
-    :raises BackendUnavailableError: no transport fits on some rank.
+    :raises TimeoutError: a rank did not make one. The group is of no use after that.
+    :raises BackendUnavailableError: no transport fits here; a rank that has one raises
+        ``ValueError``.
 
     :ivar rank: this process's, in the group.
     :ivar device: where the tokens are.
@@ -133,17 +151,19 @@ class ExpertParallel:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         transport: str | None = None,
-        timeout: float = TIMEOUT,
+        timeout: float = _check.TIMEOUT,
     ) -> None:
         """Agree with the other ranks, and choose the transport."""
-        seconds = _check.check_timeout(timeout)
         found = _check.check_group(group)
         self._group = ref(found)
         self.rank = distributed.get_rank(found)
-        self.device = _check.check_device(device, found)
         self._last: _Sent | None = None
+        seconds, self.device = _check.to_agree_with(timeout, device, found)
 
         def asked() -> tuple[tuple[Placement, ExchangeProblem], dict[str, object]]:
+            _check.check_timeout(timeout)
+            at = _check.check_device(device, found)
+            _check.check_transport(transport)
             ranks = distributed.get_world_size(found)
             placed = _check.check_placement(num_experts, placement, ranks)
             problem = _check.check_problem(
@@ -157,7 +177,7 @@ class ExpertParallel:
             )
             map_of = hashlib.sha256(repr(placed.ranks).encode()).hexdigest()[:16]
             named = {"num_experts": len(placed.ranks), **problem.to_dict(), "placement": map_of}
-            return (placed, problem), named | {"transport": transport}
+            return (placed, problem), named | {"transport": transport, "device": at.type}
 
         (placed, problem), hosts = _agreement.agreed(asked, found, self.device, seconds)
         self.problem = dataclasses.replace(problem, hosts=hosts)
@@ -166,7 +186,10 @@ class ExpertParallel:
         (kernel, self.report), _ = _agreement.agreed(
             lambda: self._chosen(transport), found, self.device, seconds
         )
-        self._exchange: Exchange = kernel(found)
+        self._exchange: Exchange
+        self._exchange, _ = _agreement.agreed(
+            lambda: (kernel(found), {}), found, self.device, seconds
+        )
 
     @property
     def group(self) -> ProcessGroup:
@@ -181,6 +204,7 @@ class ExpertParallel:
         kernel, report = chosen(self.problem, probe(self.device), request)
         return (kernel, report), {"transport": report.winner}
 
+    @_untraced
     def dispatch(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor | None = None
     ) -> Dispatched:
@@ -191,10 +215,12 @@ class ExpertParallel:
             example, has no expert: nothing is sent for it, and it adds nothing.
         :param weights: bfloat16, float16 or float32 ``[T, K]``.
         :param scales: ``[T, S]`` of any dtype, of fp8 rows for example, moved with the rows.
-        :returns: the rows of this rank's experts and their plan. Gradients flow back to ``hidden``.
+        :returns: the rows of this rank's experts and their plan. Gradients flow back to ``hidden``:
+            on every rank or on none, since the way back communicates too.
         :raises TypeError: an argument has the wrong type or dtype.
         :raises ValueError: an argument has the wrong shape or device, or the ranks' rows differ in
-            columns, K or dtype (of which ranks that exchange no sizes learn nothing).
+            columns, K, dtype or ``requires_grad`` (of which ranks that exchange no sizes learn
+            nothing).
         """
         received = self.dispatch_rows(hidden, ids, weights, scales=scales)
         plan = moe_routing.plan(received.ids, max(1, len(self.local_experts)))
@@ -204,23 +230,35 @@ class ExpertParallel:
         rows = moe_routing.permute(received.rows, plan, scales=received.scales)
         return Dispatched(rows, plan)
 
+    @_untraced
     def combine(self, rows: Tensor) -> Tensor:
         """Return the experts' results to the tokens of the last ``dispatch``, and sum them.
 
+        Once: nothing of that call is kept after it.
+
         :param rows: bfloat16, float16 or float32 ``[P, H']``, a result for each row that
-            ``dispatch`` returned.
+            ``dispatch`` returned. H' and dtype are the same on every rank, with rows or without.
         :returns: ``[T, H']``, of the rows' dtype: for each token the sum over its slots of weight
             times result, with gradients to rows and weights.
         :raises TypeError: the rows are of another type or dtype.
-        :raises ValueError: they have another shape or device, or nothing was dispatched.
+        :raises ValueError: they have another shape or device, or nothing was dispatched since the
+            last ``combine``.
         """
         if self._last is None:
-            msg = "rows: expected results of what dispatch returned, got nothing dispatched before"
+            msg = (
+                "rows: expected results of what dispatch returned, got nothing dispatched since "
+                "the last combine"
+            )
             raise ValueError(msg)
+        rows = _check.check_results("rows", rows, self.device)
         received, plan = self._last
-        sums = moe_routing.combine(rows, plan, received.weights)
-        return self._exchange.combine(sums, received)
+        if rows.shape[0] != plan.order.numel():
+            expected = f"{plan.order.numel()} rows, as many as dispatch returned"
+            raise ValueError(refusal("rows", expected, rows))
+        self._last = None  # it would keep what arrived, and all that autograd knows of it
+        return self._returned(moe_routing.combine(rows, plan, received.weights), received)
 
+    @_untraced
     def dispatch_rows(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor | None = None
     ) -> Received:
@@ -237,10 +275,15 @@ class ExpertParallel:
             tokens = tokens._replace(ids=torch.where(known, places, -1))
         return self._exchange.dispatch(tokens)
 
+    @_untraced
     def combine_rows(self, rows: Tensor, received: Received) -> Tensor:
         """Return a result for each row of ``dispatch_rows`` to its token, and sum them: [T, H']."""
-        rows = check_rows_of_places(rows)
+        received = _check.check_received(received)
+        rows = _check.check_results("rows", rows, self.device)
         if rows.shape[0] != received.ids.shape[0]:
             expected = f"{received.ids.shape[0]} rows, as many as arrived"
             raise ValueError(refusal("rows", expected, rows))
-        return self._exchange.combine(rows, received)
+        return self._returned(rows, received)
+
+    def _returned(self, rows: Tensor, received: Received) -> Tensor:
+        return self._exchange.combine(joined(rows, received.rows, received.weights), received)

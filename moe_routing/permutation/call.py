@@ -12,7 +12,7 @@ from moe_routing._call_cache import ORDINARY
 from moe_routing._dispatch import chosen, dtype_name
 from moe_routing._registry import registry
 from moe_routing.formula.permutation import combined_backward
-from moe_routing.permutation import checks, op
+from moe_routing.permutation import _check, op
 from moe_routing.permutation.kernel import CombinesBackward, PermutedRows
 from moe_routing.permutation.problem import GROUP, CombineProblem, PermuteProblem
 from moe_routing.private_api import is_fake_mode, is_functorch_wrapped_tensor, is_zero_tensor
@@ -83,18 +83,18 @@ def permute(
     >>> permute(torch.tensor([[1.0], [2.0]]), plan).flatten().tolist()
     [1.0, 1.0, 2.0, 2.0]
     """
-    hidden = checks.check_rows_of_tokens("hidden", hidden)
-    plan, layout = checks.check_plan(plan, hidden.device)
-    checks.check_tokens("hidden", hidden, plan)
-    checks.check_quantize(quantize, hidden)
+    hidden = _check.check_rows_of_tokens("hidden", hidden)
+    plan, layout = _check.check_plan(plan, hidden.device)
+    _check.check_tokens("hidden", hidden, plan)
+    _check.check_quantize(quantize, hidden)
     _check_backend(backend)
     if scales is not None:
         if quantize is not None:
             raise ValueError(refusal("scales", "None, for rows that are quantized", scales))
-        scales = checks.check_rows_of_tokens("scales", scales)
+        scales = _check.check_rows_of_tokens("scales", scales)
         if scales.device != hidden.device:
             raise ValueError(refusal("scales", f"device {hidden.device}, as hidden has", scales))
-        checks.check_tokens("scales", scales, plan)
+        _check.check_tokens("scales", scales, plan)
         return PermutedRows(
             _permute(hidden, plan, layout, "", backend)[0],
             _permute(scales, plan, layout, "", backend)[0],
@@ -132,10 +132,10 @@ def combine(
     >>> combine(rows, plan, torch.tensor([[0.5, 2.0], [1.0, 1.0]])).flatten().tolist()
     [3.0, 7.0]
     """
-    rows = checks.check_rows_of_places(rows)
-    plan, _ = checks.check_plan(plan, rows.device)
-    checks.check_places(rows, plan)
-    weights = checks.check_weights(weights, rows, plan)
+    rows = _check.check_rows_of_places(rows)
+    plan, _ = _check.check_plan(plan, rows.device)
+    _check.check_places(rows, plan)
+    weights = _check.check_weights(weights, rows, plan)
     _check_backend(backend)
     if rows.dim() > 2:  # noqa: PLR2004 -- the matrices of a masked plan
         rows = rows.flatten(0, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from weakref import ref
 
 import torch
@@ -39,13 +39,13 @@ class AllReduce:
             ids=torch.where(here, ids, -1).int(),
             weights=copied(tokens.weights, group),
             scales=tokens.scales,
-            state=None,
+            state=here.any(dim=1, keepdim=True),
         )
 
     def combine(self, rows: Tensor, received: Received) -> Tensor:
-        """Add the sums of all ranks."""
-        del received
-        return summed(rows, alive(self._group))
+        """Add the sums of all ranks; rows without an expert here may hold anything."""
+        computed = torch.where(cast("Tensor", received.state), rows, 0)
+        return summed(computed, alive(self._group))
 
 
 def build(problem: ExchangeProblem, _device: DeviceInfo) -> ExchangeKernel:

@@ -44,12 +44,16 @@ class State(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What must be the same on every rank."""
+    """What must be the same on every rank.
+
+    :ivar gradients: what requires them; a rank without would not take part in the way back.
+    """
 
     hidden_size: int
     topk: int
     scales: int
     dtypes: str
+    gradients: str
 
 
 class AllToAll:
@@ -83,11 +87,13 @@ class AllToAll:
         index = plan.order.flatten()
         if by_rank:
             index = index.div(self._ranks, rounding_mode="floor")
-        ids = tokens.ids if by_rank else tokens.ids.reshape(-1, 1)
+        known = (tokens.ids >= 0) & (tokens.ids < self._ranks * self._experts)
+        ids = torch.where(known, tokens.ids, -1).int()  # an int64 beyond int32 would wrap around
+        ids = ids if by_rank else ids.reshape(-1, 1)
         rows = moe_routing.permute(tokens.hidden, plan)
         return Received(
             rows=sent(rows),
-            ids=self._local(sent(pad(ids.int(), _ONE_MORE, value=-1)[index])),
+            ids=self._local(sent(pad(ids, _ONE_MORE, value=-1)[index])),
             weights=sent(pad(tokens.weights, _ONE_MORE)[index]) if by_rank else None,
             scales=None
             if tokens.scales is None
@@ -110,7 +116,7 @@ class AllToAll:
             plan = moe_routing.plan(slots, self._ranks, capacity=capacity, masked=True)
             return plan, EVEN, self._ranks * capacity
         plan = moe_routing.plan(slots, self._ranks)
-        splits = self._sizes(plan.counts, _form(tokens))
+        splits = self._sizes(plan.counts, self._form(tokens))
         return plan, splits, sum(splits.receive or ())
 
     def _sizes(self, counts: Tensor, form: Form) -> Splits:
@@ -119,7 +125,9 @@ class AllToAll:
         :raises ValueError: another rank's rows have another form.
         """
         if form not in self._forms:
-            numbers = (form.hidden_size, form.topk, form.scales, zlib.crc32(form.dtypes.encode()))
+            numbers = [
+                part if isinstance(part, int) else zlib.crc32(part.encode()) for part in form
+            ]
             row = torch.tensor(numbers, device=counts.device).expand(self._ranks, -1)
             self._forms[form] = row
         said = torch.cat((counts[:, None], self._forms[form]), dim=1)
@@ -137,24 +145,22 @@ class AllToAll:
                 raise ValueError(msg)
         return Splits(tuple(row[0] for row in mine), tuple(row[0] for row in others))
 
+    def _form(self, tokens: Tokens) -> Form:
+        parts = {name: part for name, part in tokens._asdict().items() if part is not None}
+        sent = parts.keys() - {"ids"} - ({"weights"} if self._problem.reduce == "none" else set())
+        going_back = [name for name in sorted(sent) if parts[name].requires_grad]
+        return Form(
+            hidden_size=tokens.hidden.shape[1],
+            topk=tokens.ids.shape[1],
+            scales=0 if tokens.scales is None else tokens.scales.shape[1],
+            dtypes=" ".join(str(parts[name].dtype) for name in sorted(parts.keys() - {"ids"})),
+            gradients=" ".join(going_back) if torch.is_grad_enabled() else "",
+        )
+
     def _local(self, ids: Tensor) -> Tensor:
         """Return ids that count this rank's experts from 0; -1 stands for all others."""
         ids = ids - self._first
         return torch.where((ids >= 0) & (ids < self._experts), ids, -1)
-
-
-def _form(tokens: Tokens) -> Form:
-    scales = tokens.scales
-    return Form(
-        hidden_size=tokens.hidden.shape[1],
-        topk=tokens.ids.shape[1],
-        scales=0 if scales is None else scales.shape[1],
-        dtypes=" ".join(
-            str(part.dtype).removeprefix("torch.")
-            for part in (tokens.hidden, tokens.weights, scales)
-            if part is not None
-        ),
-    )
 
 
 def build(problem: ExchangeProblem, device: DeviceInfo) -> ExchangeKernel:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.distributed import ExpertParallel, _agreement, _check
-from moe_routing.permutation import checks
 from moe_routing_backends.all_reduce import exchange as all_reduce
 from moe_routing_backends.all_to_all import exchange as all_to_all
 from moe_routing_registry import RejectCode, Verdict
@@ -373,7 +372,7 @@ CHANGES = (
     ),
     Change(
         "exchange", "wrong_operands_are_refused_by_name", "shows the elements",
-        checks, "refusal", elements_are_shown,
+        _check, "refusal", elements_are_shown,
     ),
     Change(
         "exchange", "wrong_results_are_refused_by_name", "no error", ExpertParallel, "combine",

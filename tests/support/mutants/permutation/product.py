@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_routing.permutation import call, checks, op
+from moe_routing.permutation import _check, call, op
 from mutants._change import Change, elements_are_shown, no_name_in_front
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ ARGUMENTS = "wrong_arguments_raise_and_are_named"
 CHANGES = (
     Change(
         "permute", ARGUMENTS, "^hidden for another plan, a first call: no error",
-        checks, "check_tokens", _not_looked_at,
+        _check, "check_tokens", _not_looked_at,
     ),
     Change(
         "combine", ARGUMENTS, "^rows of a place (less|more), a first call: no error",
-        checks, "check_places", _not_looked_at,
+        _check, "check_places", _not_looked_at,
     ),
     *(
         change
@@ -104,11 +104,11 @@ CHANGES = (
         for change in (
             Change(
                 operation, ARGUMENTS, "^the error shows the elements of a tensor",
-                checks, "refusal", elements_are_shown,
+                _check, "refusal", elements_are_shown,
             ),
             Change(
                 operation, ARGUMENTS, "^the error does not begin with the argument's name",
-                checks, "refusal", no_name_in_front,
+                _check, "refusal", no_name_in_front,
             ),
             Change(
                 operation, "no_tokens_give_empty_results", "^(rows|out): expected shape",
