@@ -12,6 +12,11 @@ from weakref import ref
 import torch
 from torch import distributed
 
+if distributed.is_available() and not distributed.is_initialized():
+    # This module of torch keeps the group of all ranks that exists when it is imported, which an
+    # optimizer does at its first step: see `alive`. Now there is none to keep.
+    import torch.distributed.nn.functional
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
