@@ -19,6 +19,8 @@ from moe_routing.distributed.collectives import EVEN, Splits, alive, all_to_all
 from moe_routing.distributed.kernel import Received
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
@@ -66,40 +68,85 @@ class AllToAll:
         self._ranks, self._experts = problem.ranks, problem.experts_per_rank
         self._first = distributed.get_rank(group) * self._experts
         self._all_ranks = torch.arange(self._ranks, device=device)
+        own = torch.arange(self._experts, dtype=torch.int32, device=device)
+        self._own_of_every_rank = own.repeat(self._ranks)
         self._forms: dict[Form, Tensor] = {}
 
     def dispatch(self, tokens: Tokens) -> Received:
         """Send each token once to each of its experts, or once to each rank that has any."""
-        by_rank = self._problem.reduce == "rank"
-        slots = tokens.ids.div(self._experts, rounding_mode="floor")
-        if by_rank:
-            reached = (slots[:, :, None] == self._all_ranks).any(dim=1)
-            slots = torch.where(reached, self._all_ranks, -1)
-        plan, splits, places = self._ordered(slots, tokens)
+        if self._problem.reduce == "rank":
+            return self._to_ranks(tokens)
+        return self._padded(tokens) if self._problem.max_tokens else self._to_experts(tokens)
 
-        group = alive(self._group)
+    def _to_experts(self, tokens: Tokens) -> Received:
+        """Send a row for each slot, by expert: then counts say what arrives, and how much of it."""
+        plan = moe_routing.plan(tokens.ids, self._ranks * self._experts)
+        splits, counts = self._sizes(plan.counts.view(self._ranks, -1), self._form(tokens))
+        places = sum(splits.receive or ())
+        ids = self._own_of_every_rank.repeat_interleave(counts.flatten(), output_size=places)
+        send = self._sender(splits, places)
+        return self._received(tokens, plan, splits, send, ids[:, None], None)
 
-        def sent(rows: Tensor) -> Tensor:
-            return all_to_all(rows.flatten(0, -2), splits, places, group)
+    def _padded(self, tokens: Tokens) -> Received:
+        """Send a row for each slot, as many to each rank; ids say which are of an expert."""
+        ids = self._known(tokens.ids)
+        # All experts of all tokens may be on one rank.
+        places = self._problem.max_tokens * ids.shape[1]
+        slots = ids.div(self._experts, rounding_mode="floor")
+        plan = moe_routing.plan(slots, self._ranks, capacity=places, masked=True)
+        send = self._sender(EVEN, self._ranks * places)
+        # An empty place has the number of pairs, and reads what is appended.
+        sent = pad(ids.reshape(-1, 1), _ONE_MORE, value=-1)[plan.order.flatten()]
+        return self._received(tokens, plan, EVEN, send, self._local(send(sent)), None)
 
-        # The token of each place; the number of tokens (or of pairs) at an empty one, which reads
-        # the row that is appended.
-        index = plan.order.flatten()
-        if by_rank:
-            index = index.div(self._ranks, rounding_mode="floor")
-        known = (tokens.ids >= 0) & (tokens.ids < self._ranks * self._experts)
-        ids = torch.where(known, tokens.ids, -1).int()  # an int64 beyond int32 would wrap around
-        ids = ids if by_rank else ids.reshape(-1, 1)
-        rows = moe_routing.permute(tokens.hidden, plan)
+    def _to_ranks(self, tokens: Tokens) -> Received:
+        """Send a row, its ids and weights to each rank that has one of its experts."""
+        ids = self._known(tokens.ids)
+        ranks = ids.div(self._experts, rounding_mode="floor")
+        reached = (ranks[:, :, None] == self._all_ranks).any(dim=1)
+        slots = torch.where(reached, self._all_ranks, -1)
+        if most := self._problem.max_tokens:
+            plan = moe_routing.plan(slots, self._ranks, capacity=most, masked=True)
+            splits, places = EVEN, self._ranks * most
+        else:
+            plan = moe_routing.plan(slots, self._ranks)
+            splits, _ = self._sizes(plan.counts[:, None], self._form(tokens))
+            places = sum(splits.receive or ())
+        send = self._sender(splits, places)
+        # The token of each place; an empty one has the number of tokens, and reads what is appended.
+        token = plan.order.flatten().div(self._ranks, rounding_mode="floor")
+        here = self._local(send(pad(ids, _ONE_MORE, value=-1)[token]))
+        weights = send(pad(tokens.weights, _ONE_MORE)[token])
+        return self._received(tokens, plan, splits, send, here, weights)
+
+    def _received(  # noqa: PLR0913, PLR0917 -- what arrives, and how
+        self,
+        tokens: Tokens,
+        plan: DispatchPlan,
+        splits: Splits,
+        send: Callable[[Tensor], Tensor],
+        ids: Tensor,
+        weights: Tensor | None,
+    ) -> Received:
+        """Send rows and scales in the order of the plan."""
+        scales = tokens.scales
         return Received(
-            rows=sent(rows),
-            ids=self._local(sent(pad(ids, _ONE_MORE, value=-1)[index])),
-            weights=sent(pad(tokens.weights, _ONE_MORE)[index]) if by_rank else None,
-            scales=None
-            if tokens.scales is None
-            else sent(moe_routing.permute(tokens.scales, plan)),
-            state=State(plan, splits, None if by_rank else tokens.weights),
+            rows=send(moe_routing.permute(tokens.hidden, plan)),
+            ids=ids,
+            weights=weights,
+            scales=None if scales is None else send(moe_routing.permute(scales, plan)),
+            state=State(plan, splits, tokens.weights if weights is None else None),
         )
+
+    def _sender(self, splits: Splits, places: int) -> Callable[[Tensor], Tensor]:
+        """Return what exchanges rows, which may lie in a matrix for each rank."""
+        group = alive(self._group)
+        return lambda rows: all_to_all(rows.flatten(0, -2), splits, places, group)
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Return the ids in int32, in which one beyond it would wrap around; -1 is no expert."""
+        known = (ids >= 0) & (ids < self._ranks * self._experts)
+        return torch.where(known, ids, -1).int()
 
     def combine(self, rows: Tensor, received: Received) -> Tensor:
         """Send the results back, and sum them for each token, in the order of its slots."""
@@ -107,34 +154,26 @@ class AllToAll:
         back = all_to_all(rows, splits.reversed, plan.order.numel(), alive(self._group))
         return moe_routing.combine(back.unflatten(0, plan.order.shape), plan, weights)
 
-    def _ordered(self, slots: Tensor, tokens: Tokens) -> tuple[DispatchPlan, Splits, int]:
-        """Order slots by rank; return also how many rows go where, and how many are received."""
-        if self._problem.max_tokens:
-            capacity = self._problem.max_tokens
-            if self._problem.reduce == "none":
-                capacity *= slots.shape[1]  # all experts of all tokens may be on one rank
-            plan = moe_routing.plan(slots, self._ranks, capacity=capacity, masked=True)
-            return plan, EVEN, self._ranks * capacity
-        plan = moe_routing.plan(slots, self._ranks)
-        splits = self._sizes(plan.counts, self._form(tokens))
-        return plan, splits, sum(splits.receive or ())
+    def _sizes(self, counts: Tensor, form: Form) -> tuple[Splits, Tensor]:
+        """Exchange counts, and hold every rank's rows to the form of this one's.
 
-    def _sizes(self, counts: Tensor, form: Form) -> Splits:
-        """Exchange the sizes, and hold every rank's rows to the form of this one's.
-
+        :param counts: ``[ranks, C]``: how many rows of each of C kinds go to each rank.
+        :returns: how many rows go where, and the counts of what comes from each rank.
         :raises ValueError: another rank's rows have another form.
         """
         if form not in self._forms:
             numbers = [
-                part if isinstance(part, int) else zlib.crc32(part.encode()) for part in form
+                part if isinstance(part, int) else zlib.crc32(part.encode()) >> 1 for part in form
             ]
-            row = torch.tensor(numbers, device=counts.device).expand(self._ranks, -1)
+            row = torch.tensor(numbers, dtype=torch.int32, device=counts.device)
+            row = row.expand(self._ranks, -1)
             self._forms[form] = row
-        said = torch.cat((counts[:, None], self._forms[form]), dim=1)
+        said = torch.cat((counts, self._forms[form]), dim=1)
         heard = all_to_all(said, EVEN, self._ranks, alive(self._group))
         mine, others = torch.stack((said, heard)).tolist()  # the one synchronisation
+        kinds = counts.shape[1]
         for rank, other in enumerate(others):
-            pairs = zip(Form._fields, mine[0][1:], other[1:], strict=True)
+            pairs = zip(Form._fields, mine[0][kinds:], other[kinds:], strict=True)
             unlike = [name for name, here, there in pairs if here != there]
             if unlike:
                 words = ", ".join(f"{name}={value}" for name, value in form._asdict().items())
@@ -143,7 +182,8 @@ class AllToAll:
                     f"here and others on rank {rank}"
                 )
                 raise ValueError(msg)
-        return Splits(tuple(row[0] for row in mine), tuple(row[0] for row in others))
+        send, receive = (tuple(sum(row[:kinds]) for row in rows) for rows in (mine, others))
+        return Splits(send, receive), heard[:, :kinds]
 
     def _form(self, tokens: Tokens) -> Form:
         parts = {name: part for name, part in tokens._asdict().items() if part is not None}
