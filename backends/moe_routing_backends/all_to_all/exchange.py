@@ -113,7 +113,7 @@ class AllToAll:
             splits, _ = self._sizes(plan.counts[:, None], self._form(tokens))
             places = sum(splits.receive or ())
         send = self._sender(splits, places)
-        # The token of each place; an empty one has the number of tokens, and reads what is appended.
+        # The token of each place; an empty one has the number of tokens: it reads what is appended.
         token = plan.order.flatten().div(self._ranks, rounding_mode="floor")
         here = self._local(send(pad(ids, _ONE_MORE, value=-1)[token]))
         weights = send(pad(tokens.weights, _ONE_MORE)[token])
