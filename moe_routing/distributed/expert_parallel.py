@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar
 from weakref import ref
 
 import torch
@@ -38,17 +38,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """Let Dynamo break the graph at a function that communicates, and call it as it is."""
+def _traced_if_shared(
+    function: Callable[Concatenate[ExpertParallel, P], R],
+) -> Callable[Concatenate[ExpertParallel, P], R]:
+    """Let Dynamo break the graph where tokens move, and call the function as it is.
+
+    The sizes of what arrives are known on the host, which no graph can hold. A shared batch has the
+    same sizes everywhere.
+    """
 
     @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        if is_dynamo_compiling():
+    def called(self: ExpertParallel, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if is_dynamo_compiling() and not self.problem.shared_batch:
             from moe_routing.distributed._untraced import call
 
-            result: R = call(function, *args, **kwargs)
+            result: R = call(function, self, *args, **kwargs)
             return result
-        return function(*args, **kwargs)
+        return function(self, *args, **kwargs)
 
     return called
 
@@ -204,7 +210,7 @@ class ExpertParallel:
         kernel, report = chosen(self.problem, probe(self.device), request)
         return (kernel, report), {"transport": report.winner}
 
-    @_untraced
+    @_traced_if_shared
     def dispatch(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor | None = None
     ) -> Dispatched:
@@ -230,7 +236,7 @@ class ExpertParallel:
         rows = moe_routing.permute(received.rows, plan, scales=received.scales)
         return Dispatched(rows, plan)
 
-    @_untraced
+    @_traced_if_shared
     def combine(self, rows: Tensor) -> Tensor:
         """Return the experts' results to the tokens of the last ``dispatch``, and sum them.
 
@@ -258,7 +264,7 @@ class ExpertParallel:
         self._last = None  # it would keep what arrived, and all that autograd knows of it
         return self._returned(moe_routing.combine(rows, plan, received.weights), received)
 
-    @_untraced
+    @_traced_if_shared
     def dispatch_rows(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor | None = None
     ) -> Received:
@@ -275,7 +281,7 @@ class ExpertParallel:
             tokens = tokens._replace(ids=torch.where(known, places, -1))
         return self._exchange.dispatch(tokens)
 
-    @_untraced
+    @_traced_if_shared
     def combine_rows(self, rows: Tensor, received: Received) -> Tensor:
         """Return a result for each row of ``dispatch_rows`` to its token, and sum them: [T, H']."""
         received = _check.check_received(received)

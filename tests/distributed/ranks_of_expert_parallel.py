@@ -756,12 +756,14 @@ def as_many_bytes_are_sent_as_the_page_says(group, rank, number):
         reached = sum(len({e // (E // number) for e in row}) for row in ids.tolist())
         if kind["reduce"] == "none":
             places = number * most * K if most else T * K
-            dispatched, combined, of_ids = places * (4 * H + 4), places * 4 * H, 4 * places
+            of_ids = 4 * places if most else 0
+            dispatched, combined = places * 4 * H + of_ids, places * 4 * H
         else:
             places = number * most if most else reached
             dispatched, combined = places * (4 * H + 4 * K + 4 * K), places * 4 * H
             of_ids = 4 * K * places
-        sizes = [] if most else [48 * number]
+        kinds = E // number if kind["reduce"] == "none" else 1
+        sizes = [] if most else [4 * number * (kinds + 5)]
         assert forward[: len(sizes)] == sizes
         assert sum(forward[len(sizes) : -1]) == dispatched
         assert came_back == combined
