@@ -11,12 +11,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_routing.distributed.expert_parallel import Dispatched, ExpertParallel
+    from moe_routing.distributed.expert_parallel import (
+        Dispatched,
+        DispatchedWithScales,
+        ExpertParallel,
+    )
     from moe_routing.distributed.kernel import Exchange, ExchangeKernel, Received, Tokens
     from moe_routing.distributed.problem import ExchangeProblem
 
 _HOME = {
     "Dispatched": "moe_routing.distributed.expert_parallel",
+    "DispatchedWithScales": "moe_routing.distributed.expert_parallel",
     "Exchange": "moe_routing.distributed.kernel",
     "ExchangeKernel": "moe_routing.distributed.kernel",
     "ExchangeProblem": "moe_routing.distributed.problem",
@@ -27,6 +32,7 @@ _HOME = {
 
 __all__ = [
     "Dispatched",
+    "DispatchedWithScales",
     "Exchange",
     "ExchangeKernel",
     "ExchangeProblem",

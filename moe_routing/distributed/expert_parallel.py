@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 from weakref import ref
 
 import torch
@@ -34,13 +34,10 @@ if TYPE_CHECKING:
     from moe_routing_registry import ResolutionReport
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound="Callable[..., Any]")
 
 
-def _traced_if_shared(
-    function: Callable[Concatenate[ExpertParallel, P], R],
-) -> Callable[Concatenate[ExpertParallel, P], R]:
+def _traced_if_shared(function: F) -> F:
     """Let Dynamo break the graph where tokens move, and call the function as it is.
 
     The sizes of what arrives are known on the host, which no graph can hold. A shared batch has the
@@ -48,26 +45,32 @@ def _traced_if_shared(
     """
 
     @functools.wraps(function)
-    def called(self: ExpertParallel, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def called(self: ExpertParallel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as F says
         if is_dynamo_compiling() and not self.problem.shared_batch:
             from moe_routing.distributed._untraced import call
 
-            result: R = call(function, self, *args, **kwargs)
-            return result
+            return call(function, self, *args, **kwargs)
         return function(self, *args, **kwargs)
 
-    return called
+    return cast("F", called)
 
 
 class Dispatched(NamedTuple):
     """What a rank's experts compute: rows in the order of a plan over this rank's experts.
 
-    :ivar rows: ``[P, H]``, by expert, then by source rank, token and slot; a ``PermutedRows`` where
-        scales came along. P may be more than there are rows of experts: ``plan.offsets[-1]``.
+    :ivar rows: ``[P, H]``, by expert, then by source rank, token and slot. P may be more than there
+        are rows of experts: ``plan.offsets[-1]``.
     :ivar plan: the plan over the experts of this rank, in the order of ``local_experts``.
     """
 
-    rows: Tensor | PermutedRows
+    rows: Tensor
+    plan: DispatchPlan
+
+
+class DispatchedWithScales(NamedTuple):
+    """The same for rows that came with scales."""
+
+    rows: PermutedRows
     plan: DispatchPlan
 
 
@@ -210,10 +213,18 @@ class ExpertParallel:
         kernel, report = chosen(self.problem, probe(self.device), request)
         return (kernel, report), {"transport": report.winner}
 
+    @overload
+    def dispatch(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: None = None
+    ) -> Dispatched: ...
+    @overload
+    def dispatch(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor
+    ) -> DispatchedWithScales: ...
     @_traced_if_shared
     def dispatch(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, *, scales: Tensor | None = None
-    ) -> Dispatched:
+    ) -> Dispatched | DispatchedWithScales:
         """Send tokens to the ranks of their experts, and order what arrives by expert.
 
         :param hidden: ``[T, H]``, of any dtype and strides; T may differ between ranks, and be 0.
@@ -221,7 +232,8 @@ class ExpertParallel:
             example, has no expert: nothing is sent for it, and it adds nothing.
         :param weights: bfloat16, float16 or float32 ``[T, K]``.
         :param scales: ``[T, S]`` of any dtype, of fp8 rows for example, moved with the rows.
-        :returns: the rows of this rank's experts and their plan. Gradients flow back to ``hidden``:
+        :returns: the rows of this rank's experts and their plan. With ``scales`` the rows are a
+            ``PermutedRows``. Gradients flow back to ``hidden``:
             on every rank or on none, since the way back communicates too.
         :raises TypeError: an argument has the wrong type or dtype.
         :raises ValueError: an argument has the wrong shape or device, or the ranks' rows differ in
@@ -234,7 +246,7 @@ class ExpertParallel:
         if received.scales is None:
             return Dispatched(moe_routing.permute(received.rows, plan), plan)
         rows = moe_routing.permute(received.rows, plan, scales=received.scales)
-        return Dispatched(rows, plan)
+        return DispatchedWithScales(rows, plan)
 
     @_traced_if_shared
     def combine(self, rows: Tensor) -> Tensor:
