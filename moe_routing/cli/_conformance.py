@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moe_routing.conformance.cases import Profile
-    from moe_routing.conformance.runner import Report, Result
+    from moe_routing.conformance.runner import NotUsableError, Report, Result
+
+    Advance = Callable[[Result, int, int], None]
+    """What is called after each check: its result, how many are done, and how many there are."""
 
 _SHOWN = 10
 NOTHING_CHECKED = 2
@@ -108,13 +111,15 @@ def conformance(  # noqa: PLR0913 -- the options of the command
         _check_path(path)
     profile: Profile = "full" if full else "quick"
     if distributed:
-        outcomes = _on_every_rank(backend, device, profile, clause, seed)
+        outcomes = _on_every_rank(backend, device, profile, clause, seed, as_json=as_json)
     else:
         assert backend is not None  # noqa: S101 -- for mypy: _check_who asked
         where = device or "cpu"
         outcomes = [_run(backend, where, operation, profile, clause, seed, as_json=as_json)]
     if outcomes is None:  # another rank than the first, which shows them
         return
+    if not outcomes:  # it has been said why
+        raise typer.Exit(NOTHING_CHECKED)
     if as_json:
         made = [outcome.to_dict() for outcome in outcomes]
         ok = all(outcome.ok for outcome in outcomes)
@@ -131,6 +136,14 @@ def _exit_code(outcomes: list[Report]) -> int:
     if any(outcome.failed for outcome in outcomes):
         return 1
     return 0 if all(outcome.ok for outcome in outcomes) else NOTHING_CHECKED
+
+
+def _say_unusable(backend: str, device: str, error: NotUsableError, *, as_json: bool) -> None:
+    if not as_json:
+        console().print(str(error), soft_wrap=True)
+        return
+    verdict = {"verdict": str(error), "counts": _NOTHING}
+    print_json({"ok": False, "backend": backend, "device": device, **verdict})
 
 
 def _check_who(
@@ -158,29 +171,34 @@ def _check_who(
         raise UsageError(msg)
 
 
-def _on_every_rank(
+def _on_every_rank(  # noqa: PLR0913 -- the options of the command
     backend: str | None,
     device: str | None,
     profile: Profile,
     clauses: list[int] | None,
     seed: int | None,
+    *,
+    as_json: bool,
 ) -> list[Report] | None:
     """Check transports together with the other ranks; only the first one returns reports."""
     from moe_routing.conformance.exchange import ranks
+    from moe_routing.conformance.runner import NotUsableError
 
+    reports = []
     with ranks.of_torchrun(device, seed) as here:
-        names = [backend] if backend else ranks.transports()
-        if here.rank:
-            for name in names:
-                ranks.run(here, name, profile, clauses)
-            return None
-        return [
-            _with_progress(
-                name,
-                lambda advance, name=name: ranks.run(here, name, profile, clauses, advance),  # type: ignore[misc] # bound now
-            )
-            for name in names
-        ]
+        for name in [backend] if backend else ranks.transports():
+
+            def run(advance: Advance | None = None, name: str = name) -> Report:
+                return ranks.run(here, name, profile, clauses, advance)
+
+            try:
+                reports.append(run() if here.rank else _with_progress(name, run))
+            except NotUsableError as error:
+                if here.rank == 0 and as_json and backend is None:
+                    typer.echo(str(error), err=True)  # one of several, whose JSON follows
+                elif here.rank == 0:
+                    _say_unusable(name, str(here.device), error, as_json=as_json)
+        return None if here.rank else reports
 
 
 def _check_path(path: Path) -> None:
@@ -232,24 +250,11 @@ def _run(  # noqa: PLR0913, PLR0917 -- the options of the command
             ),
         )
     except NotUsableError as error:
-        if as_json:
-            print_json(
-                {
-                    "ok": False,
-                    "backend": backend,
-                    "device": device,
-                    "verdict": str(error),
-                    "counts": _NOTHING,
-                }
-            )
-        else:
-            console().print(str(error), soft_wrap=True)
+        _say_unusable(backend, device, error, as_json=as_json)
         raise typer.Exit(NOTHING_CHECKED) from error
 
 
-def _with_progress(
-    backend: str, run: Callable[[Callable[[Result, int, int], None]], Report]
-) -> Report:
+def _with_progress(backend: str, run: Callable[[Advance], Report]) -> Report:
     """Run with a bar, which ``run`` moves by what it is given."""
     with progress() as bar:
         task = bar.add_task(backend, total=None)

@@ -18,18 +18,90 @@ HERE = Path(__file__).parent
 WRONG = [mutant for mutant in MUTANTS if not mutant.only_on]
 
 
-def _told(ranks):
+def started(ranks, *arguments, folder=HERE.parent / "support"):
+    """Run what torchrun starts on that many ranks, with modules of the folder."""
     command = [
-        sys.executable, "-W", "error", "-m", "torch.distributed.run",
-        "--nproc-per-node", str(ranks), str(HERE / "exchange_rank.py"), str(random.getrandbits(32)),
+        sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(ranks), *map(str, arguments),
     ]  # fmt: skip
-    paths = [str(HERE.parent / "support"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def _told(ranks):
+    done = started(ranks, HERE / "exchange_rank.py", random.getrandbits(32))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_the_command_checks_every_transport_and_rank_0_shows_them():
+    arguments = ("-m", "moe_routing", "conformance", "--distributed", "--clause", "9")
+    done = started(2, *arguments)
+    assert done.returncode == 0, done.stderr
+    for name in ("all-to-all", "all-reduce"):
+        assert f"{name} conforms: 10 checked" in done.stdout
+        assert done.stdout.count(f"{name} (") == 1
+    said = json.loads(started(2, *arguments, "--json").stdout)
+    assert said["ok"]
+    assert [one["backend"] for one in said["reports"]] == ["all-reduce", "all-to-all"]
+    assert {one["device"].rpartition(", ")[2] for one in said["reports"]} == {"2 ranks"}
+
+
+ON_ONE_RANK = """
+import os, sys
+from moe_routing._registry import registry
+from moe_routing.cli import main
+from moe_routing_registry import ANY, BackendSpec, RejectCode, Target, Verdict
+
+def supports(problem, device):
+    if os.environ["RANK"] == "1":
+        return Verdict.no(RejectCode.TOOLCHAIN, "finds no network card")
+    return Verdict.yes()
+
+registry().register(
+    BackendSpec(
+        name="cards",
+        factories={"exchange": "moe_routing_backends.all_to_all.exchange:build"},
+        targets=(Target(ANY),),
+        supports=supports,
+    )
+)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_transport_that_one_rank_cannot_use_is_not_checked(tmp_path):
+    (tmp_path / "cards.py").write_text(ON_ONE_RANK)
+    arguments = (tmp_path / "cards.py", "conformance", "--distributed", "--clause", "9")
+    done = started(2, *arguments, "cards")
+    assert "cannot be used on rank 1: it finds no network card" in " ".join(done.stdout.split())
+    assert done.returncode == 1  # torchrun's, of a rank that ended with 2
+    done = started(2, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "finds no network card" in done.stdout
+    assert "all-reduce conforms" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "BACKEND: expected a name"),
+        (["--distributed"], "--distributed: expected a process of torchrun, got none; torchrun "),
+        (["--distributed", "--operation", "plan"], "--operation: expected exchange"),
+    ],
+)
+def test_what_the_command_needs_is_said(arguments, said):
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_routing", "conformance", *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize("transport", ["all-to-all", "all-reduce"])

@@ -15,7 +15,10 @@ from torch import distributed
 
 from moe_routing._registry import registry
 from moe_routing.conformance import drawn, runner
+from moe_routing.conformance.contract import contract_of
 from moe_routing.conformance.under_test import DeclinedError, NotApplicableError, NotRunError
+from moe_routing_registry import RejectCode, Verdict
+from moe_routing_registry.report import Rejection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -114,8 +117,8 @@ def _device(named: str | None) -> torch.device:
 
 
 def transports() -> list[str]:
-    """Return the names of all backends that have a factory for ``exchange``."""
-    return [name for name, spec in registry().backends.items() if "exchange" in spec.factories]
+    """Return the names of all backends that have a factory for ``exchange``, in one order."""
+    return sorted(n for n, spec in registry().backends.items() if "exchange" in spec.factories)
 
 
 def run(
@@ -125,7 +128,11 @@ def run(
     clauses: Iterable[int] | None,
     on_result: Callable[[Result, int, int], None] | None = None,
 ) -> Report:
-    """Check a transport together with the other ranks, which all call this."""
+    """Check a transport together with the other ranks, which all call this.
+
+    :raises NotUsableError: it cannot be used on some rank.
+    """
+    _require_usable(here, transport)
     report = runner.run(
         transport,
         here.device,
@@ -137,6 +144,19 @@ def run(
     )
     report.device = f"{report.device}, {distributed.get_world_size()} ranks"
     return report
+
+
+def _require_usable(here: Here, transport: str) -> None:
+    """Require of every rank that it can use the transport: a check needs all of them."""
+    under_test = runner.backend_under_test(transport, here.device)
+    rejection = under_test.why_not(contract_of("exchange").problems())
+    for rank, reason in enumerate(_heard("" if rejection is None else rejection.verdict.reason)):
+        if reason and rejection is None:
+            verdict = Verdict.no(RejectCode.GROUP, f"cannot be used on rank {rank}: it {reason}")
+            distribution = registry().distribution(transport)
+            rejection = Rejection(name=transport, verdict=verdict, distribution=distribution)
+    if rejection is not None:
+        raise runner.NotUsableError(under_test, rejection)
 
 
 def need(ranks: int) -> None:
