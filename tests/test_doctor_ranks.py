@@ -36,8 +36,8 @@ def environment(path=(), **more):
 
 def torchrun(*arguments, path=()):
     """Run the doctor on two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "moe_routing", "doctor", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "moe_routing", "doctor", *arguments]
     return subprocess.run(
         command, env=environment(path), capture_output=True, text=True, check=False
     )
