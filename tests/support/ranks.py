@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TIMEOUT = dt.timedelta(seconds=60)
+TIMEOUT = dt.timedelta(seconds=300)
 """After it a collective fails that another rank does not join: no test hangs. Groups made by
 ``new_group`` do not inherit it."""
 
