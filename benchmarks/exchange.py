@@ -1,10 +1,10 @@
-"""Time what brings tokens to the ranks of their experts and back, beside transformers.
+"""Time sending tokens to the ranks of their experts and back, ours and transformers'.
 
     torchrun --nproc-per-node 2 benchmarks/exchange.py OUT.json [TOKENS ...]
 
 Microseconds of ``ExpertParallel.dispatch_rows`` and ``combine_rows``, with experts that change
 nothing between them, on one machine; the slowest rank's median. ``eager`` is a call with the host's
-part, one after the other; ``graph`` the replay of a CUDA graph of several. Beside them
+part, one after the other; ``graph`` the replay of a CUDA graph of several. For comparison
 transformers' ``AllToAllEP``, where it is installed (5.23 on), on the same ranks and tokens.
 Everything is compared with the sum on one rank first.
 """

@@ -178,6 +178,20 @@ def is_dense(tensor: Tensor) -> bool:
     )
 
 
+def matrix(name: str, value: object, shape: str) -> Tensor:
+    """Require a dense matrix, of any dtype.
+
+    :param shape: what the error calls it, ``"[T, H]"``.
+    :raises TypeError: it is no tensor.
+    :raises ValueError: it is no dense matrix.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(refusal(name, f"a tensor {shape}", value))
+    if not is_dense(value) or value.dim() != _MATRIX:
+        raise ValueError(refusal(name, f"a dense tensor {shape} of rank 2", value))
+    return value
+
+
 def is_dtensor(tensor: object) -> bool:
     """Tell DTensors, without importing their package for those who have none."""
     kind = type(tensor)

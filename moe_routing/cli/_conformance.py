@@ -167,7 +167,7 @@ def _check_who(
         msg = f"--distributed: expected a process of torchrun, got none; {command}"
         raise UsageError(msg)
     if report and backend is None:
-        msg = "--report: expected a BACKEND beside it, got none; a report is of one"
+        msg = "--report: expected the argument BACKEND too, got none; a report is of one"
         raise UsageError(msg)
 
 

@@ -1,7 +1,7 @@
 """Expert parallelism on torch.distributed: the experts of a layer on the ranks of a group.
 
-``ExpertParallel`` is what users make. The transport behind it is a backend of the operation
-``exchange``, which the registry chooses. Importing this package imports no torch; the names below
+Users construct an ``ExpertParallel``. Its transport is a backend of the operation ``exchange``,
+which the registry chooses. Importing this package imports no torch; the names below
 import what they need on their first use.
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from moe_routing import _check
 from moe_routing.distributed.kernel import Received
 from moe_routing.distributed.problem import REDUCE, ExchangeProblem
-from moe_routing.permutation.problem import FLOATS
+from moe_routing.permutation.problem import ANY_FLOAT, FLOATS
 from moe_routing.planning.problem import MAX_EXPERTS, MAX_TOPK
 from moe_routing_registry.text import refusal, require_name
 
@@ -237,30 +237,25 @@ def check_tokens(problem: ExchangeProblem, device: torch.device, tokens: Tokens)
     :raises TypeError: an argument has the wrong type or dtype.
     :raises ValueError: an argument has the wrong shape or device.
     """
-    hidden = _rows("hidden", "[T, H]", tokens.hidden)
+    hidden = _check.matrix("hidden", tokens.hidden, "[T, H]")
     _check_stated(problem, hidden)
     _check_ids(tokens.ids, hidden.shape[0], problem.topk)
     _check_weights(tokens.weights, list(tokens.ids.shape))
     if tokens.scales is not None:
-        scales = _rows("scales", "[T, S]", tokens.scales)
+        scales = _check.matrix("scales", tokens.scales, "[T, S]")
         if scales.shape[0] != hidden.shape[0]:
             raise ValueError(refusal("scales", f"{hidden.shape[0]} rows, as hidden has", scales))
     for name, part in tokens._asdict().items():
-        if part is None:
-            continue
-        if _check.is_dtensor(part):
-            raise TypeError(refusal(name, "a tensor of this rank, .to_local() perhaps", part))
-        if part.device != device:
-            raise ValueError(refusal(name, f"device {device}, on which the ranks exchange", part))
+        if part is not None:
+            _check_device(name, part, device)
     return tokens
 
 
-def _rows(name: str, shape: str, rows: object) -> Tensor:
-    if not isinstance(rows, Tensor):
-        raise TypeError(refusal(name, f"a tensor {shape}", rows))
-    if not _check.is_dense(rows) or rows.dim() != _MATRIX:
-        raise ValueError(refusal(name, f"a dense tensor {shape} of rank 2", rows))
-    return rows
+def _check_device(name: str, part: Tensor, device: torch.device) -> None:
+    if _check.is_dtensor(part):
+        raise TypeError(refusal(name, "a tensor of this rank, .to_local() perhaps", part))
+    if part.device != device:
+        raise ValueError(refusal(name, f"device {device}, on which the ranks exchange", part))
 
 
 def check_results(name: str, rows: object, device: torch.device) -> Tensor:
@@ -269,13 +264,10 @@ def check_results(name: str, rows: object, device: torch.device) -> Tensor:
     :raises TypeError: they are no tensor, or of another dtype.
     :raises ValueError: they are no dense matrix, or on another device.
     """
-    rows = _rows(name, "[P, H]", rows)
+    rows = _check.matrix(name, rows, "[P, H]")
     if str(rows.dtype).removeprefix("torch.") not in FLOATS:
-        raise TypeError(refusal(name, f"dtype {', '.join(FLOATS[:-1])} or {FLOATS[-1]}", rows))
-    if _check.is_dtensor(rows):
-        raise TypeError(refusal(name, "a tensor of this rank, .to_local() perhaps", rows))
-    if rows.device != device:
-        raise ValueError(refusal(name, f"device {device}, on which the ranks exchange", rows))
+        raise TypeError(refusal(name, f"dtype {ANY_FLOAT}", rows))
+    _check_device(name, rows, device)
     return rows
 
 
@@ -310,7 +302,7 @@ def _check_ids(ids: object, tokens: int, topk: int) -> None:
 
 def _check_weights(weights: object, shape: list[int]) -> None:
     if not isinstance(weights, Tensor) or weights.dtype not in _WEIGHTS:
-        expected = f"a tensor {shape} of bfloat16, float16 or float32"
+        expected = f"a tensor {shape} of {ANY_FLOAT}"
         raise TypeError(refusal("weights", expected, weights))
     if not _check.is_dense(weights) or list(weights.shape) != shape:
         raise ValueError(refusal("weights", f"a dense tensor of shape {shape}", weights))

@@ -102,11 +102,12 @@ def _exchanged(rows: Tensor, splits: Splits, places: int, group: ProcessGroup) -
     send, receive = (None if part is None else list(part) for part in splits)
     sent = rows if send is None else rows[: sum(send)]
     received = out if receive is None else out[: sum(receive)]
-    distributed.all_to_all_single(_bytes(received), _bytes(sent), receive, send, group=group)
+    distributed.all_to_all_single(as_bytes(received), as_bytes(sent), receive, send, group=group)
     return out
 
 
-def _bytes(rows: Tensor) -> Tensor:
+def as_bytes(rows: Tensor) -> Tensor:
+    """View contiguous rows as bytes: ``[N, bytes of a row]``."""
     return rows.flatten(1).view(torch.uint8)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from moe_routing import _check
-from moe_routing.permutation.problem import FLOATS
+from moe_routing.permutation.problem import ANY_FLOAT, FLOATS
 from moe_routing.planning.kernel import DispatchPlan
 from moe_routing.planning.problem import MAX_TOPK
 from moe_routing_registry.text import refusal
@@ -23,19 +23,6 @@ QUANTIZED = "float8_e4m3fn"
 _RANKS = {"order": (1, 2), "inverse": (2,), "counts": (1,), "offsets": (1,), "block_experts": (1,)}
 
 
-def check_rows_of_tokens(name: str, rows: object) -> Tensor:
-    """Require a row of any dtype for each token.
-
-    :raises TypeError: it is no tensor.
-    :raises ValueError: it is no dense matrix.
-    """
-    if not isinstance(rows, Tensor):
-        raise TypeError(refusal(name, "a tensor [T, H]", rows))
-    if not _check.is_dense(rows) or rows.dim() != _MATRIX:
-        raise ValueError(refusal(name, "a dense tensor [T, H] of rank 2", rows))
-    return rows
-
-
 def check_quantize(quantize: object, hidden: Tensor) -> None:
     """Require a dtype that rows can be quantized to, and rows of a dtype that can be.
 
@@ -47,7 +34,7 @@ def check_quantize(quantize: object, hidden: Tensor) -> None:
     if quantize != QUANTIZED:
         raise ValueError(refusal("quantize", f"{QUANTIZED!r} or None", quantize))
     if _name(hidden.dtype) not in FLOATS:
-        raise TypeError(refusal("hidden", f"dtype {_any_of_floats()}, to be quantized", hidden))
+        raise TypeError(refusal("hidden", f"dtype {ANY_FLOAT}, to be quantized", hidden))
 
 
 def check_plan(plan: object, device: torch.device) -> tuple[DispatchPlan, Layout]:
@@ -119,7 +106,7 @@ def check_rows_of_places(rows: object) -> Tensor:
     if not isinstance(rows, Tensor):
         raise TypeError(refusal("rows", "a tensor [P, H]", rows))
     if _name(rows.dtype) not in FLOATS:
-        raise TypeError(refusal("rows", f"dtype {_any_of_floats()}", rows))
+        raise TypeError(refusal("rows", f"dtype {ANY_FLOAT}", rows))
     if not _check.is_dense(rows) or rows.dim() not in (_MATRIX, _MASKED):
         raise ValueError(refusal("rows", "a dense tensor [P, H], or [E, capacity, H]", rows))
     return rows
@@ -145,7 +132,7 @@ def check_weights(weights: object, rows: Tensor, plan: DispatchPlan) -> Tensor |
         return None
     shape = list(plan.inverse.shape)
     if not isinstance(weights, Tensor) or _name(weights.dtype) not in FLOATS:
-        raise TypeError(refusal("weights", f"a tensor {shape} of {_any_of_floats()}", weights))
+        raise TypeError(refusal("weights", f"a tensor {shape} of {ANY_FLOAT}", weights))
     if not _check.is_dense(weights) or list(weights.shape) != shape:
         raise ValueError(refusal("weights", f"a dense tensor of shape {shape}", weights))
     if weights.device != rows.device:
@@ -155,7 +142,3 @@ def check_weights(weights: object, rows: Tensor, plan: DispatchPlan) -> Tensor |
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _any_of_floats() -> str:
-    return f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"

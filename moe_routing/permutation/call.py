@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from moe_routing._call_cache import ORDINARY
+from moe_routing._check import matrix
 from moe_routing._dispatch import chosen, dtype_name
 from moe_routing._registry import registry
 from moe_routing.formula.permutation import combined_backward
@@ -83,7 +84,7 @@ def permute(
     >>> permute(torch.tensor([[1.0], [2.0]]), plan).flatten().tolist()
     [1.0, 1.0, 2.0, 2.0]
     """
-    hidden = _check.check_rows_of_tokens("hidden", hidden)
+    hidden = matrix("hidden", hidden, "[T, H]")
     plan, layout = _check.check_plan(plan, hidden.device)
     _check.check_tokens("hidden", hidden, plan)
     _check.check_quantize(quantize, hidden)
@@ -91,7 +92,7 @@ def permute(
     if scales is not None:
         if quantize is not None:
             raise ValueError(refusal("scales", "None, for rows that are quantized", scales))
-        scales = _check.check_rows_of_tokens("scales", scales)
+        scales = matrix("scales", scales, "[T, H]")
         if scales.device != hidden.device:
             raise ValueError(refusal("scales", f"device {hidden.device}, as hidden has", scales))
         _check.check_tokens("scales", scales, plan)

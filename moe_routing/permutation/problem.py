@@ -17,6 +17,8 @@ GROUP = 128
 """Neighbouring values of a row that share a scale."""
 FLOATS = ("bfloat16", "float16", "float32")
 """Dtypes of rows that can be quantized, or combined."""
+ANY_FLOAT = f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+"""How errors name them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class PermuteProblem:
         """
         _check_topk(self.topk)
         if self.quantize and self.dtype not in FLOATS:
-            raise ValueError(refusal("dtype", f"{_any_of(FLOATS)}, to be quantized", self.dtype))
+            raise ValueError(refusal("dtype", f"{ANY_FLOAT}, to be quantized", self.dtype))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -90,9 +92,9 @@ class CombineProblem:
         """
         _check_topk(self.topk)
         if self.dtype not in FLOATS:
-            raise ValueError(refusal("dtype", _any_of(FLOATS), self.dtype))
+            raise ValueError(refusal("dtype", ANY_FLOAT, self.dtype))
         if self.weights and self.weights not in FLOATS:
-            raise ValueError(refusal("weights", f"{_any_of(FLOATS)}, or ''", self.weights))
+            raise ValueError(refusal("weights", f"{ANY_FLOAT}, or ''", self.weights))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -112,10 +114,6 @@ class CombineProblem:
 def _check_topk(topk: int) -> None:
     if not 1 <= topk <= MAX_TOPK:
         raise ValueError(refusal("topk", f"an int from 1 to {MAX_TOPK}", topk))
-
-
-def _any_of(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 PERMUTE_EXAMPLE = PermuteProblem(topk=8, dtype="bfloat16")

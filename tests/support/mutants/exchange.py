@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_routing import _check as every_check
 from moe_routing.distributed import ExpertParallel, _agreement, _check
 from moe_routing_backends.all_reduce import exchange as all_reduce
 from moe_routing_backends.all_to_all import exchange as all_to_all
@@ -372,7 +373,7 @@ CHANGES = (
     ),
     Change(
         "exchange", "wrong_operands_are_refused_by_name", "shows the elements",
-        _check, "refusal", elements_are_shown,
+        every_check, "refusal", elements_are_shown,
     ),
     Change(
         "exchange", "wrong_results_are_refused_by_name", "no error", ExpertParallel, "combine",
