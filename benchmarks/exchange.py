@@ -2,11 +2,13 @@
 
     torchrun --nproc-per-node 2 benchmarks/exchange.py OUT.json [TOKENS ...]
 
-Microseconds of ``ExpertParallel.dispatch_rows`` and ``combine_rows``, with experts that change
-nothing between them, on one machine; the slowest rank's median. ``eager`` is a call with the host's
-part, one after the other; ``graph`` the replay of a CUDA graph of several. For comparison
-transformers' ``AllToAllEP``, where it is installed (5.23 on), on the same ranks and tokens.
-Everything is compared with the sum on one rank first.
+Microseconds of ``ExpertParallel.dispatch`` and ``combine``, with experts that change nothing
+between them, on one machine; the slowest rank's median. ``rows`` is ``dispatch_rows`` and
+``combine_rows``, which leave the order of experts to them. ``eager`` is a call with the host's part, one after the
+other; ``graph`` the replay of a CUDA graph of several. For comparison transformers' ``AllToAllEP``,
+where it is installed (5.23 on), on the same ranks and tokens, NCCL's all-to-all of as many bytes
+there and back, and what a rank needs to write as many bytes into the next rank's memory. Everything
+is compared with the sum on one rank first.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import launches
 import torch
+import torch.distributed._symmetric_memory as symmetric
 from torch import distributed
 
 from moe_routing.distributed import ExpertParallel
@@ -56,6 +60,12 @@ def drawn(tokens: int, columns: int, experts: int) -> Case:
 
 
 def ours(ep: ExpertParallel, case: Case) -> Tensor:
+    """Exchange there and back, ordered by expert between."""
+    rows, _ = ep.dispatch(*case[:3])
+    return ep.combine(rows)
+
+
+def ours_by_rows(ep: ExpertParallel, case: Case) -> Tensor:
     """Exchange there and back; where sums are made on each rank, that sum is made too."""
     received = ep.dispatch_rows(*case[:3])
     rows = received.rows
@@ -151,22 +161,64 @@ def slowest(times: list[float]) -> dict[str, float]:
     return {"microseconds": round(median, 2), "low": round(low, 2), "high": round(high, 2)}
 
 
+class Timed(NamedTuple):
+    """What is timed: a way to exchange."""
+
+    name: str
+    call: Callable[[], Tensor]
+    capturable: bool
+    right: bool = True
+
+
+def ways(case: Case, experts: int) -> list[Timed]:
+    """Return every way to exchange, of one size."""
+    tokens, columns = case.hidden.shape
+    found = []
+    for transport, reduce, most in (
+        *(("all-to-all", reduce, most) for reduce in ("none", "rank") for most in (None, tokens)),
+        *(("symmetric", reduce, tokens) for reduce in ("none", "rank")),
+    ):
+        ep = ExpertParallel(None, experts, reduce=reduce, max_tokens=most, transport=transport)  # type: ignore[arg-type] # one of two
+        name = f"{transport} reduce={reduce}" + (" padded" if most else "")
+        found.append(Timed(name, partial(ours, ep, case), bool(most)))
+        found.append(Timed(f"{name}, rows", partial(ours_by_rows, ep, case), bool(most)))
+    other = theirs(experts)
+    if other is not None:
+        found.append(Timed("transformers all_to_all", partial(other, case), capturable=False))
+    ranks = distributed.get_world_size()
+    pairs = -(-tokens * K // ranks) * ranks
+    there, back = torch.zeros(2, pairs, columns, dtype=torch.bfloat16, device="cuda")
+
+    def plainly() -> Tensor:
+        distributed.all_to_all_single(back, there)
+        distributed.all_to_all_single(there, back)
+        return back
+
+    found.append(Timed("NCCL all-to-all, even", plainly, capturable=True, right=False))
+    return [*found, Timed("put", put(pairs, columns), capturable=True, right=False)]
+
+
+def put(pairs: int, columns: int) -> Callable[[], Tensor]:
+    """Return what copies the pairs' rows, those for another rank, into the next rank's memory."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    rows = pairs * (ranks - 1) // ranks
+    device = torch.device("cuda", torch.cuda.current_device())
+    own = symmetric.empty(rows * columns, dtype=torch.bfloat16, device=device)
+    handle = symmetric.rendezvous(own, distributed.group.WORLD)
+    its = handle.get_buffer((rank + 1) % ranks, [rows, columns], torch.bfloat16)
+    source = torch.zeros_like(own).view(rows, columns)
+    return lambda: its.copy_(source)
+
+
 def rows_of(tokens: int, columns: int, experts: int) -> list[dict[str, Any]]:
     """Time every way to exchange, of one size."""
     case = drawn(tokens, columns, experts)
     found = []
-    modes = [(reduce, most) for reduce in ("none", "rank") for most in (None, tokens)]
-    calls: list[tuple[str, Callable[[], Tensor], bool]] = []
-    for reduce, most in modes:
-        ep = ExpertParallel(None, experts, reduce=reduce, max_tokens=most)  # type: ignore[arg-type] # one of two
-        name = f"moe_routing reduce={reduce}" + (" padded" if most else "")
-        calls.append((name, lambda ep=ep: ours(ep, case), bool(most)))  # type: ignore[misc] # bound now
-    other = theirs(experts)
-    if other is not None:
-        calls.append(("transformers all_to_all", lambda: other(case), False))
     with torch.no_grad():
-        for name, call, capturable in calls:
-            must_be_right(name, call(), case)
+        for name, call, capturable, right in ways(case, experts):
+            made = call()
+            if right:
+                must_be_right(name, made, case)
             for how, timed in (("eager", eager), *([("graph", graph)] if capturable else [])):
                 row = {"name": name, "how": how, "tokens": tokens, "hidden_size": columns}
                 found.append(row | slowest(timed(call)))

@@ -13,6 +13,7 @@ BUILT_IN = {
     "triton": "moe_routing_backends.triton",
     "all-to-all": "moe_routing_backends.all_to_all",
     "all-reduce": "moe_routing_backends.all_reduce",
+    "symmetric": "moe_routing_backends.symmetric",
 }
 """The lines of ``[project.entry-points]`` in pyproject.toml, for a checkout without metadata.
 

@@ -21,7 +21,10 @@ from torch.nn.modules import module as _modules
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from datetime import timedelta
+
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
     Launcher = Callable[[int, int, tuple[Any, ...]], object]
     """``launcher(blocks, stream, arguments)``.
@@ -35,7 +38,7 @@ __all__ = [
     "is_fake_mode", "is_functorch_wrapped_tensor", "is_in_backward",
     "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "next_number",
     "privateuse1_name",
-    "runs_hooks", "tensor_guard", "unset_fake_temporarily", "why_not_direct",
+    "runs_hooks", "tensor_guard", "timeout_of", "unset_fake_temporarily", "why_not_direct",
 ]  # fmt: skip
 
 NO_DEVICE = -1
@@ -301,3 +304,10 @@ def why_not_direct(run: Any) -> str:  # noqa: ANN401 -- Triton's own object
     if getattr(run, "gsan_enabled", False):
         return "Triton's sanitizer is on"
     return ""
+
+
+def timeout_of(group: ProcessGroup, device: torch.device) -> timedelta:
+    """Return how long a collective of the group waits for other ranks, on such devices."""
+    options = group._get_backend(device).options  # noqa: SLF001 -- this file's purpose
+    found: timedelta = options._timeout  # noqa: SLF001 -- likewise
+    return found

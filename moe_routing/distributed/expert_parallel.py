@@ -16,7 +16,7 @@ import moe_routing
 from moe_routing._dispatch import chosen
 from moe_routing.distributed import _agreement, _check
 from moe_routing.distributed.collectives import alive, joined
-from moe_routing.distributed.kernel import Tokens
+from moe_routing.distributed.kernel import CombinesPlanned, Tokens
 from moe_routing.distributed.request import transport_request
 from moe_routing.probing import probe
 from moe_routing_registry.text import refusal
@@ -240,7 +240,7 @@ class ExpertParallel:
             columns, K, dtype or ``requires_grad`` (of which ranks that exchange no sizes learn
             nothing).
         """
-        received = self.dispatch_rows(hidden, ids, weights, scales=scales)
+        received = self._arrived(Tokens(hidden, ids, weights, scales))
         plan = moe_routing.plan(received.ids, max(1, len(self.local_experts)))
         self._last = _Sent(received, plan)
         if received.scales is None:
@@ -274,6 +274,9 @@ class ExpertParallel:
             expected = f"{plan.order.numel()} rows, as many as dispatch returned"
             raise ValueError(refusal("rows", expected, rows))
         self._last = None  # it would keep what arrived, and all that autograd knows of it
+        if received.weights is None and isinstance(self._exchange, CombinesPlanned):
+            rows = joined(rows, received.rows)
+            return self._exchange.combine_planned(rows, plan, received)
         return self._returned(moe_routing.combine(rows, plan, received.weights), received)
 
     @_traced_if_shared
@@ -285,7 +288,14 @@ class ExpertParallel:
         For experts that order rows themselves. They return to ``combine_rows`` one row for each
         that arrived: where ``weights`` came along, the weighted sum over the row's slots.
         """
-        tokens = Tokens(hidden, ids, weights, scales)
+        received = self._arrived(Tokens(hidden, ids, weights, scales))
+        if not received.lent:
+            return received
+        scales = None if received.scales is None else received.scales.clone()
+        return received._replace(rows=received.rows.clone(), scales=scales, lent=False)
+
+    def _arrived(self, tokens: Tokens) -> Received:
+        """Send tokens, and return what arrives, perhaps in the transport's memory."""
         tokens = _check.check_tokens(self.problem, self.device, tokens)
         if self._places is not None:
             known = (tokens.ids >= 0) & (tokens.ids < len(self._places))

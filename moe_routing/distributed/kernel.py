@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
+
+    from moe_routing.planning.kernel import DispatchPlan
 
 
 class Tokens(NamedTuple):
@@ -35,6 +37,7 @@ class Received(NamedTuple):
         slots without an expert may be anything.
     :ivar scales: ``[R, S]``, or ``None``.
     :ivar state: what the transport's own ``combine`` needs.
+    :ivar lent: whether ``rows`` and ``scales`` lie in memory that the transport's next call writes.
     """
 
     rows: Tensor
@@ -42,6 +45,7 @@ class Received(NamedTuple):
     weights: Tensor | None
     scales: Tensor | None
     state: object
+    lent: bool = False
 
 
 class Exchange(Protocol):
@@ -62,6 +66,18 @@ class Exchange(Protocol):
             ``received`` has weights, the weighted sum over the row's slots. Those of rows without
             an expert are not read.
         """
+        ...
+
+
+@runtime_checkable
+class CombinesPlanned(Protocol):
+    """An ``Exchange`` that takes results in the order of a plan, and need not have them reordered.
+
+    For rows that go back unweighted: what arrived without weights.
+    """
+
+    def combine_planned(self, rows: Tensor, plan: DispatchPlan, received: Received) -> Tensor:
+        """Do as ``combine`` does, with rows in the order of a plan of ``received.ids``."""
         ...
 
 

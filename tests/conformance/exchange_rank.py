@@ -1,11 +1,15 @@
 """What each rank of ``test_exchange_kit.py`` tries: right transports, wrong ones, and changes.
 
-Rank 0 prints JSON: for each of them, what the checks said.
+Rank 0 prints JSON: for each of them, what the checks said. On GPUs, where no test starts it, it
+tries the wrong transports that are wrong there alone:
+
+    torchrun --nproc-per-node 2 tests/conformance/exchange_rank.py 1 cuda
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import torch
@@ -20,9 +24,9 @@ from moe_routing.conformance.exchange import ranks
 from moe_routing.conformance.runner import backend_under_test, evaluate
 
 
-def said(name, check, seed):
+def said(name, check, seed, device="cpu"):
     """Return whether the check's cases passed, and what those that failed said."""
-    under_test = backend_under_test(name, "cpu")
+    under_test = backend_under_test(name, device)
     with drawn.seeded(seed):
         items = [one for one in contract_of("exchange").items("smoke") if one.check.name == check]
     found = [evaluate(item, under_test) for item in items]
@@ -58,5 +62,23 @@ def main(seed):
     distributed.destroy_process_group()
 
 
+def on_gpus(seed, device):
+    """Try what is wrong there alone, beside a right transport."""
+    torch.accelerator.set_device_index(device.index)
+    ranks.initialise(device)
+    told = {}
+    for mutant in (one for one in MUTANTS if one.only_on == device.type):
+        with registered(mutant) as name:
+            told[mutant.name] = said(name, mutant.caught_by, seed, device)
+        right = said("all-to-all", mutant.caught_by, seed, device)
+        told[mutant.name] |= {"right": right, "must_say": mutant.saying}
+    if distributed.get_rank() == 0:
+        sys.stdout.write(json.dumps(told))
+    distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    if len(sys.argv) > 2:  # noqa: PLR2004 -- a device is named
+        on_gpus(int(sys.argv[1]), torch.device(sys.argv[2], int(os.environ["LOCAL_RANK"])))
+    else:
+        main(int(sys.argv[1]))

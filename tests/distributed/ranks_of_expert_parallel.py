@@ -761,7 +761,7 @@ def as_many_bytes_are_sent_as_the_page_says(group, rank, number):
         else:
             places = number * most if most else reached
             dispatched, combined = places * (4 * H + 4 * K + 4 * K), places * 4 * H
-            of_ids = 4 * K * places
+            of_ids = 0  # they come with the weights, also on the way back of gradients
         kinds = E // number if kind["reduce"] == "none" else 1
         sizes = [] if most else [4 * number * (kinds + 5)]
         assert forward[: len(sizes)] == sizes

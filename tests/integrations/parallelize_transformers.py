@@ -28,6 +28,8 @@ from moe_routing.integrations.transformers import _slices, expert_parallel, patc
 
 AGAINST = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("against.py"))))
 NAME = "moe_routing"
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+"""The kind of device that transformers puts a distributed model on."""
 STARVED = -100.0
 """Added to a score by which a router selects; no other is as low."""
 
@@ -69,7 +71,8 @@ def batches(case):
     """Return the batches; as many as there are different ones."""
     generator = torch.Generator().manual_seed(7)
     shapes = case.get("shapes", [[2, 16]])
-    return [torch.randint(3, AGAINST.VOCABULARY, shape, generator=generator) for shape in shapes]
+    drawn = [torch.randint(3, AGAINST.VOCABULARY, shape, generator=generator) for shape in shapes]
+    return [ids.to(DEVICE) for ids in drawn]
 
 
 def whole(tensor):
@@ -146,7 +149,8 @@ def slices():
     worst = 0.0
     for rows in (0, 1, 2, 5, 8):
         generator = torch.Generator().manual_seed(rows)
-        batch, scale = (torch.randn(rows, 3, generator=generator) for _ in range(2))
+        drawn = (torch.randn(rows, 3, generator=generator) for _ in range(2))
+        batch, scale = (each.to(DEVICE) for each in drawn)
         batch.requires_grad_()
         part = _slices.sliced(batch, group)
         assert len(part) <= -(-rows // distributed.get_world_size())
@@ -207,6 +211,7 @@ def done(case, path, rank):
     one = alone(case)
     if rank == 0:
         one.save_pretrained(path)
+    one.to(DEVICE)
     distributed.barrier()
     given = batches(case)
     if case["does"] == "example":
@@ -228,7 +233,12 @@ def main():
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world)
     store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=int(world))
+    backends = "gloo"
+    if DEVICE.type != "cpu":
+        torch.accelerator.set_device_index(rank)
+        backends += f",{DEVICE.type}:{distributed.get_default_backend_for_device(DEVICE)}"
+        backends = backends.replace("gloo", "cpu:gloo", 1)
+    distributed.init_process_group(backends, init_method=store, rank=rank, world_size=int(world))
     calls, said = Calls(), {}
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         calls.clear()

@@ -66,10 +66,14 @@ class AllToAll:
         self._problem = problem
         self._group = ref(group)
         self._ranks, self._experts = problem.ranks, problem.experts_per_rank
-        self._first = distributed.get_rank(group) * self._experts
         self._all_ranks = torch.arange(self._ranks, device=device)
         own = torch.arange(self._experts, dtype=torch.int32, device=device)
         self._own_of_every_rank = own.repeat(self._ranks)
+        # By number: expert e is number e + 1, and 0 and the last are of no expert.
+        first, none = distributed.get_rank(group) * self._experts, self._ranks * self._experts + 1
+        self._own = pad(own, (first + 1, none - first - self._experts), value=-1)
+        ranks = self._all_ranks.int().repeat_interleave(self._experts)
+        self._rank_of = pad(ranks, (1, 1), value=-1)
         self._forms: dict[Form, Tensor] = {}
 
     def dispatch(self, tokens: Tokens) -> Received:
@@ -89,21 +93,19 @@ class AllToAll:
 
     def _padded(self, tokens: Tokens) -> Received:
         """Send a row for each slot, as many to each rank; ids say which are of an expert."""
-        ids = self._known(tokens.ids)
+        numbers = self._numbers(tokens.ids)
         # All experts of all tokens may be on one rank.
-        places = self._problem.max_tokens * ids.shape[1]
-        slots = ids.div(self._experts, rounding_mode="floor")
-        plan = moe_routing.plan(slots, self._ranks, capacity=places, masked=True)
+        places = self._problem.max_tokens * numbers.shape[1]
+        plan = moe_routing.plan(self._rank_of[numbers], self._ranks, capacity=places, masked=True)
         send = self._sender(EVEN, self._ranks * places)
         # An empty place has the number of pairs, and reads what is appended.
-        sent = pad(ids.reshape(-1, 1), _ONE_MORE, value=-1)[plan.order.flatten()]
-        return self._received(tokens, plan, EVEN, send, self._local(send(sent)), None)
+        sent = pad(numbers.reshape(-1, 1), _ONE_MORE)[plan.order.flatten()]
+        return self._received(tokens, plan, EVEN, send, self._own[send(sent)], None)
 
     def _to_ranks(self, tokens: Tokens) -> Received:
         """Send a row, its ids and weights to each rank that has one of its experts."""
-        ids = self._known(tokens.ids)
-        ranks = ids.div(self._experts, rounding_mode="floor")
-        reached = (ranks[:, :, None] == self._all_ranks).any(dim=1)
+        numbers = self._numbers(tokens.ids)
+        reached = (self._rank_of[numbers][:, :, None] == self._all_ranks).any(dim=1)
         slots = torch.where(reached, self._all_ranks, -1)
         if most := self._problem.max_tokens:
             plan = moe_routing.plan(slots, self._ranks, capacity=most, masked=True)
@@ -115,8 +117,12 @@ class AllToAll:
         send = self._sender(splits, places)
         # The token of each place; an empty one has the number of tokens: it reads what is appended.
         token = plan.order.flatten().div(self._ranks, rounding_mode="floor")
-        here = self._local(send(pad(ids, _ONE_MORE, value=-1)[token]))
-        weights = send(pad(tokens.weights, _ONE_MORE)[token])
+        # Numbers travel beside the weights, as bits of floats that nobody computes with: so
+        # gradients flow through the matrix, and there is one exchange instead of two.
+        both = torch.cat((tokens.weights.float(), numbers.view(torch.float32)), dim=1)
+        weights, heard = send(pad(both, _ONE_MORE)[token]).split(numbers.shape[1], dim=1)
+        here = self._own[heard.detach().view(torch.int32)]
+        weights = weights.to(tokens.weights.dtype)
         return self._received(tokens, plan, splits, send, here, weights)
 
     def _received(  # noqa: PLR0913, PLR0917 -- what arrives, and how
@@ -143,10 +149,12 @@ class AllToAll:
         group = alive(self._group)
         return lambda rows: all_to_all(rows.flatten(0, -2), splits, places, group)
 
-    def _known(self, ids: Tensor) -> Tensor:
-        """Return the ids in int32, in which one beyond it would wrap around; -1 is no expert."""
-        known = (ids >= 0) & (ids < self._ranks * self._experts)
-        return torch.where(known, ids, -1).int()
+    def _numbers(self, ids: Tensor) -> Tensor:
+        """Return the number of each id's expert, in int32: 0 or the last if it has none.
+
+        The greatest integer wraps around to the least.
+        """
+        return (ids + 1).clamp(0, self._ranks * self._experts + 1).int()
 
     def combine(self, rows: Tensor, received: Received) -> Tensor:
         """Send the results back, and sum them for each token, in the order of its slots."""
@@ -196,11 +204,6 @@ class AllToAll:
             dtypes=" ".join(str(parts[name].dtype) for name in sorted(parts.keys() - {"ids"})),
             gradients=" ".join(going_back) if torch.is_grad_enabled() else "",
         )
-
-    def _local(self, ids: Tensor) -> Tensor:
-        """Return ids that count this rank's experts from 0; -1 stands for all others."""
-        ids = ids - self._first
-        return torch.where((ids >= 0) & (ids < self._experts), ids, -1)
 
 
 def build(problem: ExchangeProblem, device: DeviceInfo) -> ExchangeKernel:

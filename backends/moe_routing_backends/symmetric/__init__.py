@@ -1,0 +1,94 @@
+"""Tokens between the GPUs of a host through symmetric memory: no host synchronisation, in graphs.
+
+This file stays free of torch and triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from moe_routing_registry import BackendSpec, RejectCode, Target, Verdict, hookimpl
+from moe_routing_registry.device import INTERPRETER, triton_interprets
+
+if TYPE_CHECKING:
+    from moe_routing.distributed import ExchangeProblem
+    from moe_routing_registry import DeviceInfo
+
+MOST_RANKS = 16
+"""Of a host."""
+
+
+def supports(problem: ExchangeProblem, device: DeviceInfo) -> Verdict:
+    """Accept what fits, where Triton and PyTorch can do it."""
+    return fits(problem) and _kernels_run(device)
+
+
+def fits(problem: ExchangeProblem) -> Verdict:
+    """Accept ranks of one host that say how many tokens they have at most."""
+    if problem.shared_batch:
+        return Verdict.no(
+            RejectCode.GROUP,
+            "exchanges the tokens of ranks that hold different ones; here every rank holds all",
+        )
+    if problem.hosts > 1 or problem.ranks > MOST_RANKS:
+        where = f"{problem.ranks} ranks on {problem.hosts} hosts"
+        return Verdict.no(
+            RejectCode.GROUP,
+            f"writes into the memory of up to {MOST_RANKS} ranks of one host, not of {where}",
+        )
+    if not problem.max_tokens:
+        return Verdict.no(
+            RejectCode.GROUP,
+            "keeps memory for the most tokens of a rank, which was not stated",
+            fix="pass max_tokens=",
+        )
+    return Verdict.yes()
+
+
+def _kernels_run(device: DeviceInfo) -> Verdict:
+    if triton_interprets() and device.platform != "cpu":
+        return Verdict.no(
+            RejectCode.TOOLCHAIN,
+            f"{INTERPRETER} is set: Triton compiles no kernels",
+            fix=f"unset {INTERPRETER}",
+        )
+    toolchain = device.toolchain("triton")
+    if toolchain is None or not toolchain.usable:
+        detail = (toolchain.detail if toolchain else "") or "there is none"
+        return Verdict.no(
+            RejectCode.TOOLCHAIN,
+            f"needs a Triton that compiles for {device.platform}: {detail}",
+            fix=(toolchain.fix if toolchain else "") or "pip install 'moe-routing[triton]'",
+        )
+    if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
+        return Verdict.no(
+            RejectCode.TOOLCHAIN, "needs a PyTorch with symmetric memory", fix="pip install -U torch"
+        )
+    return Verdict.yes()
+
+
+def notes(problem: ExchangeProblem, _device: DeviceInfo) -> tuple[str, ...]:
+    """Say what is kept."""
+    each = " for each slot" if problem.reduce == "none" else ""
+    rows = problem.ranks * problem.max_tokens
+    return (f"no host synchronisation: keeps memory for {rows} rows that arrive{each}",)
+
+
+@hookimpl
+def moe_routing_backends() -> list[BackendSpec]:
+    """Register the backend."""
+    return [
+        BackendSpec(
+            name="symmetric",
+            factories={"exchange": "moe_routing_backends.symmetric.exchange:build"},
+            targets=(Target("cuda"),),
+            priority=70,
+            supports=supports,
+            notes=notes,
+            gaps={
+                "group": "writes into memory of GPUs of one host, whose size is known before",
+            },
+            summary="tokens between the GPUs of a host through symmetric memory",
+        )
+    ]

@@ -1,0 +1,355 @@
+"""The transport: what is kept for other ranks, and the launches.
+
+Every rank keeps memory for what arrives from each other, for the most there can be. So a place is
+known without a word from anybody: rows of a pair, or of a token, always go to the same one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import ref
+
+import torch
+import triton
+from torch import distributed
+
+import moe_routing
+from moe_routing import DispatchPlan
+from moe_routing.distributed.collectives import alive
+from moe_routing.distributed.kernel import Received
+from moe_routing.private_api import timeout_of
+from moe_routing_backends.symmetric.kernels import moe_routing_send, moe_routing_send_back
+from moe_routing_backends.symmetric.memory import of_gpus
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from moe_routing.distributed import ExchangeProblem
+    from moe_routing.distributed.kernel import Exchange, ExchangeKernel, Tokens
+    from moe_routing_backends.symmetric.memory import Allocate, Memory
+    from moe_routing_registry import DeviceInfo
+
+ALIGNMENT = 16
+"""Of a row, in bytes: as much as a thread writes at once."""
+UNITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+"""What rows are moved as, by bytes."""
+WIDTH = 1024
+"""Units of a row that a program copies at once."""
+CHUNK = 1024
+"""Pairs whose experts a program tells at once."""
+WARPS = 8
+PROGRAMS = 132
+"""The most of a launch. They all run at once, beside those of other streams."""
+INTERPRETED_PROGRAMS = 3
+SIGNAL, WEIGHT = 8, 4
+"""Bytes of a signal, and of an id or the widest weight."""
+STATE = 3
+"""Numbers of the device; ``kernels`` names them."""
+
+
+class Rows(NamedTuple):
+    """Memory for rows of every rank.
+
+    :ivar pitch: bytes from a row to the next; the same on every rank.
+    """
+
+    memory: Memory
+    pitch: int
+
+
+class Layout:
+    """What is kept for calls of K slots.
+
+    :ivar places: that a rank keeps for each other: of pairs, or with sums of tokens.
+    :ivar slots: whose experts a place tells: 1, or with sums K.
+    :ivar told: the experts of the places, and behind them the weights.
+    :ivar rows: memory for rows, by what they are.
+    :ivar order: the constants of the plan of what comes back: its order, counts, offsets, and how
+        many were dropped.
+    """
+
+    def __init__(self, topk: int, transport: Symmetric) -> None:
+        """Keep memory for the experts of what arrives; every rank does so at once."""
+        sums, ranks, most = transport.sums, transport.ranks, transport.most
+        self.places, self.slots = (most, topk) if sums else (most * topk, 1)
+        self.arriving = ranks * self.places
+        self.told = transport.allocated("ids", 2 * WEIGHT * self.arriving * self.slots)
+        self.rows: dict[str, Rows] = {}
+        of = ranks if sums else 1
+        number = torch.arange(of * self.places, dtype=torch.int32, device=transport.device)
+        # Of tokens, place t of rank r is of the pair t * ranks + r.
+        order = number.view(self.places, of).t().contiguous()
+        offsets = number.new_tensor([rank * self.places for rank in range(of + 1)])
+        self.order = (order, torch.zeros_like(offsets[1:]), offsets, None, offsets.new_zeros(1))
+
+
+class State(NamedTuple):
+    """What the way back needs.
+
+    :ivar plan: of what comes back: the place of each slot's row, or with sums of each rank's.
+    :ivar ranks: int32, likewise: the rank that has it, -1 if none.
+    :ivar ids: the experts of what arrived.
+    :ivar weights: of the slots, for sums that are made here; ``None`` where each rank made its own.
+    """
+
+    layout: Layout
+    plan: DispatchPlan
+    ranks: Tensor
+    ids: Tensor
+    weights: Tensor | None
+
+
+class Symmetric:
+    """The transport of one group."""
+
+    def __init__(
+        self, problem: ExchangeProblem, device: torch.device, group: ProcessGroup, allocate: Allocate
+    ) -> None:
+        """Keep memory for signals: that shows whether other ranks are reached."""
+        self._group, self._allocate, self.device = ref(group), allocate, device
+        self.ranks, self._rank = problem.ranks, distributed.get_rank(group)
+        self.sums, self.most = problem.reduce == "rank", problem.max_tokens
+        self._per_rank = problem.experts_per_rank
+        self._limit = int(timeout_of(group, device).total_seconds() * 1e9)
+        self._interpreted = device.type == "cpu"
+        self._signals = self.allocated("group", 2 * SIGNAL * self.ranks)
+        self._state = torch.zeros(STATE, dtype=torch.int64, device=device)
+        self._late = torch.zeros(1, dtype=torch.int64, pin_memory=not self._interpreted)
+        self._layouts: dict[int, Layout] = {}
+        self._outgrown: list[Rows] = []
+
+    def dispatch(self, tokens: Tokens) -> Received:
+        """Send each token once to each of its experts, or once to each rank that has any."""
+        self._must_be_on_time()
+        state = self._new_state(*tokens.ids.shape)
+        hidden, weights, scales = tokens.hidden, tokens.weights, tokens.scales
+        moved = [part for part in (hidden, weights if self.sums else None, scales) if part is not None]
+        if torch.is_grad_enabled() and any(part.requires_grad for part in moved):
+            # Ids first: then the rows of places move as any rows do, with gradients of every order.
+            its = self._told(tokens, state, hidden[:, :0])
+            rows = _There.apply(_of_places(hidden, state), self, state, "rows")
+            if self.sums:
+                its = _There.apply(_of_places(weights, state), self, state, "weights")
+            if scales is not None:
+                scales = _There.apply(_of_places(scales, state), self, state, "scales")
+            return Received(rows, state.ids, its, scales, self._kept_weights(state, weights))
+        its = self._told(tokens, state, hidden)
+        rows = self._arrived("rows", state.layout, hidden)
+        if scales is not None:
+            scales = self.there(_of_places(scales, state), state, "scales")
+        return Received(rows, state.ids, its, scales, self._kept_weights(state, weights), lent=True)
+
+    def combine(self, rows: Tensor, received: Received) -> Tensor:
+        """Send the results back, and sum them for each token, in the order of its slots."""
+        return self._summed(rows, received, None)
+
+    def combine_planned(self, rows: Tensor, plan: DispatchPlan, received: Received) -> Tensor:
+        """Do the same with rows in the order of a plan of what arrived."""
+        return self._summed(rows, received, plan)
+
+    def _summed(self, rows: Tensor, received: Received, plan: DispatchPlan | None) -> Tensor:
+        self._must_be_on_time()
+        state = cast("State", received.state)
+        if torch.is_grad_enabled() and rows.requires_grad:
+            back = _Back.apply(rows, self, state, plan)
+        else:
+            back = self.back(rows, state, plan)
+            if torch.is_grad_enabled() and state.weights is not None and state.weights.requires_grad:
+                back = back.clone()  # autograd keeps it
+        return moe_routing.combine(back.unflatten(0, state.plan.order.shape), state.plan, state.weights)
+
+    def _must_be_on_time(self) -> None:
+        if rank := int(self._late.item()):
+            seconds = self._limit / 1e9
+            msg = f"group: expected every rank to exchange within {seconds:g} s, rank {rank - 1} did not"
+            raise TimeoutError(msg)
+
+    def _new_state(self, tokens: int, topk: int) -> State:
+        layout = self._layouts.get(topk)
+        if layout is None:
+            layout = self._layouts[topk] = Layout(topk, self)
+        slots = self.ranks if self.sums else topk
+        inverse, ranks = torch.empty(2, tokens, slots, dtype=torch.int32, device=self.device)
+        order, counts, offsets, blocks, dropped = layout.order
+        plan = DispatchPlan(order, inverse, counts, offsets, blocks, dropped)
+        ids = torch.empty(layout.arriving, layout.slots, dtype=torch.int32, device=self.device)
+        return State(layout, plan, ranks, ids, None)
+
+    def _kept_weights(self, state: State, weights: Tensor) -> State:
+        return state if self.sums else state._replace(weights=weights)
+
+    def allocated(self, name: str, size: int) -> Memory:
+        """Return memory that every rank makes at once.
+
+        :param name: the argument that it is for.
+        :raises RuntimeError: a CUDA graph is being captured.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            msg = (
+                f"{name}: expected memory for it when a CUDA graph is captured, got none: "
+                "call dispatch and combine once before, with as many columns"
+            )
+            raise RuntimeError(msg)
+        return self._allocate(size, self.device, alive(self._group))
+
+    def _rows(self, name: str, layout: Layout, rows: Tensor) -> Rows:
+        """Return memory for such rows."""
+        size = rows.shape[1] * rows.element_size()
+        found = layout.rows.get(name)
+        if found is not None and size <= found.pitch:
+            return found
+        pitch = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
+        of = self.ranks if self.sums or name != "back" else 1
+        made = Rows(self.allocated(name, of * layout.places * pitch), pitch)
+        if found is not None:  # a graph may still write there
+            self._outgrown.append(found)
+        layout.rows[name] = made
+        return made
+
+    def _arrived(self, name: str, layout: Layout, like: Tensor) -> Tensor:
+        """Return what arrived where other ranks write: ``[places, columns of like]``."""
+        memory, pitch = layout.rows[name]
+        bytes_of_rows = memory.own.view(-1, pitch)
+        width = like.shape[1] * like.element_size()
+        if not width:
+            return like.new_empty(len(bytes_of_rows), 0)
+        return bytes_of_rows[:, :width].view(like.dtype)
+
+    def _told(self, tokens: Tokens, state: State, hidden: Tensor) -> Tensor | None:
+        """Send tokens, and tell their experts and with sums their weights, which are returned."""
+        layout, ids = state.layout, tokens.ids
+        weights = tokens.weights if self.sums else None
+        self._send("rows", hidden, ids, self._per_rank, state, weights, tells=True)
+        pairs = layout.arriving * layout.slots
+        state.ids.copy_(layout.told.own[: WEIGHT * pairs].view(torch.int32).view(state.ids.shape))
+        if weights is None:
+            return None
+        size = weights.element_size()
+        its = layout.told.own[WEIGHT * pairs : (WEIGHT + size) * pairs].view(weights.dtype)
+        return its.view(state.ids.shape).clone()
+
+    def there(self, rows: Tensor, state: State, name: str) -> Tensor:
+        """Send the row of each place to where the tokens went, and return what arrived."""
+        self._send(name, rows, state.ranks, 1, state, None, tells=False)
+        return self._arrived(name, state.layout, rows)
+
+    def _send(  # noqa: PLR0913, PLR0917 -- what a kernel takes
+        self,
+        name: str,
+        rows: Tensor,
+        to: Tensor,
+        per_rank: int,
+        state: State,
+        weights: Tensor | None,
+        *,
+        tells: bool,
+    ) -> None:
+        layout = state.layout
+        memory, pitch = self._rows(name, layout, rows)
+        units, words, stride = _as_units(rows, pitch)
+        tokens, topk = to.shape
+        pieces = max(1, -(-words // WIDTH)) * tokens * (self.ranks if self.sums else topk)
+        self._launch(
+            moe_routing_send, pieces,
+            units, to, to if weights is None else weights, state.plan.inverse, state.ranks,
+            self._state, self._late, self._signals.addresses, layout.told.addresses, memory.addresses,
+            tokens, topk, words, stride, *to.stride(),
+            *((0, 0) if weights is None else weights.stride()), pitch // units.element_size(),
+            self._rank, self.ranks * per_rank, per_rank, layout.places,
+            WEIGHT * layout.arriving * layout.slots, self._limit,
+            SLOTS=triton.next_power_of_2(topk), SUMS=self.sums, BY_PLACE=not tells, TELLS=tells,
+            WEIGHS=weights is not None, CHUNK=CHUNK,
+        )  # fmt: skip
+
+    def back(self, rows: Tensor, state: State, plan: DispatchPlan | None) -> Tensor:
+        """Send a row of each place that has an expert back, and return what arrived.
+
+        :param plan: of the places' experts, where the rows are in its order.
+        """
+        layout, ids = state.layout, state.ids
+        memory, pitch = self._rows("back", layout, rows)
+        units, words, stride = _as_units(rows, pitch)
+        self._launch(
+            moe_routing_send_back, max(1, -(-words // WIDTH)) * layout.arriving,
+            units, ids if plan is None else plan.order, ids if plan is None else plan.offsets, ids,
+            self._state, self._late, self._signals.addresses, memory.addresses,
+            *ids.shape, words, stride, pitch // units.element_size(), self._rank, layout.places,
+            0 if plan is None else len(plan.counts), self._limit,
+            SLOTS=triton.next_power_of_2(layout.slots), SUMS=self.sums, PLANNED=plan is not None,
+        )  # fmt: skip
+        return self._arrived("back", layout, rows)
+
+    def _launch(self, kernel: Any, pieces: int, *arguments: object, **constants: object) -> None:  # noqa: ANN401 -- Triton's
+        most = INTERPRETED_PROGRAMS if self._interpreted else PROGRAMS
+        kernel[(max(1, min(pieces, most)),)](
+            *arguments,
+            RANKS=self.ranks,
+            LANES=triton.next_power_of_2(self.ranks),
+            WIDTH=WIDTH,
+            INTERPRETED=self._interpreted,
+            num_warps=WARPS,
+            **constants,
+        )
+
+
+def _of_places(rows: Tensor, state: State) -> Tensor:
+    """Return the row of its token at each place of what comes back."""
+    return moe_routing.permute(rows, state.plan).flatten(0, 1)
+
+
+def _as_units(rows: Tensor, pitch: int) -> tuple[Tensor, int, int]:
+    """View rows as integers, the widest that fit; also return how many, and how many apart."""
+    rows = rows.resolve_conj().resolve_neg()
+    if rows.stride(1) != 1:  # a single column may have any, and count as contiguous
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    size = rows.element_size()
+    numbers = (rows.shape[1] * size, rows.stride(0) * size, rows.storage_offset() * size, pitch)
+    unit = next(unit for unit in UNITS if not any(number % unit for number in numbers))
+    units = rows.view(UNITS[unit])
+    return units, units.shape[1], units.stride(0)
+
+
+class _There(torch.autograd.Function):
+    """Rows of places to where the tokens went; gradients come back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, transport: Symmetric, state: State, name: str) -> Tensor:  # noqa: ANN401 -- a bag by design
+        ctx.transport, ctx.state = transport, state
+        return transport.there(rows, state, name).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401 -- likewise
+        return _Back.apply(grads[0], ctx.transport, ctx.state, None), None, None, None
+
+
+class _Back(torch.autograd.Function):
+    """Results to the tokens' ranks; gradients go where the tokens went."""
+
+    @staticmethod
+    def forward(  # noqa: D102 -- as of every function
+        ctx: Any, rows: Tensor, transport: Symmetric, state: State, plan: DispatchPlan | None  # noqa: ANN401 -- likewise
+    ) -> Tensor:
+        ctx.transport, ctx.state, ctx.plan = transport, state, plan
+        return transport.back(rows, state, plan).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401 -- likewise
+        rows = _There.apply(grads[0], ctx.transport, ctx.state, "rows")
+        if ctx.plan is None:
+            has_expert = (ctx.state.ids >= 0).any(dim=1, keepdim=True)
+            rows = torch.where(has_expert, rows, 0)
+        else:
+            rows = moe_routing.permute(rows, ctx.plan)
+        return rows, None, None, None
+
+
+def build(
+    problem: ExchangeProblem, device: DeviceInfo, allocate: Allocate = of_gpus
+) -> ExchangeKernel:
+    """Build what makes the transport of a group."""
+
+    def kernel(group: ProcessGroup) -> Exchange:
+        return Symmetric(problem, torch.device(device.type, device.index or 0), group, allocate)
+
+    return kernel

@@ -1,0 +1,258 @@
+"""The kernels of the transport: rows straight into the memory of other ranks, and signals.
+
+An exchange is one launch. Programs write rows, over NVLink where they are another rank's. The last
+program to finish signals to every rank that this rank has written, and waits until every rank has
+signalled that: what comes after the launch finds all that arrived.
+
+Each rank counts its exchanges, and a signal is the number of the exchange. All ranks make the same
+exchanges in the same order, so the numbers agree. The count is in the device's memory, because a
+CUDA graph that is replayed makes exchanges which the host knows nothing of.
+
+What an exchange writes into, the one before it does not: there is memory for the way there and for
+the way back. A rank reads what arrived before its next exchange, so whoever has seen a rank's
+signal may overwrite what that rank got in the exchange before. Where an exchange follows one of the
+same kind, nobody has seen such a signal: then ranks first signal that they are ready, and wait for
+each other (``begin``).
+
+Only programs of other ranks are waited for, and they are few enough to run beside those of other
+streams. A wait ends after ``limit``: the rank's number is written where the host reads it, and the
+kernel is stopped. What had not arrived would be used otherwise.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+EPOCH = tl.constexpr(0)
+"""Of ``state``: the number of the last exchange."""
+KIND = tl.constexpr(1)
+"""Of ``state``: the kind of the last exchange."""
+ENDED = tl.constexpr(2)
+"""Of ``state``: the programs of this exchange that have written what they write."""
+THERE = tl.constexpr(1)
+"""A kind of exchange: to the experts."""
+BACK = tl.constexpr(2)
+"""A kind of exchange: to the tokens."""
+POLLS = tl.constexpr(2000)
+"""Where Triton interprets kernels there is no clock: a wait ends after so many looks, and naps."""
+
+
+@triton.jit
+def address(table, rank, dtype: tl.constexpr, offset=0):
+    """Return where a rank's memory begins, as a pointer; it is aligned to 16 bytes."""
+    at = tl.multiple_of(tl.load(table + rank), 16) + offset
+    return tl.multiple_of(at, 16).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def _now(INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        return tl.cast(0, tl.int64)
+    return cuda.globaltimer().to(tl.int64)
+
+
+@triton.jit
+def _wait(own, epoch, limit, late, RANKS: tl.constexpr, LANES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Wait until the signals of all ranks are ``epoch`` or later."""
+    lanes = tl.arange(0, LANES)
+    there = lanes < RANKS
+    begun = _now(INTERPRETED)
+    looks = tl.cast(0, tl.int64)
+    least = tl.cast(-1, tl.int64)
+    while (least < epoch) & (looks >= 0):
+        seen = tl.atomic_add(
+            own + lanes, tl.zeros([LANES], tl.int64), mask=there, sem="acquire", scope="sys"
+        )
+        least = tl.min(tl.where(there, seen, epoch))
+        looks += 1
+        over = looks > POLLS if INTERPRETED else _now(INTERPRETED) - begun > limit
+        if (least < epoch) & over:
+            first = tl.min(tl.where(there & (seen < epoch), lanes, LANES))
+            tl.atomic_xchg(late, (first + 1).to(tl.int64), sem="release", scope="sys")
+            looks = tl.cast(-1, tl.int64)
+            if not INTERPRETED:
+                tl.inline_asm_elementwise(
+                    "trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+                )
+
+
+@triton.jit
+def _signal(signals, at, epoch, RANKS: tl.constexpr, LANES: tl.constexpr):
+    """Write ``epoch`` to element ``at`` of the signals of every rank."""
+    lanes = tl.arange(0, LANES)
+    there = lanes < RANKS
+    bases = tl.load(signals + lanes, mask=there, other=0)
+    places = bases.to(tl.pointer_type(tl.int64)) + at
+    tl.atomic_xchg(places, tl.zeros([LANES], tl.int64) + epoch, mask=there, sem="release", scope="sys")
+
+
+@triton.jit
+def begin(state, signals, late, me, limit, kind: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
+          INTERPRETED: tl.constexpr):  # fmt: skip
+    """Return the number of this exchange, once other ranks' memory may be written.
+
+    Every program signals, so that none waits for one that has not begun.
+    """
+    epoch = tl.load(state + EPOCH) + 1
+    if tl.load(state + KIND) == kind:
+        _signal(signals, RANKS + me, epoch, RANKS, LANES)
+        _wait(address(signals, me, tl.int64) + RANKS, epoch, limit, late, RANKS, LANES, INTERPRETED)
+        tl.debug_barrier()
+    return epoch
+
+
+@triton.jit
+def end(state, signals, late, me, epoch, limit, kind: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
+        INTERPRETED: tl.constexpr):  # fmt: skip
+    """Signal what was written, and wait for the others, in the program that is the last to end.
+
+    The barrier orders what all threads of a program wrote before its count; the count orders what
+    all programs wrote before the signal.
+    """
+    tl.debug_barrier()
+    ended = tl.atomic_add(state + ENDED, tl.cast(1, tl.int64), sem="acq_rel", scope="gpu")
+    if ended == tl.num_programs(0) - 1:
+        _signal(signals, me, epoch, RANKS, LANES)
+        _wait(address(signals, me, tl.int64), epoch, limit, late, RANKS, LANES, INTERPRETED)
+        tl.store(state + ENDED, 0)
+        tl.store(state + KIND, kind)
+        tl.store(state + EPOCH, epoch)
+
+
+@triton.jit
+def _copy(source, target, words, part, WIDTH: tl.constexpr):
+    """Copy a part of a row."""
+    columns = part * WIDTH + tl.arange(0, WIDTH)
+    inside = columns < words
+    tl.store(target + columns, tl.load(source + columns, mask=inside), mask=inside)
+
+
+@triton.jit
+def moe_routing_send(
+    rows, ids, weights, inverse, ranks, state, late, signals, told, memory,
+    tokens, topk, words, stride, ids_stride, ids_step, weights_stride, weights_step, pitch,
+    me, experts, per_rank, most, weights_at, limit,
+    RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
+    BY_PLACE: tl.constexpr, TELLS: tl.constexpr, WEIGHS: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write rows to the ranks of their experts.
+
+    Without ``SUMS`` a row goes to each expert: that of pair p of this rank to place p of what its
+    expert's rank keeps for this rank. With ``SUMS`` a row goes once to each rank that has one of
+    the token's experts: that of token t to place t.
+
+    :param rows: of the tokens; ``BY_PLACE`` of the pairs, or with ``SUMS`` of each rank's tokens.
+    :param ids: ``[T, K]``. An expert is on rank ``id // per_rank``; others than ``experts`` are on
+        none.
+    :param inverse: filled where ``TELLS``: the place, in what comes back, of each slot's row, or
+        with ``SUMS`` of each rank's; -1 if none comes.
+    :param ranks: filled likewise: the rank of each slot, or each rank; -1 if none comes.
+    :param memory: for each rank, the address of its rows.
+    :param most: places that a rank keeps for each other: pairs, or with ``SUMS`` tokens.
+    :param told: for each rank, the address of the experts of its places, which are written where
+        ``TELLS``; ``weights_at`` bytes behind them the weights.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    epoch = begin(state, signals, late, me, limit, THERE, RANKS, LANES, INTERPRETED)
+    parts = tl.maximum(tl.cdiv(words, WIDTH), 1)
+    width = rows.dtype.element_ty
+    if SUMS:
+        slots = tl.arange(0, SLOTS)
+        for item in range(program, tokens * RANKS * parts, programs):
+            token = item // parts // RANKS
+            rank = (item // parts) % RANKS
+            at = ids + token.to(tl.int64) * ids_stride + slots * ids_step
+            id = tl.load(at, mask=slots < topk, other=-1)
+            known = (id >= 0) & (id < experts)
+            goes = tl.max((known & ((id // per_rank).to(tl.int32) == rank)).to(tl.int32)) > 0
+            if TELLS:
+                if item % parts == 0:
+                    place = tl.where(goes, rank * most + token, -1)
+                    tl.store(inverse + token * RANKS + rank, place)
+                    tl.store(ranks + token * RANKS + rank, tl.where(goes, rank, -1))
+            if goes:
+                row = rank * most + token if BY_PLACE else token
+                source = rows + row.to(tl.int64) * stride
+                target = address(memory, rank, width) + (me * most + token).to(tl.int64) * pitch
+                _copy(source, target, words, item % parts, WIDTH)
+    else:
+        for item in range(program, tokens * topk * parts, programs):
+            pair = item // parts
+            token = pair // topk
+            id = tl.load(ids + token.to(tl.int64) * ids_stride + (pair % topk) * ids_step)
+            if (id >= 0) & (id < experts):
+                rank = (id // per_rank).to(tl.int32)
+                row = pair if BY_PLACE else token
+                source = rows + row.to(tl.int64) * stride
+                target = address(memory, rank, width) + (me * most + pair).to(tl.int64) * pitch
+                _copy(source, target, words, item % parts, WIDTH)
+    if TELLS:
+        pairs = tokens * topk
+        places = most * topk if SUMS else most
+        chunks = tl.cdiv(places, CHUNK)
+        for item in range(program, RANKS * chunks, programs):
+            rank = item // chunks
+            pair = (item % chunks) * CHUNK + tl.arange(0, CHUNK)
+            here = pair < pairs
+            token = (pair // topk).to(tl.int64)
+            id = tl.load(ids + token * ids_stride + (pair % topk) * ids_step, mask=here, other=-1)
+            known = (id >= 0) & (id < experts)
+            its = tl.where(known, id // per_rank, -1).to(tl.int32)
+            local = tl.where(its == rank, (id - rank * per_rank).to(tl.int32), -1)
+            kept = address(told, rank, tl.int32) + me * places + pair
+            tl.store(kept, local, mask=pair < places)
+            if WEIGHS:
+                weight = tl.load(weights + token * weights_stride + (pair % topk) * weights_step, mask=here & (its == rank))
+                kept = address(told, rank, weights.dtype.element_ty, weights_at)
+                tl.store(kept + me * places + pair, weight, mask=here & (its == rank))
+            if not SUMS:
+                if rank == 0:
+                    tl.store(inverse + pair, tl.where(known, pair, -1), mask=here)
+                    tl.store(ranks + pair, its, mask=here)
+    end(state, signals, late, me, epoch, limit, THERE, RANKS, LANES, INTERPRETED)
+
+
+@triton.jit
+def moe_routing_send_back(
+    rows, order, offsets, ids, state, late, signals, memory,
+    places, slots, words, stride, pitch, me, most, experts, limit,
+    RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
+    PLANNED: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write a row of each place that has an expert to the rank that the place is kept for.
+
+    Without ``SUMS`` it becomes the row of its pair there; with it, that of its token in the matrix
+    that is kept there for this rank.
+
+    :param rows: by place; or, ``PLANNED``, in the order of a plan of the places' experts: then the
+        others are not even looked at.
+    :param order: the place of each row, where ``PLANNED``, up to ``offsets[experts]``.
+    :param ids: ``[places, slots]``: the experts of each place; a negative one is none.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    epoch = begin(state, signals, late, me, limit, BACK, RANKS, LANES, INTERPRETED)
+    parts = tl.cdiv(words, WIDTH)
+    width = rows.dtype.element_ty
+    number = tl.minimum(tl.load(offsets + experts), places) if PLANNED else places
+    lanes = tl.arange(0, SLOTS)
+    for item in range(program, number * parts, programs):
+        row = item // parts
+        if PLANNED:
+            place = tl.load(order + row)
+            goes = (place >= 0) & (place < places)
+        else:
+            place = row
+            at = ids + place.to(tl.int64) * slots + lanes
+            goes = tl.max(tl.load(at, mask=lanes < slots, other=-1)) >= 0
+        if goes:
+            rank = place // most
+            kept = me * most + place % most if SUMS else place % most
+            source = rows + row.to(tl.int64) * stride
+            target = address(memory, rank, width) + kept.to(tl.int64) * pitch
+            _copy(source, target, words, item % parts, WIDTH)
+    end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
