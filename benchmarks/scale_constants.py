@@ -182,7 +182,23 @@ def in_docs(rows: Sequence[Measured], constants: Constants) -> Iterable[str]:
         cells = (way, fixed, further, rate, host, len(of_way), *summed_up(of_way, constants))
         yield f"| {' | '.join(map(str, cells))} |"
     yield f"| all | | | | | {len(rows)} | {' | '.join(summed_up(rows, constants))} |"
+    yield ""
+    yield right_choices(rows, constants)
     yield from from_fewer_ranks(rows)
+
+
+def right_choices(rows: Sequence[Measured], constants: Constants) -> str:
+    """Say how often the model names the way that was measured to be the fastest."""
+    of_sizes: dict[Deployment, list[Measured]] = {}
+    for row in rows:
+        of_sizes.setdefault(row.sizes, []).append(row)
+    lost = []
+    for measured in of_sizes.values():
+        named = min(measured, key=lambda row: _modelled(row, constants))
+        lost.append(named.us / min(row.us for row in measured) - 1)
+    right = sum(loss == 0 for loss in lost)
+    worst = f", and else one that takes up to {max(lost):.0%} longer" if right < len(lost) else ""
+    return f"Of {len(lost)} measured sizes the model names the fastest way for {right}{worst}."
 
 
 def from_fewer_ranks(rows: Sequence[Measured]) -> Iterable[str]:
