@@ -13,10 +13,13 @@ errors, so that a few slow calls do not move it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -238,20 +241,41 @@ def main() -> None:
             f"H={row.sizes.hidden_size}: measured {row.us:8.1f}, model "
             f"{_modelled(row, constants):8.1f} us, {error(row, constants):+5.0%}"
         )
-    table = list(in_docs(rows, constants))
-    print("\n".join(table))
-    fresh = {
-        CONSTANTS: json.dumps(constants.to_dict(), indent=1) + "\n",
-        PAGE: with_table(
-            with_table(PAGE.read_text(), "constants", table), "fastest", fastest_ways(constants)
-        ),
-    }
-    stale = [path for path, text in fresh.items() if not path.exists() or path.read_text() != text]
-    if "--check" in sys.argv[1:]:
-        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-        sys.exit(f"not as the results say: {names}" if stale else 0)
-    for path in stale:
-        path.write_text(fresh[path])
+    tables = {"constants": list(in_docs(rows, constants)), "fastest": list(fastest_ways(constants))}
+    print("\n".join(itertools.chain(*tables.values())))
+    check = "--check" in sys.argv[1:]
+    stale = not kept(CONSTANTS, json.dumps(constants.to_dict(), indent=1) + "\n", check=check)
+    text = PAGE.read_text(encoding="utf-8")
+    for name, lines in {**tables, "example": example()}.items():
+        text = with_table(text, name, lines)
+    stale |= not kept(PAGE, text, check=check)
+    if check and stale:
+        sys.exit("not as the results say: make figures")
+
+
+def kept(path: Path, text: str, *, check: bool) -> bool:
+    """Return whether the file holds this text; unless it is a check, write it."""
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return True
+    if not check:
+        path.write_text(text, encoding="utf-8")
+    return False
+
+
+def example() -> Iterable[str]:
+    """Yield what the command prints with the constants that are written."""
+    options = ["scale", "--ranks", "8,64", "--network-rate", "25"]
+    done = subprocess.run(  # noqa: S603 -- ours
+        [sys.executable, "-m", "moe_routing", *options],
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "COLUMNS": "150", "PYTHONIOENCODING": "utf-8"},
+    )
+    yield "```console"
+    yield f"$ moe-routing {' '.join(options)}"
+    yield from (line.rstrip() for line in done.stdout.splitlines())
+    yield "```"
 
 
 if __name__ == "__main__":
