@@ -66,8 +66,9 @@ docs: $(READY) ## part of `make test`, docs/_build/html, warnings are errors: 10
 	@echo "==> docs"
 	@$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
-figures: $(READY) ## docs/figures and the tables of README and docs/performance.md, from benchmarks/results
+figures: $(READY) ## docs/figures, the tables of README and docs, and the constants of `scale`, from benchmarks/results
 	@$(BIN)/python benchmarks/tables.py
+	@$(BIN)/python benchmarks/scale_constants.py
 	@$(BIN)/python benchmarks/figures.py
 
 pytest: $(READY) ## part of `make test`, the quick tests and the doctests: about 90 seconds

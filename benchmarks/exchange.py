@@ -4,11 +4,11 @@
 
 Microseconds of ``ExpertParallel.dispatch`` and ``combine``, with experts that change nothing
 between them, on one machine; the slowest rank's median. ``rows`` is ``dispatch_rows`` and
-``combine_rows``, which leave the order of experts to them. ``eager`` is a call with the host's part, one after the
-other; ``graph`` the replay of a CUDA graph of several. For comparison transformers' ``AllToAllEP``,
-where it is installed (5.23 on), on the same ranks and tokens, NCCL's all-to-all of as many bytes
-there and back, and what a rank needs to write as many bytes into the next rank's memory. Everything
-is compared with the sum on one rank first.
+``combine_rows``, which leave the order of experts to them. ``eager`` is a call with the host's
+part, one after the other; ``graph`` the replay of a CUDA graph of several. For comparison
+transformers' ``AllToAllEP``, where it is installed (5.23 on), on the same ranks and tokens, NCCL's
+all-to-all of as many bytes there and back, and what a rank needs to write as many bytes into the
+next rank's memory. Everything is compared with the sum on one rank first.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def put(pairs: int, columns: int) -> Callable[[], Tensor]:
     handle = symmetric.rendezvous(own, distributed.group.WORLD)
     its = handle.get_buffer((rank + 1) % ranks, [rows, columns], torch.bfloat16)
     source = torch.zeros_like(own).view(rows, columns)
-    return lambda: its.copy_(source)
+    return lambda: torch.neg(source, out=its)
 
 
 def rows_of(tokens: int, columns: int, experts: int) -> list[dict[str, Any]]:

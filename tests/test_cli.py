@@ -92,7 +92,7 @@ def test_without_a_command_it_shows_help_with_examples(cli):
     assert "  moe-routing explain gemma4 --device cuda:0\n" in out
 
 
-@pytest.mark.parametrize("command", ["doctor", "list", "explain", "conformance"])
+@pytest.mark.parametrize("command", ["doctor", "list", "explain", "conformance", "scale"])
 def test_help_teaches_with_examples_that_fit_80_columns(cli, command):
     code, out, _ = cli(f"{command} --help")
     examples = out.partition("Examples\n")[2].splitlines()
@@ -101,7 +101,7 @@ def test_help_teaches_with_examples_that_fit_80_columns(cli, command):
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", ["doctor", "list", "explain"])
+@pytest.mark.parametrize("command", ["doctor", "list", "explain", "scale"])
 def test_every_example_of_the_help_is_a_command_line_that_parses(cli, command):
     _, out, _ = cli(f"{command} --help")
     lines = [

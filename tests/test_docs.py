@@ -26,6 +26,7 @@ PAGES = [
     "docs/permute.md",
     "docs/plan.md",
     "docs/rl_replay.md",
+    "docs/scale.md",
 ]
 
 

@@ -19,6 +19,7 @@ from moe_routing.cli._help import Group, taught
 from moe_routing.cli._list import list_routers
 from moe_routing.cli._new_backend import new_backend
 from moe_routing.cli._report import report
+from moe_routing.cli._scale import scale
 from moe_routing.cli._show import Unusable, UsageError, drop_stdout, print_json_of, shortened
 from moe_routing.cli._transformers import transformers
 from moe_routing.cli._tune import tune
@@ -199,6 +200,24 @@ app.command(
         ),
     ),
 )(tune)
+app.command(
+    "scale",
+    cls=taught(
+        (
+            "moe-routing scale --ranks 8,64,512",
+            "what each rank sends and how long it takes, for DeepSeek-V3's layer",
+        ),
+        (
+            "moe-routing scale --ranks 4,8 --tokens 1,4096 --hidden 2816 --experts 128",
+            "the sizes that you serve",
+        ),
+        (
+            "moe-routing scale --network-rate 25 --network-latency 8",
+            "another network between hosts",
+        ),
+        ("moe-routing scale --json | jq .changes", "for programs"),
+    ),
+)(scale)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -74,7 +74,10 @@ def on_gpus(seed, device):
         told[mutant.name] |= {"right": right, "must_say": mutant.saying}
     if distributed.get_rank() == 0:
         sys.stdout.write(json.dumps(told))
-    distributed.destroy_process_group()
+        sys.stdout.flush()
+    distributed.barrier()
+    # NCCL ends a group when no graph with its calls is left, and what failed keeps some.
+    os._exit(0)
 
 
 if __name__ == "__main__":
