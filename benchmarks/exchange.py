@@ -4,7 +4,7 @@
 
 Microseconds of ``ExpertParallel.dispatch`` and ``combine``, with experts that change nothing
 between them, on one machine; the slowest rank's median. ``rows`` is ``dispatch_rows`` and
-``combine_rows``, which leave the order of experts to them. ``eager`` is a call with the host's
+``combine_rows``, which leave the order of experts to them; ``exchanges alone`` neither orders nor sums. ``eager`` is a call with the host's
 part, one after the other; ``graph`` the replay of a CUDA graph of several. For comparison
 transformers' ``AllToAllEP``, where it is installed (5.23 on), on the same ranks and tokens, NCCL's
 all-to-all of as many bytes there and back, and what a rank needs to write as many bytes into the
@@ -26,7 +26,7 @@ import torch
 import torch.distributed._symmetric_memory as symmetric
 from torch import distributed
 
-from moe_routing.distributed import ExpertParallel
+from moe_routing.distributed import ExpertParallel, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ MODELS = ((2816, 128), (7168, 256))
 """Columns and experts: Gemma4's and DeepSeek-V3's."""
 TOKENS = (1, 16, 64, 512, 4096)
 """Of each rank."""
-RUNS, CALLS = 30, 8
+RUNS, CALLS = 20, 8
 """Medians are of so many runs, each of so many calls."""
 
 
@@ -73,6 +73,14 @@ def ours_by_rows(ep: ExpertParallel, case: Case) -> Tensor:
         here = torch.where(received.ids >= 0, received.weights, 0.0).sum(1, keepdim=True)
         rows = (rows.float() * here).to(rows.dtype)
     return ep.combine_rows(rows, received)
+
+
+def alone(ep: ExpertParallel, case: Case) -> Tensor:
+    """Exchange there and back, without a plan, an order, or sums."""
+    transport = ep._exchange  # noqa: SLF001 -- what is timed is inside
+    received = transport.dispatch(Tokens(*case[:3]))
+    back: Tensor = transport.back(received.rows, received.state, received.ids, None)  # type: ignore[attr-defined] # of this transport
+    return back
 
 
 class OneMesh(NamedTuple):
@@ -182,6 +190,9 @@ def ways(case: Case, experts: int) -> list[Timed]:
         name = f"{transport} reduce={reduce}" + (" padded" if most else "")
         found.append(Timed(name, partial(ours, ep, case), bool(most)))
         found.append(Timed(f"{name}, rows", partial(ours_by_rows, ep, case), bool(most)))
+        if transport == "symmetric":
+            only = partial(alone, ep, case)
+            found.append(Timed(f"{name}, exchanges alone", only, capturable=True, right=False))
     other = theirs(experts)
     if other is not None:
         found.append(Timed("transformers all_to_all", partial(other, case), capturable=False))

@@ -291,8 +291,12 @@ class ExpertParallel:
         received = self._arrived(Tokens(hidden, ids, weights, scales))
         if not received.lent:
             return received
-        scales = None if received.scales is None else received.scales.clone()
-        return received._replace(rows=received.rows.clone(), scales=scales, lent=False)
+        kept = {
+            name: part.clone()
+            for name in ("rows", "ids", "scales")
+            if (part := getattr(received, name)) is not None
+        }
+        return received._replace(**kept, lent=False)
 
     def _arrived(self, tokens: Tokens) -> Received:
         """Send tokens, and return what arrives, perhaps in the transport's memory."""

@@ -63,7 +63,9 @@ def _kernels_run(device: DeviceInfo) -> Verdict:
         )
     if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
         return Verdict.no(
-            RejectCode.TOOLCHAIN, "needs a PyTorch with symmetric memory", fix="pip install -U torch"
+            RejectCode.TOOLCHAIN,
+            "needs a PyTorch with symmetric memory",
+            fix="pip install -U torch",
         )
     return Verdict.yes()
 
@@ -86,9 +88,7 @@ def moe_routing_backends() -> list[BackendSpec]:
             priority=70,
             supports=supports,
             notes=notes,
-            gaps={
-                "group": "writes into memory of GPUs of one host, whose size is known before",
-            },
+            gaps={"group": "writes into memory of GPUs of one host, whose size is known before"},
             summary="tokens between the GPUs of a host through symmetric memory",
         )
     ]

@@ -44,8 +44,12 @@ PROGRAMS = 132
 INTERPRETED_PROGRAMS = 3
 SIGNAL, WEIGHT = 8, 4
 """Bytes of a signal, and of an id or the widest weight."""
-STATE = 3
+STATE = 2
 """Numbers of the device; ``kernels`` names them."""
+VECTOR = 4
+"""Of 16 bytes."""
+PDL_FROM = (9, 0)
+"""The compute capability from which a kernel may be placed while the one before still runs."""
 
 
 class Rows(NamedTuple):
@@ -89,14 +93,12 @@ class State(NamedTuple):
 
     :ivar plan: of what comes back: the place of each slot's row, or with sums of each rank's.
     :ivar ranks: int32, likewise: the rank that has it, -1 if none.
-    :ivar ids: the experts of what arrived.
     :ivar weights: of the slots, for sums that are made here; ``None`` where each rank made its own.
     """
 
     layout: Layout
     plan: DispatchPlan
     ranks: Tensor
-    ids: Tensor
     weights: Tensor | None
 
 
@@ -104,7 +106,11 @@ class Symmetric:
     """The transport of one group."""
 
     def __init__(
-        self, problem: ExchangeProblem, device: torch.device, group: ProcessGroup, allocate: Allocate
+        self,
+        problem: ExchangeProblem,
+        device: torch.device,
+        group: ProcessGroup,
+        allocate: Allocate,
     ) -> None:
         """Keep memory for signals: that shows whether other ranks are reached."""
         self._group, self._allocate, self.device = ref(group), allocate, device
@@ -113,6 +119,7 @@ class Symmetric:
         self._per_rank = problem.experts_per_rank
         self._limit = int(timeout_of(group, device).total_seconds() * 1e9)
         self._interpreted = device.type == "cpu"
+        self._pdl = not self._interpreted and torch.cuda.get_device_capability(device) >= PDL_FROM
         self._signals = self.allocated("group", 2 * SIGNAL * self.ranks)
         self._state = torch.zeros(STATE, dtype=torch.int64, device=device)
         self._late = torch.zeros(1, dtype=torch.int64, pin_memory=not self._interpreted)
@@ -122,23 +129,26 @@ class Symmetric:
     def dispatch(self, tokens: Tokens) -> Received:
         """Send each token once to each of its experts, or once to each rank that has any."""
         self._must_be_on_time()
-        state = self._new_state(*tokens.ids.shape)
         hidden, weights, scales = tokens.hidden, tokens.weights, tokens.scales
-        moved = [part for part in (hidden, weights if self.sums else None, scales) if part is not None]
+        state = self._new_state(*tokens.ids.shape, None if self.sums else weights)
+        moved = [
+            part for part in (hidden, weights if self.sums else None, scales) if part is not None
+        ]
         if torch.is_grad_enabled() and any(part.requires_grad for part in moved):
             # Ids first: then the rows of places move as any rows do, with gradients of every order.
-            its = self._told(tokens, state, hidden[:, :0])
-            rows = _There.apply(_of_places(hidden, state), self, state, "rows")
+            ids, its = self._told(tokens, state, hidden[:, :0])
+            ids = ids.clone()
+            rows = _There.apply(_of_places(hidden, state), self, state, ids, "rows")
             if self.sums:
-                its = _There.apply(_of_places(weights, state), self, state, "weights")
+                its = _There.apply(_of_places(weights, state), self, state, ids, "weights")
             if scales is not None:
-                scales = _There.apply(_of_places(scales, state), self, state, "scales")
-            return Received(rows, state.ids, its, scales, self._kept_weights(state, weights))
-        its = self._told(tokens, state, hidden)
+                scales = _There.apply(_of_places(scales, state), self, state, ids, "scales")
+            return Received(rows, ids, its, scales, state)
+        ids, its = self._told(tokens, state, hidden)
         rows = self._arrived("rows", state.layout, hidden)
         if scales is not None:
             scales = self.there(_of_places(scales, state), state, "scales")
-        return Received(rows, state.ids, its, scales, self._kept_weights(state, weights), lent=True)
+        return Received(rows, ids, its, scales, state, lent=True)
 
     def combine(self, rows: Tensor, received: Received) -> Tensor:
         """Send the results back, and sum them for each token, in the order of its slots."""
@@ -152,12 +162,18 @@ class Symmetric:
         self._must_be_on_time()
         state = cast("State", received.state)
         if torch.is_grad_enabled() and rows.requires_grad:
-            back = _Back.apply(rows, self, state, plan)
+            back = _Back.apply(rows, self, state, received.ids, plan)
         else:
-            back = self.back(rows, state, plan)
-            if torch.is_grad_enabled() and state.weights is not None and state.weights.requires_grad:
+            back = self.back(rows, state, received.ids, plan)
+            if (
+                torch.is_grad_enabled()
+                and state.weights is not None
+                and state.weights.requires_grad
+            ):
                 back = back.clone()  # autograd keeps it
-        return moe_routing.combine(back.unflatten(0, state.plan.order.shape), state.plan, state.weights)
+        return moe_routing.combine(
+            back.unflatten(0, state.plan.order.shape), state.plan, state.weights
+        )
 
     def _must_be_on_time(self) -> None:
         if rank := int(self._late.item()):
@@ -165,7 +181,7 @@ class Symmetric:
             msg = f"group: expected every rank to exchange within {seconds:g} s, rank {rank - 1} did not"
             raise TimeoutError(msg)
 
-    def _new_state(self, tokens: int, topk: int) -> State:
+    def _new_state(self, tokens: int, topk: int, weights: Tensor | None) -> State:
         layout = self._layouts.get(topk)
         if layout is None:
             layout = self._layouts[topk] = Layout(topk, self)
@@ -173,11 +189,7 @@ class Symmetric:
         inverse, ranks = torch.empty(2, tokens, slots, dtype=torch.int32, device=self.device)
         order, counts, offsets, blocks, dropped = layout.order
         plan = DispatchPlan(order, inverse, counts, offsets, blocks, dropped)
-        ids = torch.empty(layout.arriving, layout.slots, dtype=torch.int32, device=self.device)
-        return State(layout, plan, ranks, ids, None)
-
-    def _kept_weights(self, state: State, weights: Tensor) -> State:
-        return state if self.sums else state._replace(weights=weights)
+        return State(layout, plan, ranks, weights)
 
     def allocated(self, name: str, size: int) -> Memory:
         """Return memory that every rank makes at once.
@@ -216,18 +228,21 @@ class Symmetric:
             return like.new_empty(len(bytes_of_rows), 0)
         return bytes_of_rows[:, :width].view(like.dtype)
 
-    def _told(self, tokens: Tokens, state: State, hidden: Tensor) -> Tensor | None:
-        """Send tokens, and tell their experts and with sums their weights, which are returned."""
+    def _told(self, tokens: Tokens, state: State, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Send tokens and tell their experts; return those of what arrived.
+
+        Without sums they lie where other ranks write. With sums weights come along, and both are
+        copied: they are read again when the rows are combined.
+        """
         layout, ids = state.layout, tokens.ids
         weights = tokens.weights if self.sums else None
         self._send("rows", hidden, ids, self._per_rank, state, weights, tells=True)
-        pairs = layout.arriving * layout.slots
-        state.ids.copy_(layout.told.own[: WEIGHT * pairs].view(torch.int32).view(state.ids.shape))
-        if weights is None:
-            return None
-        size = weights.element_size()
-        its = layout.told.own[WEIGHT * pairs : (WEIGHT + size) * pairs].view(weights.dtype)
-        return its.view(state.ids.shape).clone()
+        pairs, shape = layout.arriving * layout.slots, (layout.arriving, layout.slots)
+        told = layout.told.own
+        if weights is not None:
+            told = told[: (WEIGHT + weights.element_size()) * pairs].clone()
+            weights = told[WEIGHT * pairs :].view(weights.dtype).view(shape)
+        return told[: WEIGHT * pairs].view(torch.int32).view(shape), weights
 
     def there(self, rows: Tensor, state: State, name: str) -> Tensor:
         """Send the row of each place to where the tokens went, and return what arrived."""
@@ -247,36 +262,38 @@ class Symmetric:
     ) -> None:
         layout = state.layout
         memory, pitch = self._rows(name, layout, rows)
-        units, words, stride = _as_units(rows, pitch)
+        units = Units.of(rows, pitch)
         tokens, topk = to.shape
-        pieces = max(1, -(-words // WIDTH)) * tokens * (self.ranks if self.sums else topk)
+        pieces = units.parts * tokens * (self.ranks if self.sums else topk)
         self._launch(
             moe_routing_send, pieces,
-            units, to, to if weights is None else weights, state.plan.inverse, state.ranks,
+            units.rows, to, to if weights is None else weights, state.plan.inverse, state.ranks,
             self._state, self._late, self._signals.addresses, layout.told.addresses, memory.addresses,
-            tokens, topk, words, stride, *to.stride(),
-            *((0, 0) if weights is None else weights.stride()), pitch // units.element_size(),
+            tokens, topk, units.columns, units.stride, *to.stride(),
+            *((0, 0) if weights is None else weights.stride()), units.of_bytes(pitch),
             self._rank, self.ranks * per_rank, per_rank, layout.places,
             WEIGHT * layout.arriving * layout.slots, self._limit,
             SLOTS=triton.next_power_of_2(topk), SUMS=self.sums, BY_PLACE=not tells, TELLS=tells,
-            WEIGHS=weights is not None, CHUNK=CHUNK,
+            WEIGHS=weights is not None, CHUNK=CHUNK, VEC=units.vector,
         )  # fmt: skip
 
-    def back(self, rows: Tensor, state: State, plan: DispatchPlan | None) -> Tensor:
+    def back(self, rows: Tensor, state: State, ids: Tensor, plan: DispatchPlan | None) -> Tensor:
         """Send a row of each place that has an expert back, and return what arrived.
 
+        :param ids: the places' experts.
         :param plan: of the places' experts, where the rows are in its order.
         """
-        layout, ids = state.layout, state.ids
+        layout = state.layout
         memory, pitch = self._rows("back", layout, rows)
-        units, words, stride = _as_units(rows, pitch)
+        units = Units.of(rows, pitch)
         self._launch(
-            moe_routing_send_back, max(1, -(-words // WIDTH)) * layout.arriving,
-            units, ids if plan is None else plan.order, ids if plan is None else plan.offsets, ids,
+            moe_routing_send_back, units.parts * layout.arriving,
+            units.rows, ids if plan is None else plan.order, ids if plan is None else plan.offsets, ids,
             self._state, self._late, self._signals.addresses, memory.addresses,
-            *ids.shape, words, stride, pitch // units.element_size(), self._rank, layout.places,
+            *ids.shape, units.columns, units.stride, units.of_bytes(pitch), self._rank, layout.places,
             0 if plan is None else len(plan.counts), self._limit,
             SLOTS=triton.next_power_of_2(layout.slots), SUMS=self.sums, PLANNED=plan is not None,
+            VEC=units.vector,
         )  # fmt: skip
         return self._arrived("back", layout, rows)
 
@@ -287,8 +304,10 @@ class Symmetric:
             RANKS=self.ranks,
             LANES=triton.next_power_of_2(self.ranks),
             WIDTH=WIDTH,
+            PDL=self._pdl,
             INTERPRETED=self._interpreted,
             num_warps=WARPS,
+            **({"launch_pdl": True} if self._pdl else {}),
             **constants,
         )
 
@@ -298,50 +317,91 @@ def _of_places(rows: Tensor, state: State) -> Tensor:
     return moe_routing.permute(rows, state.plan).flatten(0, 1)
 
 
-def _as_units(rows: Tensor, pitch: int) -> tuple[Tensor, int, int]:
-    """View rows as integers, the widest that fit; also return how many, and how many apart."""
-    rows = rows.resolve_conj().resolve_neg()
-    if rows.stride(1) != 1:  # a single column may have any, and count as contiguous
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    size = rows.element_size()
-    numbers = (rows.shape[1] * size, rows.stride(0) * size, rows.storage_offset() * size, pitch)
-    unit = next(unit for unit in UNITS if not any(number % unit for number in numbers))
-    units = rows.view(UNITS[unit])
-    return units, units.shape[1], units.stride(0)
+class Units(NamedTuple):
+    """Rows as integers, the widest that fit.
+
+    :ivar vector: integers that are always copied together; widths, strides and pitches are in those.
+    """
+
+    rows: Tensor
+    vector: int
+
+    @classmethod
+    def of(cls, rows: Tensor, pitch: int) -> Units:
+        """View rows."""
+        rows = rows.resolve_conj().resolve_neg()
+        if rows.stride(1) != 1:  # a single column may have any, and count as contiguous
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        size = rows.element_size()
+        numbers = (rows.shape[1] * size, rows.stride(0) * size, rows.storage_offset() * size, pitch)
+        unit = next(unit for unit in UNITS if not any(number % unit for number in numbers))
+        aligned = not any(number % ALIGNMENT for number in (*numbers, rows.data_ptr()))
+        return cls(rows.view(UNITS[unit]), VECTOR if aligned else 1)
+
+    @property
+    def columns(self) -> int:
+        """Vectors of a row."""
+        return self.rows.shape[1] // self.vector
+
+    @property
+    def stride(self) -> int:
+        """Vectors from a row to the next."""
+        return self.rows.stride(0) // self.vector
+
+    def of_bytes(self, number: int) -> int:
+        """Return how many vectors are so many bytes."""
+        return number // self.rows.element_size() // self.vector
+
+    @property
+    def parts(self) -> int:
+        """Pieces of a row that programs copy."""
+        return max(1, -(-self.rows.shape[1] // WIDTH))
 
 
 class _There(torch.autograd.Function):
     """Rows of places to where the tokens went; gradients come back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, transport: Symmetric, state: State, name: str) -> Tensor:  # noqa: ANN401 -- a bag by design
-        ctx.transport, ctx.state = transport, state
+    def forward(  # noqa: PLR0913, PLR0917 -- what a way needs
+        ctx: Any,  # noqa: ANN401 -- a bag by design
+        rows: Tensor,
+        transport: Symmetric,
+        state: State,
+        ids: Tensor,
+        name: str,
+    ) -> Tensor:
+        ctx.way = transport, state, ids
         return transport.there(rows, state, name).clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401 -- likewise
-        return _Back.apply(grads[0], ctx.transport, ctx.state, None), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- likewise
+        return _Back.apply(grads[0], *ctx.way, None), None, None, None, None
 
 
 class _Back(torch.autograd.Function):
     """Results to the tokens' ranks; gradients go where the tokens went."""
 
     @staticmethod
-    def forward(  # noqa: D102 -- as of every function
-        ctx: Any, rows: Tensor, transport: Symmetric, state: State, plan: DispatchPlan | None  # noqa: ANN401 -- likewise
+    def forward(  # noqa: PLR0913, PLR0917 -- likewise
+        ctx: Any,  # noqa: ANN401 -- likewise
+        rows: Tensor,
+        transport: Symmetric,
+        state: State,
+        ids: Tensor,
+        plan: DispatchPlan | None,
     ) -> Tensor:
-        ctx.transport, ctx.state, ctx.plan = transport, state, plan
-        return transport.back(rows, state, plan).clone()
+        ctx.way, ctx.plan = (transport, state, ids), plan
+        return transport.back(rows, state, ids, plan).clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401 -- likewise
-        rows = _There.apply(grads[0], ctx.transport, ctx.state, "rows")
-        if ctx.plan is None:
-            has_expert = (ctx.state.ids >= 0).any(dim=1, keepdim=True)
-            rows = torch.where(has_expert, rows, 0)
-        else:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- likewise
+        rows = _There.apply(grads[0], *ctx.way, "rows")
+        if ctx.plan is not None:
             rows = moe_routing.permute(rows, ctx.plan)
-        return rows, None, None, None
+        else:
+            has_expert = (ctx.way[2] >= 0).any(dim=1, keepdim=True)
+            rows = torch.where(has_expert, rows, 0)
+        return rows, None, None, None, None
 
 
 def build(

@@ -1,10 +1,12 @@
 """The kernels of the transport: rows straight into the memory of other ranks, and signals.
 
-An exchange is one launch. Programs write rows, over NVLink where they are another rank's. The last
-program to finish signals to every rank that this rank has written, and waits until every rank has
-signalled that: what comes after the launch finds all that arrived.
+An exchange is one launch. Programs write rows, over NVLink where they are another rank's. Each then
+adds its share to the signal that this rank has in the memory of every rank, itself too: the shares
+of an exchange are ``WHOLE`` together. The last program waits until the signals of all ranks are
+whole: what comes after the launch finds all that arrived. (The last, because Triton interprets one
+after the other.)
 
-Each rank counts its exchanges, and a signal is the number of the exchange. All ranks make the same
+Each rank counts its exchanges, and signals grow by a whole in each. All ranks make the same
 exchanges in the same order, so the numbers agree. The count is in the device's memory, because a
 CUDA graph that is replayed makes exchanges which the host knows nothing of.
 
@@ -17,116 +19,152 @@ each other (``begin``).
 Only programs of other ranks are waited for, and they are few enough to run beside those of other
 streams. A wait ends after ``limit``: the rank's number is written where the host reads it, and the
 kernel is stopped. What had not arrived would be used otherwise.
+
+Widths, strides and pitches of rows are counted in vectors of ``VEC`` units: so the compiler sees
+that a thread copies a vector at once, as is said again where rows begin (``_copy``).
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
+
+try:
+    from triton.language.extra import cuda
+except ImportError:  # a build of Triton for other vendors alone
+    cuda = None
+
+# Looked up here, because Triton looks for all that stands in a kernel, also where it is not reached.
+globaltimer = getattr(cuda, "globaltimer", None)
+gdc_wait = getattr(cuda, "gdc_wait", None)
+gdc_launch_dependents = getattr(cuda, "gdc_launch_dependents", None)
 
 EPOCH = tl.constexpr(0)
 """Of ``state``: the number of the last exchange."""
 KIND = tl.constexpr(1)
 """Of ``state``: the kind of the last exchange."""
-ENDED = tl.constexpr(2)
-"""Of ``state``: the programs of this exchange that have written what they write."""
+WHOLE = tl.constexpr(1 << 20)
+"""What the shares of a rank's programs are together; there are fewer programs."""
 THERE = tl.constexpr(1)
 """A kind of exchange: to the experts."""
 BACK = tl.constexpr(2)
 """A kind of exchange: to the tokens."""
-POLLS = tl.constexpr(2000)
-"""Where Triton interprets kernels there is no clock: a wait ends after so many looks, and naps."""
+POLLS = tl.constexpr(100_000)
+"""Where Triton interprets kernels there is no clock: a wait ends after so many looks."""
+LINGER = tl.constexpr(20_000_000)
+"""Nanoseconds for the host to see who is late, before the kernel is stopped."""
 
 
 @triton.jit
 def address(table, rank, dtype: tl.constexpr, offset=0):
-    """Return where a rank's memory begins, as a pointer; it is aligned to 16 bytes."""
-    at = tl.multiple_of(tl.load(table + rank), 16) + offset
-    return tl.multiple_of(at, 16).to(tl.pointer_type(dtype))
+    """Return where a rank's memory begins, as a pointer."""
+    return (tl.load(table + rank) + offset).to(tl.pointer_type(dtype))
 
 
 @triton.jit
 def _now(INTERPRETED: tl.constexpr):
     if INTERPRETED:
         return tl.cast(0, tl.int64)
-    return cuda.globaltimer().to(tl.int64)
+    return globaltimer().to(tl.int64)
 
 
 @triton.jit
-def _wait(own, epoch, limit, late, RANKS: tl.constexpr, LANES: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Wait until the signals of all ranks are ``epoch`` or later."""
+def _wait(own, number, limit, late, RANKS: tl.constexpr, LANES: tl.constexpr,
+          INTERPRETED: tl.constexpr):  # fmt: skip
+    """Wait until the signals of all ranks are ``number`` or more."""
     lanes = tl.arange(0, LANES)
     there = lanes < RANKS
     begun = _now(INTERPRETED)
     looks = tl.cast(0, tl.int64)
     least = tl.cast(-1, tl.int64)
-    while (least < epoch) & (looks >= 0):
-        seen = tl.atomic_add(
-            own + lanes, tl.zeros([LANES], tl.int64), mask=there, sem="acquire", scope="sys"
-        )
-        least = tl.min(tl.where(there, seen, epoch))
+    while (least < number) & (looks >= 0):
+        nothing = tl.zeros([LANES], tl.int64)
+        seen = tl.atomic_add(own + lanes, nothing, mask=there, sem="acquire", scope="sys")
+        least = tl.min(tl.where(there, seen, number))
         looks += 1
         over = looks > POLLS if INTERPRETED else _now(INTERPRETED) - begun > limit
-        if (least < epoch) & over:
-            first = tl.min(tl.where(there & (seen < epoch), lanes, LANES))
+        if (least < number) & over:
+            first = tl.min(tl.where(there & (seen < number), lanes, LANES))
             tl.atomic_xchg(late, (first + 1).to(tl.int64), sem="release", scope="sys")
             looks = tl.cast(-1, tl.int64)
             if not INTERPRETED:
+                until = _now(INTERPRETED) + LINGER
+                while _now(INTERPRETED) < until:
+                    looks = tl.cast(-1, tl.int64)
                 tl.inline_asm_elementwise(
                     "trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
                 )
 
 
 @triton.jit
-def _signal(signals, at, epoch, RANKS: tl.constexpr, LANES: tl.constexpr):
-    """Write ``epoch`` to element ``at`` of the signals of every rank."""
+def _signals(signals, at, RANKS: tl.constexpr, LANES: tl.constexpr):
+    """Return the addresses of element ``at`` of the signals of every rank."""
     lanes = tl.arange(0, LANES)
-    there = lanes < RANKS
-    bases = tl.load(signals + lanes, mask=there, other=0)
-    places = bases.to(tl.pointer_type(tl.int64)) + at
-    tl.atomic_xchg(places, tl.zeros([LANES], tl.int64) + epoch, mask=there, sem="release", scope="sys")
+    bases = tl.load(signals + lanes, mask=lanes < RANKS, other=0)
+    return bases.to(tl.pointer_type(tl.int64)) + at
 
 
 @triton.jit
-def begin(state, signals, late, me, limit, kind: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
-          INTERPRETED: tl.constexpr):  # fmt: skip
+def begin(state, signals, late, me, limit, kind: tl.constexpr, RANKS: tl.constexpr,
+          LANES: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """Return the number of this exchange, once other ranks' memory may be written.
 
     Every program signals, so that none waits for one that has not begun.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     epoch = tl.load(state + EPOCH) + 1
     if tl.load(state + KIND) == kind:
-        _signal(signals, RANKS + me, epoch, RANKS, LANES)
-        _wait(address(signals, me, tl.int64) + RANKS, epoch, limit, late, RANKS, LANES, INTERPRETED)
+        number = tl.zeros([LANES], tl.int64) + epoch
+        there = tl.arange(0, LANES) < RANKS
+        at = _signals(signals, RANKS + me, RANKS, LANES)
+        tl.atomic_xchg(at, number, mask=there, sem="release", scope="sys")
+        own = address(signals, me, tl.int64) + RANKS
+        _wait(own, epoch, limit, late, RANKS, LANES, INTERPRETED)
         tl.debug_barrier()
     return epoch
 
 
 @triton.jit
-def end(state, signals, late, me, epoch, limit, kind: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr,
-        INTERPRETED: tl.constexpr):  # fmt: skip
-    """Signal what was written, and wait for the others, in the program that is the last to end.
+def end(state, signals, late, me, epoch, limit, kind: tl.constexpr, RANKS: tl.constexpr,
+        LANES: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """Signal what was written; the last program waits for all others, of every rank.
 
-    The barrier orders what all threads of a program wrote before its count; the count orders what
-    all programs wrote before the signal.
+    The barrier orders what all threads of a program wrote before its signal. The state may be
+    written when this rank's signal is whole: then all its programs have read it.
     """
     tl.debug_barrier()
-    ended = tl.atomic_add(state + ENDED, tl.cast(1, tl.int64), sem="acq_rel", scope="gpu")
-    if ended == tl.num_programs(0) - 1:
-        _signal(signals, me, epoch, RANKS, LANES)
-        _wait(address(signals, me, tl.int64), epoch, limit, late, RANKS, LANES, INTERPRETED)
-        tl.store(state + ENDED, 0)
+    last = tl.program_id(0) == tl.num_programs(0) - 1
+    share = tl.where(last, WHOLE - tl.num_programs(0) + 1, 1).to(tl.int64)
+    shares = tl.zeros([LANES], tl.int64) + share
+    there = tl.arange(0, LANES) < RANKS
+    tl.atomic_add(
+        _signals(signals, me, RANKS, LANES), shares, mask=there, sem="release", scope="sys"
+    )
+    if last:
+        own = address(signals, me, tl.int64)
+        _wait(own, epoch * WHOLE, limit, late, RANKS, LANES, INTERPRETED)
         tl.store(state + KIND, kind)
         tl.store(state + EPOCH, epoch)
 
 
 @triton.jit
-def _copy(source, target, words, part, WIDTH: tl.constexpr):
-    """Copy a part of a row."""
+def _copy(
+    rows, row, stride, memory, place, pitch, words, part, VEC: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Copy a part of a row.
+
+    One sum for each address, because Triton joins sums, and forgets what it was told of the first.
+    """
     columns = part * WIDTH + tl.arange(0, WIDTH)
-    inside = columns < words
-    tl.store(target + columns, tl.load(source + columns, mask=inside), mask=inside)
+    inside = columns < words * VEC
+    source = rows + (tl.cast(row, tl.int64) * (stride * VEC) + columns)
+    target = memory + (tl.cast(place, tl.int64) * (pitch * VEC) + columns)
+    if VEC > 1:
+        source = tl.multiple_of(source, 16)
+        target = tl.multiple_of(target, 16)
+    tl.store(target, tl.load(source, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -135,8 +173,8 @@ def moe_routing_send(
     tokens, topk, words, stride, ids_stride, ids_step, weights_stride, weights_step, pitch,
     me, experts, per_rank, most, weights_at, limit,
     RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
-    BY_PLACE: tl.constexpr, TELLS: tl.constexpr, WEIGHS: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, INTERPRETED: tl.constexpr,
+    BY_PLACE: tl.constexpr, TELLS: tl.constexpr, WEIGHS: tl.constexpr, VEC: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write rows to the ranks of their experts.
 
@@ -157,8 +195,8 @@ def moe_routing_send(
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    epoch = begin(state, signals, late, me, limit, THERE, RANKS, LANES, INTERPRETED)
-    parts = tl.maximum(tl.cdiv(words, WIDTH), 1)
+    epoch = begin(state, signals, late, me, limit, THERE, RANKS, LANES, PDL, INTERPRETED)
+    parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
     width = rows.dtype.element_ty
     if SUMS:
         slots = tl.arange(0, SLOTS)
@@ -176,9 +214,8 @@ def moe_routing_send(
                     tl.store(ranks + token * RANKS + rank, tl.where(goes, rank, -1))
             if goes:
                 row = rank * most + token if BY_PLACE else token
-                source = rows + row.to(tl.int64) * stride
-                target = address(memory, rank, width) + (me * most + token).to(tl.int64) * pitch
-                _copy(source, target, words, item % parts, WIDTH)
+                its, place = address(memory, rank, width), me * most + token
+                _copy(rows, row, stride, its, place, pitch, words, item % parts, VEC, WIDTH)
     else:
         for item in range(program, tokens * topk * parts, programs):
             pair = item // parts
@@ -187,9 +224,8 @@ def moe_routing_send(
             if (id >= 0) & (id < experts):
                 rank = (id // per_rank).to(tl.int32)
                 row = pair if BY_PLACE else token
-                source = rows + row.to(tl.int64) * stride
-                target = address(memory, rank, width) + (me * most + pair).to(tl.int64) * pitch
-                _copy(source, target, words, item % parts, WIDTH)
+                its, place = address(memory, rank, width), me * most + pair
+                _copy(rows, row, stride, its, place, pitch, words, item % parts, VEC, WIDTH)
     if TELLS:
         pairs = tokens * topk
         places = most * topk if SUMS else most
@@ -206,9 +242,11 @@ def moe_routing_send(
             kept = address(told, rank, tl.int32) + me * places + pair
             tl.store(kept, local, mask=pair < places)
             if WEIGHS:
-                weight = tl.load(weights + token * weights_stride + (pair % topk) * weights_step, mask=here & (its == rank))
+                given = weights + token * weights_stride + (pair % topk) * weights_step
                 kept = address(told, rank, weights.dtype.element_ty, weights_at)
-                tl.store(kept + me * places + pair, weight, mask=here & (its == rank))
+                weighed = here & (its == rank)
+                weight = tl.load(given, mask=weighed)
+                tl.store(kept + me * places + pair, weight, mask=weighed)
             if not SUMS:
                 if rank == 0:
                     tl.store(inverse + pair, tl.where(known, pair, -1), mask=here)
@@ -221,7 +259,8 @@ def moe_routing_send_back(
     rows, order, offsets, ids, state, late, signals, memory,
     places, slots, words, stride, pitch, me, most, experts, limit,
     RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
-    PLANNED: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+    PLANNED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write a row of each place that has an expert to the rank that the place is kept for.
 
@@ -235,8 +274,8 @@ def moe_routing_send_back(
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    epoch = begin(state, signals, late, me, limit, BACK, RANKS, LANES, INTERPRETED)
-    parts = tl.cdiv(words, WIDTH)
+    epoch = begin(state, signals, late, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
+    parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
     width = rows.dtype.element_ty
     number = tl.minimum(tl.load(offsets + experts), places) if PLANNED else places
     lanes = tl.arange(0, SLOTS)
@@ -252,7 +291,6 @@ def moe_routing_send_back(
         if goes:
             rank = place // most
             kept = me * most + place % most if SUMS else place % most
-            source = rows + row.to(tl.int64) * stride
-            target = address(memory, rank, width) + kept.to(tl.int64) * pitch
-            _copy(source, target, words, item % parts, WIDTH)
+            its = address(memory, rank, width)
+            _copy(rows, row, stride, its, kept, pitch, words, item % parts, VEC, WIDTH)
     end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
