@@ -4,11 +4,12 @@
 
 Microseconds of ``ExpertParallel.dispatch`` and ``combine``, with experts that change nothing
 between them, on one machine; the slowest rank's median. ``rows`` is ``dispatch_rows`` and
-``combine_rows``, which leave the order of experts to them; ``exchanges alone`` neither orders nor sums. ``eager`` is a call with the host's
-part, one after the other; ``graph`` the replay of a CUDA graph of several. For comparison
-transformers' ``AllToAllEP``, where it is installed (5.23 on), on the same ranks and tokens, NCCL's
-all-to-all of as many bytes there and back, and what a rank needs to write as many bytes into the
-next rank's memory. Everything is compared with the sum on one rank first.
+``combine_rows``, which leave the order of experts to them; ``exchanges alone`` is without a plan,
+an order and sums. ``eager`` is a call with the host's part, one after the other; ``graph`` the
+replay of a CUDA graph of several. For comparison transformers' ``AllToAllEP``, where it is
+installed (5.23 on), on the same ranks and tokens; NCCL's all-to-all of as many bytes there and
+back; and what a rank needs to write as many bytes into the next rank's memory. Everything is
+compared with the sum on one rank first.
 """
 
 from __future__ import annotations
@@ -210,15 +211,19 @@ def ways(case: Case, experts: int) -> list[Timed]:
 
 
 def put(pairs: int, columns: int) -> Callable[[], Tensor]:
-    """Return what copies the pairs' rows, those for another rank, into the next rank's memory."""
+    """Return what writes the pairs' rows, those for another rank, into the next rank's memory."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     rows = pairs * (ranks - 1) // ranks
     device = torch.device("cuda", torch.cuda.current_device())
     own = symmetric.empty(rows * columns, dtype=torch.bfloat16, device=device)
     handle = symmetric.rendezvous(own, distributed.group.WORLD)
     its = handle.get_buffer((rank + 1) % ranks, [rows, columns], torch.bfloat16)
-    source = torch.zeros_like(own).view(rows, columns)
-    return lambda: torch.neg(source, out=its)
+    source = torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
+
+    def written(_kept: object = (own, handle)) -> Tensor:
+        return torch.neg(source, out=its)
+
+    return written
 
 
 def rows_of(tokens: int, columns: int, experts: int) -> list[dict[str, Any]]:

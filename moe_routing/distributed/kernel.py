@@ -37,8 +37,8 @@ class Received(NamedTuple):
         slots without an expert may be anything.
     :ivar scales: ``[R, S]``, or ``None``.
     :ivar state: what the transport's own ``combine`` needs.
-    :ivar lent: whether ``rows``, ``ids`` and ``scales`` lie in memory that the transport's next call
-        writes. ``ExpertParallel`` copies what it does not use before.
+    :ivar lent: whether ``rows``, ``ids`` and ``scales`` lie in memory that the transport's next
+        call writes. ``ExpertParallel`` copies what it does not use before.
     """
 
     rows: Tensor

@@ -81,7 +81,7 @@ def on_gpus(seed, device):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:  # noqa: PLR2004 -- a device is named
+    if len(sys.argv) > 2:
         on_gpus(int(sys.argv[1]), torch.device(sys.argv[2], int(os.environ["LOCAL_RANK"])))
     else:
         main(int(sys.argv[1]))

@@ -130,7 +130,7 @@ class Symmetric:
         """Send each token once to each of its experts, or once to each rank that has any."""
         self._must_be_on_time()
         hidden, weights, scales = tokens.hidden, tokens.weights, tokens.scales
-        state = self._new_state(*tokens.ids.shape, None if self.sums else weights)
+        state = self._new_state(tokens.ids, None if self.sums else weights)
         moved = [
             part for part in (hidden, weights if self.sums else None, scales) if part is not None
         ]
@@ -138,11 +138,12 @@ class Symmetric:
             # Ids first: then the rows of places move as any rows do, with gradients of every order.
             ids, its = self._told(tokens, state, hidden[:, :0])
             ids = ids.clone()
-            rows = _There.apply(_of_places(hidden, state), self, state, ids, "rows")
+            way = self, state, ids
+            rows = _there(_of_places(hidden, state), way, "rows")
             if self.sums:
-                its = _There.apply(_of_places(weights, state), self, state, ids, "weights")
+                its = _there(_of_places(weights, state), way, "weights")
             if scales is not None:
-                scales = _There.apply(_of_places(scales, state), self, state, ids, "scales")
+                scales = _there(_of_places(scales, state), way, "scales")
             return Received(rows, ids, its, scales, state)
         ids, its = self._told(tokens, state, hidden)
         rows = self._arrived("rows", state.layout, hidden)
@@ -162,7 +163,7 @@ class Symmetric:
         self._must_be_on_time()
         state = cast("State", received.state)
         if torch.is_grad_enabled() and rows.requires_grad:
-            back = _Back.apply(rows, self, state, received.ids, plan)
+            back = _back(rows, (self, state, received.ids), plan)
         else:
             back = self.back(rows, state, received.ids, plan)
             if (
@@ -181,7 +182,8 @@ class Symmetric:
             msg = f"group: expected every rank to exchange within {seconds:g} s, rank {rank - 1} did not"
             raise TimeoutError(msg)
 
-    def _new_state(self, tokens: int, topk: int, weights: Tensor | None) -> State:
+    def _new_state(self, ids: Tensor, weights: Tensor | None) -> State:
+        tokens, topk = ids.shape
         layout = self._layouts.get(topk)
         if layout is None:
             layout = self._layouts[topk] = Layout(topk, self)
@@ -358,50 +360,48 @@ class Units(NamedTuple):
         return max(1, -(-self.rows.shape[1] // WIDTH))
 
 
-class _There(torch.autograd.Function):
-    """Rows of places to where the tokens went; gradients come back."""
+Way = tuple[Symmetric, State, "Tensor"]
+"""What an exchange with gradients needs; the last are the experts of what arrived."""
 
+
+def _there(rows: Tensor, way: Way, name: str) -> Tensor:
+    """Send the rows of places to where the tokens went, with gradients."""
+    arrived: Tensor = _There.apply(rows, way, name)  # type: ignore[no-untyped-call]
+    return arrived
+
+
+def _back(rows: Tensor, way: Way, plan: DispatchPlan | None) -> Tensor:
+    """Send results back to the places, with gradients."""
+    arrived: Tensor = _Back.apply(rows, way, plan)  # type: ignore[no-untyped-call]
+    return arrived
+
+
+class _There(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913, PLR0917 -- what a way needs
-        ctx: Any,  # noqa: ANN401 -- a bag by design
-        rows: Tensor,
-        transport: Symmetric,
-        state: State,
-        ids: Tensor,
-        name: str,
-    ) -> Tensor:
-        ctx.way = transport, state, ids
+    def forward(ctx: Any, rows: Tensor, way: Way, name: str) -> Tensor:  # noqa: ANN401 -- a bag by design
+        ctx.way = way
+        transport, state, _ = way
         return transport.there(rows, state, name).clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- likewise
-        return _Back.apply(grads[0], *ctx.way, None), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 -- likewise
+        return _back(grads[0], ctx.way, None), None, None
 
 
 class _Back(torch.autograd.Function):
-    """Results to the tokens' ranks; gradients go where the tokens went."""
-
     @staticmethod
-    def forward(  # noqa: PLR0913, PLR0917 -- likewise
-        ctx: Any,  # noqa: ANN401 -- likewise
-        rows: Tensor,
-        transport: Symmetric,
-        state: State,
-        ids: Tensor,
-        plan: DispatchPlan | None,
-    ) -> Tensor:
-        ctx.way, ctx.plan = (transport, state, ids), plan
+    def forward(ctx: Any, rows: Tensor, way: Way, plan: DispatchPlan | None) -> Tensor:  # noqa: ANN401 -- likewise
+        ctx.way, ctx.plan = way, plan
+        transport, state, ids = way
         return transport.back(rows, state, ids, plan).clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- likewise
-        rows = _There.apply(grads[0], *ctx.way, "rows")
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 -- likewise
+        rows = _there(grads[0], ctx.way, "rows")
         if ctx.plan is not None:
-            rows = moe_routing.permute(rows, ctx.plan)
-        else:
-            has_expert = (ctx.way[2] >= 0).any(dim=1, keepdim=True)
-            rows = torch.where(has_expert, rows, 0)
-        return rows, None, None, None, None
+            return moe_routing.permute(rows, ctx.plan), None, None
+        has_expert = (ctx.way[2] >= 0).any(dim=1, keepdim=True)
+        return torch.where(has_expert, rows, 0), None, None
 
 
 def build(

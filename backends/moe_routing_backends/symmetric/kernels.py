@@ -183,7 +183,7 @@ def moe_routing_send(
     the token's experts: that of token t to place t.
 
     :param rows: of the tokens; ``BY_PLACE`` of the pairs, or with ``SUMS`` of each rank's tokens.
-    :param ids: ``[T, K]``. An expert is on rank ``id // per_rank``; others than ``experts`` are on
+    :param ids: ``[T, K]``. An expert is on rank ``expert // per_rank``; others than ``experts`` are on
         none.
     :param inverse: filled where ``TELLS``: the place, in what comes back, of each slot's row, or
         with ``SUMS`` of each rank's; -1 if none comes.
@@ -204,9 +204,9 @@ def moe_routing_send(
             token = item // parts // RANKS
             rank = (item // parts) % RANKS
             at = ids + token.to(tl.int64) * ids_stride + slots * ids_step
-            id = tl.load(at, mask=slots < topk, other=-1)
-            known = (id >= 0) & (id < experts)
-            goes = tl.max((known & ((id // per_rank).to(tl.int32) == rank)).to(tl.int32)) > 0
+            expert = tl.load(at, mask=slots < topk, other=-1)
+            known = (expert >= 0) & (expert < experts)
+            goes = tl.max((known & ((expert // per_rank).to(tl.int32) == rank)).to(tl.int32)) > 0
             if TELLS:
                 if item % parts == 0:
                     place = tl.where(goes, rank * most + token, -1)
@@ -220,9 +220,9 @@ def moe_routing_send(
         for item in range(program, tokens * topk * parts, programs):
             pair = item // parts
             token = pair // topk
-            id = tl.load(ids + token.to(tl.int64) * ids_stride + (pair % topk) * ids_step)
-            if (id >= 0) & (id < experts):
-                rank = (id // per_rank).to(tl.int32)
+            expert = tl.load(ids + token.to(tl.int64) * ids_stride + (pair % topk) * ids_step)
+            if (expert >= 0) & (expert < experts):
+                rank = (expert // per_rank).to(tl.int32)
                 row = pair if BY_PLACE else token
                 its, place = address(memory, rank, width), me * most + pair
                 _copy(rows, row, stride, its, place, pitch, words, item % parts, VEC, WIDTH)
@@ -235,10 +235,12 @@ def moe_routing_send(
             pair = (item % chunks) * CHUNK + tl.arange(0, CHUNK)
             here = pair < pairs
             token = (pair // topk).to(tl.int64)
-            id = tl.load(ids + token * ids_stride + (pair % topk) * ids_step, mask=here, other=-1)
-            known = (id >= 0) & (id < experts)
-            its = tl.where(known, id // per_rank, -1).to(tl.int32)
-            local = tl.where(its == rank, (id - rank * per_rank).to(tl.int32), -1)
+            expert = tl.load(
+                ids + token * ids_stride + (pair % topk) * ids_step, mask=here, other=-1
+            )
+            known = (expert >= 0) & (expert < experts)
+            its = tl.where(known, expert // per_rank, -1).to(tl.int32)
+            local = tl.where(its == rank, (expert - rank * per_rank).to(tl.int32), -1)
             kept = address(told, rank, tl.int32) + me * places + pair
             tl.store(kept, local, mask=pair < places)
             if WEIGHS:
