@@ -20,7 +20,6 @@ from torch.nn.modules import module as _modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
     from datetime import timedelta
 
     from torch import Tensor

@@ -274,8 +274,8 @@ class ExpertParallel:
             expected = f"{plan.order.numel()} rows, as many as dispatch returned"
             raise ValueError(refusal("rows", expected, rows))
         self._last = None  # it would keep what arrived, and all that autograd knows of it
-        if received.weights is None and isinstance(self._exchange, CombinesPlanned):
-            rows = joined(rows, received.rows)
+        if isinstance(self._exchange, CombinesPlanned):
+            rows = joined(rows, received.rows, received.weights)
             return self._exchange.combine_planned(rows, plan, received)
         return self._returned(moe_routing.combine(rows, plan, received.weights), received)
 

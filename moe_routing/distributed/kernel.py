@@ -72,13 +72,13 @@ class Exchange(Protocol):
 
 @runtime_checkable
 class CombinesPlanned(Protocol):
-    """An ``Exchange`` that takes results in the order of a plan, and need not have them reordered.
-
-    For rows that go back unweighted: what arrived without weights.
-    """
+    """An ``Exchange`` that takes results in the order of a plan: nobody need reorder them first."""
 
     def combine_planned(self, rows: Tensor, plan: DispatchPlan, received: Received) -> Tensor:
-        """Do as ``combine`` does, with rows in the order of a plan of ``received.ids``."""
+        """Do as ``combine`` does, with a result for each slot that has an expert.
+
+        :param rows: ``[P, H']``, in the order of a plan of ``received.ids``; not yet weighed.
+        """
         ...
 
 

@@ -18,7 +18,11 @@ from moe_routing import DispatchPlan
 from moe_routing.distributed.collectives import alive
 from moe_routing.distributed.kernel import Received
 from moe_routing.private_api import timeout_of
-from moe_routing_backends.symmetric.kernels import moe_routing_send, moe_routing_send_back
+from moe_routing_backends.symmetric.kernels import (
+    moe_routing_send,
+    moe_routing_send_back,
+    moe_routing_sum_back,
+)
 from moe_routing_backends.symmetric.memory import of_gpus
 
 if TYPE_CHECKING:
@@ -34,20 +38,22 @@ ALIGNMENT = 16
 """Of a row, in bytes: as much as a thread writes at once."""
 UNITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 """What rows are moved as, by bytes."""
-WIDTH = 1024
-"""Units of a row that a program copies at once."""
+WIDTHS = (128, 4096)
+"""The least and most integers of a row that a program copies at once: most rows are one piece."""
+SUMMED = (128, 2048)
+"""The least and most columns that a program sums at once."""
 CHUNK = 1024
 """Pairs whose experts a program tells at once."""
 WARPS = 8
-PROGRAMS = 132
+PROGRAMS = 264
 """The most of a launch. They all run at once, beside those of other streams."""
+KEPT = 8192
+"""Numbers that a launch of rows copies besides; more are faster copied by a launch of their own."""
 INTERPRETED_PROGRAMS = 3
 SIGNAL, WEIGHT = 8, 4
 """Bytes of a signal, and of an id or the widest weight."""
-STATE = 2
+STATE = 3
 """Numbers of the device; ``kernels`` names them."""
-VECTOR = 4
-"""Of 16 bytes."""
 PDL_FROM = (9, 0)
 """The compute capability from which a kernel may be placed while the one before still runs."""
 
@@ -156,30 +162,36 @@ class Symmetric:
         return self._summed(rows, received, None)
 
     def combine_planned(self, rows: Tensor, plan: DispatchPlan, received: Received) -> Tensor:
-        """Do the same with rows in the order of a plan of what arrived."""
+        """Do the same with rows in the order of a plan of what arrived, not yet weighed."""
         return self._summed(rows, received, plan)
 
     def _summed(self, rows: Tensor, received: Received, plan: DispatchPlan | None) -> Tensor:
         self._must_be_on_time()
         state = cast("State", received.state)
-        if torch.is_grad_enabled() and rows.requires_grad:
-            back = _back(rows, (self, state, received.ids), plan)
-        else:
-            back = self.back(rows, state, received.ids, plan)
-            if (
-                torch.is_grad_enabled()
-                and state.weights is not None
-                and state.weights.requires_grad
-            ):
-                back = back.clone()  # autograd keeps it
-        return moe_routing.combine(
-            back.unflatten(0, state.plan.order.shape), state.plan, state.weights
-        )
+        recorded = torch.is_grad_enabled()
+        if plan is not None and received.weights is not None:
+            if recorded and (rows.requires_grad or received.weights.requires_grad):
+                rows, plan = moe_routing.combine(rows, plan, received.weights), None
+            else:
+                return self._of_slots(self._sum_back(rows, plan, received.weights, state), state)
+        if recorded and rows.requires_grad:
+            return self._of_slots(_back(rows, (self, state, received.ids), plan), state)
+        back = self.back(rows, state, received.ids, plan)
+        if recorded and state.weights is not None and state.weights.requires_grad:
+            back = back.clone()  # autograd keeps it
+        return self._of_slots(back, state)
+
+    @staticmethod
+    def _of_slots(back: Tensor, state: State) -> Tensor:
+        """Sum what came back for each slot, or from each rank."""
+        rows = back.unflatten(0, state.plan.order.shape)
+        return moe_routing.combine(rows, state.plan, state.weights)
 
     def _must_be_on_time(self) -> None:
         if rank := int(self._late.item()):
             seconds = self._limit / 1e9
-            msg = f"group: expected every rank to exchange within {seconds:g} s, rank {rank - 1} did not"
+            expected = f"group: expected every rank to exchange within {seconds:g} s"
+            msg = f"{expected}, rank {rank - 1} did not"
             raise TimeoutError(msg)
 
     def _new_state(self, ids: Tensor, weights: Tensor | None) -> State:
@@ -236,19 +248,26 @@ class Symmetric:
         Without sums they lie where other ranks write. With sums weights come along, and both are
         copied: they are read again when the rows are combined.
         """
-        layout, ids = state.layout, tokens.ids
-        weights = tokens.weights if self.sums else None
-        self._send("rows", hidden, ids, self._per_rank, state, weights, tells=True)
+        layout, weights = state.layout, tokens.weights if self.sums else None
         pairs, shape = layout.arriving * layout.slots, (layout.arriving, layout.slots)
-        told = layout.told.own
+        told, kept = layout.told.own.view(torch.int32), None
         if weights is not None:
-            told = told[: (WEIGHT + weights.element_size()) * pairs].clone()
-            weights = told[WEIGHT * pairs :].view(weights.dtype).view(shape)
-        return told[: WEIGHT * pairs].view(torch.int32).view(shape), weights
+            told = told[: pairs + -(-pairs * weights.element_size() // WEIGHT)]
+            kept = torch.empty_like(told)
+        few = kept is not None and len(kept) <= KEPT
+        self._send(
+            "rows", hidden, tokens.ids, self._per_rank, state, weights, kept if few else None
+        )
+        if weights is None or kept is None:
+            return told[:pairs].view(shape), None
+        if not few:
+            kept.copy_(told)
+        its = kept[pairs:].view(weights.dtype)[:pairs]
+        return kept[:pairs].view(shape), its.view(shape)
 
     def there(self, rows: Tensor, state: State, name: str) -> Tensor:
         """Send the row of each place to where the tokens went, and return what arrived."""
-        self._send(name, rows, state.ranks, 1, state, None, tells=False)
+        self._send(name, rows, state.ranks, 1, state, tells=False)
         return self._arrived(name, state.layout, rows)
 
     def _send(  # noqa: PLR0913, PLR0917 -- what a kernel takes
@@ -258,25 +277,27 @@ class Symmetric:
         to: Tensor,
         per_rank: int,
         state: State,
-        weights: Tensor | None,
+        weights: Tensor | None = None,
+        kept: Tensor | None = None,
         *,
-        tells: bool,
+        tells: bool = True,
     ) -> None:
         layout = state.layout
         memory, pitch = self._rows(name, layout, rows)
-        units = Units.of(rows, pitch)
+        units, places = Units.of(rows, pitch), layout.places
         tokens, topk = to.shape
-        pieces = units.parts * tokens * (self.ranks if self.sums else topk)
         self._launch(
-            moe_routing_send, pieces,
-            units.rows, to, to if weights is None else weights, state.plan.inverse, state.ranks,
-            self._state, self._late, self._signals.addresses, layout.told.addresses, memory.addresses,
+            moe_routing_send, units, tokens * (self.ranks if self.sums else topk),
+            to, to if weights is None else weights, state.plan.inverse, state.ranks,
+            to if kept is None else kept,
+            self._state, self._late, self._signals.addresses, layout.told.addresses,
+            memory.addresses,
             tokens, topk, units.columns, units.stride, *to.stride(),
             *((0, 0) if weights is None else weights.stride()), units.of_bytes(pitch),
-            self._rank, self.ranks * per_rank, per_rank, layout.places,
-            WEIGHT * layout.arriving * layout.slots, self._limit,
+            self._rank, self.ranks * per_rank, per_rank, places,
+            WEIGHT * layout.arriving * layout.slots, 0 if kept is None else len(kept), self._limit,
             SLOTS=triton.next_power_of_2(topk), SUMS=self.sums, BY_PLACE=not tells, TELLS=tells,
-            WEIGHS=weights is not None, CHUNK=CHUNK, VEC=units.vector,
+            WEIGHS=weights is not None, KEEPS=kept is not None, CHUNK=CHUNK,
         )  # fmt: skip
 
     def back(self, rows: Tensor, state: State, ids: Tensor, plan: DispatchPlan | None) -> Tensor:
@@ -288,24 +309,49 @@ class Symmetric:
         layout = state.layout
         memory, pitch = self._rows("back", layout, rows)
         units = Units.of(rows, pitch)
+        order, offsets = (ids, ids) if plan is None else (plan.order, plan.offsets)
         self._launch(
-            moe_routing_send_back, units.parts * layout.arriving,
-            units.rows, ids if plan is None else plan.order, ids if plan is None else plan.offsets, ids,
+            moe_routing_send_back, units, layout.arriving,
+            order, offsets, ids,
             self._state, self._late, self._signals.addresses, memory.addresses,
-            *ids.shape, units.columns, units.stride, units.of_bytes(pitch), self._rank, layout.places,
-            0 if plan is None else len(plan.counts), self._limit,
+            *ids.shape, units.columns, units.stride, units.of_bytes(pitch), self._rank,
+            layout.places, 0 if plan is None else len(plan.counts), self._limit,
             SLOTS=triton.next_power_of_2(layout.slots), SUMS=self.sums, PLANNED=plan is not None,
-            VEC=units.vector,
         )  # fmt: skip
         return self._arrived("back", layout, rows)
 
-    def _launch(self, kernel: Any, pieces: int, *arguments: object, **constants: object) -> None:  # noqa: ANN401 -- Triton's
+    def _sum_back(self, rows: Tensor, plan: DispatchPlan, weights: Tensor, state: State) -> Tensor:
+        """Send the weighted sums of rows in the order of a plan, and return what arrived."""
+        layout = state.layout
+        memory, pitch = self._rows("back", layout, rows)
+        units = Units.of(rows, pitch, integers=False)
+        self._launch(
+            moe_routing_sum_back, units, layout.arriving,
+            plan.inverse, plan.offsets, weights,
+            self._state, self._late, self._signals.addresses, memory.addresses,
+            *weights.shape, units.columns, units.stride, units.of_bytes(pitch), self._rank,
+            layout.places, len(plan.counts), self._limit,
+            SLOTS=triton.next_power_of_2(layout.slots),
+        )  # fmt: skip
+        return self._arrived("back", layout, rows)
+
+    def _launch(
+        self,
+        kernel: Any,  # noqa: ANN401 -- Triton's
+        units: Units,
+        rows: int,
+        *arguments: object,
+        **constants: object,
+    ) -> None:
+        """Launch a kernel on so many rows of the units."""
         most = INTERPRETED_PROGRAMS if self._interpreted else PROGRAMS
-        kernel[(max(1, min(pieces, most)),)](
+        kernel[(max(1, min(units.parts * rows, most)),)](
+            units.rows,
             *arguments,
             RANKS=self.ranks,
             LANES=triton.next_power_of_2(self.ranks),
-            WIDTH=WIDTH,
+            VEC=units.vector,
+            WIDTH=units.width,
             PDL=self._pdl,
             INTERPRETED=self._interpreted,
             num_warps=WARPS,
@@ -320,25 +366,34 @@ def _of_places(rows: Tensor, state: State) -> Tensor:
 
 
 class Units(NamedTuple):
-    """Rows as integers, the widest that fit.
+    """Rows as what a kernel reads.
 
-    :ivar vector: integers that are always copied together; widths, strides and pitches are in those.
+    :ivar vector: elements that are copied together; widths, strides and pitches are in those.
+    :ivar width: elements that a program takes at once.
     """
 
     rows: Tensor
     vector: int
+    width: int
 
     @classmethod
-    def of(cls, rows: Tensor, pitch: int) -> Units:
-        """View rows."""
+    def of(cls, rows: Tensor, pitch: int, *, integers: bool = True) -> Units:
+        """Take rows as the widest integers that fit, or as the numbers that they are.
+
+        :param pitch: bytes from a row to the next where they are written.
+        """
         rows = rows.resolve_conj().resolve_neg()
         if rows.stride(1) != 1:  # a single column may have any, and count as contiguous
             rows = rows.clone(memory_format=torch.contiguous_format)
         size = rows.element_size()
         numbers = (rows.shape[1] * size, rows.stride(0) * size, rows.storage_offset() * size, pitch)
-        unit = next(unit for unit in UNITS if not any(number % unit for number in numbers))
+        if integers:
+            unit = next(unit for unit in UNITS if not any(number % unit for number in numbers))
+            rows = rows.view(UNITS[unit])
         aligned = not any(number % ALIGNMENT for number in (*numbers, rows.data_ptr()))
-        return cls(rows.view(UNITS[unit]), VECTOR if aligned else 1)
+        least, most = WIDTHS if integers else SUMMED
+        width = min(max(triton.next_power_of_2(rows.shape[1]), least), most)
+        return cls(rows, ALIGNMENT // rows.element_size() if aligned else 1, width)
 
     @property
     def columns(self) -> int:
@@ -350,14 +405,14 @@ class Units(NamedTuple):
         """Vectors from a row to the next."""
         return self.rows.stride(0) // self.vector
 
+    @property
+    def parts(self) -> int:
+        """Pieces of a row that programs take."""
+        return max(1, -(-self.rows.shape[1] // self.width))
+
     def of_bytes(self, number: int) -> int:
         """Return how many vectors are so many bytes."""
         return number // self.rows.element_size() // self.vector
-
-    @property
-    def parts(self) -> int:
-        """Pieces of a row that programs copy."""
-        return max(1, -(-self.rows.shape[1] // WIDTH))
 
 
 Way = tuple[Symmetric, State, "Tensor"]

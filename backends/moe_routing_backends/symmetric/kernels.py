@@ -34,7 +34,7 @@ try:
 except ImportError:  # a build of Triton for other vendors alone
     cuda = None
 
-# Looked up here, because Triton looks for all that stands in a kernel, also where it is not reached.
+# Looked up here, because Triton looks for all that stands in a kernel, reached or not.
 globaltimer = getattr(cuda, "globaltimer", None)
 gdc_wait = getattr(cuda, "gdc_wait", None)
 gdc_launch_dependents = getattr(cuda, "gdc_launch_dependents", None)
@@ -49,8 +49,12 @@ THERE = tl.constexpr(1)
 """A kind of exchange: to the experts."""
 BACK = tl.constexpr(2)
 """A kind of exchange: to the tokens."""
-POLLS = tl.constexpr(100_000)
+CLOCK = tl.constexpr(2)
+"""Of ``state``: nanoseconds, as some thread saw them last."""
+POLLS = tl.constexpr(20_000)
 """Where Triton interprets kernels there is no clock: a wait ends after so many looks."""
+LOOKS = tl.constexpr(256)
+"""Looks at signals for each look at the clock."""
 LINGER = tl.constexpr(20_000_000)
 """Nanoseconds for the host to see who is late, before the kernel is stopped."""
 
@@ -62,34 +66,47 @@ def address(table, rank, dtype: tl.constexpr, offset=0):
 
 
 @triton.jit
-def _now(INTERPRETED: tl.constexpr):
+def _time(state, INTERPRETED: tl.constexpr):
+    """Return the time in nanoseconds, the same in all threads of a program.
+
+    Each thread has read its own: those of the program that disagreed about the time would go
+    different ways, and wait for each other.
+    """
     if INTERPRETED:
         return tl.cast(0, tl.int64)
-    return globaltimer().to(tl.int64)
+    now = globaltimer().to(tl.int64)
+    return tl.maximum(tl.atomic_max(state + CLOCK, now, sem="relaxed", scope="gpu"), 0)
 
 
 @triton.jit
-def _wait(own, number, limit, late, RANKS: tl.constexpr, LANES: tl.constexpr,
+def _wait(own, number, limit, late, state, RANKS: tl.constexpr, LANES: tl.constexpr,
           INTERPRETED: tl.constexpr):  # fmt: skip
     """Wait until the signals of all ranks are ``number`` or more."""
     lanes = tl.arange(0, LANES)
     there = lanes < RANKS
-    begun = _now(INTERPRETED)
     looks = tl.cast(0, tl.int64)
-    least = tl.cast(-1, tl.int64)
+    begun = tl.cast(0, tl.int64)
+    least = number - 1
     while (least < number) & (looks >= 0):
         nothing = tl.zeros([LANES], tl.int64)
         seen = tl.atomic_add(own + lanes, nothing, mask=there, sem="acquire", scope="sys")
         least = tl.min(tl.where(there, seen, number))
         looks += 1
-        over = looks > POLLS if INTERPRETED else _now(INTERPRETED) - begun > limit
+        over = looks > POLLS
+        if not INTERPRETED:
+            over = False
+            if looks % LOOKS == 0:
+                now = _time(state, INTERPRETED)
+                if begun == 0:
+                    begun = now
+                over = now - begun > limit
         if (least < number) & over:
             first = tl.min(tl.where(there & (seen < number), lanes, LANES))
-            tl.atomic_xchg(late, (first + 1).to(tl.int64), sem="release", scope="sys")
+            tl.store(late, (first + 1).to(tl.int64))
             looks = tl.cast(-1, tl.int64)
             if not INTERPRETED:
-                until = _now(INTERPRETED) + LINGER
-                while _now(INTERPRETED) < until:
+                until = _time(state, INTERPRETED) + LINGER
+                while _time(state, INTERPRETED) < until:
                     looks = tl.cast(-1, tl.int64)
                 tl.inline_asm_elementwise(
                     "trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
@@ -121,7 +138,7 @@ def begin(state, signals, late, me, limit, kind: tl.constexpr, RANKS: tl.constex
         at = _signals(signals, RANKS + me, RANKS, LANES)
         tl.atomic_xchg(at, number, mask=there, sem="release", scope="sys")
         own = address(signals, me, tl.int64) + RANKS
-        _wait(own, epoch, limit, late, RANKS, LANES, INTERPRETED)
+        _wait(own, epoch, limit, late, state, RANKS, LANES, INTERPRETED)
         tl.debug_barrier()
     return epoch
 
@@ -130,6 +147,8 @@ def begin(state, signals, late, me, limit, kind: tl.constexpr, RANKS: tl.constex
 def end(state, signals, late, me, epoch, limit, kind: tl.constexpr, RANKS: tl.constexpr,
         LANES: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """Signal what was written; the last program waits for all others, of every rank.
+
+    It returns whether this is the last program.
 
     The barrier orders what all threads of a program wrote before its signal. The state may be
     written when this rank's signal is whole: then all its programs have read it.
@@ -144,9 +163,10 @@ def end(state, signals, late, me, epoch, limit, kind: tl.constexpr, RANKS: tl.co
     )
     if last:
         own = address(signals, me, tl.int64)
-        _wait(own, epoch * WHOLE, limit, late, RANKS, LANES, INTERPRETED)
+        _wait(own, epoch * WHOLE, limit, late, state, RANKS, LANES, INTERPRETED)
         tl.store(state + KIND, kind)
         tl.store(state + EPOCH, epoch)
+    return last
 
 
 @triton.jit
@@ -168,12 +188,25 @@ def _copy(
 
 
 @triton.jit
+def _nearest(value, dtype: tl.constexpr):
+    """Round float32 numbers to the nearest of a dtype, of two the even."""
+    if dtype == tl.bfloat16:
+        # In integers, since Triton's interpreter truncates here.
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(bits & 0x7FFFFFFF > 0x7F800000, 0x7FC0, rounded)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
 def moe_routing_send(
-    rows, ids, weights, inverse, ranks, state, late, signals, told, memory,
+    rows, ids, weights, inverse, ranks, kept, state, late, signals, told, memory,
     tokens, topk, words, stride, ids_stride, ids_step, weights_stride, weights_step, pitch,
-    me, experts, per_rank, most, weights_at, limit,
+    me, experts, per_rank, most, weights_at, numbers, limit,
     RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
-    BY_PLACE: tl.constexpr, TELLS: tl.constexpr, WEIGHS: tl.constexpr, VEC: tl.constexpr,
+    BY_PLACE: tl.constexpr, TELLS: tl.constexpr, WEIGHS: tl.constexpr,
+    KEEPS: tl.constexpr, VEC: tl.constexpr,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write rows to the ranks of their experts.
@@ -183,11 +216,13 @@ def moe_routing_send(
     the token's experts: that of token t to place t.
 
     :param rows: of the tokens; ``BY_PLACE`` of the pairs, or with ``SUMS`` of each rank's tokens.
-    :param ids: ``[T, K]``. An expert is on rank ``expert // per_rank``; others than ``experts`` are on
-        none.
+    :param ids: ``[T, K]``. An expert is on rank ``expert // per_rank``; one that is not in ``[0,
+        experts)`` is on none.
     :param inverse: filled where ``TELLS``: the place, in what comes back, of each slot's row, or
         with ``SUMS`` of each rank's; -1 if none comes.
     :param ranks: filled likewise: the rank of each slot, or each rank; -1 if none comes.
+    :param kept: where ``KEEPS``, as many ``numbers`` of what this rank was told are copied there,
+        which is faster than another launch if they are few.
     :param memory: for each rank, the address of its rows.
     :param most: places that a rank keeps for each other: pairs, or with ``SUMS`` tokens.
     :param told: for each rank, the address of the experts of its places, which are written where
@@ -241,19 +276,28 @@ def moe_routing_send(
             known = (expert >= 0) & (expert < experts)
             its = tl.where(known, expert // per_rank, -1).to(tl.int32)
             local = tl.where(its == rank, (expert - rank * per_rank).to(tl.int32), -1)
-            kept = address(told, rank, tl.int32) + me * places + pair
-            tl.store(kept, local, mask=pair < places)
+            entry = me * places + pair
+            its_ids = address(told, rank, tl.int32)
+            tl.store(its_ids + entry, local, mask=pair < places)
             if WEIGHS:
-                given = weights + token * weights_stride + (pair % topk) * weights_step
-                kept = address(told, rank, weights.dtype.element_ty, weights_at)
                 weighed = here & (its == rank)
-                weight = tl.load(given, mask=weighed)
-                tl.store(kept + me * places + pair, weight, mask=weighed)
+                at = weights + token * weights_stride + (pair % topk) * weights_step
+                weight = tl.load(at, mask=weighed)
+                its_weights = address(told, rank, weights.dtype.element_ty, weights_at)
+                tl.store(its_weights + entry, weight, mask=weighed)
             if not SUMS:
                 if rank == 0:
                     tl.store(inverse + pair, tl.where(known, pair, -1), mask=here)
                     tl.store(ranks + pair, its, mask=here)
-    end(state, signals, late, me, epoch, limit, THERE, RANKS, LANES, INTERPRETED)
+    last = end(state, signals, late, me, epoch, limit, THERE, RANKS, LANES, INTERPRETED)
+    if KEEPS:
+        if last:
+            tl.debug_barrier()
+            own = address(told, me, tl.int32)
+            for at in range(0, numbers, CHUNK):
+                number = at + tl.arange(0, CHUNK)
+                inside = number < numbers
+                tl.store(kept + number, tl.load(own + number, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -295,4 +339,50 @@ def moe_routing_send_back(
             kept = me * most + place % most if SUMS else place % most
             its = address(memory, rank, width)
             _copy(rows, row, stride, its, kept, pitch, words, item % parts, VEC, WIDTH)
+    end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
+
+
+@triton.jit
+def moe_routing_sum_back(
+    rows, inverse, offsets, weights, state, late, signals, memory,
+    places, topk, columns, stride, pitch, me, most, experts, limit,
+    RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, VEC: tl.constexpr,
+    WIDTH: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write to each token's rank the weighted sum of the rows of its experts here.
+
+    The sum is in float32, from slot 0 on, as ``moe_routing.combine`` makes it.
+
+    :param rows: in the order of a plan of the places' experts.
+    :param inverse: ``[places, topk]``: the row of each slot; up to ``offsets[experts]``.
+    :param weights: ``[places, topk]``.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    epoch = begin(state, signals, late, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
+    parts = tl.maximum(tl.cdiv(columns * VEC, WIDTH), 1)
+    used = tl.load(offsets + experts)
+    lanes = tl.arange(0, SLOTS)
+    for item in range(program, places * parts, programs):
+        place = item // parts
+        slot = place.to(tl.int64) * topk
+        all_rows = tl.load(inverse + slot + lanes, mask=lanes < topk, other=-1)
+        if tl.max(((all_rows >= 0) & (all_rows < used)).to(tl.int32)) > 0:
+            column = (item % parts) * WIDTH + tl.arange(0, WIDTH)
+            inside = column < columns * VEC
+            total = tl.zeros([WIDTH], tl.float32)
+            for k in range(topk):
+                row = tl.load(inverse + slot + k)
+                if (row >= 0) & (row < used):
+                    weight = tl.load(weights + slot + k).to(tl.float32)
+                    at = rows + (row.to(tl.int64) * (stride * VEC) + column)
+                    if VEC > 1:
+                        at = tl.multiple_of(at, 16)
+                    total += weight * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            its = address(memory, place // most, rows.dtype.element_ty)
+            kept = (me * most + place % most).to(tl.int64)
+            at = its + (kept * (pitch * VEC) + column)
+            if VEC > 1:
+                at = tl.multiple_of(at, 16)
+            tl.store(at, _nearest(total, rows.dtype.element_ty), mask=inside)
     end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
