@@ -49,8 +49,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 K = 8
 EXPERTS = {2816: 128, 7168: 256}
 """By columns, as ``exchange.py`` measures."""
-TRANSPORTS = {"moe_routing": "all-to-all", "symmetric": "symmetric"}
-NAME = re.compile(r"(moe_routing|symmetric) reduce=(none|rank)( padded)?")
+
+NAME = re.compile(r"(all-to-all|symmetric) reduce=(none|rank)( padded)?")
 """Other rows are of other libraries."""
 
 
@@ -82,7 +82,7 @@ def row_of(one: dict[str, Any], held: dict[str, Any]) -> Measured | None:
     found = NAME.fullmatch(one["name"])
     if found is None:
         return None
-    transport, reduce = TRANSPORTS[found[1]], found[2]
+    transport, reduce = found[1], found[2]
     # The symmetric transport knows the most tokens, and moves no padding.
     padded = bool(found[3]) and transport == "all-to-all"
     columns, ranks = one["hidden_size"], held["ranks"]

@@ -344,8 +344,8 @@ def test_constants_are_found_again_in_times_that_they_made(script, tmp_path):
     names = {
         "symmetric reduce=none": Way("symmetric", "none", padded=False, graph=True),
         "symmetric reduce=rank": Way("symmetric", "rank", padded=False, graph=True),
-        "moe_routing reduce=none padded": Way("all-to-all", "none", padded=True, graph=True),
-        "moe_routing reduce=none": Way("all-to-all", "none", padded=False, graph=False),
+        "all-to-all reduce=none padded": Way("all-to-all", "none", padded=True, graph=True),
+        "all-to-all reduce=none": Way("all-to-all", "none", padded=False, graph=False),
     }
     paths = [result(tmp_path / f"h100-x{ranks}.json", ranks, names) for ranks in (2, 4)]
     rows, sources = script.read(paths)
@@ -373,7 +373,7 @@ def test_from_groups_of_one_size_no_time_of_a_further_rank_follows(script, tmp_p
 
 def test_eager_calls_without_replays_are_refused(script, tmp_path):
     way = Way("all-to-all", "none", padded=False, graph=False)
-    rows, sources = script.read([result(tmp_path / "x.json", 2, {"moe_routing reduce=none": way})])
+    rows, sources = script.read([result(tmp_path / "x.json", 2, {"all-to-all reduce=none": way})])
     with pytest.raises(SystemExit, match="expected replays of a graph in the results too"):
         script.error(rows[0], script.fitted(rows, sources))
 
