@@ -45,9 +45,9 @@ LAYER = Deployment(tokens=64, hidden_size=7168, topk=8, num_experts=256, ranks=1
 ON_RANKS = [way for way in WAYS if not way.shared_batch]
 SYMMETRIC = Constants(
     {
+        **shipped().device,
         ("symmetric", "none"): DeviceTime(10.0, 1.0, 340.0),
         ("symmetric", "rank"): DeviceTime(15.0, 1.0, 200.0),
-        **shipped().device,
     },
     shipped().host,
     (Source("", "", "", "", 64),),

@@ -15,7 +15,7 @@ from moe_routing_backends.symmetric.memory import Memory
 def of_processes(size, device, group):
     """Map a file of every rank, and return their addresses in this process."""
     assert device.type == "cpu"
-    descriptor, name = tempfile.mkstemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    descriptor, name = tempfile.mkstemp()
     os.truncate(descriptor, size)
     os.close(descriptor)
     names = [""] * distributed.get_world_size(group)

@@ -154,9 +154,9 @@ class Way(NamedTuple):
         """The steps there and back, of which each waits for the one before it."""
         if self.transport != "all-to-all":
             return 2 if self.transport == "symmetric" else 1
-        # Of each row: its ids, and, where sums are made on each rank, weights; the rows; and back.
-        # Without padding sizes come first, and say the ids of reduce="none".
-        return 3 if self.reduce == "none" else 4 if self.padded else 5
+        # Of each row its ids, and, where sums are made on each rank, weights with them; the rows;
+        # and back. Without padding sizes come first, and say the ids of reduce="none".
+        return 3 if self.reduce == "none" or self.padded else 4
 
 
 WAYS = (
