@@ -275,7 +275,7 @@ def test_doctors_table_for_a_router_has_only_backends_that_route(capsys):
 
 def test_list_names_the_backends_of_each_operation_best_first(capsys):
     assert command(["list", "exchange"]) == 0
-    assert "backends: all-reduce, all-to-all" in capsys.readouterr().out
+    assert "backends: symmetric, all-reduce, all-to-all" in capsys.readouterr().out
 
 
 def test_an_unknown_operation_is_an_error_and_near_names_are_named(copying):

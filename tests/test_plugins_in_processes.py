@@ -177,8 +177,8 @@ CHANGES = {
         "import torch._dynamo",
         [
             (
-                "every plug-in loaded; backends: triton, triton-xpu, all-reduce, all-to-all, "
-                "torch-compile, eager, odd-backend"
+                "every plug-in loaded; backends: triton, triton-xpu, symmetric, all-reduce, "
+                "all-to-all, torch-compile, eager, odd-backend"
             )
         ],
     ),

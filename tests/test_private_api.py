@@ -4,11 +4,13 @@ Each entry of ``moe_routing.private_api``, against what it stands for.
 """
 
 import inspect
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -283,3 +285,14 @@ def test_the_gradient_of_a_softmax_is_autograds(dtype):
     scores.backward(upstream.expand(5, 7))
     found = private_api.softmax_backward(upstream.expand(5, 7), scores.detach())
     assert found.equal(x.grad)
+
+
+def test_the_time_that_collectives_of_a_group_wait_is_the_one_it_was_made_with():
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77)
+    )
+    try:
+        found = private_api.timeout_of(distributed.group.WORLD, torch.device("cpu"))
+    finally:
+        distributed.destroy_process_group()
+    assert found == timedelta(seconds=77)

@@ -32,7 +32,8 @@ def fits(problem: ExchangeProblem) -> Verdict:
             "exchanges the tokens of ranks that hold different ones; here every rank holds all",
         )
     if problem.hosts > 1 or problem.ranks > MOST_RANKS:
-        where = f"{problem.ranks} ranks on {problem.hosts} hosts"
+        of_hosts = f" on {problem.hosts} hosts" if problem.hosts > 1 else ""
+        where = f"{problem.ranks} ranks{of_hosts}"
         return Verdict.no(
             RejectCode.GROUP,
             f"writes into the memory of up to {MOST_RANKS} ranks of one host, not of {where}",

@@ -72,6 +72,24 @@ def two_layers_may_be_in_flight(under_test: BackendUnderTest, case: Case) -> Non
 
 
 @check(6, _modes)
+def what_a_call_returned_stays(under_test: BackendUnderTest, case: Case) -> None:
+    """What arrived stays as it is when the same layer dispatches again, before it combines."""
+    case = case.but(tokens="same")
+    worlds = [case.but(turn=turn).make(under_test.device) for turn in (0, 1)]
+    ep = worlds[0].parallel(under_test)
+    with torch.no_grad():
+        received = ep.dispatch_rows(*worlds[0].mine[:3])
+        parts = [
+            part for part in (received.rows, received.ids, received.weights) if part is not None
+        ]
+        before = [part.clone() for part in parts]
+        ep.dispatch_rows(*worlds[1].mine[:3])
+        outcomes.exchanged(worlds[1], ep)
+    for part, kept in zip(parts, before, strict=True):
+        require(same_bits(part, kept), "a later call changed what a call had returned")
+
+
+@check(6, _modes)
 def calls_follow_each_other_in_every_mode(under_test: BackendUnderTest, case: Case) -> None:
     """Calls with gradients, without them and in inference mode may follow each other."""
     world = case.make(under_test.device)

@@ -1,0 +1,188 @@
+"""What each rank of ``test_symmetric.py`` does: kernels in Triton's interpreter, on shared memory.
+
+A rank may sleep where others would be ahead of it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from mutants import registered
+from mutants._mutant import Mutant
+from shared_memory import of_processes
+from torch import distributed
+
+import moe_routing
+from moe_routing.conformance.exchange import ranks
+from moe_routing.distributed import ExchangeProblem, ExpertParallel
+from moe_routing.distributed.kernel import Tokens
+from moe_routing_backends import symmetric
+from moe_routing_backends.symmetric import exchange, kernels
+from moe_routing_registry import DeviceInfo
+
+CPU = DeviceInfo(type="cpu", platform="cpu")
+E, K, H, T = 6, 2, 24, 5
+"""Experts of all ranks, slots, columns, and the most tokens."""
+PAUSE = 0.5
+"""Seconds in which another rank does what it would do too early."""
+
+
+def build(problem, device):
+    """Build the transport with memory that these processes share."""
+    return exchange.build(problem, device, of_processes)
+
+
+ON_SHARED_MEMORY = Mutant(
+    build,
+    "",
+    operation="exchange",
+    supports=lambda problem, _device: symmetric.fits(problem),
+    gaps={"group": "writes into memory of one host, for ranks that have a most of tokens"},
+)
+"""Under a name of its own: on a CPU no user is offered it."""
+
+
+def kit(rank, _number, seed, clauses):
+    """Return what the kit says of the transport."""
+    here = ranks.Here(rank, torch.device("cpu"), seed)
+    with registered(ON_SHARED_MEMORY) as name:
+        report = ranks.run(here, name, "smoke", clauses or None)
+    return {
+        "verdict": report.verdict,
+        "failed": [f"{one.id}: {one.message}" for one in report.failed],
+    }
+
+
+def transport(number, reduce):
+    """Return the transport of all ranks."""
+    problem = ExchangeProblem(
+        ranks=number, experts_per_rank=E // number, reduce=reduce, max_tokens=T
+    )
+    return build(problem, CPU)(distributed.group.WORLD)
+
+
+def tokens(rank, turn, columns=H, topk=K, tokens=T - 1):
+    """Return tokens of a rank that differ in each turn."""
+    generator = torch.Generator().manual_seed(97 * turn + rank)
+    hidden = torch.randn(tokens, columns, generator=generator).bfloat16()
+    ids = torch.rand(tokens, E, generator=generator).argsort(1)[:, :topk].int()
+    return Tokens(hidden, ids, torch.rand(tokens, topk, generator=generator))
+
+
+def sums(made, given):
+    """Return how far results are from those of experts that change nothing."""
+    right = given.hidden.float() * given.weights.sum(1, keepdim=True)
+    return float((made.float() - right).abs().max())
+
+
+def there_and_back(ep, given):
+    """Dispatch and combine."""
+    rows, _ = ep.dispatch(*given[:3])
+    return sums(ep.combine(rows), given)
+
+
+def what_arrived(rank, number, reduce, follows, broken=""):
+    """Read what arrived late, while the other ranks go on to the next exchange of this kind.
+
+    :param follows: the kind: ``"dispatch"`` or ``"combine"``.
+    :param broken: a part of the kernels that is left out.
+    """
+    if broken == "handshake":  # no exchange seems to follow one of its kind
+        kernels.begin = _begin_without_handshake
+    if broken == "wait":
+        kernels._wait = lambda *_, **__: None
+    made = transport(number, reduce)
+    first, second = tokens(rank, 0), tokens(rank, 1)
+    if broken == "wait" and rank:
+        time.sleep(PAUSE)
+    received = made.dispatch(first)
+    rows, ids = received.rows.clone(), received.ids.clone()
+    if follows == "dispatch":
+        if rank == 0:
+            time.sleep(PAUSE)
+        there = (ids >= 0).any(1)
+        same = bool(torch.equal(received.rows[there], rows[there]))
+        everything = int((ids >= 0).sum()) == _for_rank(rank, number)
+        made.dispatch(second)
+        return same and everything
+    state = received.state
+    back = made.back(rows, state, ids, None)
+    kept = back.clone()
+    if rank == 0:
+        time.sleep(PAUSE)
+    reached = state.plan.inverse[state.plan.inverse >= 0].long()
+    same = bool(torch.equal(back[reached], kept[reached]))
+    made.back(2 * rows, state, ids, None)
+    return same
+
+
+def _for_rank(rank, number):
+    own = E // number
+    ids = torch.cat([tokens(other, 0).ids for other in range(number)])
+    return int(((ids >= rank * own) & (ids < (rank + 1) * own)).sum())
+
+
+def _begin_without_handshake(state, *_, **__):
+    return kernels.tl.load(state + kernels.EPOCH) + 1
+
+
+def callers_keep_what_they_got(rank, number, reduce):
+    """Dispatch twice before anything is combined; return whether all of the first call stayed."""
+    with registered(ON_SHARED_MEMORY) as name:
+        ep = ExpertParallel(None, E, reduce=reduce, max_tokens=T, device="cpu", transport=name)
+    calls = [tokens(rank, turn) for turn in (0, 1)]
+    scales = torch.arange(8.0).view(4, 2)
+    received = [
+        ep.dispatch_rows(*given[:3], scales=scales + turn) for turn, given in enumerate(calls)
+    ]
+    plain = [part.clone() for part in received[0][:4] if part is not None]
+    ep.dispatch(*tokens(rank, 2)[:3])
+    same = all(
+        torch.equal(part, before)
+        for part, before in zip((p for p in received[0][:4] if p is not None), plain, strict=True)
+    )
+    off = []
+    for given, got in zip(calls, received, strict=True):
+        rows = got.rows
+        if got.weights is not None:
+            plan = moe_routing.plan(got.ids, E // number)
+            rows = moe_routing.combine(moe_routing.permute(rows, plan), plan, got.weights)
+        off.append(sums(ep.combine_rows(rows, got), given))
+    return {"same": same, "off": max(off)}
+
+
+def sizes_change(rank, _number, reduce):
+    """Exchange wider rows, more slots, and the first ones again; return how far results are off."""
+    with registered(ON_SHARED_MEMORY) as name:
+        ep = ExpertParallel(None, E, reduce=reduce, max_tokens=T, device="cpu", transport=name)
+    off = []
+    for turn, (columns, topk) in enumerate([(H, 2), (5 * H, 2), (H, 2), (1, 3), (7, 3), (H, 2)]):
+        off.append(there_and_back(ep, tokens(rank, turn, columns, topk)))
+    return off
+
+
+def too_many_tokens(rank, _number):
+    """Return what a rank with more tokens than the most is told; the others made no call."""
+    with registered(ON_SHARED_MEMORY) as name:
+        ep = ExpertParallel(None, E, max_tokens=T, device="cpu", transport=name)
+    try:
+        ep.dispatch(*tokens(rank, 0, tokens=T + 1)[:3])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def a_rank_is_late(rank, number):
+    """Leave rank 0 alone; return what its next call says."""
+    kernels.POLLS = kernels.tl.constexpr(200)  # there is no clock in the interpreter
+    made = transport(number, "none")
+    distributed.barrier()
+    if rank:
+        return ""
+    made.dispatch(tokens(rank, 1))
+    try:
+        made.dispatch(tokens(rank, 1))
+    except TimeoutError as error:
+        return str(error)
+    return ""
