@@ -250,7 +250,54 @@ def of_batches() -> Iterable[str]:
         yield ""
 
 
+OF_EXCHANGE = (
+    ("transformers' `all_to_all`", "transformers all_to_all", "eager"),
+    ("`all-to-all`, `reduce=\"none\"`", "all-to-all reduce=none", "eager"),
+    ("`all-to-all`, `reduce=\"rank\"`", "all-to-all reduce=rank", "eager"),
+    ("`all-to-all`, `\"none\"`, `max_tokens=T`", "all-to-all reduce=none padded", "graph"),
+    ("`all-to-all`, `\"rank\"`, `max_tokens=T`", "all-to-all reduce=rank padded", "graph"),
+    ("`symmetric`, `\"none\"`, `max_tokens=T`", "symmetric reduce=none padded", "graph"),
+    ("`symmetric`, `\"rank\"`, `max_tokens=T`", "symmetric reduce=rank padded", "graph"),
+    (
+        "`symmetric`, `\"none\"`: the exchanges alone",
+        "symmetric reduce=none padded, exchanges alone",
+        "graph",
+    ),
+    (
+        "`symmetric`, `\"rank\"`: the exchanges alone",
+        "symmetric reduce=rank padded, exchanges alone",
+        "graph",
+    ),
+    ("NCCL's all-to-all of as many rows, there and back", "NCCL all-to-all, even", "graph"),
+    ("writing the rows for other ranks, once", "put", "graph"),
+)
+"""Rows of the table of exchanges: what it says, and the row and the way of the results."""
+
+
+def of_exchange() -> Iterable[str]:
+    """Yield what tokens take to other ranks and back."""
+    for path in sorted(RESULTS.glob("h100-x*-exchange.json")):
+        held = json.loads(path.read_text())
+        us = {
+            (row["hidden_size"], row["name"], row["how"], row["tokens"]): row["microseconds"]
+            for row in held["results"]
+        }
+        tokens = sorted({row["tokens"] for row in held["results"]})
+        yield f"{held['ranks']} of {held['device']}, {held['with']}, {held['date']} (`{path.name}`):"
+        yield ""
+        yield f"| H | us there and back | | {' | '.join(f'T = {T:,}' for T in tokens)} |"
+        yield "|---|---|---|" + "---:|" * len(tokens)
+        for columns in sorted({row["hidden_size"] for row in held["results"]}):
+            for said, name, how in OF_EXCHANGE:
+                if (columns, name, how, tokens[0]) in us:
+                    times = (us[columns, name, how, T] for T in tokens)
+                    cells = (f"{t:,.0f}" if t >= 100 else f"{t:.1f}" for t in times)  # noqa: PLR2004 -- three digits
+                    yield f"| {columns} | {said} | {how} | {' | '.join(cells)} |"
+        yield ""
+
+
 TABLES = {
+    "exchange": (ROOT / "docs" / "expert_parallel.md", of_exchange),
     "batches": (ROOT / "docs" / "mismatch.md", of_batches),
     "gate": (ROOT / "docs" / "performance.md", of_gate),
     "readme": (ROOT / "README.md", in_readme),

@@ -16,10 +16,17 @@ if TYPE_CHECKING:
         DispatchedWithScales,
         ExpertParallel,
     )
-    from moe_routing.distributed.kernel import Exchange, ExchangeKernel, Received, Tokens
+    from moe_routing.distributed.kernel import (
+        CombinesPlanned,
+        Exchange,
+        ExchangeKernel,
+        Received,
+        Tokens,
+    )
     from moe_routing.distributed.problem import ExchangeProblem
 
 _HOME = {
+    "CombinesPlanned": "moe_routing.distributed.kernel",
     "Dispatched": "moe_routing.distributed.expert_parallel",
     "DispatchedWithScales": "moe_routing.distributed.expert_parallel",
     "Exchange": "moe_routing.distributed.kernel",
@@ -31,6 +38,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CombinesPlanned",
     "Dispatched",
     "DispatchedWithScales",
     "Exchange",
