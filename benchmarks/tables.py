@@ -252,19 +252,19 @@ def of_batches() -> Iterable[str]:
 
 OF_EXCHANGE = (
     ("transformers' `all_to_all`", "transformers all_to_all", "eager"),
-    ("`all-to-all`, `reduce=\"none\"`", "all-to-all reduce=none", "eager"),
-    ("`all-to-all`, `reduce=\"rank\"`", "all-to-all reduce=rank", "eager"),
-    ("`all-to-all`, `\"none\"`, `max_tokens=T`", "all-to-all reduce=none padded", "graph"),
-    ("`all-to-all`, `\"rank\"`, `max_tokens=T`", "all-to-all reduce=rank padded", "graph"),
-    ("`symmetric`, `\"none\"`, `max_tokens=T`", "symmetric reduce=none padded", "graph"),
-    ("`symmetric`, `\"rank\"`, `max_tokens=T`", "symmetric reduce=rank padded", "graph"),
+    ('`all-to-all`, `reduce="none"`', "all-to-all reduce=none", "eager"),
+    ('`all-to-all`, `reduce="rank"`', "all-to-all reduce=rank", "eager"),
+    ('`all-to-all`, `"none"`, `max_tokens=T`', "all-to-all reduce=none padded", "graph"),
+    ('`all-to-all`, `"rank"`, `max_tokens=T`', "all-to-all reduce=rank padded", "graph"),
+    ('`symmetric`, `"none"`, `max_tokens=T`', "symmetric reduce=none padded", "graph"),
+    ('`symmetric`, `"rank"`, `max_tokens=T`', "symmetric reduce=rank padded", "graph"),
     (
-        "`symmetric`, `\"none\"`: the exchanges alone",
+        '`symmetric`, `"none"`: the exchanges alone',
         "symmetric reduce=none padded, exchanges alone",
         "graph",
     ),
     (
-        "`symmetric`, `\"rank\"`: the exchanges alone",
+        '`symmetric`, `"rank"`: the exchanges alone',
         "symmetric reduce=rank padded, exchanges alone",
         "graph",
     ),
@@ -283,7 +283,8 @@ def of_exchange() -> Iterable[str]:
             for row in held["results"]
         }
         tokens = sorted({row["tokens"] for row in held["results"]})
-        yield f"{held['ranks']} of {held['device']}, {held['with']}, {held['date']} (`{path.name}`):"
+        where = f"{held['ranks']} of {held['device']}, {held['with']}, {held['date']}"
+        yield f"{where} (`{path.name}`):"
         yield ""
         yield f"| H | us there and back | | {' | '.join(f'T = {T:,}' for T in tokens)} |"
         yield "|---|---|---|" + "---:|" * len(tokens)
