@@ -81,10 +81,11 @@ CALLS = [
     Call(2, 0, 7, 10, FP16, 4096, FP32, INT64, most=256),
     # Other numbers of ranks.
     Call(3, 2, 7, 8, FP16, 14336, BF16, INT64),
-    Call(3, 0, 16, 6, FP32, 4092, FP32, INT64, recorded=True),
+    Call(3, 0, 16, 6, FP32, 4092, FP32, INT64),
     Call(4, 1, 16, 8, FP32, 14336, BF16, INT32),
-    Call(4, 3, 1, 8, BF16, 4094, FP32, INT64),
+    Call(4, 3, 1, 8, FP16, 4094, FP32, INT64),
     Call(8, 0, 1, 8, FP32, 14336, FP32, INT64),
+    Call(8, 3, 7, 6, BF16, 4094, BF16, INT64),
     Call(8, 7, 16, 10, FP16, 14336, FP32, INT32, recorded=True),
 ]
 VARIANT = ("kernel", "SUMS", "TELLS", "BY_PLACE", "WEIGHS", "KEEPS", "PLANNED")

@@ -71,6 +71,11 @@ def must_signal_and_wait(case):
     assert case["clocks"] == 6, case
 
 
+def must_round_products(case):
+    """Require sums as ``moe_routing.combine`` makes them, whatever its backend, to the bit."""
+    assert not case["fused"], case
+
+
 def at_once(case):
     """Return how many programs a GPU runs at once, by their registers."""
     of_a_thread = -(-case["registers"] // 8) * 8
@@ -87,6 +92,7 @@ def test_rows_of_whole_vectors_are_copied_16_bytes_at_a_time_and_signalled_to_ot
         assert case["wide loads"]
         must_copy_vectors(case)
         must_signal_and_wait(case)
+        must_round_products(case)
 
 
 @pytest.mark.slow
@@ -169,3 +175,10 @@ def test_a_kernel_that_may_start_early_waits_before_it_touches_memory(
     assert {case.get("launch_pdl", False) for case in cases} == {bool(early)}
     # Each kernel waits for the one before, and lets the next one start, once.
     assert {tuple(case["dependencies"]) for case in cases} == {(early, early)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_weighted_row_is_rounded_before_it_is_added(by_target, target):
+    for case in by_target[target]["cases"]:
+        must_round_products(case)
