@@ -44,7 +44,7 @@ class Call(NamedTuple):
     :ivar me: this rank: 0, 1 and others are three specialisations.
     :ivar tokens: likewise 1, multiples of 16, and others.
     :ivar width: bytes of a row.
-    :ivar most: tokens of a rank.
+    :ivar most: the most tokens of a rank.
     :ivar offset: columns in front of the rows, so that those are not aligned.
     :ivar recorded: whether gradients flow.
     """
@@ -109,7 +109,8 @@ class Launched:
             binary = self.kernel.warmup(*arguments, grid=grid, **options)
             self.found.setdefault(binary.hash, (self.call, binary, options, arguments))
             given = dict(zip(self.kernel.arg_names, arguments, strict=False))
-            if options.get("TELLS"):  # nothing comes back, so sums read no row
+            # As after an exchange without any expert: else these were whatever memory held.
+            if options.get("TELLS"):
                 for name in ("inverse", "ranks"):
                     given[name].fill_(-1)
             if options.get("KEEPS"):
@@ -133,6 +134,7 @@ def transport(call, target, reduce):
     )
     distributed.init_process_group("fake", store=FakeStore(), rank=call.me, world_size=call.ranks)
     made = exchange.Symmetric(problem, torch.device("cpu"), distributed.group.WORLD, allocate)
+    # What it would have found out on such a device.
     made._interpreted = False
     made._pdl = divmod(target.arch, 10) >= exchange.PDL_FROM
     return made
@@ -158,9 +160,8 @@ def exchanged(made, call):
     rows = torch.zeros(len(received.rows), columns, dtype=dtype, requires_grad=recorded)
     results.append(made.combine(rows, received))
     received = made.dispatch(tokens)
-    its = received.ids.clamp(min=-1, max=EXPERTS_PER_RANK - 1)
-    plan = moe_routing.plan(its, EXPERTS_PER_RANK, backend="eager")
-    rows = torch.zeros(its.numel(), columns, dtype=dtype, requires_grad=recorded)
+    plan = moe_routing.plan(received.ids, EXPERTS_PER_RANK, backend="eager")
+    rows = torch.zeros(received.ids.numel(), columns, dtype=dtype, requires_grad=recorded)
     results.append(made.combine_planned(rows, plan, received))
     if recorded:
         sum(result.float().sum() for result in results).backward()
