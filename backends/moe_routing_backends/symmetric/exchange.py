@@ -355,6 +355,7 @@ class Symmetric:
             PDL=self._pdl,
             INTERPRETED=self._interpreted,
             num_warps=WARPS,
+            enable_fp_fusion=False,  # ``moe_routing.combine`` rounds products too
             **({"launch_pdl": True} if self._pdl else {}),
             **constants,
         )
