@@ -55,6 +55,13 @@ POLLS = tl.constexpr(20_000)
 """Where Triton interprets kernels there is no clock: a wait ends after so many looks."""
 LOOKS = tl.constexpr(256)
 """Looks at signals for each look at the clock."""
+NOT_SPECIALIZED = (
+    "rows", "ids", "weights", "inverse", "ranks", "kept", "order", "offsets", "tokens", "topk",
+    "words", "stride", "ids_stride", "ids_step", "weights_stride", "weights_step", "pitch", "me", "experts",
+    "per_rank", "most", "weights_at", "numbers", "limit", "places", "slots", "columns",
+)  # fmt: skip
+"""Arguments whose value or alignment must not select another compiled kernel: ranks that compile
+one in the middle of a run let the others wait."""
 LINGER = tl.constexpr(20_000_000)
 """Nanoseconds for the host to see who is late, before the kernel is stopped."""
 
@@ -199,7 +206,7 @@ def _nearest(value, dtype: tl.constexpr):
     return value.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_send(
     rows, ids, weights, inverse, ranks, kept, state, late, signals, told, memory,
     tokens, topk, words, stride, ids_stride, ids_step, weights_stride, weights_step, pitch,
@@ -300,7 +307,7 @@ def moe_routing_send(
                 tl.store(kept + number, tl.load(own + number, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_send_back(
     rows, order, offsets, ids, state, late, signals, memory,
     places, slots, words, stride, pitch, me, most, experts, limit,
@@ -342,7 +349,7 @@ def moe_routing_send_back(
     end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_sum_back(
     rows, inverse, offsets, weights, state, late, signals, memory,
     places, topk, columns, stride, pitch, me, most, experts, limit,
