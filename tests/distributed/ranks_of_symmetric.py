@@ -6,6 +6,7 @@ A rank may sleep where others would be ahead of it.
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 
 import torch
 from mutants import registered
@@ -88,14 +89,17 @@ def what_arrived(rank, number, reduce, follows, broken=""):
     :param follows: the kind: ``"dispatch"`` or ``"combine"``.
     :param broken: a part of the kernels that is left out.
     """
+    made = transport(number, reduce)
+    first, second = tokens(rank, 0), tokens(rank, 1)
+    # Memory is made together: that must not make the ranks wait for each other later.
+    nobody = made.dispatch(first._replace(ids=torch.full_like(first.ids, -1)))
+    made.combine(nobody.rows.clone(), nobody)
     if broken == "handshake":  # no exchange seems to follow one of its kind
         kernels.begin = _begin_without_handshake
     if broken == "wait":
         kernels._wait = lambda *_, **__: None
-    made = transport(number, reduce)
-    first, second = tokens(rank, 0), tokens(rank, 1)
-    if broken == "wait" and rank:
-        time.sleep(PAUSE)
+        if rank:
+            time.sleep(PAUSE)
     received = made.dispatch(first)
     rows, ids = received.rows.clone(), received.ids.clone()
     if follows == "dispatch":
@@ -175,9 +179,11 @@ def too_many_tokens(rank, _number):
 
 def a_rank_is_late(rank, number):
     """Leave rank 0 alone; return what its next call says."""
-    kernels.POLLS = kernels.tl.constexpr(200)  # there is no clock in the interpreter
     made = transport(number, "none")
+    received = made.dispatch(tokens(rank, 0))
+    made.combine(received.rows.clone(), received)
     distributed.barrier()
+    kernels.POLLS = kernels.tl.constexpr(200)  # there is no clock in the interpreter
     if rank:
         return ""
     made.dispatch(tokens(rank, 1))
@@ -186,3 +192,45 @@ def a_rank_is_late(rank, number):
     except TimeoutError as error:
         return str(error)
     return ""
+
+
+def second_gradients(rank, _number):
+    """Differentiate twice, after a later call has written where the experts' ids had arrived."""
+    with registered(ON_SHARED_MEMORY) as name:
+        ep = ExpertParallel(None, E, max_tokens=T, device="cpu", transport=name)
+    given = tokens(rank, 0)
+    factor = torch.full((), 1.5, requires_grad=True)
+    rows, _ = ep.dispatch(given.hidden.float(), *given[1:3])  # only the experts learn
+    made = ep.combine(rows * factor**2)
+    with torch.no_grad():
+        later = tokens(rank, 1)
+        there_and_back(ep, later._replace(ids=torch.full_like(later.ids, -1)))
+    (first,) = torch.autograd.grad(made.square().sum(), factor, create_graph=True)
+    (second,) = torch.autograd.grad(first, factor)
+    total = torch.tensor([float(made.detach().square().sum()), float(second)])
+    distributed.all_reduce(total)
+    return total.tolist()
+
+
+def results_of_another(rank, _number):
+    """Return what is said of rows that another object dispatched."""
+    with registered(ON_SHARED_MEMORY) as name:
+        one, other = (
+            ExpertParallel(None, E, reduce=how, max_tokens=T, device="cpu", transport=name)
+            for how in ("none", "rank")
+        )
+    received = one.dispatch_rows(*tokens(rank, 0)[:3])
+    try:
+        other.combine_rows(received.rows, received)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def copies(rank, _number):
+    """Exchange through a copy of an object, and through the object after it."""
+    with registered(ON_SHARED_MEMORY) as name:
+        ep = ExpertParallel(None, E, max_tokens=T, device="cpu", transport=name)
+    there_and_back(ep, tokens(rank, 0))
+    copy = deepcopy(ep)
+    return [there_and_back(each, tokens(rank, turn)) for turn, each in enumerate((copy, ep, copy))]

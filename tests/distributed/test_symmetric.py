@@ -5,8 +5,12 @@ checks them there.
 """
 
 import dataclasses
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -83,6 +87,33 @@ def test_a_rank_that_does_not_come_is_named_by_the_next_call(tmp_path):
     assert said == "group: expected every rank to exchange within 300 s, rank 1 did not"
 
 
+@pytest.mark.slow
+def test_second_gradients_know_the_experts_of_their_own_call(tmp_path):
+    for square, second in ranks.run(FILE, "second_gradients", 2, tmp_path):
+        # d2/df2 of the sum of (f**2 x)**2, at f = 1.5
+        assert second == pytest.approx(12 * square / 1.5**2, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_what_another_object_dispatched_is_refused(tmp_path):
+    for said in ranks.run(FILE, "results_of_another", 2, tmp_path):
+        assert said.startswith("received: expected what this ExpertParallel dispatched")
+
+
+@pytest.mark.slow
+def test_a_copy_exchanges_through_the_same_memory(tmp_path):
+    for off in ranks.run(FILE, "copies", 2, tmp_path):
+        assert max(off) < LEAST_OFF
+
+
+@pytest.mark.slow
+def test_a_wait_is_timed_from_its_own_begin():
+    script = Path(__file__).with_name("wait_with_a_clock.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"after 15 idle minutes": 0, "never": 2}
+
+
 H100 = DeviceInfo(
     type="cuda",
     platform="cuda",
@@ -122,3 +153,25 @@ def test_it_needs_a_triton_that_compiles(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     without = DeviceInfo(type="cuda", platform="cuda", arch="sm_90")
     assert symmetric.supports(FITS, without).code is RejectCode.TOOLCHAIN
+
+
+def test_gpus_that_do_not_reach_each_other_are_declined_by_name(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda _, other: other != 2)
+    first = dataclasses.replace(H100, index=0)
+    verdict = symmetric.supports(FITS, first)
+    assert verdict.reason == (
+        "signals to the memory of the host's other GPUs, GPU 0 cannot to GPU 2"
+    )
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda *_: True)
+    assert symmetric.supports(FITS, first)
+    driver = SimpleNamespace(cuDeviceGetP2PAttribute=_no_atomics)
+    monkeypatch.setattr("ctypes.CDLL", lambda _: driver)
+    assert "GPU 0 cannot to GPU 1" in symmetric.supports(FITS, first).reason
+
+
+def _no_atomics(found, attribute, *_):
+    assert attribute == 3
+    found._obj.value = 0
+    return 0

@@ -21,7 +21,7 @@ MOST_RANKS = 16
 
 def supports(problem: ExchangeProblem, device: DeviceInfo) -> Verdict:
     """Accept what fits, where Triton and PyTorch can do it."""
-    return fits(problem) and _kernels_run(device)
+    return fits(problem) and _kernels_run(device) and _reaches(problem, device)
 
 
 def fits(problem: ExchangeProblem) -> Verdict:
@@ -69,6 +69,16 @@ def _kernels_run(device: DeviceInfo) -> Verdict:
             fix="pip install -U torch",
         )
     return Verdict.yes()
+
+
+def _reaches(problem: ExchangeProblem, device: DeviceInfo) -> Verdict:
+    """Accept a device that reaches the others of this host, as far as this process sees them."""
+    if problem.ranks == 1 or device.index is None:
+        return Verdict.yes()
+    from moe_routing_backends.symmetric.memory import why_unreached
+
+    reason = why_unreached(device.index)
+    return Verdict.no(RejectCode.GROUP, reason) if reason else Verdict.yes()
 
 
 def notes(problem: ExchangeProblem, _device: DeviceInfo) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ known without a word from anybody: rows of a pair, or of a token, always go to t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -26,6 +27,8 @@ from moe_routing_backends.symmetric.kernels import (
 from moe_routing_backends.symmetric.memory import of_gpus
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
@@ -52,6 +55,8 @@ KEPT = 8192
 INTERPRETED_PROGRAMS = 3
 SIGNAL, WEIGHT = 8, 4
 """Bytes of a signal, and of an id or the widest weight."""
+ARGUMENTS = {"rows": "hidden", "weights": "weights", "scales": "scales", "back": "rows"}
+"""Of what is kept, the arguments that it is for."""
 STATE = 3
 """Numbers of the device; ``kernels`` names them."""
 PDL_FROM = (9, 0)
@@ -167,7 +172,7 @@ class Symmetric:
 
     def _summed(self, rows: Tensor, received: Received, plan: DispatchPlan | None) -> Tensor:
         self._must_be_on_time()
-        state = cast("State", received.state)
+        state = self._own(received)
         recorded = torch.is_grad_enabled()
         if plan is not None and received.weights is not None:
             if recorded and (rows.requires_grad or received.weights.requires_grad):
@@ -175,11 +180,30 @@ class Symmetric:
             else:
                 return self._of_slots(self._sum_back(rows, plan, received.weights, state), state)
         if recorded and rows.requires_grad:
-            return self._of_slots(_back(rows, (self, state, received.ids), plan), state)
+            ids = received.ids.clone() if received.lent else received.ids  # autograd keeps them
+            return self._of_slots(_back(rows, (self, state, ids), plan), state)
         back = self.back(rows, state, received.ids, plan)
         if recorded and state.weights is not None and state.weights.requires_grad:
             back = back.clone()  # autograd keeps it
         return self._of_slots(back, state)
+
+    def _own(self, received: Received) -> State:
+        """Return what this transport knows of what it received.
+
+        :raises ValueError: another one did: its places are no places here.
+        """
+        state = received.state
+        if not isinstance(state, State) or state.layout not in self._layouts.values():
+            msg = "received: expected what this ExpertParallel dispatched, got what another did"
+            raise ValueError(msg)
+        return state
+
+    def __deepcopy__(self, memo: object) -> Symmetric:
+        """Return itself: memory that other ranks write into cannot be copied by one.
+
+        Copies of a layer may exchange through it, as its calls follow each other.
+        """
+        return self
 
     @staticmethod
     def _of_slots(back: Tensor, state: State) -> Tensor:
@@ -198,49 +222,62 @@ class Symmetric:
         tokens, topk = ids.shape
         layout = self._layouts.get(topk)
         if layout is None:
-            layout = self._layouts[topk] = Layout(topk, self)
+            # What is made once serves calls in every mode: autograd keeps no inference tensors.
+            with torch.inference_mode(mode=False):
+                layout = self._layouts[topk] = Layout(topk, self)
         slots = self.ranks if self.sums else topk
         inverse, ranks = torch.empty(2, tokens, slots, dtype=torch.int32, device=self.device)
         order, counts, offsets, blocks, dropped = layout.order
         plan = DispatchPlan(order, inverse, counts, offsets, blocks, dropped)
         return State(layout, plan, ranks, weights)
 
-    def allocated(self, name: str, size: int) -> Memory:
+    def allocated(self, argument: str, size: int) -> Memory:
         """Return memory that every rank makes at once.
 
-        :param name: the argument that it is for.
+        :param argument: what it is for.
         :raises RuntimeError: a CUDA graph is being captured.
         """
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            msg = (
-                f"{name}: expected memory for it when a CUDA graph is captured, got none: "
-                "call dispatch and combine once before, with as many columns"
-            )
-            raise RuntimeError(msg)
-        return self._allocate(size, self.device, alive(self._group))
+        with self._on_device(), torch.inference_mode(mode=False):
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                msg = (
+                    f"{argument}: expected memory for it when a CUDA graph is captured, got none: "
+                    "make the same calls once before, and go back through them if the graph does"
+                )
+                raise RuntimeError(msg)
+            return self._allocate(size, self.device, alive(self._group))
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Make the device current: allocations and launches are there."""
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch.cuda.device(self.device)
 
     def _rows(self, name: str, layout: Layout, rows: Tensor) -> Rows:
         """Return memory for such rows."""
         size = rows.shape[1] * rows.element_size()
+        if not size:
+            return Rows(layout.told, ALIGNMENT)  # nothing is written
         found = layout.rows.get(name)
         if found is not None and size <= found.pitch:
             return found
-        pitch = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
-        of = self.ranks if self.sums or name != "back" else 1
-        made = Rows(self.allocated(name, of * layout.places * pitch), pitch)
+        pitch = -(-size // ALIGNMENT) * ALIGNMENT
+        made = Rows(self.allocated(ARGUMENTS[name], self._places(name, layout) * pitch), pitch)
         if found is not None:  # a graph may still write there
             self._outgrown.append(found)
         layout.rows[name] = made
         return made
 
+    def _places(self, name: str, layout: Layout) -> int:
+        """Return how many rows are kept: of the pairs of this rank alone if each comes back."""
+        return layout.places if name == "back" and not self.sums else layout.arriving
+
     def _arrived(self, name: str, layout: Layout, like: Tensor) -> Tensor:
         """Return what arrived where other ranks write: ``[places, columns of like]``."""
-        memory, pitch = layout.rows[name]
-        bytes_of_rows = memory.own.view(-1, pitch)
         width = like.shape[1] * like.element_size()
         if not width:
-            return like.new_empty(len(bytes_of_rows), 0)
-        return bytes_of_rows[:, :width].view(like.dtype)
+            return like.new_empty(self._places(name, layout), 0)
+        memory, pitch = layout.rows[name]
+        return memory.own.view(-1, pitch)[:, :width].view(like.dtype)
 
     def _told(self, tokens: Tokens, state: State, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Send tokens and tell their experts; return those of what arrived.
@@ -345,20 +382,22 @@ class Symmetric:
     ) -> None:
         """Launch a kernel on so many rows of the units."""
         most = INTERPRETED_PROGRAMS if self._interpreted else PROGRAMS
-        kernel[(max(1, min(units.parts * rows, most)),)](
-            units.rows,
-            *arguments,
-            RANKS=self.ranks,
-            LANES=triton.next_power_of_2(self.ranks),
-            VEC=units.vector,
-            WIDTH=units.width,
-            PDL=self._pdl,
-            INTERPRETED=self._interpreted,
-            num_warps=WARPS,
-            enable_fp_fusion=False,  # ``moe_routing.combine`` rounds products too
-            **({"launch_pdl": True} if self._pdl else {}),
-            **constants,
-        )
+        launch = kernel[(max(1, min(units.parts * rows, most)),)]
+        with self._on_device():
+            launch(
+                units.rows,
+                *arguments,
+                RANKS=self.ranks,
+                LANES=triton.next_power_of_2(self.ranks),
+                VEC=units.vector,
+                WIDTH=units.width,
+                PDL=self._pdl,
+                INTERPRETED=self._interpreted,
+                num_warps=WARPS,
+                enable_fp_fusion=False,  # ``moe_routing.combine`` rounds products too
+                **({"launch_pdl": True} if self._pdl else {}),
+                **constants,
+            )
 
 
 def _of_places(rows: Tensor, state: State) -> Tensor:

@@ -17,8 +17,8 @@ same kind, nobody has seen such a signal: then ranks first signal that they are 
 each other (``begin``).
 
 Only programs of other ranks are waited for, and they are few enough to run beside those of other
-streams. A wait ends after ``limit``: the rank's number is written where the host reads it, and the
-kernel is stopped. What had not arrived would be used otherwise.
+exchanges, on other streams. A wait ends after ``limit``: the rank's number is written where the
+host reads it, and the kernel is stopped. What had not arrived would be used otherwise.
 
 Widths, strides and pitches of rows are counted in vectors of ``VEC`` units: so the compiler sees
 that a thread copies a vector at once, as is said again where rows begin (``_copy``).
@@ -57,8 +57,8 @@ LOOKS = tl.constexpr(256)
 """Looks at signals for each look at the clock."""
 NOT_SPECIALIZED = (
     "rows", "ids", "weights", "inverse", "ranks", "kept", "order", "offsets", "tokens", "topk",
-    "words", "stride", "ids_stride", "ids_step", "weights_stride", "weights_step", "pitch", "me", "experts",
-    "per_rank", "most", "weights_at", "numbers", "limit", "places", "slots", "columns",
+    "words", "stride", "ids_stride", "ids_step", "weights_stride", "weights_step", "pitch", "me",
+    "experts", "per_rank", "most", "weights_at", "numbers", "limit", "places", "slots", "columns",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel: ranks that compile
 one in the middle of a run let the others wait."""
@@ -82,7 +82,9 @@ def _time(state, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         return tl.cast(0, tl.int64)
     now = globaltimer().to(tl.int64)
-    return tl.maximum(tl.atomic_max(state + CLOCK, now, sem="relaxed", scope="gpu"), 0)
+    tl.atomic_max(state + CLOCK, now, sem="relaxed", scope="gpu")
+    # What that returned was there before: the time of another wait, which may be long ago.
+    return tl.atomic_max(state + CLOCK, tl.cast(0, tl.int64), sem="relaxed", scope="gpu")
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
-from moe_routing.conformance.exchange import _sets
+from moe_routing.conformance.exchange import _sets, outcomes
 from moe_routing.conformance.exchange._check import check
 from moe_routing.conformance.requirements import require
 
@@ -38,6 +38,8 @@ def gradients_flow_through_both_exchanges(under_test: BackendUnderTest, case: Ca
     )
     factors = world.factors.to(world.device).requires_grad_()
     ep = world.parallel(under_test)
+    with torch.inference_mode():  # what that call keeps must not get into autograd's way
+        outcomes.exchanged(world, ep)
     rows, plan = ep.dispatch(hidden, world.mine.ids, weights)
     result = ep.combine(_computed(world, rows, plan.counts, factors))
     upstream = _upstream(world)
