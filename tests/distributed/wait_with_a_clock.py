@@ -64,7 +64,7 @@ def late_after(looks):
     tl.inline_asm_elementwise = _stopped
     try:
         wait[(1,)](OWN, 2, LIMIT, late, STATE)
-    except Exception as error:  # noqa: BLE001 -- the interpreter wraps it
+    except Exception as error:
         if "StoppedError" not in str(error):
             raise
     return int(late)

@@ -23,8 +23,8 @@ ptxas lays a number or some flags aside before the loop over a program's items, 
 program fits on a multiprocessor.
 """
 WARP = 32
-WAIT = ["gpu.relaxed.max.s64"] * 3 + ["sys.acquire.add.u64"]
-"""The atomics of a wait: it looks at the clock three times, and at signals."""
+WAIT = ["gpu.relaxed.max.s64"] * 6 + ["sys.acquire.add.u64"]
+"""The atomics of a wait: two for each of three looks at the clock, and one at signals."""
 SIGNALS = ["sys.release.add.u64", "sys.release.exch.b64"]
 ADDS, EXCHANGES = SIGNALS
 
