@@ -135,6 +135,7 @@ def test_it_serves_ranks_of_one_host_with_a_most_of_tokens(monkeypatch):
     ("changes", "says"),
     [
         ({"max_tokens": 0}, "the most tokens of a rank, which was not stated"),
+        ({"ranks": 1}, "the memory of other ranks; there are none"),
         ({"hosts": 2}, "up to 16 ranks of one host, not of 8 ranks on 2 hosts"),
         ({"ranks": 32}, "up to 16 ranks of one host, not of 32 ranks"),
         ({"shared_batch": True, "reduce": "rank"}, "here every rank holds all"),

@@ -21,7 +21,7 @@ MOST_RANKS = 16
 
 def supports(problem: ExchangeProblem, device: DeviceInfo) -> Verdict:
     """Accept what fits, where Triton and PyTorch can do it."""
-    return fits(problem) and _kernels_run(device) and _reaches(problem, device)
+    return fits(problem) and _kernels_run(device) and _reaches(device)
 
 
 def fits(problem: ExchangeProblem) -> Verdict:
@@ -31,6 +31,8 @@ def fits(problem: ExchangeProblem) -> Verdict:
             RejectCode.GROUP,
             "exchanges the tokens of ranks that hold different ones; here every rank holds all",
         )
+    if problem.ranks == 1:
+        return Verdict.no(RejectCode.GROUP, "writes into the memory of other ranks; there are none")
     if problem.hosts > 1 or problem.ranks > MOST_RANKS:
         of_hosts = f" on {problem.hosts} hosts" if problem.hosts > 1 else ""
         where = f"{problem.ranks} ranks{of_hosts}"
@@ -71,9 +73,9 @@ def _kernels_run(device: DeviceInfo) -> Verdict:
     return Verdict.yes()
 
 
-def _reaches(problem: ExchangeProblem, device: DeviceInfo) -> Verdict:
+def _reaches(device: DeviceInfo) -> Verdict:
     """Accept a device that reaches the others of this host, as far as this process sees them."""
-    if problem.ranks == 1 or device.index is None:
+    if device.index is None:
         return Verdict.yes()
     from moe_routing_backends.symmetric.memory import why_unreached
 
