@@ -7,7 +7,7 @@ known without a word from anybody: rows of a pair, or of a token, always go to t
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
@@ -24,7 +24,9 @@ from moe_routing_backends.symmetric.kernels import (
     moe_routing_send_back,
     moe_routing_sum_back,
 )
+from moe_routing_backends.symmetric.layout import WEIGHT, Layout, Rows, State
 from moe_routing_backends.symmetric.memory import of_gpus
+from moe_routing_backends.symmetric.units import ALIGNMENT, Units
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -37,14 +39,8 @@ if TYPE_CHECKING:
     from moe_routing_backends.symmetric.memory import Allocate, Memory
     from moe_routing_registry import DeviceInfo
 
-ALIGNMENT = 16
-"""Of a row, in bytes: as much as a thread writes at once."""
-UNITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
-"""What rows are moved as, by bytes."""
-WIDTHS = (128, 4096)
-"""The least and most integers of a row that a program copies at once: most rows are one piece."""
-SUMMED = (128, 2048)
-"""The least and most columns that a program sums at once."""
+SIGNAL = 8
+"""Bytes of a signal."""
 CHUNK = 1024
 """Pairs whose experts a program tells at once."""
 WARPS = 8
@@ -53,64 +49,12 @@ PROGRAMS = 264
 KEPT = 8192
 """Numbers that a launch of rows copies besides; more are faster copied by a launch of their own."""
 INTERPRETED_PROGRAMS = 3
-SIGNAL, WEIGHT = 8, 4
-"""Bytes of a signal, and of an id or the widest weight."""
 ARGUMENTS = {"rows": "hidden", "weights": "weights", "scales": "scales", "back": "rows"}
 """Of what is kept, the arguments that it is for."""
 STATE = 3
 """Numbers of the device; ``kernels`` names them."""
 PDL_FROM = (9, 0)
 """The compute capability from which a kernel may be placed while the one before still runs."""
-
-
-class Rows(NamedTuple):
-    """Memory for rows of every rank.
-
-    :ivar pitch: bytes from a row to the next; the same on every rank.
-    """
-
-    memory: Memory
-    pitch: int
-
-
-class Layout:
-    """What is kept for calls of K slots.
-
-    :ivar places: that a rank keeps for each other: of pairs, or with sums of tokens.
-    :ivar slots: whose experts a place tells: 1, or with sums K.
-    :ivar told: the experts of the places, and behind them the weights.
-    :ivar rows: memory for rows, by what they are.
-    :ivar order: the constants of the plan of what comes back: its order, counts, offsets, and how
-        many were dropped.
-    """
-
-    def __init__(self, topk: int, transport: Symmetric) -> None:
-        """Keep memory for the experts of what arrives; every rank does so at once."""
-        sums, ranks, most = transport.sums, transport.ranks, transport.most
-        self.places, self.slots = (most, topk) if sums else (most * topk, 1)
-        self.arriving = ranks * self.places
-        self.told = transport.allocated("ids", 2 * WEIGHT * self.arriving * self.slots)
-        self.rows: dict[str, Rows] = {}
-        of = ranks if sums else 1
-        number = torch.arange(of * self.places, dtype=torch.int32, device=transport.device)
-        # Of tokens, place t of rank r is of the pair t * ranks + r.
-        order = number.view(self.places, of).t().contiguous()
-        offsets = number.new_tensor([rank * self.places for rank in range(of + 1)])
-        self.order = (order, torch.zeros_like(offsets[1:]), offsets, None, offsets.new_zeros(1))
-
-
-class State(NamedTuple):
-    """What the way back needs.
-
-    :ivar plan: of what comes back: the place of each slot's row, or with sums of each rank's.
-    :ivar ranks: int32, likewise: the rank that has it, -1 if none.
-    :ivar weights: of the slots, for sums that are made here; ``None`` where each rank made its own.
-    """
-
-    layout: Layout
-    plan: DispatchPlan
-    ranks: Tensor
-    weights: Tensor | None
 
 
 class Symmetric:
@@ -403,56 +347,6 @@ class Symmetric:
 def _of_places(rows: Tensor, state: State) -> Tensor:
     """Return the row of its token at each place of what comes back."""
     return moe_routing.permute(rows, state.plan).flatten(0, 1)
-
-
-class Units(NamedTuple):
-    """Rows as what a kernel reads.
-
-    :ivar vector: elements that are copied together; widths, strides and pitches are in those.
-    :ivar width: elements that a program takes at once.
-    """
-
-    rows: Tensor
-    vector: int
-    width: int
-
-    @classmethod
-    def of(cls, rows: Tensor, pitch: int, *, integers: bool = True) -> Units:
-        """Take rows as the widest integers that fit, or as the numbers that they are.
-
-        :param pitch: bytes from a row to the next where they are written.
-        """
-        rows = rows.resolve_conj().resolve_neg()
-        if rows.stride(1) != 1:  # a single column may have any, and count as contiguous
-            rows = rows.clone(memory_format=torch.contiguous_format)
-        size = rows.element_size()
-        numbers = (rows.shape[1] * size, rows.stride(0) * size, rows.storage_offset() * size, pitch)
-        if integers:
-            unit = next(unit for unit in UNITS if not any(number % unit for number in numbers))
-            rows = rows.view(UNITS[unit])
-        aligned = not any(number % ALIGNMENT for number in (*numbers, rows.data_ptr()))
-        least, most = WIDTHS if integers else SUMMED
-        width = min(max(triton.next_power_of_2(rows.shape[1]), least), most)
-        return cls(rows, ALIGNMENT // rows.element_size() if aligned else 1, width)
-
-    @property
-    def columns(self) -> int:
-        """Vectors of a row."""
-        return self.rows.shape[1] // self.vector
-
-    @property
-    def stride(self) -> int:
-        """Vectors from a row to the next."""
-        return self.rows.stride(0) // self.vector
-
-    @property
-    def parts(self) -> int:
-        """Pieces of a row that programs take."""
-        return max(1, -(-self.rows.shape[1] // self.width))
-
-    def of_bytes(self, number: int) -> int:
-        """Return how many vectors are so many bytes."""
-        return number // self.rows.element_size() // self.vector
 
 
 Way = tuple[Symmetric, State, "Tensor"]
