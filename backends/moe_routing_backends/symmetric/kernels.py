@@ -241,7 +241,7 @@ def moe_routing_send(
     programs = tl.num_programs(0)
     epoch = begin(state, signals, late, me, limit, THERE, RANKS, LANES, PDL, INTERPRETED)
     parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
-    width = rows.dtype.element_ty
+    element = rows.dtype.element_ty
     if SUMS:
         slots = tl.arange(0, SLOTS)
         for item in range(program, tokens * RANKS * parts, programs):
@@ -258,7 +258,7 @@ def moe_routing_send(
                     tl.store(ranks + token * RANKS + rank, tl.where(goes, rank, -1))
             if goes:
                 row = rank * most + token if BY_PLACE else token
-                its, place = address(memory, rank, width), me * most + token
+                its, place = address(memory, rank, element), me * most + token
                 _copy(rows, row, stride, its, place, pitch, words, item % parts, VEC, WIDTH)
     else:
         for item in range(program, tokens * topk * parts, programs):
@@ -268,7 +268,7 @@ def moe_routing_send(
             if (expert >= 0) & (expert < experts):
                 rank = (expert // per_rank).to(tl.int32)
                 row = pair if BY_PLACE else token
-                its, place = address(memory, rank, width), me * most + pair
+                its, place = address(memory, rank, element), me * most + pair
                 _copy(rows, row, stride, its, place, pitch, words, item % parts, VEC, WIDTH)
     if TELLS:
         pairs = tokens * topk
@@ -331,7 +331,7 @@ def moe_routing_send_back(
     programs = tl.num_programs(0)
     epoch = begin(state, signals, late, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
     parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
-    width = rows.dtype.element_ty
+    element = rows.dtype.element_ty
     number = tl.minimum(tl.load(offsets + experts), places) if PLANNED else places
     lanes = tl.arange(0, SLOTS)
     for item in range(program, number * parts, programs):
@@ -346,7 +346,7 @@ def moe_routing_send_back(
         if goes:
             rank = place // most
             kept = me * most + place % most if SUMS else place % most
-            its = address(memory, rank, width)
+            its = address(memory, rank, element)
             _copy(rows, row, stride, its, kept, pitch, words, item % parts, VEC, WIDTH)
     end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
 
