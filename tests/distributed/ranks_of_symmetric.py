@@ -26,7 +26,7 @@ CPU = DeviceInfo(type="cpu", platform="cpu")
 E, K, H, T = 6, 2, 24, 5
 """Experts of all ranks, slots, columns, and the most tokens."""
 PAUSE = 0.5
-"""Seconds in which another rank does what it would do too early."""
+"""Seconds in which another rank may do what it must not do yet."""
 
 
 def build(problem, device):
@@ -84,10 +84,12 @@ def there_and_back(ep, given):
 
 
 def what_arrived(rank, number, reduce, follows, broken=""):
-    """Read what arrived late, while the other ranks go on to the next exchange of this kind.
+    """Look late at what arrived, while the other ranks go on to the next exchange of this kind.
 
     :param follows: the kind: ``"dispatch"`` or ``"combine"``.
-    :param broken: a part of the kernels that is left out.
+    :param broken: a part of the kernels that is left out. Then others are waited for until they
+        have done harm, and not so long as a test may wait.
+    :returns: whether it was right.
     """
     made = transport(number, reduce)
     first, second = tokens(rank, 0), tokens(rank, 1)
@@ -98,33 +100,64 @@ def what_arrived(rank, number, reduce, follows, broken=""):
         kernels.begin = _begin_without_handshake
     if broken == "wait":
         kernels._wait = lambda *_, **__: None
-        if rank:
-            time.sleep(PAUSE)
+        if rank:  # rank 0 has looked
+            distributed.recv(torch.zeros(1), src=0)
     received = made.dispatch(first)
-    rows, ids = received.rows.clone(), received.ids.clone()
+    ids, rows = received.ids.clone(), _sent_to(number, reduce)
+    if broken == "wait" and rank == 0:
+        found = torch.equal(ids, _told(rank, number, reduce))
+        distributed.send(torch.zeros(1), dst=1)
+        return found
     if follows == "dispatch":
-        if rank == 0:
-            time.sleep(PAUSE)
-        there = (ids >= 0).any(1)
-        same = bool(torch.equal(received.rows[there], rows[there]))
-        everything = int((ids >= 0).sum()) == _for_rank(rank, number)
+        place = (_told(rank, number, reduce) >= 0).any(1)
+
+        def right():
+            return torch.equal(received.rows[place], rows[place])
+
+        stayed = _looks(right, rank, broken)
         made.dispatch(second)
-        return same and everything
-    state = received.state
-    back = made.back(rows, state, ids, None)
-    kept = back.clone()
-    if rank == 0:
-        time.sleep(PAUSE)
-    reached = state.plan.inverse[state.plan.inverse >= 0].long()
-    same = bool(torch.equal(back[reached], kept[reached]))
-    made.back(2 * rows, state, ids, None)
-    return same
+        return stayed and torch.equal(ids, _told(rank, number, reduce))
+    back = made.back(rows, received.state, ids, None)
+    reached = received.state.plan.inverse
+    token = torch.arange(len(reached))[:, None].expand_as(reached)[reached >= 0]
+
+    def right():
+        return torch.equal(back[reached[reached >= 0].long()], first.hidden[token])
+
+    stayed = _looks(right, rank, broken)
+    made.back(2 * rows, received.state, ids, None)
+    return stayed
 
 
-def _for_rank(rank, number):
+def _looks(right, rank, broken):
+    """Look late on rank 0, at once on others."""
+    until = time.monotonic() + (60 if broken else PAUSE)
+    while rank == 0 and time.monotonic() < until and (right() or not broken):
+        time.sleep(0.01)
+    return right()
+
+
+def _sent_to(number, reduce):
+    """Return the row of each place of a rank, with an expert there or not, of the first turn."""
+    of_slots = K if reduce == "none" else 1
+    parts = []
+    for source in range(number):
+        hidden = tokens(source, 0).hidden
+        whole = torch.cat((hidden, hidden.new_zeros(T - len(hidden), H)))
+        parts.append(whole.repeat_interleave(of_slots, dim=0))
+    return torch.cat(parts)
+
+
+def _told(rank, number, reduce):
+    """Return the experts of each place of a rank, of the first turn."""
     own = E // number
-    ids = torch.cat([tokens(other, 0).ids for other in range(number)])
-    return int(((ids >= rank * own) & (ids < (rank + 1) * own)).sum())
+    parts = []
+    for source in range(number):
+        ids = tokens(source, 0).ids
+        whole = torch.cat((ids, ids.new_full((T - len(ids), K), -1)))
+        parts.append(whole if reduce == "rank" else whole.view(-1, 1))
+    local = torch.cat(parts) - rank * own
+    return torch.where((local >= 0) & (local < own), local, -1)
 
 
 def _begin_without_handshake(state, *_, **__):
