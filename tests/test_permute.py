@@ -83,6 +83,14 @@ def test_the_gradient_of_double_rows_is_computed_too():
     assert torch.autograd.gradcheck(lambda rows: moe_routing.permute(rows, plan), hidden)
 
 
+@pytest.mark.parametrize("layout", [{}, {"block": 4}, {"capacity": 3, "masked": True}])
+def test_rows_without_columns_go_there_and_back(layout):
+    plan = planned(**layout)
+    hidden = torch.zeros(4, 0, requires_grad=True)
+    moe_routing.combine(moe_routing.permute(hidden, plan), plan).sum().backward()
+    assert hidden.grad.shape == (4, 0)
+
+
 def test_gradients_of_the_masked_layout_reach_used_rows_only():
     plan = planned(capacity=3, masked=True)
     rows = torch.randn(3, 3, 4, requires_grad=True)

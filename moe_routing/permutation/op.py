@@ -102,7 +102,7 @@ def _combine_backward_fake(
 def _save_permute(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *parts, _layout, _quantize, backend = inputs[1:]
     ctx.save_for_backward(*parts)
-    ctx.backend, ctx.columns = backend, inputs[0].shape[1]  # type: ignore[attr-defined] # a bag by design
+    ctx.backend = backend  # type: ignore[attr-defined] # a bag by design
     ctx.mark_non_differentiable(output[1])
 
 
@@ -110,7 +110,7 @@ def _permute_backward(ctx: Any, grad_rows: Tensor, _grad_scales: None) -> tuple[
     from moe_routing.permutation.problem import FLOATS
 
     plan = DispatchPlan(*ctx.saved_tensors)
-    grad_rows = grad_rows.reshape(-1, ctx.columns)
+    grad_rows = grad_rows.flatten(0, -2)  # of the matrices of a masked plan
     if str(grad_rows.dtype).removeprefix("torch.") in FLOATS and _combines(ctx.backend):
         grad = combine(grad_rows, plan, None, ctx.backend)
     else:  # float64, which no kernel is asked to add, or a named backend that only permutes
