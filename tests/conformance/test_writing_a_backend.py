@@ -15,6 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "writing_a_backend.md").read_text(encoding="utf-8")
 EXAMPLE = ROOT / "examples" / "third_party_backend"
+FILES = re.findall(
+    r"from examples/third_party_backend/(\S+) -->\n\n```py\n(.*?)^```",
+    PAGE,
+    re.DOTALL | re.MULTILINE,
+)
+"""The names and texts of the files that the page shows."""
 INSTALLED_ALREADY = 'pip install "moe-routing[test]"'
 
 
@@ -92,8 +98,9 @@ def skeleton(shell):
 def acme(shell, skeleton):
     """Steps 2 to 4: the page's files in place of the skeleton's, and what each command printed."""
     assert skeleton
-    for included in re.findall(r"literalinclude\} \.\./examples/third_party_backend/(\S+)", PAGE):
-        shutil.copy(EXAMPLE / included, shell.directory / "moe-routing-acme" / included)
+    assert len(FILES) == 3
+    for name, code in FILES:
+        (shell.directory / "moe-routing-acme" / name).write_text(code)
     project = shell.directory / "moe-routing-acme" / "pyproject.toml"
     text, (dependencies,) = project.read_text(), blocks("toml")
     assert 'dependencies = ["moe-routing"]\n' in text
