@@ -2,9 +2,9 @@
 
     python benchmarks/scale_constants.py [--check]
 
-It reads every ``results/h100-x*-exchange.json``, prints each measured row beside the model, and
-writes the constants and the tables of ``docs/scale.md``. With ``--check`` it writes nothing, and
-exits with 1 if one is not as the results say.
+It reads every ``results/h100-x*-exchange.json``, prints each measured row with the model's time,
+and writes the constants and the tables of ``docs/scale.md``. With ``--check`` it writes nothing,
+and exits with 1 if one is not as the results say.
 
 Replays of graphs give the device's constants, by least squares of relative errors. Calls without a
 graph give the host's time: of the measured times that which leaves the least sum of relative

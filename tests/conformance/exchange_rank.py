@@ -63,7 +63,7 @@ def main(seed):
 
 
 def on_gpus(seed, device):
-    """Try what is wrong there alone, beside a right transport."""
+    """Try what is wrong there alone, and a right transport."""
     torch.accelerator.set_device_index(device.index)
     ranks.initialise(device)
     told = {}

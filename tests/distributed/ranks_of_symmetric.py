@@ -55,6 +55,12 @@ def kit(rank, _number, seed, clauses):
     }
 
 
+def parallel(reduce="none"):
+    """Return what a user gets of the transport."""
+    with registered(ON_SHARED_MEMORY) as name:
+        return ExpertParallel(None, E, reduce=reduce, max_tokens=T, device="cpu", transport=name)
+
+
 def transport(number, reduce):
     """Return the transport of all ranks."""
     problem = ExchangeProblem(
@@ -166,8 +172,7 @@ def _begin_without_handshake(state, *_, **__):
 
 def callers_keep_what_they_got(rank, number, reduce):
     """Dispatch twice before anything is combined; return whether all of the first call stayed."""
-    with registered(ON_SHARED_MEMORY) as name:
-        ep = ExpertParallel(None, E, reduce=reduce, max_tokens=T, device="cpu", transport=name)
+    ep = parallel(reduce)
     calls = [tokens(rank, turn) for turn in (0, 1)]
     scales = torch.arange(8.0).view(4, 2)
     received = [
@@ -191,8 +196,7 @@ def callers_keep_what_they_got(rank, number, reduce):
 
 def sizes_change(rank, _number, reduce):
     """Exchange wider rows, more slots, and the first ones again; return how far results are off."""
-    with registered(ON_SHARED_MEMORY) as name:
-        ep = ExpertParallel(None, E, reduce=reduce, max_tokens=T, device="cpu", transport=name)
+    ep = parallel(reduce)
     off = []
     for turn, (columns, topk) in enumerate([(H, 2), (5 * H, 2), (H, 2), (1, 3), (7, 3), (H, 2)]):
         off.append(there_and_back(ep, tokens(rank, turn, columns, topk)))
@@ -201,8 +205,7 @@ def sizes_change(rank, _number, reduce):
 
 def too_many_tokens(rank, _number):
     """Return what a rank with more tokens than the most is told; the others made no call."""
-    with registered(ON_SHARED_MEMORY) as name:
-        ep = ExpertParallel(None, E, max_tokens=T, device="cpu", transport=name)
+    ep = parallel()
     try:
         ep.dispatch(*tokens(rank, 0, tokens=T + 1)[:3])
     except ValueError as error:
@@ -229,8 +232,7 @@ def a_rank_is_late(rank, number):
 
 def second_gradients(rank, _number):
     """Differentiate twice, after a later call has written where the experts' ids had arrived."""
-    with registered(ON_SHARED_MEMORY) as name:
-        ep = ExpertParallel(None, E, max_tokens=T, device="cpu", transport=name)
+    ep = parallel()
     given = tokens(rank, 0)
     factor = torch.full((), 1.5, requires_grad=True)
     rows, _ = ep.dispatch(given.hidden.float(), *given[1:3])  # only the experts learn
@@ -247,11 +249,7 @@ def second_gradients(rank, _number):
 
 def results_of_another(rank, _number):
     """Return what is said of rows that another object dispatched."""
-    with registered(ON_SHARED_MEMORY) as name:
-        one, other = (
-            ExpertParallel(None, E, reduce=how, max_tokens=T, device="cpu", transport=name)
-            for how in ("none", "rank")
-        )
+    one, other = parallel(), parallel("rank")
     received = one.dispatch_rows(*tokens(rank, 0)[:3])
     try:
         other.combine_rows(received.rows, received)
@@ -262,8 +260,7 @@ def results_of_another(rank, _number):
 
 def copies(rank, _number):
     """Exchange through a copy of an object, and through the object after it."""
-    with registered(ON_SHARED_MEMORY) as name:
-        ep = ExpertParallel(None, E, max_tokens=T, device="cpu", transport=name)
+    ep = parallel()
     there_and_back(ep, tokens(rank, 0))
     copy = deepcopy(ep)
     return [there_and_back(each, tokens(rank, turn)) for turn, each in enumerate((copy, ep, copy))]

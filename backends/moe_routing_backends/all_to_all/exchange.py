@@ -117,7 +117,7 @@ class AllToAll:
         send = self._sender(splits, places)
         # The token of each place; an empty one has the number of tokens: it reads what is appended.
         token = plan.order.flatten().div(self._ranks, rounding_mode="floor")
-        # Numbers travel beside the weights, as bits of floats that nobody computes with: so
+        # Numbers travel with the weights, as bits of floats that nobody computes with: so
         # gradients flow through the matrix, and there is one exchange instead of two.
         both = torch.cat((tokens.weights.float(), numbers.view(torch.float32)), dim=1)
         weights, heard = send(pad(both, _ONE_MORE)[token]).split(numbers.shape[1], dim=1)

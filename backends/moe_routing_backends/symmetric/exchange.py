@@ -45,7 +45,7 @@ CHUNK = 1024
 """Pairs whose experts a program tells at once."""
 WARPS = 8
 PROGRAMS = 264
-"""The most of a launch. They all run at once, beside those of other streams."""
+"""The most of a launch. They all run at once, and so do those of another stream."""
 KEPT = 8192
 """Numbers that a launch of rows copies besides; more are faster copied by a launch of their own."""
 INTERPRETED_PROGRAMS = 3

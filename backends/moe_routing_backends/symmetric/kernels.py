@@ -16,9 +16,9 @@ signal may overwrite what that rank got in the exchange before. Where an exchang
 same kind, nobody has seen such a signal: then ranks first signal that they are ready, and wait for
 each other (``begin``).
 
-Only programs of other ranks are waited for, and they are few enough to run beside those of other
-exchanges, on other streams. A wait ends after ``limit``: the rank's number is written where the
-host reads it, and the kernel is stopped. What had not arrived would be used otherwise.
+Only programs of other ranks are waited for, and they are few enough to run at the same time
+as those of exchanges on other streams. A wait ends after ``limit``: the rank's number is written
+where the host reads it, and the kernel is stopped. What had not arrived would be used otherwise.
 
 Widths, strides and pitches of rows are counted in vectors of ``VEC`` units: so the compiler sees
 that a thread copies a vector at once, as is said again where rows begin (``_copy``).

@@ -65,7 +65,7 @@ class Source(NamedTuple):
     """A result that constants were fitted to.
 
     :ivar file: in the repository.
-    :ivar device: the card.
+    :ivar device: the name of the GPU.
     :ivar versions: of torch and Triton.
     :ivar date: of the measurement.
     :ivar ranks: of the group, on one host.
