@@ -171,12 +171,17 @@ def slowest(times: list[float]) -> dict[str, float]:
 
 
 class Timed(NamedTuple):
-    """What is timed: a way to exchange."""
+    """What is timed: a way to exchange.
+
+    :ivar right: whether its results are sums, which are checked.
+    :ivar eager: whether it is timed with the host's part.
+    """
 
     name: str
     call: Callable[[], Tensor]
-    capturable: bool
+    capturable: bool = True
     right: bool = True
+    eager: bool = True
 
 
 def ways(case: Case, experts: int) -> list[Timed]:
@@ -190,10 +195,13 @@ def ways(case: Case, experts: int) -> list[Timed]:
         ep = ExpertParallel(None, experts, reduce=reduce, max_tokens=most, transport=transport)  # type: ignore[arg-type] # one of two
         name = f"{transport} reduce={reduce}" + (" padded" if most else "")
         found.append(Timed(name, partial(ours, ep, case), bool(most)))
-        found.append(Timed(f"{name}, rows", partial(ours_by_rows, ep, case), bool(most)))
+        if not most:
+            continue
+        by_rows = partial(ours_by_rows, ep, case)
+        found.append(Timed(f"{name}, rows", by_rows, eager=False))
         if transport == "symmetric":
             only = partial(alone, ep, case)
-            found.append(Timed(f"{name}, exchanges alone", only, capturable=True, right=False))
+            found.append(Timed(f"{name}, exchanges alone", only, right=False, eager=False))
     other = theirs(experts)
     if other is not None:
         found.append(Timed("transformers all_to_all", partial(other, case), capturable=False))
@@ -206,8 +214,8 @@ def ways(case: Case, experts: int) -> list[Timed]:
         distributed.all_to_all_single(there, back)
         return back
 
-    found.append(Timed("NCCL all-to-all, even", plainly, capturable=True, right=False))
-    return [*found, Timed("put", put(pairs, columns), capturable=True, right=False)]
+    found.append(Timed("NCCL all-to-all, even", plainly, right=False, eager=False))
+    return [*found, Timed("put", put(pairs, columns), right=False, eager=False)]
 
 
 def put(pairs: int, columns: int) -> Callable[[], Tensor]:
@@ -231,11 +239,12 @@ def rows_of(tokens: int, columns: int, experts: int) -> list[dict[str, Any]]:
     case = drawn(tokens, columns, experts)
     found = []
     with torch.no_grad():
-        for name, call, capturable, right in ways(case, experts):
+        for name, call, capturable, right, hosted in ways(case, experts):
             made = call()
             if right:
                 must_be_right(name, made, case)
-            for how, timed in (("eager", eager), *([("graph", graph)] if capturable else [])):
+            timers = [("eager", eager)] * hosted + [("graph", graph)] * capturable
+            for how, timed in timers:
                 row = {"name": name, "how": how, "tokens": tokens, "hidden_size": columns}
                 found.append(row | slowest(timed(call)))
                 if distributed.get_rank() == 0:

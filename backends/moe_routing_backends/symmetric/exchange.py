@@ -41,14 +41,16 @@ if TYPE_CHECKING:
 
 SIGNAL = 8
 """Bytes of a signal."""
-CHUNK = 1024
+CHUNK = 512
 """Pairs whose experts a program tells at once."""
-WARPS = 8
-PROGRAMS = 264
+WARPS = 4
+PROGRAMS = 528
 """The most of a launch. They all run at once, and so do those of another stream."""
 KEPT = 8192
 """Numbers that a launch of rows copies besides; more are faster copied by a launch of their own."""
-INTERPRETED_PROGRAMS = 3
+INTERPRETED_PROGRAMS = 5
+FEW = 4 * PROGRAMS
+"""Places that programs take one by one on the way back, and not those of a token together."""
 ARGUMENTS = {"rows": "hidden", "weights": "weights", "scales": "scales", "back": "rows"}
 """Of what is kept, the arguments that it is for."""
 STATE = 3
@@ -268,7 +270,7 @@ class Symmetric:
         units, places = Units.of(rows, pitch), layout.places
         tokens, topk = to.shape
         self._launch(
-            moe_routing_send, units, tokens * (self.ranks if self.sums else topk),
+            moe_routing_send, units, tokens * self.ranks,
             to, to if weights is None else weights, state.plan.inverse, state.ranks,
             to if kept is None else kept,
             self._state, self._late, self._signals.addresses, layout.told.addresses,
@@ -290,12 +292,13 @@ class Symmetric:
         layout = state.layout
         memory, pitch = self._rows("back", layout, rows)
         units = Units.of(rows, pitch)
-        order, offsets = (ids, ids) if plan is None else (plan.order, plan.offsets)
+        inverse, offsets = (ids, ids) if plan is None else (plan.inverse, plan.offsets)
+        group = 1 if self.sums or layout.arriving <= FEW else layout.topk
         self._launch(
-            moe_routing_send_back, units, layout.arriving,
-            order, offsets, ids,
+            moe_routing_send_back, units, layout.arriving // group,
+            inverse, offsets, ids,
             self._state, self._late, self._signals.addresses, memory.addresses,
-            *ids.shape, units.columns, units.stride, units.of_bytes(pitch), self._rank,
+            layout.slots, group, units.columns, units.stride, units.of_bytes(pitch), self._rank,
             layout.places, 0 if plan is None else len(plan.counts), self._limit,
             SLOTS=triton.next_power_of_2(layout.slots), SUMS=self.sums, PLANNED=plan is not None,
         )  # fmt: skip
@@ -310,7 +313,7 @@ class Symmetric:
             moe_routing_sum_back, units, layout.arriving,
             plan.inverse, plan.offsets, weights,
             self._state, self._late, self._signals.addresses, memory.addresses,
-            *weights.shape, units.columns, units.stride, units.of_bytes(pitch), self._rank,
+            layout.slots, units.columns, units.stride, units.of_bytes(pitch), self._rank,
             layout.places, len(plan.counts), self._limit,
             SLOTS=triton.next_power_of_2(layout.slots),
         )  # fmt: skip

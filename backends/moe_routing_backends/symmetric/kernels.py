@@ -20,8 +20,12 @@ Only programs of other ranks are waited for, and they are few enough to run at t
 as those of exchanges on other streams. A wait ends after ``limit``: the rank's number is written
 where the host reads it, and the kernel is stopped. What had not arrived would be used otherwise.
 
+Every rank writes for the rank after it first, then for the one after that, and for itself last
+(``share``). In any other order ranks write to the same one at times, and its link is the bottleneck
+while others are idle: with rows in the order of tokens, four GPUs got two thirds of their links.
+
 Widths, strides and pitches of rows are counted in vectors of ``VEC`` units: so the compiler sees
-that a thread copies a vector at once, as is said again where rows begin (``_copy``).
+that a thread copies a vector at once, as is said again where rows begin (``_vectors``).
 """
 
 from __future__ import annotations
@@ -56,9 +60,9 @@ POLLS = tl.constexpr(20_000)
 LOOKS = tl.constexpr(256)
 """Looks at signals for each look at the clock."""
 NOT_SPECIALIZED = (
-    "rows", "ids", "weights", "inverse", "ranks", "kept", "order", "offsets", "tokens", "topk",
-    "words", "stride", "ids_stride", "ids_step", "weights_stride", "weights_step", "pitch", "me",
-    "experts", "per_rank", "most", "weights_at", "numbers", "limit", "places", "slots", "columns",
+    "rows", "ids", "weights", "inverse", "ranks", "kept", "offsets", "tokens", "topk", "words",
+    "stride", "ids_stride", "ids_step", "weights_stride", "weights_step", "pitch", "me", "experts",
+    "per_rank", "most", "weights_at", "numbers", "limit", "slots", "group", "columns",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel: ranks that compile
 one in the middle of a run let the others wait."""
@@ -179,21 +183,45 @@ def end(state, signals, late, me, epoch, limit, kind: tl.constexpr, RANKS: tl.co
 
 
 @triton.jit
-def _copy(
-    rows, row, stride, memory, place, pitch, words, part, VEC: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Copy a part of a row.
+def share(items, RANKS: tl.constexpr, ONE_OF: tl.constexpr):
+    """Return the first item of this program, the end of its items, and the step between them.
+
+    There are as many items for each rank, and those for this one are last. If programs have several
+    each, one of so many writes only those: stores of a multiprocessor are in order, so what stays
+    here would wait for what the link has not taken yet.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    first, end, step = program, items, programs
+    if (items > programs) & (programs >= ONE_OF):
+        others = items - items // RANKS
+        if program % ONE_OF == ONE_OF - 1:
+            first = others + program // ONE_OF
+            step = programs // ONE_OF
+        else:
+            first = program - program // ONE_OF
+            end = others
+            step = programs - programs // ONE_OF
+    return first, end, step
+
+
+@triton.jit
+def _vectors(memory, row, pitch, part, VEC: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the addresses of a part of a row.
 
     One sum for each address, because Triton joins sums, and forgets what it was told of the first.
     """
     columns = part * WIDTH + tl.arange(0, WIDTH)
-    inside = columns < words * VEC
-    source = rows + (tl.cast(row, tl.int64) * (stride * VEC) + columns)
-    target = memory + (tl.cast(place, tl.int64) * (pitch * VEC) + columns)
+    at = memory + (tl.cast(row, tl.int64) * (pitch * VEC) + columns)
     if VEC > 1:
-        source = tl.multiple_of(source, 16)
-        target = tl.multiple_of(target, 16)
-    tl.store(target, tl.load(source, mask=inside), mask=inside)
+        at = tl.multiple_of(at, 16)
+    return at
+
+
+@triton.jit
+def _inside(words, part, VEC: tl.constexpr, WIDTH: tl.constexpr):
+    """Tell which elements of a part a row has."""
+    return part * WIDTH + tl.arange(0, WIDTH) < words * VEC
 
 
 @triton.jit
@@ -242,34 +270,42 @@ def moe_routing_send(
     epoch = begin(state, signals, late, me, limit, THERE, RANKS, LANES, PDL, INTERPRETED)
     parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
     element = rows.dtype.element_ty
-    if SUMS:
-        slots = tl.arange(0, SLOTS)
-        for item in range(program, tokens * RANKS * parts, programs):
-            token = item // parts // RANKS
-            rank = (item // parts) % RANKS
-            at = ids + token.to(tl.int64) * ids_stride + slots * ids_step
-            expert = tl.load(at, mask=slots < topk, other=-1)
-            known = (expert >= 0) & (expert < experts)
-            goes = tl.max((known & ((expert // per_rank).to(tl.int32) == rank)).to(tl.int32)) > 0
+    slots = tl.arange(0, SLOTS)
+    first, last_item, step = share(RANKS * tokens * parts, RANKS, max(RANKS, 3))
+    for item in range(first, last_item, step):
+        part = item % parts
+        token = (item // parts) % tokens
+        rank = (me + 1 + item // parts // tokens) % RANKS
+        experts_at = ids + token.to(tl.int64) * ids_stride
+        expert = tl.load(experts_at + slots * ids_step, mask=slots < topk, other=-1)
+        known = (expert >= 0) & (expert < experts)
+        goes = tl.max((known & ((expert // per_rank).to(tl.int32) == rank)).to(tl.int32)) > 0
+        target = address(memory, rank, element)
+        inside = _inside(words, part, VEC, WIDTH)
+        if SUMS:
             if TELLS:
-                if item % parts == 0:
+                if part == 0:
                     place = tl.where(goes, rank * most + token, -1)
                     tl.store(inverse + token * RANKS + rank, place)
                     tl.store(ranks + token * RANKS + rank, tl.where(goes, rank, -1))
             if goes:
                 row = rank * most + token if BY_PLACE else token
-                its, place = address(memory, rank, element), me * most + token
-                _copy(rows, row, stride, its, place, pitch, words, item % parts, VEC, WIDTH)
-    else:
-        for item in range(program, tokens * topk * parts, programs):
-            pair = item // parts
-            token = pair // topk
-            expert = tl.load(ids + token.to(tl.int64) * ids_stride + (pair % topk) * ids_step)
-            if (expert >= 0) & (expert < experts):
-                rank = (expert // per_rank).to(tl.int32)
-                row = pair if BY_PLACE else token
-                its, place = address(memory, rank, element), me * most + pair
-                _copy(rows, row, stride, its, place, pitch, words, item % parts, VEC, WIDTH)
+                values = tl.load(_vectors(rows, row, stride, part, VEC, WIDTH), mask=inside)
+                at = _vectors(target, me * most + token, pitch, part, VEC, WIDTH)
+                tl.store(at, values, mask=inside)
+        elif goes:
+            if not BY_PLACE:  # read once, whatever the number of experts there
+                values = tl.load(_vectors(rows, token, stride, part, VEC, WIDTH), mask=inside)
+            for slot in range(topk):
+                its = tl.load(experts_at + slot * ids_step)
+                if (its >= 0) & (its < experts) & ((its // per_rank).to(tl.int32) == rank):
+                    pair = token * topk + slot
+                    at = _vectors(target, me * most + pair, pitch, part, VEC, WIDTH)
+                    if BY_PLACE:
+                        own = _vectors(rows, pair, stride, part, VEC, WIDTH)
+                        tl.store(at, tl.load(own, mask=inside), mask=inside)
+                    else:
+                        tl.store(at, values, mask=inside)
     if TELLS:
         pairs = tokens * topk
         places = most * topk if SUMS else most
@@ -311,8 +347,8 @@ def moe_routing_send(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_send_back(
-    rows, order, offsets, ids, state, late, signals, memory,
-    places, slots, words, stride, pitch, me, most, experts, limit,
+    rows, inverse, offsets, ids, state, late, signals, memory,
+    slots, group, words, stride, pitch, me, most, experts, limit,
     RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
     PLANNED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -322,39 +358,45 @@ def moe_routing_send_back(
     Without ``SUMS`` it becomes the row of its pair there; with it, that of its token in the matrix
     that is kept there for this rank.
 
-    :param rows: by place; or, ``PLANNED``, in the order of a plan of the places' experts: then the
-        others are not even looked at.
-    :param order: the place of each row, where ``PLANNED``, up to ``offsets[experts]``.
+    :param rows: by place; or, ``PLANNED``, in the order of a plan of the places' experts.
+    :param inverse: the row of each place, where ``PLANNED``, up to ``offsets[experts]``.
     :param ids: ``[places, slots]``: the experts of each place; a negative one is none.
+    :param group: places that a program takes at once: it divides ``most``.
     """
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
     epoch = begin(state, signals, late, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
     parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
     element = rows.dtype.element_ty
-    number = tl.minimum(tl.load(offsets + experts), places) if PLANNED else places
+    used = tl.load(offsets + experts) if PLANNED else 0
     lanes = tl.arange(0, SLOTS)
-    for item in range(program, number * parts, programs):
-        row = item // parts
-        if PLANNED:
-            place = tl.load(order + row)
-            goes = (place >= 0) & (place < places)
-        else:
-            place = row
-            at = ids + place.to(tl.int64) * slots + lanes
-            goes = tl.max(tl.load(at, mask=lanes < slots, other=-1)) >= 0
-        if goes:
-            rank = place // most
-            kept = me * most + place % most if SUMS else place % most
-            its = address(memory, rank, element)
-            _copy(rows, row, stride, its, kept, pitch, words, item % parts, VEC, WIDTH)
+    groups = most // group
+    first, last_item, step = share(RANKS * groups * parts, RANKS, max(RANKS, 3))
+    for item in range(first, last_item, step):
+        part = item % parts
+        begun = (item // parts) % groups * group
+        rank = (me + 1 + item // parts // groups) % RANKS
+        its = address(memory, rank, element)
+        inside = _inside(words, part, VEC, WIDTH)
+        for its_place in range(begun, begun + group):
+            place = rank * most + its_place
+            if PLANNED:
+                row = tl.load(inverse + place)
+                goes = (row >= 0) & (row < used)
+            else:
+                row = place
+                experts_at = ids + tl.cast(place, tl.int64) * slots + lanes
+                goes = tl.max(tl.load(experts_at, mask=lanes < slots, other=-1)) >= 0
+            if goes:
+                values = tl.load(_vectors(rows, row, stride, part, VEC, WIDTH), mask=inside)
+                kept = me * most + its_place if SUMS else its_place
+                at = _vectors(its, kept, pitch, part, VEC, WIDTH)
+                tl.store(at, values, mask=inside)
     end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_sum_back(
     rows, inverse, offsets, weights, state, late, signals, memory,
-    places, topk, columns, stride, pitch, me, most, experts, limit,
+    topk, columns, stride, pitch, me, most, experts, limit,
     RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, VEC: tl.constexpr,
     WIDTH: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -366,32 +408,28 @@ def moe_routing_sum_back(
     :param inverse: ``[places, topk]``: the row of each slot; up to ``offsets[experts]``.
     :param weights: ``[places, topk]``.
     """
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
     epoch = begin(state, signals, late, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
     parts = tl.maximum(tl.cdiv(columns * VEC, WIDTH), 1)
+    element = rows.dtype.element_ty
     used = tl.load(offsets + experts)
     lanes = tl.arange(0, SLOTS)
-    for item in range(program, places * parts, programs):
-        place = item // parts
-        slot = place.to(tl.int64) * topk
+    first, last_item, step = share(RANKS * most * parts, RANKS, RANKS)
+    for item in range(first, last_item, step):
+        part = item % parts
+        its_place = (item // parts) % most
+        rank = (me + 1 + item // parts // most) % RANKS
+        slot = tl.cast(rank * most + its_place, tl.int64) * topk
         all_rows = tl.load(inverse + slot + lanes, mask=lanes < topk, other=-1)
         if tl.max(((all_rows >= 0) & (all_rows < used)).to(tl.int32)) > 0:
-            column = (item % parts) * WIDTH + tl.arange(0, WIDTH)
-            inside = column < columns * VEC
+            inside = _inside(columns, part, VEC, WIDTH)
             total = tl.zeros([WIDTH], tl.float32)
             for k in range(topk):
                 row = tl.load(inverse + slot + k)
                 if (row >= 0) & (row < used):
                     weight = tl.load(weights + slot + k).to(tl.float32)
-                    at = rows + (row.to(tl.int64) * (stride * VEC) + column)
-                    if VEC > 1:
-                        at = tl.multiple_of(at, 16)
+                    at = _vectors(rows, row, stride, part, VEC, WIDTH)
                     total += weight * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            its = address(memory, place // most, rows.dtype.element_ty)
-            kept = (me * most + place % most).to(tl.int64)
-            at = its + (kept * (pitch * VEC) + column)
-            if VEC > 1:
-                at = tl.multiple_of(at, 16)
-            tl.store(at, _nearest(total, rows.dtype.element_ty), mask=inside)
+            its = address(memory, rank, element)
+            at = _vectors(its, me * most + its_place, pitch, part, VEC, WIDTH)
+            tl.store(at, _nearest(total, element), mask=inside)
     end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)

@@ -30,6 +30,7 @@ class Rows(NamedTuple):
 class Layout:
     """What is kept for calls of K slots.
 
+    :ivar topk: K.
     :ivar places: that a rank keeps for each other: of pairs, or with sums of tokens.
     :ivar slots: whose experts a place tells: 1, or with sums K.
     :ivar told: the experts of the places, and behind them the weights.
@@ -41,6 +42,7 @@ class Layout:
     def __init__(self, topk: int, transport: Symmetric) -> None:
         """Keep memory for the experts of what arrives; every rank does so at once."""
         sums, ranks, most = transport.sums, transport.ranks, transport.most
+        self.topk = topk
         self.places, self.slots = (most, topk) if sums else (most * topk, 1)
         self.arriving = ranks * self.places
         self.told = transport.allocated("ids", 2 * WEIGHT * self.arriving * self.slots)

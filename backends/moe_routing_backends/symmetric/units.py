@@ -14,9 +14,9 @@ ALIGNMENT = 16
 """Of a row, in bytes: as much as a thread writes at once."""
 UNITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 """What rows are moved as, by bytes."""
-WIDTHS = (128, 4096)
-"""The least and most integers of a row that a program copies at once: most rows are one piece."""
-SUMMED = (128, 2048)
+WIDTHS = (128, 2048)
+"""The least and most integers of a row that a program copies at once."""
+SUMMED = (128, 1024)
 """The least and most columns that a program sums at once."""
 
 
@@ -47,6 +47,8 @@ class Units(NamedTuple):
             rows = rows.view(UNITS[unit])
         aligned = not any(number % ALIGNMENT for number in (*numbers, rows.data_ptr()))
         least, most = WIDTHS if integers else SUMMED
+        if not aligned:  # each element has an address in registers, of which there are too few
+            most //= 2
         width = min(max(triton.next_power_of_2(rows.shape[1]), least), most)
         return cls(rows, ALIGNMENT // rows.element_size() if aligned else 1, width)
 
