@@ -119,6 +119,19 @@ _CLAUSES = (
         "transport. (`ExpertParallel` does this for every transport.)",
         "one rank with another configuration otherwise stops all of them, without a word.",
     ),
+    Clause(
+        10,
+        "capacity",
+        "Capacity",
+        "With a capacity that was too small, tokens are NaN or right, and every rank is told.",
+        "With `capacity=C` a rank may keep C rows for each other rank: of slots, or with "
+        '`reduce="rank"` of tokens. A token of which a row found no place is NaN in all columns; '
+        "the others are as they are without a capacity. If there is such a token on any rank, "
+        "`check()` raises `CapacityError` on every rank, and so does `dispatch` after it; if there "
+        "is none, neither raises. A capacity that all rows fit into changes nothing. A transport "
+        "that needs no places may ignore it.",
+        "rows that are dropped without a word give outputs that look right.",
+    ),
 )
 
 CLAUSES = {clause.number: clause for clause in _CLAUSES}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         ExpertParallel,
     )
     from moe_routing.distributed.kernel import (
+        CapacityError,
+        Checks,
         CombinesPlanned,
         Exchange,
         ExchangeKernel,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from moe_routing.distributed.problem import ExchangeProblem
 
 _HOME = {
+    "CapacityError": "moe_routing.distributed.kernel",
+    "Checks": "moe_routing.distributed.kernel",
     "CombinesPlanned": "moe_routing.distributed.kernel",
     "Dispatched": "moe_routing.distributed.expert_parallel",
     "DispatchedWithScales": "moe_routing.distributed.expert_parallel",
@@ -38,6 +42,8 @@ _HOME = {
 }
 
 __all__ = [
+    "CapacityError",
+    "Checks",
     "CombinesPlanned",
     "Dispatched",
     "DispatchedWithScales",

@@ -167,6 +167,7 @@ def check_problem(  # noqa: PLR0913 -- the arguments of `ExpertParallel`
     reduce: object,
     shared_batch: object,
     max_tokens: object,
+    capacity: object,
     topk: object,
     hidden_size: object,
     dtype: object,
@@ -182,13 +183,18 @@ def check_problem(  # noqa: PLR0913 -- the arguments of `ExpertParallel`
         raise TypeError(refusal("dtype", "a torch.dtype or None", dtype))
     ranks = len(placement.of_each_rank)
     columns = _stated("topk", topk, MAX_TOPK)
+    # The pairs that a rank receives, padded, are counted in int32.
+    most = (2**31 - 1) // (ranks * max(1, columns))
+    tokens = _stated("max_tokens", max_tokens, most)
+    if capacity is not None and not tokens:
+        raise ValueError(refusal("capacity", "None, or max_tokens too", capacity))
     return ExchangeProblem(
         ranks=ranks,
         experts_per_rank=placement.experts_per_rank,
         reduce="rank" if reduce == "rank" else "none",
         shared_batch=_check.flag("shared_batch", shared_batch),
-        # The pairs that a rank receives, padded, are counted in int32.
-        max_tokens=_stated("max_tokens", max_tokens, (2**31 - 1) // (ranks * max(1, columns))),
+        max_tokens=tokens,
+        capacity=_stated("capacity", capacity, (2**31 - 1) // ranks),
         topk=columns,
         hidden_size=_stated("hidden_size", hidden_size, 2**31 - 1),
         dtype="" if dtype is None else str(dtype).removeprefix("torch."),

@@ -16,7 +16,7 @@ import moe_routing
 from moe_routing._dispatch import chosen
 from moe_routing.distributed import _agreement, _check
 from moe_routing.distributed.collectives import alive, joined
-from moe_routing.distributed.kernel import CombinesPlanned, Tokens
+from moe_routing.distributed.kernel import Checks, CombinesPlanned, Tokens
 from moe_routing.distributed.request import transport_request
 from moe_routing.probing import probe
 from moe_routing_registry.text import refusal
@@ -102,6 +102,10 @@ class ExpertParallel:
     :param max_tokens: the most tokens of a rank. With it sizes need not be exchanged: no call waits
         for the device, each can be captured in a CUDA graph, and rows are sent as if every rank had
         that many tokens.
+    :param capacity: the most rows that a rank keeps for each other, where a transport keeps memory
+        for them: of slots (``reduce="none"``), or of tokens (``"rank"``). ``None``: as many as
+        there can be. Tokens whose rows find no place become NaN, and ``check`` raises. Needs
+        ``max_tokens``.
     :param topk: K, if it is known; ranks and calls are held to it.
     :param hidden_size: H, likewise.
     :param dtype: of the rows, likewise.
@@ -155,6 +159,7 @@ class ExpertParallel:
         reduce: Reduce = "none",
         shared_batch: bool = False,
         max_tokens: int | None = None,
+        capacity: int | None = None,
         topk: int | None = None,
         hidden_size: int | None = None,
         dtype: torch.dtype | None = None,
@@ -180,6 +185,7 @@ class ExpertParallel:
                 reduce=reduce,
                 shared_batch=shared_batch,
                 max_tokens=max_tokens,
+                capacity=capacity,
                 topk=topk,
                 hidden_size=hidden_size,
                 dtype=dtype,
@@ -204,6 +210,18 @@ class ExpertParallel:
     def group(self) -> ProcessGroup:
         """The group, unless it was destroyed."""
         return alive(self._group)
+
+    def check(self) -> None:
+        """Wait for the device, and raise what went wrong there in the calls before.
+
+        Such errors are seen when the device got so far: a later ``dispatch`` raises them too, on
+        each rank as soon as it sees them. Here every rank raises, if all made the same calls.
+
+        :raises CapacityError: ``capacity`` was too small for the rows of some rank.
+        :raises TimeoutError: this rank waited too long for another.
+        """
+        if isinstance(self._exchange, Checks):
+            self._exchange.check()
 
     def _chosen(
         self, transport: str | None

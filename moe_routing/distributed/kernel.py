@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from moe_routing.planning.kernel import DispatchPlan
 
 
+class CapacityError(RuntimeError):
+    """A rank had no place for all rows that another sent: ``capacity`` was too small.
+
+    What was computed since then is wrong: the tokens of those rows are NaN.
+    """
+
+
 class Tokens(NamedTuple):
     """What a rank dispatches.
 
@@ -78,6 +85,19 @@ class CombinesPlanned(Protocol):
         """Do as ``combine`` does, with a result for each slot that has an expert.
 
         :param rows: ``[P, H']``, in the order of a plan of ``received.ids``; not yet weighed.
+        """
+        ...
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """An ``Exchange`` in which something can go wrong on the device, unseen by the host."""
+
+    def check(self) -> None:
+        """Wait for the device, and raise what went wrong, on every rank.
+
+        :raises CapacityError: some rank had no place for all rows of another.
+        :raises TimeoutError: a rank waited too long for another.
         """
         ...
 

@@ -29,6 +29,8 @@ class ExchangeProblem:
         sum over the slots whose experts are there (``"rank"``).
     :ivar shared_batch: whether every rank holds the same tokens.
     :ivar max_tokens: the most tokens of a rank.
+    :ivar capacity: the most rows that a rank keeps for each other: of slots (``"none"``), or of
+        tokens (``"rank"``). A transport that loses no rows need not keep fewer.
     :ivar topk: K, the slots of a token.
     :ivar hidden_size: H, the columns of a token's row.
     :ivar dtype: of the rows: the name of any dtype of torch.
@@ -43,6 +45,7 @@ class ExchangeProblem:
     reduce: Reduce = "none"
     shared_batch: bool = False
     max_tokens: int = 0
+    capacity: int = 0
     topk: int = 0
     hidden_size: int = 0
     dtype: str = ""
@@ -55,9 +58,11 @@ class ExchangeProblem:
         for name in ("ranks", "hosts", "experts_per_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(refusal(name, "an int of at least 1", getattr(self, name)))
-        for name in ("max_tokens", "topk", "hidden_size"):
+        for name in ("max_tokens", "capacity", "topk", "hidden_size"):
             if getattr(self, name) < 0:
                 raise ValueError(refusal(name, "an int of at least 0", getattr(self, name)))
+        if self.capacity and not self.max_tokens:
+            raise ValueError(refusal("capacity", "0 without max_tokens", self.capacity))
         if self.reduce not in REDUCE:
             raise ValueError(refusal("reduce", "'none' or 'rank'", self.reduce))
 
@@ -71,6 +76,7 @@ class ExchangeProblem:
             "reduce": self.reduce,
             "shared_batch": self.shared_batch,
             "max_tokens": self.max_tokens,
+            "capacity": self.capacity,
             "topk": self.topk,
             "hidden_size": self.hidden_size,
             "dtype": self.dtype,
@@ -83,6 +89,7 @@ class ExchangeProblem:
             ("K", self.topk),
             ("H", self.hidden_size),
             ("max_tokens", self.max_tokens),
+            ("capacity", self.capacity),
         )
         words = [
             f"exchange ranks={self.ranks} E={self.ranks * self.experts_per_rank}",

@@ -47,6 +47,7 @@ class Call(NamedTuple):
     :ivar most: the most tokens of a rank.
     :ivar offset: columns in front of the rows, so that those are not aligned.
     :ivar recorded: whether gradients flow.
+    :ivar capacity: the most rows of a rank for another, where that was stated.
     """
 
     ranks: int
@@ -60,6 +61,7 @@ class Call(NamedTuple):
     most: int = 16
     offset: int = 0
     recorded: bool = False
+    capacity: int = 0
 
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
@@ -79,6 +81,9 @@ CALLS = [
     Call(2, 1, 7, 8, FP8, 4095, FP32, INT64),
     # More is told than a launch of rows copies besides.
     Call(2, 0, 7, 10, FP16, 4096, FP32, INT64, most=256),
+    # Places by a plan.
+    Call(2, 1, 16, 8, BF16, 14336, FP32, INT32, capacity=9),
+    Call(4, 0, 7, 6, BF16, 4094, BF16, INT64, recorded=True, capacity=3),
     # Other numbers of ranks.
     Call(3, 2, 7, 8, FP16, 14336, BF16, INT64),
     Call(3, 0, 16, 6, FP32, 4092, FP32, INT64),
@@ -88,7 +93,9 @@ CALLS = [
     Call(8, 3, 7, 6, BF16, 4094, BF16, INT64),
     Call(8, 7, 16, 10, FP16, 14336, FP32, INT32, recorded=True),
 ]
-VARIANT = ("kernel", "SUMS", "TELLS", "BY_PLACE", "WEIGHS", "KEEPS", "PLANNED")
+VARIANT = (
+    "kernel", "SUMS", "BY_RANK", "PLACED", "TELLS", "BY_PLACE", "WEIGHS", "KEEPS", "PLANNED",
+)  # fmt: skip
 """What tells kernels apart whose code begins alike."""
 
 
@@ -131,6 +138,7 @@ def transport(call, target, reduce):
         experts_per_rank=EXPERTS_PER_RANK,
         reduce=reduce,
         max_tokens=max(call.most, call.tokens),
+        capacity=call.capacity,
     )
     distributed.init_process_group("fake", store=FakeStore(), rank=call.me, world_size=call.ranks)
     made = exchange.Symmetric(problem, torch.device("cpu"), distributed.group.WORLD, allocate)

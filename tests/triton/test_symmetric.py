@@ -27,6 +27,7 @@ WAIT = ["gpu.relaxed.max.s64"] * 6 + ["sys.acquire.add.u64"]
 """The atomics of a wait: two for each of three looks at the clock, and one at signals."""
 SIGNALS = ["sys.release.add.u64", "sys.release.exch.b64"]
 ADDS, EXCHANGES = SIGNALS
+FLAG = "sys.relaxed.exch.b64"
 
 
 def compiled(*arguments):
@@ -64,7 +65,8 @@ def must_copy_vectors(case):
 
 def must_signal_and_wait(case):
     """Require both signals and both waits, in orders that hold between GPUs."""
-    assert case["atomics"] == sorted(WAIT * 2 + SIGNALS), case
+    flag = [FLAG] if case.get("PLACED") else []  # with the signals, which are released after it
+    assert case["atomics"] == sorted(WAIT * 2 + SIGNALS + flag), case
     assert case["barrier"], case
     # Each wait ends: it looks at a clock, and has an instruction that stops the kernel.
     assert case["traps"] == 2, case
@@ -105,12 +107,14 @@ def test_every_variant_that_is_launched_is_compiled(by_target, target):
 
     # SUMS, TELLS, BY_PLACE, WEIGHS, KEEPS: with sums, weights come along, and both may be kept.
     tells, sums = (False, True, False, False, False), (True, True, False, True, False)
-    assert variants(SEND, "SUMS", "TELLS", "BY_PLACE", "WEIGHS", "KEEPS") == {
+    sent = {
         tells, sums, (*sums[:4], True),
         (False, False, True, False, False), (True, False, True, False, False),
     }  # fmt: skip
+    assert variants(SEND, "SUMS", "TELLS", "BY_PLACE", "WEIGHS", "KEEPS") == sent
+    assert variants(SEND, "SUMS", "PLACED") == set(product((False, True), repeat=2))
     # Rows in the order of a plan are summed before they go back, where there are sums.
-    assert variants(SEND_BACK, "SUMS", "PLANNED") == {(False, False), (False, True), (True, False)}
+    assert variants(SEND_BACK, "BY_RANK", "PLANNED") == set(product((False, True), repeat=2))
     # Results are of 2 bytes or more.
     units = {("int32", 4), ("int32", 1), ("int16", 1)}
     assert variants(SEND, "unit", "VEC") == {*units, ("int8", 1)}

@@ -86,8 +86,11 @@ def _reaches(device: DeviceInfo) -> Verdict:
 def notes(problem: ExchangeProblem, _device: DeviceInfo) -> tuple[str, ...]:
     """Say what is kept."""
     each = " for each slot" if problem.reduce == "none" else ""
-    rows = problem.ranks * problem.max_tokens
-    return (f"no host synchronisation: keeps memory for {rows} rows that arrive{each}",)
+    rows = f"{problem.ranks * problem.max_tokens} rows that arrive{each}"
+    if problem.capacity:
+        of = "slots" if problem.reduce == "none" else "tokens"
+        rows += f", or {problem.ranks * problem.capacity} {of} if those are fewer"
+    return (f"no host synchronisation: keeps memory for {rows}",)
 
 
 @hookimpl

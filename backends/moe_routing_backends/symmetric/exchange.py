@@ -1,7 +1,9 @@
 """The transport: what is kept for other ranks, and the launches.
 
 Every rank keeps memory for what arrives from each other, for the most there can be. So a place is
-known without a word from anybody: rows of a pair, or of a token, always go to the same one.
+known without a word from anybody: rows of a pair, or of a token, always go to the same one. With a
+capacity there are fewer places. Then the sender plans which rows get one, and those that get none
+are told of by a flag that travels with the signals.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from torch import distributed
 import moe_routing
 from moe_routing import DispatchPlan
 from moe_routing.distributed.collectives import alive
-from moe_routing.distributed.kernel import Received
+from moe_routing.distributed.kernel import CapacityError, Received
 from moe_routing.private_api import timeout_of
+from moe_routing_backends.symmetric import kernels
 from moe_routing_backends.symmetric.kernels import (
     moe_routing_send,
     moe_routing_send_back,
@@ -53,8 +56,9 @@ FEW = 4 * PROGRAMS
 """Places that programs take one by one on the way back, and not those of a token together."""
 ARGUMENTS = {"rows": "hidden", "weights": "weights", "scales": "scales", "back": "rows"}
 """Of what is kept, the arguments that it is for."""
-STATE = 3
-"""Numbers of the device; ``kernels`` names them."""
+STATE, SAID = 3, 2
+"""Numbers of the device, and of those that it says to the host; ``kernels`` names them."""
+LATE, FULL = kernels.LATE.value, kernels.FULL.value
 PDL_FROM = (9, 0)
 """The compute capability from which a kernel may be placed while the one before still runs."""
 
@@ -73,19 +77,30 @@ class Symmetric:
         self._group, self._allocate, self.device = ref(group), allocate, device
         self.ranks, self._rank = problem.ranks, distributed.get_rank(group)
         self.sums, self.most = problem.reduce == "rank", problem.max_tokens
+        self.capacity = problem.capacity
         self._per_rank = problem.experts_per_rank
         self._limit = int(timeout_of(group, device).total_seconds() * 1e9)
         self._interpreted = device.type == "cpu"
         self._pdl = not self._interpreted and torch.cuda.get_device_capability(device) >= PDL_FROM
-        self._signals = self.allocated("group", 2 * SIGNAL * self.ranks)
+        self._signals = self.allocated("group", 3 * SIGNAL * self.ranks)
         self._state = torch.zeros(STATE, dtype=torch.int64, device=device)
-        self._late = torch.zeros(1, dtype=torch.int64, pin_memory=not self._interpreted)
+        self._said = torch.zeros(SAID, dtype=torch.int64, pin_memory=not self._interpreted)
         self._layouts: dict[int, Layout] = {}
         self._outgrown: list[Rows] = []
+
+    def check(self) -> None:
+        """Wait for the device, and raise what went wrong there."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:  # a kernel that was stopped fails there, and said why
+            self._must_be_on_time()
+        self._must_have_had_places()
 
     def dispatch(self, tokens: Tokens) -> Received:
         """Send each token once to each of its experts, or once to each rank that has any."""
         self._must_be_on_time()
+        self._must_have_had_places()  # not on the way back, for which the other ranks wait
         hidden, weights, scales = tokens.hidden, tokens.weights, tokens.scales
         state = self._new_state(tokens.ids, None if self.sums else weights)
         moved = [
@@ -155,14 +170,22 @@ class Symmetric:
     def _of_slots(back: Tensor, state: State) -> Tensor:
         """Sum what came back for each slot, or from each rank."""
         rows = back.unflatten(0, state.plan.order.shape)
-        return moe_routing.combine(rows, state.plan, state.weights)
+        sums = moe_routing.combine(rows, state.plan, state.weights)
+        return sums.masked_fill(state.lost, torch.nan) if state.layout.placed else sums
 
     def _must_be_on_time(self) -> None:
-        if rank := int(self._late.item()):
+        if rank := int(self._said[LATE]):
             seconds = self._limit / 1e9
             expected = f"group: expected every rank to exchange within {seconds:g} s"
             msg = f"{expected}, rank {rank - 1} did not"
             raise TimeoutError(msg)
+
+    def _must_have_had_places(self) -> None:
+        if rank := int(self._said[FULL]):
+            what = "tokens" if self.sums else "slots"
+            expected = f"capacity: expected {self.capacity} {what} or fewer from a rank to another"
+            msg = f"{expected}, got more from rank {rank - 1}: those tokens are NaN"
+            raise CapacityError(msg)
 
     def _new_state(self, ids: Tensor, weights: Tensor | None) -> State:
         tokens, topk = ids.shape
@@ -171,11 +194,24 @@ class Symmetric:
             # What is made once serves calls in every mode: autograd keeps no inference tensors.
             with torch.inference_mode(mode=False):
                 layout = self._layouts[topk] = Layout(topk, self)
+        if layout.placed:
+            to = self._ranks_of(ids)
+            plan = moe_routing.plan(to, self.ranks, capacity=layout.places, masked=True)
+            return State(layout, plan, to, weights)
         slots = self.ranks if self.sums else topk
         inverse, ranks = torch.empty(2, tokens, slots, dtype=torch.int32, device=self.device)
         order, counts, offsets, blocks, dropped = layout.order
         plan = DispatchPlan(order, inverse, counts, offsets, blocks, dropped)
         return State(layout, plan, ranks, weights)
+
+    def _ranks_of(self, ids: Tensor) -> Tensor:
+        """Return the rank of each slot, or with sums each rank that has one; else -1."""
+        known = (ids >= 0) & (ids < self.ranks * self._per_rank)
+        to = torch.where(known, ids // self._per_rank, -1).to(torch.int32)
+        if not self.sums:
+            return to
+        ranks = torch.arange(self.ranks, dtype=torch.int32, device=self.device)
+        return torch.where((to[:, :, None] == ranks).any(dim=1), ranks, -1)
 
     def allocated(self, argument: str, size: int) -> Memory:
         """Return memory that every rank makes at once.
@@ -215,7 +251,8 @@ class Symmetric:
 
     def _places(self, name: str, layout: Layout) -> int:
         """Return how many rows are kept: of the pairs of this rank alone if each comes back."""
-        return layout.places if name == "back" and not self.sums else layout.arriving
+        pairs = name == "back" and not self.sums and not layout.placed
+        return layout.places if pairs else layout.arriving
 
     def _arrived(self, name: str, layout: Layout, like: Tensor) -> Tensor:
         """Return what arrived where other ranks write: ``[places, columns of like]``."""
@@ -271,16 +308,18 @@ class Symmetric:
         tokens, topk = to.shape
         self._launch(
             moe_routing_send, units, tokens * self.ranks,
-            to, to if weights is None else weights, state.plan.inverse, state.ranks,
+            to, to if weights is None else weights, state.plan.inverse, state.plan.order,
+            state.plan.num_dropped, state.ranks,
             to if kept is None else kept,
-            self._state, self._late, self._signals.addresses, layout.told.addresses,
+            self._state, self._said, self._signals.addresses, layout.told.addresses,
             memory.addresses,
             tokens, topk, units.columns, units.stride, *to.stride(),
             *((0, 0) if weights is None else weights.stride()), units.of_bytes(pitch),
             self._rank, self.ranks * per_rank, per_rank, places,
             WEIGHT * layout.arriving * layout.slots, 0 if kept is None else len(kept), self._limit,
-            SLOTS=triton.next_power_of_2(topk), SUMS=self.sums, BY_PLACE=not tells, TELLS=tells,
-            WEIGHS=weights is not None, KEEPS=kept is not None, CHUNK=CHUNK,
+            SLOTS=triton.next_power_of_2(topk), SUMS=self.sums, PLACED=layout.placed,
+            BY_PLACE=not tells, TELLS=tells, WEIGHS=weights is not None, KEEPS=kept is not None,
+            CHUNK=CHUNK,
         )  # fmt: skip
 
     def back(self, rows: Tensor, state: State, ids: Tensor, plan: DispatchPlan | None) -> Tensor:
@@ -293,14 +332,15 @@ class Symmetric:
         memory, pitch = self._rows("back", layout, rows)
         units = Units.of(rows, pitch)
         inverse, offsets = (ids, ids) if plan is None else (plan.inverse, plan.offsets)
-        group = 1 if self.sums or layout.arriving <= FEW else layout.topk
+        by_rank = self.sums or layout.placed
+        group = 1 if by_rank or layout.arriving <= FEW else layout.topk
         self._launch(
             moe_routing_send_back, units, layout.arriving // group,
             inverse, offsets, ids,
-            self._state, self._late, self._signals.addresses, memory.addresses,
+            self._state, self._said, self._signals.addresses, memory.addresses,
             layout.slots, group, units.columns, units.stride, units.of_bytes(pitch), self._rank,
             layout.places, 0 if plan is None else len(plan.counts), self._limit,
-            SLOTS=triton.next_power_of_2(layout.slots), SUMS=self.sums, PLANNED=plan is not None,
+            SLOTS=triton.next_power_of_2(layout.slots), BY_RANK=by_rank, PLANNED=plan is not None,
         )  # fmt: skip
         return self._arrived("back", layout, rows)
 
@@ -312,7 +352,7 @@ class Symmetric:
         self._launch(
             moe_routing_sum_back, units, layout.arriving,
             plan.inverse, plan.offsets, weights,
-            self._state, self._late, self._signals.addresses, memory.addresses,
+            self._state, self._said, self._signals.addresses, memory.addresses,
             layout.slots, units.columns, units.stride, units.of_bytes(pitch), self._rank,
             layout.places, len(plan.counts), self._limit,
             SLOTS=triton.next_power_of_2(layout.slots),

@@ -53,6 +53,10 @@ THERE = tl.constexpr(1)
 """A kind of exchange: to the experts."""
 BACK = tl.constexpr(2)
 """A kind of exchange: to the tokens."""
+LATE = tl.constexpr(0)
+"""Of ``said``: one more than a rank that was waited for too long."""
+FULL = tl.constexpr(1)
+"""Of ``said``: one more than a rank that found no place for all its rows."""
 CLOCK = tl.constexpr(2)
 """Of ``state``: nanoseconds, as some thread saw them last."""
 POLLS = tl.constexpr(20_000)
@@ -60,9 +64,10 @@ POLLS = tl.constexpr(20_000)
 LOOKS = tl.constexpr(256)
 """Looks at signals for each look at the clock."""
 NOT_SPECIALIZED = (
-    "rows", "ids", "weights", "inverse", "ranks", "kept", "offsets", "tokens", "topk", "words",
-    "stride", "ids_stride", "ids_step", "weights_stride", "weights_step", "pitch", "me", "experts",
-    "per_rank", "most", "weights_at", "numbers", "limit", "slots", "group", "columns",
+    "rows", "ids", "weights", "inverse", "order", "dropped", "ranks", "kept", "offsets", "tokens",
+    "topk", "words", "stride", "ids_stride", "ids_step", "weights_stride", "weights_step", "pitch",
+    "me", "experts", "per_rank", "most", "weights_at", "numbers", "limit", "slots", "group",
+    "columns",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel: ranks that compile
 one in the middle of a run let the others wait."""
@@ -92,7 +97,7 @@ def _time(state, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _wait(own, number, limit, late, state, RANKS: tl.constexpr, LANES: tl.constexpr,
+def _wait(own, number, limit, said, state, RANKS: tl.constexpr, LANES: tl.constexpr,
           INTERPRETED: tl.constexpr):  # fmt: skip
     """Wait until the signals of all ranks are ``number`` or more."""
     lanes = tl.arange(0, LANES)
@@ -115,7 +120,7 @@ def _wait(own, number, limit, late, state, RANKS: tl.constexpr, LANES: tl.conste
                 over = now - begun > limit
         if (least < number) & over:
             first = tl.min(tl.where(there & (seen < number), lanes, LANES))
-            tl.store(late, (first + 1).to(tl.int64))
+            tl.store(said + LATE, (first + 1).to(tl.int64))
             looks = tl.cast(-1, tl.int64)
             if not INTERPRETED:
                 until = _time(state, INTERPRETED) + LINGER
@@ -135,7 +140,7 @@ def _signals(signals, at, RANKS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def begin(state, signals, late, me, limit, kind: tl.constexpr, RANKS: tl.constexpr,
+def begin(state, signals, said, me, limit, kind: tl.constexpr, RANKS: tl.constexpr,
           LANES: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """Return the number of this exchange, once other ranks' memory may be written.
 
@@ -151,13 +156,13 @@ def begin(state, signals, late, me, limit, kind: tl.constexpr, RANKS: tl.constex
         at = _signals(signals, RANKS + me, RANKS, LANES)
         tl.atomic_xchg(at, number, mask=there, sem="release", scope="sys")
         own = address(signals, me, tl.int64) + RANKS
-        _wait(own, epoch, limit, late, state, RANKS, LANES, INTERPRETED)
+        _wait(own, epoch, limit, said, state, RANKS, LANES, INTERPRETED)
         tl.debug_barrier()
     return epoch
 
 
 @triton.jit
-def end(state, signals, late, me, epoch, limit, kind: tl.constexpr, RANKS: tl.constexpr,
+def end(state, signals, said, me, epoch, limit, kind: tl.constexpr, RANKS: tl.constexpr,
         LANES: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """Signal what was written; the last program waits for all others, of every rank.
 
@@ -176,7 +181,7 @@ def end(state, signals, late, me, epoch, limit, kind: tl.constexpr, RANKS: tl.co
     )
     if last:
         own = address(signals, me, tl.int64)
-        _wait(own, epoch * WHOLE, limit, late, state, RANKS, LANES, INTERPRETED)
+        _wait(own, epoch * WHOLE, limit, said, state, RANKS, LANES, INTERPRETED)
         tl.store(state + KIND, kind)
         tl.store(state + EPOCH, epoch)
     return last
@@ -238,11 +243,11 @@ def _nearest(value, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_send(
-    rows, ids, weights, inverse, ranks, kept, state, late, signals, told, memory,
+    rows, ids, weights, inverse, order, dropped, ranks, kept, state, said, signals, told, memory,
     tokens, topk, words, stride, ids_stride, ids_step, weights_stride, weights_step, pitch,
     me, experts, per_rank, most, weights_at, numbers, limit,
     RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
-    BY_PLACE: tl.constexpr, TELLS: tl.constexpr, WEIGHS: tl.constexpr,
+    PLACED: tl.constexpr, BY_PLACE: tl.constexpr, TELLS: tl.constexpr, WEIGHS: tl.constexpr,
     KEEPS: tl.constexpr, VEC: tl.constexpr,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -250,13 +255,17 @@ def moe_routing_send(
 
     Without ``SUMS`` a row goes to each expert: that of pair p of this rank to place p of what its
     expert's rank keeps for this rank. With ``SUMS`` a row goes once to each rank that has one of
-    the token's experts: that of token t to place t.
+    the token's experts: that of token t to place t. Where fewer places are kept than there can be
+    rows, a plan says which has which (``PLACED``).
 
-    :param rows: of the tokens; ``BY_PLACE`` of the pairs, or with ``SUMS`` of each rank's tokens.
+    :param rows: of the tokens; ``BY_PLACE`` those of what comes back.
     :param ids: ``[T, K]``. An expert is on rank ``expert // per_rank``; one that is not in ``[0,
         experts)`` is on none.
     :param inverse: filled where ``TELLS``: the place, in what comes back, of each slot's row, or
-        with ``SUMS`` of each rank's; -1 if none comes.
+        with ``SUMS`` of each rank's; -1 if none comes. ``PLACED``: read.
+    :param order: ``PLACED``: the slot, or with ``SUMS`` the token's rank, at each place; a number
+        beyond them at an empty one.
+    :param dropped: ``PLACED``: how many found no place. If any, every rank is told.
     :param ranks: filled likewise: the rank of each slot, or each rank; -1 if none comes.
     :param kept: where ``KEEPS``, as many ``numbers`` of what this rank was told are copied there,
         which is faster than another launch if they are few.
@@ -267,7 +276,7 @@ def moe_routing_send(
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    epoch = begin(state, signals, late, me, limit, THERE, RANKS, LANES, PDL, INTERPRETED)
+    epoch = begin(state, signals, said, me, limit, THERE, RANKS, LANES, PDL, INTERPRETED)
     parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
     element = rows.dtype.element_ty
     slots = tl.arange(0, SLOTS)
@@ -283,15 +292,19 @@ def moe_routing_send(
         target = address(memory, rank, element)
         inside = _inside(words, part, VEC, WIDTH)
         if SUMS:
-            if TELLS:
+            at_rank = token
+            if PLACED:
+                at_rank = tl.load(inverse + token * RANKS + rank) - rank * most
+                goes = goes & (at_rank >= 0)
+            elif TELLS:
                 if part == 0:
                     place = tl.where(goes, rank * most + token, -1)
                     tl.store(inverse + token * RANKS + rank, place)
                     tl.store(ranks + token * RANKS + rank, tl.where(goes, rank, -1))
             if goes:
-                row = rank * most + token if BY_PLACE else token
+                row = rank * most + at_rank if BY_PLACE else token
                 values = tl.load(_vectors(rows, row, stride, part, VEC, WIDTH), mask=inside)
-                at = _vectors(target, me * most + token, pitch, part, VEC, WIDTH)
+                at = _vectors(target, me * most + at_rank, pitch, part, VEC, WIDTH)
                 tl.store(at, values, mask=inside)
         elif goes:
             if not BY_PLACE:  # read once, whatever the number of experts there
@@ -299,21 +312,36 @@ def moe_routing_send(
             for slot in range(topk):
                 its = tl.load(experts_at + slot * ids_step)
                 if (its >= 0) & (its < experts) & ((its // per_rank).to(tl.int32) == rank):
-                    pair = token * topk + slot
-                    at = _vectors(target, me * most + pair, pitch, part, VEC, WIDTH)
-                    if BY_PLACE:
-                        own = _vectors(rows, pair, stride, part, VEC, WIDTH)
-                        tl.store(at, tl.load(own, mask=inside), mask=inside)
-                    else:
-                        tl.store(at, values, mask=inside)
+                    row = token * topk + slot  # of what comes back
+                    at_rank = row
+                    if PLACED:
+                        row = tl.load(inverse + row)
+                        at_rank = row - rank * most
+                    if at_rank >= 0:
+                        at = _vectors(target, me * most + at_rank, pitch, part, VEC, WIDTH)
+                        if BY_PLACE:
+                            own = _vectors(rows, row, stride, part, VEC, WIDTH)
+                            tl.store(at, tl.load(own, mask=inside), mask=inside)
+                        else:
+                            tl.store(at, values, mask=inside)
     if TELLS:
         pairs = tokens * topk
         places = most * topk if SUMS else most
         chunks = tl.cdiv(places, CHUNK)
         for item in range(program, RANKS * chunks, programs):
             rank = item // chunks
-            pair = (item % chunks) * CHUNK + tl.arange(0, CHUNK)
+            number = (item % chunks) * CHUNK + tl.arange(0, CHUNK)
+            pair = number
             here = pair < pairs
+            if PLACED:
+                own = number < places
+                if SUMS:
+                    row = tl.load(order + rank * most + number // topk, mask=own, other=0)
+                    here = own & (row < tokens * RANKS)
+                    pair = row // RANKS * topk + number % topk
+                else:
+                    pair = tl.load(order + rank * most + number, mask=own, other=0)
+                    here = own & (pair < pairs)
             token = (pair // topk).to(tl.int64)
             expert = tl.load(
                 ids + token * ids_stride + (pair % topk) * ids_step, mask=here, other=-1
@@ -321,49 +349,65 @@ def moe_routing_send(
             known = (expert >= 0) & (expert < experts)
             its = tl.where(known, expert // per_rank, -1).to(tl.int32)
             local = tl.where(its == rank, (expert - rank * per_rank).to(tl.int32), -1)
-            entry = me * places + pair
+            entry = me * places + number
             its_ids = address(told, rank, tl.int32)
-            tl.store(its_ids + entry, local, mask=pair < places)
+            tl.store(its_ids + entry, local, mask=number < places)
             if WEIGHS:
                 weighed = here & (its == rank)
                 at = weights + token * weights_stride + (pair % topk) * weights_step
                 weight = tl.load(at, mask=weighed)
                 its_weights = address(told, rank, weights.dtype.element_ty, weights_at)
                 tl.store(its_weights + entry, weight, mask=weighed)
-            if not SUMS:
+            if not SUMS and not PLACED:
                 if rank == 0:
                     tl.store(inverse + pair, tl.where(known, pair, -1), mask=here)
                     tl.store(ranks + pair, its, mask=here)
-    last = end(state, signals, late, me, epoch, limit, THERE, RANKS, LANES, INTERPRETED)
+    if PLACED:
+        if program == 0:
+            if tl.load(dropped) > 0:  # every rank learns of it with this rank's signal
+                lanes = tl.arange(0, LANES)
+                flags = _signals(signals, 2 * RANKS + me, RANKS, LANES)
+                yes = tl.full([LANES], 1, tl.int64)
+                tl.atomic_xchg(flags, yes, mask=lanes < RANKS, sem="relaxed", scope="sys")
+    last = end(state, signals, said, me, epoch, limit, THERE, RANKS, LANES, INTERPRETED)
+    if PLACED:
+        if last:
+            tl.debug_barrier()
+            lanes = tl.arange(0, LANES)
+            flags = address(signals, me, tl.int64) + 2 * RANKS + lanes
+            lost = tl.load(flags, mask=lanes < RANKS, other=0, volatile=True)
+            first = tl.min(tl.where(lost > 0, lanes, LANES))
+            if first < LANES:
+                tl.store(said + FULL, (first + 1).to(tl.int64))
     if KEEPS:
         if last:
             tl.debug_barrier()
-            own = address(told, me, tl.int32)
-            for at in range(0, numbers, CHUNK):
-                number = at + tl.arange(0, CHUNK)
-                inside = number < numbers
-                tl.store(kept + number, tl.load(own + number, mask=inside), mask=inside)
+            told_me = address(told, me, tl.int32)
+            for begun in range(0, numbers, CHUNK):
+                copied = begun + tl.arange(0, CHUNK)
+                own = copied < numbers
+                tl.store(kept + copied, tl.load(told_me + copied, mask=own), mask=own)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_send_back(
-    rows, inverse, offsets, ids, state, late, signals, memory,
+    rows, inverse, offsets, ids, state, said, signals, memory,
     slots, group, words, stride, pitch, me, most, experts, limit,
-    RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
+    RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, BY_RANK: tl.constexpr,
     PLANNED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write a row of each place that has an expert to the rank that the place is kept for.
 
-    Without ``SUMS`` it becomes the row of its pair there; with it, that of its token in the matrix
-    that is kept there for this rank.
+    There it becomes the row of its pair; ``BY_RANK`` that of its place in what is kept for this
+    rank.
 
     :param rows: by place; or, ``PLANNED``, in the order of a plan of the places' experts.
     :param inverse: the row of each place, where ``PLANNED``, up to ``offsets[experts]``.
     :param ids: ``[places, slots]``: the experts of each place; a negative one is none.
     :param group: places that a program takes at once: it divides ``most``.
     """
-    epoch = begin(state, signals, late, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
+    epoch = begin(state, signals, said, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
     parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
     element = rows.dtype.element_ty
     used = tl.load(offsets + experts) if PLANNED else 0
@@ -387,15 +431,15 @@ def moe_routing_send_back(
                 goes = tl.max(tl.load(experts_at, mask=lanes < slots, other=-1)) >= 0
             if goes:
                 values = tl.load(_vectors(rows, row, stride, part, VEC, WIDTH), mask=inside)
-                kept = me * most + its_place if SUMS else its_place
+                kept = me * most + its_place if BY_RANK else its_place
                 at = _vectors(its, kept, pitch, part, VEC, WIDTH)
                 tl.store(at, values, mask=inside)
-    end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
+    end(state, signals, said, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_sum_back(
-    rows, inverse, offsets, weights, state, late, signals, memory,
+    rows, inverse, offsets, weights, state, said, signals, memory,
     topk, columns, stride, pitch, me, most, experts, limit,
     RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, VEC: tl.constexpr,
     WIDTH: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -408,7 +452,7 @@ def moe_routing_sum_back(
     :param inverse: ``[places, topk]``: the row of each slot; up to ``offsets[experts]``.
     :param weights: ``[places, topk]``.
     """
-    epoch = begin(state, signals, late, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
+    epoch = begin(state, signals, said, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
     parts = tl.maximum(tl.cdiv(columns * VEC, WIDTH), 1)
     element = rows.dtype.element_ty
     used = tl.load(offsets + experts)
@@ -432,4 +476,4 @@ def moe_routing_sum_back(
             its = address(memory, rank, element)
             at = _vectors(its, me * most + its_place, pitch, part, VEC, WIDTH)
             tl.store(at, _nearest(total, element), mask=inside)
-    end(state, signals, late, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)
+    end(state, signals, said, me, epoch, limit, BACK, RANKS, LANES, INTERPRETED)

@@ -31,12 +31,13 @@ class Layout:
     """What is kept for calls of K slots.
 
     :ivar topk: K.
+    :ivar placed: whether fewer places are kept than there can be rows.
     :ivar places: that a rank keeps for each other: of pairs, or with sums of tokens.
     :ivar slots: whose experts a place tells: 1, or with sums K.
     :ivar told: the experts of the places, and behind them the weights.
     :ivar rows: memory for rows, by what they are.
-    :ivar order: the constants of the plan of what comes back: its order, counts, offsets, and how
-        many were dropped.
+    :ivar order: unless ``placed``, the constants of the plan of what comes back: its order, counts,
+        offsets, and how many were dropped.
     """
 
     def __init__(self, topk: int, transport: Symmetric) -> None:
@@ -44,6 +45,9 @@ class Layout:
         sums, ranks, most = transport.sums, transport.ranks, transport.most
         self.topk = topk
         self.places, self.slots = (most, topk) if sums else (most * topk, 1)
+        self.placed = 0 < transport.capacity < self.places
+        if self.placed:
+            self.places = transport.capacity
         self.arriving = ranks * self.places
         self.told = transport.allocated("ids", 2 * WEIGHT * self.arriving * self.slots)
         self.rows: dict[str, Rows] = {}
@@ -58,7 +62,8 @@ class Layout:
 class State(NamedTuple):
     """What the way back needs.
 
-    :ivar plan: of what comes back: the place of each slot's row, or with sums of each rank's.
+    :ivar plan: of what comes back: the place of each slot's row, or with sums of each rank's. Where
+        places are ``placed``, of what is sent too.
     :ivar ranks: int32, likewise: the rank that has it, -1 if none.
     :ivar weights: of the slots, for sums that are made here; ``None`` where each rank made its own.
     """
@@ -67,3 +72,9 @@ class State(NamedTuple):
     plan: DispatchPlan
     ranks: Tensor
     weights: Tensor | None
+
+    @property
+    def lost(self) -> Tensor:
+        """Which tokens have a row that found no place: ``[T, 1]``."""
+        found_none = (self.ranks >= 0) & (self.plan.inverse < 0)
+        return found_none.any(dim=1, keepdim=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from moe_routing.conformance.exchange import (
     agreement,
     arguments,
+    capacity,
     edges,
     gradients,
     honesty,
@@ -20,6 +21,6 @@ from moe_routing.conformance.exchange import (
 from moe_routing.conformance.exchange._check import EXCHANGE
 
 __all__ = [
-    "EXCHANGE", "agreement", "arguments", "edges", "gradients", "honesty", "memory", "repeat",
-    "streams", "values",
+    "EXCHANGE", "agreement", "arguments", "capacity", "edges", "gradients", "honesty", "memory",
+    "repeat", "streams", "values",
 ]  # fmt: skip

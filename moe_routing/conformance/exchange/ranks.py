@@ -150,7 +150,7 @@ def _require_usable(here: Here, transport: str) -> None:
     """Require of every rank that it can use the transport: a check needs all of them."""
     under_test = runner.backend_under_test(transport, here.device)
     rejection = under_test.why_not(contract_of("exchange").problems())
-    for rank, reason in enumerate(_heard("" if rejection is None else rejection.verdict.reason)):
+    for rank, reason in enumerate(heard("" if rejection is None else rejection.verdict.reason)):
         if reason and rejection is None:
             verdict = Verdict.no(RejectCode.GROUP, f"cannot be used on rank {rank}: it {reason}")
             distribution = registry().distribution(transport)
@@ -174,7 +174,7 @@ def together(name: str, run: Callable[[], None]) -> None:
 
     :param name: what is run, which must be the same on every rank.
     """
-    names = _heard(name)
+    names = heard(name)
     if len(set(names)) > 1:
         msg = f"ranks run different cases: give all of them one seed; {names}"
         raise AssertionError(msg)
@@ -185,8 +185,8 @@ def together(name: str, run: Callable[[], None]) -> None:
     except Exception as error:  # noqa: BLE001 -- raised below, after the other ranks were told
         raised = error
         mine = Outcome(type(error).__name__, str(error))
-    heard = _heard(mine)
-    failed = [(rank, one) for rank, one in enumerate(heard) if one.kind and not _is_verdict(one)]
+    every = heard(mine)
+    failed = [(rank, one) for rank, one in enumerate(every) if one.kind and not _is_verdict(one)]
     try:
         if raised is not None and (not failed or not _is_verdict(mine)):
             raise raised
@@ -194,7 +194,7 @@ def together(name: str, run: Callable[[], None]) -> None:
             rank, one = failed[0]
             msg = f"on rank {rank}: {one.kind}: {one.message}"
             raise AssertionError(msg)
-        others = [one for one in heard if one.kind]
+        others = [one for one in every if one.kind]
         if others:
             raise NotApplicableError(others[0].message)
     finally:
@@ -220,12 +220,12 @@ def to_the_end() -> Iterator[Callable[..., None]]:
         raise AssertionError(found[0])
 
 
-def _heard(said: Said) -> list[Said]:
+def heard(said: Said) -> list[Said]:
     """Return what every rank says, by rank."""
-    heard = [said] * distributed.get_world_size()
-    if len(heard) > 1:
-        distributed.all_gather_object(heard, said)
-    return heard
+    every = [said] * distributed.get_world_size()
+    if len(every) > 1:
+        distributed.all_gather_object(every, said)
+    return every
 
 
 def _is_verdict(outcome: Outcome) -> bool:

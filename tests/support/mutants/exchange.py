@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing import _check as every_check
-from moe_routing.distributed import ExpertParallel, _agreement, _check
+from moe_routing.distributed import CapacityError, ExpertParallel, _agreement, _check
 from moe_routing_backends.all_reduce import exchange as all_reduce
 from moe_routing_backends.all_to_all import exchange as all_to_all
 from moe_routing_registry import RejectCode, Verdict
@@ -300,6 +300,43 @@ class NothingInInferenceMode(Transport):
     def combine(self, rows: Tensor, received: Received) -> Tensor:
         made = super().combine(rows, received)
         return torch.zeros_like(made) if torch.is_inference_mode_enabled() else made
+
+
+@caught_by("what_overflows_is_nan_and_told", saying="results that are not NaN")
+class LeavesTokensOut(Transport):
+    """Has places for the first tokens of a rank alone, and gives the others no expert."""
+
+    lost = 0
+
+    def dispatch(self, tokens: Tokens) -> Received:
+        ids, kept = tokens.ids.clone(), self.problem.capacity or len(tokens.ids)
+        ids[kept:] = -1
+        self.lost = max(0, len(ids) - kept)
+        return super().dispatch(tokens._replace(ids=ids))
+
+
+@caught_by("what_overflows_is_nan_and_told", saying="raised nothing, though tokens are NaN")
+class LosesTokensWithoutAWord(LeavesTokensOut):
+    """Makes those tokens NaN, and says nothing."""
+
+    def combine(self, rows: Tensor, received: Received) -> Tensor:
+        sums = super().combine(rows, received)
+        return sums.index_fill(0, torch.arange(len(sums))[len(sums) - self.lost :], torch.nan)
+
+
+@caught_by("what_fits_is_right_and_no_error", saying="raised though every row had a place")
+class CriesWolf(Transport):
+    """Raises whatever was lost."""
+
+    def check(self) -> None:
+        """Raise."""
+        msg = "capacity: expected fewer tokens"
+        raise CapacityError(msg)
+
+
+@caught_by("what_overflows_is_nan_and_told", saying="raised though no token is NaN")
+class CriesWolfAboutFewPlaces(CriesWolf):
+    """Raises though it needs no places."""
 
 
 class _Twice(torch.autograd.Function):
