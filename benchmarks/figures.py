@@ -4,6 +4,7 @@
 
 - ``h200-kernels``: kernels in CUDA graphs: ours and the full sort from the newest run of
   ``gpu.py``, the fastest peer from ``h200-peers.json``; all three measured in the same way.
+- ``expert-parallel``: decode steps of a model with its experts on two and on four GPUs.
 - ``h200-torch``: whole calls from the newest run of ``moe-routing bench`` that has torch.compile in
   it, and how many times our time the others take, beside the ratios published for the full sort on
   an A100.
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from tables import RESULTS, ROOT, fastest_peer, newest, ours, peers
+from tables import RESULTS, ROOT, fastest_peer, newest, on_ranks, ours, peers
 
 from moe_routing.bench import Case, Result, Row, Settings
 from moe_routing.bench.plot import DARK, LIGHT, STYLE, Facet, draw, style_axes
@@ -151,6 +152,33 @@ def _ratios(axes: Axes, result: Result, theme: Theme) -> None:
     axes.set_title("how many times our time", loc="left", color=theme.ink, fontsize=9)
 
 
+def draw_on_ranks(theme: Theme) -> Figure:
+    """Draw decode steps by batch, a panel a number of GPUs."""
+    runs = list(on_ranks())
+    figure = Figure(figsize=(9.4, 4.0), layout="constrained")
+    for axes, run in zip(figure.subplots(1, len(runs), sharey=True), runs, strict=True):
+        stages = [stage for stage in run.stages if stage[0] == "decode"]
+        backends, others = iter(theme.backends), iter(theme.others.values())
+        for way in run.ways:
+            ours = not way.startswith("transformers")
+            axes.plot(
+                [batch for _, batch in stages],
+                [run.ms[way, stage] for stage in stages],
+                marker="o" if ours else "s",
+                markersize=4,
+                linewidth=2.2 if ours else 1.4,
+                color=next(backends if ours else others),
+                label=way,
+            )
+        style_axes(axes, theme, "milliseconds a decode step")
+        axes.set(xlabel="sequences of a rank", xticks=[batch for _, batch in stages])
+        axes.set_yticks([10, 20, 50, 100, 200])
+        axes.set_title(
+            f"{run.held['ranks']} of {run.held['device']}", loc="left", color=theme.ink, fontsize=9
+        )
+    return figure
+
+
 def figures() -> Iterator[tuple[str, Figure]]:
     """Draw everything, light and dark."""
     for suffix, plain in (("", LIGHT), ("-dark", DARK)):
@@ -161,6 +189,7 @@ def figures() -> Iterator[tuple[str, Figure]]:
         theme = plain._replace(others={**plain.others, **more})
         yield f"h200-kernels{suffix}", draw_kernels(kernels(), theme)
         yield f"h200-torch{suffix}", draw_torch(with_compile(), theme)
+        yield f"expert-parallel{suffix}", draw_on_ranks(plain)
 
 
 def main() -> None:

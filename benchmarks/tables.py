@@ -1,4 +1,4 @@
-"""Write the tables of README and of docs/performance.md that say what was measured.
+"""Write the tables of README and docs that say what was measured.
 
 It is part of ``make figures``.
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -297,7 +297,49 @@ def of_exchange() -> Iterable[str]:
         yield ""
 
 
+class OnRanks(NamedTuple):
+    """A run of ``e2e_expert_parallel.py``.
+
+    :ivar ms: by way and stage.
+    :ivar stages: those in which every way was measured.
+    """
+
+    held: dict[str, Any]
+    ms: dict[tuple[str, tuple[str, int]], float]
+    ways: list[str]
+    stages: list[tuple[str, int]]
+
+
+def on_ranks() -> Iterable[OnRanks]:
+    """Yield what models with experts on several ranks take, the fewest ranks first."""
+    for path in sorted(RESULTS.glob("h100-x*-e2e-expert-parallel-*.json")):
+        held = json.loads(path.read_text()) | {"file": path.name}
+        ms = {(row["name"], (row["stage"], row["batch"])): row for row in held["results"]}
+        ways = list(dict.fromkeys(name for name, _ in ms))
+        stages = [
+            stage
+            for stage in dict.fromkeys(stage for _, stage in ms)
+            if all((way, stage) in ms for way in ways)
+        ]
+        yield OnRanks(held, {key: row["median_ms"] for key, row in ms.items()}, ways, stages)
+
+
+def of_models_on_ranks() -> Iterable[str]:
+    """Yield milliseconds of decode steps and prefills."""
+    for held, ms, ways, stages in on_ranks():
+        date = held["date"].partition("T")[0]
+        yield f"{held['ranks']} of {held['device']}, {held['with']}, {date} (`{held['file']}`):"
+        yield ""
+        said = (f"{stage}, {batch} a rank" for stage, batch in stages)
+        yield f"| ms | {' | '.join(said)} |"
+        yield "|---|" + "---:|" * len(stages)
+        for way in ways:
+            yield f"| {way} | {' | '.join(f'{ms[way, stage]:.1f}' for stage in stages)} |"
+        yield ""
+
+
 TABLES = {
+    "models": (ROOT / "docs" / "expert_parallel.md", of_models_on_ranks),
     "exchange": (ROOT / "docs" / "expert_parallel.md", of_exchange),
     "batches": (ROOT / "docs" / "mismatch.md", of_batches),
     "gate": (ROOT / "docs" / "performance.md", of_gate),
