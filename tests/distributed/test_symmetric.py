@@ -32,7 +32,10 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "clauses"), [(2, []), (3, [1, 2, 3])])
+@pytest.mark.parametrize(
+    ("number", "clauses"),
+    [(2, [0, 1, 2, 3, 4, 5]), (2, [6]), (2, [7, 8, 9, 10]), (3, [1, 2, 3, 10])],
+)
 def test_it_conforms(number, clauses, tmp_path):
     for told in ranks.run(FILE, "kit", number, tmp_path, random.getrandbits(32), clauses):
         assert told["failed"] == []

@@ -51,7 +51,7 @@ PROGRAMS = 528
 """The most of a launch. They all run at once, and so do those of another stream."""
 KEPT = 8192
 """Numbers that a launch of rows copies besides; more are faster copied by a launch of their own."""
-INTERPRETED_PROGRAMS = 5
+INTERPRETED_PROGRAMS = 3
 FEW = 4 * PROGRAMS
 """Places that programs take one by one on the way back, and not those of a token together."""
 ARGUMENTS = {"rows": "hidden", "weights": "weights", "scales": "scales", "back": "rows"}

@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_routing.conformance import streams
 from moe_routing.conformance.exchange import _sets, outcomes, ranks
 from moe_routing.conformance.exchange._check import check
+from moe_routing.conformance.exchange.streams import OnDevice
 from moe_routing.conformance.permutation.outcomes import must_lie_between
 from moe_routing.conformance.requirements import require
 from moe_routing.distributed import CapacityError
+from moe_routing.reference.permutation_oracle import Between
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from torch import Tensor
 
     from moe_routing.conformance.cases import Profile
     from moe_routing.conformance.exchange.cases import Case, World
@@ -63,24 +68,46 @@ def what_fits_is_right_and_no_error(under_test: BackendUnderTest, case: Case) ->
         hold(require, not said, f"check() raised though every row had a place: {said}")
 
 
+def _nan_or_right(world: World, result: Tensor, hold: Callable[..., None]) -> bool:
+    """Hold results that may be NaN; return whether some are, on any rank."""
+    lost = result.isnan().any(1)
+    hold(require, result[lost].isnan().all(), "a token is NaN in some of its columns alone")
+    kept = ~lost.cpu()
+    least, greatest = (part[kept] for part in world.right())
+    hold(must_lie_between, "results that are not NaN", result[~lost], Between(least, greatest))
+    return any(ranks.heard(bool(lost.any())))
+
+
 @check(10, _modes)
 def what_overflows_is_nan_and_told(under_test: BackendUnderTest, case: Case) -> None:
     """Tokens are NaN or right; if some are NaN, every rank raises from then on."""
     world = case.make(under_test.device)
     ep = world.parallel(under_test, capacity=max(1, _needed(world) // 2))
     with ranks.to_the_end() as hold:
-        result = outcomes.exchanged(world, ep).result
-        lost = result.isnan().any(1)
-        hold(require, result[lost].isnan().all(), "a token is NaN in some of its columns alone")
-        right = world.right()
-        kept = ~lost.cpu()
-        right = right._replace(least=right.least[kept], greatest=right.greatest[kept])
-        hold(must_lie_between, "results that are not NaN", result[~lost], right)
-        any_lost = any(ranks.heard(bool(lost.any())))
+        lost = _nan_or_right(world, outcomes.exchanged(world, ep).result, hold)
         calls = (ep.check, lambda: outcomes.exchanged(world, ep))
         for what, call in zip(("check()", "the dispatch after it"), calls, strict=True):
             said = _raised(call)
-            hold(require, any_lost or not said, f"{what} raised though no token is NaN: {said}")
-            hold(require, said or not any_lost, f"{what} raised nothing, though tokens are NaN")
+            hold(require, lost or not said, f"{what} raised though no token is NaN: {said}")
+            hold(require, said or not lost, f"{what} raised nothing, though tokens are NaN")
             if said:
                 hold(require, said.startswith("capacity: "), f"the error does not say why: {said}")
+
+
+@check(10, _modes, capability="cuda_graphs")
+def a_replay_that_overflows_is_told(under_test: BackendUnderTest, case: Case) -> None:
+    """A graph that was captured when all rows had places makes tokens NaN when they have none."""
+    streams.need_cuda(under_test)
+    needed = _needed(case.make(under_test.device))
+    on_device = OnDevice(case, under_test, capacity=max(1, needed // 2))
+    world = case.make(under_test.device)
+    on_device.world.mine.ids.fill_(-1)  # nothing is sent
+    on_device.exchanged()
+    graph, made = streams.captured(under_test.device, on_device.exchanged)
+    with ranks.to_the_end() as hold:
+        hold(require, not _raised(on_device.ep.check), "check() raised though nothing was sent")
+        on_device.takes(world)
+        streams.replay(graph, under_test.device)
+        lost = _nan_or_right(world, made, hold)
+        told = _raised(on_device.ep.check)
+        hold(require, bool(told) == lost, f"tokens are NaN: {lost}, and check() raised {told!r}")

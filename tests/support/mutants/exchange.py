@@ -390,6 +390,33 @@ class FirstIdsInTheGraph(IdsKept):
     """Lets a graph keep the ids that it was captured with."""
 
 
+@caught_by("graphs_of_several_sizes_replay_in_turn", saying="replay", on="cuda")
+class FirstIdsInEveryGraph(IdsKept):
+    """Lets graphs keep the ids that they were captured with."""
+
+
+@caught_by("two_layers_exchange_on_two_streams", saying="two streams", on="cuda")
+class OneBufferForAllStreams(Transport):
+    """Moves the rows of all layers through one buffer, whatever stream they are on."""
+
+    memory: Any = None
+
+    def dispatch(self, tokens: Tokens) -> Received:
+        home = type(self)
+        if home.memory is None:
+            home.memory = tokens.hidden.new_empty(4096, 4096)
+        lent = home.memory[: len(tokens.hidden), : tokens.hidden.shape[1]]
+        torch.cuda._sleep(1_000_000)
+        lent.copy_(tokens.hidden)
+        torch.cuda._sleep(1_000_000)
+        return super().dispatch(tokens._replace(hidden=lent))
+
+
+@caught_by("a_replay_that_overflows_is_told", saying="check\\(\\) raised", on="cuda")
+class CriesWolfAboutReplays(CriesWolf):
+    """Raises though it needs no places."""
+
+
 def _unrenumbered(_right: Any) -> Any:
     return property(lambda _self: True)
 
