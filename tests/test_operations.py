@@ -198,6 +198,7 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
         ("permute", "eager"),
         ("combine", "eager"),
         ("exchange", "all-to-all"),
+        ("balance", "eager"),
     ]
     assert copied == {
         "name": "scaled_copy",

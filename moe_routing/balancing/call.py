@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing.balancing.kernel import BalanceKernel
+    from moe_routing.balancing.problem import Counts
 
 _registry = registry()
 _kernels: dict[tuple[object, ...], BalanceKernel] = {}
@@ -33,22 +34,31 @@ def run(
     sums, counts = _empty(logits, score, best)
     if not logits.numel():
         return sums.zero_(), counts.zero_()
-    kernel = _kernel(logits, score, best, best if ids is None else ids.shape[-1])
+    topk = best if ids is None else ids.shape[-1]
+    kernel = _kernel(logits, score, best, topk, preference.get())
     given = None if ids is None else ids.contiguous()
     kernel(_readable(logits), given, _packed(weights), sums, counts)
     return sums, counts
 
 
 def run_backward(  # noqa: PLR0913 -- what a gradient depends on
-    grad: Tensor, logits: Tensor, weights: Tensor | None, score: str, best: int, *, topk: int
+    grad: Tensor,
+    logits: Tensor,
+    weights: Tensor | None,
+    score: str,
+    best: int,
+    *,
+    topk: int,
+    preferred: str | None,
 ) -> Tensor:
     """Return the gradient of the logits, given that of the sums.
 
     :param topk: K of the ids that were counted: the kernel is the one that made the sums.
+    :param preferred: the backend that was preferred then. A way back may run in another thread.
     """
     if not logits.numel():
         return torch.zeros_like(logits)
-    kernel = _kernel(logits, score, best, best or topk)
+    kernel = _kernel(logits, score, best, best or topk, preferred)
     if not isinstance(kernel, BalancesBackward):
         return summed_backward(grad, logits, weights, score, best)
     made = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -57,14 +67,16 @@ def run_backward(  # noqa: PLR0913 -- what a gradient depends on
     return made
 
 
-def _kernel(logits: Tensor, score: str, best: int, topk: int) -> BalanceKernel:
+def _kernel(
+    logits: Tensor, score: str, best: int, topk: int, preferred: str | None
+) -> BalanceKernel:
     asked = (
-        logits.dtype, logits.device, logits.shape[-1], score, best, topk, preference.get(),
+        logits.dtype, logits.device, logits.shape[-1], score, best, topk, preferred,
         _registry.generation,
     )  # fmt: skip
     kernel = _kernels.get(asked)
     if kernel is None:
-        counts = "" if score == LOGSUMEXP else "best" if best else "ids"
+        counts: Counts = "" if score == LOGSUMEXP else "best" if best else "ids"
         problem = BalanceProblem(
             score=score,  # type: ignore[arg-type] # it has been checked
             num_experts=logits.shape[-1],
@@ -72,7 +84,7 @@ def _kernel(logits: Tensor, score: str, best: int, topk: int) -> BalanceKernel:
             counts=counts,
             topk=topk,
         )
-        found: tuple[Any, Any] = chosen(problem, probe(logits.device), Request.gather())
+        found: tuple[Any, Any] = chosen(problem, probe(logits.device), Request.gather(preferred))
         kernel = found[0]
         if len(_kernels) >= _KERNELS_KEPT:
             _kernels.clear()

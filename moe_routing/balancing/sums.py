@@ -14,6 +14,7 @@ import torch
 from moe_routing._call_cache import is_plain
 from moe_routing.balancing.call import run, run_backward
 from moe_routing.formula.balance import summed, summed_backward, summed_forward
+from moe_routing_registry.request import preference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +58,7 @@ class _Sums(torch.autograd.Function):
     ) -> None:
         logits, ids, weights, ctx.score, ctx.best = inputs
         ctx.topk = 0 if ids is None else ids.shape[-1]
+        ctx.preferred = preference.get()
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(logits, weights)
         ctx.save_for_forward(logits, weights)
@@ -67,7 +69,7 @@ class _Sums(torch.autograd.Function):
         given = upstream[0], logits, weights, ctx.score, ctx.best
         # Where the gradient is to have gradients, the logits require them.
         if is_plain(*given[:3]):
-            gradient = run_backward(*given, topk=ctx.topk)
+            gradient = run_backward(*given, topk=ctx.topk, preferred=ctx.preferred)
         else:
             gradient = summed_backward(*given)
         return gradient, None, None, None, None

@@ -15,8 +15,8 @@ from moe_routing.private_api import softmax_backward
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOFTPLUS_IS_EXP = -17.0
-"""Below it log(1 + e^x) is e^x to within half a rounding step of float32."""
+SOFTPLUS_IS_EXP = {torch.float32: -17.0, torch.float64: -37.0}
+"""Below it log(1 + e^x) is e^x to within half a rounding step."""
 
 
 def summed(
@@ -93,8 +93,8 @@ def _log_scores(x: Tensor, score: str) -> Tensor:
     if score == "sigmoid":
         return logsigmoid(x)
     if score == "sqrtsoftplus":
-        near = softplus(x.clamp(min=SOFTPLUS_IS_EXP)).log()
-        return torch.where(x < SOFTPLUS_IS_EXP, x, near) * 0.5
+        least = SOFTPLUS_IS_EXP[x.dtype]
+        return torch.where(x < least, x, _softplus(x.clamp(min=least)).log()) * 0.5
     return x
 
 
@@ -103,10 +103,14 @@ def _slope_of_log_scores(x: Tensor, score: str) -> Tensor | float:
     if score == "sigmoid":
         return torch.sigmoid(-x)
     if score == "sqrtsoftplus":
-        clamped = x.clamp(min=SOFTPLUS_IS_EXP)
-        near = torch.sigmoid(clamped) / softplus(clamped)
-        return torch.where(x < SOFTPLUS_IS_EXP, 1.0, near) * 0.5
+        least = SOFTPLUS_IS_EXP[x.dtype]
+        clamped = x.clamp(min=least)
+        return torch.where(x < least, 1.0, torch.sigmoid(clamped) / _softplus(clamped)) * 0.5
     return 1.0
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return softplus(x, threshold=40.0)  # 20, the usual one, is too low for float64
 
 
 def _blanked(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ import torch  # noqa: E402 -- after Triton interprets
 
 import moe_routing  # noqa: E402 -- likewise
 from moe_routing.balancing.problem import SCORES, BalanceProblem  # noqa: E402 -- likewise
+from moe_routing.conformance import run  # noqa: E402 -- likewise
 from moe_routing.formula.balance import summed, summed_backward  # noqa: E402 -- likewise
 from moe_routing_backends.triton.balancing import balancer  # noqa: E402 -- likewise
 from moe_routing_backends.triton.balancing.balancer import TritonBalance  # noqa: E402 -- likewise
@@ -165,12 +166,20 @@ def many_programs_and_few_leave_the_same(device):
             assert torch.equal(made, found[0][2])
 
 
+def conforms(_device):
+    """Hold the backend to the kit's smallest cases."""
+    report = run("triton", operation="balance", profile="smoke", seed=random.getrandbits(32))
+    assert not report.failed, [(result.id, result.message) for result in report.failed][:3]
+    assert report.count("passed") > 300
+
+
 CHECKS = {
     check.__name__: check
     for check in (
         sums_and_gradients,
         nan_reaches_every_sum_of_its_batch,
         many_programs_and_few_leave_the_same,
+        conforms,
     )
 }
 

@@ -63,8 +63,9 @@ class TritonBalance(Bound):
         batches = logits.shape[0]
         if batches > bound.MOST_PROGRAMS:
             for half in _halves(batches):
-                its = [None if each is None else each[half] for each in (ids, weights)]
-                self(logits[half], *its, sums[half], counts[half])
+                of_half = None if ids is None else ids[half]
+                its = None if weights is None else weights[half]
+                self(logits[half], of_half, its, sums[half], counts[half])
             return
         vector = _vector(logits, logits)
         rows, chunks = self._rows_and_chunks(logits, vector, SUMMING)

@@ -22,8 +22,6 @@ from moe_routing_backends.triton.device.pdl import grid_dependency_wait
 from moe_routing_backends.triton.device.rounding import nearest
 from moe_routing_backends.triton.device.scores import exp, log_slope, sigmoid, sqrtsoftplus
 
-SLOTS = tl.constexpr(8)
-"""Slots whose ids are loaded at once: of 64, registers spill."""
 NOT_SPECIALIZED = (
     "logits", "ids", "weights", "sums", "counts", "grad", "grad_logits", "tokens", "chunks",
     "batch_stride", "stride",
@@ -98,7 +96,7 @@ def best_of(shares, weight, K: tl.constexpr):
     # NaN counts as 0: a row with one is all NaN, and so are the sums.
     left = tl.where(shares == shares, shares, 0.0)  # noqa: PLR0124 -- only NaN differs from itself
     found = tl.zeros(shares.shape, tl.float32)
-    for _ in tl.static_range(K):
+    for _ in range(K):
         highest = tl.max(left, axis=1)[:, None]
         first = tl.min(tl.where(left == highest, column, shares.shape[1]), axis=1)[:, None]
         is_best = column == first
@@ -136,13 +134,12 @@ def moe_routing_balance(
                 total += tl.where(inside, shares * weight[:, None], 0.0)
             else:
                 total += tl.where(counted[:, None], shares, 0.0)
-                for k0 in range(0, K, SLOTS):
-                    for k1 in tl.static_range(min(SLOTS, K)):
-                        at = (batch * tokens + row) * K + (k0 + k1)
-                        id_k = tl.load(ids + at, mask=counted & (k0 + k1 < K), other=-1)
-                        # In the ids' own width: what is past E may not be past it in 32 bits.
-                        id_k = tl.where((id_k >= 0) & (id_k < E), id_k, -1).to(tl.int32)
-                        hits += (id_k[:, None] == column[None, :]).to(tl.int32)
+                slot = ids + (batch * tokens + row) * K
+                for k in range(K):
+                    id_k = tl.load(slot + k, mask=counted, other=-1)
+                    # In the ids' own width: what is past E may not be past it in 32 bits.
+                    id_k = tl.where((id_k >= 0) & (id_k < E), id_k, -1).to(tl.int32)
+                    hits += (id_k[:, None] == column[None, :]).to(tl.int32)
     program = tl.program_id(0).to(tl.int64)
     if SCORE == "logsumexp":
         tl.store(sums + program, tl.sum(tl.reshape(total, [ROWS]), axis=0))
