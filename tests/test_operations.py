@@ -125,7 +125,7 @@ def test_backends_of_an_operation_are_chosen_by_the_same_rules(copying):
     assert (
         report.rejection("eager").verdict.reason
         == "has no factory for the operation 'scaled_copy'; "
-        "it computes route, gate, plan, permute, combine"
+        "it computes route, gate, plan, permute, combine, balance"
     )
     assert moe_routing.explain(copying.CopyProblem(9)).winner == "add"
     assert moe_routing.explain(copying.CopyProblem(4), backend="triple").winner == "triple"

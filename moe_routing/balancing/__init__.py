@@ -9,9 +9,14 @@
 
 from moe_routing.balancing._bias import update_bias
 from moe_routing.balancing._replicas import Placement, place_replicas
+from moe_routing.balancing.kernel import BalanceKernel, BalancesBackward
 from moe_routing.balancing.losses import load_balancing_loss, sequence_balancing_loss, z_loss
+from moe_routing.balancing.problem import BalanceProblem
 
 __all__ = [
+    "BalanceKernel",
+    "BalanceProblem",
+    "BalancesBackward",
     "Placement",
     "load_balancing_loss",
     "place_replicas",

@@ -149,7 +149,7 @@ def nan_reaches_every_sum_of_its_batch(device):
 def many_programs_and_few_leave_the_same(device):
     """Let one program sum all tiles of a batch, and then one each; and launch a batch at a time."""
     for kind in KINDS:
-        drawn = Drawn(kind, B=3, E=128, S=100)
+        drawn = Drawn(kind, B=3, E=300, S=20)
         found = []
         for summing, most in ((1, 2**31 - 1), (1024, 2**31 - 1), (1024, 2)):
             balancer.SUMMING, balancer.RETURNING, bound.MOST_PROGRAMS = summing, summing, most

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo
 
 TILE = 2048
-"""Logits of a tile that is read 16 bytes at a time; of others half as many, which have more rows a
-thread.
+"""Logits of a tile that is read 16 bytes at a time; of others half as many.
+
+A thread then has 8 logits, or 4, and no kernel spills.
 """
-THREADS = 128
+THREADS = 256
 SUMMING = 1024
 """Programs that sum, or one for each batch: as many on every device, since their parts are added.
 
