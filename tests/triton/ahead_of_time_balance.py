@@ -24,8 +24,8 @@ KINDS = (
     ("softmax", "best", 8),
     ("logsumexp", "", 0),
 )
-SIZES = ((128, "bfloat16"), (128, "float32"), (60, "bfloat16"), (2048, "float32"))
-"""Experts and dtypes: rows of whole vectors, odd ones, and as many experts as can be."""
+SIZES = ((128, "bfloat16"), (128, "float32"), (60, "bfloat16"), (61, "bfloat16"), (2048, "float32"))
+"""Experts and dtypes: rows of whole vectors, of halves, odd ones, and as many experts as can be."""
 
 
 def launches(device, kind, experts, dtype):

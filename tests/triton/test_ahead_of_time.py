@@ -183,4 +183,4 @@ def test_the_kernels_of_balance_compile_without_spills_and_wait_first(balances, 
 def test_whole_rows_of_logits_are_read_and_written_16_bytes_at_a_time(balances, target):
     for case in balances[target]:
         returns = case["kernel"].endswith("backward")
-        assert case["wide"] >= (1 + returns) * (case["E"] != 60), case
+        assert case["wide"] >= (1 + returns) * (case["E"] not in {60, 61}), case

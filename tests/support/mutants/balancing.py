@@ -425,7 +425,8 @@ def _keeps_scores(right: Callable[..., Any]) -> Callable[..., Any]:
 CHANGES = (
     Change(
         "balance", "a_gradient_of_the_sums_may_have_any_strides",
-        r"^(one row|every second): the gradient: \d+ of", product, "run_backward", _only_contiguous_ones,
+        r"^(one row|every second): the gradient: \d+ of",
+        product, "run_backward", _only_contiguous_ones,
     ),
     Change(
         "balance", "gradients_have_gradients", "^the gradient does not require gradients$",

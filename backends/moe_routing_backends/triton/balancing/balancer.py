@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo
 
 TILE = 2048
-"""Logits of a tile that is read 16 bytes at a time; of others half as many.
-
-A thread then has 8 logits, or 4, and no kernel spills.
-"""
+"""Logits of a tile, 8 for each thread; half as many where rows begin anywhere, or kernels spill."""
 THREADS = 256
 SUMMING = 1024
 """Programs that sum, or one for each batch: as many on every device, since their parts are added.
@@ -118,11 +115,15 @@ class TritonBalance(Bound):
 
 
 def _vector(logits: Tensor, *tensors: Tensor) -> int:
-    """Return how many columns are read at a time, 1 where rows begin anywhere."""
-    vector = ALIGNMENT // logits.element_size()
-    steps = [logits.stride(d) for d in (0, 1) if logits.shape[d] > 1]
-    begins = [step % vector for step in (logits.shape[2], *steps)]
-    return 1 if any(begins) or any(t.data_ptr() % ALIGNMENT for t in tensors) else vector
+    """Return how many columns are read at a time: rows begin at multiples of them."""
+    size = logits.element_size()
+    bits = ALIGNMENT | logits.shape[2] * size
+    for dim in (0, 1):
+        if logits.shape[dim] > 1:
+            bits |= logits.stride(dim) * size
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+    return (bits & -bits) // size
 
 
 def _kinds(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -9,8 +9,7 @@ back reads the row again, and writes its gradient once.
 A token that does not count is selected away, never multiplied: it may hold NaN. Where the best are
 counted, weights are factors.
 
-Strides of rows are counted in elements. With ``VEC`` above 1 all rows begin at multiples of 16
-bytes, which the compiler is told.
+All rows begin at multiples of ``VEC`` elements, up to 16 bytes, which the compiler is told.
 """
 
 from __future__ import annotations
@@ -37,6 +36,17 @@ def place_of(chunks):
 
 
 @triton.jit
+def rows_at(tensor, first, column, VEC: tl.constexpr):
+    """Return addresses of rows ``[ROWS, N]`` that begin at ``first [ROWS]``.
+
+    What the compiler is told belongs to the sum: it forgets what it is told of an argument.
+    """
+    BYTES: tl.constexpr = VEC * tensor.dtype.element_ty.primitive_bitwidth // 8
+    at = tensor + (first[:, None] + column)
+    return tl.multiple_of(at, [1, BYTES])
+
+
+@triton.jit
 def load_rows(
     logits, weights, batch, row, tokens, batch_stride, stride, E: tl.constexpr, N: tl.constexpr,
     VEC: tl.constexpr,
@@ -44,9 +54,7 @@ def load_rows(
     """Return rows of logits in float32, -inf past the last expert, and how much each row counts."""
     inside = row < tokens
     column = tl.arange(0, N)[None, :]
-    at = logits + (tl.cast(row, tl.int64)[:, None] * stride + (batch * batch_stride + column))
-    if VEC > 1:
-        at = tl.multiple_of(at, [1, 16])
+    at = rows_at(logits, batch * batch_stride + tl.cast(row, tl.int64) * stride, column, VEC)
     x = tl.load(at, mask=inside[:, None] & (column < E), other=float("-inf")).to(tl.float32)
     if weights is not None:
         weight = tl.load(weights + (batch * tokens + row), mask=inside, other=0).to(tl.float32)
@@ -181,8 +189,6 @@ def moe_routing_balance_backward(
                 of_x = of_x * log_slope(x, SCORE)
         if not BEST:
             of_x = tl.where((weight != 0.0)[:, None], of_x, 0.0)
-        to_row = grad_logits + ((batch * tokens + row)[:, None] * E + column)
-        if VEC > 1:
-            to_row = tl.multiple_of(to_row, [1, 16])
+        to_row = rows_at(grad_logits, (batch * tokens + row) * E, column, VEC)
         inside = (row < tokens)[:, None] & (column < E)
         tl.store(to_row, nearest(of_x, grad_logits.dtype.element_ty), mask=inside)
