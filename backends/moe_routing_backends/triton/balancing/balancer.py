@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo
 
 TILE = 2048
-"""Logits of a tile, 8 for each thread; half as many where rows begin anywhere, or kernels spill."""
+"""Logits of a tile, 8 for each thread; a quarter where rows begin anywhere, or kernels spill."""
 THREADS = 256
 SUMMING = 1024
 """Programs that sum, or one for each batch: as many on every device, since their parts are added.
@@ -110,7 +110,7 @@ class TritonBalance(Bound):
     def _rows_and_chunks(self, logits: Tensor, vector: int, programs: int) -> tuple[int, int]:
         """Return the rows of a tile, and how many programs share the tokens of a batch."""
         batches, tokens, _ = logits.shape
-        rows = max(1, (TILE if vector > 1 else TILE // 2) // self._columns)
+        rows = max(1, (TILE if vector > 1 else TILE // 4) // self._columns)
         return rows, max(1, min(-(-tokens // rows), programs // batches))
 
 
