@@ -75,7 +75,7 @@ def check() -> None:
         weights = weights.float() if masked and best else weights  # type: ignore[union-attr] # masked
         leaf = logits.clone().requires_grad_()
         with moe_routing.prefer("triton"):
-            made, counts = sums(leaf, ids, weights, score, best)
+            made, counts = sums((leaf,), ids, weights, score, best)
         grad = torch.randn(made.shape, device=DEVICE)
         (gradient,) = torch.autograd.grad(made, leaf, grad)
         exactly = logits if best else logits.double()

@@ -30,7 +30,7 @@ _KERNELS_KEPT = 1024
 def run(
     logits: Tensor, ids: Tensor | None, weights: Tensor | None, score: str, best: int
 ) -> tuple[Tensor, Tensor]:
-    """Return sums and counts; see ``moe_routing.balancing.sums.sums``."""
+    """Return sums and counts; of one tensor of logits; see ``BalanceKernel``."""
     sums, counts = _empty(logits, score, best)
     if not logits.numel():
         return sums.zero_(), counts.zero_()

@@ -32,7 +32,7 @@ def sums_of(logits: Tensor, ids: Tensor, score: str, valid: Tensor | None) -> Su
     """Sum over the tokens of ``logits [B, S, E]``, ``ids [B, S, K]`` and ``valid [B, S]``."""
     tokens = logits.shape[1]
     number = torch.sym_max(1, tokens) if valid is None else valid.sum(1, keepdim=True).clamp(min=1)
-    return Sums(*sums(logits, ids, valid, score), number)
+    return Sums(*sums((logits,), ids, valid, score), number)
 
 
 def imbalance(of: Sums, counts: Tensor | None = None) -> Tensor:
@@ -147,5 +147,5 @@ def z_loss(logits: Tensor, *, valid: Tensor | None = None) -> Tensor:
     rows = logits.reshape(1, -1, logits.shape[-1])
     mask = None if valid is None else valid.reshape(1, -1)
     tokens = torch.sym_max(1, rows.shape[1]) if mask is None else mask.sum().clamp(min=1)
-    mean: Tensor = sums(rows, None, mask, LOGSUMEXP)[0].sum() / tokens
+    mean: Tensor = sums((rows,), None, mask, LOGSUMEXP)[0].sum() / tokens
     return mean

@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 
 
 def sums(
-    logits: Tensor, ids: Tensor | None, weights: Tensor | None, score: str, best: int = 0
+    logits: tuple[Tensor, ...],
+    ids: Tensor | None,
+    weights: Tensor | None,
+    score: str,
+    best: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Sum over the tokens of B batches.
 
-    :param logits: ``[B, S, E]``.
+    :param logits: ``[B, S, E]``, one for each layer whose sums are added, in their order. One step
+        of autograd serves all of them: on a GPU that takes as long as the sums of a layer.
     :param ids: ``[B, S, K]``: whose experts are counted; ``None`` to count the best, or nothing.
     :param weights: ``[B, S]``: which tokens count, or with ``best`` how much they do; see
         ``BalanceKernel``.
@@ -35,9 +40,16 @@ def sums(
         0]``.
     """
     if torch.compiler.is_compiling():  # the compiler decides what to keep
-        return summed(logits, ids, weights, score, best)
-    made: tuple[Tensor, Tensor] = _Sums.apply(logits, ids, weights, score, best)  # type: ignore[no-untyped-call]
+        return _added([summed(each, ids, weights, score, best) for each in logits])
+    made: tuple[Tensor, Tensor] = _Sums.apply(ids, weights, score, best, *logits)  # type: ignore[no-untyped-call]
     return made
+
+
+def _added(of_layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(of_layers) == 1:
+        return of_layers[0]
+    every, counts = zip(*of_layers, strict=True)
+    return torch.stack(every).sum(0), torch.stack(counts).sum(0)
 
 
 class _Sums(torch.autograd.Function):
@@ -45,36 +57,50 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor, ids: Tensor | None, weights: Tensor | None, score: str, best: int
+        ids: Tensor | None, weights: Tensor | None, score: str, best: int, *logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        compute = run if is_plain(logits, ids, weights) else summed
-        return compute(logits, ids, weights, score, best)
+        compute = run if is_plain(ids, weights, *logits) else summed
+        return _added([compute(each, ids, weights, score, best) for each in logits])
 
     @staticmethod
     def setup_context(
         ctx: Any,  # noqa: ANN401 -- a bag by design
-        inputs: tuple[Tensor, Tensor | None, Tensor | None, str, int],
+        inputs: tuple[Any, ...],
         output: tuple[Tensor, Tensor],
     ) -> None:
-        logits, ids, weights, ctx.score, ctx.best = inputs
+        ids, weights, ctx.score, ctx.best, *logits = inputs
         ctx.topk = 0 if ids is None else ids.shape[-1]
         ctx.preferred = preference.get()
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(logits, weights)
-        ctx.save_for_forward(logits, weights)
+        ctx.save_for_backward(weights, *logits)
+        ctx.save_for_forward(weights, *logits)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- a bag by design
-        logits, weights = ctx.saved_tensors
-        given = upstream[0], logits, weights, ctx.score, ctx.best
+        weights, *logits = ctx.saved_tensors
         # Where the gradient is to have gradients, the logits require them.
-        if is_plain(*given[:3]):
-            gradient = run_backward(*given, topk=ctx.topk, preferred=ctx.preferred)
-        else:
-            gradient = summed_backward(*given)
-        return gradient, None, None, None, None
+        plain = is_plain(upstream[0], weights, *logits)
+
+        def gradient(each: Tensor) -> Tensor:
+            given = upstream[0], each, weights, ctx.score, ctx.best
+            if plain:
+                return run_backward(*given, topk=ctx.topk, preferred=ctx.preferred)
+            return summed_backward(*given)
+
+        needed = ctx.needs_input_grad[_FIRST:]
+        made = [gradient(each) if its else None for each, its in zip(logits, needed, strict=True)]
+        return *(None,) * _FIRST, *made
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_constant: None) -> tuple[Tensor, None]:  # noqa: ANN401 -- a bag by design
-        logits, weights = ctx.saved_tensors
-        return summed_forward(tangent, logits, weights, ctx.score, ctx.best), None
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:  # noqa: ANN401 -- a bag by design
+        weights, *logits = ctx.saved_tensors
+        made = [
+            summed_forward(along, each, weights, ctx.score, ctx.best)
+            for along, each in zip(tangents[_FIRST:], logits, strict=True)
+            if along is not None
+        ]
+        return torch.stack(made).sum(0), None
+
+
+_FIRST = 4
+"""Inputs before the logits."""

@@ -156,3 +156,19 @@ def test_float64_is_as_exact_as_float64_near_where_a_softplus_is_an_exponential(
 def test_other_numbers_of_experts_than_the_logits_have_are_named():
     with pytest.raises(ValueError, match=r"^num_experts: expected 6, as of logits, got 7"):
         _balance.load_balancing_loss((torch.zeros(4, E),), E + 1, K)
+
+
+def test_layers_are_one_step_of_autograd_and_those_without_gradients_get_none(backend):
+    layers = [torch.randn(5, E, requires_grad=n != 1) for n in range(3)]
+    with moe_routing.prefer(backend):
+        loss = _balance.load_balancing_loss(tuple(layers), E, K)
+    loss.backward()
+    assert [what for what, _ in CALLS] == ["sums"] * 3 + ["gradient"] * 2
+    whole = torch.cat([layer.detach() for layer in layers]).requires_grad_()
+    expected = _balance.load_balancing_loss((whole,), E, K)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    gradients = whole.grad.split(5)
+    assert layers[1].grad is None
+    for n in (0, 2):
+        torch.testing.assert_close(layers[n].grad, gradients[n])

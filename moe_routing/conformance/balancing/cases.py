@@ -87,7 +87,7 @@ class Call:
         """
         best = self.problem.topk if self.problem.counts == "best" else 0
         with under_test.declining(), preferring(under_test.backend):
-            return sums(self.logits, self.ids, self.weights, self.problem.score, best)
+            return sums((self.logits,), self.ids, self.weights, self.problem.score, best)
 
     def launch(self, kernel: Any, out: tuple[Tensor, ...]) -> None:  # noqa: ANN401 -- a BalanceKernel
         """Call a kernel as its protocol says."""

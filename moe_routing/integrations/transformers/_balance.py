@@ -32,23 +32,25 @@ def load_balancing_loss(
     weights = None
     if attention_mask is not None:
         weights = attention_mask.reshape(-1).to(device, torch.float32)
-    layers = [_sums(logits.to(device), weights, num_experts, top_k) for logits in gate_logits]
-    scores, counts = (torch.stack([layer[of] for layer in layers]).sum(0) for of in (0, 1))
+    scores, counts = _sums(tuple(x.to(device) for x in gate_logits), weights, num_experts, top_k)
     rows = sum(logits.shape[0] for logits in gate_logits)
-    tokens = rows if weights is None else weights.sum() * len(layers)
+    tokens = rows if weights is None else weights.sum() * len(gate_logits)
     return top_k * imbalance(Sums(scores, counts, tokens))
 
 
 def _sums(
-    logits: Tensor, weights: Tensor | None, num_experts: int, top_k: int
+    layers: tuple[Tensor, ...], weights: Tensor | None, num_experts: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    """Sum the scores of one layer over its tokens, and count the experts with the best of them.
+    """Sum the scores of layers over their tokens, and count the experts with the best of them.
 
     :param weights: ``[T]``, float32, how much each token counts; ``None`` for 1.
     :returns: float32 ``[E]`` twice.
     """
-    if logits.shape[-1] != num_experts:
-        raise ValueError(refusal("num_experts", f"{logits.shape[-1]}, as of logits", num_experts))
+    for logits in layers:
+        if logits.shape[-1] != num_experts:
+            expected = f"{logits.shape[-1]}, as of logits"
+            raise ValueError(refusal("num_experts", expected, num_experts))
+    batches = tuple(logits.unsqueeze(0) for logits in layers)
     given = None if weights is None else weights.unsqueeze(0)
-    scores, counts = sums(logits.unsqueeze(0), None, given, "softmax", top_k)
+    scores, counts = sums(batches, None, given, "softmax", top_k)
     return scores[0], counts[0]

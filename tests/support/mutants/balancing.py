@@ -416,10 +416,11 @@ def _without_gradients(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keeps_scores(right: Callable[..., Any]) -> Callable[..., Any]:
-    def sums(logits: Tensor, *rest: Any) -> Any:
-        return right(logits * torch.ones_like(logits), *rest)
+    def apply(*operands: Any) -> Any:
+        *rest, logits = operands
+        return right(*rest, logits * torch.ones_like(logits))
 
-    return sums
+    return apply
 
 
 CHANGES = (
