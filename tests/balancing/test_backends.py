@@ -1,5 +1,7 @@
 """Who computes the sums of losses: the preferred backend in plain calls, the formulas elsewhere."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -172,3 +174,25 @@ def test_layers_are_one_step_of_autograd_and_those_without_gradients_get_none(ba
     assert layers[1].grad is None
     for n in (0, 2):
         torch.testing.assert_close(layers[n].grad, gradients[n])
+
+
+def test_importing_the_problem_imports_no_torch():
+    script = "import sys, moe_routing.balancing.problem; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", LOSSES)
+def test_torch_compile_computes_them_where_it_is_named(problem):
+    logits, ids = drawn(2, 5)
+    ours, right = (logits.clone().requires_grad_() for _ in range(2))
+    with moe_routing.prefer("torch-compile"):
+        loss = LOSSES[problem](ours, ids)
+    expected = LOSSES[problem](right, ids)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, right.grad)
