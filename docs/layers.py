@@ -60,6 +60,8 @@ TOP = {
     "operations": "families",
     "kernel": "kernel",
     "private_api": "kernel",
+    "balancing.kernel": "kernel",
+    "balancing.problem": "kernel",
     "gating.kernel": "kernel",
     "gating.problem": "kernel",
     "permutation.kernel": "kernel",

@@ -61,6 +61,7 @@ _SOURCES = {
     "permute": "moe_routing/conformance/permute_clauses.py",
     "combine": "moe_routing/conformance/combine_clauses.py",
     "exchange": "moe_routing/conformance/exchange_clauses.py",
+    "balance": "moe_routing/conformance/balance_clauses.py",
 }
 """Operations with a section of clauses in ``contract.md``, and where their clauses are."""
 _TABLES = {

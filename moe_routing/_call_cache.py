@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from moe_routing._overlap import lies_apart, overlap, span
 from moe_routing.private_api import (
@@ -57,6 +58,23 @@ ORDINARY = (Tensor, torch.nn.Parameter)
 
 Others (DTensor, fake tensors) know themselves what an operator does with them.
 """
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Tell whether a kernel may be called: nothing is traced, transformed or differentiated."""
+    if is_dynamo_compiling() or is_fake_mode():
+        return False
+    recording = is_grad_enabled()
+    return all(
+        tensor is None
+        or (
+            type(tensor) in ORDINARY
+            and not (recording and tensor.requires_grad)
+            and not is_functorch_wrapped_tensor(tensor)
+            and not is_zero_tensor(tensor)
+        )
+        for tensor in tensors
+    )
 
 
 class CachedCall(NamedTuple):

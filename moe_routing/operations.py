@@ -55,4 +55,11 @@ OPERATIONS = (
         contract="moe_routing.conformance.exchange:EXCHANGE",
         summary="tokens to the ranks of their experts, and the results back",
     ),
+    OperationSpec(
+        name="balance",
+        example="moe_routing.balancing.problem:BALANCE_EXAMPLE",
+        oracle="moe_routing.reference.balance_oracle:balance",
+        contract="moe_routing.conformance.balancing:BALANCE",
+        summary="router logits and ids to the sums that balancing losses are made of",
+    ),
 )

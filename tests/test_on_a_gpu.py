@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutants import MUTANTS, gating, permutation, planning, registered
+from mutants import MUTANTS, balancing, gating, permutation, planning, registered
 
 from moe_routing.conformance import drawn, run
 from moe_routing.conformance.contract import contract_of
 from moe_routing.conformance.runner import backend_under_test, evaluate
 
-KITS = list(product(("eager", "triton"), ("route", "plan", "permute", "combine", "gate")))
+KITS = list(
+    product(("eager", "triton"), ("route", "plan", "permute", "combine", "gate", "balance"))
+)
 """Backends and operations whose kits run."""
 
 
@@ -58,7 +60,17 @@ def evaluated(backend, mutant):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "mutant",
-    [m for m in (*MUTANTS, *planning.MUTANTS, *permutation.MUTANTS, *gating.MUTANTS) if m.only_on],
+    [
+        m
+        for m in (
+            *MUTANTS,
+            *planning.MUTANTS,
+            *permutation.MUTANTS,
+            *balancing.MUTANTS,
+            *gating.MUTANTS,
+        )
+        if m.only_on
+    ],
     ids=lambda mutant: f"{mutant.name}-by-{mutant.caught_by}-{mutant.operation}",
 )
 def test_a_mutant_that_is_wrong_on_cuda_alone_is_caught_and_eager_is_not(mutant):

@@ -125,7 +125,7 @@ def test_backends_of_an_operation_are_chosen_by_the_same_rules(copying):
     assert (
         report.rejection("eager").verdict.reason
         == "has no factory for the operation 'scaled_copy'; "
-        "it computes route, gate, plan, permute, combine"
+        "it computes route, gate, plan, permute, combine, balance"
     )
     assert moe_routing.explain(copying.CopyProblem(9)).winner == "add"
     assert moe_routing.explain(copying.CopyProblem(4), backend="triple").winner == "triple"
@@ -198,6 +198,7 @@ def test_doctor_lists_operations_and_who_computes_them(capsys):
         ("permute", "eager"),
         ("combine", "eager"),
         ("exchange", "all-to-all"),
+        ("balance", "eager"),
     ]
     assert copied == {
         "name": "scaled_copy",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_routing import _check
-from moe_routing.balancing.sums import SCORES
+from moe_routing.balancing.problem import SCORES
 from moe_routing_registry.text import refusal
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

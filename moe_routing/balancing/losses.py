@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moe_routing.balancing import _check
-from moe_routing.balancing.sums import score_sums, squares_of_logsumexp
+from moe_routing.balancing.problem import LOGSUMEXP
+from moe_routing.balancing.sums import sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,19 +28,11 @@ class Sums(NamedTuple):
     tokens: Tensor | int
 
 
-def sums(logits: Tensor, ids: Tensor, score: str, valid: Tensor | None) -> Sums:
+def sums_of(logits: Tensor, ids: Tensor, score: str, valid: Tensor | None) -> Sums:
     """Sum over the tokens of ``logits [B, S, E]``, ``ids [B, S, K]`` and ``valid [B, S]``."""
-    batches, tokens, experts = logits.shape
-    ids = ids.long()
-    counted = (ids >= 0) & (ids < experts)
-    if valid is not None:
-        counted = counted & valid.unsqueeze(-1)  # not in place: vmap may batch the mask alone
-    counts = ids.new_zeros(batches, experts)
-    # Where nothing is to be counted, nothing is added to the first expert.
-    at = ids.masked_fill(~counted, 0).flatten(1)
-    counts = counts.scatter_add(1, at, counted.long().flatten(1))
+    tokens = logits.shape[1]
     number = torch.sym_max(1, tokens) if valid is None else valid.sum(1, keepdim=True).clamp(min=1)
-    return Sums(score_sums(logits, score, valid), counts, number)
+    return Sums(*sums((logits,), ids, valid, score), number)
 
 
 def imbalance(of: Sums, counts: Tensor | None = None) -> Tensor:
@@ -94,7 +87,7 @@ def load_balancing_loss(
     _check.call(logits, ids, score, valid)
     _check.group(group, logits)
     experts = logits.shape[-1]
-    of = sums(
+    of = sums_of(
         logits.reshape(1, -1, experts),
         ids.reshape(1, -1, ids.shape[-1]),
         score,
@@ -129,7 +122,7 @@ def sequence_balancing_loss(
     (tensor(1.7616), tensor(1.0000))
     """
     _check.call(logits, ids, score, valid, sequences=True)
-    total = imbalance(sums(logits, ids, score, valid)).sum()
+    total = imbalance(sums_of(logits, ids, score, valid)).sum()
     mean: Tensor = total / torch.sym_max(1, logits.shape[0])
     return mean
 
@@ -154,5 +147,5 @@ def z_loss(logits: Tensor, *, valid: Tensor | None = None) -> Tensor:
     rows = logits.reshape(1, -1, logits.shape[-1])
     mask = None if valid is None else valid.reshape(1, -1)
     tokens = torch.sym_max(1, rows.shape[1]) if mask is None else mask.sum().clamp(min=1)
-    mean: Tensor = squares_of_logsumexp(rows, mask)[0] / tokens
+    mean: Tensor = sums((rows,), None, mask, LOGSUMEXP)[0].sum() / tokens
     return mean

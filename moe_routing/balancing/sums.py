@@ -1,7 +1,8 @@
-"""Sums over tokens that keep only the logits for the way back.
+"""Sums over tokens that losses are made of: which code computes them and their derivatives.
 
-Autograd through the formulas would keep several tensors of the logits' size in float32. Here the
-way back computes them again.
+Only the logits are kept for the way back, which computes the scores again. A plain call is the
+operation ``balance``, and so is its first derivative. Traced and transformed calls, subclasses of
+tensors and further derivatives are the formulas of ``moe_routing.formula.balance``.
 """
 
 from __future__ import annotations
@@ -9,137 +10,97 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import logsigmoid, softplus
+
+from moe_routing._call_cache import is_plain
+from moe_routing.balancing.call import run, run_backward
+from moe_routing.formula.balance import summed, summed_backward, summed_forward
+from moe_routing_registry.request import preference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
-SOFTPLUS_IS_EXP = -17.0
-"""Below it log(1 + e^x) is e^x to within half a rounding step of float32."""
 
+def sums(
+    logits: tuple[Tensor, ...],
+    ids: Tensor | None,
+    weights: Tensor | None,
+    score: str,
+    best: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Sum over the tokens of B batches.
 
-def widened(logits: Tensor) -> Tensor:
-    """Return the logits in float32, or in float64 if they are in it."""
-    return logits if logits.dtype is torch.float64 else logits.float()
-
-
-def score_sums(logits: Tensor, score: str, valid: Tensor | None) -> Tensor:
-    """Sum scores over tokens: ``[B, S, E]`` to ``[B, E]``.
-
-    The scores of a token are normalised to a sum of 1. ``valid [B, S]``: which tokens count.
+    :param logits: ``[B, S, E]``, one for each layer whose sums are added, in their order. One step
+        of autograd serves all of them: on a GPU that takes as long as the sums of a layer.
+    :param ids: ``[B, S, K]``: whose experts are counted; ``None`` to count the best, or nothing.
+    :param weights: ``[B, S]``: which tokens count, or with ``best`` how much they do; see
+        ``BalanceKernel``.
+    :param score: one of ``SCORES``, or ``LOGSUMEXP``.
+    :param best: count so many best scores of each token, which are rounded to the logits' dtype.
+    :returns: sums ``[B, E]``, or ``[B, 1]`` for ``LOGSUMEXP``, and counts ``[B, E]``, or ``[B,
+        0]``.
     """
     if torch.compiler.is_compiling():  # the compiler decides what to keep
-        return _score_sums(logits, score, valid)
-    sums: Tensor = _ScoreSums.apply(logits, score, valid)  # type: ignore[no-untyped-call]
-    return sums
+        return _added([summed(each, ids, weights, score, best) for each in logits])
+    made: tuple[Tensor, Tensor] = _Sums.apply(ids, weights, score, best, *logits)  # type: ignore[no-untyped-call]
+    return made
 
 
-def squares_of_logsumexp(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """Sum log(sum(e**x))**2 over tokens: ``[B, S, E]`` to ``[B]``."""
-    if torch.compiler.is_compiling():  # likewise
-        return _squares_of_logsumexp(logits, valid)
-    sums: Tensor = _SquaresOfLogSumExp.apply(logits, valid)  # type: ignore[no-untyped-call]
-    return sums
+def _added(of_layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(of_layers) == 1:
+        return of_layers[0]
+    every, counts = zip(*of_layers, strict=True)
+    return torch.stack(every).sum(0), torch.stack(counts).sum(0)
 
 
-def _score_sums(logits: Tensor, score: str, valid: Tensor | None) -> Tensor:
-    return _blanked(_log_scores(widened(logits), score).softmax(-1), valid).sum(-2)
-
-
-def _squares_of_logsumexp(logits: Tensor, valid: Tensor | None) -> Tensor:
-    return _blanked(widened(logits).logsumexp(-1, keepdim=True).square(), valid).sum((-2, -1))
-
-
-def _log_scores(x: Tensor, score: str) -> Tensor:
-    """Return logarithms of scores. The softmax of them is the scores divided by their sum.
-
-    So scores may be as small as they are: their sum is never 0.
-    """
-    if score == "sigmoid":
-        return logsigmoid(x)
-    if score == "sqrtsoftplus":
-        near = softplus(x.clamp(min=SOFTPLUS_IS_EXP)).log()
-        return torch.where(x < SOFTPLUS_IS_EXP, x, near) * 0.5
-    return x
-
-
-def _slope_of_log_scores(x: Tensor, score: str) -> Tensor | float:
-    """Return the derivative of ``_log_scores``."""
-    if score == "sigmoid":
-        return torch.sigmoid(-x)
-    if score == "sqrtsoftplus":
-        clamped = x.clamp(min=SOFTPLUS_IS_EXP)
-        near = torch.sigmoid(clamped) / softplus(clamped)
-        return torch.where(x < SOFTPLUS_IS_EXP, 1.0, near) * 0.5
-    return 1.0
-
-
-def _blanked(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Replace what does not count by 0, whatever it is."""
-    return x if valid is None else x.masked_fill(~valid.reshape((*valid.shape, 1)), 0.0)
-
-
-def through_softmax(of: Tensor, scores: Tensor) -> Tensor:
-    """Return the derivative of a softmax, a symmetric matrix, times ``of``."""
-    return scores * (of - (scores * of).sum(-1, keepdim=True))
-
-
-class _ScoreSums(torch.autograd.Function):
+class _Sums(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Tensor, score: str, valid: Tensor | None) -> Tensor:
-        return _score_sums(logits, score, valid)
+    def forward(
+        ids: Tensor | None, weights: Tensor | None, score: str, best: int, *logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        compute = run if is_plain(ids, weights, *logits) else summed
+        return _added([compute(each, ids, weights, score, best) for each in logits])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Tensor | None], output: Tensor) -> None:  # noqa: ANN401 -- a bag by design
-        logits, ctx.score, valid = inputs
-        del output
-        ctx.save_for_backward(logits, valid)
-        ctx.save_for_forward(logits, valid)
+    def setup_context(
+        ctx: Any,  # noqa: ANN401 -- a bag by design
+        inputs: tuple[Any, ...],
+        output: tuple[Tensor, Tensor],
+    ) -> None:
+        ids, weights, ctx.score, ctx.best, *logits = inputs
+        ctx.topk = 0 if ids is None else ids.shape[-1]
+        ctx.preferred = preference.get()
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(weights, *logits)
+        ctx.save_for_forward(weights, *logits)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 -- a bag by design
-        logits, valid = ctx.saved_tensors
-        x, (of_sums,) = widened(logits), upstream
-        of_log = through_softmax(of_sums.unsqueeze(-2), _log_scores(x, ctx.score).softmax(-1))
-        gradient = _blanked(of_log * _slope_of_log_scores(x, ctx.score), valid)
-        return gradient.to(logits.dtype), None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- a bag by design
+        weights, *logits = ctx.saved_tensors
+        # Where the gradient is to have gradients, the logits require them.
+        plain = is_plain(upstream[0], weights, *logits)
+
+        def gradient(each: Tensor) -> Tensor:
+            given = upstream[0], each, weights, ctx.score, ctx.best
+            if plain:
+                return run_backward(*given, topk=ctx.topk, preferred=ctx.preferred)
+            return summed_backward(*given)
+
+        needed = ctx.needs_input_grad[_FIRST:]
+        made = [gradient(each) if its else None for each, its in zip(logits, needed, strict=True)]
+        return *(None,) * _FIRST, *made
 
     @staticmethod
-    def jvp(ctx: Any, of_logits: Tensor, *_constant: None) -> Tensor:  # noqa: ANN401 -- a bag by design
-        logits, valid = ctx.saved_tensors
-        x = widened(logits)
-        of_log = widened(of_logits) * _slope_of_log_scores(x, ctx.score)
-        of_scores = through_softmax(of_log, _log_scores(x, ctx.score).softmax(-1))
-        return _blanked(of_scores, valid).sum(-2)
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:  # noqa: ANN401 -- a bag by design
+        weights, *logits = ctx.saved_tensors
+        made = [
+            summed_forward(along, each, weights, ctx.score, ctx.best)
+            for along, each in zip(tangents[_FIRST:], logits, strict=True)
+            if along is not None
+        ]
+        return torch.stack(made).sum(0), None
 
 
-class _SquaresOfLogSumExp(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: Tensor, valid: Tensor | None) -> Tensor:
-        return _squares_of_logsumexp(logits, valid)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ANN401 -- a bag by design
-        del output
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 -- a bag by design
-        logits, valid = ctx.saved_tensors
-        x, (of_sums,) = widened(logits), upstream
-        lse = x.logsumexp(-1, keepdim=True)
-        gradient = 2 * lse * x.softmax(-1) * of_sums.reshape((*of_sums.shape, 1, 1))
-        return _blanked(gradient, valid).to(logits.dtype), None
-
-    @staticmethod
-    def jvp(ctx: Any, of_logits: Tensor, *_constant: None) -> Tensor:  # noqa: ANN401 -- a bag by design
-        logits, valid = ctx.saved_tensors
-        x = widened(logits)
-        of_lse = (x.softmax(-1) * widened(of_logits)).sum(-1, keepdim=True)
-        return _blanked(2 * x.logsumexp(-1, keepdim=True) * of_lse, valid).sum((-2, -1))
+_FIRST = 4
+"""Inputs before the logits."""

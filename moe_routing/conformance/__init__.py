@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moe_routing.conformance.quick import verify
     from moe_routing.conformance.runner import Report, Result, run
     from moe_routing.conformance.suite import (
+        BalanceConformance,
         CombineConformance,
         ExchangeConformance,
         GateConformance,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "BalanceConformance": ("moe_routing.conformance.suite", "BalanceConformance"),
     "Clause": ("moe_routing.conformance.clauses", "Clause"),
     "CombineConformance": ("moe_routing.conformance.suite", "CombineConformance"),
     "Contract": ("moe_routing.conformance.contract", "Contract"),
@@ -38,9 +40,9 @@ _HOME = {
 }
 
 __all__ = [
-    "Clause", "CombineConformance", "Contract", "ExchangeConformance", "GateConformance",
-    "PermuteConformance", "PlanConformance", "Report", "Result", "RouterConformance", "run",
-    "verify",
+    "BalanceConformance", "Clause", "CombineConformance", "Contract", "ExchangeConformance",
+    "GateConformance", "PermuteConformance", "PlanConformance", "Report", "Result",
+    "RouterConformance", "run", "verify",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ _FILES = {
     "test_named_backend_plan.py": "plan",
     "test_named_backend_permute.py": "permute",
     "test_named_backend_combine.py": "combine",
+    "test_named_backend_balance.py": "balance",
     "test_named_backend_exchange.py": "exchange",
 }
 """The kit's own test files, and the operation that each is about."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_routing.conformance import (
+    balance_clauses,
     clauses,
     combine_clauses,
     exchange_clauses,
@@ -129,6 +130,12 @@ class CombineConformance(_Conformance):
     operation = "combine"
 
 
+class BalanceConformance(_Conformance):
+    """The same for the operation ``balance``."""
+
+    operation = "balance"
+
+
 class GateConformance(_Conformance):
     """The same for the operation ``gate``."""
 
@@ -155,5 +162,6 @@ _add_methods(RouterConformance, clauses.CLAUSES)
 _add_methods(PlanConformance, plan_clauses.CLAUSES)
 _add_methods(PermuteConformance, permute_clauses.CLAUSES)
 _add_methods(CombineConformance, combine_clauses.CLAUSES)
+_add_methods(BalanceConformance, balance_clauses.CLAUSES)
 _add_methods(GateConformance, gate_clauses.CLAUSES)
 _add_methods(ExchangeConformance, exchange_clauses.CLAUSES)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from moe_routing._call_cache import ORDINARY
+from moe_routing._call_cache import is_plain
 from moe_routing._check import matrix
 from moe_routing._dispatch import chosen, dtype_name
 from moe_routing._registry import registry
@@ -16,7 +16,6 @@ from moe_routing.formula.permutation import combined_backward
 from moe_routing.permutation import _check, op
 from moe_routing.permutation.kernel import CombinesBackward, PermutedRows
 from moe_routing.permutation.problem import GROUP, CombineProblem, PermuteProblem
-from moe_routing.private_api import is_fake_mode, is_functorch_wrapped_tensor, is_zero_tensor
 from moe_routing.probing import probe
 from moe_routing_registry import Request
 from moe_routing_registry.request import preference
@@ -140,7 +139,7 @@ def combine(
     _check_backend(backend)
     if rows.dim() > 2:  # noqa: PLR2004 -- the matrices of a masked plan
         rows = rows.flatten(0, 1)
-    if _is_plain(rows, weights, *_parts(plan)):
+    if is_plain(rows, weights, *_parts(plan)):
         return run_combine(rows, plan, weights, backend)
     return op.combine(rows, plan, weights, backend)
 
@@ -148,7 +147,7 @@ def combine(
 def _permute(
     hidden: Tensor, plan: DispatchPlan, layout: Layout, quantize: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    if _is_plain(hidden, *_parts(plan)):
+    if is_plain(hidden, *_parts(plan)):
         return run_permute(hidden, plan, layout, quantize, backend)
     return op.permute(hidden, plan, layout, quantize, backend)
 
@@ -156,23 +155,6 @@ def _permute(
 def _parts(plan: DispatchPlan) -> tuple[Tensor, ...]:
     """Return the parts of a plan that move rows."""
     return plan[:4]
-
-
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Tell whether a kernel may be called: nothing is traced, transformed or differentiated."""
-    if is_dynamo_compiling() or is_fake_mode():
-        return False
-    recording = torch.is_grad_enabled()
-    return all(
-        tensor is None
-        or (
-            type(tensor) in ORDINARY
-            and not (recording and tensor.requires_grad)
-            and not is_functorch_wrapped_tensor(tensor)
-            and not is_zero_tensor(tensor)
-        )
-        for tensor in tensors
-    )
 
 
 def _check_backend(backend: object) -> None:

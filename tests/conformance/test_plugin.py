@@ -78,6 +78,7 @@ def test_the_kits_own_files_are_left_alone_without_a_backend_and_for_other_opera
         "plan": folder / "test_named_backend_plan.py",
         "permute": folder / "test_named_backend_permute.py",
         "combine": folder / "test_named_backend_combine.py",
+        "balance": folder / "test_named_backend_balance.py",
     }
     for file in files.values():
         assert plugin.pytest_ignore_collect(file, config) is True

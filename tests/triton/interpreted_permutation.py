@@ -19,8 +19,8 @@ import moe_routing  # noqa: E402 -- likewise
 from moe_routing.formula import permutation as formula  # noqa: E402 -- likewise
 from moe_routing.permutation import CombineProblem, PermuteProblem  # noqa: E402 -- likewise
 from moe_routing.permutation.problem import FLOATS, GROUP  # noqa: E402 -- likewise
-from moe_routing_backends.triton.permutation import mover  # noqa: E402 -- likewise
 from moe_routing_backends.triton.permutation.mover import MoveLaunch, TritonCombine, TritonPermute  # noqa: E402 -- likewise
+from moe_routing_backends.triton.runtime import bound  # noqa: E402 -- likewise
 
 LAUNCHES = (
     None,
@@ -250,7 +250,7 @@ def sums_are_the_same_for_any_batch(device):
 
 def in_several_launches(device):
     """Let a launch have few programs, as though the tokens were too many for one."""
-    mover.MOST_PROGRAMS = 4
+    bound.MOST_PROGRAMS = 4
     plan = moe_routing.plan(torch.randint(-1, 3, (6, 2)), 3, backend="eager")
     hidden, rows, weights = torch.randn(6, 8), torch.randn(12, 8), torch.rand(6, 2)
     moved, out, grad_rows, grad_weights = (

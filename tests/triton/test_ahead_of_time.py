@@ -22,6 +22,7 @@ SHARED_MEMORY = {
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 OF_PLAN = Path(__file__).with_name("ahead_of_time_plan.py")
 OF_GATE = Path(__file__).with_name("ahead_of_time_gate.py")
+OF_BALANCE = Path(__file__).with_name("ahead_of_time_balance.py")
 OF_PERMUTATION = Path(__file__).with_name("ahead_of_time_permutation.py")
 WORTH_A_LOOK = 1.05
 """A kernel may need up to this many times what the table says.
@@ -158,3 +159,28 @@ def test_all_tiles_of_a_gate_multiply_by_one_shape_of_instruction(gates, target)
     for of_tiles in by_problem.values():
         assert len(set(of_tiles)) == 1
         assert len(of_tiles[0]) == 1
+
+
+@pytest.fixture(scope="module")
+def balances():
+    """What the compilers say of the kernels of ``balance``, by target."""
+    return {target: found["cases"] for target, found in by_target(OF_BALANCE).items()}
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_the_kernels_of_balance_compile_without_spills_and_wait_first(balances, target):
+    found = balances[target]
+    assert {case["kernel"] for case in found} == {
+        "moe_routing_balance", "moe_routing_balance_backward",
+    }  # fmt: skip
+    assert not [case for case in found if case["spills"]]
+    assert not [case for case in found if case["shared"] > SHARED_MEMORY[target]]
+    waits = {"sm_80": "never", "gfx942": None, "gfx950": None}.get(target, "first")
+    assert {case.get("waits") for case in found} == {waits}
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_whole_rows_of_logits_are_read_and_written_16_bytes_at_a_time(balances, target):
+    for case in balances[target]:
+        returns = case["kernel"].endswith("backward")
+        assert case["wide"] >= (1 + returns) * (case["E"] not in {60, 61}), case

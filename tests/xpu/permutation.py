@@ -16,8 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
 from moe_routing_backends.triton import BATTLEMAGE
-from moe_routing_backends.triton.permutation.mover import SUB_GROUP
-from moe_routing_backends.triton.runtime.xpu import in_sub_groups
+from moe_routing_backends.triton.runtime.xpu import SUB_GROUP, in_sub_groups
 
 
 def main():

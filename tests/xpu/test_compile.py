@@ -28,6 +28,12 @@ def permutations(environment):
     return compiled_by("permutation.py", environment)
 
 
+@pytest.fixture(scope="session")
+def balances(environment):
+    """What comes of the kernels of ``balance``."""
+    return compiled_by("balance.py", environment)
+
+
 def compiled_by(script, environment):
     """Run a script in the environment, and return its cases."""
     command = [sys.executable, str(HERE / script)]
@@ -119,3 +125,12 @@ def test_the_kernels_of_permute_and_combine_compile_without_spills(permutations)
     }
     assert not [case for case in permutations if case["invalid"] or case["shared"] > 131_072]
     assert not [case for case in permutations if case.get("spills", 0)]
+
+
+def test_the_kernels_of_balance_compile_without_spills(balances):
+    assert {case["kernel"] for case in balances} == {
+        "moe_routing_balance",
+        "moe_routing_balance_backward",
+    }
+    assert not [case for case in balances if case["invalid"] or case["shared"] > 131_072]
+    assert not [case for case in balances if case.get("spills", 0)]

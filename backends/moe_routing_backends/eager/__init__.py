@@ -46,6 +46,7 @@ def moe_routing_backends() -> list[BackendSpec]:
                 "plan": "moe_routing_backends.eager.plan:build",
                 "permute": "moe_routing_backends.eager.permutation:build_permute",
                 "combine": "moe_routing_backends.eager.permutation:build_combine",
+                "balance": "moe_routing_backends.eager.balance:build",
             },
             targets=(Target(ANY),),
             operands=frozenset({"ids", "valid"}),

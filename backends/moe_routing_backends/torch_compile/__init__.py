@@ -59,6 +59,7 @@ def moe_routing_backends() -> list[BackendSpec]:
                 "plan": "moe_routing_backends.torch_compile.plan:build",
                 "permute": "moe_routing_backends.torch_compile.permutation:build_permute",
                 "combine": "moe_routing_backends.torch_compile.permutation:build_combine",
+                "balance": "moe_routing_backends.torch_compile.balance:build",
             },
             operands=frozenset({"ids", "valid"}),
             targets=(Target(ACCELERATOR), Target("cpu", explicit=True)),

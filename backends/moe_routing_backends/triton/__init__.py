@@ -46,6 +46,8 @@ def supports(problem: Any, device: DeviceInfo) -> Verdict:  # noqa: ANN401 -- of
     A Triton for this platform must be installed, or interpret on this CPU.
     """
     verdict = _triton_runs(device)
+    if verdict and problem.operation == "balance":
+        return _fits(problem)
     if not verdict or problem.operation not in {"route", "gate"}:
         return verdict
     return _routes(problem if problem.operation == "route" else problem.routing)
@@ -70,7 +72,8 @@ def _triton_runs(device: DeviceInfo) -> Verdict:
     return Verdict.yes()
 
 
-def _routes(problem: RoutingProblem) -> Verdict:
+def _fits(problem: Any) -> Verdict:  # noqa: ANN401 -- of ``route`` or ``balance``
+    """Accept dtypes and sizes of logits."""
     if problem.dtype not in DTYPES:
         return Verdict.no(
             RejectCode.DTYPE, f"takes logits of {', '.join(DTYPES)}, not {problem.dtype}"
@@ -80,6 +83,13 @@ def _routes(problem: RoutingProblem) -> Verdict:
         return Verdict.no(
             RejectCode.SHAPE, f"takes E up to {MAX_EXPERTS} and K up to {MAX_TOPK}, not {asked}"
         )
+    return Verdict.yes()
+
+
+def _routes(problem: RoutingProblem) -> Verdict:
+    fits = _fits(problem)
+    if not fits:
+        return fits
     if "ids" in problem.operands and problem.spec.selection in UNRECORDED:
         reason = f"replays no experts that {problem.spec.selection} selects"
         return Verdict.no(RejectCode.OPERANDS, reason)
@@ -178,6 +188,7 @@ def moe_routing_backends() -> list[BackendSpec]:
                 "plan": "moe_routing_backends.triton.planning.planner:build",
                 "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
                 "combine": "moe_routing_backends.triton.permutation.mover:build_combine",
+                "balance": "moe_routing_backends.triton.balancing.balancer:build",
                 "gate": "moe_routing_backends.triton.gating.gate:build",
             },
             targets=(
@@ -202,6 +213,7 @@ def moe_routing_backends() -> list[BackendSpec]:
                 "plan": "moe_routing_backends.triton.planning.planner:build_for_xpu",
                 "permute": "moe_routing_backends.triton.permutation.mover:build_permute",
                 "combine": "moe_routing_backends.triton.permutation.mover:build_combine",
+                "balance": "moe_routing_backends.triton.balancing.balancer:build",
             },
             targets=(Target("xpu"), *interpreter),
             priority=100,

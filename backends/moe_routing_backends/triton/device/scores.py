@@ -118,6 +118,23 @@ def sqrtsoftplus(x, shift):
 
 
 @triton.jit
+def log_slope(x, SCORE: tl.constexpr):
+    """Return the derivative of log(score(x)).
+
+    1 for softmax, whose denominator is treated elsewhere.
+    """
+    if SCORE == "sigmoid":
+        return sigmoid(-x, 0.0)
+    elif SCORE == "sqrtsoftplus":
+        softplus = tl.maximum(x, 0.0) + log1p(exp(-tl.abs(x)))
+        # There it is e**x to within float32, and the slope of its logarithm 1.
+        tiny = x < SOFTPLUS_IS_EXP
+        return 0.5 * tl.where(tiny, 1.0, sigmoid(x, 0.0) / tl.where(tiny, 1.0, softplus))
+    else:
+        return x * 0.0 + 1.0
+
+
+@triton.jit
 def reciprocal(d):
     """Return 1 / d for d >= 1 within 2 units in the last place.
 

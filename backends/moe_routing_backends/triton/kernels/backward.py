@@ -20,38 +20,17 @@ import triton.language as tl
 from moe_routing_backends.triton.device.keys import FLOAT32_MAX, clean
 from moe_routing_backends.triton.device.scores import (
     activate,
-    exp,
     exp_of_many,
-    log1p,
+    log_slope,
     selected_weights,
-    sigmoid,
     tree_sum,
 )
 
-SOFTPLUS_IS_EXP = tl.constexpr(-17.0)
-"""Below it log(softplus(x)) is x to within float32, and its slope 1."""
 FLOOR_IS_REACHED = tl.constexpr(0.999999)
 """The sum of u is 1 - epsilon / denominator.
 
 Further below what the floor would give than this, the floor was the divisor.
 """
-
-
-@triton.jit
-def log_slope(x, SPEC: tl.constexpr):
-    """Return the derivative of log(score(x)).
-
-    1 for softmax, whose denominator is treated elsewhere.
-    """
-    SCORE: tl.constexpr = SPEC.value.score
-    if SCORE == "sigmoid":
-        return sigmoid(-x, 0.0)
-    elif SCORE == "sqrtsoftplus":
-        softplus = tl.maximum(x, 0.0) + log1p(exp(-tl.abs(x)))
-        tiny = x < SOFTPLUS_IS_EXP
-        return 0.5 * tl.where(tiny, 1.0, sigmoid(x, 0.0) / tl.where(tiny, 1.0, softplus))
-    else:
-        return x * 0.0 + 1.0
 
 
 @triton.jit
@@ -175,7 +154,7 @@ def moe_routing_backward(
                 slope = slope_of_activation(all_x, SPEC)
                 spread = tree_sum(h)[:, None]
                 by_logit = tl.where(is_finite(every), -p / total[:, None] * spread * slope, 0.0)
-            h = h * log_slope(x, SPEC) * slope_of_activation(x, SPEC)
+            h = h * log_slope(x, SCORE) * slope_of_activation(x, SPEC)
             h = tl.where(is_finite(raw), h, 0.0)
         part = grad * u
         for k0 in range(0, K, UNROLL):

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import torch
 import triton.language as tl
-from triton import JITFunction
 
-from moe_routing.private_api import current_device, current_stream, is_observed
 from moe_routing_backends.triton.permutation.kernels import (
     moe_routing_combine,
     moe_routing_combine_backward,
     moe_routing_permute,
     moe_routing_permute_quantized,
 )
-from moe_routing_backends.triton.runtime.launcher import ALIGNMENT, NEVER_CURRENT, Compiled
-from moe_routing_backends.triton.tuning.choose import supports_pdl
-from moe_routing_registry.device import INTERPRETER
+from moe_routing_backends.triton.runtime import bound
+from moe_routing_backends.triton.runtime.bound import Bound, check_interpreter
+from moe_routing_backends.triton.runtime.launcher import ALIGNMENT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +25,6 @@ if TYPE_CHECKING:
 
 TensorT = TypeVar("TensorT", "Tensor", "Tensor | None")
 
-SUB_GROUP = 16
-"""Lanes of a sub-group on Intel's GPUs: of 32, each has half as many registers, and some spill."""
 PLACES = 32
 """Places that a program looks through for empty ones."""
 BACKWARD_COLUMNS = 1024
@@ -38,13 +33,10 @@ BACKWARD_COLUMNS = 1024
 One number for all: it fixes the order in which columns are added.
 """
 BACKWARD_THREADS = 128
-MOST_PROGRAMS = 2**31 - 1
 COLUMNS = 16
 """Columns of a quantized row whose bytes are a vector."""
 UNITS = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 """Integers that rows are moved as, by their bytes."""
-SHOWN = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.int32})
-"""Dtypes that kernels compute with. Rows of others are bytes to Triton, which lacks some dtypes."""
 
 
 class MoveLaunch(NamedTuple):
@@ -71,26 +63,17 @@ Measured on an H100 with torch 2.11 and Triton 3.6 (``benchmarks/permutation.py`
 
 def build_permute(problem: PermuteProblem, device: DeviceInfo) -> TritonPermute:
     """Bind the problem to the device; nothing is compiled before the first call."""
-    _check_interpreter(device)
+    check_interpreter(device)
     return TritonPermute(problem, device)
 
 
 def build_combine(problem: CombineProblem, device: DeviceInfo) -> TritonCombine:
     """Bind the problem to the device, likewise."""
-    _check_interpreter(device)
+    check_interpreter(device)
     return TritonCombine(problem, device)
 
 
-def _check_interpreter(device: DeviceInfo) -> None:
-    if (device.type == "cpu") == isinstance(moe_routing_permute, JITFunction):
-        msg = (
-            f"{INTERPRETER} was changed after Triton's kernels were imported: "
-            "set or unset it before Python starts"
-        )
-        raise RuntimeError(msg)
-
-
-class _Mover:
+class _Mover(Bound):
     """A kernel of either operation: the device, and launching."""
 
     def __init__(
@@ -103,20 +86,9 @@ class _Mover:
 
         :param launch: this one for any number of tokens.
         """
+        super().__init__(problem, device)
         self._K = problem.topk
-        self._index = NEVER_CURRENT if device.type == "cpu" else device.index or 0
         self._launches = (SHORT, LONG) if launch is None else (launch, launch)
-        self._warp = SUB_GROUP if device.platform == "xpu" else max(device.warp_sizes, default=32)
-        self._pdl = supports_pdl(device)
-        where = "cpu" if device.type == "cpu" else f"{device.type}:{self._index}"
-        self._compiled = Compiled(problem, torch.device(where), self._advice)
-        self._ready = self._compiled.launchers
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Say whether launches take the slow way, which only a launch can tell."""
-        why = self._compiled.indirect
-        return (f"launches through Triton's own launcher: {why}",) if why else ()
 
     def _vectors(self, launch: MoveLaunch) -> int:
         return max(launch.vectors, self._warp)  # one a lane at least
@@ -154,7 +126,7 @@ class _Mover:
             H, stride = H * size // bytes_, stride * size // bytes_
         slices, places, pairs = -(-H // block), plan.order.numel(), plan.inverse.numel()
         programs = (T + (-(-places // PLACES) if fills else 0)) * slices
-        if programs > MOST_PROGRAMS:
+        if programs > bound.MOST_PROGRAMS:
             for part in _halves(T):
                 self._move(hidden[part], inverse[part], plan, out, scales, fills=fills)
             return
@@ -166,30 +138,6 @@ class _Mover:
             (self._K, *unit, vector, block, PLACES if fills else 0, self._pdl and launch.early),
             launch.threads,
         )
-
-    def _launch(  # noqa: PLR0913, PLR0917 -- what a launch is
-        self,
-        kernel: Any,  # noqa: ANN401 -- Triton's own object
-        programs: int,
-        tensors: tuple[Tensor | None, ...],
-        numbers: tuple[int, ...],
-        constants: tuple[Any, ...],
-        threads: int,
-    ) -> None:
-        key = (kernel.fn, constants)
-        launcher = self._ready.get(key)
-        if launcher is None or current_device() != self._index or is_observed():
-            # Only Triton's own launch calls its hooks.
-            self._compiled.launch_and_keep(
-                key, kernel, programs, (*map(_handed, tensors), *numbers), (*constants, self._pdl),
-                max(1, threads // self._warp), SUB_GROUP, pdl=self._pdl,
-            )  # fmt: skip
-            return
-        at = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        launcher(programs, current_stream(self._index), (*at, *numbers))
-
-    def _advice(self, _key: tuple[Any, ...]) -> str:
-        return "call it once with tensors of the same kind"
 
 
 class TritonPermute(_Mover):
@@ -228,7 +176,7 @@ class TritonCombine(_Mover):
         vector = _vector(size, (rows, out), (H, stride))
         block = self._vectors(launch) * ALIGNMENT // size
         programs = T * -(-H // block)
-        if programs > MOST_PROGRAMS:
+        if programs > bound.MOST_PROGRAMS:
             for part in _halves(T):
                 its = None if weights is None else weights[part]
                 self._add(rows, inverse[part], plan, its, out[part])
@@ -275,7 +223,7 @@ class TritonCombine(_Mover):
         grad_stride = grad.stride(0) if T > 1 else H
         vector = _vector(rows.element_size(), (grad, rows, grad_rows), (H, stride, grad_stride))
         programs = T * self._K - (-places // PLACES)
-        if programs > MOST_PROGRAMS:
+        if programs > bound.MOST_PROGRAMS:
             for part in _halves(T):
                 self._go_back(
                     grad[part], rows, inverse[part], plan, weights[part], grad_rows,
@@ -298,11 +246,6 @@ class TritonCombine(_Mover):
 def _in_memory(tensor: TensorT) -> TensorT:
     """Return a tensor without lazy negation and conjugation, of which a kernel knows nothing."""
     return tensor if tensor is None else tensor.resolve_conj().resolve_neg()
-
-
-def _handed(tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor that Triton is shown, on the same memory."""
-    return tensor if tensor is None or tensor.dtype in SHOWN else tensor.view(torch.uint8)
 
 
 def _vector(size: int, tensors: tuple[Tensor, ...], columns: tuple[int, ...]) -> int:

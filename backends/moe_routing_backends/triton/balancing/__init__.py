@@ -1,0 +1,1 @@
+"""The operation ``balance`` on Triton."""
