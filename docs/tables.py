@@ -6,19 +6,27 @@ docs/tables.py`` writes it again; a test holds the pages to it.
 
 from __future__ import annotations
 
+import ast
+import itertools
+import json
 import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_routing.conformance.contract import contract_of
+from moe_routing.doctor import OTHER_VARIABLES, VARIABLES
 from moe_routing.families import FAMILIES
 from moe_routing.models import MODELS, NOT_EXPRESSED
+from moe_routing_registry.verdict import FIXABLE, RejectCode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from moe_routing.conformance.contract import Contract
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 
 
 def _families() -> str:
@@ -53,7 +61,94 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-DOCS = Path(__file__).parent
+def _variables(meanings: Mapping[str, str]) -> Callable[[], str]:
+    rows = [(f"`{name}`", meaning) for name, meaning in meanings.items()]
+    return lambda: _table(("variable", "meaning"), rows)
+
+
+def _reject_codes() -> str:
+    """Return the codes with the docstrings that stand below them in their file."""
+    tree = ast.parse((ROOT / "registry/moe_routing_registry/verdict.py").read_text("utf-8"))
+    (body,) = (
+        node.body
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == RejectCode.__name__
+    )
+    meanings = {
+        ast.unparse(member.targets[0]): " ".join(ast.literal_eval(text.value).split())
+        for member, text in itertools.pairwise(body)
+        if isinstance(member, ast.Assign) and isinstance(text, ast.Expr)
+    }
+    rows = [
+        (
+            f"`{code.value}`",
+            meanings[code.name].replace("``", "`"),
+            "yes" if code in FIXABLE else "",
+        )
+        for code in RejectCode
+    ]
+    return _table(("code", "meaning", "fault"), rows)
+
+
+def _launches(arch: str) -> Callable[[], str]:
+    def written() -> str:
+        held = json.loads((_TRITON / f"tables/{arch}.json").read_text("utf-8"))
+        rows = [
+            (
+                _KINDS[rule["kind"]],
+                rule["bits"],
+                rule["experts"],
+                rule["width"],
+                _steps((step[0], _launch(*step[1:])) for step in rule["steps"]),
+            )
+            for rule in held["rules"]
+        ]
+        head = ("selection", "bits", "E", "list", "tokens and launch")
+        return f"{held['provenance'].capitalize()}.\n\n{_table(head, rows)}"
+
+    return written
+
+
+_TRITON = ROOT / "backends" / "moe_routing_backends" / "triton"
+_KINDS = {
+    "logits": "by logits",
+    "row_sum": "by logits, weights need the whole row",
+    "sigmoid_bias": "by sigmoid + bias",
+    "bias": "by another score + bias",
+    "grouped": "in groups",
+}
+"""Kinds of specs in launch tables, for readers."""
+
+
+def _launch(variant: str, rows: int, threads: int, warps: int, warp_size: int = 0) -> str:
+    threads_of_row = "" if variant == "cooperative" else f"/{threads}"
+    shape = f"`{variant}` {rows}{threads_of_row}"
+    return shape + (f" w{warps}" if warps > 1 else "") + (f" s{warp_size}" if warp_size else "")
+
+
+def _plan_launches() -> str:
+    held = json.loads((_TRITON / "tables/sm_90.json").read_text("utf-8"))["plans"]
+    rows = [
+        (rule["layout"], rule["experts"], _steps(_merged(rule["steps"]))) for rule in held["rules"]
+    ]
+    table = _table(("layout", "E", "pairs and kernels"), rows)
+    return f"{held['provenance'].capitalize()}.\n\n{table}"
+
+
+def _merged(steps: Sequence[Sequence[int | None]]) -> Iterable[tuple[int | None, int | None]]:
+    """Yield the end of each run of steps with the same number of kernels, and that number."""
+    for step, after in zip(steps, [*steps[1:], (None, None)], strict=True):
+        if step[1] != after[1]:
+            yield step[0], step[1]
+
+
+def _steps(steps: Iterable[tuple[int | None, object]]) -> str:
+    """Say what serves up to which number; nothing is above the last step."""
+    *before, (_, last) = steps
+    served = [f"to {number:,}: {launch}" for number, launch in before]
+    return "; ".join([*served, f"then {last}" if served else f"all: {last}"])
+
+
 _SOURCES = {
     "route": "moe_routing/conformance/clauses.py",
     "gate": "moe_routing/conformance/gate_clauses.py",
@@ -67,6 +162,12 @@ _TABLES = {
     "moe_routing.families.FAMILIES": _families,
     "moe_routing.models.MODELS": _models,
     "moe_routing.models.NOT_EXPRESSED": _not_expressed,
+    "moe_routing.doctor.VARIABLES": _variables(VARIABLES),
+    "moe_routing.doctor.OTHER_VARIABLES": _variables(OTHER_VARIABLES),
+    "moe_routing_registry.RejectCode": _reject_codes,
+    "triton/tables/sm_90.json": _launches("sm_90"),
+    "triton/tables/sm_90.json#plans": _plan_launches,
+    "triton/tables/xpu.json": _launches("xpu"),
 }
 _MARKED = re.compile(
     r"<!-- written by docs/tables\.py from (?P<source>\S+)(?: at (?P<start>.+?))? -->\n"
@@ -99,7 +200,7 @@ def _content(source: str, start: str | None) -> str:
 
 def _code(source: str, start: str | None) -> str:
     """Return an example's code, from the first line on that begins so."""
-    code = (DOCS.parent / source).read_text(encoding="utf-8")
+    code = (ROOT / source).read_text(encoding="utf-8")
     if start is not None:
         code = code[code.index(f"\n{start}") + 1 :]
     return f"```py\n{code.rstrip()}\n```"
