@@ -137,7 +137,9 @@ def _block() -> str:
     return _svg(width + 2 * MARGIN, y + 16 + MARGIN, drawn)
 
 
-def _text(x: int, y: int, said: str, size: int, colour: str = INK, *, bold: bool = False) -> str:
+def _text(  # noqa: PLR0913 -- those of a text
+    x: int, y: int, said: str, size: int, colour: str = INK, *, bold: bool = False
+) -> str:
     weight = ' font-weight="bold"' if bold else ""
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}"{weight}>{said}</text>'
 
