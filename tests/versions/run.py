@@ -1,0 +1,194 @@
+"""Run the core tests, the integration with transformers, and the kit with several versions.
+
+``python tests/versions/run.py [oldest|...]``, or ``make matrix``. Each environment is a virtual
+environment of its own, in ``.venv-matrix/``; they are made, tested and removed one after another,
+since each takes 5 to 7 GB. What was found is written to ``results.json`` beside this file after
+each of them, and ``docs/tables.py`` makes the table of ``docs/versions.md`` of it. Environments
+that were not run keep their last result.
+
+Exit code 1: a test failed that is not in ``KNOWN``, one that is there passed, or something could
+not be installed. Exit code 2: no such environment, or no such Python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from datetime import datetime, timezone
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree as ET
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".venv-matrix"
+RESULTS = Path(__file__).with_name("results.json")
+
+
+class Environment(NamedTuple):
+    """Versions that are tested together."""
+
+    python: str
+    torch: str
+    triton: str
+    transformers: str
+
+
+ENVIRONMENTS = {
+    "oldest": Environment("3.10", "2.8.0", "3.6.0", "5.17.0"),
+    "gpus": Environment("3.11", "2.11.0", "3.6.0", "5.21.1"),
+    "later": Environment("3.12", "2.13.0", "3.8.0", "5.23.0"),
+    "newest": Environment("3.13", "2.15.0", "3.9.0", "5.24.0"),
+}
+"""``gpus`` has the torch and Triton that ran on GPUs. Raise ``newest`` when there is a newer one."""
+QUICK = "not (slow or network or gpu)"
+NOT_CORE = (
+    "tests/integrations",  # the next part
+    "tests/test_models.py",  # compares presets with the newest transformers, model by model
+    "tests/test_models_against_transformers.py",
+    "tests/test_demo.py",
+    "tests/test_docs.py",
+    "tests/test_release.py",
+)
+CORE = ["-m", QUICK, *(f"--ignore={path}" for path in NOT_CORE)]
+# As `make transformers-check`: what releases before 5.21 or models before 5.24 do not have.
+TRANSFORMERS = [
+    "-m", f"{QUICK} and not patch_mapping", "-k", "not bfloat16 and not gradients and not preset",
+    *sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests" / "integrations").glob("test_transformers_*.py")
+        if not path.stem.endswith("_compile")
+    ),
+]  # fmt: skip
+OPERATIONS = ("route", "gate", "plan", "permute", "combine")
+KNOWN: dict[str, dict[str, str]] = {}
+"""By environment, tests that fail there (patterns of ids), and why."""
+
+
+def main(names: list[str]) -> int:
+    """Run the environments with these names, or all."""
+    unknown = [name for name in names if name not in ENVIRONMENTS]
+    if unknown:
+        print(f"environments: expected some of {', '.join(ENVIRONMENTS)}, got {unknown[0]}")
+        return 2
+    chosen = {name: ENVIRONMENTS[name] for name in names or ENVIRONMENTS}
+    absent = [e.python for e in chosen.values() if shutil.which(f"python{e.python}") is None]
+    if absent:
+        print(f"PATH: expected python{absent[0]}, found none")
+        return 2
+    return max(_environment(name, environment) for name, environment in chosen.items())
+
+
+def _environment(name: str, environment: Environment) -> int:
+    print(f"==> {name}: {environment}", flush=True)
+    folder = FOLDER / name
+    try:
+        python = _installed(folder, environment)
+        parts = {
+            "core": _tests(python, folder, CORE),
+            "transformers": _tests(python, folder, TRANSFORMERS),
+        }
+        kits = {operation: _kit(python, operation) for operation in OPERATIONS}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    failed = [test for part in parts.values() for test in part["failed"]]
+    known = {
+        test: reason
+        for test in failed
+        for pattern, reason in KNOWN.get(name, {}).items()
+        if fnmatch(test, pattern)
+    }
+    passed = [p for p in KNOWN.get(name, {}) if not any(fnmatch(test, p) for test in failed)]
+    wrong = [test for test in failed if test not in known]
+    wrong += [f"kit of {operation}" for operation, kit in kits.items() if not kit["ok"]]
+    for test in wrong:
+        print(f"{name}: {test} failed")
+    for pattern in passed:
+        print(f"{name}: {pattern} is in KNOWN, and did not fail")
+    held = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    held[name] = {
+        **environment._asdict(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        **{part: {**counts, "failed": len(counts["failed"])} for part, counts in parts.items()},
+        "kits": {operation: kit["checked"] for operation, kit in kits.items()},
+        "known": known,
+        "wrong": wrong,
+    }
+    ordered = {key: held[key] for key in ENVIRONMENTS if key in held}
+    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
+    return int(bool(wrong or passed))
+
+
+def _installed(folder: Path, environment: Environment) -> Path:
+    """Make the virtual environment, and return its Python."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _run(f"python{environment.python}", "-m", "venv", str(folder))
+    python = folder / "bin" / "python"
+    pip = (str(python), "-m", "pip", "-q", "--disable-pip-version-check", "install")
+    pip = (*pip, "--no-compile", "--no-cache-dir")
+    _run(*pip, f"torch=={environment.torch}")
+    # torch names the Triton that it was built with; here others are tried.
+    _run(*pip, "--no-deps", f"triton=={environment.triton}")
+    _run(*pip, "-e", f"{ROOT}[test,bench]", f"transformers=={environment.transformers}")
+    return python
+
+
+def _tests(python: Path, folder: Path, selection: list[str]) -> dict[str, object]:
+    """Run tests, and return how many passed, which failed, and how many were skipped."""
+    report = folder / "report.xml"
+    said = folder / "said.txt"
+    with said.open("w") as output:
+        subprocess.run(  # noqa: S603 -- the interpreter that was just installed
+            [
+                str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses=auto",
+                "--maxprocesses=8", "--dist=loadfile", f"--junitxml={report}", *selection,
+            ],
+            cwd=ROOT, check=False, stdout=output, stderr=output, env=_ENVIRONMENT,
+        )  # fmt: skip
+    if not report.exists():
+        raise RuntimeError(said.read_text()[-3000:])
+    cases = [case for suite in ET.parse(report).getroot() for case in suite]  # noqa: S314 -- pytest's
+    failed = sorted(_name(case) for case in cases if _has(case, "failure", "error"))
+    skipped = sum(_has(case, "skipped") for case in cases)
+    print(said.read_text().splitlines()[-1], flush=True)
+    return {"passed": len(cases) - len(failed) - skipped, "failed": failed, "skipped": skipped}
+
+
+def _name(case: ET.Element) -> str:
+    return f"{case.get('classname')}.{case.get('name')}"
+
+
+def _has(case: ET.Element, *kinds: str) -> bool:
+    return any(part.tag in kinds for part in case)
+
+
+def _kit(python: Path, operation: str) -> dict[str, object]:
+    """Check ``eager`` against the contract of an operation."""
+    command = [str(python), "-m", "moe_routing", "conformance", "eager", "--operation", operation]
+    done = subprocess.run(  # noqa: S603 -- likewise
+        [*command, "--json"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=_ENVIRONMENT,
+    )
+    report = json.loads(done.stdout)
+    print(f"eager, {operation}: {report['verdict']}", flush=True)
+    return {"ok": done.returncode == 0, "checked": report["counts"]["checked"]}
+
+
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+"""Of the tests: the code under test is the installed one."""
+
+
+def _run(*command: str) -> None:
+    print(f"  $ {' '.join(command)}", flush=True)
+    subprocess.run(command, check=True, env=_ENVIRONMENT)  # noqa: S603 -- written here
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
