@@ -43,7 +43,7 @@ ENVIRONMENTS = {
     "later": Environment("3.12", "2.13.0", "3.8.0", "5.23.0"),
     "newest": Environment("3.13", "2.15.0", "3.9.0", "5.24.0"),
 }
-"""``gpus`` has the torch and Triton that ran on GPUs. Raise ``newest`` when there is a newer one."""
+"""``gpus`` has the torch and Triton that ran on GPUs; raise ``newest`` when there is a newer one."""
 QUICK = "not (slow or network or gpu)"
 NOT_CORE = (
     "tests/integrations",  # the next part
@@ -141,7 +141,7 @@ def _tests(python: Path, folder: Path, selection: list[str]) -> dict[str, object
     report = folder / "report.xml"
     said = folder / "said.txt"
     with said.open("w") as output:
-        subprocess.run(  # noqa: S603 -- the interpreter that was just installed
+        subprocess.run(
             [
                 str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses=auto",
                 "--maxprocesses=8", "--dist=loadfile", f"--junitxml={report}", *selection,
@@ -168,7 +168,7 @@ def _has(case: ET.Element, *kinds: str) -> bool:
 def _kit(python: Path, operation: str) -> dict[str, object]:
     """Check ``eager`` against the contract of an operation."""
     command = [str(python), "-m", "moe_routing", "conformance", "eager", "--operation", operation]
-    done = subprocess.run(  # noqa: S603 -- likewise
+    done = subprocess.run(
         [*command, "--json"],
         cwd=ROOT,
         check=False,
@@ -187,7 +187,7 @@ _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PY
 
 def _run(*command: str) -> None:
     print(f"  $ {' '.join(command)}", flush=True)
-    subprocess.run(command, check=True, env=_ENVIRONMENT)  # noqa: S603 -- written here
+    subprocess.run(command, check=True, env=_ENVIRONMENT)
 
 
 if __name__ == "__main__":
