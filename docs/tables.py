@@ -149,6 +149,51 @@ def _steps(steps: Iterable[tuple[int | None, object]]) -> str:
     return "; ".join([*served, f"then {last}" if served else f"all: {last}"])
 
 
+_RESULTS = ROOT / "tests" / "versions" / "results.json"
+
+
+def _versions() -> str:
+    """Return what `make matrix` found, and each test that is known to fail with its reason."""
+    every = json.loads(_RESULTS.read_text("utf-8")).values()
+    rows = [
+        (
+            held["python"],
+            held["torch"],
+            held["triton"],
+            held["transformers"],
+            *(_counts(held[part]) for part in ("core", "transformers tests")),
+            f"{sum(held['kits'].values()):,}",
+            held["date"],
+        )
+        for held in every
+    ]
+    head = (
+        "Python",
+        "torch",
+        "Triton",
+        "transformers",
+        "core tests",
+        "with transformers",
+        "kit",
+        "on",
+    )
+    lines = [
+        f"- {held['python']} and torch {held['torch']}: `{test}`: {reason}"
+        for held in every
+        for test, reason in held["known"].items()
+    ]
+    lines += [
+        f"- torch {held['torch']}: `{test}`: not explained"
+        for held in every
+        for test in held["wrong"]
+    ]
+    return "\n\n".join([_table(head, rows), *(["\n".join(lines)] if lines else [])])
+
+
+def _counts(part: Mapping[str, int]) -> str:
+    return f"{part['passed']:,} passed" + (f", {part['failed']} failed" if part["failed"] else "")
+
+
 _SOURCES = {
     "route": "moe_routing/conformance/clauses.py",
     "gate": "moe_routing/conformance/gate_clauses.py",
@@ -165,6 +210,7 @@ _TABLES = {
     "moe_routing.doctor.VARIABLES": _variables(VARIABLES),
     "moe_routing.doctor.OTHER_VARIABLES": _variables(OTHER_VARIABLES),
     "moe_routing_registry.RejectCode": _reject_codes,
+    "tests/versions/results.json": _versions,
     "triton/tables/sm_90.json": _launches("sm_90"),
     "triton/tables/sm_90.json#plans": _plan_launches,
     "triton/tables/xpu.json": _launches("xpu"),

@@ -43,7 +43,7 @@ ENVIRONMENTS = {
     "later": Environment("3.12", "2.13.0", "3.8.0", "5.23.0"),
     "newest": Environment("3.13", "2.15.0", "3.9.0", "5.24.0"),
 }
-"""``gpus`` has the torch and Triton that ran on GPUs; raise ``newest`` when there is a newer one."""
+"""``gpus`` has the torch and Triton that ran on GPUs. ``newest`` follows the releases."""
 QUICK = "not (slow or network or gpu)"
 NOT_CORE = (
     "tests/integrations",  # the next part
@@ -89,7 +89,7 @@ def _environment(name: str, environment: Environment) -> int:
         python = _installed(folder, environment)
         parts = {
             "core": _tests(python, folder, CORE),
-            "transformers": _tests(python, folder, TRANSFORMERS),
+            "transformers tests": _tests(python, folder, TRANSFORMERS),
         }
         kits = {operation: _kit(python, operation) for operation in OPERATIONS}
     finally:
