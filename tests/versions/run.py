@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from datetime import datetime, timezone
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
@@ -88,25 +88,18 @@ def _environment(name: str, environment: Environment) -> int:
     try:
         python = _installed(folder, environment)
         parts = {
-            "core": _tests(python, folder, CORE),
-            "transformers tests": _tests(python, folder, TRANSFORMERS),
+            "core": tested(python, folder, CORE),
+            "transformers tests": tested(python, folder, TRANSFORMERS),
         }
         kits = {operation: _kit(python, operation) for operation in OPERATIONS}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     failed = [test for part in parts.values() for test in part["failed"]]
-    known = {
-        test: reason
-        for test in failed
-        for pattern, reason in KNOWN.get(name, {}).items()
-        if fnmatch(test, pattern)
-    }
-    passed = [p for p in KNOWN.get(name, {}) if not any(fnmatch(test, p) for test in failed)]
-    wrong = [test for test in failed if test not in known]
-    wrong += [f"kit of {operation}" for operation, kit in kits.items() if not kit["ok"]]
+    found = judged(failed, KNOWN.get(name, {}))
+    wrong = found.wrong + [f"kit of {op}" for op, kit in kits.items() if not kit["ok"]]
     for test in wrong:
         print(f"{name}: {test} failed")
-    for pattern in passed:
+    for pattern in found.passed:
         print(f"{name}: {pattern} is in KNOWN, and did not fail")
     held = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     held[name] = {
@@ -114,12 +107,35 @@ def _environment(name: str, environment: Environment) -> int:
         "date": datetime.now(timezone.utc).date().isoformat(),
         **{part: {**counts, "failed": len(counts["failed"])} for part, counts in parts.items()},
         "kits": {operation: kit["checked"] for operation, kit in kits.items()},
-        "known": known,
+        "known": found.known,
         "wrong": wrong,
     }
     ordered = {key: held[key] for key in ENVIRONMENTS if key in held}
     RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
-    return int(bool(wrong or passed))
+    return int(bool(wrong or found.passed))
+
+
+class Judged(NamedTuple):
+    """Failed tests that are known to, with the reason; others; and patterns that none matches."""
+
+    known: dict[str, str]
+    wrong: list[str]
+    passed: list[str]
+
+
+def judged(failed: list[str], patterns: dict[str, str]) -> Judged:
+    """Compare the tests that failed with those that are known to fail, patterns of ids."""
+    known = {
+        test: reason
+        for test in failed
+        for pattern, reason in patterns.items()
+        if fnmatchcase(test, pattern)
+    }
+    wrong = [test for test in failed if test not in known]
+    passed = [
+        pattern for pattern in patterns if not any(fnmatchcase(test, pattern) for test in failed)
+    ]
+    return Judged(known, wrong, passed)
 
 
 def _installed(folder: Path, environment: Environment) -> Path:
@@ -136,7 +152,7 @@ def _installed(folder: Path, environment: Environment) -> Path:
     return python
 
 
-def _tests(python: Path, folder: Path, selection: list[str]) -> dict[str, object]:
+def tested(python: Path, folder: Path, selection: list[str]) -> dict[str, object]:
     """Run tests, and return how many passed, which failed, and how many were skipped."""
     report = folder / "report.xml"
     said = folder / "said.txt"
