@@ -149,6 +149,13 @@ def _steps(steps: Iterable[tuple[int | None, object]]) -> str:
     return "; ".join([*served, f"then {last}" if served else f"all: {last}"])
 
 
+def _decisions() -> str:
+    """Return a link to each decision, with its title."""
+    paths = sorted((DOCS / "decisions").glob("0*.md"))
+    titles = ((path.name, path.read_text("utf-8").partition("\n")[0]) for path in paths)
+    return "\n".join(f"- [{title.removeprefix('# ')}]({name})" for name, title in titles)
+
+
 _RESULTS = ROOT / "tests" / "versions" / "results.json"
 
 
@@ -210,6 +217,7 @@ _TABLES = {
     "moe_routing.doctor.VARIABLES": _variables(VARIABLES),
     "moe_routing.doctor.OTHER_VARIABLES": _variables(OTHER_VARIABLES),
     "moe_routing_registry.RejectCode": _reject_codes,
+    "docs/decisions": _decisions,
     "tests/versions/results.json": _versions,
     "triton/tables/sm_90.json": _launches("sm_90"),
     "triton/tables/sm_90.json#plans": _plan_launches,
@@ -225,7 +233,7 @@ _MARKED = re.compile(
 
 def pages() -> dict[Path, str]:
     """Return the pages with marks, as they are when all is written again."""
-    texts = {path: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
     marked = {path: text for path, text in texts.items() if _MARKED.search(text)}
     return {path: _MARKED.sub(_written, text) for path, text in marked.items()}
 
