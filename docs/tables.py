@@ -7,6 +7,8 @@ docs/tables.py`` writes it again; a test holds the pages to it.
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import itertools
 import json
 import re
@@ -149,6 +151,39 @@ def _steps(steps: Iterable[tuple[int | None, object]]) -> str:
     return "; ".join([*served, f"then {last}" if served else f"all: {last}"])
 
 
+PUBLIC = (
+    "moe_routing",
+    "moe_routing.gating",
+    "moe_routing.planning",
+    "moe_routing.permutation",
+    "moe_routing.distributed",
+    "moe_routing.distributed.scale",
+    "moe_routing.balancing",
+    "moe_routing.models",
+    "moe_routing.conformance",
+    "moe_routing.integrations.transformers",
+    "moe_routing.integrations.vllm",
+    "moe_routing_registry",
+)
+"""Modules whose ``__all__`` is public; a test holds the reference to have every name."""
+
+
+def _public() -> str:
+    return "\n\n".join(f"**`{name}`**\n\n{_names(name)}" for name in PUBLIC)
+
+
+def _names(module: str) -> str:
+    """Return a table of a module's public names and the first sentences of their docstrings."""
+    public = importlib.import_module(module)
+    found = {name: getattr(public, name) for name in public.__all__}
+    rows = [
+        (f"`{name}`", (inspect.getdoc(value) or "").partition("\n")[0].replace("``", "`"))
+        for name, value in sorted(found.items())
+        if callable(value)
+    ]
+    return _table(("name", "what it is"), rows)
+
+
 def _decisions() -> str:
     """Return a link to each decision, with its title."""
     paths = sorted((DOCS / "decisions").glob("0*.md"))
@@ -218,6 +253,7 @@ _TABLES = {
     "moe_routing.doctor.OTHER_VARIABLES": _variables(OTHER_VARIABLES),
     "moe_routing_registry.RejectCode": _reject_codes,
     "docs/decisions": _decisions,
+    "__all__": _public,
     "tests/versions/results.json": _versions,
     "triton/tables/sm_90.json": _launches("sm_90"),
     "triton/tables/sm_90.json#plans": _plan_launches,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -99,20 +100,7 @@ def test_the_drawings_are_those_of_their_script(monkeypatch):
     assert all(f"figures/{path.name}" in named for path in drawings.drawings())
 
 
-PUBLIC = (
-    "moe_routing",
-    "moe_routing.balancing",
-    "moe_routing.conformance",
-    "moe_routing.distributed",
-    "moe_routing.distributed.scale",
-    "moe_routing.gating",
-    "moe_routing.integrations.transformers",
-    "moe_routing.integrations.vllm",
-    "moe_routing.models",
-    "moe_routing.permutation",
-    "moe_routing.planning",
-    "moe_routing_registry",
-)
+PUBLIC = runpy.run_path(str(ROOT / "docs" / "tables.py"))["PUBLIC"]
 DIRECTIVE = re.compile(r"^\.\. (currentmodule|auto\w+):: (\S+)", re.MULTILINE)
 
 
