@@ -64,7 +64,28 @@ TRANSFORMERS = [
     ),
 ]  # fmt: skip
 OPERATIONS = ("route", "gate", "plan", "permute", "combine")
-KNOWN: dict[str, dict[str, str]] = {}
+_NO_MINIMUM = "torch 2.8 traces no `torch.sym_min` of two constants"
+_NO_QUALNAME = "code of Python 3.10 does not know the class or function that it stands in"
+KNOWN: dict[str, dict[str, str]] = {
+    "oldest": {
+        "*.test_it_compiles_as_one_graph_for_any_number_of_tokens*": _NO_MINIMUM,
+        "*.test_a_compiled_function_fills_a_plan": _NO_MINIMUM,
+        "*.test_it_exports_with_dynamic_leading_sizes*": (
+            "torch 2.8 exports no function that reads a tensor from outside, as the test's does"
+        ),
+        "*.test_rows_are_moved_and_added_to_the_bit_as_the_formulas_say*": (
+            "torch 2.8 does not index float8 on CPUs, which the test does"
+        ),
+        "*.test_a_compiled_checkpoint_counts_once": (
+            "with torch 2.8 a compiled layer in an activation checkpoint counts twice"
+        ),
+        "*.test_a_router_that_somebody_wrapped_before_is_left_with_who_and_the_way_out*": (
+            _NO_QUALNAME
+        ),
+        "*.test_a_class_whose_forward_was_*_is_left": _NO_QUALNAME,
+        "*._enable.enable": "transformers 5.17 needs torchvision for it, which is not installed",
+    }
+}
 """By environment, tests that fail there (patterns of ids), and why."""
 
 
@@ -145,11 +166,23 @@ def _installed(folder: Path, environment: Environment) -> Path:
     python = folder / "bin" / "python"
     pip = (str(python), "-m", "pip", "-q", "--disable-pip-version-check", "install")
     pip = (*pip, "--no-compile", "--no-cache-dir")
-    _run(*pip, f"torch=={environment.torch}")
-    # torch names the Triton that it was built with; here others are tried.
+    transformers = f"transformers=={environment.transformers}"
+    _run(*pip, f"torch=={environment.torch}", "-e", f"{ROOT}[test,bench]", transformers)
+    # Last, since torch requires the Triton that it was built with, and here others are tried.
     _run(*pip, "--no-deps", f"triton=={environment.triton}")
-    _run(*pip, "-e", f"{ROOT}[test,bench]", f"transformers=={environment.transformers}")
+    for package in ("torch", "triton", "transformers"):
+        _require(python, package, getattr(environment, package))
     return python
+
+
+def _require(python: Path, package: str, version: str) -> None:
+    """Require the version: what is installed next may have replaced it."""
+    asked = f"from importlib.metadata import version; print(version({package!r}))"
+    command = [str(python), "-c", asked]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    if found.partition("+")[0] != version:
+        msg = f"{package}: expected {version}, found {found}"
+        raise RuntimeError(msg)
 
 
 def tested(python: Path, folder: Path, selection: list[str]) -> dict[str, object]:
