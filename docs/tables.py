@@ -14,7 +14,7 @@ import json
 import re
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_routing.conformance.contract import contract_of
 from moe_routing.doctor import OTHER_VARIABLES, VARIABLES
@@ -220,16 +220,25 @@ def _versions() -> str:
         "on",
     )
     lines = [
-        f"- {held['python']} and torch {held['torch']}: `{test}`: {reason}"
+        f"- torch {held['torch']}, Python {held['python']}: {_named(tests)}: {reason}"
         for held in every
-        for test, reason in held["known"].items()
-    ]
-    lines += [
-        f"- torch {held['torch']}: `{test}`: not explained"
-        for held in every
-        for test in held["wrong"]
+        for reason, tests in _by_reason(held).items()
     ]
     return "\n\n".join([_table(head, rows), *(["\n".join(lines)] if lines else [])])
+
+
+def _by_reason(held: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the tests that failed by the reason, as far as it is known."""
+    found: dict[str, list[str]] = {}
+    failed = held["known"] | dict.fromkeys(held["wrong"], "not explained")
+    for test, reason in failed.items():
+        found.setdefault(reason, []).append(test.rpartition(".")[2].partition("[")[0])
+    return found
+
+
+def _named(tests: Sequence[str]) -> str:
+    names = list(dict.fromkeys(tests))
+    return f"`{names[0]}`" + (f" and {len(tests) - 1} more" if len(tests) > 1 else "")
 
 
 def _counts(part: Mapping[str, int]) -> str:

@@ -84,7 +84,15 @@ KNOWN: dict[str, dict[str, str]] = {
         ),
         "*.test_a_class_whose_forward_was_*_is_left": _NO_QUALNAME,
         "*._enable.enable": "transformers 5.17 needs torchvision for it, which is not installed",
-    }
+    },
+    "newest": {
+        "tests.triton.test_permutation.*": (
+            "Triton 3.9's interpreter refuses a mask of `permute` (mask has unsupported dtype)"
+        ),
+        "*.test_rows_of_whole_vectors_are_copied_16_bytes_at_a_time_and_signalled_to_other_gpus": (
+            "the test does not find the signal in the PTX of Triton 3.9"
+        ),
+    },
 }
 """By environment, tests that fail there (patterns of ids), and why."""
 
@@ -193,7 +201,9 @@ def tested(python: Path, folder: Path, selection: list[str]) -> dict[str, object
         subprocess.run(
             [
                 str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses=auto",
-                "--maxprocesses=8", "--dist=loadfile", f"--junitxml={report}", *selection,
+                "--maxprocesses=8", "--dist=loadfile", f"--junitxml={report}",
+                # torch's own while it compiles, on Python 3.13.0 only.
+                "-W", "ignore:Guards may run slower on Python:RuntimeWarning", *selection,
             ],
             cwd=ROOT, check=False, stdout=output, stderr=output, env=_ENVIRONMENT,
         )  # fmt: skip
