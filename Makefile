@@ -11,7 +11,7 @@ MODEL ?= gemma4
 export PYTHONDONTWRITEBYTECODE :=
 TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
 
-.PHONY: help setup demo test about-test test-all test-gpu fuzz lint docs figures pytest triton-versions environments dist transformers-check vllm-check vllm-overlay xpu-check clean
+.PHONY: help setup demo test about-test compiler test-all test-gpu fuzz lint docs figures pytest matrix triton-versions environments dist transformers-check vllm-check vllm-overlay xpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,11 +31,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## a random-weight MoE model of transformers, routed by us and by its own code (MODEL=deepseek_v3|qwen3_moe|gpt_oss)
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-test: about-test $(READY) ## lint, types, docs and the quick tests: about 2 minutes
+test: about-test compiler $(READY) ## lint, types, docs and the quick tests: about 2 minutes
 	@$(MAKE) --no-print-directory --jobs=2 lint docs
 	@$(MAKE) --no-print-directory pytest
 
-test-all: $(READY) ## the tests that `make test` leaves out, slow or with pip: about 20 minutes
+test-all: compiler $(READY) ## the tests that `make test` leaves out, slow or with pip: about 20 minutes
 	@echo "==> the slow tests, and those that install packages with pip: about 20 minutes on 2 cores"
 	@$(PYTEST) -m "(slow or network) and not gpu"
 
@@ -52,6 +52,10 @@ fuzz: $(READY) ## random calls against a reference of their own: 20,000 in 3 min
 
 about-test:
 	@echo "==> lint, types, docs and the quick tests: about 2 minutes on 2 cores, plus some minutes for the first setup"
+
+# Before anything is installed: torch.compile needs it, and so do its tests. `make CXX=clang++ test` names another.
+compiler:
+	@command -v $(CXX) >/dev/null || { echo "make test: expected a C++ compiler for torch.compile, found no $(CXX): apt-get install g++, or make CXX=clang++ test"; exit 1; }
 
 lint: $(READY) ## part of `make test`, ruff, mypy --strict and layers: 30 seconds, the next time 3
 	@echo "==> ruff"
@@ -118,6 +122,12 @@ $(VLLM)/.ours: $(VLLM)/.ready pyproject.toml
 	@$(VLLM_PIP) --no-deps -e .
 	@touch $@
 
+matrix: ## the tests and the kit with other versions of Python, torch, Triton and transformers (MATRIX=oldest for one set), about 10 minutes and 7 GB each
+	@echo "==> versions: about 10 minutes for each set, on 2 cores; docs/versions.md has the result"
+	@$(PYTHON) tests/versions/run.py $(MATRIX)
+	@$(MAKE) --no-print-directory $(READY)
+	@$(BIN)/python docs/tables.py
+
 triton-versions: $(READY) ## the direct launch of `route` and `plan` beside Triton's own, for the versions that are not installed (downloads 0.6 GB)
 	@for version in $(TRITON_VERSIONS); do \
 		echo "==> Triton $$version"; site=$$(mktemp -d); \
@@ -152,4 +162,4 @@ dist: $(READY) ## wheel and sdist in dist/, of the last commit: the same commit 
 	@cd dist && sha256sum *
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(VLLM) $(VLLM)-$(OVERLAY) $(XPU) docs/_build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-matrix $(VLLM) $(VLLM)-$(OVERLAY) $(XPU) docs/_build .mypy_cache .ruff_cache .pytest_cache

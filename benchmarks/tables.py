@@ -250,6 +250,38 @@ def of_batches() -> Iterable[str]:
         yield ""
 
 
+E2E_MODELS = {"gemma4": "Gemma4-26B-A4B", "qwen3": "Qwen3-30B-A3B", "gpt-oss": "gpt-oss-20b"}
+E2E_STAGES = {"graph decode": "decode", "prefill": "prefill"}
+E2E_OURS = ("routing", "block", "gate")
+"""What replaces more and more of a model: routers, experts' rows, routers' logits."""
+
+
+def end_to_end() -> Iterable[str]:
+    """Yield the time of steps of whole models, of the newest run of each.
+
+    Prefill of one sequence waits for the host, and is left out.
+    """
+    yield (
+        "| model | step | batch | transformers | `patch(model)` | `experts=True` "
+        "| `experts=True, gate=True` | less time |"
+    )
+    yield "|---|---|---:|---:|---:|---:|---:|---:|"
+    every = [json.loads(path.read_text()) for path in RESULTS.glob("h100-e2e-*.json")]
+    for model, name in E2E_MODELS.items():
+        runs = [held for held in every if held.get("model") == model]
+        rows = max(runs, key=lambda held: str(held["date"]))["rows"]
+        for stage, step in E2E_STAGES.items():
+            for row in rows:
+                if row["stage"] == stage and (stage != "prefill" or row["batch"] > 1):
+                    ms = row["median_ms"]
+                    ours = (f"{ms[way]:.2f}" if way in ms else "" for way in E2E_OURS)
+                    best = max(row["less_than_stock_percent"].get(way, 0.0) for way in E2E_OURS)
+                    yield (
+                        f"| {name} | {step} | {row['batch']} | {ms['stock']:.2f} "
+                        f"| {' | '.join(ours)} | **{best:.1f} %** |"
+                    )
+
+
 OF_EXCHANGE = (
     ("transformers' `all_to_all`", "transformers all_to_all", "eager"),
     ('`all-to-all`, `reduce="none"`', "all-to-all reduce=none", "eager"),
@@ -343,6 +375,7 @@ TABLES = {
     "exchange": (ROOT / "docs" / "expert_parallel.md", of_exchange),
     "batches": (ROOT / "docs" / "mismatch.md", of_batches),
     "gate": (ROOT / "docs" / "performance.md", of_gate),
+    "end to end": (ROOT / "README.md", end_to_end),
     "readme": (ROOT / "README.md", in_readme),
     "peers": (ROOT / "docs" / "performance.md", against_peers),
     "families": (ROOT / "docs" / "performance.md", of_families),

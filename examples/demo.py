@@ -290,7 +290,7 @@ def show_backend(route: moe_routing.Router) -> None:
     for candidate in report.eligible:
         if candidate.name != report.winner:
             console.print(f"  also fits: {candidate.name} (priority {candidate.priority})")
-    for rejection in report.rejected:
+    for rejection in report.considered:
         fix = f"; fix: [cyan]{escape(rejection.verdict.fix)}[/]" if rejection.verdict.fix else ""
         console.print(f"  not {rejection.name}: {escape(rejection.verdict.reason)}{fix}")
 

@@ -14,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from moe_routing import _check, _counts, _replicas
 from moe_routing._autograd import apply_map
 from moe_routing._replicas import Replicas
+from moe_routing.kernel import by_name, fields, replaced
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,14 +50,14 @@ def check_call(
     out = operands.out
     if out is not None:
         out = _check.as_output(out)
-        operands = operands._replace(out=out)
+        operands = replaced(operands, out=out)
     _check.check_dense(operands)
     if operands.expert_map is not None and not is_dynamo_compiling():
         _check.check_addresses(operands)
     written: dict[str, object] = {}
     for parts in (out, planned):
-        written |= {} if parts is None else parts._asdict()
-    check(after, operands.logits, -1, shared, operands._replace(out=None).named, written)
+        written |= {} if parts is None else fields(parts)
+    check(after, operands.logits, -1, shared, by_name(replaced(operands, out=None)), written)
 
 
 def check(  # noqa: PLR0913, PLR0917 -- the shape that all must fit, and what they must not meet
@@ -84,7 +85,7 @@ def check(  # noqa: PLR0913, PLR0917 -- the shape that all must fit, and what th
     operands, outputs = _tensors(read), _tensors(written)
     if after.replicas is not None:
         _replicas.check(after.replicas, experts + shared, like.device, operands, outputs)
-        operands |= after.replicas._asdict()
+        operands |= fields(after.replicas)
     if after.counts is not None:
         of_out = {f"the {name} of out": tensor for name, tensor in outputs.items()}
         _counts.check(after.counts, experts, shared, like.device, operands | of_out)

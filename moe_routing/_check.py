@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import UninitializedBuffer, UninitializedParameter
 
 from moe_routing._overlap import overlap, overlaps
-from moe_routing.kernel import RoutingOutput, is_mask
+from moe_routing.kernel import RoutingOutput, by_name, is_mask, replaced
 from moe_routing.private_api import is_zero_tensor
 from moe_routing_registry.problem import OPTIONAL_OPERANDS
 from moe_routing_registry.text import refusal, shown
@@ -155,7 +155,7 @@ def check_dense(operands: Operands) -> None:
 
     Sparse, nested and other layouts have no strides that a kernel could read by.
     """
-    given = [*operands.named.items(), *(("out", tensor) for tensor in operands.out or ())]
+    given = [*by_name(operands).items(), *(("out", tensor) for tensor in operands.out or ())]
     for argument, value in given:
         if isinstance(value, Tensor) and not is_dense(value):
             expected = "a dense tensor [..., E]" if argument == "logits" else "a dense tensor"
@@ -368,7 +368,7 @@ def counted(operands: Operands) -> Operands:
     rows = (
         logits.shape[0] if isinstance(logits, Tensor) and is_dense(logits) and logits.dim() else 0
     )
-    return operands._replace(num_valid_tokens=min(number, rows))
+    return replaced(operands, num_valid_tokens=min(number, rows))
 
 
 def one_padding(num_valid_tokens: int | Tensor | None, valid: object) -> int | Tensor | None:

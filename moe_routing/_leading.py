@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from moe_routing import _check
-from moe_routing.kernel import RoutingOutput, is_mask
+from moe_routing.kernel import RoutingOutput, is_mask, replaced
 from moe_routing_registry.text import refusal, shown
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def flattened(operands: Operands, columns: int) -> Operands:
         if not is_dynamo_compiling():  # where there are no addresses
             # Logits that are copied share no memory with anything, and would be refused as rows.
             _check.check_addresses(operands)
-    return operands._replace(
+    return replaced(
+        operands,
         logits=logits.flatten(0, -2) if leading else logits[None],
         token_ids=_flattened("token_ids", operands.token_ids, leading),
         num_valid_tokens=padding,

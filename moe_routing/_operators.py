@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_routing._autograd import apply_map, double_backward
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing.formula import weights_backward
-from moe_routing.kernel import NO_OPERANDS, REPLAY, Operands, RoutingOutput
+from moe_routing.kernel import NO_OPERANDS, REPLAY, Operands, RoutingOutput, replaced
 
 if TYPE_CHECKING:
     from moe_routing.reference.shadow import Shadow
@@ -43,7 +43,7 @@ def call(config: CallConfig, operands: Operands, *, training: bool) -> RoutingOu
     # The backward needs logical ids, so with gradients the map is applied after the operator.
     inside_map = None if training else expert_map
     operator = torch.ops.moe_routing.route_training if training else torch.ops.moe_routing.route
-    inside = operands._replace(num_valid_tokens=valid, expert_map=inside_map)
+    inside = replaced(operands, num_valid_tokens=valid, expert_map=inside_map)
     weights, ids = operator(*arguments(config, inside))
     if training and expert_map is not None:
         ids = apply_map(ids, expert_map)
@@ -57,9 +57,10 @@ def call(config: CallConfig, operands: Operands, *, training: bool) -> RoutingOu
 def arguments(config: CallConfig, operands: Operands) -> tuple[Any, ...]:
     """Return the arguments of ``route`` and ``route_training``, in the order of their schema."""
     int64_ids = config.ids_dtype is torch.int64
+    *tensors, recorded, _out = operands
     return (
-        *operands[:7], config.spec, config.topk, int64_ids, config.backend, config.shadow,
-        operands.ids,
+        *tensors, config.spec, config.topk, int64_ids, config.backend, config.shadow,
+        recorded,
     )  # fmt: skip
 
 

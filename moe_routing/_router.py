@@ -17,7 +17,15 @@ from moe_routing._autograd import Rule, recorded
 from moe_routing._call_cache import UNREADABLE, CachedCall, described, is_ordinary, matcher, never
 from moe_routing._dispatch import dispatcher_of, empty_output
 from moe_routing._operators import CallConfig
-from moe_routing.kernel import NO_OPERANDS, Operands, Prepares, RoutingOutput, WarmsUp
+from moe_routing.kernel import (
+    NO_OPERANDS,
+    Operands,
+    Prepares,
+    RoutingOutput,
+    WarmsUp,
+    by_name,
+    replaced,
+)
 from moe_routing.planning import routed
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import carries_tangents, is_functorch_wrapped_tensor
@@ -371,8 +379,8 @@ class Router:
         if after is None:
             route = self._traced if is_dynamo_compiling() else self._dispatch
             return route(operands, topk, ids_dtype)
-        plain = operands._replace(expert_map=None)
-        weights, ids = self(**plain.named, topk=topk, ids_dtype=ids_dtype)
+        plain = replaced(operands, expert_map=None)
+        weights, ids = self(**by_name(plain), topk=topk, ids_dtype=ids_dtype)
         physical = _after.done(
             after, ids, operands.logits.shape[-1], self.spec.shared_experts,
             operands.expert_map, None if operands.out is None else ids,
@@ -397,7 +405,7 @@ class Router:
         """Route logits of any leading shape as rows."""
         selected = self._default_topk() if topk is None else _check.integer("topk", topk)
         rows = _leading.flattened(operands, selected + self.spec.shared_experts)
-        output = self(**rows.named, topk=topk, ids_dtype=ids_dtype)
+        output = self(**by_name(rows), topk=topk, ids_dtype=ids_dtype)
         if operands.out is not None:
             return RoutingOutput(*operands.out)
         return _leading.in_shape(output, operands.logits)
@@ -669,7 +677,7 @@ class Router:
         out = operands.out
         if out is not None:
             out = _check.as_output(out)
-            operands = operands._replace(out=out)
+            operands = replaced(operands, out=out)
         if ids_dtype is None:
             ids_dtype = torch.int32 if out is None else out.ids.dtype
         _check.check_operands(self.spec, operands, topk, ids_dtype, num_experts=self.num_experts)

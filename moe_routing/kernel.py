@@ -73,13 +73,27 @@ class Operands(NamedTuple):
         named = NO_OPERANDS if self.ids is None else REPLAY
         return named | MASK if is_mask(self.num_valid_tokens) else named
 
-    @property
-    def named(self) -> dict[str, Any]:
-        """The arguments of ``Router.__call__``, by name: a mask is ``valid`` there."""
-        named = self._asdict()
-        if is_mask(self.num_valid_tokens):
-            named["valid"] = named.pop("num_valid_tokens")
-        return named
+
+# Traced code uses these in place of properties, slices, `_asdict` and `_replace` of named tuples,
+# which Dynamo of PyTorch 2.8 does not trace.
+
+
+def fields(values: Any) -> dict[str, Any]:  # noqa: ANN401 -- any named tuple
+    """Return a named tuple's fields, by name."""
+    return {name: getattr(values, name) for name in type(values)._fields}
+
+
+def by_name(operands: Operands) -> dict[str, Any]:
+    """Return the arguments of ``Router.__call__``, by name: a mask is ``valid`` there."""
+    named = fields(operands)
+    if is_mask(operands.num_valid_tokens):
+        named["valid"] = named.pop("num_valid_tokens")
+    return named
+
+
+def replaced(operands: Operands, **changes: Any) -> Operands:  # noqa: ANN401 -- the fields' own types
+    """Return the operands with other values in some fields."""
+    return Operands(**{**fields(operands), **changes})
 
 
 class Kernel(Protocol):

@@ -44,6 +44,28 @@ def test_device_functions_do_what_they_say_when_they_are_compiled():
     assert not any(json.loads(done.stdout)["wrong"].values())
 
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "cuda_graph.py"
+
+
+@pytest.mark.gpu
+def test_the_example_of_a_cuda_graph_replays_the_bits_of_plain_calls():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = "{} tokens: same bits as a plain call: True, nonzero padding: 0"
+    assert done.stdout.splitlines() == [said.format(3), said.format(64)]
+
+
+def test_without_a_gpu_the_example_of_a_cuda_graph_says_what_it_needs():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE)], check=False, capture_output=True, text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "expected a GPU that torch can use, found none" in done.stderr
+
+
 def evaluated(backend, mutant):
     """Run the check that must catch a mutant, of a router on gemma4's cases.
 

@@ -6,6 +6,7 @@ It is registered with its oracle, resolved on two backends, and checked by a cla
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -295,3 +296,16 @@ def test_an_operation_s_name_belongs_to_who_brought_it(install_plugin, monkeypat
         match="'route' is the name of an operation of moe-routing already",
     ):
         assert "double" not in registry().backends
+
+
+def test_the_example_of_an_operation_is_chosen_and_conforms(install_plugin, monkeypatch):
+    example = Path(__file__).parents[1] / "examples" / "scaled_copy.py"
+    install_plugin("scaled_copy", example.read_text())
+    monkeypatch.setattr(registry(), "_inventory", None)
+    module = importlib.import_module("scaled_copy")
+    assert moe_routing.explain(module.CopyProblem(1000)).winner == "double"
+    assert moe_routing.explain(module.CopyProblem(1001)).winner == "add"
+    for name in ("double", "add"):
+        report = run(name, operation="scaled_copy")
+        assert report.ok
+        assert [result.status for result in report.results] == ["passed"] * 2

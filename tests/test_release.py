@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+
+import moe_routing
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"moe_routing", "moe_routing_registry", "moe_routing_backends"}
@@ -66,6 +67,18 @@ def test_the_files_for_those_who_release_and_report_name_commands_that_exist():
     assert all(re.search(rf"\b{name}\b", shown) for name in named)
 
 
+def test_the_version_has_one_place():
+    (line,) = re.findall(
+        r'^__version__ = "(.+)"$', tracked_text("moe_routing/__init__.py"), re.MULTILINE
+    )
+    assert line == moe_routing.__version__
+    assert not re.search(r"^version\s*=", tracked_text("pyproject.toml"), re.MULTILINE)
+
+
+def tracked_text(name):
+    return (ROOT / name).read_text()
+
+
 def test_the_templates_and_the_workflow_are_yaml():
     files = [path for path in FOR_USERS if path.suffix == ".yml"]
     forms = [yaml.safe_load(path.read_text()) for path in files]
@@ -82,7 +95,7 @@ def test_two_builds_of_the_same_files_have_the_same_bytes(builds):
         {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in build.items()}
         for build in builds
     )
-    release = f"moe_routing-{version('moe-routing')}"
+    release = f"moe_routing-{moe_routing.__version__}"
     assert set(one) == {f"{release}-py3-none-any.whl", f"{release}.tar.gz"}
     assert one == another
 
@@ -101,7 +114,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(builds):
         for name in tracked(folder)
     }
     assert modules == expected
-    assert f"moe_routing-{version('moe-routing')}.dist-info/licenses/LICENSE" in held
+    assert f"moe_routing-{moe_routing.__version__}.dist-info/licenses/LICENSE" in held
 
 
 @pytest.mark.network

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
 PREFIX = "MOE_ROUTING_"
-OURS = {
+VARIABLES = {
     BACKEND_VARIABLE: "the backend to use, or an error",
     BLOCK_VARIABLE: "backends that must not be used, separated by commas",
     STRICT_VARIABLE: "1: a choice below the device's best is an error",
@@ -36,7 +36,7 @@ HIDING = {
     "ONEAPI_DEVICE_SELECTOR": "the Intel devices that SYCL may see",
 }
 """Variables of others that decide which devices torch sees."""
-OTHERS = HIDING | {
+OTHER_VARIABLES = HIDING | {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0: torch imports no third-party device backends",
     INTERPRETER: (
         "1: triton interprets kernels on the CPU, for those who name its backends, "
@@ -63,12 +63,12 @@ def variables(backends: Collection[str]) -> list[Variable]:
     ours = sorted((name, value) for name, value in os.environ.items() if name.startswith(PREFIX))
     return [
         *(
-            Variable(name, value, OURS.get(name, "unknown"), _judge(name, value, backends))
+            Variable(name, value, VARIABLES.get(name, "unknown"), _judge(name, value, backends))
             for name, value in ours
         ),
         *(
             Variable(name, os.environ[name], meaning, "")
-            for name, meaning in OTHERS.items()
+            for name, meaning in OTHER_VARIABLES.items()
             if name in os.environ
         ),
     ]
@@ -76,8 +76,8 @@ def variables(backends: Collection[str]) -> list[Variable]:
 
 def _judge(name: str, value: str, backends: Collection[str]) -> str:
     kind, meant = f"backend in {name}", [part.strip() for part in value.split(",") if part.strip()]
-    if name not in OURS:
-        return str(UnknownNameError("variable", name, OURS))
+    if name not in VARIABLES:
+        return str(UnknownNameError("variable", name, VARIABLES))
     if name in (STRICT_VARIABLE, VLLM_VARIABLE):
         return _refusal(flag, name)
     if name == VERIFY_VARIABLE:

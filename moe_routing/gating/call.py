@@ -20,7 +20,7 @@ from moe_routing.gating._check import check_logits_dtype, checked_projection
 from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection, RMSNorm
 from moe_routing.gating.latest import Chosen, Given, latest_of, served_by
 from moe_routing.gating.problem import GateProblem, Norm
-from moe_routing.kernel import Operands, RoutingOutput, is_mask
+from moe_routing.kernel import Operands, RoutingOutput, by_name, fields, is_mask, replaced
 from moe_routing.planning import routed
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import has_tangent, is_functorch_wrapped_tensor
@@ -276,10 +276,9 @@ class Gate:
         if not is_dynamo_compiling() and all(map(is_ordinary, _tensors(projection, operands))):
             planned = routed.planner(problem, most, operands.logits, config.backend)
         if after is not None:
-            named = {**operands.named, **projection._asdict(), "logits": None}
-            self._check_after(after, named)
+            self._check_after(after, {**by_name(operands), **fields(projection), "logits": None})
             routed.require_experts(num_experts, after.replicas)
-            operands = operands._replace(expert_map=None)  # after the kernel
+            operands = replaced(operands, expert_map=None)  # after the kernel
         made, _ = _gated(projection, operands, config, wanted=False)
         made = made if after is None else self._done(after, made, router_weight, expert_map)
         output = RoutingOutput(made.weights, made.ids)
@@ -287,13 +286,13 @@ class Gate:
             return routed.composed(output, problem, asked, config.backend, None)
         return RoutedPlan(*output, planned.fill(*output, None))
 
-    def _check_after(self, after: After, named: Mapping[str, object]) -> None:
+    def _check_after(self, after: After, operands: Mapping[str, object]) -> None:
         """Check what is to be done after the kernel, and the map, which no kernel sees then."""
-        for name, value in named.items():
+        for name, value in operands.items():
             if isinstance(value, Tensor) and not _check.is_dense(value):
                 raise ValueError(refusal(name, "a dense tensor", value))
         shared = self._router.spec.shared_experts
-        _after.check(after, named["router_weight"], 0, shared, named, {})
+        _after.check(after, operands["router_weight"], 0, shared, operands, {})
 
     def _done(
         self, after: After, made: GateOutput, router_weight: Tensor, expert_map: Tensor | None
@@ -424,7 +423,7 @@ def _served(
     """
     projection, kernel = _readable(projection), chosen.kernel
     logits = _empty_logits(projection, chosen.logits_dtype)
-    operands = operands._replace(logits=logits)
+    operands = replaced(operands, logits=logits)
     with in_full(logits.device):
         route: Prepared
         if chosen.routes is not None:
@@ -454,7 +453,7 @@ def _wrong_in(projection: Projection, logits: Tensor, rows: slice) -> list[str]:
 
 
 def _empty_logits(projection: Projection, dtype: torch.dtype) -> Tensor:
-    hidden, weight = projection[:2]
+    hidden, weight = projection.hidden, projection.router_weight
     return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=dtype)
 
 
@@ -521,12 +520,18 @@ def _kernel(projection: Projection, config: GateConfig, optional: frozenset[str]
 
 def _in_place_of_logits(projection: Projection) -> Tensor:
     """Return a tensor without memory of its own that has the shape of the logits."""
-    hidden, weight = projection[:2]
+    hidden, weight = projection.hidden, projection.router_weight
     return hidden.detach()[:, :1].expand(hidden.shape[0], weight.shape[0])
 
 
 def _tensors(projection: Projection, operands: Operands) -> list[Tensor]:
-    return [t for t in (*projection, *operands[1:]) if isinstance(t, Tensor)]
+    return [t for t in _parts(projection, operands) if isinstance(t, Tensor)]
+
+
+def _parts(projection: Projection, operands: Operands) -> list[object]:
+    """Return what a call brings, without the logits."""
+    _, *others = operands
+    return [*projection, *others]
 
 
 def _as_tensors(operands: Operands) -> Operands:
@@ -535,7 +540,7 @@ def _as_tensors(operands: Operands) -> Operands:
     if valid is None or isinstance(valid, Tensor):
         return operands
     counted = torch.full((1,), valid, dtype=torch.int64, device=operands.logits.device)
-    return operands._replace(num_valid_tokens=counted)
+    return replaced(operands, num_valid_tokens=counted)
 
 
 def _refuse_special(projection: Projection, operands: Operands) -> None:
@@ -544,8 +549,8 @@ def _refuse_special(projection: Projection, operands: Operands) -> None:
     :raises TypeError: there is a DTensor, or a tensor inside torch.func or with a tangent.
     """
     traced = is_dynamo_compiling()
-    named = zip((*_NAMES, *Operands._fields[1:]), (*projection, *operands[1:]), strict=True)
-    for name, tensor in named:
+    names = (*_NAMES, *Operands._fields[1:])
+    for name, tensor in zip(names, _parts(projection, operands), strict=True):
         if not isinstance(tensor, Tensor):
             continue
         if _check.is_dtensor(tensor):

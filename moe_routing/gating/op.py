@@ -45,8 +45,9 @@ def gate(projection: Projection, routed: Operands, config: GateConfig) -> GateOu
 
 def arguments(projection: Projection, routed: Operands, config: GateConfig) -> tuple[Any, ...]:
     """Return the arguments in the order of the schema."""
+    _, *others = routed
     return (
-        *projection, *routed[1:_ROUTED], routed.ids, config.spec, config.topk,
+        *projection, *others[: _ROUTED - 1], routed.ids, config.spec, config.topk,
         config.ids_dtype is torch.int64, str(config.logits_dtype).removeprefix("torch."),
         config.invariant, config.backend, config.shadow, config.training,
     )  # fmt: skip

@@ -139,7 +139,7 @@ def combine(
     _check_backend(backend)
     if rows.dim() > 2:  # noqa: PLR2004 -- the matrices of a masked plan
         rows = rows.flatten(0, 1)
-    if is_plain(rows, weights, *_parts(plan)):
+    if is_plain(rows, weights, *op.parts(plan)):
         return run_combine(rows, plan, weights, backend)
     return op.combine(rows, plan, weights, backend)
 
@@ -147,14 +147,9 @@ def combine(
 def _permute(
     hidden: Tensor, plan: DispatchPlan, layout: Layout, quantize: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    if is_plain(hidden, *_parts(plan)):
+    if is_plain(hidden, *op.parts(plan)):
         return run_permute(hidden, plan, layout, quantize, backend)
     return op.permute(hidden, plan, layout, quantize, backend)
-
-
-def _parts(plan: DispatchPlan) -> tuple[Tensor, ...]:
-    """Return the parts of a plan that move rows."""
-    return plan[:4]
 
 
 def _check_backend(backend: object) -> None:

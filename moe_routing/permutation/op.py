@@ -41,18 +41,23 @@ _NO_GRADIENTS = (None,) * 4
 """Of the parts of a plan."""
 
 
+def parts(plan: DispatchPlan) -> tuple[Tensor, ...]:
+    """Return the parts of a plan that move rows. Dynamo of PyTorch 2.8 does not trace slices."""
+    return plan.order, plan.inverse, plan.counts, plan.offsets
+
+
 def permute(
     hidden: Tensor, plan: DispatchPlan, layout: str, quantize: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Call the operator with checked arguments."""
-    return torch.ops.moe_routing.permute(hidden, *plan[:4], layout, quantize, backend)  # type: ignore[no-any-return] # as its schema says
+    return torch.ops.moe_routing.permute(hidden, *parts(plan), layout, quantize, backend)  # type: ignore[no-any-return] # as its schema says
 
 
 def combine(
     rows: Tensor, plan: DispatchPlan, weights: Tensor | None, backend: str | None
 ) -> Tensor:
     """Call the operator with checked arguments."""
-    return torch.ops.moe_routing.combine(rows, *plan[:4], weights, backend)  # type: ignore[no-any-return] # likewise
+    return torch.ops.moe_routing.combine(rows, *parts(plan), weights, backend)  # type: ignore[no-any-return] # likewise
 
 
 def _permute(

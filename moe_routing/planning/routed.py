@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_routing._call_cache import UNREADABLE
 from moe_routing._check import is_dtensor
 from moe_routing._registry import registry
-from moe_routing.kernel import RoutingOutput
+from moe_routing.kernel import RoutingOutput, fields
 from moe_routing.planning import _check
 from moe_routing.planning.call import Call, choice, plan, prepared, served, shapes
 from moe_routing.planning.kernel import DispatchPlan, RoutedPlan
@@ -139,7 +139,7 @@ def checked(  # noqa: PLR0913, PLR0917 -- what the router knows of its ids, and 
     :raises TypeError: an argument has the wrong type or dtype.
     :raises ValueError: an argument has the wrong value, shape or device.
     """
-    for name, operand in operands._asdict().items():
+    for name, operand in fields(operands).items():
         if is_dtensor(operand):
             expected = f"a tensor of this process, {name}.to_local() perhaps"
             raise TypeError(refusal(name, expected, operand))

@@ -21,7 +21,7 @@ FILES = re.findall(
     re.DOTALL | re.MULTILINE,
 )
 """The names and texts of the files that the page shows."""
-INSTALLED_ALREADY = 'pip install "moe-routing[test]"'
+INSTALLED_ALREADY = "pip install '.[test]'"
 
 
 def blocks(language):
@@ -44,7 +44,7 @@ class Shell:
         venv.create(directory / "environment", with_pip=False, symlinks=True)
         packages = sysconfig.get_path("purelib", vars={"base": str(directory / "environment")})
         here = next(path for path in site.getsitepackages() if Path(path, "torch").exists())
-        # Stands in for `pip install moe-routing[test]`: this checkout, with the packages that the
+        # Stands in for that, in a clone: this checkout, with the packages that the
         # tests run with.
         paths = [here, *(str(ROOT / source) for source in (".", "registry", "backends"))]
         lines = [f"import site; site.addsitedir({path!r})" for path in paths]

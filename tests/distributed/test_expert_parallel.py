@@ -96,6 +96,21 @@ def test_the_example_learns_as_well_on_two_ranks_as_on_one(monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_tutorials_layer_on_two_ranks_is_that_of_one_process(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun warns of its absence
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(EXAMPLE.with_name("two_ranks.py"))),
+        ],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"rank (\d) on cpu: 50 tokens, largest difference (\S+)", done.stdout)
+    assert sorted(said) == [("0", "0.0e+00"), ("1", "0.0e+00")]
+
+
+@pytest.mark.slow
 def test_the_ranks_that_live_on_make_a_new_group(tmp_path):
     said = ranks.run(FILE, "dying", 3, tmp_path, str(tmp_path), dead=(2,))
     for is_runtime_error, kind, text, number in said[:2]:
