@@ -8,6 +8,7 @@ Arguments: names of targets. A target is compiled for every size, but most for o
 to.
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_routing_backends.triton.kernels import VARIANTS, constants
-from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS
+from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS, kernel_spec
 from moe_routing_backends.triton.tuning.choose import shipped, supports_pdl
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
@@ -79,7 +80,7 @@ def source_of(problem, launch, target, *, general=False):
     :param general: rows may be any distance apart, padding is counted on the device, and experts
         are mapped.
 
-    A problem with a record or a mask among its operands brings them.
+    A problem with a record, a mask or counts among its operands brings them.
     """
     spec, experts, dtype = problem.spec, problem.num_experts, problem.dtype
     kernel = VARIANTS[launch.variant].kernel
@@ -90,6 +91,7 @@ def source_of(problem, launch, target, *, general=False):
         "expert_table": spec.selection != "token_table" and not replayed,
         "num_valid_tokens": not general and not masked,
         "expert_map": not general,
+        "counts": "counts" not in problem.operands,
         "per_expert_scale": not spec.per_expert_scale,
         "bias": not spec.needs_bias,
     }
@@ -99,13 +101,14 @@ def source_of(problem, launch, target, *, general=False):
         "EXPERT_STRIDE": 0 if general and launch.variant == "cooperative" else 1,
         "VALID_ON_DEVICE": general or masked,
         "PDL": pdl,
+        "SPEC": counting(kernel_spec(problem), problem),
         **{name: None for name, is_absent in absent.items() if is_absent},
     }
     types = dict.fromkeys(("weights", "per_expert_scale", "bias"), "*fp32") | {
         "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype], "ids": "*i32",
         "token_ids": "*i64", "expert_table": "*i16" if replayed else "*i64",
         "num_valid_tokens": "*i1" if masked else "*i32",
-        "expert_map": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64",
+        "expert_map": "*i32", "counts": "*i64", "T": "i32", "valid": "i32", "row_stride": "i64",
         "expert_stride": "i64", "vocabulary": "i32",
     }  # fmt: skip
     signature = {name: "constexpr" if name in known else types[name] for name in kernel.arg_names}
@@ -121,6 +124,12 @@ def source_of(problem, launch, target, *, general=False):
         **({"launch_pdl": True} if pdl else {}),
     }
     return source, options
+
+
+def counting(spec, problem):
+    """Return the constant of a kernel that counts, if the problem has counts."""
+    counts = "counts" in problem.operands
+    return dataclasses.replace(spec, counted_columns=problem.topk if counts else 0)
 
 
 def compiled(problem, launch, target):

@@ -242,7 +242,7 @@ def rounds_of_keys(key, l, index, column, in_batch, UNROLL: tl.constexpr, SPEC: 
 @triton.jit
 def route_by_rounds(
     row, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-    expert_map, T, valid, row_stride, expert_stride, vocabulary, SPEC: tl.constexpr,
+    expert_map, counts, T, valid, row_stride, expert_stride, vocabulary, SPEC: tl.constexpr,
     ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_T: tl.constexpr, given=None,
@@ -350,7 +350,7 @@ def route_by_rounds(
         w *= tl.gather(scales[None, :], picked, 1)
     store_outputs(
         weights, ids, w, picked, row, T, valid, num_valid_tokens,
-        None if GATHER else per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+        None if GATHER else per_expert_scale, expert_map, counts, SPEC, VALID_ON_DEVICE,
         has_expert if REPLAYED or SELECTION == "token_table" else None,
     )  # fmt: skip
 
@@ -358,7 +358,7 @@ def route_by_rounds(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_cooperative(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-    expert_map, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
+    expert_map, counts, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
     vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
     VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -378,7 +378,7 @@ def moe_routing_cooperative(
     grid_dependency_wait(PDL)
     route_by_rounds(
         tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), logits, weights, ids, per_expert_scale,
-        bias, token_ids, expert_table, num_valid_tokens, expert_map, T, valid, row_stride,
+        bias, token_ids, expert_table, num_valid_tokens, expert_map, counts, T, valid, row_stride,
         expert_stride, vocabulary, SPEC, ROW_STRIDE, EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE,
         N, UNROLL, BLOCK_T,
     )  # fmt: skip

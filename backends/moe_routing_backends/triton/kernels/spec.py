@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 VariantName = Literal["cooperative", "thread_per_row", "filter", "block"]
 
-RUNTIME_ARGUMENTS = 14
+RUNTIME_ARGUMENTS = 15
 """How many arguments of a forward kernel, the same for all variants, stand before its constants."""
 NOT_SPECIALIZED = (
     "T", "valid", "row_stride", "expert_stride", "per_expert_scale", "bias", "token_ids",
-    "expert_table", "num_valid_tokens", "expert_map", "vocabulary",
+    "expert_table", "num_valid_tokens", "expert_map", "counts", "vocabulary",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel."""
 CHUNK = 8
@@ -48,6 +48,7 @@ class KernelSpec:
     :ivar sums_best_two: a group's score is the sum of its best two experts.
     :ivar sums_to_one: weights are renormalized, and neither epsilon nor floor changes their sum.
     :ivar normalizes_whole_row: weights or selection need the softmax denominator of all experts.
+    :ivar counted_columns: columns of the ids whose slots are counted: 0 in calls that count none.
     """
 
     num_experts: int
@@ -70,6 +71,7 @@ class KernelSpec:
     sums_best_two: bool
     sums_to_one: bool
     normalizes_whole_row: bool
+    counted_columns: int = 0
 
     @property
     def value(self) -> KernelSpec:

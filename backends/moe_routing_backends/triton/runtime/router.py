@@ -6,6 +6,7 @@ It takes as few microseconds of the host as Triton allows.
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,14 @@ from moe_routing import RoutingOutput
 from moe_routing.private_api import current_device, current_stream, empty, is_observed
 from moe_routing_backends.triton import BATTLEMAGE, HOPPER
 from moe_routing_backends.triton.kernels import VARIANTS, constants
-from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS
+from moe_routing_backends.triton.kernels.counts import (
+    NUM_WARPS,
+    SLOTS_APART,
+    moe_routing_counts,
+    programs,
+)
+from moe_routing_backends.triton.kernels.counts import constants as of_counts
+from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS, kernel_spec
 from moe_routing_backends.triton.runtime.gradient import Gradient
 from moe_routing_backends.triton.runtime.launcher import (
     ALIGNMENT,
@@ -32,11 +40,11 @@ if TYPE_CHECKING:
 
     from moe_routing import Operands
     from moe_routing.kernel import Prepared
-    from moe_routing_backends.triton.kernels.spec import Launch
+    from moe_routing_backends.triton.kernels.spec import KernelSpec, Launch
     from moe_routing_backends.triton.tuning.table import Step
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-NO_OPERANDS: tuple[Any, ...] = (None, None, None, None)
+NO_OPERANDS: tuple[Any, ...] = (None, None, None, None, None)
 _tuple = tuple.__new__
 """Makes a named tuple in half the time of its own constructor, which is a Python function."""
 
@@ -65,7 +73,7 @@ def _built(problem: RoutingProblem, device: DeviceInfo, interpreted_as: DeviceIn
 
 
 class TritonRouter:
-    """A ``Kernel``: one Triton kernel a call.
+    """A ``Kernel``: one Triton kernel a call, two where the slots of many tokens are counted.
 
     :ivar notes: what is unusual, for ``Router.report``.
     """
@@ -103,7 +111,7 @@ class TritonRouter:
         why = self._compiled.indirect
         return (f"launches through Triton's own launcher: {why}",) if why else ()
 
-    def __call__(  # noqa: C901, PLR0913 -- Kernel's operands; one flat function, because calls cost a tenth of a microsecond
+    def __call__(  # noqa: C901, PLR0912, PLR0913, PLR0915 -- Kernel's operands; one flat function, because calls cost a tenth of a microsecond
         self,
         logits: Tensor,
         *,
@@ -114,10 +122,18 @@ class TritonRouter:
         num_valid_tokens: int | Tensor | None = None,
         expert_map: Tensor | None = None,
         ids: Tensor | None = None,
+        counts: Tensor | None = None,
         out: RoutingOutput | None = None,
     ) -> RoutingOutput:
         """Route ``logits [T, E]``; see ``Kernel``."""
         T, _ = logits.shape
+        if counts is not None and T * self._columns > SLOTS_APART:
+            out = self(
+                logits, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
+                expert_table=expert_table, num_valid_tokens=num_valid_tokens, ids=ids, out=out,
+            )  # fmt: skip
+            self._count(out.ids, expert_map, counts)
+            return out
         logits = logits.resolve_neg()  # a kernel reads memory, and knows of no lazy negation
         row_stride, expert_stride = logits.stride()
         here = current_device() == self._index
@@ -150,7 +166,12 @@ class TritonRouter:
         rest = NO_OPERANDS
         # Kernels of specs without a table read a record there.
         table = expert_table if ids is None else ids
-        if table is not None or num_valid_tokens is not None or expert_map is not None:
+        if (
+            table is not None
+            or num_valid_tokens is not None
+            or expert_map is not None
+            or counts is not None
+        ):
             valid_tensor = None
             if isinstance(num_valid_tokens, torch.Tensor):
                 valid_tensor = num_valid_tokens
@@ -158,8 +179,10 @@ class TritonRouter:
                 valid = num_valid_tokens
             if table is not None:
                 vocabulary = table.shape[0]
-            rest = (token_ids, table, valid_tensor, expert_map)
+            rest = (token_ids, table, valid_tensor, expert_map, counts)
             key = (*key, *[None if o is None else o.dtype for o in rest])
+            if counts is not None:
+                key = (*key, len(counts))
         ready = self._ready.get(key)
         if ready is None or not here or is_observed():  # only Triton's own launch calls its hooks
             self._launch_by_jit(
@@ -182,9 +205,11 @@ class TritonRouter:
     def _advice(self, key: tuple[Any, ...]) -> str:
         problem = self._problem
         training = ", training=True" if key[0] == "backward" else ""
+        named = ", ".join(map(repr, sorted(problem.operands)))
+        operands = f", operands={{{named}}}" if named else ""
         return (
             f"call route.warmup({problem.num_experts}, {problem.topk}, "
-            f"dtype=torch.{problem.dtype}, device='{self._device}'{training}), "
+            f"dtype=torch.{problem.dtype}, device='{self._device}'{training}{operands}), "
             "or route inputs of the same kind once"
         )
 
@@ -212,7 +237,7 @@ class TritonRouter:
         extras = table is not None or valid is not None or expert_map is not None
         counted = isinstance(valid, int)
         if extras:
-            tensors = (token_ids, table, None if counted else valid, expert_map)
+            tensors = (token_ids, table, None if counted else valid, expert_map, None)
             key = (*key, *[None if o is None else o.dtype for o in tensors])  # type: ignore[union-attr] # no int is left
         ready = self._ready.get(key)
         if ready is None or (row_stride * self._element) % ALIGNMENT:
@@ -247,7 +272,7 @@ class TritonRouter:
                     None if table is None else table.data_ptr(),
                     None if valid is None or counted else valid.data_ptr(),  # type: ignore[union-attr] # a tensor
                     None if expert_map is None else expert_map.data_ptr(),
-                    T, valid if counted else T, row_stride, expert_stride, vocabulary,
+                    None, T, valid if counted else T, row_stride, expert_stride, vocabulary,
                 )  # fmt: skip
             ready(
                 blocks,
@@ -278,12 +303,13 @@ class TritonRouter:
     ) -> None:
         """Gather what a launch through Triton's JIT takes."""
         scale, bias, *others = operands
+        counts = operands[-1]
         readable = [as_readable(vector) for vector in (scale, bias)]
         if readable[0] is not scale or readable[1] is not bias:
             # No launcher is ever kept for such a key.
             names = (
                 "per_expert_scale", "bias", "token_ids",
-                "expert_table", "num_valid_tokens", "expert_map",
+                "expert_table", "num_valid_tokens", "expert_map", "counts",
             )  # fmt: skip
             given: dict[str, Any] = dict(zip(names, (*readable, *others), strict=True))
             if given["num_valid_tokens"] is None:
@@ -300,6 +326,8 @@ class TritonRouter:
             "VALID_ON_DEVICE": operands[4] is not None,
             "PDL": self._pdl,
         }
+        if counts is not None:
+            named["SPEC"] = self._counting(named["SPEC"], counts)
         kernel = VARIANTS[launch.variant].kernel
         fixed = tuple(named[name] for name in kernel.arg_names[RUNTIME_ARGUMENTS:])
         arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride, vocabulary)
@@ -307,6 +335,29 @@ class TritonRouter:
         self._compiled.launch_and_keep(
             key, kernel, blocks, arguments, fixed, launch.num_warps, launch.warp_size, pdl=self._pdl
         )
+
+    def _counting(self, spec: KernelSpec, counts: Tensor) -> KernelSpec:
+        """Return the constant of a kernel that counts."""
+        shared = len(counts) > self._experts
+        return replace(spec, counted_columns=self._columns if shared else self._problem.topk)
+
+    def _count(self, ids: Tensor, expert_map: Tensor | None, counts: Tensor) -> None:
+        """Count the slots of logical ``ids``, and rename them where they lie."""
+        arguments = (ids, expert_map, counts, len(ids))
+        dtypes = tuple(None if t is None else t.dtype for t in (ids, expert_map, counts))
+        key = ("counts", *dtypes, len(counts))
+        blocks = programs(ids.numel())
+        ready = self._ready.get(key)
+        if ready is None or current_device() != self._index or is_observed():
+            spec = self._counting(kernel_spec(self._problem), counts)
+            named = {"SPEC": spec, "PDL": self._pdl, **of_counts(self._problem)}
+            fixed = tuple(named[name] for name in moe_routing_counts.arg_names[len(arguments) :])
+            self._compiled.launch_and_keep(
+                key, moe_routing_counts, blocks, arguments, fixed, NUM_WARPS, pdl=self._pdl
+            )
+            return
+        at = (None if t is None else t.data_ptr() for t in (ids, expert_map, counts))
+        ready(blocks, current_stream(self._index), (*at, len(ids)))
 
     def backward(
         self, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
@@ -325,29 +376,33 @@ class TritonRouter:
 
         It routes zeros through each.
         """
-        spec, device = self._problem.spec, self._device
-        dtype: torch.dtype = getattr(torch, self._problem.dtype)
+        spec, dtype = self._problem.spec, getattr(torch, self._problem.dtype)
+        sizes = [1, *(int(limit) + 1 for limit in self._limits)]
+        if "counts" in self._problem.operands:  # a call of more slots counts in another kernel
+            sizes.append(SLOTS_APART // self._columns + 1)
         # Vectors come in float32 or in the model's dtype, and a kernel is compiled for one of them.
         has_vectors = spec.per_expert_scale or spec.needs_bias
         for vectors in {torch.float32, dtype} if has_vectors else {dtype}:
-            operands: dict[str, Any] = {}
-            if spec.per_expert_scale:
-                scale = torch.ones(self._experts, dtype=vectors, device=device)
-                operands["per_expert_scale"] = scale
-            if spec.needs_bias:
-                operands["bias"] = torch.zeros(self._experts, dtype=vectors, device=device)
-            if spec.selection == "token_table":
-                table = torch.zeros(1, self._problem.topk, dtype=torch.int64, device=device)
-                operands["expert_table"] = table
-            optional = self._problem.operands
-            for T in [1, *(int(limit) + 1 for limit in self._limits)]:
-                logits = torch.zeros(T, self._experts, dtype=dtype, device=device)
-                if spec.selection == "token_table":
-                    operands["token_ids"] = torch.zeros(T, dtype=torch.int64, device=device)
-                if "ids" in optional:
-                    shape = (T, self._problem.topk)
-                    operands["ids"] = torch.zeros(shape, dtype=torch.int32, device=device)
-                if "valid" in optional:
-                    mask = torch.ones(T, dtype=torch.bool, device=device)
-                    operands["num_valid_tokens"] = mask
-                self(logits, **operands)
+            for T in sizes:
+                logits = torch.zeros(T, self._experts, dtype=dtype, device=self._device)
+                self(logits, **self._some_operands(T, vectors))
+
+    def _some_operands(self, T: int, vectors: torch.dtype) -> dict[str, Any]:
+        """Return operands of every kind that the problem has."""
+        spec, device, topk = self._problem.spec, self._device, self._problem.topk
+        optional = self._problem.operands
+        operands: dict[str, Any] = {}
+        if spec.per_expert_scale:
+            operands["per_expert_scale"] = torch.ones(self._experts, dtype=vectors, device=device)
+        if spec.needs_bias:
+            operands["bias"] = torch.zeros(self._experts, dtype=vectors, device=device)
+        if spec.selection == "token_table":
+            operands["expert_table"] = torch.zeros(1, topk, dtype=torch.int64, device=device)
+            operands["token_ids"] = torch.zeros(T, dtype=torch.int64, device=device)
+        if "ids" in optional:
+            operands["ids"] = torch.zeros((T, topk), dtype=torch.int32, device=device)
+        if "valid" in optional:
+            operands["num_valid_tokens"] = torch.ones(T, dtype=torch.bool, device=device)
+        if "counts" in optional:
+            operands["counts"] = torch.zeros(self._experts, dtype=torch.int64, device=device)
+        return operands

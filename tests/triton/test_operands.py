@@ -1,4 +1,4 @@
-"""Records and masks in the Triton kernels: interpreted, and compiled for GPUs that are not here."""
+"""Optional operands in the Triton kernels: interpreted, and compiled for GPUs that are not here."""
 
 import json
 import os
@@ -35,12 +35,16 @@ def process(script, *arguments, **environment):
         ("ids_that_no_expert_has_are_padding", set()),
         ("a_mask_says_which_rows_are_padding", set()),
         ("gradients_of_masked_rows_are_zero", set()),
+        ("slots_of_logical_experts_are_counted", set()),
+        ("counts_may_lie_anywhere", set()),
+        ("a_call_with_a_plan_counts_once", set()),
+        ("gradients_flow_past_counts", set()),
         ("gate", set()),
     ],
 )
-def test_the_kit_holds_for_records_and_masks(check, declined):
+def test_the_kit_holds_for_records_masks_and_counts(check, declined):
     seed = str(random.getrandbits(32))
-    found = process("interpreted_replay.py", check, seed, TRITON_INTERPRET="1")
+    found = process("interpreted_operands.py", check, seed, TRITON_INTERPRET="1")
     assert not {case: said for case, said in found.items() if said[0] == "failed"}
     assert [said[0] for said in found.values()].count("passed") >= 2
     # Families of plug-ins may have no formula here.
@@ -50,9 +54,17 @@ def test_the_kit_holds_for_records_and_masks(check, declined):
 
 
 @pytest.mark.slow
+def test_a_second_kernel_counts_the_slots_of_many_tokens():
+    seed, check = str(random.getrandbits(32)), "slots_of_logical_experts_are_counted"
+    for apart in ("0", "20"):
+        found = process("interpreted_operands.py", check, seed, apart, TRITON_INTERPRET="1")
+        assert not {case: said for case, said in found.items() if said[0] == "failed"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_that_read_them_compile_without_spills(target):
-    found = process("ahead_of_time_replay.py", target)
+    found = process("ahead_of_time_operands.py", target)
     assert len(found) >= 6
     assert not {name for name, used in found.items() if used["spills"]}
     assert {name for name in found if "ids" in name} == {

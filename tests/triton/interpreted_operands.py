@@ -1,7 +1,8 @@
-"""Replay records and read masks in Triton's interpreter: print what came out, as JSON.
+"""Use optional operands in Triton's interpreter: print what came out, as JSON.
 
-A process of its own. The argument names what runs: a check of the kit, of whose cases only the
-sizes are smaller; or ``gate``, which is compared with ``eager``.
+A process of its own. The arguments: what runs, a check of the kit, of whose cases only the sizes
+are smaller, or ``gate``, which is compared with ``eager``; a seed; and, if given, the number of
+slots above which a second kernel counts.
 """
 
 import json
@@ -17,6 +18,7 @@ import torch  # noqa: E402 -- after Triton interprets
 import moe_routing  # noqa: E402 -- likewise
 from moe_routing.conformance.contract import Item, contract_of  # noqa: E402 -- likewise
 from moe_routing.conformance.runner import backend_under_test, evaluate  # noqa: E402 -- likewise
+from moe_routing_backends.triton.runtime import router  # noqa: E402 -- likewise
 
 TOKENS, EXPERTS, CASES = 7, 32, 15
 
@@ -64,4 +66,5 @@ def gated():
 
 if __name__ == "__main__":
     torch.manual_seed(int(sys.argv[2]))
+    router.SLOTS_APART = int(sys.argv[3]) if len(sys.argv) > 3 else router.SLOTS_APART
     json.dump(gated() if sys.argv[1] == "gate" else checked(sys.argv[1]), sys.stdout)
