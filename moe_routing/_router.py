@@ -517,8 +517,9 @@ class Router:
             operands.optional | after.optional,
         )
         taken, shadow = resolved.problem.operands, self._shadow
-        if differentiable or shadow is not None:
-            taken -= {"replicas"}  # derivatives and the comparison need logical ids
+        if differentiable or shadow is not None or "counts" in after.optional - taken:
+            # Derivatives, the comparison and the router's own counting need logical ids.
+            taken -= {"replicas"}
         rule = Rule(self.spec, topk, resolved.backward, operands.ids is not None)
 
         def kernel(operands: Operands, after: After) -> RoutingOutput:

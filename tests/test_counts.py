@@ -1,6 +1,5 @@
 """``counts=``: what users of routers see. The kit has the maths (clause 17)."""
 
-import dataclasses
 import warnings
 
 import pytest
@@ -10,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_routing
-from moe_routing._registry import registry
 from moe_routing.reference.counts_oracle import counted
-from moe_routing_registry import ANY, BackendSpec, Target, Verdict
 
 E, K, T, H = 16, 4, 9, 8
 SPEC = moe_routing.list_routers()["mixtral"]
@@ -254,88 +251,6 @@ def test_an_exported_program_counts():
     for times in (1, 2):
         _, ids = program(logits)
         assert torch.equal(program.counts, times * counted(ids, E))
-
-
-class Kernel:
-    """A kernel of a third party, which keeps the operands that it got."""
-
-    def __init__(self, problem, device):
-        self.route = registry().build("eager", dataclasses.replace(problem, operands=NONE), device)
-        self.problem = problem
-
-    def __call__(self, logits, *, counts=None, expert_map=None, **operands):
-        GOT.append((self.problem.operands, counts))
-        weights, ids = self.route(logits, **operands)
-        if counts is not None:
-            counts += counted(ids, len(counts)).to(counts.dtype)
-        return moe_routing.RoutingOutput(
-            weights, ids if expert_map is None else expert_map[ids].int()
-        )
-
-
-GOT, ASKED, NONE = [], [], frozenset()
-
-
-def build(problem, device):
-    return Kernel(problem, device)
-
-
-def supports(problem, device):  # noqa: ARG001 -- as the registry calls it
-    ASKED.append(problem.operands)
-    return Verdict.yes()
-
-
-@pytest.fixture(params=[NONE, frozenset({"counts"})], ids=["names nothing", "names counts"])
-def third(request):
-    spec = BackendSpec(
-        name="third", factories={"route": f"{__name__}:build"}, targets=(Target(ANY),),
-        operands=request.param, supports=supports,
-    )  # fmt: skip
-    registry().register(spec)
-    GOT.clear()
-    ASKED.clear()
-    yield request.param
-    registry().unregister("third")
-
-
-def test_a_backend_gets_what_it_names_and_the_router_does_the_rest(third):
-    route = moe_routing.Router(SPEC, backend="third")
-    logits, places = torch.randn(T, E), torch.randperm(E) + 7
-    plain = route(logits, K, expert_map=places)
-    replicas = {"logical_to_physical": places[:, None], "replica_count": torch.ones_like(places)}
-    for counts in (zeros(), zeros(dtype=torch.int32), zeros(3 * E)[::3]):
-        for renamed in ({"expert_map": places}, replicas):
-            for training in (False, True):
-                GOT.clear()
-                before = counts.clone()
-                output = route(logits.requires_grad_(training), K, counts=counts, **renamed)
-                assert torch.equal(output.ids, plain.ids)
-                assert torch.equal(output.weights, plain.weights)
-                assert (counts - before).sum() == T * K
-                ((named, seen),) = GOT
-                assert named == third
-                assert (seen is not None) == bool(third)
-                assert seen is None or seen.is_contiguous()
-    assert set(ASKED) <= {NONE, third}
-    assert route.report.winner == "third"
-
-
-@pytest.mark.usefixtures("third")
-def test_a_backend_that_names_counts_is_compared_in_shadow_mode_and_counts_once():
-    route = moe_routing.Router(SPEC, backend="third", verify=True)
-    counts = zeros()
-    for times in (1, 2):
-        route(torch.randn(T, E), K, counts=counts)
-        assert counts.sum() == times * T * K
-    assert (route.health().compared, route.health().ok) == (2, True)
-
-
-@pytest.mark.usefixtures("third")
-def test_no_backend_is_passed_over_for_counts_that_it_does_not_take():
-    report = moe_routing.explain(SPEC, operands=("counts", "replicas"), backend="third")
-    assert report.winner == "third"
-    assert "with counts, replicas" in str(report.problem)
-    assert moe_routing.explain(SPEC, operands=("counts", "ids"), backend="third").winner is None
 
 
 def test_shadow_mode_compares_counted_calls():

@@ -80,7 +80,7 @@ def source_of(problem, launch, target, *, general=False):
     :param general: rows may be any distance apart, padding is counted on the device, and experts
         are mapped.
 
-    A problem with a record, a mask or counts among its operands brings them.
+    A problem with optional operands brings them.
     """
     spec, experts, dtype = problem.spec, problem.num_experts, problem.dtype
     kernel = VARIANTS[launch.variant].kernel
@@ -90,8 +90,10 @@ def source_of(problem, launch, target, *, general=False):
         "token_ids": spec.selection != "token_table",
         "expert_table": spec.selection != "token_table" and not replayed,
         "num_valid_tokens": not general and not masked,
-        "expert_map": not general,
+        "expert_map": not general and "replicas" not in problem.operands,
         "counts": "counts" not in problem.operands,
+        "replica_count": "replicas" not in problem.operands,
+        "most_replicas": "replicas" not in problem.operands,
         "per_expert_scale": not spec.per_expert_scale,
         "bias": not spec.needs_bias,
     }
@@ -101,14 +103,15 @@ def source_of(problem, launch, target, *, general=False):
         "EXPERT_STRIDE": 0 if general and launch.variant == "cooperative" else 1,
         "VALID_ON_DEVICE": general or masked,
         "PDL": pdl,
-        "SPEC": counting(kernel_spec(problem), problem),
+        "SPEC": spec_of(problem),
         **{name: None for name, is_absent in absent.items() if is_absent},
     }
     types = dict.fromkeys(("weights", "per_expert_scale", "bias"), "*fp32") | {
         "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype], "ids": "*i32",
         "token_ids": "*i64", "expert_table": "*i16" if replayed else "*i64",
         "num_valid_tokens": "*i1" if masked else "*i32",
-        "expert_map": "*i32", "counts": "*i64", "T": "i32", "valid": "i32", "row_stride": "i64",
+        "expert_map": "*i32", "counts": "*i64", "replica_count": "*i32",
+        "most_replicas": "i32", "T": "i32", "valid": "i32", "row_stride": "i64",
         "expert_stride": "i64", "vocabulary": "i32",
     }  # fmt: skip
     signature = {name: "constexpr" if name in known else types[name] for name in kernel.arg_names}
@@ -126,10 +129,10 @@ def source_of(problem, launch, target, *, general=False):
     return source, options
 
 
-def counting(spec, problem):
-    """Return the constant of a kernel that counts, if the problem has counts."""
+def spec_of(problem):
+    """Return the constant of a kernel, which counts if the problem has counts."""
     counts = "counts" in problem.operands
-    return dataclasses.replace(spec, counted_columns=problem.topk if counts else 0)
+    return dataclasses.replace(kernel_spec(problem), counted_columns=problem.topk if counts else 0)
 
 
 def compiled(problem, launch, target):

@@ -8,26 +8,22 @@ import json
 import sys
 
 import triton
-from ahead_of_time import PROBLEMS, TARGETS, compiled, counting, device_of, launches, usage
+from ahead_of_time import PROBLEMS, TARGETS, compiled, device_of, launches, spec_of, usage
 from triton.compiler import ASTSource
 
 from moe_routing_backends.triton.kernels import counts
-from moe_routing_backends.triton.kernels.spec import kernel_spec
 from moe_routing_backends.triton.tuning.choose import supports_pdl
 from moe_routing_registry import RoutingProblem
 
-OPERANDS = (("valid",), ("ids", "valid"), ("counts",))
+OPERANDS = (("valid",), ("ids", "valid"), ("counts", "replicas"))
 
 
 def counting_kernel(problem, target):
     """Compile the kernel that counts the slots of many tokens, and renames them."""
     kernel, pdl = counts.moe_routing_counts, supports_pdl(device_of(target))
-    known = {
-        "SPEC": counting(kernel_spec(problem), problem),
-        "PDL": pdl,
-        **counts.constants(problem),
-    }
-    types = {"ids": "*i32", "expert_map": "*i32", "counts": "*i64", "T": "i32"}
+    known = {"SPEC": spec_of(problem), "PDL": pdl, **counts.constants(problem)}
+    types = {"ids": "*i32", "expert_map": "*i32", "replica_count": "*i32", "counts": "*i64"}
+    types |= {"most_replicas": "i32", "T": "i32"}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     options = {"num_warps": counts.NUM_WARPS, **({"launch_pdl": True} if pdl else {})}
     source = ASTSource(fn=kernel, signature=signature, constexprs=known)

@@ -14,7 +14,7 @@ import torch
 
 from moe_routing._registry import registry
 from moe_routing.kernel import MASK, REPLAY, RoutingOutput
-from moe_routing.reference import oracle
+from moe_routing.reference import oracle, replicas_oracle
 from moe_routing.reference.counts_oracle import counted
 from moe_routing_registry import ANY, BackendSpec, Target, Verdict
 from moe_routing_registry.problem import OPTIONAL_OPERANDS
@@ -55,6 +55,8 @@ class Reference:
             self.count(operands["counts"], logical, logits.shape[1])
         finish = {name: operands.get(name) for name in ("num_valid_tokens", "expert_map")}
         weights, ids = self.finish(weights, ids, logits.shape[1], **finish)
+        if operands.get("replica_count") is not None:
+            ids = self.choose(ids, operands["logical_to_physical"], operands["replica_count"])
         shape = (len(ids), ids.shape[1])
         if out is None:
             device = logits.device
@@ -94,6 +96,10 @@ class Reference:
         """Add the slots of logical ids to the counts of their experts."""
         del num_experts
         counts += counted(ids, len(counts)).to(counts.dtype)
+
+    def choose(self, ids: Tensor, table: Tensor, count: Tensor) -> Tensor:
+        """Return the physical ids of logical ones."""
+        return replicas_oracle.physical(ids, table, count)
 
     def write(self, out: RoutingOutput, weights: Tensor, ids: Tensor) -> None:
         """Write the outputs."""

@@ -34,14 +34,31 @@ def count_slots(counts, picked, mask):
 
 
 @triton.jit
+def physical_ids(picked, row, mask, expert_map, replica_count, most_replicas):
+    """Return the physical ids of logical experts, 0 where not ``mask``.
+
+    :param row: numbers of rows, which broadcast with ``picked``.
+    :param expert_map: with a ``replica_count``, the table of replicas, ``most_replicas`` a row.
+    """
+    if replica_count is not None:
+        count = tl.load(replica_count + picked, mask=mask, other=1)
+        # Clamped before it is narrowed: nothing is read outside the table.
+        count = tl.minimum(tl.maximum(count, 1), most_replicas).to(tl.int32)
+        picked = picked.to(tl.int64) * most_replicas + row % count
+    return tl.load(expert_map + picked, mask=mask, other=0)
+
+
+@triton.jit
 def store_outputs(
     weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
-    counts, SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, has_expert=None,
+    counts, replica_count, most_replicas, SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    has_expert=None, renamed=None,
 ):  # fmt: skip
     """Apply the epilogue to ``w`` and logical ids ``picked``, and store them.
 
     Both are ``[ROWS, N]``, of which K columns count. ``has_expert``, ``[ROWS, N]`` or ``[ROWS,
-    1]``: slots that a table or a record gives an expert to; the others are blank.
+    1]``: slots that a table or a record gives an expert to; the others are blank. ``renamed``: the
+    physical ids, if they are known.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -60,8 +77,12 @@ def store_outputs(
         picked = tl.where(routed, picked, E + column - K)
         w = tl.where(routed, w, SHARED_WEIGHT)
     logical = picked
-    if expert_map is not None:
-        picked = tl.load(expert_map + picked, mask=written, other=0)
+    if renamed is not None:
+        picked = renamed
+    elif expert_map is not None:
+        picked = physical_ids(
+            picked, row[:, None], written, expert_map, replica_count, most_replicas
+        )
     is_valid = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
     if has_expert is not None:
         is_valid = is_valid & has_expert

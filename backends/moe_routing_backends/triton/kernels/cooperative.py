@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from moe_routing_backends.triton.device.epilogue import store_outputs
+from moe_routing_backends.triton.device.epilogue import physical_ids, store_outputs
 from moe_routing_backends.triton.device.keys import (
     FLOAT32_MAX,
     clean,
@@ -242,10 +242,10 @@ def rounds_of_keys(key, l, index, column, in_batch, UNROLL: tl.constexpr, SPEC: 
 @triton.jit
 def route_by_rounds(
     row, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-    expert_map, counts, T, valid, row_stride, expert_stride, vocabulary, SPEC: tl.constexpr,
-    ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_T: tl.constexpr, given=None,
+    expert_map, counts, replica_count, most_replicas, T, valid, row_stride, expert_stride,
+    vocabulary, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_T: tl.constexpr, given=None,
 ):  # fmt: skip
     """Route ``row [BLOCK_T]``.
 
@@ -255,6 +255,7 @@ def route_by_rounds(
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
+    SHARED: tl.constexpr = SPEC.value.shared_experts
     SELECTION: tl.constexpr = SPEC.value.selection
     NUM_GROUPS: tl.constexpr = SPEC.value.num_groups
     PER_GROUP: tl.constexpr = SPEC.value.topk_per_group
@@ -283,6 +284,12 @@ def route_by_rounds(
     )
     if GATHER and per_expert_scale is not None:
         scales = tl.load(per_expert_scale + expert, mask=exists, other=0.0).to(tl.float32)
+    # Likewise the replica of every expert, which takes two loads, one after the other.
+    RENAMES: tl.constexpr = (BLOCK_T == 1 and MASK < GATHERED_UP_TO) and (
+        NUM_GROUPS == 1 and SHARED == 0
+    )
+    if RENAMES and replica_count is not None:
+        physical = physical_ids(expert, row, exists, expert_map, replica_count, most_replicas)
 
     step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
     if SELECTION != "token_table" or WHOLE_ROW:
@@ -348,20 +355,25 @@ def route_by_rounds(
     if GATHER and per_expert_scale is not None:
         # The scales are in registers already; a load would wait for the rounds.
         w *= tl.gather(scales[None, :], picked, 1)
+    renamed = None
+    if RENAMES and replica_count is not None:
+        renamed = tl.gather(physical[None, :], picked, 1)
     store_outputs(
         weights, ids, w, picked, row, T, valid, num_valid_tokens,
-        None if GATHER else per_expert_scale, expert_map, counts, SPEC, VALID_ON_DEVICE,
-        has_expert if REPLAYED or SELECTION == "token_table" else None,
+        None if GATHER else per_expert_scale, expert_map, counts, replica_count, most_replicas,
+        SPEC, VALID_ON_DEVICE, has_expert if REPLAYED or SELECTION == "token_table" else None,
+        renamed,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_cooperative(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-    expert_map, counts, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
-    vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
-    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    expert_map, counts, replica_count, most_replicas, T: tl.int32, valid: tl.int32,
+    row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32, SPEC: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows."""
     # Many long programs are slower among programs of the next kernel that wait in their places: of
@@ -378,9 +390,9 @@ def moe_routing_cooperative(
     grid_dependency_wait(PDL)
     route_by_rounds(
         tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), logits, weights, ids, per_expert_scale,
-        bias, token_ids, expert_table, num_valid_tokens, expert_map, counts, T, valid, row_stride,
-        expert_stride, vocabulary, SPEC, ROW_STRIDE, EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE,
-        N, UNROLL, BLOCK_T,
+        bias, token_ids, expert_table, num_valid_tokens, expert_map, counts, replica_count,
+        most_replicas, T, valid, row_stride, expert_stride, vocabulary, SPEC, ROW_STRIDE,
+        EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE, N, UNROLL, BLOCK_T,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from moe_routing_backends.triton.device.epilogue import physical_ids
 from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
 from moe_routing_backends.triton.kernels.spec import next_power_of_two
 from moe_routing_backends.triton.planning.kernels import HISTOGRAM_MASKS, NARROWEST, WIDEST_LOOK_UP
@@ -28,16 +29,18 @@ SLOTS_APART = 4096
 BLOCK = 4096
 NUM_WARPS = 16
 MOST_PROGRAMS = 128
+NOT_SPECIALIZED = ("ids", "expert_map", "replica_count", "counts", "most_replicas", "T")
 MASKS = tl.constexpr(HISTOGRAM_MASKS)
 
 
-@triton.jit(do_not_specialize=("ids", "expert_map", "counts", "T"))
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_counts(
-    ids, expert_map, counts, T: tl.int32, SPEC: tl.constexpr, WIDTH: tl.constexpr,
-    PDL: tl.constexpr, BLOCK: tl.constexpr,
+    ids, expert_map, replica_count, counts, most_replicas, T: tl.int32, SPEC: tl.constexpr,
+    WIDTH: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count the logical ``ids [T, K + SHARED]``, and write physical ones if there is a map.
 
+    ``expert_map``: with a ``replica_count``, the table of replicas, ``most_replicas`` a row.
     ``WIDTH``: elements of ``counts`` as a power of two.
     """
     COLUMNS: tl.constexpr = SPEC.value.topk + SPEC.value.shared_experts
@@ -59,7 +62,10 @@ def moe_routing_counts(
         else:
             found += tl.histogram(tl.where(counted, expert, EXPERTS), WIDTH)
         if expert_map is not None:
-            physical = tl.load(expert_map + expert, mask=has_expert, other=0)
+            row = (slot // COLUMNS).to(tl.int32)
+            physical = physical_ids(
+                expert, row, has_expert, expert_map, replica_count, most_replicas
+            )
             tl.store(ids + slot, physical.to(ids.dtype.element_ty), mask=has_expert)
     expert = tl.arange(0, WIDTH)
     # Only experts below the length of the counts were found, but for the bin without a mask.

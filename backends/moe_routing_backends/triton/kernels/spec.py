@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 VariantName = Literal["cooperative", "thread_per_row", "filter", "block"]
 
-RUNTIME_ARGUMENTS = 15
+RUNTIME_ARGUMENTS = 17
 """How many arguments of a forward kernel, the same for all variants, stand before its constants."""
 NOT_SPECIALIZED = (
     "T", "valid", "row_stride", "expert_stride", "per_expert_scale", "bias", "token_ids",
-    "expert_table", "num_valid_tokens", "expert_map", "counts", "vocabulary",
+    "expert_table", "num_valid_tokens", "expert_map", "counts", "replica_count",
+    "most_replicas", "vocabulary",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel."""
 CHUNK = 8

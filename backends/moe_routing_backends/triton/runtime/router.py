@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from moe_routing_backends.triton.tuning.table import Step
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-NO_OPERANDS: tuple[Any, ...] = (None, None, None, None, None)
+NO_OPERANDS: tuple[Any, ...] = (None, None, None, None, None, None, None)
 _tuple = tuple.__new__
 """Makes a named tuple in half the time of its own constructor, which is a Python function."""
 
@@ -123,16 +123,20 @@ class TritonRouter:
         expert_map: Tensor | None = None,
         ids: Tensor | None = None,
         counts: Tensor | None = None,
+        logical_to_physical: Tensor | None = None,
+        replica_count: Tensor | None = None,
         out: RoutingOutput | None = None,
     ) -> RoutingOutput:
         """Route ``logits [T, E]``; see ``Kernel``."""
         T, _ = logits.shape
+        if logical_to_physical is not None:
+            expert_map = logical_to_physical  # which a kernel reads with the count
         if counts is not None and T * self._columns > SLOTS_APART:
             out = self(
                 logits, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
                 expert_table=expert_table, num_valid_tokens=num_valid_tokens, ids=ids, out=out,
             )  # fmt: skip
-            self._count(out.ids, expert_map, counts)
+            self._count(out.ids, expert_map, replica_count, counts)
             return out
         logits = logits.resolve_neg()  # a kernel reads memory, and knows of no lazy negation
         row_stride, expert_stride = logits.stride()
@@ -179,8 +183,9 @@ class TritonRouter:
                 valid = num_valid_tokens
             if table is not None:
                 vocabulary = table.shape[0]
-            rest = (token_ids, table, valid_tensor, expert_map, counts)
-            key = (*key, *[None if o is None else o.dtype for o in rest])
+            tensors = (token_ids, table, valid_tensor, expert_map, counts, replica_count)
+            rest = (*tensors, _most_replicas(expert_map, replica_count))
+            key = (*key, *[None if o is None else o.dtype for o in tensors])
             if counts is not None:
                 key = (*key, len(counts))
         ready = self._ready.get(key)
@@ -190,7 +195,7 @@ class TritonRouter:
             )
             return out
         if rest is not NO_OPERANDS:
-            rest = tuple(None if o is None else o.data_ptr() for o in rest)
+            rest = (*[None if o is None else o.data_ptr() for o in rest[:-1]], rest[-1])
         block = launch.block_t
         ready(
             (T + block - 1) // block,
@@ -237,7 +242,7 @@ class TritonRouter:
         extras = table is not None or valid is not None or expert_map is not None
         counted = isinstance(valid, int)
         if extras:
-            tensors = (token_ids, table, None if counted else valid, expert_map, None)
+            tensors = (token_ids, table, None if counted else valid, expert_map, None, None)
             key = (*key, *[None if o is None else o.dtype for o in tensors])  # type: ignore[union-attr] # no int is left
         ready = self._ready.get(key)
         if ready is None or (row_stride * self._element) % ALIGNMENT:
@@ -272,7 +277,8 @@ class TritonRouter:
                     None if table is None else table.data_ptr(),
                     None if valid is None or counted else valid.data_ptr(),  # type: ignore[union-attr] # a tensor
                     None if expert_map is None else expert_map.data_ptr(),
-                    None, T, valid if counted else T, row_stride, expert_stride, vocabulary,
+                    None, None, None, T, valid if counted else T,
+                    row_stride, expert_stride, vocabulary,
                 )  # fmt: skip
             ready(
                 blocks,
@@ -297,21 +303,21 @@ class TritonRouter:
         launch: Launch,
         logits: Tensor,
         out: RoutingOutput,
-        operands: tuple[Tensor | None, ...],
+        operands: tuple[Any, ...],
         valid: int,
         vocabulary: int,
     ) -> None:
         """Gather what a launch through Triton's JIT takes."""
         scale, bias, *others = operands
-        counts = operands[-1]
+        counts = operands[-3]
         readable = [as_readable(vector) for vector in (scale, bias)]
         if readable[0] is not scale or readable[1] is not bias:
             # No launcher is ever kept for such a key.
             names = (
-                "per_expert_scale", "bias", "token_ids",
-                "expert_table", "num_valid_tokens", "expert_map", "counts",
+                "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
+                "expert_map", "counts", "replica_count",
             )  # fmt: skip
-            given: dict[str, Any] = dict(zip(names, (*readable, *others), strict=True))
+            given: dict[str, Any] = dict(zip(names, (*readable, *others[:-1]), strict=True))
             if given["num_valid_tokens"] is None:
                 given["num_valid_tokens"] = valid
             self(logits, **given, out=out)
@@ -327,7 +333,7 @@ class TritonRouter:
             "PDL": self._pdl,
         }
         if counts is not None:
-            named["SPEC"] = self._counting(named["SPEC"], counts)
+            named["SPEC"] = self._counting(counts)
         kernel = VARIANTS[launch.variant].kernel
         fixed = tuple(named[name] for name in kernel.arg_names[RUNTIME_ARGUMENTS:])
         arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride, vocabulary)
@@ -336,28 +342,30 @@ class TritonRouter:
             key, kernel, blocks, arguments, fixed, launch.num_warps, launch.warp_size, pdl=self._pdl
         )
 
-    def _counting(self, spec: KernelSpec, counts: Tensor) -> KernelSpec:
+    def _counting(self, counts: Tensor) -> KernelSpec:
         """Return the constant of a kernel that counts."""
-        shared = len(counts) > self._experts
-        return replace(spec, counted_columns=self._columns if shared else self._problem.topk)
+        columns = self._columns if len(counts) > self._experts else self._problem.topk
+        return replace(kernel_spec(self._problem), counted_columns=columns)
 
-    def _count(self, ids: Tensor, expert_map: Tensor | None, counts: Tensor) -> None:
+    def _count(
+        self, ids: Tensor, expert_map: Tensor | None, replica_count: Tensor | None, counts: Tensor
+    ) -> None:
         """Count the slots of logical ``ids``, and rename them where they lie."""
-        arguments = (ids, expert_map, counts, len(ids))
-        dtypes = tuple(None if t is None else t.dtype for t in (ids, expert_map, counts))
-        key = ("counts", *dtypes, len(counts))
+        tensors = (ids, expert_map, replica_count, counts)
+        numbers = (_most_replicas(expert_map, replica_count), len(ids))
+        key = ("counts", *[None if t is None else t.dtype for t in tensors], len(counts))
         blocks = programs(ids.numel())
         ready = self._ready.get(key)
         if ready is None or current_device() != self._index or is_observed():
-            spec = self._counting(kernel_spec(self._problem), counts)
-            named = {"SPEC": spec, "PDL": self._pdl, **of_counts(self._problem)}
-            fixed = tuple(named[name] for name in moe_routing_counts.arg_names[len(arguments) :])
+            named = {"SPEC": self._counting(counts), "PDL": self._pdl, **of_counts(self._problem)}
+            names = moe_routing_counts.arg_names[len(tensors) + len(numbers) :]
             self._compiled.launch_and_keep(
-                key, moe_routing_counts, blocks, arguments, fixed, NUM_WARPS, pdl=self._pdl
-            )
+                key, moe_routing_counts, blocks, (*tensors, *numbers),
+                tuple(named[name] for name in names), NUM_WARPS, pdl=self._pdl,
+            )  # fmt: skip
             return
-        at = (None if t is None else t.data_ptr() for t in (ids, expert_map, counts))
-        ready(blocks, current_stream(self._index), (*at, len(ids)))
+        at = [None if t is None else t.data_ptr() for t in tensors]
+        ready(blocks, current_stream(self._index), (*at, *numbers))
 
     def backward(
         self, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
@@ -405,4 +413,12 @@ class TritonRouter:
             operands["num_valid_tokens"] = torch.ones(T, dtype=torch.bool, device=device)
         if "counts" in optional:
             operands["counts"] = torch.zeros(self._experts, dtype=torch.int64, device=device)
+        if "replicas" in optional:
+            ones = torch.ones(self._experts + spec.shared_experts, dtype=torch.int64, device=device)
+            operands |= {"logical_to_physical": ones[:, None], "replica_count": ones}
         return operands
+
+
+def _most_replicas(table: Tensor | None, replica_count: Tensor | None) -> int | None:
+    """Return the columns of a table of replicas, ``None`` for a map."""
+    return None if table is None or replica_count is None else table.shape[1]
