@@ -3,8 +3,8 @@
     python benchmarks/operands.py OUT.json
 
 Microseconds a call: the median of CUDA-graph replays over logits in turns. The plain call is timed
-first and last. Before that, a record gives the bits of the call that made it. About half a minute
-on an H100.
+first and last. Before that, a record gives the bits of the call that made it. About a minute on an
+H100.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEVICE = torch.device("cuda:0")
 FAMILIES = (("gemma4", 128), ("topk_softmax", 128), ("deepseek_v3", 256))
 K = 8
-TOKENS = (1, 16, 64, 4096, 65536)
+TOKENS = (1, 16, 64, 512, 1024, 4096, 65536)
 MOST_BYTES = 2 << 30
 """Of the logits that are taken in turns."""
 

@@ -377,7 +377,7 @@ class Router:
             return route(operands, topk, ids_dtype)
         if _leading.is_other_rank(operands.logits):
             return self._reshaped(operands, topk, ids_dtype, after)
-        if not is_dynamo_compiling():
+        if not is_dynamo_compiling() and all(map(is_ordinary, after.tensors)):
             operands = _check.counted(operands)
             if operands.out is not None:
                 operands = operands._replace(out=_check.as_output(operands.out))
@@ -504,9 +504,7 @@ class Router:
         """
         operands, topk, ids_dtype = self._checked(asked, asked_topk, asked_ids)
         differentiable = self._check_memory(operands)
-        if not all(map(is_ordinary, (*_tensors(operands), *after.tensors))):
-            return None
-        if not operands.logits.shape[0]:
+        if not operands.logits.shape[0] or not all(map(is_ordinary, _tensors(operands))):
             return None
         resolved = dispatcher_of(self._text, self._requested).resolve_for(
             operands.logits,

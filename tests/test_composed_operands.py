@@ -134,3 +134,16 @@ def test_warm_up_builds_what_calls_use(named):
     kernel = route.resolve("cpu", torch.float32, E, K, operands=named).kernel
     assert kernel.named == named
     assert kernel is route.resolve("cpu", torch.float32, E, K, operands=COUNTS | REPLICAS).kernel
+
+
+def test_a_tensor_that_is_no_plain_memory_reaches_no_kernel(named):  # noqa: ARG001 -- likewise
+    class Own(torch.Tensor):
+        pass
+
+    route = moe_routing.Router(SPEC, backend="third")
+    logits, counts = torch.randn(T, E), zeros()
+    for one in (counts, counts.as_subclass(Own)):
+        GOT.clear()
+        route(logits, K, counts=one)
+        assert all(type(tensor) is torch.Tensor for _, given in GOT for tensor in given.values())
+    assert counts.sum() == 2 * T * K

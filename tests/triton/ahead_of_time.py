@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_routing_backends.triton.kernels import VARIANTS, constants
-from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS, kernel_spec
+from moe_routing_backends.triton.kernels import OF_LAUNCHES, constants
+from moe_routing_backends.triton.kernels.spec import ANY_ROWS, RUNTIME_ARGUMENTS, kernel_spec
 from moe_routing_backends.triton.tuning.choose import shipped, supports_pdl
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
@@ -83,7 +83,7 @@ def source_of(problem, launch, target, *, general=False):
     A problem with optional operands brings them.
     """
     spec, experts, dtype = problem.spec, problem.num_experts, problem.dtype
-    kernel = VARIANTS[launch.variant].kernel
+    kernel = OF_LAUNCHES[launch.variant].kernel
     pdl = supports_pdl(device_of(target))
     masked, replayed = "valid" in problem.operands, "ids" in problem.operands
     absent = {
@@ -100,7 +100,7 @@ def source_of(problem, launch, target, *, general=False):
     known = {
         **constants(problem, launch),
         "ROW_STRIDE": 0 if general else experts,
-        "EXPERT_STRIDE": 0 if general and launch.variant == "cooperative" else 1,
+        "EXPERT_STRIDE": 0 if general and launch.variant in ANY_ROWS else 1,
         "VALID_ON_DEVICE": general or masked,
         "PDL": pdl,
         "SPEC": spec_of(problem),

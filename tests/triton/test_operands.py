@@ -63,9 +63,28 @@ def test_the_kit_holds_for_optional_operands(check, declined):
 )
 def test_a_second_kernel_counts_the_slots_of_many_tokens(check):
     seed = str(random.getrandbits(32))
-    for apart in ("0", "20"):
-        found = process("interpreted_operands.py", check, seed, apart, TRITON_INTERPRET="1")
+    found = process("interpreted_operands.py", check, seed, "slots=20", TRITON_INTERPRET="1")
+    assert not {case: said for case, said in found.items() if said[0] == "failed"}
+    assert [said[0] for said in found.values()].count("passed") >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("check", "layout"),
+    [
+        ("recorded_ids_are_weighed", "transposed"),
+        ("recorded_ids_are_weighed", "contiguous"),
+        ("a_record_gives_the_bits_of_the_call_that_made_it", "contiguous"),
+        ("ids_that_no_expert_has_are_padding", "sliced"),
+    ],
+)
+def test_a_program_weighs_many_rows_wherever_they_lie(check, layout):
+    seed = str(random.getrandbits(32))
+    for rows in ("rows=4", "rows=8"):
+        words = (check, seed, rows, f"layout={layout}")
+        found = process("interpreted_operands.py", *words, TRITON_INTERPRET="1")
         assert not {case: said for case, said in found.items() if said[0] == "failed"}
+        assert [said[0] for said in found.values()].count("passed") >= 2
 
 
 @pytest.mark.slow
@@ -74,6 +93,4 @@ def test_kernels_that_read_them_compile_without_spills(target):
     found = process("ahead_of_time_operands.py", target)
     assert len(found) >= 6
     assert not {name for name, used in found.items() if used["spills"]}
-    assert {name for name in found if "ids" in name} == {
-        name for name in found if "ids" in name and "cooperative" in name
-    }
+    assert {name for name in found if "ids" in name} == {name for name in found if "weigh" in name}

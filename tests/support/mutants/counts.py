@@ -194,6 +194,21 @@ class SharedExpertsAreTheLastExpert(Reference):
         super().count(counts, ids.clamp(max=len(counts) - 1), num_experts)
 
 
+@caught_by(
+    "counts_may_lie_anywhere",
+    SHARED,
+    saying="^a slice: what is around the counts",
+    operands=EVERY_OPERAND,
+)
+class SharedExpertsAreCountedBehindTheLast(Reference):
+    """Adds the slots of shared experts to the memory behind the counts that have none for them."""
+
+    def count(self, counts: Tensor, ids: Tensor, num_experts: int) -> None:
+        room = counts.untyped_storage().nbytes() // counts.element_size() - counts.storage_offset()
+        length = min(int(ids.max()) + 1, room)
+        super().count(counts.as_strided((length,), (1,)), ids, num_experts)
+
+
 @caught_by(COUNTED, saying=r"torch.int32, call 1: .*\(-?\d+ before", operands=EVERY_OPERAND)
 class CountsAreSet(Reference):
     """Writes the counts of the call alone."""

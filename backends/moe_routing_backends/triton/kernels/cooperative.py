@@ -171,11 +171,12 @@ def from_token_table(
 
 
 @triton.jit
-def from_record(recorded, row, in_batch, column, usual, SPEC: tl.constexpr):
-    """Look up the recorded experts of each token, ids ``[ROWS, N]``, and which slots have one.
+def from_record(recorded, row, in_batch, column, SPEC: tl.constexpr):
+    """Look up the recorded experts of each token: ids ``[ROWS, N]``, 0 where there is none.
 
-    A row of -1 has the experts ``usual``. A row with an entry outside [-1, E) is padding, in the
-    columns of shared experts too.
+    Return also which slots ``[ROWS, N]`` have an expert, those of shared experts among them, and
+    which rows ``[ROWS]`` have a record: not those of -1. A row with an entry outside [-1, E) is
+    padding, in the columns of shared experts too.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -185,11 +186,10 @@ def from_record(recorded, row, in_batch, column, usual, SPEC: tl.constexpr):
     # Widened before it is compared, as a table's; and before it is -1, which uint8 has not.
     entry = tl.where(asked, entry.to(tl.int64), -1)
     exists = (entry >= 0) & (entry < E)
-    has_record = tl.max((entry != -1).to(tl.int32), axis=1)[:, None] != 0
+    has_record = tl.max((entry != -1).to(tl.int32), axis=1) != 0
     is_wrong = tl.max(((entry < -1) | (entry >= E)).to(tl.int32), axis=1)[:, None] != 0
-    picked = tl.where(has_record, tl.where(exists, entry, 0).to(tl.int32), usual)
-    has_expert = tl.where(has_record & routed, exists, True)
-    return picked, has_expert & (is_wrong == 0)
+    has_expert = tl.where(routed, exists, True) & (is_wrong == 0)
+    return tl.where(exists, entry, 0).to(tl.int32), has_expert, has_record
 
 
 @triton.jit
@@ -336,7 +336,9 @@ def route_by_rounds(
             x = activate(value_of_key(found), SPEC)
 
     if REPLAYED:
-        picked, has_expert = from_record(expert_table, row, in_batch, column, picked, SPEC)
+        weighed, has_expert, has_record = from_record(expert_table, row, in_batch, column, SPEC)
+        picked = tl.where(has_record[:, None], weighed, picked)
+        has_expert = has_expert | (has_record == 0)[:, None]
         is_selected = is_selected & has_expert
     if REPLAYED or (SELECTION != "logits" and SELECTION != "sparsemixer"):
         if given is None:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
-VariantName = Literal["cooperative", "thread_per_row", "filter", "block"]
+VariantName = Literal["cooperative", "thread_per_row", "filter", "block", "weigh"]
 
+ANY_ROWS = frozenset({"cooperative", "weigh"})
+"""Variants that take rows of any alignment, and experts at any distance."""
 RUNTIME_ARGUMENTS = 17
 """How many arguments of a forward kernel, the same for all variants, stand before its constants."""
 NOT_SPECIALIZED = (
@@ -203,11 +205,7 @@ def kind(spec: RoutingSpec) -> Kind:
 
 
 def selects_by_value(problem: RoutingProblem) -> bool:
-    """Tell whether the K highest logits or biased scores of contiguous rows are selected.
-
-    Recorded ids select others.
-    """
+    """Tell whether the K highest logits or biased scores of contiguous rows are selected."""
     spec = problem.spec
     by_value = spec.selection in ("logits", "scores_plus_bias", "logits_plus_bias")
-    by_value = by_value and "ids" not in problem.operands
     return by_value and problem.layout == "rows" and not spec.topk_per_group

@@ -15,7 +15,7 @@ from triton import JITFunction
 from moe_routing import RoutingOutput
 from moe_routing.private_api import current_device, current_stream, empty, is_observed
 from moe_routing_backends.triton import BATTLEMAGE, HOPPER
-from moe_routing_backends.triton.kernels import VARIANTS, constants
+from moe_routing_backends.triton.kernels import OF_LAUNCHES, VARIANTS, constants
 from moe_routing_backends.triton.kernels.counts import (
     NUM_WARPS,
     SLOTS_APART,
@@ -23,7 +23,7 @@ from moe_routing_backends.triton.kernels.counts import (
     programs,
 )
 from moe_routing_backends.triton.kernels.counts import constants as of_counts
-from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS, kernel_spec
+from moe_routing_backends.triton.kernels.spec import ANY_ROWS, RUNTIME_ARGUMENTS, kernel_spec
 from moe_routing_backends.triton.runtime.gradient import Gradient
 from moe_routing_backends.triton.runtime.launcher import (
     ALIGNMENT,
@@ -221,7 +221,7 @@ class TritonRouter:
     def _choose(self, tokens: int, *, aligned: bool) -> tuple[int, Launch]:
         step = bisect_left(self._limits, tokens)
         launch = self._launches[step]
-        return (step, launch) if aligned or launch.variant == "cooperative" else (-1, FALLBACK)
+        return (step, launch) if aligned or launch.variant in ANY_ROWS else (-1, FALLBACK)
 
     def prepared(self, operands: Operands) -> Prepared | None:
         """Return a function that routes calls of this one's shapes, strides and dtypes.
@@ -334,7 +334,7 @@ class TritonRouter:
         }
         if counts is not None:
             named["SPEC"] = self._counting(counts)
-        kernel = VARIANTS[launch.variant].kernel
+        kernel = OF_LAUNCHES[launch.variant].kernel
         fixed = tuple(named[name] for name in kernel.arg_names[RUNTIME_ARGUMENTS:])
         arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride, vocabulary)
         blocks = (T + launch.block_t - 1) // launch.block_t
