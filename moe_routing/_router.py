@@ -439,7 +439,7 @@ class Router:
             found = self._calls.get(key)
         except UNREADABLE:
             return None, None
-        if found is not None:
+        if found is not None and after is None:  # a call with more never matches as the latest
             self._latest = found
         return key, found
 
@@ -521,6 +521,9 @@ class Router:
         rule = Rule(self.spec, topk, resolved.backward, operands.ids is not None)
 
         def kernel(operands: Operands, after: After) -> RoutingOutput:
+            if not after.optional:  # a plain call, which is cached by itself
+                return self(**operands.named, topk=asked_topk, ids_dtype=asked_ids)
+
             def route(some: Operands) -> RoutingOutput:
                 return resolved.route(some, shadow, after)
 
