@@ -1,10 +1,10 @@
-"""Time ``route`` with recorded ids, a mask or counts, and the same call without.
+"""Time ``route`` with recorded ids, a mask, counts or replicas, and the same call without.
 
     python benchmarks/operands.py OUT.json
 
 Microseconds a call: the median of CUDA-graph replays over logits in turns. The plain call is timed
-first and last. Before that, a record gives the bits of the call that made it. About half a minute
-on an H100.
+first and last. Before that, a record gives the bits of the call that made it. About a minute on an
+H100.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import launches
 import torch
 
 import moe_routing
+from moe_routing import balancing
 from moe_routing_backends.triton.tuning.measure import LEAST_SETS, replayed
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 DEVICE = torch.device("cuda:0")
 FAMILIES = (("gemma4", 128), ("topk_softmax", 128), ("deepseek_v3", 256))
 K = 8
-TOKENS = (1, 16, 64, 4096, 65536)
+TOKENS = (1, 16, 64, 512, 1024, 4096, 65536)
 MOST_BYTES = 2 << 30
 """Of the logits that are taken in turns."""
 
@@ -54,6 +55,12 @@ def timed(family: str, experts: int, tokens: int) -> dict[str, float]:
         records.append(ids)
     short = [ids.to(torch.uint8) for ids in records]
     counts = torch.zeros(experts, dtype=torch.int64, device=DEVICE)
+    many = counts.int()
+    placement = balancing.place_replicas(
+        torch.rand(experts), num_slots=experts * 5 // 4, num_ranks=8
+    )
+    table, count = placement.logical_to_physical.to(DEVICE), placement.replica_count.to(DEVICE)
+    replicas = {"logical_to_physical": table, "replica_count": count}
     mask = torch.rand(tokens, device=DEVICE) < 0.9  # noqa: PLR2004 -- the share of valid tokens
 
     def turns(more: Callable[[int], dict[str, Any]]) -> float:
@@ -71,6 +78,9 @@ def timed(family: str, experts: int, tokens: int) -> dict[str, float]:
         "uint8": turns(lambda turn: {"ids": short[turn]}),
         "valid": turns(lambda _: {"valid": mask}),
         "counts": turns(lambda _: {"counts": counts}),
+        "int32 counts": turns(lambda _: {"counts": many}),
+        "replicas": turns(lambda _: replicas),
+        "replicas, counts": turns(lambda _: {"counts": counts, **replicas}),
         "again": turns(lambda _: {}),
     }
 

@@ -1,33 +1,64 @@
-"""What a router does with the logical ids of a call: it counts them, and renames them then.
+"""What becomes of the logical ids of a call: they are counted, and renamed then.
 
-No kernel counts, and none chooses a replica. A call with ``counts`` or replicas routes without its
-``expert_map``, counts the logical ids, and renames them last; so every backend does it alike.
+A kernel of a backend that names ``counts`` or ``replicas`` does it itself. For the others a call
+routes without its ``expert_map``, and the router counts the logical ids, and renames them last.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from moe_routing import _check, _counts, _replicas
 from moe_routing._autograd import apply_map
 from moe_routing._replicas import Replicas
-from moe_routing.kernel import by_name, fields, replaced
+from moe_routing.kernel import RoutingOutput, by_name, fields, replaced
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from moe_routing.kernel import Operands
     from moe_routing.planning.kernel import DispatchPlan
 
 
 class After(NamedTuple):
-    """What is left to do after a kernel; one of the two is not ``None``."""
+    """What a call asks for besides routing."""
 
     counts: Tensor | None
     replicas: Replicas | None
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Names of what there is, of ``RoutingProblem.operands``."""
+        return frozenset(name for name, value in self._asdict().items() if value is not None)
+
+    @property
+    def keywords(self) -> dict[str, Tensor]:
+        """Return the arguments of a kernel; ``counts`` are contiguous."""
+        named = {} if self.counts is None else {"counts": self.counts}
+        if self.replicas is None:
+            return named
+        table, count = self.replicas
+        return {
+            **named,
+            "logical_to_physical": table.contiguous(),
+            "replica_count": count.contiguous(),
+        }
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that there are."""
+        return [t for t in (self.counts, *(self.replicas or ())) if t is not None]
+
+    def only(self, names: frozenset[str]) -> After:
+        """Return the part of it that is named."""
+        return After(
+            self.counts if "counts" in names else None,
+            self.replicas if "replicas" in names else None,
+        )
 
 
 def asked(
@@ -91,6 +122,33 @@ def check(  # noqa: PLR0913, PLR0917 -- the shape that all must fit, and what th
         _counts.check(after.counts, experts, shared, like.device, operands | of_out)
     if read["expert_map"] is not None:
         _check.check_vector("expert_map", read["expert_map"], experts + shared, like, integer=True)
+
+
+def served(
+    kernel: Callable[[Operands, After], RoutingOutput], taken: frozenset[str], shared: int
+) -> Callable[[Operands, After], RoutingOutput]:
+    """Return what routes and does all that is asked, with a kernel that does what is ``taken``.
+
+    :param kernel: takes ``counts`` that are contiguous.
+    :param shared: how many shared experts there are.
+    """
+
+    def route(operands: Operands, after: After) -> RoutingOutput:
+        inside = after.only(taken)
+        if inside.counts is not None and not inside.counts.is_contiguous():
+            # A kernel writes contiguous memory; what it counts is added to where they lie.
+            fresh = torch.zeros_like(inside.counts, memory_format=torch.contiguous_format)
+            output = route(operands, after._replace(counts=fresh))
+            inside.counts.add_(fresh)
+            return output
+        left = after.only(after.optional - taken)
+        if not left.optional:
+            return kernel(operands, inside)
+        weights, ids = kernel(operands._replace(expert_map=None), inside)
+        experts, out = operands.logits.shape[-1], None if operands.out is None else ids
+        return RoutingOutput(weights, done(left, ids, experts, shared, operands.expert_map, out))
+
+    return route
 
 
 def _tensors(named: Mapping[str, object]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moe_routing._dispatch import Resolved
-    from moe_routing.kernel import Operands, Prepared
+    from moe_routing.kernel import Operands, RoutingOutput
     from moe_routing.planning.routed import Planned
 
     Matches = Callable[[Operands, int | None, torch.dtype | None], bool]
@@ -81,14 +81,15 @@ class CachedCall(NamedTuple):
     """Calls that passed the checks, and what serves them.
 
     :ivar matches: tells whether a call is like these; it may say no to one that is.
-    :ivar route: serves a call that matches.
+    :ivar route: serves a call that matches. It takes the operands, and, if such calls ask for more
+        than routing, that too (``moe_routing._after.After``).
     :ivar resolved: the kernel, and how it was chosen; ``None`` if the operator chose.
     :ivar plans: what serves the plans of their ids (``Router.with_plan``), by the arguments of the
         plan.
     """
 
     matches: Matches
-    route: Prepared
+    route: Callable[..., RoutingOutput]
     resolved: Resolved | None
     plans: dict[tuple[object, ...], Planned]
 

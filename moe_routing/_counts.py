@@ -1,8 +1,7 @@
 """``counts=``: how many slots each expert got, added to a tensor of the caller's.
 
-No kernel counts: the router does, from the logical ids. A backend that counts in its own launch
-would name ``counts`` among its ``BackendSpec.operands``, as one that takes recorded ids names
-``ids``.
+A backend that counts itself names ``counts`` among its ``BackendSpec.operands``. For the others the
+router counts, from the logical ids.
 """
 
 from __future__ import annotations

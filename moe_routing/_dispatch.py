@@ -54,6 +54,7 @@ from moe_routing_registry.text import printable, refusal
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
+    from moe_routing._after import After
     from moe_routing._autograd import Backward
     from moe_routing.kernel import Kernel
     from moe_routing.reference.shadow import Shadow
@@ -71,6 +72,7 @@ Device, logits dtype, E, K, ids dtype, rows, training, ``RoutingProblem.operands
 class Resolved(NamedTuple):
     """A kernel, and the report of how its backend was chosen.
 
+    :ivar problem: what the kernel is built for; ``training`` is as asked.
     :ivar backward: the gradients of logits and scale, by the kernel if it has a backward; see
         ``Differentiates.backward``.
     """
@@ -89,17 +91,24 @@ class Resolved(NamedTuple):
         notes = tuple(dict.fromkeys((*self.report.notes, *own)))
         return dataclasses.replace(self.report, notes=notes)
 
-    def route(self, operands: Operands, shadow: Shadow | None = None) -> RoutingOutput:
-        """Call the kernel with checked operands, and let shadow mode compare the result."""
-        output = self._call(operands)
+    def route(
+        self, operands: Operands, shadow: Shadow | None = None, after: After | None = None
+    ) -> RoutingOutput:
+        """Call the kernel with checked operands, and let shadow mode compare the result.
+
+        :param after: what the kernel is to do besides, which ``problem.operands`` names.
+        """
+        output = self._call(operands, after)
         if shadow is not None:
             shadow.observe(self.problem.spec, self.problem.topk, operands, output, self._call)
         return output
 
-    def _call(self, operands: Operands) -> RoutingOutput:
+    def _call(self, operands: Operands, after: After | None = None) -> RoutingOutput:
         logits, scale, bias, token_ids, expert_table, valid, expert_map, recorded, out = operands
-        # A kernel that is not built for recorded ids need not know the keyword.
-        optional: dict[str, Any] = {} if recorded is None else {"ids": recorded.contiguous()}
+        # A kernel that is not built for an optional operand need not know the keyword.
+        optional: dict[str, Any] = {} if after is None else after.keywords
+        if recorded is not None:
+            optional["ids"] = recorded.contiguous()
         return self.kernel(
             logits,
             per_expert_scale=None if scale is None else scale.contiguous(),
@@ -237,7 +246,8 @@ class Dispatcher:
             if isinstance(kernel, Differentiates)
             else partial(weights_backward, self.spec, absent=bool(operands & REPLAY))
         )
-        return Resolved(kernel, report, problem, backward)
+        winner = registry().backends[str(report.winner)]
+        return Resolved(kernel, report, winner.seen(problem), backward)
 
 
 def chosen(
@@ -328,7 +338,7 @@ def _kernel(name: str, problem: Problem, device: DeviceInfo) -> Any:  # noqa: AN
     :raises FactoryError: the factory raised, or returned no callable.
     """
     if isinstance(problem, RoutingProblem):
-        problem = dataclasses.replace(problem, training=False)
+        problem = registry().backends[name].seen(dataclasses.replace(problem, training=False))
     key = (name, problem, device)
     with _lock_for(key):
         if key in _kernels:

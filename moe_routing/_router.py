@@ -304,7 +304,7 @@ class Router:
             after = _after.asked(counts, logical_to_physical, replica_count, expert_map)
             _after.check_call(after, operands, self.spec.shared_experts, plan_out)
             routed.require_experts(num_experts, after.replicas)
-        known = None if is_dynamo_compiling() else self._known(operands, topk, ids_dtype)
+        known = None if is_dynamo_compiling() else self._known(operands, topk, ids_dtype, after)
         planned = None if known is None else routed.known(known.plans, asked, operands, plan_out)
         if known is None or planned is None:
             return self._first_with_plan(operands, topk, ids_dtype, after, asked, plan_out)
@@ -315,7 +315,11 @@ class Router:
         return _tuple(RoutedPlan, (weights, ids, planned.fill(weights, ids, plan_out)))
 
     def _known(
-        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+        self,
+        operands: Operands,
+        topk: int | None,
+        ids_dtype: torch.dtype | None,
+        after: After | None,
     ) -> CachedCall | None:
         """Return what serves calls like this one, ``None`` if there were none."""
         latest = self._latest
@@ -324,7 +328,7 @@ class Router:
                 return latest
         except UNREADABLE:  # the checks of a first call name the argument
             return None
-        return self._looked_up(operands, topk, ids_dtype)[1]
+        return self._looked_up(operands, topk, ids_dtype, after)[1]
 
     def _first_with_plan(  # noqa: PLR0913, PLR0917 -- what `with_plan` was given
         self,
@@ -356,7 +360,7 @@ class Router:
         planned = routed.planner(problem, most, checked.logits, self._requested)
         output = self._routed(operands, topk, ids_dtype, after)
         made = RoutedPlan(*output, planned.fill(*output, out))
-        known = self._known(operands, topk, ids_dtype)
+        known = self._known(operands, topk, ids_dtype, after)
         if known is not None:
             routed.remember(known.plans, asked, planned, checked, made)
         return made
@@ -364,7 +368,7 @@ class Router:
     def _with_after(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None, after: After
     ) -> RoutingOutput:
-        """Check what is to be done after the kernel, then route and do it."""
+        """Check what is asked besides routing, then route and do it."""
         _after.check_call(after, operands, self.spec.shared_experts)
         return self._routed(operands, topk, ids_dtype, after)
 
@@ -375,10 +379,21 @@ class Router:
         ids_dtype: torch.dtype | None,
         after: After | None,
     ) -> RoutingOutput:
-        """Route, and do what is left to do with the logical ids before they are renamed."""
+        """Route, and do what is asked besides."""
         if after is None:
             route = self._traced if is_dynamo_compiling() else self._dispatch
             return route(operands, topk, ids_dtype)
+        if _leading.is_other_rank(operands.logits):
+            return self._reshaped(operands, topk, ids_dtype, after)
+        if not is_dynamo_compiling() and all(map(is_ordinary, after.tensors)):
+            operands = _check.counted(operands)
+            if operands.out is not None:
+                operands = operands._replace(out=_check.as_output(operands.out))
+            key, found = self._looked_up(operands, topk, ids_dtype, after)
+            if found is None:
+                found = self._first_with_after(key, operands, topk, ids_dtype, after)
+            if found is not None:
+                return found.route(operands, after)
         plain = replaced(operands, expert_map=None)
         weights, ids = self(**by_name(plain), topk=topk, ids_dtype=ids_dtype)
         physical = _after.done(
@@ -400,26 +415,39 @@ class Router:
         return found.route(operands)
 
     def _reshaped(
-        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+        self,
+        operands: Operands,
+        topk: int | None,
+        ids_dtype: torch.dtype | None,
+        after: After | None = None,
     ) -> RoutingOutput:
         """Route logits of any leading shape as rows."""
         selected = self._default_topk() if topk is None else _check.integer("topk", topk)
         rows = _leading.flattened(operands, selected + self.spec.shared_experts)
-        output = self(**by_name(rows), topk=topk, ids_dtype=ids_dtype)
+        if after is None:
+            output = self(**by_name(rows), topk=topk, ids_dtype=ids_dtype)
+        else:
+            output = self._routed(rows, topk, ids_dtype, after)
         if operands.out is not None:
             return RoutingOutput(*operands.out)
         return _leading.in_shape(output, operands.logits)
 
     def _looked_up(
-        self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
+        self,
+        operands: Operands,
+        topk: int | None,
+        ids_dtype: torch.dtype | None,
+        after: After | None = None,
     ) -> tuple[tuple[object, ...] | None, CachedCall | None]:
         """Describe a call, and return what serves calls like it, if there were any."""
         try:
             key = described(operands, topk, ids_dtype)
+            if after is not None:
+                key = (*key, after.optional)
             found = self._calls.get(key)
         except UNREADABLE:
             return None, None
-        if found is not None:
+        if found is not None and after is None:  # a call with more never matches as the latest
             self._latest = found
         return key, found
 
@@ -466,11 +494,59 @@ class Router:
                 route = resolved.kernel.prepared(plain) or route
                 call = recorded(rule, route) if differentiable else route
             matches = matcher(asked, asked_topk, asked_ids)
-            if len(self._calls) >= _CALLS_KEPT:
-                self._calls.clear()
-            self._calls[key] = CachedCall(matches, call, resolved, plans)
+            self._keep(key, CachedCall(matches, call, resolved, plans))
         self._latest = CachedCall(matches, call, resolved, plans)
         return output
+
+    def _first_with_after(
+        self,
+        key: tuple[object, ...] | None,
+        asked: Operands,
+        asked_topk: int | None,
+        asked_ids: torch.dtype | None,
+        after: After,
+    ) -> CachedCall | None:
+        """Check a call that asks for more than routing, choose what serves it, and cache that.
+
+        :returns: ``None`` where no kernel is called, or the operator calls it.
+        """
+        operands, topk, ids_dtype = self._checked(asked, asked_topk, asked_ids)
+        differentiable = self._check_memory(operands)
+        if not operands.logits.shape[0] or not all(map(is_ordinary, _tensors(operands))):
+            return None
+        resolved = dispatcher_of(self._text, self._requested).resolve_for(
+            operands.logits,
+            operands.logits.shape[1],
+            topk,
+            ids_dtype,
+            differentiable,
+            operands.optional | after.optional,
+        )
+        taken, shadow = resolved.problem.operands, self._shadow
+        if differentiable or shadow is not None or "counts" in after.optional - taken:
+            # Derivatives, the comparison and the router's own counting need logical ids.
+            taken -= {"replicas"}
+        rule = Rule(self.spec, topk, resolved.backward, operands.ids is not None)
+
+        def kernel(operands: Operands, after: After) -> RoutingOutput:
+            if not after.optional:  # a plain call, which is cached by itself
+                return self(**by_name(operands), topk=asked_topk, ids_dtype=asked_ids)
+
+            def route(some: Operands) -> RoutingOutput:
+                return resolved.route(some, shadow, after)
+
+            return recorded(rule, route)(operands) if differentiable else route(operands)
+
+        route = _after.served(kernel, taken, self.spec.shared_experts)
+        self._latest = CachedCall(never, route, resolved, {})
+        if key is not None:
+            self._keep(key, self._latest)
+        return self._latest
+
+    def _keep(self, key: tuple[object, ...], call: CachedCall) -> None:
+        if len(self._calls) >= _CALLS_KEPT:
+            self._calls.clear()
+        self._calls[key] = call
 
     def _general_route(self, resolved: Resolved) -> Prepared:
         """Return what calls the kernel with any operands, watched in shadow mode."""
@@ -548,7 +624,7 @@ class Router:
 
         :param rows: whether the experts of a row are adjacent in memory.
         :param operands: names of the operands that not every backend takes and that calls bring:
-            ``{"ids"}``.
+            ``"ids"``, ``"valid"``, ``"counts"`` and ``"replicas"``.
         :returns: ``(kernel, report)``: the kernel, whose arguments nobody checks, and how it was
             chosen.
         :raises TypeError: an argument has the wrong type or dtype.
@@ -577,7 +653,7 @@ class Router:
         gradients are then warm.
 
         :param operands: names of the operands that not every backend takes and that calls bring:
-            ``{"ids"}`` for calls with recorded ids.
+            ``{"ids"}`` for calls with recorded ids, ``{"counts"}`` for calls that count.
         :returns: the report of the choice.
         :raises TypeError: an argument has the wrong type or dtype.
         :raises ValueError: an argument has the wrong value, or the device is not here.

@@ -141,6 +141,16 @@ class Kernel(Protocol):
         that is -1 throughout is routed as usual. Else its experts are those recorded, in their
         order; a slot of -1 has no expert, id -1 and weight 0, and no part in a renormalisation. A
         row with an id outside [-1, E) is padding.
+
+        One that names ``counts`` has the keyword ``counts``, an int32 or int64 tensor ``[E]`` or
+        ``[E + shared_experts]`` and contiguous, which comes for problems that have it: the kernel
+        adds to each logical expert's element how many slots it has in rows that are no padding.
+        Shared experts count if there are elements for them. One that names ``replicas`` has two
+        keywords, which come together, both int32 or int64 and contiguous: ``logical_to_physical``
+        ``[E + shared_experts, R]`` and ``replica_count`` ``[E + shared_experts]``, in place of an
+        ``expert_map``. The id of an expert e in row t is ``logical_to_physical[e, t % c]``, where c
+        is ``replica_count[e]`` clamped to [1, R]. Without gradients alone: with them the router
+        renames.
         :returns: contiguous outputs, or ``out``.
         """
         ...

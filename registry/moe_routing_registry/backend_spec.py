@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe_routing_registry import _fields
 from moe_routing_registry.device import DeviceInfo
-from moe_routing_registry.problem import OPTIONAL_OPERANDS
+from moe_routing_registry.problem import COMPOSED_OPERANDS, OPTIONAL_OPERANDS
 from moe_routing_registry.routing_spec import SCORES, RoutingSpec
 from moe_routing_registry.text import refusal, require_name
 from moe_routing_registry.verdict import RejectCode, Verdict
 
 if TYPE_CHECKING:
+    from moe_routing_registry.operation import Problem
     from moe_routing_registry.problem import RoutingProblem
 
+P = TypeVar("P", bound="Problem")
 API_VERSION = 1
 """Version of the plug-in interface; a spec for another version is rejected."""
 
@@ -197,9 +199,10 @@ class BackendSpec:
     :ivar families: names of the families that it serves, or ``None`` for every one that
         ``supports`` accepts, except another distribution's with an oracle of its own: only a
         backend that names such a family is known to compute what that says.
-    :ivar operands: which of ``OPTIONAL_OPERANDS`` its kernels of ``route`` and ``gate`` take. It is
-        not asked about a call that brings another: a kernel written before there was such an
-        operand is never handed one.
+    :ivar operands: which of ``OPTIONAL_OPERANDS`` its kernels of ``route`` take, and those of
+        ``gate`` but for ``COMPOSED_OPERANDS``. It is not asked about a call that brings another: a
+        kernel written before there was such an operand is never handed one. A call that brings one
+        of ``COMPOSED_OPERANDS`` is the same problem without it for a backend that does not name it.
     :ivar requirements: PEP 508 strings, checked against installed metadata, never by importing.
     :ivar priority: higher is tried first. Below 0, which is the default, it is never chosen unless
         it is named: an installed backend changes nothing until somebody chooses it. Built in: eager
@@ -290,7 +293,17 @@ class BackendSpec:
                     )
                 )
 
+    def seen(self, problem: P) -> P:
+        """Return the problem as this backend sees it.
 
+        It is without those of ``COMPOSED_OPERANDS`` that the backend does not name.
+        """
+        brought: frozenset[str] = getattr(problem, "operands", frozenset())
+        composed = (brought & _COMPOSED) - self.operands
+        return replace(problem, operands=brought - composed) if composed else problem  # type: ignore[type-var] # a problem with operands is a dataclass
+
+
+_COMPOSED = frozenset(COMPOSED_OPERANDS)
 _EXPECTED_OPERANDS = f"a frozenset of names among {', '.join(OPTIONAL_OPERANDS)}"
 
 

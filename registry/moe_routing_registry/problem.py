@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 Layout = Literal["rows", "strided"]
 
-OPTIONAL_OPERANDS = ("ids", "valid")
+COMPOSED_OPERANDS = ("counts", "replicas")
+"""Operands that the router handles after the kernel of a backend that does not name them.
+
+``replicas`` are ``logical_to_physical`` and ``replica_count``, which come together.
+"""
+OPTIONAL_OPERANDS = ("ids", "valid", *COMPOSED_OPERANDS)
 """Operands of ``route`` that not every backend takes: ``BackendSpec.operands`` names them."""
 
 

@@ -322,7 +322,7 @@ class Registry:
             return Verdict.yes(), ""
         try:
             with contained("its support rule"):
-                verdict: object = backend.supports(problem, device)
+                verdict: object = backend.supports(backend.seen(problem), device)
         except PluginFailure as failure:
             return Verdict.no(RejectCode.SUPPORT_RULE_FAILED, failure.sentence), failure.trace
         if type(verdict) is not Verdict:
@@ -342,11 +342,10 @@ class Registry:
         """
         try:
             with contained("its factory"):
-                factory: Callable[..., object] = resolve_name(
-                    self.backends[name].factories[problem.operation]
-                )
+                backend = self.backends[name]
+                factory: Callable[..., object] = resolve_name(backend.factories[problem.operation])
                 told = {"unsupported": True} if unsupported and _takes_unsupported(factory) else {}
-                bound = factory(problem, device, **told)
+                bound = factory(backend.seen(problem), device, **told)
         except PluginFailure as failure:
             verdict = Verdict.no(RejectCode.FACTORY_FAILED, failure.sentence)
             raise FactoryError(self._rejection(name, verdict, failure.trace)) from failure.error
@@ -395,8 +394,8 @@ def _takes_unsupported(factory: Callable[..., object]) -> bool:
 
 
 def _notes(backend: BackendSpec, problem: Problem, device: DeviceInfo) -> tuple[str, ...]:
-    rule = backend.notes
-    return () if rule is None else notes_of("its notes", lambda: rule(problem, device))
+    rule, seen = backend.notes, backend.seen(problem)
+    return () if rule is None else notes_of("its notes", lambda: rule(seen, device))
 
 
 def _warn_of(failure: Rejection) -> None:
@@ -466,7 +465,7 @@ def _chosen_by_itself(backend: BackendSpec, device: DeviceInfo) -> bool:
 def _takes(
     backend: BackendSpec, problem: Problem, _device: DeviceInfo, _request: Request
 ) -> Verdict:
-    brought: frozenset[str] = getattr(problem, "operands", frozenset())
+    brought: frozenset[str] = getattr(backend.seen(problem), "operands", frozenset())
     missing = sorted(brought - backend.operands)
     if not missing:
         return Verdict.yes()

@@ -52,10 +52,11 @@ def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(cha
 
 @pytest.mark.parametrize("check", sorted({mutant.caught_by for mutant in HERE}))
 def test_what_catches_a_mutant_lets_the_right_backend_pass(check):
-    variants = tuple(
-        {variant for mutant in HERE if mutant.caught_by == check for variant in mutant.variants}
-    )
-    found = list(results(Mutant(Reference, check, "", variants), check))
+    caught = [mutant for mutant in HERE if mutant.caught_by == check]
+    variants = tuple({variant for mutant in caught for variant in mutant.variants})
+    operands = frozenset[str]().union(*(mutant.operands for mutant in caught))
+    right = Mutant(Reference, check, "", variants, operands=operands)
+    found = list(results(right, check))
     assert [result.message for result in found if result.status == "failed"] == []
     if check not in NOTHING_FOR_THE_REFERENCE:
         assert any(result.status == "passed" for result in found)

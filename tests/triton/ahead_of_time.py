@@ -8,6 +8,7 @@ Arguments: names of targets. A target is compiled for every size, but most for o
 to.
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -20,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_routing_backends.triton.kernels import VARIANTS, constants
-from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS
+from moe_routing_backends.triton.kernels import OF_LAUNCHES, constants
+from moe_routing_backends.triton.kernels.spec import ANY_ROWS, RUNTIME_ARGUMENTS, kernel_spec
 from moe_routing_backends.triton.tuning.choose import shipped, supports_pdl
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
@@ -79,33 +80,38 @@ def source_of(problem, launch, target, *, general=False):
     :param general: rows may be any distance apart, padding is counted on the device, and experts
         are mapped.
 
-    A problem with a record or a mask among its operands brings them.
+    A problem with optional operands brings them.
     """
     spec, experts, dtype = problem.spec, problem.num_experts, problem.dtype
-    kernel = VARIANTS[launch.variant].kernel
+    kernel = OF_LAUNCHES[launch.variant].kernel
     pdl = supports_pdl(device_of(target))
     masked, replayed = "valid" in problem.operands, "ids" in problem.operands
     absent = {
         "token_ids": spec.selection != "token_table",
         "expert_table": spec.selection != "token_table" and not replayed,
         "num_valid_tokens": not general and not masked,
-        "expert_map": not general,
+        "expert_map": not general and "replicas" not in problem.operands,
+        "counts": "counts" not in problem.operands,
+        "replica_count": "replicas" not in problem.operands,
+        "most_replicas": "replicas" not in problem.operands,
         "per_expert_scale": not spec.per_expert_scale,
         "bias": not spec.needs_bias,
     }
     known = {
         **constants(problem, launch),
         "ROW_STRIDE": 0 if general else experts,
-        "EXPERT_STRIDE": 0 if general and launch.variant == "cooperative" else 1,
+        "EXPERT_STRIDE": 0 if general and launch.variant in ANY_ROWS else 1,
         "VALID_ON_DEVICE": general or masked,
         "PDL": pdl,
+        "SPEC": spec_of(problem),
         **{name: None for name, is_absent in absent.items() if is_absent},
     }
     types = dict.fromkeys(("weights", "per_expert_scale", "bias"), "*fp32") | {
         "logits": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype], "ids": "*i32",
         "token_ids": "*i64", "expert_table": "*i16" if replayed else "*i64",
         "num_valid_tokens": "*i1" if masked else "*i32",
-        "expert_map": "*i32", "T": "i32", "valid": "i32", "row_stride": "i64",
+        "expert_map": "*i32", "counts": "*i64", "replica_count": "*i32",
+        "most_replicas": "i32", "T": "i32", "valid": "i32", "row_stride": "i64",
         "expert_stride": "i64", "vocabulary": "i32",
     }  # fmt: skip
     signature = {name: "constexpr" if name in known else types[name] for name in kernel.arg_names}
@@ -121,6 +127,12 @@ def source_of(problem, launch, target, *, general=False):
         **({"launch_pdl": True} if pdl else {}),
     }
     return source, options
+
+
+def spec_of(problem):
+    """Return the constant of a kernel, which counts if the problem has counts."""
+    counts = "counts" in problem.operands
+    return dataclasses.replace(kernel_spec(problem), counted_columns=problem.topk if counts else 0)
 
 
 def compiled(problem, launch, target):

@@ -23,10 +23,13 @@ from moe_routing_backends.triton.runtime.launcher import launcher_of
 from moe_routing_registry import RoutingProblem
 
 CASES = [
-    (GEMMA4, 128, 8, Launch("cooperative", 1, 1, 1)),
-    (GEMMA4, 128, 8, Launch("thread_per_row", 16, 2, 1)),
-    (DEEPSEEK, 256, 8, Launch("cooperative", 2, 1, 1)),
+    (GEMMA4, 128, 8, Launch("cooperative", 1, 1, 1), ()),
+    (GEMMA4, 128, 8, Launch("thread_per_row", 16, 2, 1), ()),
+    (DEEPSEEK, 256, 8, Launch("cooperative", 2, 1, 1), ()),
+    (DEEPSEEK, 256, 8, Launch("block", 4, 8, 1), ("counts", "replicas")),
+    (GEMMA4, 128, 8, Launch("weigh", 4, 1, 1), ("counts", "ids", "valid")),
 ]
+"""Specs, E, K, launches and optional operands."""
 PLANS = [(128, "sorted", [64, 16384]), (128, "drops", [1024]), (64, "blocks", [1])]
 """Experts, layout and numbers of tokens: each kernel of ``plan``, with all parts and without."""
 BLOCKS, STREAM, FUNCTION = 7, 11, 13
@@ -76,9 +79,11 @@ def compare(kernel):
 def main():
     """Compile and compare; return whether anything differs."""
     found = {}
-    for spec, experts, k, launch in CASES:
+    for spec, experts, k, launch, operands in CASES:
         for dtype in ("bfloat16", "float32"):
-            problem = RoutingProblem(spec=spec, num_experts=experts, topk=k, dtype=dtype)
+            problem = RoutingProblem(
+                spec=spec, num_experts=experts, topk=k, dtype=dtype, operands=frozenset(operands)
+            )
             kernel = compiled(problem, launch, TARGETS["sm_90"])
             found[f"{spec.family} {experts}/{k} {dtype} {launch.variant}"] = compare(kernel)
     for case, problem, launch in cases_of_plan(["sm_90"], lambda _target: PLANS):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_routing_backends.triton.kernels import supports
 from moe_routing_backends.triton.kernels.spec import kind
 from moe_routing_backends.triton.tuning import choose, store, table
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
@@ -68,6 +69,28 @@ def test_few_tokens_get_the_cooperative_kernel_and_many_the_filter():
 @pytest.mark.usefixtures("home")
 def test_what_no_other_variant_can_do_goes_to_the_cooperative_kernel(changes):
     assert {s.launch.variant for s in steps_on(H200, problem(**changes))} == {"cooperative"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, [1, 4, 8]),
+        ({"num_experts": 2048, "layout": "strided", "dtype": "float32"}, [1, 4, 8]),
+        ({"spec": GEMMA4.replace(renormalize=False)}, [1, 4, 8]),
+        ({"spec": GEMMA4.replace(renormalize=False), "num_experts": 384}, [1, 2, 2]),
+        ({"spec": GEMMA4.replace(renormalize=False), "num_experts": 2048}, [1, 1, 1]),
+    ],
+)
+@pytest.mark.usefixtures("home")
+def test_recorded_ids_have_a_kernel_and_a_rule_of_their_own(changes, rows):
+    asked = problem(operands=frozenset({"ids", "counts"}), **changes)
+    steps = steps_on(H200, asked)
+    assert [s.launch.variant for s in steps] == ["weigh"] * 3
+    assert [s.launch.block_t for s in steps] == rows
+    assert steps[-1].tokens == math.inf
+    assert all(supports(asked, s.launch) for s in steps)
+    assert "rule for recorded ids" in choose.describe_table(H200, asked)
+    assert not any(supports(asked, s.launch) for s in steps_on(H200, problem(**changes)))
 
 
 @pytest.mark.parametrize("renormalize", [True, False])

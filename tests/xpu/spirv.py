@@ -117,7 +117,12 @@ def source_of(problem, launch):
     if launch.variant in VARIANTS:
         kernel, known = VARIANTS[launch.variant].kernel, constants(problem, launch)
         known |= {"VALID_ON_DEVICE": False, "PDL": False}
-        known |= dict.fromkeys(("token_ids", "expert_table", "num_valid_tokens", "expert_map"))
+        known |= dict.fromkeys(
+            (
+                "token_ids", "expert_table", "num_valid_tokens", "expert_map", "counts",
+                "replica_count", "most_replicas",
+            )
+        )  # fmt: skip
         types |= {
             "logits": values,
             "weights": "*fp32",

@@ -179,7 +179,7 @@ def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
 def moe_routing_backends() -> list[BackendSpec]:
     """Register the backends."""
     interpreter = (Target("cpu", explicit=True),) if triton_interprets() else ()
-    operands = frozenset({"ids", "valid"})
+    operands = frozenset({"ids", "valid", "counts", "replicas"})
     return [
         BackendSpec(
             name="triton",

@@ -87,6 +87,13 @@ def many_tokens(profile: Profile) -> list[Case]:
     ]
 
 
+def many_slots(profile: Profile) -> Iterator[Case]:
+    """Yield a family with shared experts and one without, with many slots; none for smoke."""
+    if profile != "smoke":
+        for case in of_every_variant("smoke", variants=("topk_softmax", "gemma4/shared")):
+            yield case.but(valid="mask", num_tokens=600)
+
+
 def in_every_layout(profile: Profile) -> Iterator[Case]:
     """Yield every family in every layout, with one token and with some."""
     for case in of_every_family(profile):

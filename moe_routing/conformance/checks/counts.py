@@ -73,6 +73,7 @@ def _routed(profile: Profile) -> Iterator[Case]:
         if profile != "smoke":
             yield case.but(valid="int", layout="transposed")
             yield case.but(num_tokens=0)
+    yield from _sets.many_slots(profile)
 
 
 @check(17, _routed)
@@ -93,24 +94,29 @@ def slots_of_logical_experts_are_counted(under_test: BackendUnderTest, case: Cas
             _require_counts(counts, before, logical, times, what)
 
 
-@check(17, _sets.of_every_family)
+def _lying(profile: Profile) -> Iterator[Case]:
+    yield from _sets.of_every_family(profile)
+    yield from _sets.of_every_variant("smoke", variants=("gemma4/shared",))
+
+
+@check(17, _lying)
 def counts_may_lie_anywhere(under_test: BackendUnderTest, case: Case) -> None:
     """Counts of any stride and offset are added to where they lie; what is around stays."""
     call = case.make(under_test.device)
     _, logical = _plain(under_test, call)
-    length = _lengths(call)[-1]
-    for what, shape, view in (
-        ("every second", (2 * length,), (slice(None, None, 2),)),
-        ("a slice", (length + 9,), (slice(4, 4 + length),)),
-        ("a column", (length, 5), (slice(None), 3)),
-    ):
-        memory = torch.full(shape, -5, dtype=torch.int64, device=under_test.device)
-        counts = memory[view]
-        before = counts.clone()
-        under_test.route(call.but(counts=counts))
-        _require_counts(counts, before, logical, 1, what)
-        counts.fill_(-5)
-        require((memory == -5).all(), f"{what}: what is around the counts was changed")  # noqa: PLR2004 -- filled above
+    for length in _lengths(call):
+        for what, shape, view in (
+            ("every second", (2 * length,), (slice(None, None, 2),)),
+            ("a slice", (length + 9,), (slice(4, 4 + length),)),
+            ("a column", (length, 5), (slice(None), 3)),
+        ):
+            memory = torch.full(shape, -5, dtype=torch.int64, device=under_test.device)
+            counts = memory[view]
+            before = counts.clone()
+            under_test.route(call.but(counts=counts))
+            _require_counts(counts, before, logical, 1, what)
+            counts.fill_(-5)
+            require((memory == -5).all(), f"{what}: what is around the counts was changed")  # noqa: PLR2004 -- filled above
 
 
 def _mapped(profile: Profile) -> Iterator[Case]:

@@ -78,6 +78,7 @@ def _routed(profile: Profile) -> Iterator[Case]:
         if profile != "smoke":
             yield case.but(valid="int", layout="transposed")
             yield case.but(num_tokens=0)
+    yield from _sets.many_slots(profile)
 
 
 @check(18, _routed)

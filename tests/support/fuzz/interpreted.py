@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from moe_routing._registry import registry
 from moe_routing_backends import triton
 from moe_routing_registry import BackendSpec, Target
+from moe_routing_registry.problem import OPTIONAL_OPERANDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,16 +32,18 @@ def build(problem: RoutingProblem, device: DeviceInfo) -> TritonRouter:
 
     So a call that is run again takes the same launch.
     """
-    from moe_routing_backends.triton.kernels import VARIANTS, supports
-    from moe_routing_backends.triton.kernels.spec import Launch
+    from moe_routing_backends.triton.kernels import OF_LAUNCHES, supports
+    from moe_routing_backends.triton.kernels.spec import ANY_ROWS, Launch
     from moe_routing_backends.triton.runtime.router import TritonRouter
     from moe_routing_backends.triton.tuning.table import Step
 
-    launches = [Launch(variant, 4, threads, 1) for variant in VARIANTS for threads in (1, 2, 4, 8)]
+    launches = [
+        Launch(variant, 4, threads, 1) for variant in OF_LAUNCHES for threads in (1, 2, 4, 8)
+    ]
     able: dict[str, list[Launch]] = {}
-    for launch in [Launch("cooperative", 1, 1, 1), *launches]:
+    for launch in [*(Launch(variant, 1, 1, 1) for variant in sorted(ANY_ROWS)), *launches]:
         if supports(problem, launch) and (
-            launch.variant != "cooperative" or launch.threads_per_row == 1
+            launch.variant not in ANY_ROWS or launch.threads_per_row == 1
         ):
             able.setdefault(launch.variant, []).append(launch)
     rng = random.Random(str(problem))  # noqa: S311 -- a test's choice
@@ -57,7 +60,7 @@ def registered() -> Iterator[None]:
         factories={"route": "fuzz.interpreted:build"},
         targets=(Target("cpu", explicit=True),),
         supports=triton.supports,
-        operands=frozenset({"ids", "valid"}),
+        operands=frozenset(OPTIONAL_OPERANDS),
     )
     registry().register(spec)
     try:

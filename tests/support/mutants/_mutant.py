@@ -14,8 +14,10 @@ import torch
 
 from moe_routing._registry import registry
 from moe_routing.kernel import MASK, REPLAY, RoutingOutput
-from moe_routing.reference import oracle
+from moe_routing.reference import oracle, replicas_oracle
+from moe_routing.reference.counts_oracle import counted
 from moe_routing_registry import ANY, BackendSpec, Target, Verdict
+from moe_routing_registry.problem import OPTIONAL_OPERANDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -47,8 +49,14 @@ class Reference:
         if operands.get("ids") is not None:
             ids = self.replay(operands["ids"], ids, logits.shape[1])
         weights = self.weigh(logits, ids, operands.get("bias"), operands.get("per_expert_scale"))
+        if operands.get("counts") is not None:
+            padding = operands.get("num_valid_tokens")
+            logical = self.finish(weights, ids, logits.shape[1], num_valid_tokens=padding)[1]
+            self.count(operands["counts"], logical, logits.shape[1])
         finish = {name: operands.get(name) for name in ("num_valid_tokens", "expert_map")}
         weights, ids = self.finish(weights, ids, logits.shape[1], **finish)
+        if operands.get("replica_count") is not None:
+            ids = self.choose(ids, operands["logical_to_physical"], operands["replica_count"])
         shape = (len(ids), ids.shape[1])
         if out is None:
             device = logits.device
@@ -83,6 +91,15 @@ class Reference:
     ) -> RoutingOutput:
         """Append shared slots, rename, blank the padding."""
         return oracle.finish(self.spec, weights, ids, num_experts, **operands)
+
+    def count(self, counts: Tensor, ids: Tensor, num_experts: int) -> None:
+        """Add the slots of logical ids to the counts of their experts."""
+        del num_experts
+        counts += counted(ids, len(counts)).to(counts.dtype)
+
+    def choose(self, ids: Tensor, table: Tensor, count: Tensor) -> Tensor:
+        """Return the physical ids of logical ones."""
+        return replicas_oracle.physical(ids, table, count)
 
     def write(self, out: RoutingOutput, weights: Tensor, ids: Tensor) -> None:
         """Write the outputs."""
@@ -123,6 +140,7 @@ class Mutant:
 
 
 MUTANTS: list[Mutant] = []
+EVERY_OPERAND = frozenset(OPTIONAL_OPERANDS)
 
 
 def caught_by(

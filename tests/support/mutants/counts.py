@@ -1,4 +1,4 @@
-"""Clause 17: what the router does for every backend, done wrong."""
+"""Clause 17: counting done wrong, by the router and by backends that count themselves."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import torch
 
 from moe_routing import _after, _counts, _router
 from mutants._change import Change
+from mutants._mutant import EVERY_OPERAND, Reference, caught_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
+
+    from moe_routing.kernel import RoutingOutput
 
 CHANGES: list[Change] = []
 COUNTED = "slots_of_logical_experts_are_counted"
@@ -160,3 +165,77 @@ def compiled_calls_do_not_count(right: Any) -> Any:
 @_change(_counts, "check", "wrong_arguments_raise_and_are_named", r"counts in the logits: no error")
 def counts_may_lie_in_operands(right: Any) -> Any:
     return lambda *given: right(*given[:-1], {})
+
+
+SHARED = "gemma4/shared"
+
+
+@caught_by(COUNTED, saying=r"call 1: expert 0 counts \d+, it has", operands=EVERY_OPERAND)
+class PaddingIsCounted(Reference):
+    """Counts rows of padding for the first expert."""
+
+    def count(self, counts: Tensor, ids: Tensor, num_experts: int) -> None:
+        super().count(counts, ids.clamp(min=0), num_experts)
+
+
+@caught_by(COUNTED, SHARED, saying=r"^\[66\] .*: expert 64 counts", operands=EVERY_OPERAND)
+class SharedExpertsAreNotCounted(Reference):
+    """Counts the experts that are selected, whatever the counts have elements for."""
+
+    def count(self, counts: Tensor, ids: Tensor, num_experts: int) -> None:
+        super().count(counts[:num_experts], ids, num_experts)
+
+
+@caught_by(COUNTED, SHARED, saying=r"^\[64\] .*: expert 63 counts", operands=EVERY_OPERAND)
+class SharedExpertsAreTheLastExpert(Reference):
+    """Counts shared experts that have no element."""
+
+    def count(self, counts: Tensor, ids: Tensor, num_experts: int) -> None:
+        super().count(counts, ids.clamp(max=len(counts) - 1), num_experts)
+
+
+@caught_by(
+    "counts_may_lie_anywhere",
+    SHARED,
+    saying="^a slice: what is around the counts",
+    operands=EVERY_OPERAND,
+)
+class SharedExpertsAreCountedBehindTheLast(Reference):
+    """Adds the slots of shared experts to the memory behind the counts that have none for them."""
+
+    def count(self, counts: Tensor, ids: Tensor, num_experts: int) -> None:
+        room = counts.untyped_storage().nbytes() // counts.element_size() - counts.storage_offset()
+        length = min(int(ids.max()) + 1, room)
+        super().count(counts.as_strided((length,), (1,)), ids, num_experts)
+
+
+@caught_by(COUNTED, saying=r"torch.int32, call 1: .*\(-?\d+ before", operands=EVERY_OPERAND)
+class CountsAreSet(Reference):
+    """Writes the counts of the call alone."""
+
+    def count(self, counts: Tensor, ids: Tensor, num_experts: int) -> None:
+        super().count(counts.zero_(), ids, num_experts)
+
+
+@caught_by(COUNTED, saying=r"call 1: expert \d+ counts -?\d+, it has", operands=EVERY_OPERAND)
+class AnExpertOfARowCountsOnce(Reference):
+    """Loses one of two additions to the same count by the slots of a row."""
+
+    def count(self, counts: Tensor, ids: Tensor, num_experts: int) -> None:
+        del num_experts
+        counts[ids[ids >= 0].unique()] += 1
+
+
+@caught_by(COUNTED, saying=r"call 1: expert \d+ counts -?\d+, it has", operands=EVERY_OPERAND)
+class PhysicalExpertsAreCounted(Reference):
+    """Counts what a map made of the experts."""
+
+    def __call__(
+        self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any
+    ) -> RoutingOutput:
+        counts = operands.pop("counts", None)
+        output = super().__call__(logits, out=out, **operands)
+        if counts is not None:
+            places = output.ids.where(output.ids < 0, output.ids % len(counts))
+            self.count(counts, places, logits.shape[1])
+        return output

@@ -1,4 +1,4 @@
-"""Clause 18: what the router does for every backend, done wrong."""
+"""Clause 18: replicas chosen wrong, by the router and by backends that choose themselves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import torch
 from moe_routing import _after, _replicas, _router
 from moe_routing.reference.replicas_oracle import physical
 from mutants._change import Change
+from mutants._mutant import EVERY_OPERAND, Reference, caught_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
+
+    from moe_routing.kernel import RoutingOutput
 
 CHANGES: list[Change] = []
 CHOSEN = "each_row_gets_a_replica_of_its_experts"
@@ -209,3 +214,60 @@ def compiled_calls_have_the_first_replica(right: Any) -> Any:
 )
 def outputs_may_lie_in_the_table(right: Any) -> Any:
     return lambda *given: right(*given[:-1], {})
+
+
+@caught_by(CHOSEN, saying=BY_TABLE, operands=EVERY_OPERAND)
+class RowsOfAProgramChoose(Reference):
+    """Takes the number of a row in its program of 4 rows."""
+
+    def choose(self, ids: Tensor, table: Tensor, count: Tensor) -> Tensor:
+        return _by(ids, (table, count), _rows(ids) % 4)
+
+
+@caught_by(CHOSEN, saying=BY_TABLE, operands=EVERY_OPERAND)
+class PaddingHasNoNumber(Reference):
+    """Numbers the rows that are no padding."""
+
+    def choose(self, ids: Tensor, table: Tensor, count: Tensor) -> Tensor:
+        tokens = (ids >= 0).any(-1, keepdim=True)
+        return _by(ids, (table, count), (tokens.cumsum(0) - 1).clamp(min=0))
+
+
+@caught_by(CHOSEN, saying=BY_TABLE, operands=EVERY_OPERAND)
+class PaddingIsRenamed(Reference):
+    """Gives padding a replica of the first expert."""
+
+    def choose(self, ids: Tensor, table: Tensor, count: Tensor) -> Tensor:
+        return super().choose(ids.clamp(min=0), table, count)
+
+
+@caught_by(CHOSEN, saying=BY_TABLE, operands=EVERY_OPERAND)
+class TheWidthOfTheTableChooses(Reference):
+    """Takes the number of columns for the number of replicas."""
+
+    def choose(self, ids: Tensor, table: Tensor, count: Tensor) -> Tensor:
+        return _by(ids, (table, torch.full_like(count, table.shape[1])), _rows(ids))
+
+
+@caught_by(
+    "numbers_of_replicas_are_clamped", saying=r"^counts of 6: " + BY_TABLE, operands=EVERY_OPERAND
+)
+class MoreReplicasThanColumnsAreOne(Reference):
+    """Clamps a number of replicas that is too large to the wrong end."""
+
+    def choose(self, ids: Tensor, table: Tensor, count: Tensor) -> Tensor:
+        return super().choose(ids, table, count.where(count <= table.shape[1], 1))
+
+
+@caught_by("logical_experts_are_counted", saying="^physical experts", operands=EVERY_OPERAND)
+class ReplicasAreCounted(Reference):
+    """Counts the physical ids."""
+
+    def __call__(
+        self, logits: Tensor, *, out: RoutingOutput | None = None, **operands: Any
+    ) -> RoutingOutput:
+        counts = operands.pop("counts", None)
+        output = super().__call__(logits, out=out, **operands)
+        if counts is not None:
+            self.count(counts, output.ids, logits.shape[1])
+        return output

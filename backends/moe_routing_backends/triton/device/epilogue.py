@@ -1,6 +1,6 @@
 """The last steps that all variants share.
 
-These are the scale by expert, shared slots, expert map, padding and stores.
+These are the scale by expert, shared slots, counts, physical ids, padding and stores.
 """
 
 from __future__ import annotations
@@ -26,20 +26,46 @@ def is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
+def count_slots(counts, picked, mask):
+    """Add 1 to the count of each expert ``picked`` where ``mask``."""
+    one = tl.full(picked.shape, 1, counts.dtype.element_ty)
+    # Sums of integers are the same in whatever order they are added.
+    tl.atomic_add(counts + picked, one, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def physical_ids(picked, row, mask, expert_map, replica_count, most_replicas):
+    """Return the physical ids of logical experts, 0 where not ``mask``.
+
+    :param row: numbers of rows, which broadcast with ``picked``.
+    :param expert_map: with a ``replica_count``, the table of replicas, ``most_replicas`` a row.
+    """
+    if replica_count is not None:
+        count = tl.load(replica_count + picked, mask=mask, other=1)
+        # Clamped before it is narrowed: nothing is read outside the table.
+        count = tl.minimum(tl.maximum(count, 1), most_replicas).to(tl.int32)
+        picked = picked.to(tl.int64) * most_replicas + row % count
+    return tl.load(expert_map + picked, mask=mask, other=0)
+
+
+@triton.jit
 def store_outputs(
     weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
-    SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, has_expert=None,
+    counts, replica_count, most_replicas, SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    has_expert=None, renamed=None,
 ):  # fmt: skip
     """Apply the epilogue to ``w`` and logical ids ``picked``, and store them.
 
     Both are ``[ROWS, N]``, of which K columns count. ``has_expert``, ``[ROWS, N]`` or ``[ROWS,
-    1]``: slots that a table or a record gives an expert to; the others are blank.
+    1]``: slots that a table or a record gives an expert to; the others are blank. ``renamed``: the
+    physical ids, if they are known.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     SHARED: tl.constexpr = SPEC.value.shared_experts
     SHARED_WEIGHT: tl.constexpr = SPEC.value.shared_weight
     ZERO_EXPERTS: tl.constexpr = SPEC.value.zero_experts
+    COUNTED: tl.constexpr = SPEC.value.counted_columns
     column = tl.arange(0, w.shape[1])[None, :]
     routed = column < K
     written = (row < T)[:, None] & (column < K + SHARED)
@@ -50,11 +76,18 @@ def store_outputs(
     if SHARED:
         picked = tl.where(routed, picked, E + column - K)
         w = tl.where(routed, w, SHARED_WEIGHT)
-    if expert_map is not None:
-        picked = tl.load(expert_map + picked, mask=written, other=0)
+    logical = picked
+    if renamed is not None:
+        picked = renamed
+    elif expert_map is not None:
+        picked = physical_ids(
+            picked, row[:, None], written, expert_map, replica_count, most_replicas
+        )
     is_valid = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
     if has_expert is not None:
         is_valid = is_valid & has_expert
+    if counts is not None:
+        count_slots(counts, logical, written & is_valid & (column < COUNTED))
     out = row.to(tl.int64)[:, None] * (K + SHARED) + column
     tl.store(weights + out, tl.where(is_valid, w, 0.0), mask=written)
     tl.store(ids + out, tl.where(is_valid, picked, -1).to(ids.dtype.element_ty), mask=written)

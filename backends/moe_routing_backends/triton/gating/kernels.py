@@ -342,6 +342,6 @@ def moe_routing_gate_route(
         tl.store(at, rounded, mask=here)
     route_by_rounds(
         row, None, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-        expert_map, T, valid, 0, 0, vocabulary, SPEC, E, 1, VALID_ON_DEVICE, GROUPS, SIZE, N,
-        UNROLL, BLOCK_T, rounded,
+        expert_map, None, None, None, T, valid, 0, 0, vocabulary, SPEC, E, 1, VALID_ON_DEVICE,
+        GROUPS, SIZE, N, UNROLL, BLOCK_T, rounded,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_routing_backends.triton.kernels import block, cooperative, filter, thread_per_row  # noqa: A004 -- a variant's name
+from moe_routing_backends.triton.kernels import block, cooperative, filter, thread_per_row, weigh  # noqa: A004 -- a variant's name
 from moe_routing_backends.triton.kernels.spec import kernel_spec
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ VARIANTS: Mapping[VariantName, Variant] = {
     "filter": filter.VARIANT,
     "block": block.VARIANT,
 }
+"""The kernels that select, which launch tables name."""
+OF_LAUNCHES: Mapping[VariantName, Variant] = {**VARIANTS, "weigh": weigh.VARIANT}
+"""The kernels of all launches: ``weigh`` serves calls with recorded ids, and no others do."""
 
 
 def supports(problem: RoutingProblem, launch: Launch) -> bool:
@@ -26,12 +29,13 @@ def supports(problem: RoutingProblem, launch: Launch) -> bool:
 
     The logits are aligned, and the variant runs on the device.
     """
-    return VARIANTS[launch.variant].supports(problem, launch)
+    weighs, replays = launch.variant == "weigh", "ids" in problem.operands
+    return weighs == replays and OF_LAUNCHES[launch.variant].supports(problem, launch)
 
 
 def constants(problem: RoutingProblem, launch: Launch) -> dict[str, Any]:
     """Return the compile-time constants of a launch that do not depend on a call."""
-    variant = VARIANTS[launch.variant]
+    variant = OF_LAUNCHES[launch.variant]
     return {
         "SPEC": kernel_spec(problem),
         **variant.constants(problem, launch),

@@ -292,10 +292,11 @@ def bias_of(bias, expert, exists, WHOLE: tl.constexpr, SPEC: tl.constexpr):
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_block(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-    expert_map, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
-    vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
-    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    THREADS_PER_ROW: tl.constexpr, BLOCK_T: tl.constexpr,
+    expert_map, counts, replica_count, most_replicas, T: tl.int32, valid: tl.int32,
+    row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32, SPEC: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    PDL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows.
 
@@ -390,7 +391,8 @@ def moe_routing_block(
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
         weights, ids, w, picked, row if EXACT16 else tl.where(unsure != 0, T, row), T, valid,
-        num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+        num_valid_tokens, per_expert_scale, expert_map, counts, replica_count,
+        most_replicas, SPEC, VALID_ON_DEVICE,
     )  # fmt: skip
     if not EXACT16 and tl.max(unsure, axis=0) != 0:
         for i in range(BLOCK_T):
@@ -398,8 +400,8 @@ def moe_routing_block(
                 route_by_rounds(
                     tl.program_id(0) * BLOCK_T + i + tl.arange(0, 1), logits, weights, ids,
                     per_expert_scale, bias, token_ids, expert_table, num_valid_tokens, expert_map,
-                    T, valid, row_stride, expert_stride, 0, SPEC, ROW_STRIDE, EXPERT_STRIDE,
-                    VALID_ON_DEVICE, GROUPS, SIZE, WIDTH, 1, 1,
+                    counts, replica_count, most_replicas, T, valid, row_stride, expert_stride, 0,
+                    SPEC, ROW_STRIDE, EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE, WIDTH, 1, 1,
                 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from moe_routing_backends.triton.device.epilogue import store_outputs
+from moe_routing_backends.triton.device.epilogue import physical_ids, store_outputs
 from moe_routing_backends.triton.device.keys import (
     FLOAT32_MAX,
     clean,
@@ -171,11 +171,12 @@ def from_token_table(
 
 
 @triton.jit
-def from_record(recorded, row, in_batch, column, usual, SPEC: tl.constexpr):
-    """Look up the recorded experts of each token, ids ``[ROWS, N]``, and which slots have one.
+def from_record(recorded, row, in_batch, column, SPEC: tl.constexpr):
+    """Look up the recorded experts of each token: ids ``[ROWS, N]``, 0 where there is none.
 
-    A row of -1 has the experts ``usual``. A row with an entry outside [-1, E) is padding, in the
-    columns of shared experts too.
+    Return also which slots ``[ROWS, N]`` have an expert, those of shared experts among them, and
+    which rows ``[ROWS]`` have a record: not those of -1. A row with an entry outside [-1, E) is
+    padding, in the columns of shared experts too.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -185,11 +186,10 @@ def from_record(recorded, row, in_batch, column, usual, SPEC: tl.constexpr):
     # Widened before it is compared, as a table's; and before it is -1, which uint8 has not.
     entry = tl.where(asked, entry.to(tl.int64), -1)
     exists = (entry >= 0) & (entry < E)
-    has_record = tl.max((entry != -1).to(tl.int32), axis=1)[:, None] != 0
+    has_record = tl.max((entry != -1).to(tl.int32), axis=1) != 0
     is_wrong = tl.max(((entry < -1) | (entry >= E)).to(tl.int32), axis=1)[:, None] != 0
-    picked = tl.where(has_record, tl.where(exists, entry, 0).to(tl.int32), usual)
-    has_expert = tl.where(has_record & routed, exists, True)
-    return picked, has_expert & (is_wrong == 0)
+    has_expert = tl.where(routed, exists, True) & (is_wrong == 0)
+    return tl.where(exists, entry, 0).to(tl.int32), has_expert, has_record
 
 
 @triton.jit
@@ -242,10 +242,10 @@ def rounds_of_keys(key, l, index, column, in_batch, UNROLL: tl.constexpr, SPEC: 
 @triton.jit
 def route_by_rounds(
     row, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-    expert_map, T, valid, row_stride, expert_stride, vocabulary, SPEC: tl.constexpr,
-    ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_T: tl.constexpr, given=None,
+    expert_map, counts, replica_count, most_replicas, T, valid, row_stride, expert_stride,
+    vocabulary, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_T: tl.constexpr, given=None,
 ):  # fmt: skip
     """Route ``row [BLOCK_T]``.
 
@@ -255,6 +255,7 @@ def route_by_rounds(
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
+    SHARED: tl.constexpr = SPEC.value.shared_experts
     SELECTION: tl.constexpr = SPEC.value.selection
     NUM_GROUPS: tl.constexpr = SPEC.value.num_groups
     PER_GROUP: tl.constexpr = SPEC.value.topk_per_group
@@ -283,6 +284,12 @@ def route_by_rounds(
     )
     if GATHER and per_expert_scale is not None:
         scales = tl.load(per_expert_scale + expert, mask=exists, other=0.0).to(tl.float32)
+    # Likewise the replica of every expert, which takes two loads, one after the other.
+    RENAMES: tl.constexpr = (BLOCK_T == 1 and MASK < GATHERED_UP_TO) and (
+        NUM_GROUPS == 1 and SHARED == 0
+    )
+    if RENAMES and replica_count is not None:
+        physical = physical_ids(expert, row, exists, expert_map, replica_count, most_replicas)
 
     step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
     if SELECTION != "token_table" or WHOLE_ROW:
@@ -329,7 +336,9 @@ def route_by_rounds(
             x = activate(value_of_key(found), SPEC)
 
     if REPLAYED:
-        picked, has_expert = from_record(expert_table, row, in_batch, column, picked, SPEC)
+        weighed, has_expert, has_record = from_record(expert_table, row, in_batch, column, SPEC)
+        picked = tl.where(has_record[:, None], weighed, picked)
+        has_expert = has_expert | (has_record == 0)[:, None]
         is_selected = is_selected & has_expert
     if REPLAYED or (SELECTION != "logits" and SELECTION != "sparsemixer"):
         if given is None:
@@ -348,20 +357,25 @@ def route_by_rounds(
     if GATHER and per_expert_scale is not None:
         # The scales are in registers already; a load would wait for the rounds.
         w *= tl.gather(scales[None, :], picked, 1)
+    renamed = None
+    if RENAMES and replica_count is not None:
+        renamed = tl.gather(physical[None, :], picked, 1)
     store_outputs(
         weights, ids, w, picked, row, T, valid, num_valid_tokens,
-        None if GATHER else per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
-        has_expert if REPLAYED or SELECTION == "token_table" else None,
+        None if GATHER else per_expert_scale, expert_map, counts, replica_count, most_replicas,
+        SPEC, VALID_ON_DEVICE, has_expert if REPLAYED or SELECTION == "token_table" else None,
+        renamed,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_cooperative(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-    expert_map, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
-    vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
-    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    expert_map, counts, replica_count, most_replicas, T: tl.int32, valid: tl.int32,
+    row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32, SPEC: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows."""
     # Many long programs are slower among programs of the next kernel that wait in their places: of
@@ -378,9 +392,9 @@ def moe_routing_cooperative(
     grid_dependency_wait(PDL)
     route_by_rounds(
         tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), logits, weights, ids, per_expert_scale,
-        bias, token_ids, expert_table, num_valid_tokens, expert_map, T, valid, row_stride,
-        expert_stride, vocabulary, SPEC, ROW_STRIDE, EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE,
-        N, UNROLL, BLOCK_T,
+        bias, token_ids, expert_table, num_valid_tokens, expert_map, counts, replica_count,
+        most_replicas, T, valid, row_stride, expert_stride, vocabulary, SPEC, ROW_STRIDE,
+        EXPERT_STRIDE, VALID_ON_DEVICE, GROUPS, SIZE, N, UNROLL, BLOCK_T,
     )  # fmt: skip
 
 

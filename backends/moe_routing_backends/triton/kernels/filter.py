@@ -543,10 +543,11 @@ def is_ambiguous(every, is_lossy, MASK: tl.constexpr, K: tl.constexpr):
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_filter(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-    expert_map, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
-    vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
-    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, WIDTH: tl.constexpr,
-    THREADS_PER_ROW: tl.constexpr, GROUP: tl.constexpr, TILED: tl.constexpr, BLOCK_T: tl.constexpr,
+    expert_map, counts, replica_count, most_replicas, T: tl.int32, valid: tl.int32,
+    row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32, SPEC: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    PDL: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, GROUP: tl.constexpr,
+    TILED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``THREADS_PER_ROW`` threads each, which divide E / 8.
 
@@ -637,7 +638,8 @@ def moe_routing_filter(
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
         weights, ids, w, picked, row, T, valid,
-        num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+        num_valid_tokens, per_expert_scale, expert_map, counts, replica_count,
+        most_replicas, SPEC, VALID_ON_DEVICE,
     )  # fmt: skip
 
 

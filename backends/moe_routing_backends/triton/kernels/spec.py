@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
     from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
 
-VariantName = Literal["cooperative", "thread_per_row", "filter", "block"]
+VariantName = Literal["cooperative", "thread_per_row", "filter", "block", "weigh"]
 
-RUNTIME_ARGUMENTS = 14
+ANY_ROWS = frozenset({"cooperative", "weigh"})
+"""Variants that take rows of any alignment, and experts at any distance."""
+RUNTIME_ARGUMENTS = 17
 """How many arguments of a forward kernel, the same for all variants, stand before its constants."""
 NOT_SPECIALIZED = (
     "T", "valid", "row_stride", "expert_stride", "per_expert_scale", "bias", "token_ids",
-    "expert_table", "num_valid_tokens", "expert_map", "vocabulary",
+    "expert_table", "num_valid_tokens", "expert_map", "counts", "replica_count",
+    "most_replicas", "vocabulary",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel."""
 CHUNK = 8
@@ -48,6 +51,7 @@ class KernelSpec:
     :ivar sums_best_two: a group's score is the sum of its best two experts.
     :ivar sums_to_one: weights are renormalized, and neither epsilon nor floor changes their sum.
     :ivar normalizes_whole_row: weights or selection need the softmax denominator of all experts.
+    :ivar counted_columns: columns of the ids whose slots are counted: 0 in calls that count none.
     """
 
     num_experts: int
@@ -70,6 +74,7 @@ class KernelSpec:
     sums_best_two: bool
     sums_to_one: bool
     normalizes_whole_row: bool
+    counted_columns: int = 0
 
     @property
     def value(self) -> KernelSpec:
@@ -200,11 +205,7 @@ def kind(spec: RoutingSpec) -> Kind:
 
 
 def selects_by_value(problem: RoutingProblem) -> bool:
-    """Tell whether the K highest logits or biased scores of contiguous rows are selected.
-
-    Recorded ids select others.
-    """
+    """Tell whether the K highest logits or biased scores of contiguous rows are selected."""
     spec = problem.spec
     by_value = spec.selection in ("logits", "scores_plus_bias", "logits_plus_bias")
-    by_value = by_value and "ids" not in problem.operands
     return by_value and problem.layout == "rows" and not spec.topk_per_group

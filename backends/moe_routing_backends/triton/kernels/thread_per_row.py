@@ -167,10 +167,11 @@ def exact_list(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_thread_per_row(
     logits, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
-    expert_map, T: tl.int32, valid: tl.int32, row_stride: tl.int64, expert_stride: tl.int64,
-    vocabulary: tl.int32, SPEC: tl.constexpr, ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr,
-    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, WIDTH: tl.constexpr,
-    THREADS_PER_ROW: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    expert_map, counts, replica_count, most_replicas, T: tl.int32, valid: tl.int32,
+    row_stride: tl.int64, expert_stride: tl.int64, vocabulary: tl.int32, SPEC: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, EXPERT_STRIDE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    PDL: tl.constexpr, WIDTH: tl.constexpr, THREADS_PER_ROW: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route ``BLOCK_T`` rows by ``THREADS_PER_ROW`` threads each.
 
@@ -255,7 +256,8 @@ def moe_routing_thread_per_row(
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
         weights, ids, w, picked, row, T, valid,
-        num_valid_tokens, per_expert_scale, expert_map, SPEC, VALID_ON_DEVICE,
+        num_valid_tokens, per_expert_scale, expert_map, counts, replica_count,
+        most_replicas, SPEC, VALID_ON_DEVICE,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ It takes as few microseconds of the host as Triton allows.
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,15 @@ from triton import JITFunction
 from moe_routing import RoutingOutput
 from moe_routing.private_api import current_device, current_stream, empty, is_observed
 from moe_routing_backends.triton import BATTLEMAGE, HOPPER
-from moe_routing_backends.triton.kernels import VARIANTS, constants
-from moe_routing_backends.triton.kernels.spec import RUNTIME_ARGUMENTS
+from moe_routing_backends.triton.kernels import OF_LAUNCHES, VARIANTS, constants
+from moe_routing_backends.triton.kernels.counts import (
+    NUM_WARPS,
+    SLOTS_APART,
+    moe_routing_counts,
+    programs,
+)
+from moe_routing_backends.triton.kernels.counts import constants as of_counts
+from moe_routing_backends.triton.kernels.spec import ANY_ROWS, RUNTIME_ARGUMENTS, kernel_spec
 from moe_routing_backends.triton.runtime.gradient import Gradient
 from moe_routing_backends.triton.runtime.launcher import (
     ALIGNMENT,
@@ -32,11 +40,11 @@ if TYPE_CHECKING:
 
     from moe_routing import Operands
     from moe_routing.kernel import Prepared
-    from moe_routing_backends.triton.kernels.spec import Launch
+    from moe_routing_backends.triton.kernels.spec import KernelSpec, Launch
     from moe_routing_backends.triton.tuning.table import Step
     from moe_routing_registry import DeviceInfo, RoutingProblem
 
-NO_OPERANDS: tuple[Any, ...] = (None, None, None, None)
+NO_OPERANDS: tuple[Any, ...] = (None, None, None, None, None, None, None)
 _tuple = tuple.__new__
 """Makes a named tuple in half the time of its own constructor, which is a Python function."""
 
@@ -65,7 +73,7 @@ def _built(problem: RoutingProblem, device: DeviceInfo, interpreted_as: DeviceIn
 
 
 class TritonRouter:
-    """A ``Kernel``: one Triton kernel a call.
+    """A ``Kernel``: one Triton kernel a call, two where the slots of many tokens are counted.
 
     :ivar notes: what is unusual, for ``Router.report``.
     """
@@ -103,7 +111,7 @@ class TritonRouter:
         why = self._compiled.indirect
         return (f"launches through Triton's own launcher: {why}",) if why else ()
 
-    def __call__(  # noqa: C901, PLR0913 -- Kernel's operands; one flat function, because calls cost a tenth of a microsecond
+    def __call__(  # noqa: C901, PLR0912, PLR0913, PLR0915 -- Kernel's operands; one flat function, because calls cost a tenth of a microsecond
         self,
         logits: Tensor,
         *,
@@ -114,10 +122,22 @@ class TritonRouter:
         num_valid_tokens: int | Tensor | None = None,
         expert_map: Tensor | None = None,
         ids: Tensor | None = None,
+        counts: Tensor | None = None,
+        logical_to_physical: Tensor | None = None,
+        replica_count: Tensor | None = None,
         out: RoutingOutput | None = None,
     ) -> RoutingOutput:
         """Route ``logits [T, E]``; see ``Kernel``."""
         T, _ = logits.shape
+        if logical_to_physical is not None:
+            expert_map = logical_to_physical  # which a kernel reads with the count
+        if counts is not None and T * self._columns > SLOTS_APART:
+            out = self(
+                logits, per_expert_scale=per_expert_scale, bias=bias, token_ids=token_ids,
+                expert_table=expert_table, num_valid_tokens=num_valid_tokens, ids=ids, out=out,
+            )  # fmt: skip
+            self._count(out.ids, expert_map, replica_count, counts)
+            return out
         logits = logits.resolve_neg()  # a kernel reads memory, and knows of no lazy negation
         row_stride, expert_stride = logits.stride()
         here = current_device() == self._index
@@ -150,7 +170,12 @@ class TritonRouter:
         rest = NO_OPERANDS
         # Kernels of specs without a table read a record there.
         table = expert_table if ids is None else ids
-        if table is not None or num_valid_tokens is not None or expert_map is not None:
+        if (
+            table is not None
+            or num_valid_tokens is not None
+            or expert_map is not None
+            or counts is not None
+        ):
             valid_tensor = None
             if isinstance(num_valid_tokens, torch.Tensor):
                 valid_tensor = num_valid_tokens
@@ -158,8 +183,11 @@ class TritonRouter:
                 valid = num_valid_tokens
             if table is not None:
                 vocabulary = table.shape[0]
-            rest = (token_ids, table, valid_tensor, expert_map)
-            key = (*key, *[None if o is None else o.dtype for o in rest])
+            tensors = (token_ids, table, valid_tensor, expert_map, counts, replica_count)
+            rest = (*tensors, _most_replicas(expert_map, replica_count))
+            key = (*key, *[None if o is None else o.dtype for o in tensors])
+            if counts is not None:
+                key = (*key, len(counts))
         ready = self._ready.get(key)
         if ready is None or not here or is_observed():  # only Triton's own launch calls its hooks
             self._launch_by_jit(
@@ -167,7 +195,7 @@ class TritonRouter:
             )
             return out
         if rest is not NO_OPERANDS:
-            rest = tuple(None if o is None else o.data_ptr() for o in rest)
+            rest = (*[None if o is None else o.data_ptr() for o in rest[:-1]], rest[-1])
         block = launch.block_t
         ready(
             (T + block - 1) // block,
@@ -182,16 +210,18 @@ class TritonRouter:
     def _advice(self, key: tuple[Any, ...]) -> str:
         problem = self._problem
         training = ", training=True" if key[0] == "backward" else ""
+        named = ", ".join(map(repr, sorted(problem.operands)))
+        operands = f", operands={{{named}}}" if named else ""
         return (
             f"call route.warmup({problem.num_experts}, {problem.topk}, "
-            f"dtype=torch.{problem.dtype}, device='{self._device}'{training}), "
+            f"dtype=torch.{problem.dtype}, device='{self._device}'{training}{operands}), "
             "or route inputs of the same kind once"
         )
 
     def _choose(self, tokens: int, *, aligned: bool) -> tuple[int, Launch]:
         step = bisect_left(self._limits, tokens)
         launch = self._launches[step]
-        return (step, launch) if aligned or launch.variant == "cooperative" else (-1, FALLBACK)
+        return (step, launch) if aligned or launch.variant in ANY_ROWS else (-1, FALLBACK)
 
     def prepared(self, operands: Operands) -> Prepared | None:
         """Return a function that routes calls of this one's shapes, strides and dtypes.
@@ -212,7 +242,7 @@ class TritonRouter:
         extras = table is not None or valid is not None or expert_map is not None
         counted = isinstance(valid, int)
         if extras:
-            tensors = (token_ids, table, None if counted else valid, expert_map)
+            tensors = (token_ids, table, None if counted else valid, expert_map, None, None)
             key = (*key, *[None if o is None else o.dtype for o in tensors])  # type: ignore[union-attr] # no int is left
         ready = self._ready.get(key)
         if ready is None or (row_stride * self._element) % ALIGNMENT:
@@ -247,7 +277,8 @@ class TritonRouter:
                     None if table is None else table.data_ptr(),
                     None if valid is None or counted else valid.data_ptr(),  # type: ignore[union-attr] # a tensor
                     None if expert_map is None else expert_map.data_ptr(),
-                    T, valid if counted else T, row_stride, expert_stride, vocabulary,
+                    None, None, None, T, valid if counted else T,
+                    row_stride, expert_stride, vocabulary,
                 )  # fmt: skip
             ready(
                 blocks,
@@ -272,20 +303,21 @@ class TritonRouter:
         launch: Launch,
         logits: Tensor,
         out: RoutingOutput,
-        operands: tuple[Tensor | None, ...],
+        operands: tuple[Any, ...],
         valid: int,
         vocabulary: int,
     ) -> None:
         """Gather what a launch through Triton's JIT takes."""
         scale, bias, *others = operands
+        counts = operands[-3]
         readable = [as_readable(vector) for vector in (scale, bias)]
         if readable[0] is not scale or readable[1] is not bias:
             # No launcher is ever kept for such a key.
             names = (
-                "per_expert_scale", "bias", "token_ids",
-                "expert_table", "num_valid_tokens", "expert_map",
+                "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
+                "expert_map", "counts", "replica_count",
             )  # fmt: skip
-            given: dict[str, Any] = dict(zip(names, (*readable, *others), strict=True))
+            given: dict[str, Any] = dict(zip(names, (*readable, *others[:-1]), strict=True))
             if given["num_valid_tokens"] is None:
                 given["num_valid_tokens"] = valid
             self(logits, **given, out=out)
@@ -300,13 +332,40 @@ class TritonRouter:
             "VALID_ON_DEVICE": operands[4] is not None,
             "PDL": self._pdl,
         }
-        kernel = VARIANTS[launch.variant].kernel
+        if counts is not None:
+            named["SPEC"] = self._counting(counts)
+        kernel = OF_LAUNCHES[launch.variant].kernel
         fixed = tuple(named[name] for name in kernel.arg_names[RUNTIME_ARGUMENTS:])
         arguments = (logits, *out, *operands, T, valid, row_stride, expert_stride, vocabulary)
         blocks = (T + launch.block_t - 1) // launch.block_t
         self._compiled.launch_and_keep(
             key, kernel, blocks, arguments, fixed, launch.num_warps, launch.warp_size, pdl=self._pdl
         )
+
+    def _counting(self, counts: Tensor) -> KernelSpec:
+        """Return the constant of a kernel that counts."""
+        columns = self._columns if len(counts) > self._experts else self._problem.topk
+        return replace(kernel_spec(self._problem), counted_columns=columns)
+
+    def _count(
+        self, ids: Tensor, expert_map: Tensor | None, replica_count: Tensor | None, counts: Tensor
+    ) -> None:
+        """Count the slots of logical ``ids``, and rename them where they lie."""
+        tensors = (ids, expert_map, replica_count, counts)
+        numbers = (_most_replicas(expert_map, replica_count), len(ids))
+        key = ("counts", *[None if t is None else t.dtype for t in tensors], len(counts))
+        blocks = programs(ids.numel())
+        ready = self._ready.get(key)
+        if ready is None or current_device() != self._index or is_observed():
+            named = {"SPEC": self._counting(counts), "PDL": self._pdl, **of_counts(self._problem)}
+            names = moe_routing_counts.arg_names[len(tensors) + len(numbers) :]
+            self._compiled.launch_and_keep(
+                key, moe_routing_counts, blocks, (*tensors, *numbers),
+                tuple(named[name] for name in names), NUM_WARPS, pdl=self._pdl,
+            )  # fmt: skip
+            return
+        at = [None if t is None else t.data_ptr() for t in tensors]
+        ready(blocks, current_stream(self._index), (*at, *numbers))
 
     def backward(
         self, grad_weights: Tensor, logits: Tensor, ids: Tensor, per_expert_scale: Tensor | None
@@ -325,29 +384,41 @@ class TritonRouter:
 
         It routes zeros through each.
         """
-        spec, device = self._problem.spec, self._device
-        dtype: torch.dtype = getattr(torch, self._problem.dtype)
+        spec, dtype = self._problem.spec, getattr(torch, self._problem.dtype)
+        sizes = [1, *(int(limit) + 1 for limit in self._limits)]
+        if "counts" in self._problem.operands:  # a call of more slots counts in another kernel
+            sizes.append(SLOTS_APART // self._columns + 1)
         # Vectors come in float32 or in the model's dtype, and a kernel is compiled for one of them.
         has_vectors = spec.per_expert_scale or spec.needs_bias
         for vectors in {torch.float32, dtype} if has_vectors else {dtype}:
-            operands: dict[str, Any] = {}
-            if spec.per_expert_scale:
-                scale = torch.ones(self._experts, dtype=vectors, device=device)
-                operands["per_expert_scale"] = scale
-            if spec.needs_bias:
-                operands["bias"] = torch.zeros(self._experts, dtype=vectors, device=device)
-            if spec.selection == "token_table":
-                table = torch.zeros(1, self._problem.topk, dtype=torch.int64, device=device)
-                operands["expert_table"] = table
-            optional = self._problem.operands
-            for T in [1, *(int(limit) + 1 for limit in self._limits)]:
-                logits = torch.zeros(T, self._experts, dtype=dtype, device=device)
-                if spec.selection == "token_table":
-                    operands["token_ids"] = torch.zeros(T, dtype=torch.int64, device=device)
-                if "ids" in optional:
-                    shape = (T, self._problem.topk)
-                    operands["ids"] = torch.zeros(shape, dtype=torch.int32, device=device)
-                if "valid" in optional:
-                    mask = torch.ones(T, dtype=torch.bool, device=device)
-                    operands["num_valid_tokens"] = mask
-                self(logits, **operands)
+            for T in sizes:
+                logits = torch.zeros(T, self._experts, dtype=dtype, device=self._device)
+                self(logits, **self._some_operands(T, vectors))
+
+    def _some_operands(self, T: int, vectors: torch.dtype) -> dict[str, Any]:
+        """Return operands of every kind that the problem has."""
+        spec, device, topk = self._problem.spec, self._device, self._problem.topk
+        optional = self._problem.operands
+        operands: dict[str, Any] = {}
+        if spec.per_expert_scale:
+            operands["per_expert_scale"] = torch.ones(self._experts, dtype=vectors, device=device)
+        if spec.needs_bias:
+            operands["bias"] = torch.zeros(self._experts, dtype=vectors, device=device)
+        if spec.selection == "token_table":
+            operands["expert_table"] = torch.zeros(1, topk, dtype=torch.int64, device=device)
+            operands["token_ids"] = torch.zeros(T, dtype=torch.int64, device=device)
+        if "ids" in optional:
+            operands["ids"] = torch.zeros((T, topk), dtype=torch.int32, device=device)
+        if "valid" in optional:
+            operands["num_valid_tokens"] = torch.ones(T, dtype=torch.bool, device=device)
+        if "counts" in optional:
+            operands["counts"] = torch.zeros(self._experts, dtype=torch.int64, device=device)
+        if "replicas" in optional:
+            ones = torch.ones(self._experts + spec.shared_experts, dtype=torch.int64, device=device)
+            operands |= {"logical_to_physical": ones[:, None], "replica_count": ones}
+        return operands
+
+
+def _most_replicas(table: Tensor | None, replica_count: Tensor | None) -> int | None:
+    """Return the columns of a table of replicas, ``None`` for a map."""
+    return None if table is None or replica_count is None else table.shape[1]

@@ -54,7 +54,11 @@ def _nearest(own: T | None, other: T, problem: Any) -> T:  # noqa: ANN401 -- of 
 
 
 def describe_table(device: DeviceInfo, problem: RoutingProblem) -> str:
-    """Say which table applies, and how its numbers came about."""
+    """Say which table applies, and how its numbers came about; recorded ids have a rule."""
+    if "ids" in problem.operands:
+        return (
+            "launch parameters from a rule for recorded ids, the same on every device, unmeasured"
+        )
     return _described(table_for(device, problem))
 
 

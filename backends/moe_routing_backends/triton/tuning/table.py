@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moe_routing_backends.triton.kernels import VARIANTS, supports
+from moe_routing_backends.triton.kernels import VARIANTS, supports, weigh
 from moe_routing_backends.triton.kernels.spec import APPROXIMATED, CHUNK, Launch, kind, list_width
 from moe_routing_backends.triton.planning.table import parse_plans, plans_to_json
 from moe_routing_backends.triton.tuning.reading import powers_of_two, text, typed
@@ -106,8 +106,11 @@ class Table:
     def steps(self, problem: RoutingProblem) -> tuple[Step, ...]:
         """Return the steps of the nearest rule.
 
-        The last step has no end, and every step can serve the problem.
+        The last step has no end, and every step can serve the problem. Recorded ids have a rule of
+        their own, which is the same in all tables.
         """
+        if "ids" in problem.operands:
+            return tuple(Step(tokens, launch) for tokens, launch in weigh.launches(problem))
         nearest = self.nearest(problem)
         served = (
             (s.tokens, _serving(problem, s.launch))

@@ -1,10 +1,13 @@
-"""Replay records and read masks in Triton's interpreter: print what came out, as JSON.
+"""Use optional operands in Triton's interpreter: print what came out, as JSON.
 
-A process of its own. The argument names what runs: a check of the kit, of whose cases only the
-sizes are smaller; or ``gate``, which is compared with ``eager``.
+A process of its own. The arguments: what runs, a check of the kit, of whose cases only the sizes
+are smaller, or ``gate``, which is compared with ``eager``; a seed; and ``slots=``, the number above
+which a second kernel counts, ``rows=``, the rows of a program that weighs a record, or
+``layout=``, that of the logits.
 """
 
 import json
+import math
 import sys
 from itertools import islice
 
@@ -17,23 +20,29 @@ import torch  # noqa: E402 -- after Triton interprets
 import moe_routing  # noqa: E402 -- likewise
 from moe_routing.conformance.contract import Item, contract_of  # noqa: E402 -- likewise
 from moe_routing.conformance.runner import backend_under_test, evaluate  # noqa: E402 -- likewise
+from moe_routing_backends.triton.kernels import weigh  # noqa: E402 -- likewise
+from moe_routing_backends.triton.runtime import router  # noqa: E402 -- likewise
 
-TOKENS, EXPERTS, CASES = 7, 32, 15
+TOKENS, EXPERTS, CASES = 7, 32, 17
 
 
-def small(case):
-    """Return the case with fewer tokens and experts."""
+def small(case, layout):
+    """Return the case with fewer tokens and experts, whose logits lie so."""
     return case.but(
+        layout=layout or case.layout,
         num_tokens=min(case.num_tokens, TOKENS),
         num_experts=case.num_experts if case.num_experts <= EXPERTS * 2 else EXPERTS,
     )
 
 
-def checked(name):
+def checked(name, layout):
     """Run a check of the kit on small cases."""
     under_test = backend_under_test("triton", "cpu")
     (check,) = (check for check in contract_of("route").checks if check.name == name)
-    cases = dict.fromkeys(small(case) for case in check.cases("smoke"))
+    cases = dict.fromkeys(small(case, layout) for case in check.cases("smoke"))
+    cases = sorted(
+        cases, key=lambda case: not case.spec.shared_experts
+    )  # those that have any first
     results = [evaluate(Item(check, case), under_test) for case in islice(cases, CASES)]
     return {result.case: [result.status, result.message] for result in results}
 
@@ -64,4 +73,9 @@ def gated():
 
 if __name__ == "__main__":
     torch.manual_seed(int(sys.argv[2]))
-    json.dump(gated() if sys.argv[1] == "gate" else checked(sys.argv[1]), sys.stdout)
+    given = dict(word.split("=") for word in sys.argv[3:])
+    router.SLOTS_APART = int(given.get("slots", router.SLOTS_APART))
+    if "rows" in given:
+        weigh.ROWS = ((math.inf, int(given["rows"])),)
+    name, layout = sys.argv[1], given.get("layout")
+    json.dump(gated() if name == "gate" else checked(name, layout), sys.stdout)
