@@ -34,8 +34,8 @@ EXPERTS_PER_RANK = 4
 TIMEOUT = dt.timedelta(minutes=10)
 """NCCL's own."""
 WIDE = re.compile(r"\b(ld|st)\.global\S*\.v(?:4\.b32|2\.b64)")
-ATOMIC = re.compile(r"\batom\.global\.(\S+)")
-SIGNALLED = re.compile(r"\batom\.global\.sys\.release\.add")
+ATOMIC = re.compile(r"\b(?:atom|red)\.global\.(\S+)")
+SIGNALLED = re.compile(r"\b(?:atom|red)\.global\.sys\.release\.add")
 
 
 class Call(NamedTuple):

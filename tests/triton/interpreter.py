@@ -13,6 +13,8 @@ def interpret():
 
     The interpreter widens subnormal bfloat16 to other numbers (3.6 and 3.7), and truncates where a
     GPU rounds to bfloat16. Here PyTorch converts.
+
+    To the interpreter of 3.9 a comparison of integers has their type: a block of it is no mask.
     """
     os.environ["TRITON_INTERPRET"] = "1"
     # It computes with NumPy, which warns where a GPU's arithmetic is silent: infinities that the
@@ -31,6 +33,15 @@ def interpret():
         return convert(numbers, dtype, to, rounding)
 
     convert, interpreter._convert_float = interpreter._convert_float, converted
+
+    def splat(self, block, number):
+        if number.data.dtype == bool:
+            number = interpreter.TensorHandle(number.data, tl.int1)
+        return splatted(self, block, number)
+
+    splatted = interpreter.InterpreterBuilder.create_splat
+    interpreter.InterpreterBuilder.create_splat = splat
+
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def launch_afresh(self, *args, **kwargs):

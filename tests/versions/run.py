@@ -84,15 +84,7 @@ KNOWN: dict[str, dict[str, str]] = {
         ),
         "*.test_a_class_whose_forward_was_*_is_left": _NO_QUALNAME,
         "*._enable.enable": "transformers 5.17 needs torchvision for it, which is not installed",
-    },
-    "newest": {
-        "tests.triton.test_permutation.*": (
-            "Triton 3.9's interpreter refuses a mask of `permute` (mask has unsupported dtype)"
-        ),
-        "*.test_rows_of_whole_vectors_are_copied_16_bytes_at_a_time_and_signalled_to_other_gpus": (
-            "the test does not find the signal in the PTX of Triton 3.9"
-        ),
-    },
+    }
 }
 """By environment, tests that fail there (patterns of ids), and why."""
 
