@@ -482,7 +482,8 @@ def test_the_figures_are_drawn_from_the_kept_runs(tmp_path):
         [sys.executable, FIGURES, tmp_path], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    names = {"h200-kernels.svg", "h200-kernels-dark.svg", "h200-torch.svg", "h200-torch-dark.svg"}
+    drawn = ("h200-kernels", "h200-torch", "expert-parallel")
+    names = {f"{name}{theme}.svg" for name in drawn for theme in ("", "-dark")}
     assert (
         {path.name for path in tmp_path.iterdir()}
         == names

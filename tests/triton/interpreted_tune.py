@@ -15,7 +15,7 @@ import sys
 import torch
 from interpreted import SPECS
 
-from moe_routing_backends.triton.kernels import VARIANTS
+from moe_routing_backends.triton.kernels import OF_LAUNCHES
 from moe_routing_backends.triton.kernels.spec import Launch
 from moe_routing_backends.triton.tuning import choose
 from moe_routing_backends.triton.tuning.tune import candidates, tune
@@ -76,8 +76,8 @@ def main():
     if how == "changes":
         clock, tokens = faster_from_24_on(said), (1, 40)
     else:
-        right = VARIANTS["thread_per_row"]
-        VARIANTS["thread_per_row"] = right._replace(
+        right = OF_LAUNCHES["thread_per_row"]
+        OF_LAUNCHES["thread_per_row"] = right._replace(
             kernel=Altered(right.kernel, raises=how == "raises")
         )
         clock, tokens = later_is_faster(said), (3, 1)
