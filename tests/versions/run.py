@@ -63,7 +63,7 @@ TRANSFORMERS = [
         if not path.stem.endswith("_compile")
     ),
 ]  # fmt: skip
-OPERATIONS = ("route", "gate", "plan", "permute", "combine")
+OPERATIONS = ("route", "gate", "plan", "permute", "combine", "balance")
 _NO_MINIMUM = "torch 2.8 traces no `torch.sym_min` of two constants"
 _NO_QUALNAME = "code of Python 3.10 does not know the class or function that it stands in"
 KNOWN: dict[str, dict[str, str]] = {
