@@ -17,7 +17,15 @@ from moe_routing.formula.balance import summed, summed_backward, summed_forward
 from moe_routing_registry.request import preference
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
+
+TOGETHER = 1 << 25
+"""Logits of several layers that are computed as one tensor: 64 MiB in bfloat16.
+
+A layer alone takes a GPU less time than its launches take the host.
+"""
 
 
 def sums(
@@ -30,7 +38,7 @@ def sums(
     """Sum over the tokens of B batches.
 
     :param logits: ``[B, S, E]``, one for each layer whose sums are added, in their order. One step
-        of autograd serves all of them: on a GPU that takes as long as the sums of a layer.
+        of autograd serves all of them, and one call of a kernel as many as ``TOGETHER`` holds.
     :param ids: ``[B, S, K]``: whose experts are counted; ``None`` to count the best, or nothing.
     :param weights: ``[B, S]``: which tokens count, or with ``best`` how much they do; see
         ``BalanceKernel``.
@@ -52,6 +60,33 @@ def _added(of_layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(every).sum(0), torch.stack(counts).sum(0)
 
 
+def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the layers, neighbours that are alike together, as many as ``TOGETHER`` holds."""
+    group: list[Tensor] = []
+    for each in logits:
+        fits = group and (len(group) + 1) * each.numel() <= TOGETHER
+        if fits and (each.shape, each.dtype) == (group[0].shape, group[0].dtype):
+            group.append(each)
+        else:
+            if group:
+                yield group
+            group = [each]
+    if group:
+        yield group
+
+
+def _joined(group: list[Tensor]) -> Tensor:
+    """Return layers as more batches of one tensor."""
+    return group[0] if len(group) == 1 else torch.cat(group)
+
+
+def _again(tensor: Tensor | None, times: int) -> Tensor | None:
+    """Return what is the same for all layers, for each of them."""
+    if tensor is None or times == 1:
+        return tensor
+    return tensor.repeat(times, *(1,) * (tensor.dim() - 1))
+
+
 class _Sums(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -59,8 +94,15 @@ class _Sums(torch.autograd.Function):
     def forward(
         ids: Tensor | None, weights: Tensor | None, score: str, best: int, *logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        compute = run if is_plain(ids, weights, *logits) else summed
-        return _added([compute(each, ids, weights, score, best) for each in logits])
+        if not is_plain(ids, weights, *logits):
+            return _added([summed(each, ids, weights, score, best) for each in logits])
+        made: list[tuple[Tensor, Tensor]] = []
+        for group in _groups(logits):
+            many = len(group)
+            of_group = run(_joined(group), _again(ids, many), _again(weights, many), score, best)
+            sizes = [each.shape[0] for each in group]
+            made += zip(*(one.split(sizes) for one in of_group), strict=True)
+        return _added(made)
 
     @staticmethod
     def setup_context(
@@ -79,17 +121,22 @@ class _Sums(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- a bag by design
         weights, *logits = ctx.saved_tensors
         # Where the gradient is to have gradients, the logits require them.
-        plain = is_plain(upstream[0], weights, *logits)
-
-        def gradient(each: Tensor) -> Tensor:
-            given = upstream[0], each, weights, ctx.score, ctx.best
-            if plain:
-                return run_backward(*given, topk=ctx.topk, preferred=ctx.preferred)
-            return summed_backward(*given)
-
+        grad = upstream[0]
         needed = ctx.needs_input_grad[_FIRST:]
-        made = [gradient(each) if its else None for each, its in zip(logits, needed, strict=True)]
-        return *(None,) * _FIRST, *made
+        given = [each for each, its in zip(logits, needed, strict=True) if its]
+        made: list[Tensor] = []
+        if not is_plain(grad, weights, *logits):
+            made += [summed_backward(grad, each, weights, ctx.score, ctx.best) for each in given]
+            given = []
+        for group in _groups(given):
+            many = len(group)
+            of_group = run_backward(
+                grad.repeat(many, 1), _joined(group), _again(weights, many), ctx.score, ctx.best,
+                topk=ctx.topk, preferred=ctx.preferred,
+            )  # fmt: skip
+            made += of_group.split([each.shape[0] for each in group])
+        gradients = iter(made)
+        return *(None,) * _FIRST, *(next(gradients) if its else None for its in needed)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:  # noqa: ANN401 -- a bag by design

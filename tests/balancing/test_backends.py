@@ -18,6 +18,7 @@ from moe_routing.balancing import (
     sequence_balancing_loss,
     z_loss,
 )
+from moe_routing.balancing import sums as sums_module
 from moe_routing.integrations.transformers import _balance
 from moe_routing_registry import BackendUnavailableError
 
@@ -160,20 +161,41 @@ def test_other_numbers_of_experts_than_the_logits_have_are_named():
         _balance.load_balancing_loss((torch.zeros(4, E),), E + 1, K)
 
 
-def test_layers_are_one_step_of_autograd_and_those_without_gradients_get_none(backend):
-    layers = [torch.randn(5, E, requires_grad=n != 1) for n in range(3)]
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1 << 25, (5, 5, 5), (0, 1, 2), ["sums", "gradient"]),
+        (1 << 25, (5, 5, 5), (0, 2), ["sums", "gradient"]),
+        (2 * 5 * E, (5, 5, 5), (0, 1, 2), ["sums"] * 2 + ["gradient"] * 2),
+        (0, (5, 5, 5), (1,), ["sums"] * 3 + ["gradient"]),
+        (1 << 25, (5, 5, 3, 3, 5), (0, 2, 3), ["sums"] * 3 + ["gradient"] * 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_layers_are_one_step_of_autograd_and_neighbours_that_are_alike_one_call(
+    backend, monkeypatch, case, masked
+):
+    """Layers that need no gradient get none, and are not computed on the way back."""
+    together, rows, needed, found = case
+    masked = masked and len(set(rows)) == 1  # a mask is for tokens that all layers have
+    monkeypatch.setattr(sums_module, "TOGETHER", together)
+    layers = [torch.randn(size, E, requires_grad=n in needed) for n, size in enumerate(rows)]
+    mask = torch.tensor([[1, 0, 2, 1, 1]]) if masked else None
     with moe_routing.prefer(backend):
-        loss = _balance.load_balancing_loss(tuple(layers), E, K)
+        loss = _balance.load_balancing_loss(tuple(layers), E, K, mask)
     loss.backward()
-    assert [what for what, _ in CALLS] == ["sums"] * 3 + ["gradient"] * 2
+    assert [what for what, _ in CALLS] == found
     whole = torch.cat([layer.detach() for layer in layers]).requires_grad_()
-    expected = _balance.load_balancing_loss((whole,), E, K)
+    its = None if mask is None else mask.repeat(1, len(rows))
+    expected = _balance.load_balancing_loss((whole,), E, K, its)
     expected.backward()
     torch.testing.assert_close(loss, expected)
-    gradients = whole.grad.split(5)
-    assert layers[1].grad is None
-    for n in (0, 2):
-        torch.testing.assert_close(layers[n].grad, gradients[n])
+    for n, gradient in enumerate(whole.grad.split(rows)):
+        if n in needed:
+            torch.testing.assert_close(layers[n].grad, gradient)
+        else:
+            assert layers[n].grad is None
 
 
 def test_importing_the_problem_imports_no_torch():

@@ -11,6 +11,7 @@ from moe_routing_backends.triton.balancing.kernels import (
     moe_routing_balance_backward,
 )
 from moe_routing_backends.triton.kernels.spec import next_power_of_two
+from moe_routing_backends.triton.planning.kernels import bins
 from moe_routing_backends.triton.runtime import bound
 from moe_routing_backends.triton.runtime.bound import Bound, check_interpreter
 from moe_routing_backends.triton.runtime.launcher import ALIGNMENT
@@ -47,6 +48,7 @@ class TritonBalance(Bound):
         super().__init__(problem, device)
         self._problem = problem
         self._columns = next_power_of_two(problem.num_experts)
+        self._bins = bins(problem.num_experts)
         self._maths = (problem.score, problem.counts == "best", problem.num_experts)
 
     def __call__(
@@ -77,7 +79,7 @@ class TritonBalance(Bound):
             batches * chunks,
             (logits, ids, weights, parts, parts_of_counts),
             (logits.shape[1], chunks, logits.stride(0), logits.stride(1)),
-            (*self._maths, self._problem.topk, self._columns, rows, vector),
+            (*self._maths, self._problem.topk, self._columns, self._bins, rows, vector),
             THREADS,
             _kinds(ids, weights),
         )

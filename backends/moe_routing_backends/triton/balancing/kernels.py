@@ -1,10 +1,10 @@
 """The kernels of ``balance``: sums over tokens of their scores, and the gradient of the logits.
 
 Tile: ``[ROWS, N]`` logits, whole rows in registers. A program takes every ``chunks``-th tile of one
-batch. It reads a row once, divides its scores by their sum, and adds them up as it goes; ids are
-compared with the column that a thread has, so no table of counts is shared. Each program leaves one
-partial sum and the host adds those in one order: no atomics, the same bits in every run. The way
-back reads the row again, and writes its gradient once.
+batch. It reads a row once, divides its scores by their sum, and adds them up as it goes. Ids are
+counted after that, ``SLOTS`` at a time: to compare each with every column took longer than the
+scores. Each program leaves one partial sum and the host adds those in one order, so that the same
+bits come of every run. The way back reads the row again, and writes its gradient once.
 
 A token that does not count is selected away, never multiplied: it may hold NaN. Where the best are
 counted, weights are factors.
@@ -20,12 +20,16 @@ import triton.language as tl
 from moe_routing_backends.triton.device.pdl import grid_dependency_wait
 from moe_routing_backends.triton.device.rounding import nearest
 from moe_routing_backends.triton.device.scores import exp, log_slope, sigmoid, sqrtsoftplus
+from moe_routing_backends.triton.planning.kernels import HISTOGRAM_MASKS
 
 NOT_SPECIALIZED = (
     "logits", "ids", "weights", "sums", "counts", "grad", "grad_logits", "tokens", "chunks",
     "batch_stride", "stride",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel: all of them."""
+MASKS = tl.constexpr(HISTOGRAM_MASKS)
+SLOTS = tl.constexpr(1024)
+"""Ids that are counted at a time: at least one for each thread."""
 
 
 @triton.jit
@@ -113,18 +117,42 @@ def best_of(shares, weight, K: tl.constexpr):
     return found
 
 
+@triton.jit
+def counted_ids(
+    ids, weights, batch, tile, tokens, chunks, E: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr
+):
+    """Count this program's part of a batch's ids, in ``BINS`` bins of which the first E matter."""
+    found = tl.zeros([BINS], tl.int32)
+    slots = tokens * K
+    for first in range(tl.cast(tile, tl.int64) * SLOTS, slots, chunks * SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        inside = slot < slots
+        if weights is not None:
+            inside = inside & (
+                tl.load(weights + (batch * tokens + slot // K), mask=inside, other=0) != 0
+            )
+        its = tl.load(ids + (batch * slots + slot), mask=inside, other=-1)
+        # In the ids' own width: what is past E may not be past it in 32 bits.
+        there = (its >= 0) & (its < E)
+        if MASKS:
+            found += tl.histogram(tl.where(there, its, 0).to(tl.int32), BINS, mask=there)
+        else:
+            found += tl.histogram(tl.where(there, its, E).to(tl.int32), BINS)
+    return found
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_balance(
     logits, ids, weights, sums, counts, tokens: tl.int64, chunks: tl.int32, batch_stride: tl.int64,
     stride: tl.int64, SCORE: tl.constexpr, BEST: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-    N: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Leave this program's part of ``sums`` and ``counts [B, chunks, E]``."""
     batch, tile = place_of(chunks)
     column = tl.arange(0, N)
     grid_dependency_wait(PDL)
     total = tl.zeros([ROWS, 1 if SCORE == "logsumexp" else N], tl.float32)
-    hits = tl.zeros([ROWS, N], tl.float32 if BEST else tl.int32)
+    hits = tl.zeros([ROWS, N], tl.float32)
     for first in range(tile * ROWS, tokens, chunks * ROWS):
         row = first + tl.arange(0, ROWS)
         x, weight = load_rows(logits, weights, batch, row, tokens, batch_stride, stride, E, N, VEC)
@@ -142,18 +170,17 @@ def moe_routing_balance(
                 total += tl.where(inside, shares * weight[:, None], 0.0)
             else:
                 total += tl.where(counted[:, None], shares, 0.0)
-                slot = ids + (batch * tokens + row) * K
-                for k in range(K):
-                    id_k = tl.load(slot + k, mask=counted, other=-1)
-                    # In the ids' own width: what is past E may not be past it in 32 bits.
-                    id_k = tl.where((id_k >= 0) & (id_k < E), id_k, -1).to(tl.int32)
-                    hits += (id_k[:, None] == column[None, :]).to(tl.int32)
     program = tl.program_id(0).to(tl.int64)
     if SCORE == "logsumexp":
         tl.store(sums + program, tl.sum(tl.reshape(total, [ROWS]), axis=0))
     else:
         tl.store(sums + (program * E + column), tl.sum(total, axis=0), mask=column < E)
-        tl.store(counts + (program * E + column), tl.sum(hits, axis=0), mask=column < E)
+        if BEST:
+            tl.store(counts + (program * E + column), tl.sum(hits, axis=0), mask=column < E)
+        else:
+            found = counted_ids(ids, weights, batch, tile, tokens, chunks, E, K, BINS)
+            expert = tl.arange(0, BINS)
+            tl.store(counts + (program * E + expert), found, mask=expert < E)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

@@ -26,14 +26,6 @@ def is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def count_slots(counts, picked, mask):
-    """Add 1 to the count of each expert ``picked`` where ``mask``."""
-    one = tl.full(picked.shape, 1, counts.dtype.element_ty)
-    # Sums of integers are the same in whatever order they are added.
-    tl.atomic_add(counts + picked, one, mask=mask, sem="relaxed")
-
-
-@triton.jit
 def physical_ids(picked, row, mask, expert_map, replica_count, most_replicas):
     """Return the physical ids of logical experts, 0 where not ``mask``.
 
@@ -43,29 +35,70 @@ def physical_ids(picked, row, mask, expert_map, replica_count, most_replicas):
     if replica_count is not None:
         count = tl.load(replica_count + picked, mask=mask, other=1)
         # Clamped before it is narrowed: nothing is read outside the table.
-        count = tl.minimum(tl.maximum(count, 1), most_replicas).to(tl.int32)
-        picked = picked.to(tl.int64) * most_replicas + row % count
+        count = tl.minimum(tl.maximum(count, 1), most_replicas).to(tl.uint32)
+        # The remainder of unsigned numbers takes half the instructions.
+        turn = (row.to(tl.uint32) % count).to(tl.int32)
+        picked = picked.to(tl.int64) * most_replicas + turn
     return tl.load(expert_map + picked, mask=mask, other=0)
 
 
 @triton.jit
+def numbered(picked, column, SPEC: tl.constexpr):
+    """Return the logical ids of all columns: those of shared experts follow the selected ones."""
+    E: tl.constexpr = SPEC.value.num_experts
+    K: tl.constexpr = SPEC.value.topk
+    return tl.where(column < K, picked, E + column - K) if SPEC.value.shared_experts else picked
+
+
+@triton.jit
+def count_and_rename(
+    picked, row, T, valid, num_valid_tokens, expert_map, counts, replica_count, most_replicas,
+    SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, has_expert=None,
+):  # fmt: skip
+    """Count the slots of logical ids ``picked [ROWS, N]``, and return the ids to be stored.
+
+    Kernels do this as soon as they know the experts, ahead of the weights: memory takes about as
+    long to add, or to look up two entries in turn, as a program takes to compute those.
+
+    :param has_expert: as for ``store_outputs``.
+    """
+    K: tl.constexpr = SPEC.value.topk
+    SHARED: tl.constexpr = SPEC.value.shared_experts
+    COUNTED: tl.constexpr = SPEC.value.counted_columns
+    column = tl.arange(0, picked.shape[1])[None, :]
+    written = (row < T)[:, None] & (column < K + SHARED)
+    picked = numbered(picked, column, SPEC)
+    if counts is not None:
+        is_counted = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
+        if has_expert is not None:
+            is_counted = is_counted & has_expert
+        one = tl.full(picked.shape, 1, counts.dtype.element_ty)
+        # Sums of integers are the same in whatever order they are added.
+        its = written & is_counted & (column < COUNTED)
+        tl.atomic_add(counts + picked, one, mask=its, sem="relaxed")
+    if expert_map is not None:
+        picked = physical_ids(
+            picked, row[:, None], written, expert_map, replica_count, most_replicas
+        )
+    return picked
+
+
+@triton.jit
 def store_outputs(
-    weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
-    counts, replica_count, most_replicas, SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    has_expert=None, renamed=None,
+    weights, ids, w, picked, named, row, T, valid, num_valid_tokens, per_expert_scale,
+    SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, has_expert=None,
 ):  # fmt: skip
     """Apply the epilogue to ``w`` and logical ids ``picked``, and store them.
 
-    Both are ``[ROWS, N]``, of which K columns count. ``has_expert``, ``[ROWS, N]`` or ``[ROWS,
-    1]``: slots that a table or a record gives an expert to; the others are blank. ``renamed``: the
-    physical ids, if they are known.
+    Both are ``[ROWS, N]``, of which K columns count. ``named``: what ``count_and_rename`` returned,
+    if anything is to be counted or renamed. ``has_expert``, ``[ROWS, N]`` or ``[ROWS, 1]``: slots
+    that a table or a record gives an expert to; the others are blank.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     SHARED: tl.constexpr = SPEC.value.shared_experts
     SHARED_WEIGHT: tl.constexpr = SPEC.value.shared_weight
     ZERO_EXPERTS: tl.constexpr = SPEC.value.zero_experts
-    COUNTED: tl.constexpr = SPEC.value.counted_columns
     column = tl.arange(0, w.shape[1])[None, :]
     routed = column < K
     written = (row < T)[:, None] & (column < K + SHARED)
@@ -74,20 +107,11 @@ def store_outputs(
     if ZERO_EXPERTS:
         w = tl.where(picked >= E - ZERO_EXPERTS, 0.0, w)
     if SHARED:
-        picked = tl.where(routed, picked, E + column - K)
         w = tl.where(routed, w, SHARED_WEIGHT)
-    logical = picked
-    if renamed is not None:
-        picked = renamed
-    elif expert_map is not None:
-        picked = physical_ids(
-            picked, row[:, None], written, expert_map, replica_count, most_replicas
-        )
+    picked = numbered(picked, column, SPEC) if named is None else named
     is_valid = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
     if has_expert is not None:
         is_valid = is_valid & has_expert
-    if counts is not None:
-        count_slots(counts, logical, written & is_valid & (column < COUNTED))
     out = row.to(tl.int64)[:, None] * (K + SHARED) + column
     tl.store(weights + out, tl.where(is_valid, w, 0.0), mask=written)
     tl.store(ids + out, tl.where(is_valid, picked, -1).to(ids.dtype.element_ty), mask=written)

@@ -18,13 +18,12 @@ import triton.language as tl
 
 from moe_routing_backends.triton.device.epilogue import physical_ids
 from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
-from moe_routing_backends.triton.kernels.spec import next_power_of_two
-from moe_routing_backends.triton.planning.kernels import HISTOGRAM_MASKS, NARROWEST, WIDEST_LOOK_UP
+from moe_routing_backends.triton.planning.kernels import HISTOGRAM_MASKS, bins
 
 if TYPE_CHECKING:
     from moe_routing_registry import RoutingProblem
 
-SLOTS_APART = 4096
+SLOTS_APART = 16_384
 """Slots of a call above which this kernel counts, and not the one that routes."""
 BLOCK = 4096
 NUM_WARPS = 16
@@ -74,11 +73,9 @@ def moe_routing_counts(
 
 
 def constants(problem: RoutingProblem) -> dict[str, Any]:
-    """Return the constants that do not depend on a call; without masks one bin is for padding."""
+    """Return the constants that do not depend on a call."""
     experts = problem.num_experts + problem.spec.shared_experts
-    narrowest = NARROWEST if HISTOGRAM_MASKS else WIDEST_LOOK_UP
-    width = max(narrowest, next_power_of_two(experts if HISTOGRAM_MASKS else experts + 1))
-    return {"WIDTH": width, "BLOCK": BLOCK}
+    return {"WIDTH": bins(experts), "BLOCK": BLOCK}
 
 
 def programs(slots: int) -> int:

@@ -72,14 +72,22 @@ class PlanSpec:
         return self
 
 
+def bins(experts: int) -> int:
+    """Return the length of a histogram of experts.
+
+    Where it takes no mask, one bin more is for what is not counted.
+    """
+    if HISTOGRAM_MASKS:
+        return max(NARROWEST, next_power_of_two(experts))
+    return max(WIDEST_LOOK_UP, next_power_of_two(experts + 1))
+
+
 def plan_spec(problem: PlanProblem) -> PlanSpec:
     """Return the constant for a problem."""
-    experts, drops = problem.num_experts, problem.drop == "last"
-    width = next_power_of_two(experts if HISTOGRAM_MASKS else experts + 1)
-    width = max(NARROWEST if HISTOGRAM_MASKS else WIDEST_LOOK_UP, width)
+    drops = problem.drop == "last"
     return PlanSpec(
         num_experts=problem.num_experts,
-        width=width,
+        width=bins(problem.num_experts),
         topk=problem.topk,
         block=problem.block if problem.layout == "blocks" else 0,
         chunk=min(WIDEST_CHUNK, next_power_of_two(problem.block)),
