@@ -306,14 +306,16 @@ class Symmetric:
         memory, pitch = self._rows(name, layout, rows)
         units, places = Units.of(rows, pitch), layout.places
         tokens, topk = to.shape
+        few = tokens * self.ranks * units.parts < PROGRAMS
+        split = topk if few and not self.sums else 1
         self._launch(
-            moe_routing_send, units, tokens * self.ranks,
+            moe_routing_send, units, tokens * self.ranks * split,
             to, to if weights is None else weights, state.plan.inverse, state.plan.order,
             state.plan.num_dropped, state.ranks,
             to if kept is None else kept,
             self._state, self._said, self._signals.addresses, layout.told.addresses,
             memory.addresses,
-            tokens, topk, units.columns, units.stride, *to.stride(),
+            tokens, topk, split, units.columns, units.stride, *to.stride(),
             *((0, 0) if weights is None else weights.stride()), units.of_bytes(pitch),
             self._rank, self.ranks * per_rank, per_rank, places,
             WEIGHT * layout.arriving * layout.slots, 0 if kept is None else len(kept), self._limit,

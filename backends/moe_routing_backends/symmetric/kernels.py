@@ -67,10 +67,12 @@ NOT_SPECIALIZED = (
     "rows", "ids", "weights", "inverse", "order", "dropped", "ranks", "kept", "offsets", "tokens",
     "topk", "words", "stride", "ids_stride", "ids_step", "weights_stride", "weights_step", "pitch",
     "me", "experts", "per_rank", "most", "weights_at", "numbers", "limit", "slots", "group",
-    "columns",
+    "columns", "split",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel: ranks that compile
 one in the middle of a run let the others wait."""
+BITS = tl.constexpr(64)
+"""Slots of which one number says whose they are."""
 LINGER = tl.constexpr(20_000_000)
 """Nanoseconds for the host to see who is late, before the kernel is stopped."""
 
@@ -244,7 +246,7 @@ def _nearest(value, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_send(
     rows, ids, weights, inverse, order, dropped, ranks, kept, state, said, signals, told, memory,
-    tokens, topk, words, stride, ids_stride, ids_step, weights_stride, weights_step, pitch,
+    tokens, topk, split, words, stride, ids_stride, ids_step, weights_stride, weights_step, pitch,
     me, experts, per_rank, most, weights_at, numbers, limit,
     RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
     PLACED: tl.constexpr, BY_PLACE: tl.constexpr, TELLS: tl.constexpr, WEIGHS: tl.constexpr,
@@ -261,6 +263,8 @@ def moe_routing_send(
     :param rows: of the tokens; ``BY_PLACE`` those of what comes back.
     :param ids: ``[T, K]``. An expert is on rank ``expert // per_rank``; one that is not in ``[0,
         experts)`` is on none.
+    :param split: without ``SUMS``, programs that share the slots of a token: more than one where
+        there are few tokens.
     :param inverse: filled where ``TELLS``: the place, in what comes back, of each slot's row, or
         with ``SUMS`` of each rank's; -1 if none comes. ``PLACED``: read.
     :param order: ``PLACED``: the slot, or with ``SUMS`` the token's rank, at each place; a number
@@ -280,15 +284,18 @@ def moe_routing_send(
     parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
     element = rows.dtype.element_ty
     slots = tl.arange(0, SLOTS)
-    first, last_item, step = share(RANKS * tokens * parts, RANKS, max(RANKS, 3))
+    first, last_item, step = share(RANKS * tokens * split * parts, RANKS, max(RANKS, 3))
     for item in range(first, last_item, step):
         part = item % parts
-        token = (item // parts) % tokens
-        rank = (me + 1 + item // parts // tokens) % RANKS
+        piece = (item // parts) % split
+        token = (item // parts // split) % tokens
+        rank = (me + 1 + item // parts // split // tokens) % RANKS
         experts_at = ids + token.to(tl.int64) * ids_stride
         expert = tl.load(experts_at + slots * ids_step, mask=slots < topk, other=-1)
-        known = (expert >= 0) & (expert < experts)
-        goes = tl.max((known & ((expert // per_rank).to(tl.int32) == rank)).to(tl.int32)) > 0
+        its = (expert >= 0) & (expert < experts) & ((expert // per_rank).to(tl.int32) == rank)
+        goes = tl.max((its & (slots % split == piece)).to(tl.int32)) > 0
+        # A bit for each slot: to load and divide its expert again takes longer than a short row.
+        bits = tl.sum(its.to(tl.int64) << slots.to(tl.int64))
         target = address(memory, rank, element)
         inside = _inside(words, part, VEC, WIDTH)
         if SUMS:
@@ -309,9 +316,13 @@ def moe_routing_send(
         elif goes:
             if not BY_PLACE:  # read once, whatever the number of experts there
                 values = tl.load(_vectors(rows, token, stride, part, VEC, WIDTH), mask=inside)
-            for slot in range(topk):
-                its = tl.load(experts_at + slot * ids_step)
-                if (its >= 0) & (its < experts) & ((its // per_rank).to(tl.int32) == rank):
+            for slot in range(piece, topk, split):
+                is_there = (bits >> slot) & 1 != 0
+                if SLOTS > BITS:
+                    another = tl.load(experts_at + slot * ids_step)
+                    is_there = (another >= 0) & (another < experts)
+                    is_there = is_there & ((another // per_rank).to(tl.int32) == rank)
+                if is_there:
                     row = token * topk + slot  # of what comes back
                     at_rank = row
                     if PLACED:
@@ -328,7 +339,8 @@ def moe_routing_send(
         pairs = tokens * topk
         places = most * topk if SUMS else most
         chunks = tl.cdiv(places, CHUNK)
-        for item in range(program, RANKS * chunks, programs):
+        # From the middle on: with few rows the first programs have those.
+        for item in range((program + programs // 2) % programs, RANKS * chunks, programs):
             rank = item // chunks
             number = (item % chunks) * CHUNK + tl.arange(0, CHUNK)
             pair = number
