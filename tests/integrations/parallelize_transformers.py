@@ -126,7 +126,9 @@ def training(one, model, given, mine, case):
             if other.grad is not None:
                 gradients[name] = apart(parameter.grad, other.grad)
         for each in (one, model):
-            torch.optim.SGD([p for p in each.parameters() if p.grad is not None], 0.1).step()
+            trained = [p for p in each.parameters() if p.grad is not None]
+            # On GPUs the default takes all at once, which fails where only some are DTensors.
+            torch.optim.SGD(trained, 0.1, foreach=False).step()
     return {"losses": losses, "gradients": gradients}
 
 
