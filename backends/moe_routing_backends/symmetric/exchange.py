@@ -306,8 +306,8 @@ class Symmetric:
         memory, pitch = self._rows(name, layout, rows)
         units, places = Units.of(rows, pitch), layout.places
         tokens, topk = to.shape
-        few = tokens * self.ranks * units.parts < PROGRAMS
-        split = topk if few and not self.sums else 1
+        free = PROGRAMS // max(1, tokens * self.ranks * units.parts)
+        split = 1 if self.sums else max(1, min(topk, free))
         self._launch(
             moe_routing_send, units, tokens * self.ranks * split,
             to, to if weights is None else weights, state.plan.inverse, state.plan.order,
