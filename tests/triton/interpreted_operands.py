@@ -2,8 +2,8 @@
 
 A process of its own. The arguments: what runs, a check of the kit, of whose cases only the sizes
 are smaller, or ``gate``, which is compared with ``eager``; a seed; and ``slots=``, the number above
-which a second kernel counts, ``rows=``, the rows of a program that weighs a record, or
-``layout=``, that of the logits.
+which a second kernel counts, ``rows=``, the rows of a program that weighs a record, ``layout=``,
+that of the logits, or ``experts=``, how many there are.
 """
 
 import json
@@ -26,20 +26,20 @@ from moe_routing_backends.triton.runtime import router  # noqa: E402 -- likewise
 TOKENS, EXPERTS, CASES = 7, 32, 17
 
 
-def small(case, layout):
-    """Return the case with fewer tokens and experts, whose logits lie so."""
+def small(case, layout, experts):
+    """Return the case with fewer tokens, so many experts or fewer, and logits that lie so."""
     return case.but(
         layout=layout or case.layout,
         num_tokens=min(case.num_tokens, TOKENS),
-        num_experts=case.num_experts if case.num_experts <= EXPERTS * 2 else EXPERTS,
+        num_experts=experts or (EXPERTS if case.num_experts > EXPERTS * 2 else case.num_experts),
     )
 
 
-def checked(name, layout):
+def checked(name, layout, experts):
     """Run a check of the kit on small cases."""
     under_test = backend_under_test("triton", "cpu")
     (check,) = (check for check in contract_of("route").checks if check.name == name)
-    cases = dict.fromkeys(small(case, layout) for case in check.cases("smoke"))
+    cases = dict.fromkeys(small(case, layout, experts) for case in check.cases("smoke"))
     cases = sorted(
         cases, key=lambda case: not case.spec.shared_experts
     )  # those that have any first
@@ -78,4 +78,5 @@ if __name__ == "__main__":
     if "rows" in given:
         weigh.ROWS = ((math.inf, int(given["rows"])),)
     name, layout = sys.argv[1], given.get("layout")
-    json.dump(gated() if name == "gate" else checked(name, layout), sys.stdout)
+    experts = int(given.get("experts", 0))
+    json.dump(gated() if name == "gate" else checked(name, layout, experts), sys.stdout)

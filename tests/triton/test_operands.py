@@ -88,6 +88,17 @@ def test_a_program_weighs_many_rows_wherever_they_lie(check, layout):
 
 
 @pytest.mark.slow
+def test_a_record_gives_the_bits_of_calls_whose_groups_are_no_power_of_two():
+    """Kernels pad such groups, and sum a row in the places that come of it."""
+    check = "a_record_gives_the_bits_of_the_call_that_made_it"
+    seed = str(random.getrandbits(32))
+    found = process("interpreted_operands.py", check, seed, "experts=72", TRITON_INTERPRET="1")
+    assert not {case: said for case, said in found.items() if said[0] == "failed"}
+    grouped = [case for case in found if case.startswith("grouped_softmax-E72")]
+    assert found[grouped[0]][0] == "passed"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_that_read_them_compile_without_spills(target):
     found = process("ahead_of_time_operands.py", target)

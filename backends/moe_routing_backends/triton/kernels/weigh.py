@@ -29,7 +29,7 @@ from moe_routing_backends.triton.device.scores import (
     tree_sum,
 )
 from moe_routing_backends.triton.kernels import cooperative
-from moe_routing_backends.triton.kernels.cooperative import from_record, route_by_rounds
+from moe_routing_backends.triton.kernels.cooperative import experts_of, from_record, route_by_rounds
 from moe_routing_backends.triton.kernels.spec import (
     NOT_SPECIALIZED,
     Launch,
@@ -59,7 +59,6 @@ def moe_routing_weigh(
     UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Weigh the experts of ``BLOCK_T`` rows, which ``expert_table [T, K]`` has recorded."""
-    E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
     SCORE: tl.constexpr = SPEC.value.score
     SCALE: tl.constexpr = SPEC.value.scale
@@ -93,8 +92,9 @@ def moe_routing_weigh(
     highest = tl.zeros([BLOCK_T], tl.float32)
     total = highest
     if SCORE == "softmax" and not SUMS_TO_ONE:
-        expert = tl.arange(0, triton.next_power_of_2(E))
-        exists = (expert < E)[None, :]
+        # In the places in which the other kernels sum: groups may be padded.
+        _, expert, there = experts_of(GROUPS, SIZE, SPEC)
+        exists = there[None, :]
         raw = tl.load(
             first[:, None] + expert[None, :] * step, mask=in_batch[:, None] & exists, other=0.0
         )
@@ -127,7 +127,9 @@ def launches(problem: RoutingProblem) -> list[tuple[float, Launch]]:
     """Return the launches by rising number of tokens; the last has no end."""
     most = MOST_ROWS
     if problem.spec.score == "softmax" and not kernel_spec(problem).sums_to_one:
-        most = max(1, min(most, MOST_ELEMENTS // next_power_of_two(problem.num_experts)))
+        groups, size = next_power_of_two(problem.spec.num_groups), problem.num_experts
+        size = groups * next_power_of_two(size // problem.spec.num_groups)
+        most = max(1, min(most, MOST_ELEMENTS // size))
     return [(tokens, Launch("weigh", min(rows, most), 1, 1)) for tokens, rows in ROWS]
 
 
