@@ -280,8 +280,8 @@ def test_a_backend_in_the_environment_that_cannot_be_used_is_exit_code_1(cli, mo
     code, out, _ = cli("doctor --device meta")
     assert code == 1
     assert (
-        "backend 'picky' cannot be used here: it is for cpu, the device is meta [platform]"
-        in flat(out)
+        "backend 'picky', asked for by MOE_ROUTING_BACKEND=picky, cannot be used here: "
+        "is for cpu, the device is meta [platform]" in flat(out)
     )
 
 

@@ -272,7 +272,7 @@ def _judged(error: BaseException) -> tuple[str, int]:
         return str(error), 1
     if isinstance(error, BackendUnavailableError):
         refused = error.report.rejection(error.report.requested or "")
-        why = f": it {refused.verdict.reason}" if refused else ""
+        why = f": {refused.verdict.reason}" if refused else ""
         return f"{str(error).partition(chr(10))[0]}{why}; `moe-routing explain` says more", 1
     return _unforeseen(error), 1
 

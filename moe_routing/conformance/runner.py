@@ -197,7 +197,7 @@ class NotUsableError(Exception):
         verdict = rejection.verdict
         fix = f"; {verdict.fix}" if verdict.fix else ""
         super().__init__(
-            f"{under_test.backend} was not checked on {under_test.device}: it {verdict.reason}{fix}"
+            f"{under_test.backend} was not checked on {under_test.device}: {verdict.reason}{fix}"
         )
 
 

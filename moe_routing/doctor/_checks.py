@@ -280,7 +280,7 @@ def _choice(case: Case, name: str, report: ResolutionReport, *, asked: bool) -> 
     if report.winner is None:
         refused = report.rejection(report.requested) if report.requested else None
         summary = f"{name}: {report.why}" + (
-            f": it {refused.verdict.reason} [{_code(refused.verdict.code)}]" if refused else ""
+            f": {refused.verdict.reason} [{_code(refused.verdict.code)}]" if refused else ""
         )
         fix = refused.verdict.fix if refused else ""
         return Check(

@@ -102,10 +102,14 @@ class ResolutionReport:
         if self.error:
             return self.error
         if self.winner is None and self.requested is not None:
-            return f"backend {self.requested!r} cannot be used here"
+            asked = "" if self.asked_by == "argument" else f", {self._asked(self.requested)},"
+            return f"backend {self.requested!r}{asked} cannot be used here"
         if self.winner is None:
             return "no backend fits"
-        return _ASKED[self.asked_by].format(name=self.winner)
+        return self._asked(self.winner)
+
+    def _asked(self, name: str) -> str:
+        return _ASKED[self.asked_by].format(name=name)
 
     def without(self, rejection: Rejection) -> ResolutionReport:
         """Return the report after the winner could not be built.

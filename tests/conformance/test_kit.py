@@ -294,7 +294,7 @@ def test_a_verdict_says_what_was_checked_what_was_declined_and_what_was_not_run(
 
 def test_a_backend_that_is_not_for_the_device_is_not_checked():
     with pytest.raises(
-        NotUsableError, match="triton-xpu was not checked on cpu: it is for xpu, the device is cpu"
+        NotUsableError, match="triton-xpu was not checked on cpu: is for xpu, the device is cpu"
     ):
         run("triton-xpu")
 
