@@ -43,7 +43,7 @@ def physical_ids(picked, row, mask, expert_map, replica_count, most_replicas):
 
 
 @triton.jit
-def numbered(picked, column, SPEC: tl.constexpr):
+def logical_ids(picked, column, SPEC: tl.constexpr):
     """Return the logical ids of all columns: those of shared experts follow the selected ones."""
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -51,48 +51,38 @@ def numbered(picked, column, SPEC: tl.constexpr):
 
 
 @triton.jit
-def count_and_rename(
-    picked, row, T, valid, num_valid_tokens, expert_map, counts, replica_count, most_replicas,
-    SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, has_expert=None,
+def count_slots(
+    counts, picked, row, T, valid, num_valid_tokens, SPEC: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, has_expert=None,
 ):  # fmt: skip
-    """Count the slots of logical ids ``picked [ROWS, N]``, and return the ids to be stored.
+    """Add the slots of selected experts ``picked [ROWS, N]`` to the counts.
 
-    Kernels do this as soon as they know the experts, ahead of the weights: memory takes about as
-    long to add, or to look up two entries in turn, as a program takes to compute those.
+    Kernels do this as soon as they know the experts, ahead of the weights: memory adds meanwhile.
 
     :param has_expert: as for ``store_outputs``.
     """
-    K: tl.constexpr = SPEC.value.topk
-    SHARED: tl.constexpr = SPEC.value.shared_experts
-    COUNTED: tl.constexpr = SPEC.value.counted_columns
     column = tl.arange(0, picked.shape[1])[None, :]
-    written = (row < T)[:, None] & (column < K + SHARED)
-    picked = numbered(picked, column, SPEC)
-    if counts is not None:
-        is_counted = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
-        if has_expert is not None:
-            is_counted = is_counted & has_expert
-        one = tl.full(picked.shape, 1, counts.dtype.element_ty)
-        # Sums of integers are the same in whatever order they are added.
-        its = written & is_counted & (column < COUNTED)
-        tl.atomic_add(counts + picked, one, mask=its, sem="relaxed")
-    if expert_map is not None:
-        picked = physical_ids(
-            picked, row[:, None], written, expert_map, replica_count, most_replicas
-        )
-    return picked
+    counted = (row < T)[:, None] & (column < SPEC.value.counted_columns)
+    counted = counted & is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
+    if has_expert is not None:
+        counted = counted & has_expert
+    one = tl.full(picked.shape, 1, counts.dtype.element_ty)
+    # Sums of integers are the same in whatever order they are added.
+    at = counts + logical_ids(picked, column, SPEC)
+    tl.atomic_add(at, one, mask=counted, sem="relaxed")
 
 
 @triton.jit
 def store_outputs(
-    weights, ids, w, picked, named, row, T, valid, num_valid_tokens, per_expert_scale,
-    SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, has_expert=None,
+    weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
+    replica_count, most_replicas, SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
+    has_expert=None, renamed=None,
 ):  # fmt: skip
     """Apply the epilogue to ``w`` and logical ids ``picked``, and store them.
 
-    Both are ``[ROWS, N]``, of which K columns count. ``named``: what ``count_and_rename`` returned,
-    if anything is to be counted or renamed. ``has_expert``, ``[ROWS, N]`` or ``[ROWS, 1]``: slots
-    that a table or a record gives an expert to; the others are blank.
+    Both are ``[ROWS, N]``, of which K columns count. ``has_expert``, ``[ROWS, N]`` or ``[ROWS,
+    1]``: slots that a table or a record gives an expert to; the others are blank. ``renamed``: the
+    physical ids, if they are known.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -108,7 +98,13 @@ def store_outputs(
         w = tl.where(picked >= E - ZERO_EXPERTS, 0.0, w)
     if SHARED:
         w = tl.where(routed, w, SHARED_WEIGHT)
-    picked = numbered(picked, column, SPEC) if named is None else named
+    picked = logical_ids(picked, column, SPEC)
+    if renamed is not None:
+        picked = renamed
+    elif expert_map is not None:
+        picked = physical_ids(
+            picked, row[:, None], written, expert_map, replica_count, most_replicas
+        )
     is_valid = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
     if has_expert is not None:
         is_valid = is_valid & has_expert

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from moe_routing_backends.triton.device.chunks import split8
-from moe_routing_backends.triton.device.epilogue import count_and_rename, store_outputs
+from moe_routing_backends.triton.device.epilogue import count_slots, store_outputs
 from moe_routing_backends.triton.device.keys import (
     FLOAT32_MAX,
     clean,
@@ -388,17 +388,15 @@ def moe_routing_block(
         if WIDTH > 8 and K > 7:
             unsure |= neighbours_alike(after, K - 8, MASK) | alike(best[7], after[0], MASK)
     its_row = row if EXACT16 else tl.where(unsure != 0, T, row)
-    named = None
-    if counts is not None or expert_map is not None:
-        named = count_and_rename(
-            picked, its_row, T, valid, num_valid_tokens, expert_map, counts, replica_count,
-            most_replicas, SPEC, VALID_ON_DEVICE,
+    if counts is not None:
+        count_slots(
+            counts, picked, its_row, T, valid, num_valid_tokens, SPEC, VALID_ON_DEVICE,
         )  # fmt: skip
     x = activate(x, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights, ids, w, picked, named, its_row, T, valid, num_valid_tokens, per_expert_scale, SPEC,
-        VALID_ON_DEVICE,
+        weights, ids, w, picked, its_row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
+        replica_count, most_replicas, SPEC, VALID_ON_DEVICE,
     )  # fmt: skip
     if not EXACT16 and tl.max(unsure, axis=0) != 0:
         for i in range(BLOCK_T):

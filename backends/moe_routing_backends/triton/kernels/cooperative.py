@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from moe_routing_backends.triton.device.epilogue import count_and_rename, store_outputs
+from moe_routing_backends.triton.device.epilogue import count_slots, physical_ids, store_outputs
 from moe_routing_backends.triton.device.keys import (
     FLOAT32_MAX,
     clean,
@@ -255,6 +255,7 @@ def route_by_rounds(
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
+    SHARED: tl.constexpr = SPEC.value.shared_experts
     SELECTION: tl.constexpr = SPEC.value.selection
     NUM_GROUPS: tl.constexpr = SPEC.value.num_groups
     PER_GROUP: tl.constexpr = SPEC.value.topk_per_group
@@ -283,6 +284,12 @@ def route_by_rounds(
     )
     if GATHER and per_expert_scale is not None:
         scales = tl.load(per_expert_scale + expert, mask=exists, other=0.0).to(tl.float32)
+    # Likewise the replica of every expert, which takes two loads, one after the other.
+    RENAMES: tl.constexpr = (BLOCK_T == 1 and MASK < GATHERED_UP_TO) and (
+        NUM_GROUPS == 1 and SHARED == 0
+    )
+    if RENAMES and replica_count is not None:
+        physical = physical_ids(expert, row, exists, expert_map, replica_count, most_replicas)
 
     step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
     if SELECTION != "token_table" or WHOLE_ROW:
@@ -344,11 +351,10 @@ def route_by_rounds(
             at = picked if NUM_GROUPS == 1 else picked // PER * SIZE + picked % PER
             of_picked = tl.gather(given, at, 1)
     HAS_EMPTY: tl.constexpr = REPLAYED or SELECTION == "token_table"
-    named = None
-    if counts is not None or expert_map is not None:
-        named = count_and_rename(
-            picked, row, T, valid, num_valid_tokens, expert_map, counts, replica_count,
-            most_replicas, SPEC, VALID_ON_DEVICE, has_expert if HAS_EMPTY else None,
+    if counts is not None:
+        count_slots(
+            counts, picked, row, T, valid, num_valid_tokens, SPEC, VALID_ON_DEVICE,
+            has_expert if HAS_EMPTY else None,
         )  # fmt: skip
     if WEIGHED_LATER:
         x = activate(clean(of_picked), SPEC)
@@ -359,10 +365,13 @@ def route_by_rounds(
     if GATHER and per_expert_scale is not None:
         # The scales are in registers already; a load would wait for the rounds.
         w *= tl.gather(scales[None, :], picked, 1)
+    renamed = None
+    if RENAMES and replica_count is not None:
+        renamed = tl.gather(physical[None, :], picked, 1)
     store_outputs(
-        weights, ids, w, picked, named, row, T, valid, num_valid_tokens,
-        None if GATHER else per_expert_scale, SPEC, VALID_ON_DEVICE,
-        has_expert if HAS_EMPTY else None,
+        weights, ids, w, picked, row, T, valid, num_valid_tokens,
+        None if GATHER else per_expert_scale, expert_map, replica_count, most_replicas, SPEC,
+        VALID_ON_DEVICE, has_expert if HAS_EMPTY else None, renamed,
     )  # fmt: skip
 
 

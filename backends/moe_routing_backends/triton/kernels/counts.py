@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 SLOTS_APART = 16_384
 """Slots of a call above which this kernel counts, and not the one that routes."""
-BLOCK = 4096
+BLOCK = 2048
 NUM_WARPS = 16
-MOST_PROGRAMS = 128
+MOST_PROGRAMS = 256
 NOT_SPECIALIZED = ("ids", "expert_map", "replica_count", "counts", "most_replicas", "T")
 MASKS = tl.constexpr(HISTOGRAM_MASKS)
 

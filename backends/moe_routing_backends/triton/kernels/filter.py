@@ -60,7 +60,7 @@ from moe_routing_backends.triton.device.chunks import (
     split8,
     sum_of_steps,
 )
-from moe_routing_backends.triton.device.epilogue import count_and_rename, store_outputs
+from moe_routing_backends.triton.device.epilogue import count_slots, store_outputs
 from moe_routing_backends.triton.device.keys import (
     FLOAT32_MAX,
     at_least,
@@ -625,11 +625,9 @@ def moe_routing_filter(
                     offset, GAP, MASK, SPEC,
                 )  # fmt: skip
                 picked, x = from_exact(exact, is_selected, first, SPEC)
-    named = None
-    if counts is not None or expert_map is not None:
-        named = count_and_rename(
-            picked, row, T, valid, num_valid_tokens, expert_map, counts, replica_count,
-            most_replicas, SPEC, VALID_ON_DEVICE,
+    if counts is not None:
+        count_slots(
+            counts, picked, row, T, valid, num_valid_tokens, SPEC, VALID_ON_DEVICE,
         )  # fmt: skip
     x = activate(x, SPEC)
     highest = tl.zeros([BLOCK_T], tl.float32)
@@ -643,8 +641,8 @@ def moe_routing_filter(
         total = sum_of_steps(first, highest, STEPS_2, E // 8, BLOCK_T, THREADS_PER_ROW, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights, ids, w, picked, named, row, T, valid, num_valid_tokens, per_expert_scale, SPEC,
-        VALID_ON_DEVICE,
+        weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
+        replica_count, most_replicas, SPEC, VALID_ON_DEVICE,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from moe_routing_backends.triton.device.chunks import (
     split8,
     sum_of_steps,
 )
-from moe_routing_backends.triton.device.epilogue import count_and_rename, store_outputs
+from moe_routing_backends.triton.device.epilogue import count_slots, store_outputs
 from moe_routing_backends.triton.device.keys import (
     FLOAT32_MAX,
     exact16_key,
@@ -250,19 +250,17 @@ def moe_routing_thread_per_row(
         )  # fmt: skip
         picked, x = from_exact(exact, is_selected, first, SPEC)
         x = activate(x, SPEC)
-    named = None
-    if counts is not None or expert_map is not None:
-        named = count_and_rename(
-            picked, row, T, valid, num_valid_tokens, expert_map, counts, replica_count,
-            most_replicas, SPEC, VALID_ON_DEVICE,
+    if counts is not None:
+        count_slots(
+            counts, picked, row, T, valid, num_valid_tokens, SPEC, VALID_ON_DEVICE,
         )  # fmt: skip
     if WHOLE_ROW and BEST_IS_SELECTED:
         highest = tl.max(tl.where(is_selected, x, -FLOAT32_MAX), axis=1)
         total = sum_of_steps(first, highest, POWER, CHUNKS, BLOCK_T, THREADS_PER_ROW, SPEC)
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights, ids, w, picked, named, row, T, valid, num_valid_tokens, per_expert_scale, SPEC,
-        VALID_ON_DEVICE,
+        weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
+        replica_count, most_replicas, SPEC, VALID_ON_DEVICE,
     )  # fmt: skip
 
 

@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from moe_routing_backends.triton.device.epilogue import (
-    count_and_rename,
-    is_no_padding,
-    store_outputs,
-)
+from moe_routing_backends.triton.device.epilogue import count_slots, is_no_padding, store_outputs
 from moe_routing_backends.triton.device.keys import FLOAT32_MAX, clean
 from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
 from moe_routing_backends.triton.device.scores import (
@@ -82,11 +78,9 @@ def moe_routing_weigh(
     is_token = in_batch & is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)
     is_usual = is_token & (has_record == 0)
     its_row = tl.where(is_usual, T, row)
-    named = None
-    if counts is not None or expert_map is not None:
-        named = count_and_rename(
-            picked, its_row, T, valid, num_valid_tokens, expert_map, counts, replica_count,
-            most_replicas, SPEC, VALID_ON_DEVICE, has_expert,
+    if counts is not None:
+        count_slots(
+            counts, picked, its_row, T, valid, num_valid_tokens, SPEC, VALID_ON_DEVICE, has_expert,
         )  # fmt: skip
     x = activate(clean(of_picked), SPEC)
     highest = tl.zeros([BLOCK_T], tl.float32)
@@ -103,8 +97,8 @@ def moe_routing_weigh(
         total = tree_sum(tl.where(exists, exp_of_many(every - highest[:, None]), 0.0))
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
-        weights, ids, w, picked, named, its_row, T, valid, num_valid_tokens, per_expert_scale, SPEC,
-        VALID_ON_DEVICE, has_expert,
+        weights, ids, w, picked, its_row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
+        replica_count, most_replicas, SPEC, VALID_ON_DEVICE, has_expert,
     )  # fmt: skip
     if tl.max(is_usual.to(tl.int32), axis=0) != 0:
         for i in range(BLOCK_T):
