@@ -306,17 +306,27 @@ OF_EXCHANGE = (
 """Rows of the table of exchanges: what it says, and the row and the way of the results."""
 
 
+def on_gpus(what: str) -> list[dict[str, Any]]:
+    """Return the newest result of each number of GPUs, the fewest first; of a day, the H200's."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob(f"h[12]00-x*{what}*.json")):
+        held = json.loads(path.read_text()) | {"file": path.name}
+        before = found.get(held["ranks"])
+        if before is None or held["date"][:10] >= before["date"][:10]:
+            found[held["ranks"]] = held
+    return [found[ranks] for ranks in sorted(found)]
+
+
 def of_exchange() -> Iterable[str]:
     """Yield what tokens take to other ranks and back."""
-    for path in sorted(RESULTS.glob("h100-x*-exchange.json")):
-        held = json.loads(path.read_text())
+    for held in on_gpus("exchange"):
         us = {
             (row["hidden_size"], row["name"], row["how"], row["tokens"]): row["microseconds"]
             for row in held["results"]
         }
         tokens = sorted({row["tokens"] for row in held["results"]})
         where = f"{held['ranks']} of {held['device']}, {held['with']}, {held['date']}"
-        yield f"{where} (`{path.name}`):"
+        yield f"{where} (`{held['file']}`):"
         yield ""
         yield f"| H | us there and back | | {' | '.join(f'T = {T:,}' for T in tokens)} |"
         yield "|---|---|---|" + "---:|" * len(tokens)
@@ -344,8 +354,7 @@ class OnRanks(NamedTuple):
 
 def on_ranks() -> Iterable[OnRanks]:
     """Yield what models with experts on several ranks take, the fewest ranks first."""
-    for path in sorted(RESULTS.glob("h100-x*-e2e-expert-parallel-*.json")):
-        held = json.loads(path.read_text()) | {"file": path.name}
+    for held in on_gpus("e2e-expert-parallel"):
         ms = {(row["name"], (row["stage"], row["batch"])): row for row in held["results"]}
         ways = list(dict.fromkeys(name for name, _ in ms))
         stages = [
