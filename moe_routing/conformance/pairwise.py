@@ -76,8 +76,19 @@ def _pairs(words: list[Any]) -> list[tuple[tuple[int, Any], ...]]:
 
 
 def pairwise() -> list[Case]:
-    """Return the pairwise sample of the built-in families."""
-    return [_case(words) for words in json.loads(_DATA.read_text(encoding="utf-8"))]
+    """Return the pairwise sample of the built-in families.
+
+    :raises RuntimeError: the file has no case of one of them: it was added since.
+    """
+    held = json.loads(_DATA.read_text(encoding="utf-8"))
+    absent = sorted({*BUILT_IN} - {words[0] for words in held})
+    if absent:
+        msg = (
+            f"{_DATA.name}: expected cases of every built-in family, found none of {absent[0]}; "
+            "write the file again: python -m moe_routing.conformance.pairwise"
+        )
+        raise RuntimeError(msg)
+    return [_case(words) for words in held]
 
 
 def everything() -> Iterator[Case]:

@@ -21,6 +21,12 @@ def test_the_pairwise_sample_is_what_allpairspy_gives():
     assert module._DATA.read_text(encoding="utf-8") == module.text(module.generate())
 
 
+def test_a_family_that_was_added_since_is_named_with_the_command(monkeypatch):
+    monkeypatch.setattr(module, "BUILT_IN", (*module.BUILT_IN, "another"))
+    with pytest.raises(RuntimeError, match=r"none of another; .*: python -m moe_routing\."):
+        pairwise()
+
+
 def test_every_pair_of_family_and_size_that_can_be_is_in_the_pairwise_sample():
     cases = pairwise()
     sizes = [
