@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_routing.formula import weights_backward
 from moe_routing.kernel import Operands, RoutingOutput
+from moe_routing.private_api import knows_its_signature
 
 if TYPE_CHECKING:
     from moe_routing.kernel import Prepared
@@ -73,6 +74,7 @@ def apply_map(ids: Tensor, expert_map: Tensor) -> Tensor:
     return torch.where(ids < 0, ids, expert_map[ids.clamp(min=0)].to(ids.dtype))
 
 
+@knows_its_signature
 class Routing(torch.autograd.Function):
     """``weights, ids = Routing.apply(rule, route, *operands)``.
 
@@ -171,6 +173,7 @@ class Routing(torch.autograd.Function):
         return _one_by_one(size, dims, operands, partial(Routing.apply, rule, route))
 
 
+@knows_its_signature
 class RoutingBackward(torch.autograd.Function):
     """The first derivative of ``Routing``, which has derivatives itself.
 

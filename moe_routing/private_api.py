@@ -8,7 +8,8 @@ Nothing here belongs to this package's interface. Every entry has a test in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch._C import _dispatch_keys as dispatch_keys
@@ -31,11 +32,14 @@ if TYPE_CHECKING:
     The arguments are the kernel's own before its constants.
     """
 
+FunctionT = TypeVar("FunctionT", bound=type)
+
 __all__ = [
     "TRACED", "backward_number", "carries_tangents", "compile_by_inductor", "count_modes",
     "current_device", "current_stream", "dispatch_keys", "empty", "has_tangent", "is_batched",
     "is_fake_mode", "is_functorch_wrapped_tensor", "is_in_backward",
-    "is_observed", "is_profiling", "is_zero_tensor", "launcher_of", "next_number",
+    "is_observed", "is_profiling", "is_zero_tensor", "knows_its_signature", "launcher_of",
+    "next_number",
     "privateuse1_name",
     "runs_hooks", "tensor_guard", "timeout_of", "unset_fake_temporarily", "why_not_direct",
 ]  # fmt: skip
@@ -115,6 +119,17 @@ def softmax_backward(upstream: Tensor, scores: Tensor) -> Tensor:
     :param scores: what the softmax returned.
     """
     return torch._softmax_backward_data(upstream, scores, -1, scores.dtype)  # noqa: SLF001 -- documented nowhere
+
+
+def knows_its_signature(function: FunctionT) -> FunctionT:
+    """Decorate a ``torch.autograd.Function`` that has a ``setup_context``, for faster calls.
+
+    PyTorch asks for the signature of ``forward`` in each call, and ``inspect`` works it out anew
+    unless the attribute is there.
+    """
+    forward: Any = function.forward  # type: ignore[attr-defined] # of its subclasses
+    forward.__signature__ = inspect.signature(forward)
+    return function
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:

@@ -296,3 +296,29 @@ def test_the_time_that_collectives_of_a_group_wait_is_the_one_it_was_made_with()
     finally:
         distributed.destroy_process_group()
     assert found == timedelta(seconds=77)
+
+
+def test_the_signature_of_a_function_of_autograd_is_asked_for_and_not_worked_out(monkeypatch):
+    @private_api.knows_its_signature
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(x, by=2.0):
+            return x * by
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):  # noqa: ARG004 -- torch's protocol
+            ctx.by = inputs[1]
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream * ctx.by, None
+
+    worked_out = []
+    real = inspect._signature_from_function
+    monkeypatch.setattr(
+        inspect, "_signature_from_function", lambda *a, **k: worked_out.append(a) or real(*a, **k)
+    )
+    x = torch.ones(2, requires_grad=True)
+    Doubled.apply(x).sum().backward()
+    assert x.grad.tolist() == [2.0, 2.0]
+    assert not worked_out

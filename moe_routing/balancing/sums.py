@@ -14,6 +14,7 @@ import torch
 from moe_routing._call_cache import is_plain
 from moe_routing.balancing.call import run, run_backward
 from moe_routing.formula.balance import summed, summed_backward, summed_forward
+from moe_routing.private_api import knows_its_signature
 from moe_routing_registry.request import preference
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ def _joined(group: list[Tensor]) -> Tensor:
     return group[0] if len(group) == 1 else torch.cat(group)
 
 
+def _apart(made: Tensor, group: list[Tensor]) -> Sequence[Tensor]:
+    """Return what was made of joined layers for each of them."""
+    return (made,) if len(group) == 1 else made.split([each.shape[0] for each in group])
+
+
 def _again(tensor: Tensor | None, times: int) -> Tensor | None:
     """Return what is the same for all layers, for each of them."""
     if tensor is None or times == 1:
@@ -87,6 +93,7 @@ def _again(tensor: Tensor | None, times: int) -> Tensor | None:
     return tensor.repeat(times, *(1,) * (tensor.dim() - 1))
 
 
+@knows_its_signature
 class _Sums(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -100,8 +107,7 @@ class _Sums(torch.autograd.Function):
         for group in _groups(logits):
             many = len(group)
             of_group = run(_joined(group), _again(ids, many), _again(weights, many), score, best)
-            sizes = [each.shape[0] for each in group]
-            made += zip(*(one.split(sizes) for one in of_group), strict=True)
+            made += zip(*(_apart(one, group) for one in of_group), strict=True)
         return _added(made)
 
     @staticmethod
@@ -131,10 +137,10 @@ class _Sums(torch.autograd.Function):
         for group in _groups(given):
             many = len(group)
             of_group = run_backward(
-                grad.repeat(many, 1), _joined(group), _again(weights, many), ctx.score, ctx.best,
+                grad if many == 1 else grad.repeat(many, 1), _joined(group), _again(weights, many), ctx.score, ctx.best,
                 topk=ctx.topk, preferred=ctx.preferred,
             )  # fmt: skip
-            made += of_group.split([each.shape[0] for each in group])
+            made += _apart(of_group, group)
         gradients = iter(made)
         return *(None,) * _FIRST, *(next(gradients) if its else None for its in needed)
 
