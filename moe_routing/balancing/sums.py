@@ -136,8 +136,9 @@ class _Sums(torch.autograd.Function):
             given = []
         for group in _groups(given):
             many = len(group)
+            upstream_again = grad if many == 1 else grad.repeat(many, 1)
             of_group = run_backward(
-                grad if many == 1 else grad.repeat(many, 1), _joined(group), _again(weights, many), ctx.score, ctx.best,
+                upstream_again, _joined(group), _again(weights, many), ctx.score, ctx.best,
                 topk=ctx.topk, preferred=ctx.preferred,
             )  # fmt: skip
             made += _apart(of_group, group)
