@@ -282,7 +282,9 @@ def _checked(argument: str, ids: Tensor, num_experts: int, least: int) -> Tensor
     """Require ids in [least, E); reads the ids on the host."""
     if ids.is_meta:
         raise ValueError(refusal(argument, "ids with data", ids))
-    if ids.numel() and not bool(((ids >= least) & (ids < num_experts)).all()):
+    # Widened: PyTorch compares narrow integers with what E becomes in their dtype, 128 with -128.
+    wide = ids.long()
+    if ids.numel() and not bool(((wide >= least) & (wide < num_experts)).all()):
         raise ValueError(refusal(argument, f"ids in [{least}, {num_experts})", ids))
     return ids
 

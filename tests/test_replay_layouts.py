@@ -12,7 +12,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moe_routing.replay import (
@@ -117,6 +117,8 @@ def test_the_rows_of_a_batch_can_be_brought_into_megatrons_order():
         assert torch.equal(by_position[:, row], sequences[:, sequence, position])
 
 
+@example(1, 4, 3, 128, 0)  # E itself has no place in the dtype of the ids
+@example(1, 4, 3, 32_768, 0)
 @given(
     st.integers(1, 3), st.integers(0, 4), st.integers(1, 3), st.integers(1, 70_000), st.integers()
 )
