@@ -2,8 +2,8 @@
 
 A record here is ``[layers, T, K]``: layer-major, logical ids in the dtype of ``least_dtype``,
 contiguous. -1 says that there is no record. ``route(ids=)`` takes a layer of it, and
-``integrations.transformers.replaying`` all. The layouts were read in the code of vLLM 0.32, SGLang
-0.5.23 and Megatron-Core 0.16; ``docs/rl_replay.md`` has them side by side.
+``integrations.transformers.replaying`` all. The layouts were read in the code of vLLM 0.32 and
+0.33, SGLang 0.5.23 and Megatron-Core 0.16; ``docs/rl_replay.md`` has them side by side.
 """
 
 from __future__ import annotations

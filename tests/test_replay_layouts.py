@@ -1,6 +1,6 @@
 """The layouts of other engines' records, field by field: dtype, axes, layers, bytes.
 
-Each is built here as its engine builds it: vLLM 0.32 (``routed_experts_capturer.py``,
+Each is built here as its engine builds it: vLLM 0.32 and 0.33 (``routed_experts_capturer.py``,
 ``serial_utils.py``), SGLang 0.5.23 (``state_capturer/``), Megatron-Core 0.16
 (``router_replay.py``).
 """
