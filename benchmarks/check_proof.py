@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -28,16 +27,18 @@ MOST = 2000
 SCHEMA = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 DATE = re.compile(r"20\d\d-[01]\d-[0-3]\d")
-SHOWN = re.compile(r"[\w .,:;()+\-/#@=]{0,200}", re.ASCII)
-"""What is shown in a page: no mark of Markdown or HTML among it."""
+SHOWN = re.compile(r"(?!.*(?://|www\.))[\w .,:;()+\-/#@=]{0,200}", re.ASCII | re.IGNORECASE)
+"""What is shown in a page: no mark of Markdown or HTML among it, and no address."""
+LONGEST = 10**12
+"""Microseconds, milliseconds or seconds of any time."""
 PRIVATE = re.compile(r"/home/|/Users/|/root/|[A-Za-z]:\\\\?Users|\\\\\w", re.IGNORECASE)
-TEXT, COUNT, TIME, TRUTH = "text", "count", "time", "truth"
+TEXT, COUNT, SIZE, TIME, TRUTH = "text", "count", "size", "time", "truth"
 DEVICE = {
-    "type": TEXT, "platform": TEXT, "arch": TEXT, "name": TEXT, "total_memory": COUNT,
-    "compute_units": COUNT, "driver": TEXT,
+    "type": TEXT, "platform": TEXT, "arch": TEXT, "name": TEXT, "total_memory": SIZE,
+    "compute_units": SIZE, "driver": TEXT,
 }  # fmt: skip
 OPERATION = {
-    "backend": TEXT, "ok": TRUTH, "verdict": TEXT, "checked": COUNT, "declined": COUNT,
+    "backend": TEXT, "ok": TRUTH, "verdict": str, "checked": COUNT, "declined": COUNT,
     "not_run": COUNT, "failed": COUNT, "failures": list, "seconds": TIME,
 }  # fmt: skip
 TIMED = {
@@ -60,8 +61,9 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
         "a line of words, numbers and .,:;()+-/#@=",
     ),
     TRUTH: (lambda v: isinstance(v, bool), "true or false"),
-    COUNT: (lambda v: v is None or (type(v) is int and 0 <= v < 1 << 60), "a count, or null"),
-    TIME: (lambda v: type(v) in {int, float} and 0 <= v < math.inf, "a time"),
+    COUNT: (lambda v: type(v) is int and 0 <= v < 1 << 60, "a count"),
+    SIZE: (lambda v: v is None or (type(v) is int and 0 <= v < 1 << 60), "a count, or null"),
+    TIME: (lambda v: type(v) in {int, float} and 0 <= v <= LONGEST, "a time"),
 }
 """By kind, whether a value is one, and what was expected."""
 
@@ -74,8 +76,8 @@ def problems(held: object) -> list[str]:
     return [
         *_header(held),
         *(p for name, its in held["operations"].items() for p in _operation(name, its)),
-        *(p for n, row in enumerate(held["times"]) for p in _fields(f"times[{n}]", row, TIMED)),
-        *_texts("versions", held["versions"]),
+        *(p for n, row in enumerate(held["times"]) for p in _time(f"times[{n}]", row)),
+        *_texts("versions", held["versions"], TEXT),
         *_texts("wrong", held["wrong"]),
         *(p for n, its in enumerate(held["doctor"]) for p in _fields(f"doctor[{n}]", its, FOUND)),
         *_model(held["model"]),
@@ -114,6 +116,18 @@ def _operation(name: str, its: object) -> Iterator[str]:
         yield f"{where}.failures: expected those that are counted"
 
 
+def _time(where: str, row: object) -> Iterator[str]:
+    """Expect a time of what is right; what is wrong was not timed."""
+    if isinstance(row, dict) and row.get("wrong") is True:
+        row = {name: 0 if value is None else value for name, value in row.items()}
+        yield from _fields(where, row, TIMED)
+        return
+    wrong = list(_fields(where, row, TIMED))
+    yield from wrong
+    if not wrong and isinstance(row, dict) and row["microseconds"] == 0:
+        yield f"{where}.microseconds: expected more than 0"
+
+
 def _model(its: dict[str, Any]) -> Iterator[str]:
     """Expect why no model was timed, or milliseconds of each stage."""
     if its.keys() == {"not_run"}:
@@ -144,12 +158,11 @@ def _value(where: str, value: Any, kind: Any) -> Iterator[str]:  # noqa: ANN401 
         yield f"{where}: expected {_KINDS[kind][1]}"
 
 
-def _texts(where: str, held: dict[str, Any]) -> Iterator[str]:
+def _texts(where: str, held: dict[str, Any], kind: object = str) -> Iterator[str]:
     for name, value in held.items():
         if not SHOWN.fullmatch(name):
             yield f"{where}: expected names in words"
-        if not isinstance(value, str):
-            yield f"{where}.{name}: expected text"
+        yield from _value(f"{where}.{name}", value, kind)
 
 
 def _private(where: str, value: object) -> Iterator[str]:
@@ -167,12 +180,16 @@ def _private(where: str, value: object) -> Iterator[str]:
 def read(path: Path) -> object:
     """Return what a file holds.
 
-    :raises ValueError: it is too large or no JSON.
+    :raises ValueError: it is too large, too deep or no JSON.
     """
     if path.stat().st_size > LARGEST:
         msg = f"{path.name}: expected at most {LARGEST} bytes"
         raise ValueError(msg)
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        msg = f"{path.name}: expected lists and fields that are not so deep"
+        raise ValueError(msg) from None
 
 
 def rows() -> Iterator[str]:

@@ -61,7 +61,14 @@ def changed(held, path, value):
         (("device", "total_memory"), -1, "file.device.total_memory: expected a count"),
         (("device", "compute_units"), True, "file.device.compute_units: expected a count"),
         (("versions", "torch"), ..., "versions: expected torch"),
-        (("versions", "torch"), 2.13, "versions.torch: expected text"),
+        (("versions", "torch"), 2.13, "versions.torch: expected a line of words"),
+        (("versions", "torch"), "2 | <i>", "versions.torch: expected a line of words"),
+        (("device", "name"), "https://x.example", "file.device.name: expected a line of words"),
+        (("device", "name"), "WWW.x.example", "file.device.name: expected a line of words"),
+        (("operations", "route", "checked"), None, "operations.route.checked: expected a count"),
+        (("times", 0, "microseconds"), 10**400, "times[0].microseconds: expected a time"),
+        (("times", 0, "microseconds"), 0, "times[0].microseconds: expected more than 0"),
+        (("times", 0, "microseconds"), None, "times[0].microseconds: expected a time"),
         (("versions", "<i>"), "1", "versions: expected names in words"),
         (("operations",), {}, "operations: expected some"),
         (("operations", "route", "ok"), False, "operations.route: expected ok to be whether"),
@@ -85,6 +92,17 @@ def test_what_is_wrong_is_named_by_field(right, path, value, said):
     assert any(each.startswith(said) for each in found), found
 
 
+def test_a_verdict_gives_reasons_in_any_words(right):
+    """It is not in the table; on accelerators its reasons are long."""
+    verdict = "conforms: 9 checked, 3 declined (`bias` isn't <= 1: 3)" + "; and so on" * 30
+    assert check_proof.problems(changed(right, ("operations", "route", "verdict"), verdict)) == []
+
+
+def test_what_computes_wrong_values_has_no_time(right):
+    row = right["times"][0] | {"microseconds": None, "spread": None, "wrong": True}
+    assert check_proof.problems(changed(right, ("times", 0), row)) == []
+
+
 @pytest.mark.parametrize("held", [None, [], "text", 1, {}])
 def test_what_is_no_such_file_is_told(held):
     assert check_proof.problems(held)
@@ -105,6 +123,8 @@ def test_the_command_checks_and_keeps_a_file(right, tmp_path, monkeypatch, capsy
     file.write_text("no JSON")
     assert check_proof.main([str(file)]) == 2
     file.write_text(" " * (check_proof.LARGEST + 1))
+    assert check_proof.main([str(file)]) == 2
+    file.write_text("[" * 200_000)
     assert check_proof.main([str(file)]) == 2
     assert check_proof.main([str(tmp_path / "absent")]) == 2
 
