@@ -230,7 +230,7 @@ def _times(held: dict[str, Any]) -> Iterator[str]:
 
 def main(words: list[str]) -> int:
     """Check a file, and keep it if it is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr] # it has one
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--keep", metavar="NAME", help="as benchmarks/hardware/NAME.json")
     given = parser.parse_args(words)
@@ -242,6 +242,9 @@ def main(words: list[str]) -> int:
     wrong = problems(held)
     if given.keep and not NAME.fullmatch(given.keep):
         wrong.append(f"--keep: expected small letters, digits and -, got {given.keep!r}")
+    to = KEPT / f"{given.keep}.json"
+    if given.keep and to.exists():
+        wrong.append(f"--keep: {given.keep} is kept already")
     for each in wrong:
         print(each)
     if wrong:
@@ -249,7 +252,6 @@ def main(words: list[str]) -> int:
     print(f"{given.file}: right")
     if given.keep:
         KEPT.mkdir(exist_ok=True)
-        to = KEPT / f"{given.keep}.json"
         to.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
         print(f"kept as {to.name}; write the table: python benchmarks/tables.py")
     return 0

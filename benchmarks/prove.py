@@ -27,7 +27,10 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = 1
@@ -39,6 +42,8 @@ PATH = re.compile(r"(?<![\w>~.-])/(?:[\w.@+-]+/){2,}([\w.@+-]+)")
 MODEL_BYTES = 56 * 10**9
 NOT_RUN = 2
 """The exit code of commands that could not do what was asked."""
+SECONDS = 7200
+"""After which a part that does not end is ended."""
 KEPT = 20
 """Failures of an operation that are kept."""
 LONGEST = 300
@@ -59,9 +64,14 @@ class Parts:
         """Run a part, and return the JSON that it printed, if it did."""
         print(f"==> {part}: {' '.join(command)}", flush=True)
         began = time.monotonic()
-        done = subprocess.run(  # noqa: S603 -- its own parts
-            [sys.executable, *command], check=False, capture_output=True, text=True, cwd=ROOT
-        )
+        try:
+            done = subprocess.run(  # noqa: S603 -- its own parts
+                [sys.executable, *command], check=False, capture_output=True, text=True, cwd=ROOT,
+                timeout=SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            self.wrong[part] = f"did not end in {SECONDS} s"
+            return None
         print(f"    exit code {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         with suppress(json.JSONDecodeError):
             found = json.loads(done.stdout or "null")
@@ -72,8 +82,11 @@ class Parts:
         return None
 
 
-def proof(device: str | None, *, short: bool) -> dict[str, Any]:
-    """Return what was found on a device: the first accelerator if it is not named."""
+def proof(device: str | None, *, short: bool, save: Callable[[dict[str, Any]], object]) -> None:
+    """Find out all there is of a device: the first accelerator if it is not named.
+
+    :param save: is called with all that was found, after each part: a run may be stopped.
+    """
     parts = Parts()
     where = ("--device", device) if device else ()
     doctor = parts.run("doctor", "-m", "moe_routing", "doctor", "--json", "--verify", *where)
@@ -81,36 +94,42 @@ def proof(device: str | None, *, short: bool) -> dict[str, Any]:
         "schema": SCHEMA,
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "profile": "short" if short else "whole",
+        "wrong": parts.wrong,
     }
     if doctor is None:
-        return made | {"wrong": parts.wrong}
+        save(made)
+        return
     places = [name for name, report in doctor["reports"].items() if report["winner"]]
     place = next((name for name in places if name != "cpu"), "cpu")
     its = doctor["reports"][place]["device"]
     kept = ("type", "platform", "arch", "name", "total_memory", "compute_units", "driver")
-    versions = doctor["versions"] | {
-        tool["name"]: tool["version"] for tool in its["toolchains"] if tool["version"]
-    }
-    return made | {
-        "versions": versions,
+    made |= {
+        "versions": doctor["versions"]
+        | {tool["name"]: tool["version"] for tool in its["toolchains"] if tool["version"]},
         "device": {name: its[name] for name in kept},
         "doctor": [
             {"check": check["name"], "status": check["status"], "says": check["summary"]}
             for check in doctor["checks"]
             if check["status"] in {"problem", "warning"}
         ],
-        "operations": _operations(doctor, place, parts, short=short),
-        "times": _times(place, parts, short=short),
-        "model": _model(its, parts, short=short),
-        "wrong": parts.wrong,
+        "operations": {},
+        "times": [],
+        "model": {"not_run": "the run was stopped before"},
     }
+    for name, operation in _operations(doctor, place, parts, short=short):
+        made["operations"][name] = operation
+        save(made)
+    for row in _times(place, parts, short=short):
+        made["times"].append(row)
+    save(made)
+    made["model"] = _model(its, parts, short=short)
+    save(made)
 
 
 def _operations(
     doctor: dict[str, Any], place: str, parts: Parts, *, short: bool
-) -> dict[str, dict[str, Any]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Check the backend that the device gets of each operation, but of those of several ranks."""
-    found = {}
     for operation in doctor["operations"]:
         name, winner = operation["name"], operation["devices"].get(place, {}).get("winner")
         if not winner or name == "exchange":
@@ -121,43 +140,40 @@ def _operations(
         )  # fmt: skip
         if report is not None:
             failed = [each for each in report["results"] if each["status"] == "failed"]
-            found[name] = {
-                "backend": winner,
-                "ok": report["ok"],
-                "verdict": report["verdict"],
-                **report["counts"],
-                "failed": len(failed),
-                "failures": [f"{each['check']}: {each['message']}"[:LONGEST] for each in failed][
-                    :KEPT
-                ],
-                "seconds": round(report["seconds"], 1),
-            }
-    return found
+            said = [f"{each['check']}: {each['message']}"[:LONGEST] for each in failed]
+            yield (
+                name,
+                {
+                    "backend": winner,
+                    "ok": report["ok"],
+                    "verdict": report["verdict"],
+                    **report["counts"],
+                    "failed": len(failed),
+                    "failures": said[:KEPT],
+                    "seconds": round(report["seconds"], 1),
+                },
+            )
 
 
-def _times(place: str, parts: Parts, *, short: bool) -> list[dict[str, Any]]:
+def _times(place: str, parts: Parts, *, short: bool) -> Iterator[dict[str, Any]]:
     """Time what ``bench`` knows; what is wrong gets no time."""
-    rows = []
     for name, arguments in TIMED.items():
         given = (*arguments, "--device", place, *(("--tokens", "1,4096") if short else ()))
         result = parts.run(f"bench of {name}", "-m", "moe_routing", "bench", *given, "--json")
-        rows += [
-            {
-                "operation": name,
-                "by": row["implementation"],
-                "mode": row["mode"],
-                "dtype": row.get("dtype", ""),
-                "num_experts": row["num_experts"],
-                "topk": row["topk"],
-                "tokens": row["tokens"],
-                "microseconds": row["microseconds"],
-                "spread": row["spread"],
-                "wrong": bool(row["wrong"]),
-            }
-            for row in (result or {"rows": []})["rows"]
-            if not row["skipped"]
-        ]
-    return rows
+        for row in (result or {"rows": []})["rows"]:
+            if not row["skipped"]:
+                yield {
+                    "operation": name,
+                    "by": row["implementation"],
+                    "mode": row["mode"],
+                    "dtype": row.get("dtype", ""),
+                    "num_experts": row["num_experts"],
+                    "topk": row["topk"],
+                    "tokens": row["tokens"],
+                    "microseconds": row["microseconds"],
+                    "spread": row["spread"],
+                    "wrong": bool(row["wrong"]),
+                }
 
 
 def _model(device: dict[str, Any], parts: Parts, *, short: bool) -> dict[str, Any]:
@@ -209,14 +225,18 @@ def _private() -> list[tuple[str, str]]:
 
 def main(words: list[str]) -> int:
     """Make the file."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr] # it has one
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", help="cuda:0, xpu:0, ...; the first accelerator, else the CPU")
     parser.add_argument("--out", type=Path, default=Path("moe-routing-proof.json"))
     parser.add_argument("--short", action="store_true", help="few clauses and sizes: minutes")
     given = parser.parse_args(words)
     given.out.touch()  # that it can be written is known before an hour has passed
-    made = scrubbed(proof(given.device, short=given.short))
-    given.out.write_text(json.dumps(made, indent=1) + "\n")
+
+    def save(made: dict[str, Any]) -> None:
+        given.out.write_text(json.dumps(scrubbed(made), indent=1) + "\n")
+
+    proof(given.device, short=given.short, save=save)
+    made = json.loads(given.out.read_text())
     for name, operation in made.get("operations", {}).items():
         print(f"{name}: {operation['backend']} {operation['verdict']}")
     for part, said in made["wrong"].items():
