@@ -80,8 +80,10 @@ def places(pairs: int, num_experts: int, block: int) -> int:
     Each expert that has a pair, at most as many as there are pairs, leaves at most ``block - 1``
     places empty.
     """
-    # Where T is symbolic, `min` would make a guard of which is less.
-    fewer: int = torch.sym_min(pairs, num_experts)
+    # Of a SymInt, `min` would make a guard of which is less. Dynamo traces `min` without one, and
+    # before torch 2.13 it traces no `sym_min` of two constants.
+    least = min if isinstance(pairs, int) else torch.sym_min
+    fewer: int = least(pairs, num_experts)
     return pairs + fewer * (block - 1)
 
 

@@ -14,6 +14,8 @@ def interpret():
     The interpreter widens subnormal bfloat16 to other numbers (3.6 and 3.7), and truncates where a
     GPU rounds to bfloat16. Here PyTorch converts.
 
+    The interpreter of 3.6 makes an int of a block of one element as NumPy 2.4 no longer does.
+
     To the interpreter of 3.9 a comparison of integers has their type: a block of it is no mask.
     """
     os.environ["TRITON_INTERPRET"] = "1"
@@ -41,6 +43,12 @@ def interpret():
 
     splatted = interpreter.InterpreterBuilder.create_splat
     interpreter.InterpreterBuilder.create_splat = splat
+
+    def patch_tensor(tensor, scope):
+        patched_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patched_tensor, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, patch_tensor
 
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 

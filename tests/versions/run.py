@@ -64,12 +64,9 @@ TRANSFORMERS = [
     ),
 ]  # fmt: skip
 OPERATIONS = ("route", "gate", "plan", "permute", "combine", "balance")
-_NO_MINIMUM = "torch 2.8 traces no `torch.sym_min` of two constants"
 _NO_QUALNAME = "code of Python 3.10 does not know the class or function that it stands in"
 KNOWN: dict[str, dict[str, str]] = {
     "oldest": {
-        "*.test_it_compiles_as_one_graph_for_any_number_of_tokens*": _NO_MINIMUM,
-        "*.test_a_compiled_function_fills_a_plan": _NO_MINIMUM,
         "*.test_it_exports_with_dynamic_leading_sizes*": (
             "torch 2.8 exports no function that reads a tensor from outside, as the test's does"
         ),
