@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from check_proof import rows as of_hardware
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -382,6 +384,7 @@ def of_models_on_ranks() -> Iterable[str]:
 TABLES = {
     "models": (ROOT / "docs" / "expert_parallel.md", of_models_on_ranks),
     "exchange": (ROOT / "docs" / "expert_parallel.md", of_exchange),
+    "hardware": (ROOT / "docs" / "hardware.md", of_hardware),
     "batches": (ROOT / "docs" / "mismatch.md", of_batches),
     "gate": (ROOT / "docs" / "performance.md", of_gate),
     "end to end": (ROOT / "README.md", end_to_end),
