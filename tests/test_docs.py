@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 import runpy
 from pathlib import Path
@@ -81,6 +82,14 @@ def test_what_is_generated_in_the_pages_is_as_the_code_has_it(monkeypatch):
     stale = [page.name for page, text in pages.items() if text != page.read_text()]
     assert not stale, "write it again: python docs/tables.py"
     assert {"contract.md", "families.md", "expert_parallel.md"} <= {page.name for page in pages}
+
+
+def test_the_page_on_versions_has_a_row_for_each_environment_that_was_run():
+    held = json.loads((ROOT / "tests" / "versions" / "results.json").read_text())
+    page = (ROOT / "docs" / "versions.md").read_text()
+    for environment in held.values():
+        row = [environment[name] for name in ("python", "torch", "triton", "transformers")]
+        assert f"\n| {' | '.join(row)} |" in page
 
 
 def test_the_picture_of_the_layers_is_that_of_the_code(monkeypatch):

@@ -92,8 +92,9 @@ def bits(tensor):
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).view(torch.int8)
 
 
-def same(one, other):
-    return torch.equal(bits(one), bits(other))
+def same(one, other, rows=slice(None)):
+    """Compare some rows to the bit, as bytes: torch 2.8 indexes no float8 on CPUs."""
+    return torch.equal(bits(one)[rows], bits(other)[rows])
 
 
 def has_pair(plan):
@@ -123,10 +124,10 @@ def permutes(device):
     if quantize:
         values, of_groups = formula.quantized(hidden)
         right = formula.permuted(values, plan), formula.permuted(of_groups, plan)
-        assert same(scales[full], right[1][full]), said
-        assert same(out[full].float(), right[0][full].float()), said
+        assert same(scales, right[1], full), said
+        assert same(out.float(), right[0].float(), full), said
     else:
-        assert same(out[full], formula.permuted(hidden, plan)[full]), said
+        assert same(out, formula.permuted(hidden, plan), full), said
 
 
 def combines(device):
