@@ -2,9 +2,10 @@
 
 Tile: ``[ROWS, N]`` logits, whole rows in registers. A program takes every ``chunks``-th tile of one
 batch. It reads a row once, divides its scores by their sum, and adds them up as it goes. Ids are
-counted after that, ``SLOTS`` at a time: to compare each with every column took longer than the
-scores. Each program leaves one partial sum and the host adds those in one order, so that the same
-bits come of every run. The way back reads the row again, and writes its gradient once.
+counted after that, ``SLOTS`` at a time (``HISTOGRAMS``): to compare each with every column took
+longer than the scores. Each program leaves one partial sum and the host adds those in one order, so
+that the same bits come of every run. The way back reads the row again, and writes its gradient
+once.
 
 A token that does not count is selected away, never multiplied: it may hold NaN. Where the best are
 counted, weights are factors.
@@ -27,7 +28,9 @@ NOT_SPECIALIZED = (
     "batch_stride", "stride",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel: all of them."""
-MASKS = tl.constexpr(HISTOGRAM_MASKS)
+HISTOGRAMS = tl.constexpr(HISTOGRAM_MASKS)
+"""Triton 3.3's, and so Triton-XPU's, takes no mask, and does not compile in this kernel: there each
+id is compared with every column."""
 SLOTS = tl.constexpr(1024)
 """Ids that are counted at a time: at least one for each thread."""
 
@@ -134,10 +137,7 @@ def counted_ids(
         its = tl.load(ids + (batch * slots + slot), mask=inside, other=-1)
         # In the ids' own width: what is past E may not be past it in 32 bits.
         there = (its >= 0) & (its < E)
-        if MASKS:
-            found += tl.histogram(tl.where(there, its, 0).to(tl.int32), BINS, mask=there)
-        else:
-            found += tl.histogram(tl.where(there, its, E).to(tl.int32), BINS)
+        found += tl.histogram(tl.where(there, its, 0).to(tl.int32), BINS, mask=there)
     return found
 
 
@@ -152,7 +152,7 @@ def moe_routing_balance(
     column = tl.arange(0, N)
     grid_dependency_wait(PDL)
     total = tl.zeros([ROWS, 1 if SCORE == "logsumexp" else N], tl.float32)
-    hits = tl.zeros([ROWS, N], tl.float32)
+    hits = tl.zeros([ROWS, N], tl.float32 if BEST else tl.int32)
     for first in range(tile * ROWS, tokens, chunks * ROWS):
         row = first + tl.arange(0, ROWS)
         x, weight = load_rows(logits, weights, batch, row, tokens, batch_stride, stride, E, N, VEC)
@@ -170,12 +170,18 @@ def moe_routing_balance(
                 total += tl.where(inside, shares * weight[:, None], 0.0)
             else:
                 total += tl.where(counted[:, None], shares, 0.0)
+                if not HISTOGRAMS:
+                    slot = ids + (batch * tokens + row) * K
+                    for k in range(K):
+                        its = tl.load(slot + k, mask=counted, other=-1)
+                        its = tl.where((its >= 0) & (its < E), its, -1).to(tl.int32)
+                        hits += (its[:, None] == column[None, :]).to(tl.int32)
     program = tl.program_id(0).to(tl.int64)
     if SCORE == "logsumexp":
         tl.store(sums + program, tl.sum(tl.reshape(total, [ROWS]), axis=0))
     else:
         tl.store(sums + (program * E + column), tl.sum(total, axis=0), mask=column < E)
-        if BEST:
+        if BEST or not HISTOGRAMS:
             tl.store(counts + (program * E + column), tl.sum(hits, axis=0), mask=column < E)
         else:
             found = counted_ids(ids, weights, batch, tile, tokens, chunks, E, K, BINS)
