@@ -27,6 +27,8 @@ SLOTS_APART = 16_384
 """Slots of a call above which this kernel counts, and not the one that routes."""
 BLOCK = 2048
 NUM_WARPS = 16
+WARP_SIZE = 32
+"""Where there is a choice: Triton-XPU 3.3 compiles no histogram for fewer lanes."""
 MOST_PROGRAMS = 256
 NOT_SPECIALIZED = ("ids", "expert_map", "replica_count", "counts", "most_replicas", "T")
 MASKS = tl.constexpr(HISTOGRAM_MASKS)

@@ -19,6 +19,7 @@ from moe_routing_backends.triton.kernels import OF_LAUNCHES, VARIANTS, constants
 from moe_routing_backends.triton.kernels.counts import (
     NUM_WARPS,
     SLOTS_APART,
+    WARP_SIZE,
     moe_routing_counts,
     programs,
 )
@@ -361,7 +362,7 @@ class TritonRouter:
             names = moe_routing_counts.arg_names[len(tensors) + len(numbers) :]
             self._compiled.launch_and_keep(
                 key, moe_routing_counts, blocks, (*tensors, *numbers),
-                tuple(named[name] for name in names), NUM_WARPS, pdl=self._pdl,
+                tuple(named[name] for name in names), NUM_WARPS, WARP_SIZE, pdl=self._pdl,
             )  # fmt: skip
             return
         at = [None if t is None else t.data_ptr() for t in tensors]
