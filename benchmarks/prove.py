@@ -60,8 +60,11 @@ class Parts:
         """Begin with nothing wrong."""
         self.wrong: dict[str, str] = {}
 
-    def run(self, part: str, *command: str) -> dict[str, Any] | None:
-        """Run a part, and return the JSON that it printed, if it did."""
+    def run(self, part: str, *command: str, out: Path | None = None) -> dict[str, Any] | None:
+        """Run a part, and return the JSON that it printed, or wrote to ``out``, if it did.
+
+        A part that writes to a file and fails is kept as wrong, with what it had written.
+        """
         print(f"==> {part}: {' '.join(command)}", flush=True)
         began = time.monotonic()
         try:
@@ -73,13 +76,14 @@ class Parts:
             self.wrong[part] = f"did not end in {SECONDS} s"
             return None
         print(f"    exit code {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+        found = None
         with suppress(json.JSONDecodeError):
-            found = json.loads(done.stdout or "null")
-            if isinstance(found, dict) and done.returncode != NOT_RUN:
-                return found
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"code {done.returncode}"]
-        self.wrong[part] = said[-1][:LONGEST]
-        return None
+            found = json.loads((out.read_text() if out and out.exists() else done.stdout) or "null")
+        right = done.returncode == 0 if out else done.returncode != NOT_RUN
+        if not isinstance(found, dict) or not right:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            self.wrong[part] = (said or [f"code {done.returncode}"])[-1][:LONGEST]
+        return found if isinstance(found, dict) and (right or out) else None
 
 
 def proof(device: str | None, *, short: bool, save: Callable[[dict[str, Any]], object]) -> None:
@@ -185,14 +189,13 @@ def _model(device: dict[str, Any], parts: Parts, *, short: bool) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.json"
         batches = ("--batches", "1") if short else ("--batches", "1,16,64")
-        parts.run("model", "benchmarks/e2e_gemma4.py", "run", str(out), *batches)
-        if not out.exists():
-            return {"not_run": parts.wrong.get("model", "it wrote nothing")}
-        parts.wrong.pop("model", None)  # it prints no JSON, and has written it
-        rows = json.loads(out.read_text())["rows"]
+        found = parts.run("model", "benchmarks/e2e_gemma4.py", "run", str(out), *batches, out=out)
+    if found is None:
+        return {"not_run": parts.wrong["model"]}
     return {
         "milliseconds": [
-            {"stage": row["stage"], "batch": row["batch"], **row["median_ms"]} for row in rows
+            {"stage": row["stage"], "batch": row["batch"], **row["median_ms"]}
+            for row in found["rows"]
         ]
     }
 

@@ -1,4 +1,4 @@
-"""Proof from hardware: the file that owners make, and what is asked of one that comes."""
+"""Proof from hardware: the command that makes the file, and the checks of a file."""
 
 import copy
 import json
@@ -158,6 +158,18 @@ def test_a_part_that_dies_is_kept_with_what_it_said_last(capsys):
     assert parts.run("four", "-c", "print('{\"a\": 1}')") == {"a": 1}
     assert parts.wrong == {"one": "it broke", "two": "code 4", "three": "[1]"}
     assert "exit code 3" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_after_it_wrote_is_wrong_and_keeps_what_it_wrote(tmp_path):
+    parts, out = prove.Parts(), tmp_path / "out.json"
+    script = f"import pathlib, sys; pathlib.Path({str(out)!r}).write_text('{{\"rows\": []}}'); "
+    assert parts.run("one", "-c", script, out=out) == {"rows": []}
+    assert not parts.wrong
+    assert parts.run("two", "-c", script + "sys.exit('wrong rows')", out=out) == {"rows": []}
+    assert parts.wrong == {"two": "wrong rows"}
+    out.unlink()
+    assert parts.run("three", "-c", "pass", out=out) is None
+    assert parts.wrong["three"] == "code 0"
 
 
 @pytest.mark.slow

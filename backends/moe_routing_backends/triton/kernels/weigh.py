@@ -26,13 +26,7 @@ from moe_routing_backends.triton.device.scores import (
 )
 from moe_routing_backends.triton.kernels import cooperative
 from moe_routing_backends.triton.kernels.cooperative import experts_of, from_record, route_by_rounds
-from moe_routing_backends.triton.kernels.spec import (
-    NOT_SPECIALIZED,
-    Launch,
-    Variant,
-    kernel_spec,
-    next_power_of_two,
-)
+from moe_routing_backends.triton.kernels.spec import NOT_SPECIALIZED, Launch, Variant, kernel_spec
 
 if TYPE_CHECKING:
     from moe_routing_registry import DeviceInfo, RoutingProblem
@@ -121,9 +115,8 @@ def launches(problem: RoutingProblem) -> list[tuple[float, Launch]]:
     """Return the launches by rising number of tokens; the last has no end."""
     most = MOST_ROWS
     if problem.spec.score == "softmax" and not kernel_spec(problem).sums_to_one:
-        groups, size = next_power_of_two(problem.spec.num_groups), problem.num_experts
-        size = groups * next_power_of_two(size // problem.spec.num_groups)
-        most = max(1, min(most, MOST_ELEMENTS // size))
+        tile = cooperative.constants(problem, Launch("weigh", 1, 1, 1))
+        most = max(1, min(most, MOST_ELEMENTS // (tile["GROUPS"] * tile["SIZE"])))
     return [(tokens, Launch("weigh", min(rows, most), 1, 1)) for tokens, rows in ROWS]
 
 
