@@ -121,7 +121,7 @@ class _Exact:
         """
         exact, magnitude = right
         bound = self._roundings * self._unit * magnitude + LEAST
-        off = (made - exact).abs()
+        off = (made.detach() - exact).abs()
         wrong = ~(off <= bound)
         if wrong.any():
             most = float((off / bound).max())

@@ -100,10 +100,12 @@ def _drawn(profile: Profile) -> Iterator[Case]:
     seed = drawn.current_seed()
     numbers = random.Random(seed)  # noqa: S311 -- not a secret
     modes = list(_sets.every_mode(profile))
+    # As shuffled cards, that a few draws are not all of ranks with a token or none.
+    tokens = numbers.sample(sorted(TOKENS), len(TOKENS))
     for turn in range(_DRAWN[profile]):
         experts = numbers.randint(1, 40)
         yield numbers.choice(modes).but(
-            tokens=numbers.choice(sorted(TOKENS)),
+            tokens=tokens[turn % len(tokens)],
             experts=experts,
             topk=numbers.randint(1, min(experts, 12)),
             columns=numbers.randint(1, 200),

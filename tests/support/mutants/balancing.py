@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_routing.balancing import sums as product
+from moe_routing.conformance.balancing.sums import SIZES
 from moe_routing.formula.balance import summed, summed_backward
 from moe_routing_registry import RejectCode, Verdict
 from mutants._change import Change
@@ -154,11 +155,15 @@ class PlainScores(Balances):
 
 
 @caught_by("drawn_calls_are_summed", r"^sums: \d+ of \d+ are wrong")
-class SumsInTheDtypeOfTheLogits(Balances):
-    """Adds in the dtype of the logits."""
+class NoneButTheKitsSizes(Balances):
+    """Is right for the numbers of experts that the kit's lists have, and for no others."""
 
-    def write(self, made: Tensor, out: Tensor) -> None:
-        out.copy_(made.to(getattr(torch, self.problem.dtype)))
+    def make(
+        self, logits: Tensor, ids: Tensor | None, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        sums, counts = super().make(logits, ids, weights)
+        listed = {experts for _, _, experts, _ in SIZES}
+        return (sums if logits.shape[-1] in listed else sums + 1), counts
 
 
 @caught_by("ids_are_counted", r"^counts: \d+ of \d+ are wrong")
