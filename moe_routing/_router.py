@@ -24,6 +24,7 @@ from moe_routing.kernel import (
     RoutingOutput,
     WarmsUp,
     by_name,
+    fields,
     replaced,
 )
 from moe_routing.planning import routed
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 _CALLS_KEPT = 1024
 """A router that has cached so many calls forgets them all and begins anew."""
+_NO_OUT = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
 _tuple = tuple.__new__
 """Makes a named tuple in half the time of its own constructor, which is a Python function."""
 
@@ -127,6 +129,7 @@ class Router:
         expert_map: Tensor | None = None,
         logical_to_physical: Tensor | None = None,
         replica_count: Tensor | None = None,
+        shared_weights: Tensor | None = None,
         ids: Tensor | None = None,
         counts: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
@@ -162,6 +165,9 @@ class Router:
             e. Other entries may be anything.
         :param replica_count: ``[E + shared_experts]``, int32 or int64, from 1 to R; other numbers
             count as the nearest of these.
+        :param shared_weights: ``[shared_experts]``, or ``[T, shared_experts]`` for weights of each
+            row, any float dtype and strides: in place of the spec's ``shared_weight``, which must
+            not be 0. Rows of padding keep the weight 0. Gradients flow to it.
         :param ids: recorded logical ids ``[T, K]``, of any integer dtype: weigh these experts
             instead of selecting, with their unbiased scores. A row that is -1 throughout has no
             record and is routed as usual. In other rows a slot of -1 has no expert: it gets id -1
@@ -181,6 +187,15 @@ class Router:
         :raises ValueError: an argument has the wrong value, shape or device.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
+        if shared_weights is not None:
+            self._check_shared(shared_weights, logits, out, counts)
+            output = self(
+                logits, topk, per_expert_scale, bias=bias, token_ids=token_ids,
+                expert_table=expert_table, num_valid_tokens=num_valid_tokens, valid=valid,
+                expert_map=expert_map, logical_to_physical=logical_to_physical,
+                replica_count=replica_count, ids=ids, counts=counts, ids_dtype=ids_dtype, out=out,
+            )  # fmt: skip
+            return self._with_shared(output, shared_weights, in_place=out is not None)
         if valid is not None or type(num_valid_tokens) is Tensor:
             num_valid_tokens = _check.one_padding(num_valid_tokens, valid)
         if counts is not None or logical_to_physical is not None or replica_count is not None:
@@ -248,6 +263,7 @@ class Router:
         expert_map: Tensor | None = None,
         logical_to_physical: Tensor | None = None,
         replica_count: Tensor | None = None,
+        shared_weights: Tensor | None = None,
         ids: Tensor | None = None,
         counts: Tensor | None = None,
         ids_dtype: torch.dtype | None = None,
@@ -266,7 +282,8 @@ class Router:
         :param num_experts: how many ids the plan knows. E + shared experts without an
             ``expert_map`` or ``logical_to_physical``; with one it must be given, for its entries
             are not read on the host.
-        :param counts: as of a call: logical experts are counted, whatever is planned.
+        :param shared_weights: as of a call, like ``counts``, which counts logical experts, whatever
+            is planned.
         :param block: as in ``moe_routing.plan``, like ``capacity``, ``drop`` and ``masked``;
             ``drop="least_weight"`` looks at the weights that are returned.
         :param out: ``(weights, ids, plan)`` to write into.
@@ -300,6 +317,8 @@ class Router:
         if num_valid_tokens is not None:
             operands = _check.counted(operands)
         after = None
+        if shared_weights is not None:
+            self._check_shared(shared_weights, logits, pair, counts, plan_out)
         if counts is not None or logical_to_physical is not None or replica_count is not None:
             after = _after.asked(counts, logical_to_physical, replica_count, expert_map)
             _after.check_call(after, operands, self.spec.shared_experts, plan_out)
@@ -307,11 +326,13 @@ class Router:
         known = None if is_dynamo_compiling() else self._known(operands, topk, ids_dtype, after)
         planned = None if known is None else routed.known(known.plans, asked, operands, plan_out)
         if known is None or planned is None:
-            return self._first_with_plan(operands, topk, ids_dtype, after, asked, plan_out)
-        if after is None:
+            return self._first_with_plan(
+                operands, topk, ids_dtype, after, shared_weights, asked, plan_out
+            )
+        if after is None and shared_weights is None:
             weights, ids = known.route(operands)
         else:
-            weights, ids = self._routed(operands, topk, ids_dtype, after)
+            weights, ids = self._routed(operands, topk, ids_dtype, after, shared_weights)
         return _tuple(RoutedPlan, (weights, ids, planned.fill(weights, ids, plan_out)))
 
     def _known(
@@ -336,6 +357,7 @@ class Router:
         topk: int | None,
         ids_dtype: torch.dtype | None,
         after: After | None,
+        shared_weights: Tensor | None,
         asked: routed.Asked,
         out: DispatchPlan | None,
     ) -> RoutedPlan:
@@ -348,22 +370,52 @@ class Router:
             checked, selected, self.spec.shared_experts, dtype, asked, out
         )
         if traced:
-            output = self._routed(operands, topk, ids_dtype, after)
+            output = self._routed(operands, topk, ids_dtype, after, shared_weights)
             return routed.composed(output, problem, asked, self._requested, out)
         brought = _tensors(checked)
         if out is not None:
             routed.check_memory(checked, out)
             brought += [part for part in out if part is not None]
         if not all(map(is_ordinary, brought)):
-            output = self._routed(operands, topk, ids_dtype, after)
+            output = self._routed(operands, topk, ids_dtype, after, shared_weights)
             return routed.composed(output, problem, asked, self._requested, out)
         planned = routed.planner(problem, most, checked.logits, self._requested)
-        output = self._routed(operands, topk, ids_dtype, after)
+        output = self._routed(operands, topk, ids_dtype, after, shared_weights)
         made = RoutedPlan(*output, planned.fill(*output, out))
         known = self._known(operands, topk, ids_dtype, after)
         if known is not None:
             routed.remember(known.plans, asked, planned, checked, made)
         return made
+
+    def _check_shared(
+        self,
+        shared_weights: Tensor,
+        logits: Tensor,
+        out: object,
+        counts: object,
+        planned: DispatchPlan | None = None,
+    ) -> None:
+        """Check weights of shared experts before anything is written.
+
+        :param out: of the routing, checked by the call itself.
+        :param planned: the plan to fill.
+        """
+        from moe_routing import _shared
+
+        pair = out if isinstance(out, tuple) else ()
+        written = dict(zip(("weights", "ids"), pair, strict=False))
+        written |= {} if planned is None else fields(planned)
+        _shared.check(shared_weights, self.spec, logits, written, counts)
+        if pair and is_grad_enabled() and shared_weights.requires_grad:
+            raise ValueError(_NO_OUT)
+
+    def _with_shared(
+        self, output: RoutingOutput, shared_weights: Tensor, *, in_place: bool
+    ) -> RoutingOutput:
+        from moe_routing import _shared
+
+        count = self.spec.shared_experts
+        return _shared.weighed(output, shared_weights, count, in_place=in_place)
 
     def _with_after(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None, after: After
@@ -378,8 +430,13 @@ class Router:
         topk: int | None,
         ids_dtype: torch.dtype | None,
         after: After | None,
+        shared_weights: Tensor | None = None,
     ) -> RoutingOutput:
         """Route, and do what is asked besides."""
+        if shared_weights is not None:
+            output = self._routed(operands, topk, ids_dtype, after)
+            in_place = operands.out is not None
+            return self._with_shared(output, shared_weights, in_place=in_place)
         if after is None:
             route = self._traced if is_dynamo_compiling() else self._dispatch
             return route(operands, topk, ids_dtype)
@@ -803,8 +860,7 @@ def _refuse_out(operands: Operands, *, differentiable: bool) -> None:
     if out is None:
         return
     if differentiable:
-        msg = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
-        raise ValueError(msg)
+        raise ValueError(_NO_OUT)
     if is_grad_enabled() and out.weights.requires_grad:
         msg = (
             "out: expected tensors that require no gradient, got weights that do; "

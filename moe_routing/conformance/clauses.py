@@ -291,6 +291,24 @@ _CLAUSES = (
         "to other slots in each run; a choice that does not change from row to row leaves one "
         "replica with all tokens; and padding that was renamed reaches an expert.",
     ),
+    Clause(
+        19,
+        "shared_weights",
+        "Weights of shared experts",
+        "With shared_weights, shared columns hold the call's weights; padding keeps the weight 0.",
+        "`shared_weights`, `[shared_experts]` or `[T, shared_experts]` of any float dtype and "
+        "strides, stand in the shared columns of the weights, rounded to float32, in place of the "
+        "spec's `shared_weight`. Rows of padding keep the weight 0, whatever makes them padding "
+        "and whatever the weights are there, NaN and infinities too. Ids, and the weights of "
+        "selected experts, have the bits of a call without them. A plan that drops the pairs of "
+        "least weight looks at them. Gradients flow to them, 0 in rows of padding, and the "
+        "gradients of all else stay as they are. The same holds with `out`, maps, replicas and "
+        "recorded ids, a gate, compiled and exported programs and CUDA graphs. (The `Router` does "
+        "this for every backend, from the weights of a call without them; so the spec's "
+        "`shared_weight` must not be 0.)",
+        "a model weighs its shared expert by a gate of its own, token by token; a second pass that "
+        "wrote those weights gave the tokens of padding an expert.",
+    ),
 )
 
 CLAUSES = {clause.number: clause for clause in _CLAUSES}

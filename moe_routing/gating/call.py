@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from moe_routing import _after, _check
+from moe_routing import _after, _check, _shared
 from moe_routing._autograd import apply_map
 from moe_routing._call_cache import is_ordinary
 from moe_routing._dispatch import chosen, dispatcher_of, dtype_name, empty_output
@@ -87,6 +87,7 @@ class GateOptions(TypedDict, total=False):
     expert_map: Tensor | None
     logical_to_physical: Tensor | None
     replica_count: Tensor | None
+    shared_weights: Tensor | None
     ids: Tensor | None
     counts: Tensor | None
     ids_dtype: torch.dtype
@@ -155,6 +156,7 @@ class Gate:
         expert_map: Tensor | None = None,
         logical_to_physical: Tensor | None = None,
         replica_count: Tensor | None = None,
+        shared_weights: Tensor | None = None,
         ids: Tensor | None = None,
         counts: Tensor | None = None,
         ids_dtype: torch.dtype = torch.int32,
@@ -170,7 +172,7 @@ class Gate:
         :param topk: K, as of ``Router.__call__``.
         :param per_expert_scale: likewise, as are ``bias``, ``token_ids``, ``expert_table``,
             ``num_valid_tokens``, ``valid``, ``expert_map``, ``logical_to_physical``,
-            ``replica_count``, ``ids``, ``counts`` and ``ids_dtype``.
+            ``replica_count``, ``shared_weights``, ``ids``, ``counts`` and ``ids_dtype``.
         :param router_bias: ``[E]``, any float dtype: the bias of the linear layer, part of the
             logits.
         :param norm: a ``moe_routing.RMSNorm`` in front of everything else.
@@ -194,6 +196,8 @@ class Gate:
         if valid is not None or type(num_valid_tokens) is Tensor:
             padding = _check.one_padding(num_valid_tokens, valid)
         after = renaming = None
+        if shared_weights is not None:
+            _shared.check(shared_weights, self._router.spec, hidden, {}, counts)
         if counts is not None or logical_to_physical is not None or replica_count is not None:
             after = _after.asked(counts, logical_to_physical, replica_count, expert_map)
             named = {
@@ -220,6 +224,7 @@ class Gate:
         if known is not None:
             made = _served(known, given.projection, given.operands, wanted=return_logits)
             made = made if after is None else self._done(after, made, router_weight, renaming)
+            made = self._weighed(made, shared_weights)
             return made if return_logits else RoutingOutput(made.weights, made.ids)
         checked = self._checked(
             hidden, router_weight, topk, per_expert_scale,
@@ -235,6 +240,7 @@ class Gate:
         if chosen is not None:
             self._router._latest_gate = latest_of(given, chosen)  # noqa: SLF001 -- likewise
         made = made if after is None else self._done(after, made, router_weight, renaming)
+        made = self._weighed(made, shared_weights)
         return made if return_logits else RoutingOutput(made.weights, made.ids)
 
     def with_plan(  # noqa: PLR0913 -- the arguments of a call, and those of `plan`
@@ -265,6 +271,7 @@ class Gate:
             if name not in GateOptions.__annotations__:
                 raise TypeError(refusal(name, "no such argument", value))
         after, expert_map = _after_of(options), options.get("expert_map")
+        shared_weights = options.get("shared_weights")
         router, asked = self._router, (num_experts, block, capacity, drop, masked)
         projection, operands, config = self._checked(
             hidden, router_weight, topk, per_expert_scale, options
@@ -275,12 +282,15 @@ class Gate:
         planned = None
         if not is_dynamo_compiling() and all(map(is_ordinary, _tensors(projection, operands))):
             planned = routed.planner(problem, most, operands.logits, config.backend)
+        if shared_weights is not None:
+            _shared.check(shared_weights, router.spec, hidden, {}, options.get("counts"))
         if after is not None:
             self._check_after(after, {**by_name(operands), **fields(projection), "logits": None})
             routed.require_experts(num_experts, after.replicas)
             operands = replaced(operands, expert_map=None)  # after the kernel
         made, _ = _gated(projection, operands, config, wanted=False)
         made = made if after is None else self._done(after, made, router_weight, expert_map)
+        made = self._weighed(made, shared_weights)
         output = RoutingOutput(made.weights, made.ids)
         if planned is None:
             return routed.composed(output, problem, asked, config.backend, None)
@@ -300,6 +310,14 @@ class Gate:
         """Do what is left to do with the logical ids, and rename them."""
         experts, shared = router_weight.shape[0], self._router.spec.shared_experts
         return _renamed(made, _after.done(after, made.ids, experts, shared, expert_map, None))
+
+    def _weighed(self, made: GateOutput, shared_weights: Tensor | None) -> GateOutput:
+        """Return the output with the call's weights of shared experts, if it has any."""
+        if shared_weights is None:
+            return made
+        output = RoutingOutput(made.weights, made.ids)
+        count = self._router.spec.shared_experts
+        return GateOutput(*_shared.weighed(output, shared_weights, count), made.logits)
 
     def __repr__(self) -> str:
         """Show the router."""

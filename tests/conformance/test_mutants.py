@@ -8,7 +8,7 @@ import re
 from itertools import chain
 
 import pytest
-from mutants import MUTANTS, Mutant, Reference, counts, registered, replicas
+from mutants import MUTANTS, Mutant, Reference, counts, registered, replicas, shared
 from mutants.catching import each, must_be_caught_in_eager, must_say
 
 from moe_routing.conformance import checks, drawn
@@ -45,7 +45,7 @@ def test_a_mutant_is_caught_by_the_check_that_is_named_for_it(mutant):
     must_say(mutant.saying, results(mutant, mutant.caught_by))
 
 
-@pytest.mark.parametrize("change", each([*counts.CHANGES, *replicas.CHANGES]))
+@pytest.mark.parametrize("change", each([*counts.CHANGES, *replicas.CHANGES, *shared.CHANGES]))
 def test_a_change_of_the_product_is_caught_by_the_check_that_is_named_for_it(change, monkeypatch):
     must_be_caught_in_eager(change, monkeypatch)
 

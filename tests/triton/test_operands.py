@@ -42,6 +42,7 @@ def process(script, *arguments, **environment):
         ("each_row_gets_a_replica_of_its_experts", set()),
         ("numbers_of_replicas_are_clamped", set()),
         ("tables_may_lie_anywhere", set()),
+        ("shared_experts_have_the_weights_of_the_call", set()),
         ("logical_experts_are_counted", set()),
         ("gate", set()),
     ],

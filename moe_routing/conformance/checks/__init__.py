@@ -14,6 +14,7 @@ from moe_routing.conformance.checks import (
     repeat,
     replay,
     replicas,
+    shared,
     sizes,
     state,
     streams,
@@ -34,5 +35,5 @@ def named(name: str) -> Check:
 __all__ = [
     "ROUTE",
     "arguments", "counts", "fields", "honesty", "memory", "named", "operands",
-    "repeat", "replay", "replicas", "sizes", "state", "streams", "traced", "values",
+    "repeat", "replay", "replicas", "shared", "sizes", "state", "streams", "traced", "values",
 ]  # fmt: skip

@@ -91,6 +91,24 @@ def _replicas() -> list[Wrong]:
     ]  # fmt: skip
 
 
+def _shared_weights() -> list[Wrong]:
+    """Return what can be wrong with weights of shared experts."""
+
+    def wrong(what: str, value: Callable[[Call], Any], variant: str = "gemma4/shared") -> Wrong:
+        return Wrong("shared_weights", what, variant, value)
+
+    return [
+        *_vector("shared_weights", "gemma4/shared", 2),
+        wrong("of other rows", lambda call: torch.zeros(3, 2, device=call.logits.device)),
+        wrong("a number", lambda _: 1.0),
+        wrong("sparse", lambda call: torch.zeros(2, device=call.logits.device).to_sparse()),
+        wrong(
+            "without shared experts", lambda call: torch.zeros(2, device=call.logits.device),
+            "softmax_topk",
+        ),
+    ]  # fmt: skip
+
+
 def _vector(argument: str, variant: str, length: int, *, integer: bool = False) -> list[Wrong]:
     """Return what can be wrong with a one-dimensional operand."""
     dtype, other = (torch.int64, torch.float32) if integer else (torch.float32, torch.int64)
@@ -253,6 +271,7 @@ WRONG = (
         lambda call: call.logits.view(torch.int32)[1],
     ),
     *_replicas(),
+    *_shared_weights(),
     Wrong("ids_dtype", "int16", "softmax_topk", lambda _: torch.int16),
     Wrong("out", "of one row too few", "softmax_topk", lambda call: _outputs(call, tokens=T - 1)),
     Wrong(

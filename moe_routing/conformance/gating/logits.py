@@ -12,6 +12,7 @@ from moe_routing.conformance.gating._check import check
 from moe_routing.conformance.gating.calls import bits_of, must_be_same
 from moe_routing.conformance.gating.cases import FACTORS, HIDDEN, Case
 from moe_routing.conformance.requirements import require
+from moe_routing.conformance.variants import VARIANTS
 from moe_routing.gating import GateOutput
 from moe_routing.gating.problem import FLOATS
 from moe_routing.reference import replicas_oracle
@@ -128,6 +129,34 @@ def what_is_gated_gets_its_replica(under_test: BackendUnderTest, case: Case) -> 
         must_be_same(
             GateOutput(planned.weights, planned.ids, right.logits), right, "with a plan of replicas"
         )
+
+
+def _with_shared(profile: Profile) -> Iterator[Case]:
+    for case in _sets.of_every_variant(profile):
+        if VARIANTS[case.variant].shared_experts:
+            yield case
+
+
+@check(2, _with_shared)
+def what_is_gated_has_its_shared_weights(under_test: BackendUnderTest, case: Case) -> None:
+    """Shared columns hold the call's weights, in every call and with a plan; padding has 0."""
+    call = case.make(under_test.device)
+    made = call.checked(under_test)
+    count = call.spec.shared_experts
+    shared = torch.linspace(-2.0, 3.0, len(made.ids) * count, device=call.device).view(-1, count)
+    padding = made.weights[:, -count:] == 0
+    columns = shared.masked_fill(padding, 0.0)
+    weights = torch.cat([made.weights[:, :-count], columns], dim=1)
+    right = GateOutput(weights, made.ids, made.logits)
+    gate: Any = call.gate(under_test)
+    for times in (1, 2, 3):
+        made = gate(**call.arguments, shared_weights=shared, return_logits=True)
+        must_be_same(made, right, f"call {times} with shared weights")
+    if "plan" in under_test.spec.factories:
+        experts = 2 * (len(call.projection.router_weight) + count)
+        planned = gate.with_plan(**call.arguments, shared_weights=shared, num_experts=experts)
+        made = GateOutput(planned.weights, planned.ids, right.logits)
+        must_be_same(made, right, "with a plan and shared weights")
 
 
 def _equal_rows(profile: Profile) -> Iterator[Case]:

@@ -168,6 +168,14 @@ def a_plan_of_a_gate_keeps_logical_ids(_right: Any) -> Any:
     return lambda _options: None
 
 
+@_change(
+    call.Gate, "_weighed", "what_is_gated_has_its_shared_weights",
+    r"^call 1 with shared weights: weights has other",
+)  # fmt: skip
+def what_is_gated_keeps_its_shared_weight(_right: Any) -> Any:
+    return lambda _gate, made, _shared_weights: made
+
+
 @_change(op, "gate", "compiles_as_one_graph", r"dynamic=\w+: \w+ has other bits in \d+ rows")
 def traced_calls_have_another_multiplier(right: Any) -> Any:
     def wrong(projection: Any, routed: Any, config: Any) -> GateOutput:
