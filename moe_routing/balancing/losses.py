@@ -35,15 +35,19 @@ def sums_of(logits: Tensor, ids: Tensor, score: str, valid: Tensor | None) -> Su
     return Sums(*sums((logits,), ids, valid, score), number)
 
 
-def imbalance(of: Sums, counts: Tensor | None = None) -> Tensor:
+def imbalance(of: Sums, counts: Tensor | None = None, times: int = 1) -> Tensor:
     """Return E * sum(f * P) of each batch, ``[B]``; 0 for a batch without tokens.
 
     :param counts: in place of those of ``of``, from which the shares f are taken.
+    :param times: a factor of it.
     """
     counts = of.counts if counts is None else counts
-    dtype = of.scores.dtype
-    share = counts.to(dtype) / counts.sum(-1, keepdim=True).clamp(min=1)
-    return (share * (of.scores / of.tokens)).sum(-1) * counts.shape[-1]
+    dtype, factor = of.scores.dtype, times * counts.shape[-1]
+    slots = counts.sum(-1, keepdim=True, dtype=dtype).clamp(min=1)
+    tokens = of.tokens.to(dtype) if isinstance(of.tokens, Tensor) else of.tokens
+    # Nothing but the last product has a gradient: so the way back is one operation, each of which
+    # takes a host longer than it takes a device.
+    return (counts / (slots * (tokens / factor)) * of.scores).sum(-1)
 
 
 def load_balancing_loss(
@@ -96,7 +100,7 @@ def load_balancing_loss(
     counts = of.counts
     if group is not None:
         torch.distributed.all_reduce(counts, group=group)
-    return imbalance(of, counts)[0]
+    return imbalance(of, counts).squeeze(0)
 
 
 def sequence_balancing_loss(

@@ -61,6 +61,14 @@ def _added(of_layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(every).sum(0), torch.stack(counts).sum(0)
 
 
+def _over_layers(of_groups: tuple[Tensor, ...], layers: int, batches: int) -> Tensor:
+    """Add up what was made of joined layers: ``[layers of the group * B, ...]`` for each group."""
+    if layers == 1:
+        return of_groups[0]
+    joined = _joined(of_groups)
+    return joined.view(layers, batches, joined.shape[1]).sum(0)
+
+
 def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the layers, neighbours that are alike together, as many as ``TOGETHER`` holds."""
     group: list[Tensor] = []
@@ -76,7 +84,7 @@ def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield group
 
 
-def _joined(group: list[Tensor]) -> Tensor:
+def _joined(group: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Return layers as more batches of one tensor."""
     return group[0] if len(group) == 1 else torch.cat(group)
 
@@ -106,9 +114,10 @@ class _Sums(torch.autograd.Function):
         made: list[tuple[Tensor, Tensor]] = []
         for group in _groups(logits):
             many = len(group)
-            of_group = run(_joined(group), _again(ids, many), _again(weights, many), score, best)
-            made += zip(*(_apart(one, group) for one in of_group), strict=True)
-        return _added(made)
+            made.append(run(_joined(group), _again(ids, many), _again(weights, many), score, best))
+        sizes = len(logits), logits[0].shape[0]
+        every, counts = zip(*made, strict=True)
+        return _over_layers(every, *sizes), _over_layers(counts, *sizes)
 
     @staticmethod
     def setup_context(
@@ -119,16 +128,19 @@ class _Sums(torch.autograd.Function):
         ids, weights, ctx.score, ctx.best, *logits = inputs
         ctx.topk = 0 if ids is None else ids.shape[-1]
         ctx.preferred = preference.get()
+        ctx.set_materialize_grads(False)  # counts have none, and zeros for them cost a launch
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(weights, *logits)
         ctx.save_for_forward(weights, *logits)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- a bag by design
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- a bag by design
         weights, *logits = ctx.saved_tensors
         # Where the gradient is to have gradients, the logits require them.
         grad = upstream[0]
         needed = ctx.needs_input_grad[_FIRST:]
+        if grad is None:
+            return (None,) * (_FIRST + len(needed))
         given = [each for each, its in zip(logits, needed, strict=True) if its]
         made: list[Tensor] = []
         if not is_plain(grad, weights, *logits):

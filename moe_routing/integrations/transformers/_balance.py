@@ -35,7 +35,7 @@ def load_balancing_loss(
     scores, counts = _sums(tuple(x.to(device) for x in gate_logits), weights, num_experts, top_k)
     rows = sum(logits.shape[0] for logits in gate_logits)
     tokens = rows if weights is None else weights.sum() * len(gate_logits)
-    return top_k * imbalance(Sums(scores, counts, tokens))
+    return imbalance(Sums(scores, counts, tokens), times=top_k)
 
 
 def _sums(
@@ -53,4 +53,4 @@ def _sums(
     batches = tuple(logits.unsqueeze(0) for logits in layers)
     given = None if weights is None else weights.unsqueeze(0)
     scores, counts = sums(batches, None, given, "softmax", top_k)
-    return scores[0], counts[0]
+    return scores.squeeze(0), counts.squeeze(0)
