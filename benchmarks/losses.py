@@ -3,10 +3,12 @@
     python benchmarks/losses.py OUT.json
 
 48 layers of 16,384 tokens, 128 experts, K = 8, in bfloat16 and float32. Milliseconds are of a
-clock on the host, from an idle device until it is idle again: the least of some runs. Memory is
-what the caching allocator held at most above what it held before the call, in MiB: after the
-forward, and in all; gradients of logits are dropped when they are made, as a model's backward does.
-Everything is compared with float64 first. Needs transformers; less than a minute on an H100.
+clock on the host, from an idle device until it is idle again: the least of some runs. On a slow
+host most of that is launches, so the times of all kernels are added up too (``device_ms``).
+
+Memory is what the caching allocator held at most above what it held before the call, in MiB: after
+the forward, and in all; gradients of logits are dropped when they are made, as a model's backward
+does. Everything is compared with float64 first. Needs transformers; about a minute on an H100.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import launches
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import moe_routing
@@ -138,7 +141,7 @@ def exact(inputs: Inputs) -> float:
 
 
 def timed(loss: Callable[[], Tensor]) -> dict[str, float]:
-    """Return milliseconds and MiB of a forward and of a backward."""
+    """Return milliseconds and MiB of a forward and of a backward; on the device, of both."""
     loss().backward()  # compiles
     runs = []
     for _ in range(RUNS):
@@ -151,6 +154,10 @@ def timed(loss: Callable[[], Tensor]) -> dict[str, float]:
         torch.cuda.synchronize()
         runs.append((middle - start, time.perf_counter() - middle))
     del value
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        loss().backward()
+        torch.cuda.synchronize()
+    device = sum(event.self_device_time_total for event in seen.key_averages()) / 1e3
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     value = loss()
@@ -161,6 +168,7 @@ def timed(loss: Callable[[], Tensor]) -> dict[str, float]:
     ms = [min(column) * 1e3 for column in zip(*runs, strict=True)]
     return {
         "forward_ms": round(ms[0], 3), "backward_ms": round(ms[1], 3),
+        "device_ms": round(device, 3),
         "kept_mib": round(kept / MIB, 2), "forward_peak_mib": round(forward / MIB, 2),
         "peak_mib": round(peak / MIB, 2),
     }  # fmt: skip
