@@ -11,7 +11,7 @@ from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check
 from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import NotApplicableError, outputs, same_bits
-from moe_routing.conformance.variants import BUILT_IN, VARIANTS
+from moe_routing.conformance.variants import VARIANTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,15 +78,8 @@ def _plain(under_test: BackendUnderTest, call: Call) -> tuple[RoutingOutput, Ten
     return under_test.check(call), under_test.route(call.but(expert_map=None)).ids
 
 
-def _of_every_family(profile: Profile) -> Iterator[Case]:
-    """Yield built-in families, and whatever has shared experts of its own."""
-    for case in _sets.of_every_family(profile):
-        if case.variant in BUILT_IN or case.variant in WITH_SHARED:
-            yield case
-
-
 def _routed(profile: Profile) -> Iterator[Case]:
-    for case in _of_every_family(profile):
+    for case in _sets.of_every_family(profile):
         yield case.but(valid="tensor")
         yield case.but(valid="mask", ids_dtype="int64")
         yield case.but(recorded=True, num_tokens=98)
@@ -116,7 +109,7 @@ def shared_experts_have_the_weights_of_the_call(under_test: BackendUnderTest, ca
             _require(output, plain, expected, f"{list(shared.shape)}, call {times}")
 
 
-@check(19, _of_every_family)
+@check(19, _sets.of_every_family)
 def weights_of_every_dtype_may_lie_anywhere(under_test: BackendUnderTest, case: Case) -> None:
     """They may have any float dtype and strides; they are rounded to float32, and not changed."""
     call = _make(case.but(valid="mask"), under_test)
@@ -136,7 +129,7 @@ def weights_of_every_dtype_may_lie_anywhere(under_test: BackendUnderTest, case: 
             require(same_or_nan(shared, before).all(), f"{dtype}, {what}: they were changed")
 
 
-@check(19, _of_every_family)
+@check(19, _sets.of_every_family)
 def a_plan_drops_by_the_weights_of_the_call(under_test: BackendUnderTest, case: Case) -> None:
     """A plan that drops the pairs of least weight looks at these weights, in later calls too."""
     if "plan" not in under_test.spec.factories:
@@ -160,7 +153,7 @@ def a_plan_drops_by_the_weights_of_the_call(under_test: BackendUnderTest, case: 
         require(torch.equal(kept.long(), best), f"call {times}: kept rows {kept.tolist()}")
 
 
-@check(19, _of_every_family, capability="gradients")
+@check(19, _sets.of_every_family, capability="gradients")
 def gradients_flow_to_the_weights_of_the_call(under_test: BackendUnderTest, case: Case) -> None:
     """They get the gradient of their columns, 0 in padding; the logits' stays as it was."""
     call = _make(case.but(valid="mask"), under_test)
@@ -206,7 +199,7 @@ class _Module(torch.nn.Module):
         return weights * 1.0, ids
 
 
-@check(19, _of_every_family, capability="compile")
+@check(19, _sets.of_every_family, capability="compile")
 def traced_calls_weigh_shared_experts(under_test: BackendUnderTest, case: Case) -> None:
     """Compiled and exported programs read the weights of each run."""
     call = _make(case, under_test)
@@ -227,7 +220,7 @@ def _require_run(program: Any, under_test: BackendUnderTest, call: Call, what: s
     _require(plain._replace(weights=weights, ids=ids), plain, expected, what)
 
 
-@check(19, _of_every_family, capability="cuda_graphs")
+@check(19, _sets.of_every_family, capability="cuda_graphs")
 def a_graph_reads_the_weights_at_each_replay(under_test: BackendUnderTest, case: Case) -> None:
     """Nothing is read on the host, and each replay of a graph reads the weights again."""
     streams.need_cuda(under_test)
