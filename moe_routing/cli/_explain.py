@@ -12,13 +12,13 @@ from rich.text import Text
 
 from moe_routing.cli._catalogue import look_up
 from moe_routing.cli._operations import sized
+from moe_routing.cli._options import Experts, Topk  # noqa: TC001 -- typer reads annotations while the program runs
 from moe_routing.cli._show import (
     STATE_STYLES,
     Unusable,
     UsageError,
     command,
     console,
-    count,
     mark,
     print_json,
     table,
@@ -55,26 +55,8 @@ def explain(  # noqa: PLR0913 -- the options of the command
     ],
     *,
     device: Annotated[str, typer.Option(help="The device: cpu, cuda:0, xpu, mps, ...")] = "cpu",
-    num_experts: Annotated[
-        int | None,
-        typer.Option(
-            "--num-experts",
-            "-e",
-            parser=count,
-            metavar="E",
-            help="Experts; the model's own, else 128.",
-        ),
-    ] = None,
-    topk: Annotated[
-        int | None,
-        typer.Option(
-            "--topk",
-            "-k",
-            parser=count,
-            metavar="K",
-            help="Experts a token; the model's own, else 8.",
-        ),
-    ] = None,
+    num_experts: Experts = None,
+    topk: Topk = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the logits; bfloat16.", show_default=False)
     ] = None,

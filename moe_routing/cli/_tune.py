@@ -11,6 +11,7 @@ from rich.text import Text
 from moe_routing.cli._bench import main_device
 from moe_routing.cli._catalogue import look_up
 from moe_routing.cli._operations import sized
+from moe_routing.cli._options import Block, Dtypes, Experts, Topk  # noqa: TC001 -- typer reads annotations while the program runs
 from moe_routing.cli._show import (
     STATUS_STYLES,
     Unusable,
@@ -58,35 +59,10 @@ def tune(  # noqa: PLR0913 -- the options of the command
         list[str] | None,
         typer.Option("--router", "--model", metavar="NAME,...", help="Models or families; gemma4."),
     ] = None,
-    experts: Annotated[
-        int | None,
-        typer.Option(
-            "--experts",
-            "--num-experts",
-            "-e",
-            parser=count,
-            metavar="E",
-            help="Experts; the model's own, else 128.",
-        ),
-    ] = None,
-    topk: Annotated[
-        int | None,
-        typer.Option(
-            "--topk",
-            "-k",
-            parser=count,
-            metavar="K",
-            help="Experts a token; the model's own, else 8.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(metavar="DTYPE,...", help="Of the logits: bf16, fp16, fp32; bf16."),
-    ] = None,
-    block: Annotated[
-        int | None,
-        typer.Option(parser=count, metavar="N", help="Plans in blocks of so many places."),
-    ] = None,
+    experts: Experts = None,
+    topk: Topk = None,
+    dtype: Dtypes = None,
+    block: Block = None,
     tokens: Annotated[
         list[str] | None,
         typer.Option(metavar="T,...", help="Numbers of tokens; a quarter apart, 1 to 250000."),

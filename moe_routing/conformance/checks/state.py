@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +12,7 @@ from moe_routing.conformance.checks import _sets
 from moe_routing.conformance.checks._check import check
 from moe_routing.conformance.checks.traced import compare_gradients
 from moe_routing.conformance.requirements import require
+from moe_routing.conformance.threads import THREADS, made_at_once
 from moe_routing.conformance.under_test import (
     DeclinedError,
     NotApplicableError,
@@ -38,7 +36,7 @@ TURNS = 3
 
 The first is checked and prepared, the second is recognised, and the third is like the second.
 """
-THREADS, CALLS = 8, 12
+CALLS = 12
 
 
 def _router(under_test: BackendUnderTest, call: Call) -> Router:
@@ -188,34 +186,16 @@ def eight_threads_may_share_a_router(under_test: BackendUnderTest, case: Case) -
     call = case.make(under_test.device)
     calls = [_other(call, thread) for thread in range(THREADS)]
     route = _router(under_test, call)
-    together = threading.Barrier(THREADS)
-
-    def work(thread: int) -> list[RoutingOutput]:
-        together.wait()
-        return [_routed(route, calls[thread]) for _ in range(CALLS)]
-
-    with _frequent_switches(), ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(work, range(THREADS)))
-    for thread, routed in enumerate(results):
+    work = [partial(_routed, route, one) for one in calls]
+    for one, (what, routed) in zip(calls, made_at_once(work, CALLS), strict=True):
         for output in routed:
             if not (
                 same_bits(output.ids, routed[0].ids)
                 and same_bits(output.weights, routed[0].weights)
             ):
-                msg = f"thread {thread + 1} of {THREADS}: the same call gives other bits"
+                msg = f"{what}: the same call gives other bits"
                 raise AssertionError(msg)
-        _must_match(calls[thread], routed[0], f"thread {thread + 1} of {THREADS}")
-
-
-@contextlib.contextmanager
-def _frequent_switches() -> Iterator[None]:
-    """Let Python's threads take turns as often as they can, so that what they share shows."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+        _must_match(one, routed[0], what)
 
 
 def _of(num_experts: int, profile: Profile) -> Iterator[Case]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +11,7 @@ from moe_routing.conformance.gating import _sets
 from moe_routing.conformance.gating._check import check
 from moe_routing.conformance.gating.calls import must_be_same
 from moe_routing.conformance.gating.cases import Case
-from moe_routing.conformance.planning.repeat import frequent_switches
+from moe_routing.conformance.threads import THREADS, made_at_once
 from moe_routing.gating import GateOutput
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 1, 2, 3, 7, 16, 33, 64, 129, 256, 512)
 RUNS = 20
-THREADS, CALLS = 8, 6
+CALLS = 6
 
 
 def _batched(profile: Profile) -> Iterator[Case]:
@@ -106,14 +105,7 @@ def eight_threads_may_share_a_gate(under_test: BackendUnderTest, case: Case) -> 
     """Eight threads that gate at once, each its own hidden states, get what each gets alone."""
     calls = [case.but(turn=thread // 2).make(under_test.device) for thread in range(THREADS)]
     rights = [call.checked(under_test) for call in calls]
-    together = threading.Barrier(THREADS)
-
-    def work(thread: int) -> list[GateOutput]:
-        together.wait()
-        return [calls[thread].made(under_test) for _ in range(CALLS)]
-
-    with frequent_switches(), ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(work, range(THREADS)))
-    for thread, made in enumerate(results):
+    work = [partial(call.made, under_test) for call in calls]
+    for right, (what, made) in zip(rights, made_at_once(work, CALLS), strict=True):
         for one in made:
-            must_be_same(one, rights[thread], f"thread {thread + 1} of {THREADS}")
+            must_be_same(one, right, what)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +10,8 @@ import torch
 from moe_routing.conformance.permutation import _sets, outcomes
 from moe_routing.conformance.permutation._check import both
 from moe_routing.conformance.permutation.cases import CombineCase, PermuteCase, on_device
-from moe_routing.conformance.planning.repeat import frequent_switches
 from moe_routing.conformance.requirements import require
+from moe_routing.conformance.threads import THREADS, made_at_once
 from moe_routing.reference import permutation_oracle as oracle
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from moe_routing.conformance.under_test import BackendUnderTest
 
 RUNS = 50
-THREADS, CALLS = 8, 12
+CALLS = 12
 BATCHES = (1, 1, 2, 3, 7, 33, 64, 129, 512)
 
 
@@ -154,16 +153,8 @@ def eight_threads_may_share_a_kernel(under_test: BackendUnderTest, case: Case) -
     # Two threads have the same call.
     calls = [case.but(turn=thread // 2).make(under_test.device) for thread in range(THREADS)]
     calls[0].made(under_test)  # whatever is built, is built now
-    together = threading.Barrier(THREADS)
-
-    def work(thread: int) -> list[tuple[Tensor, ...]]:
-        together.wait()
-        return [calls[thread].made(under_test) for _ in range(CALLS)]
-
-    with frequent_switches(), ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(work, range(THREADS)))
-    for thread, made in enumerate(results):
-        what = f"thread {thread + 1} of {THREADS}"
-        calls[thread].must_match(made[0], what)
+    work = [partial(call.made, under_test) for call in calls]
+    for call, (what, made) in zip(calls, made_at_once(work, CALLS), strict=True):
+        call.must_match(made[0], what)
         for again in made[1:]:
-            _must_equal(calls[thread], again, made[0], what)
+            _must_equal(call, again, made[0], what)

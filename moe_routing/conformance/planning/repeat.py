@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moe_routing.conformance.planning import _sets, cases
 from moe_routing.conformance.planning._check import check
 from moe_routing.conformance.planning.cases import Call, Case
+from moe_routing.conformance.threads import THREADS, made_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from moe_routing.conformance.cases import Profile
     from moe_routing.conformance.under_test import BackendUnderTest
-    from moe_routing.planning import DispatchPlan
 
 RUNS = 50
-THREADS, CALLS = 8, 12
+CALLS = 12
 
 
 def _other(call: Call, turn: int) -> Call:
@@ -77,26 +74,7 @@ def eight_threads_may_share_a_kernel(under_test: BackendUnderTest, case: Case) -
     call = case.make(under_test.device)
     cases.plan(under_test, call)  # whatever is built, is built now
     calls = [_other(call, thread // 2) for thread in range(THREADS)]  # two have the same ids
-    together = threading.Barrier(THREADS)
-
-    def work(thread: int) -> list[DispatchPlan]:
-        together.wait()
-        return [cases.plan(under_test, calls[thread]) for _ in range(CALLS)]
-
-    with frequent_switches(), ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(work, range(THREADS)))
-    for thread, made in enumerate(results):
-        right = calls[thread].expected()
-        for one in made:
-            cases.must_equal(one, right, f"thread {thread + 1} of {THREADS}")
-
-
-@contextlib.contextmanager
-def frequent_switches() -> Iterator[None]:
-    """Let Python's threads take turns as often as they can, so that what they share shows."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    work = [partial(cases.plan, under_test, one) for one in calls]
+    for one, (what, plans) in zip(calls, made_at_once(work, CALLS), strict=True):
+        for made in plans:
+            cases.must_equal(made, one.expected(), what)
