@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from scripts import printed
 
 pytestmark = pytest.mark.slow
 
@@ -39,18 +38,9 @@ def compiled():
 
 def by_target(script):
     """Compile for each target in a process, as many at a time as there are cores."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def of(target):
-        done = subprocess.run(
-            [sys.executable, str(script), target],
-            check=False,
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout)
+        return json.loads(printed(script, target, interprets=False))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(SHARED_MEMORY, pool.map(of, SHARED_MEMORY), strict=True))

@@ -4,12 +4,10 @@ It is interpreted against the closed form and the oracle, and compiled for GPUs 
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import printed
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +43,8 @@ SHARED_MEMORY = {
 }
 
 
-def output_of(script, *arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+def output_of(script):
+    return json.loads(printed(Path(__file__).with_name(script), interprets=False))
 
 
 @pytest.fixture(scope="module")

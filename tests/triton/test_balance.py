@@ -1,25 +1,17 @@
 """The kernels of ``balance`` in Triton's interpreter."""
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import printed
+
+SCRIPT = Path(__file__).with_name("interpreted_balance.py")
 
 
 def interpreted(check, times):
     """Run a check in a process of its own."""
-    script = Path(__file__).with_name("interpreted_balance.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(random.getrandbits(32)), check, str(times)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed(SCRIPT, str(random.getrandbits(32)), check, str(times))
 
 
 @pytest.mark.parametrize("times", [10, pytest.param(200, marks=pytest.mark.slow)])

@@ -1,27 +1,16 @@
 """Optional operands in the Triton kernels: interpreted, and compiled for GPUs that are not here."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import printed
 
 
-def process(script, *arguments, **environment):
+def process(script, *arguments, interprets=True):
     """Return what a script of this folder prints as JSON."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(script)), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=inherited | environment,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return json.loads(printed(Path(__file__).with_name(script), *arguments, interprets=interprets))
 
 
 @pytest.mark.slow
@@ -49,7 +38,7 @@ def process(script, *arguments, **environment):
 )
 def test_the_kit_holds_for_optional_operands(check, declined):
     seed = str(random.getrandbits(32))
-    found = process("interpreted_operands.py", check, seed, TRITON_INTERPRET="1")
+    found = process("interpreted_operands.py", check, seed)
     assert not {case: said for case, said in found.items() if said[0] == "failed"}
     assert [said[0] for said in found.values()].count("passed") >= 2
     # Families of plug-ins may have no formula here.
@@ -64,7 +53,7 @@ def test_the_kit_holds_for_optional_operands(check, declined):
 )
 def test_a_second_kernel_counts_the_slots_of_many_tokens(check):
     seed = str(random.getrandbits(32))
-    found = process("interpreted_operands.py", check, seed, "slots=20", TRITON_INTERPRET="1")
+    found = process("interpreted_operands.py", check, seed, "slots=20")
     assert not {case: said for case, said in found.items() if said[0] == "failed"}
     assert [said[0] for said in found.values()].count("passed") >= 2
 
@@ -83,7 +72,7 @@ def test_a_program_weighs_many_rows_wherever_they_lie(check, layout):
     seed = str(random.getrandbits(32))
     for rows in ("rows=4", "rows=8"):
         words = (check, seed, rows, f"layout={layout}")
-        found = process("interpreted_operands.py", *words, TRITON_INTERPRET="1")
+        found = process("interpreted_operands.py", *words)
         assert not {case: said for case, said in found.items() if said[0] == "failed"}
         assert [said[0] for said in found.values()].count("passed") >= 2
 
@@ -93,7 +82,7 @@ def test_a_record_gives_the_bits_of_calls_whose_groups_are_no_power_of_two():
     """Kernels pad such groups, and sum a row in the places that come of it."""
     check = "a_record_gives_the_bits_of_the_call_that_made_it"
     seed = str(random.getrandbits(32))
-    found = process("interpreted_operands.py", check, seed, "experts=72", TRITON_INTERPRET="1")
+    found = process("interpreted_operands.py", check, seed, "experts=72")
     assert not {case: said for case, said in found.items() if said[0] == "failed"}
     grouped = [case for case in found if case.startswith("grouped_softmax-E72")]
     assert found[grouped[0]][0] == "passed"
@@ -102,7 +91,7 @@ def test_a_record_gives_the_bits_of_calls_whose_groups_are_no_power_of_two():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_that_read_them_compile_without_spills(target):
-    found = process("ahead_of_time_operands.py", target)
+    found = process("ahead_of_time_operands.py", target, interprets=False)
     assert len(found) >= 6
     assert not {name for name, used in found.items() if used["spills"]}
     assert {name for name in found if "ids" in name} == {name for name in found if "weigh" in name}

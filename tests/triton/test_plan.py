@@ -1,27 +1,17 @@
 """The kernels of ``plan`` in Triton's interpreter."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import printed
 
 from moe_routing.conformance.contract import contract_of
 
 
 def interpreted(*arguments, script="interpreted_plan.py"):
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(script)), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return printed(Path(__file__).with_name(script), *arguments)
 
 
 @pytest.mark.parametrize("cases", [7, pytest.param(42, marks=pytest.mark.slow)])

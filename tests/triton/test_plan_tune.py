@@ -5,12 +5,10 @@ What is kept applies from then on. Kernels run in Triton's interpreter.
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import printed
 
 from moe_routing.planning import PlanProblem
 from moe_routing_backends.triton.planning import tune
@@ -27,17 +25,9 @@ def tuned(tmp_path_factory):
 
     def run(how):
         if how not in found:
-            environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp(how))}
             script = Path(__file__).with_name("interpreted_plan_tune.py")
-            done = subprocess.run(
-                [sys.executable, str(script), how],
-                check=False,
-                capture_output=True,
-                text=True,
-                env=environment,
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-            found[how] = json.loads(done.stdout)
+            home = str(tmp_path_factory.mktemp(how))
+            found[how] = json.loads(printed(script, how, XDG_CACHE_HOME=home))
         return found[how]
 
     return run

@@ -4,12 +4,10 @@ Kernels run in Triton's interpreter.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import printed
 
 from moe_routing_backends.triton.tuning.tune import CACHE, Inputs
 from moe_routing_registry import DeviceInfo, RoutingProblem, RoutingSpec
@@ -25,17 +23,8 @@ def tuned(tmp_path_factory):
     """
 
     def run(how):
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp(how))}
         script = Path(__file__).with_name("interpreted_tune.py")
-        done = subprocess.run(
-            [sys.executable, str(script), how],
-            check=False,
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout)
+        return json.loads(printed(script, how, XDG_CACHE_HOME=str(tmp_path_factory.mktemp(how))))
 
     return {how: run(how) for how in ("wrong", "raises", "changes")}
 
