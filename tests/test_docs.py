@@ -24,6 +24,9 @@ ELSEWHERE = {
 }
 
 
+CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+
+
 def blocks_of(page, language):
     return re.findall(
         rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
@@ -62,6 +65,25 @@ def test_the_python_on_a_page_runs(page, capsys):
     for block in blocks_of(page, "python"):
         exec(compile(block, page, "exec"), names)  # noqa: S102 -- running it is the test
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("page", pages_with("console"))
+def test_each_command_on_a_page_has_a_line_of_its_own(page):
+    for block in blocks_of(page, "console"):
+        lines = block.splitlines()
+        assert lines[0].startswith("$ "), f"what is typed comes first: {lines[0]}"
+        joined = [line for line in lines if re.search(r"(?<=\S) \$ \w", line)]
+        assert not joined
+
+
+def test_no_item_of_a_list_runs_on_in_the_line_of_another():
+    joined = [
+        f"{page.name}: {line}"
+        for page in WRITTEN
+        for line in CODE.sub("", page.read_text()).splitlines()
+        if not line.startswith("|") and re.search(r"[.:;] - \*\*", line)
+    ]
+    assert not joined
 
 
 @pytest.mark.parametrize("page", pages_with("pycon"))
@@ -143,7 +165,6 @@ def test_the_index_leads_to_every_page():
     assert not unlisted
 
 
-CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINKS = {
     page: re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", CODE.sub("", page.read_text()))
     for page in WRITTEN
