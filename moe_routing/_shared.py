@@ -21,6 +21,7 @@ from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import TypeGuard
 
     from moe_routing_registry import RoutingSpec
 
@@ -49,20 +50,21 @@ def check(
     if abs(spec.shared_weight) < torch.finfo(torch.float32).smallest_normal:
         expected = "None, because the spec's shared_weight is 0, as in rows of padding"
         raise ValueError(refusal("shared_weights", expected, shared_weights))
-    if not isinstance(like, Tensor) or not _check.is_dense(like) or not like.dim():
+    if not isinstance(shared_weights, Tensor) or not shared_weights.is_floating_point():
+        count = spec.shared_experts
+        expected = f"a float tensor of shape [{count}] or [..., {count}]"
+        raise TypeError(refusal("shared_weights", expected, shared_weights))
+    if not _is_memory(like) or not like.dim():
         return
     each, rows = [spec.shared_experts], [*like.shape[:-1], spec.shared_experts]
-    if not isinstance(shared_weights, Tensor) or not shared_weights.is_floating_point():
-        expected = f"a float tensor of shape {each} or {rows}"
-        raise TypeError(refusal("shared_weights", expected, shared_weights))
     if not _check.is_dense(shared_weights) or list(shared_weights.shape) not in (each, rows):
         expected = f"a dense float tensor of shape {each} or {rows}"
         raise ValueError(refusal("shared_weights", expected, shared_weights))
     if shared_weights.device != like.device:
         expected = f"a tensor on {like.device}"
         raise ValueError(refusal("shared_weights", expected, shared_weights.device))
-    outputs = {name: one for name, one in written.items() if isinstance(one, Tensor)}
-    counted = [counts] if isinstance(counts, Tensor) else []
+    outputs = {name: one for name, one in written.items() if _is_memory(one)}
+    counted = [counts] if _is_memory(counts) else []
     tensors = (shared_weights, *outputs.values(), *counted)
     if any(map(_check.is_dtensor, (like, *tensors))):
         expected = "None with DTensors; route the rows of each rank by themselves"
@@ -73,6 +75,10 @@ def check(
     if any(overlaps(one, shared_weights) for one in counted):
         expected = "a tensor that shares no memory with another"
         raise ValueError(refusal("counts", expected, "one that overlaps shared_weights"))
+
+
+def _is_memory(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and _check.is_dense(value)
 
 
 def weighed(

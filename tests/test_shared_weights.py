@@ -84,6 +84,19 @@ def test_memory_that_a_call_writes_is_its_own():
     assert torch.equal(out.weights[:, 3:], shared)
 
 
+def test_a_wrong_argument_beside_another_is_named():
+    out = ROUTE(torch.randn(5, 8), 3)
+    with pytest.raises(TypeError, match=r"shared_weights: expected a float tensor"):
+        ROUTE([1.0], 3, shared_weights=1.0, out=out)
+    with pytest.raises(TypeError, match=r"^logits: "):
+        ROUTE([1.0], 3, shared_weights=torch.rand(2), out=out)
+    logits, shared = torch.randn(5, 8), torch.rand(2)
+    with pytest.raises(ValueError, match=r"^out: "):
+        ROUTE(logits, 3, shared_weights=shared, out=(out.weights.to_sparse(), out.ids))
+    with pytest.raises(ValueError, match=r"^counts: "):
+        ROUTE(logits, 3, shared_weights=shared, counts=torch.zeros(8).long().to_sparse())
+
+
 def test_a_spec_must_have_shared_experts_that_padding_is_told_from():
     logits, shared = torch.randn(5, 8), torch.rand(2)
     with pytest.raises(ValueError, match=r"shared_weights: .* the spec has no shared_experts"):
