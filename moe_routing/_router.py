@@ -323,7 +323,11 @@ class Router:
             after = _after.asked(counts, logical_to_physical, replica_count, expert_map)
             _after.check_call(after, operands, self.spec.shared_experts, plan_out)
             routed.require_experts(num_experts, after.replicas)
-        known = None if is_dynamo_compiling() else self._known(operands, topk, ids_dtype, after)
+        # Weights that are no plain memory make those that the plan looks at like them.
+        plain = not is_dynamo_compiling() and (
+            shared_weights is None or is_ordinary(shared_weights)
+        )
+        known = self._known(operands, topk, ids_dtype, after) if plain else None
         planned = None if known is None else routed.known(known.plans, asked, operands, plan_out)
         if known is None or planned is None:
             return self._first_with_plan(
@@ -372,7 +376,7 @@ class Router:
         if traced:
             output = self._routed(operands, topk, ids_dtype, after, shared_weights)
             return routed.composed(output, problem, asked, self._requested, out)
-        brought = _tensors(checked)
+        brought = _tensors(checked) + ([] if shared_weights is None else [shared_weights])
         if out is not None:
             routed.check_memory(checked, out)
             brought += [part for part in out if part is not None]
@@ -406,7 +410,10 @@ class Router:
         written = dict(zip(("weights", "ids"), pair, strict=False))
         written |= {} if planned is None else fields(planned)
         _shared.check(shared_weights, self.spec, logits, written, counts)
-        if pair and is_grad_enabled() and shared_weights.requires_grad:
+        if pair and (
+            (is_grad_enabled() and shared_weights.requires_grad)
+            or (not is_dynamo_compiling() and is_functorch_wrapped_tensor(shared_weights))
+        ):
             raise ValueError(_NO_OUT)
 
     def _with_shared(

@@ -47,10 +47,14 @@ def check(
     if not spec.shared_experts:
         expected = "None, because the spec has no shared_experts"
         raise ValueError(refusal("shared_weights", expected, shared_weights))
-    if abs(spec.shared_weight) < torch.finfo(torch.float32).smallest_normal:
+    if not spec.shared_weight:
         expected = "None, because the spec's shared_weight is 0, as in rows of padding"
         raise ValueError(refusal("shared_weights", expected, shared_weights))
-    if not isinstance(shared_weights, Tensor) or not shared_weights.is_floating_point():
+    if (
+        not isinstance(shared_weights, Tensor)
+        or not shared_weights.is_floating_point()
+        or shared_weights.dtype == _check.PACKED
+    ):
         count = spec.shared_experts
         expected = f"a float tensor of shape [{count}] or [..., {count}]"
         raise TypeError(refusal("shared_weights", expected, shared_weights))

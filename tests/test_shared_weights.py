@@ -151,3 +151,41 @@ def test_vmap_gives_each_batch_its_weights():
     assert torch.equal(
         mapped, torch.stack([Routes()(*both, valid) for both in zip(logits, shared, strict=True)])
     )
+
+
+def test_two_numbers_in_an_element_are_refused_before_anything_is_written():
+    logits, counts = torch.randn(5, 8), torch.zeros(8, dtype=torch.int32)
+    packed = torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(TypeError, match=r"^shared_weights: expected a float tensor"):
+        ROUTE(logits, 3, shared_weights=packed, counts=counts)
+    assert not counts.any()
+
+
+def test_out_cannot_hold_a_batch():
+    logits, counts = torch.randn(5, 8), torch.zeros(8, dtype=torch.int32)
+    planned = ROUTE.with_plan(logits, 3)
+    before = planned.weights.clone()
+    for route, out in ((ROUTE, planned[:2]), (ROUTE.with_plan, planned)):
+        call = torch.vmap(
+            lambda its, route=route, out=out: (
+                route(logits, 3, shared_weights=its, counts=counts, out=out).weights
+            )
+        )
+        with pytest.raises(ValueError, match=r"^out: expected None where gradients are wanted"):
+            call(torch.rand(4, 5, 2))
+    assert torch.equal(planned.weights, before)
+    assert not counts.any()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_vmap_plans_by_the_weights_of_each_batch(gated):
+    tensors = (torch.randn(5, 16), torch.randn(8, 16)) if gated else (torch.randn(5, 8),)
+    call = (ROUTE.gate if gated else ROUTE).with_plan
+
+    def order(its):
+        planned = call(*tensors, 3, shared_weights=its, capacity=1, drop="least_weight")
+        return planned.plan.order
+
+    shared = torch.rand(4, 5, 2)
+    each = torch.stack([order(its) for its in shared])
+    assert torch.equal(torch.vmap(order)(shared), each)

@@ -76,7 +76,7 @@ def conformance(  # noqa: PLR0913 -- the options of the command
     clause: Annotated[
         list[int] | None,
         typer.Option(
-            help="Only this clause of the contract, such as 0 to 18 of route; repeatable."
+            help="Only this clause of the contract, such as 0 to 19 of route; repeatable."
         ),
     ] = None,
     seed: Annotated[

@@ -279,8 +279,10 @@ class Gate:
         problem, most = routed.checked(
             operands, config.topk, router.spec.shared_experts, config.ids_dtype, asked, None
         )
-        planned = None
-        if not is_dynamo_compiling() and all(map(is_ordinary, _tensors(projection, operands))):
+        planned, brought = None, _tensors(projection, operands)
+        if shared_weights is not None:
+            brought.append(shared_weights)
+        if not is_dynamo_compiling() and all(map(is_ordinary, brought)):
             planned = routed.planner(problem, most, operands.logits, config.backend)
         if shared_weights is not None:
             _shared.check(shared_weights, router.spec, hidden, {}, options.get("counts"))

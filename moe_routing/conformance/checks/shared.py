@@ -87,7 +87,7 @@ def _routed(profile: Profile) -> Iterator[Case]:
             yield case.but(num_tokens=1, valid="int")
             yield case.but(num_tokens=0)
     for case in _sets.of_every_variant("smoke", variants=WITH_SHARED):
-        yield case.but(valid="mask", mapped=True)
+        yield case.but(valid="tensor", mapped=True)
 
 
 @check(19, _routed)
@@ -112,7 +112,7 @@ def shared_experts_have_the_weights_of_the_call(under_test: BackendUnderTest, ca
 @check(19, _sets.of_every_family)
 def weights_of_every_dtype_may_lie_anywhere(under_test: BackendUnderTest, case: Case) -> None:
     """They may have any float dtype and strides; they are rounded to float32, and not changed."""
-    call = _make(case.but(valid="mask"), under_test)
+    call = _make(case.but(valid="tensor"), under_test)
     plain, logical = _plain(under_test, call)
     for dtype in FLOATS:
         contiguous = _weights(call, dtype)
@@ -135,7 +135,7 @@ def a_plan_drops_by_the_weights_of_the_call(under_test: BackendUnderTest, case: 
     if "plan" not in under_test.spec.factories:
         msg = "it does not plan"
         raise NotApplicableError(msg)
-    call = _make(case.but(valid="mask"), under_test)
+    call = _make(case.but(valid="tensor"), under_test)
     plain, logical = _plain(under_test, call)
     shared = _weights(call).nan_to_num(0.0, posinf=100.0)
     expected = _expected(call, plain, logical, shared)
@@ -156,7 +156,7 @@ def a_plan_drops_by_the_weights_of_the_call(under_test: BackendUnderTest, case: 
 @check(19, _sets.of_every_family, capability="gradients")
 def gradients_flow_to_the_weights_of_the_call(under_test: BackendUnderTest, case: Case) -> None:
     """They get the gradient of their columns, 0 in padding; the logits' stays as it was."""
-    call = _make(case.but(valid="mask"), under_test)
+    call = _make(case.but(valid="tensor"), under_test)
     logical = under_test.route(call).ids
     padding = (logical < 0).all(-1, keepdim=True)
     grad = torch.linspace(-1.0, 2.0, logical.numel(), device=logical.device).view(logical.shape)
@@ -224,7 +224,7 @@ def _require_run(program: Any, under_test: BackendUnderTest, call: Call, what: s
 def a_graph_reads_the_weights_at_each_replay(under_test: BackendUnderTest, case: Case) -> None:
     """Nothing is read on the host, and each replay of a graph reads the weights again."""
     streams.need_cuda(under_test)
-    call = _make(case.but(valid="mask"), under_test)
+    call = _make(case.but(valid="tensor"), under_test)
     shared = _weights(call)
     given = call.but(shared_weights=shared)
     router = under_test.router(call.spec)
