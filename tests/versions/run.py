@@ -86,7 +86,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "*.test_rows_of_whole_vectors_are_copied_16_bytes_at_a_time_and_signalled_to_other_gpus": (
             "Triton 3.9 keeps one register of the kernel that sends in local memory: one store and "
             "one load for each program"
-        ),
+        )
     },
 }
 """By environment, tests that fail there (patterns of ids), and why."""
