@@ -406,8 +406,8 @@ class Router:
         """
         from moe_routing import _shared
 
-        pair = out if isinstance(out, tuple) else ()
-        written = dict(zip(("weights", "ids"), pair, strict=False))
+        pair = out if isinstance(out, tuple) and len(out) == len(RoutingOutput._fields) else ()
+        written = {"weights": pair[0], "ids": pair[1]} if pair else {}
         written |= {} if planned is None else fields(planned)
         _shared.check(shared_weights, self.spec, logits, written, counts)
         if pair and (
