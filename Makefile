@@ -31,12 +31,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## a random-weight MoE model of transformers, routed by us and by its own code (MODEL=deepseek_v3|qwen3_moe|gpt_oss)
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-test: about-test compiler $(READY) ## lint, types, docs and the quick tests: about 2 minutes
+test: about-test compiler $(READY) ## lint, types, docs and the quick tests: about 3 minutes
 	@$(MAKE) --no-print-directory --jobs=2 lint docs
 	@$(MAKE) --no-print-directory pytest
 
-test-all: compiler $(READY) ## the tests that `make test` leaves out, slow or with pip: about 20 minutes
-	@echo "==> the slow tests, and those that install packages with pip: about 20 minutes on 2 cores"
+test-all: compiler $(READY) ## the tests that `make test` leaves out, slow or with pip: about 30 minutes
+	@echo "==> the slow tests, and those that install packages with pip: about 30 minutes on 2 cores"
 	@$(PYTEST) -m "(slow or network) and not gpu"
 
 test-gpu: $(READY) ## the contract on an NVIDIA GPU, for the backends eager and triton: some minutes
@@ -51,7 +51,7 @@ fuzz: $(READY) ## random calls against a reference of their own: 20,000 in 3 min
 	@$(BIN)/python tests/support/fuzz/run.py $(BACKEND)
 
 about-test:
-	@echo "==> lint, types, docs and the quick tests: about 2 minutes on 2 cores, plus some minutes for the first setup"
+	@echo "==> lint, types, docs and the quick tests: about 3 minutes on 2 cores, plus some minutes for the first setup"
 
 # Before anything is installed: torch.compile needs it, and so do its tests. `make CXX=clang++ test` names another.
 compiler:
@@ -75,8 +75,8 @@ figures: $(READY) ## docs/figures, the tables of README and docs, and the consta
 	@$(BIN)/python benchmarks/scale_constants.py
 	@$(BIN)/python benchmarks/figures.py
 
-pytest: $(READY) ## part of `make test`, the quick tests and the doctests: about 90 seconds
-	@echo "==> the quick tests and the doctests: about 90 seconds on 2 cores"
+pytest: $(READY) ## part of `make test`, the quick tests and the doctests: about 3 minutes
+	@echo "==> the quick tests and the doctests: about 3 minutes on 2 cores"
 	@$(PYTEST) -m "not (slow or network or gpu)"
 
 OLDEST := $(VENV)/transformers-5.17

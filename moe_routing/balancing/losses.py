@@ -45,8 +45,8 @@ def imbalance(of: Sums, counts: Tensor | None = None, times: int = 1) -> Tensor:
     dtype, factor = of.scores.dtype, times * counts.shape[-1]
     slots = counts.sum(-1, keepdim=True, dtype=dtype).clamp(min=1)
     tokens = of.tokens.to(dtype) if isinstance(of.tokens, Tensor) else of.tokens
-    # Nothing but the last product has a gradient: so the way back is one operation, each of which
-    # takes a host longer than it takes a device.
+    # Only the last product has a gradient, so the backward is one operation. Each operation takes
+    # the host longer than the device.
     return (counts / (slots * (tokens / factor)) * of.scores).sum(-1)
 
 
