@@ -1,6 +1,8 @@
-"""Time ``gate`` of the Triton backend, for some launches and slices, next to PyTorch's operations.
+"""Time ``gate`` of the Triton backend next to PyTorch's operations.
 
-    python benchmarks/gate.py OUT.json [TOKENS ...]
+    python benchmarks/gate.py OUT.json [--launches] [TOKENS ...]
+
+With ``--launches`` other launches and slices than those that ship are timed too.
 
 Microseconds a call: the median of CUDA-graph replays over hidden states in turns; the router weight
 is the same, so it stays in the cache, and for ``cold`` each call has its own. In the same run: the
@@ -174,8 +176,11 @@ def product(b: Built, hidden: Tensor) -> object:
     return moe_routing.get_router(b.problem.spec)(logits, b.problem.topk, **b.operands)
 
 
-def timed(model: Model, tokens: int) -> dict[str, float]:
-    """Return microseconds a call, by what is called."""
+def timed(model: Model, tokens: int, *, tries: bool) -> dict[str, float]:
+    """Return microseconds a call, by what is called.
+
+    :param tries: time launches that do not ship too.
+    """
     b = built(model)
     count = max(2, min(LEAST_SETS, MOST_BYTES // (tokens * model.hidden_size * 2)))
     hidden = [
@@ -200,7 +205,8 @@ def timed(model: Model, tokens: int) -> dict[str, float]:
     others = itertools.cycle([built(model, seed).projection for seed in range(60)])
     gate = kernel(b.problem, None)
     us["cold"] = turns(lambda x: gate.routed(next(others)._replace(hidden=x), None, **b.operands))
-    for (block_t, block_e, warps, split), columns in itertools.product(TILES, SLICES):
+    tried = itertools.product(TILES, SLICES) if tries else ()
+    for (block_t, block_e, warps, split), columns in tried:
         if (split and tokens > 2048) or (not split and tokens < 512):  # noqa: PLR2004 -- too slow
             continue
         host.order_of = in_slices_of(columns)  # type: ignore[assignment] # tried here
@@ -219,7 +225,9 @@ def timed(model: Model, tokens: int) -> dict[str, float]:
 def main() -> None:
     """Check, time, print and write."""
     torch.manual_seed(0)
-    out, sizes = Path(sys.argv[1]), tuple(map(int, sys.argv[2:])) or TOKENS
+    out, *rest = sys.argv[1:]
+    tries = "--launches" in rest
+    sizes = tuple(int(word) for word in rest if word != "--launches") or TOKENS
     for model in MODELS:
         check(model, None, model.name)
         for launch in SM_90:
@@ -227,12 +235,12 @@ def main() -> None:
     print("all right", flush=True)
     results = []
     for model, tokens in itertools.product(MODELS, sizes):
-        us = timed(model, tokens)
+        us = timed(model, tokens, tries=tries)
         results.append({"model": model.name, "T": tokens, "us": us})
-        best = min((t, n) for n, t in us.items() if n not in OTHERS)
-        four = "".join(f"{us.get(name, 0):9.2f}" for name in OTHERS)
-        print(f"{model.name:16} {tokens:6}{four}{best[0]:9.2f} {best[1]}", flush=True)
-        launches.write(out, "microseconds a call of gate", results=results)
+        shown = "".join(f"{us.get(name, 0):9.2f}" for name in OTHERS)
+        best = min(((t, n) for n, t in us.items() if n not in OTHERS), default=None)
+        print(f"{model.name:16} {tokens:6}{shown}", *(best or ()), flush=True)
+        launches.write(Path(out), "microseconds a call of gate", results=results)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ def sums(
 ) -> tuple[Tensor, Tensor]:
     """Sum over the tokens of B batches.
 
-    :param logits: ``[B, S, E]``, one for each layer whose sums are added, in their order. One step
-        of autograd serves all of them, and one call of a kernel as many as ``TOGETHER`` holds.
+    :param logits: ``[B, S, E]``, or all ``[S, E]`` of one batch, one for each layer whose sums are
+        added, in their order. One step of autograd serves all of them, and one call of a kernel as
+        many as ``TOGETHER`` holds.
     :param ids: ``[B, S, K]``: whose experts are counted; ``None`` to count the best, or nothing.
     :param weights: ``[B, S]``: which tokens count, or with ``best`` how much they do; see
         ``BalanceKernel``.
@@ -49,7 +50,7 @@ def sums(
         0]``.
     """
     if torch.compiler.is_compiling():  # the compiler decides what to keep
-        return _added([summed(each, ids, weights, score, best) for each in logits])
+        return _added([summed(_batches(each), ids, weights, score, best) for each in logits])
     made: tuple[Tensor, Tensor] = _Sums.apply(ids, weights, score, best, *logits)  # type: ignore[no-untyped-call]
     return made
 
@@ -65,7 +66,7 @@ def _over_layers(of_groups: tuple[Tensor, ...], layers: int, batches: int) -> Te
     """Add up what was made of joined layers: ``[layers of the group * B, ...]`` for each group."""
     if layers == 1:
         return of_groups[0]
-    joined = _joined(of_groups)
+    joined = of_groups[0] if len(of_groups) == 1 else torch.cat(of_groups)
     return joined.view(layers, batches, joined.shape[1]).sum(0)
 
 
@@ -84,13 +85,23 @@ def _groups(logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield group
 
 
-def _joined(group: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+def _batches(layer: Tensor) -> Tensor:
+    """Return a layer's logits as batches of tokens."""
+    return layer.unsqueeze(0) if layer.dim() == _ROWS else layer
+
+
+def _joined(group: list[Tensor]) -> Tensor:
     """Return layers as more batches of one tensor."""
-    return group[0] if len(group) == 1 else torch.cat(group)
+    if len(group) == 1:
+        return _batches(group[0])
+    # An operation for all layers: one for each costs the host more than the kernel the device.
+    return torch.stack(group) if group[0].dim() == _ROWS else torch.cat(group)
 
 
 def _apart(made: Tensor, group: list[Tensor]) -> Sequence[Tensor]:
-    """Return what was made of joined layers for each of them."""
+    """Return what was made of joined layers for each of them, in its shape."""
+    if group[0].dim() == _ROWS:
+        return made.unbind(0)
     return (made,) if len(group) == 1 else made.split([each.shape[0] for each in group])
 
 
@@ -110,12 +121,12 @@ class _Sums(torch.autograd.Function):
         ids: Tensor | None, weights: Tensor | None, score: str, best: int, *logits: Tensor
     ) -> tuple[Tensor, Tensor]:
         if not is_plain(ids, weights, *logits):
-            return _added([summed(each, ids, weights, score, best) for each in logits])
+            return _added([summed(_batches(each), ids, weights, score, best) for each in logits])
         made: list[tuple[Tensor, Tensor]] = []
         for group in _groups(logits):
             many = len(group)
             made.append(run(_joined(group), _again(ids, many), _again(weights, many), score, best))
-        sizes = len(logits), logits[0].shape[0]
+        sizes = len(logits), _batches(logits[0]).shape[0]
         every, counts = zip(*made, strict=True)
         return _over_layers(every, *sizes), _over_layers(counts, *sizes)
 
@@ -144,7 +155,9 @@ class _Sums(torch.autograd.Function):
         given = [each for each, its in zip(logits, needed, strict=True) if its]
         made: list[Tensor] = []
         if not is_plain(grad, weights, *logits):
-            made += [summed_backward(grad, each, weights, ctx.score, ctx.best) for each in given]
+            for each in given:
+                its = summed_backward(grad, _batches(each), weights, ctx.score, ctx.best)
+                made.append(its.reshape(each.shape))
             given = []
         for group in _groups(given):
             many = len(group)
@@ -161,12 +174,14 @@ class _Sums(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:  # noqa: ANN401 -- a bag by design
         weights, *logits = ctx.saved_tensors
         made = [
-            summed_forward(along, each, weights, ctx.score, ctx.best)
+            summed_forward(_batches(along), _batches(each), weights, ctx.score, ctx.best)
             for along, each in zip(tangents[_FIRST:], logits, strict=True)
             if along is not None
         ]
         return torch.stack(made).sum(0), None
 
 
+_ROWS = 2
+"""Dimensions of the logits of one batch."""
 _FIRST = 4
 """Inputs before the logits."""

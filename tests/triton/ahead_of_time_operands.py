@@ -18,14 +18,14 @@ from moe_routing_registry import RoutingProblem
 OPERANDS = (("valid",), ("ids", "valid"), ("counts", "replicas"))
 
 
-def counting_kernel(problem, target):
+def counting_kernel(problem, launch, target):
     """Compile the kernel that counts the slots of many tokens, and renames them."""
     kernel, pdl = counts.moe_routing_counts, supports_pdl(device_of(target))
-    known = {"SPEC": spec_of(problem), "PDL": pdl, **counts.constants(problem)}
+    known = {"SPEC": spec_of(problem), "PDL": pdl, **counts.constants(problem, launch)}
     types = {"ids": "*i32", "expert_map": "*i32", "replica_count": "*i32", "counts": "*i64"}
     types |= {"most_replicas": "i32", "T": "i32"}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    options = {"num_warps": counts.NUM_WARPS, **({"launch_pdl": True} if pdl else {})}
+    options = {"num_warps": launch.num_warps, **({"launch_pdl": True} if pdl else {})}
     source = ASTSource(fn=kernel, signature=signature, constexprs=known)
     return triton.compile(source, target=target, options=options)
 
@@ -44,7 +44,9 @@ def main(name):
                 used = usage(compiled(problem, launch, target), target)
                 found[f"{problem}, {launch.variant} {launch.block_t}"] = used
             if "counts" in operands:
-                found[f"{problem}, apart"] = usage(counting_kernel(problem, target), target)
+                for launch in counts.LAUNCHES:
+                    used = usage(counting_kernel(problem, launch, target), target)
+                    found[f"{problem}, apart {launch.block}"] = used
     json.dump(found, sys.stdout)
 
 

@@ -2,8 +2,9 @@
 
 A process of its own. The arguments: what runs, a check of the kit, of whose cases only the sizes
 are smaller, or ``gate``, which is compared with ``eager``; a seed; and ``slots=``, the number above
-which a second kernel counts, ``rows=``, the rows of a program that weighs a record, ``layout=``,
-that of the logits, or ``experts=``, how many there are.
+which a second kernel counts, ``launch=``, the first of its launches that is used, ``rows=``, the
+rows of a program that weighs a record, ``layout=``, that of the logits, or ``experts=``, how many
+there are.
 """
 
 import json
@@ -20,7 +21,7 @@ import torch  # noqa: E402 -- after Triton interprets
 import moe_routing  # noqa: E402 -- likewise
 from moe_routing.conformance.contract import Item, contract_of  # noqa: E402 -- likewise
 from moe_routing.conformance.runner import backend_under_test, evaluate  # noqa: E402 -- likewise
-from moe_routing_backends.triton.kernels import weigh  # noqa: E402 -- likewise
+from moe_routing_backends.triton.kernels import counts, weigh  # noqa: E402 -- likewise
 from moe_routing_backends.triton.runtime import router  # noqa: E402 -- likewise
 
 TOKENS, EXPERTS, CASES = 7, 32, 17
@@ -75,6 +76,7 @@ if __name__ == "__main__":
     torch.manual_seed(int(sys.argv[2]))
     given = dict(word.split("=") for word in sys.argv[3:])
     router.SLOTS_APART = int(given.get("slots", router.SLOTS_APART))
+    counts.LAUNCHES = counts.LAUNCHES[int(given.get("launch", 0)) :]
     if "rows" in given:
         weigh.ROWS = ((math.inf, int(given["rows"])),)
     name, layout = sys.argv[1], given.get("layout")

@@ -4,6 +4,7 @@ The script prints the results as JSON.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -30,22 +31,24 @@ def main():
     kernel, lanes = counts.moe_routing_counts, counts.WARP_SIZE
     target = GPUTarget("xpu", spirv.B60 | {"has_bfloat16_conversions": False}, lanes)
     found = []
-    for experts, absent in ((128, RENAMING), (128, ()), (512, ())):
+    cases = itertools.product(counts.LAUNCHES, ((128, RENAMING), (128, ()), (512, ())))
+    for launch, (experts, absent) in cases:
         problem = RoutingProblem(
             spec=RoutingSpec(family="f", renormalize=True), num_experts=experts, topk=8,
             dtype="bfloat16", operands=frozenset({"counts", "replicas"}),
         )  # fmt: skip
         spec = dataclasses.replace(kernel_spec(problem), counted_columns=8)
-        known = {"SPEC": spec, "PDL": False, **counts.constants(problem)}
+        known = {"SPEC": spec, "PDL": False, **counts.constants(problem, launch)}
         known |= dict.fromkeys(absent)
         types = {name: "constexpr" if name in known else TYPES[name] for name in kernel.arg_names}
-        options = in_sub_groups(make_backend(target).parse_options({}), counts.NUM_WARPS, lanes)
+        options = in_sub_groups(make_backend(target).parse_options({}), launch.num_warps, lanes)
         options["enable_fp_fusion"] = False
         source = ASTSource(fn=kernel, signature=types, constexprs=known)
         binary = triton.compile(source, target=target, options=options)
         found.append(
             {
                 "E": experts,
+                "slots": launch.block,
                 "kernel": kernel.fn.__name__,
                 "invalid": spirv.judge(binary.asm["spv"]),
                 "shared": binary.metadata.shared,

@@ -1,7 +1,7 @@
 """The load balancing loss of transformers' models, without a tensor of scores kept for each layer.
 
-Autograd through transformers' own keeps the softmax of every layer's logits until the way back.
-Here only the logits are kept, which the model's output holds anyway, and the way back computes the
+Autograd through transformers' own keeps the softmax of every layer's logits until the backward.
+Here only the logits are kept, which the model's output holds anyway, and the backward computes the
 softmax again. What is summed is otherwise what transformers sums: the softmax in the dtype of the
 logits, and the best K of it, which need not be the experts that the model selected.
 """
@@ -50,7 +50,6 @@ def _sums(
         if logits.shape[-1] != num_experts:
             expected = f"{logits.shape[-1]}, as of logits"
             raise ValueError(refusal("num_experts", expected, num_experts))
-    batches = tuple(logits.unsqueeze(0) for logits in layers)
     given = None if weights is None else weights.unsqueeze(0)
-    scores, counts = sums(batches, None, given, "softmax", top_k)
+    scores, counts = sums(layers, None, given, "softmax", top_k)
     return scores.squeeze(0), counts.squeeze(0)

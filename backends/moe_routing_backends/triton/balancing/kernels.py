@@ -31,6 +31,8 @@ NOT_SPECIALIZED = (
 HISTOGRAMS = tl.constexpr(HISTOGRAM_MASKS)
 """Triton 3.3's, and so Triton-XPU's, takes no mask, and does not compile in this kernel: there each
 id is compared with every column."""
+MOST_PACKED = tl.constexpr(4096)
+"""Columns whose numbers, from 1 on, fit into the low bits of a float16 that was widened."""
 SLOTS = tl.constexpr(1024)
 """Ids that are counted at a time: at least one for each thread."""
 
@@ -102,21 +104,33 @@ def logsumexp_of(x):
 
 
 @triton.jit
-def best_of(shares, weight, K: tl.constexpr):
+def best_of(shares, weight, K: tl.constexpr, PACKED: tl.constexpr):
     """Return the weight at the K highest of each row, of equal ones at the first, 0 elsewhere.
 
     :param shares: 0 or more, and -1 past the last expert.
+    :param PACKED: the shares were rounded to 16 bits, so that their low bits in float32 are 0.
     """
-    column = tl.arange(0, shares.shape[1])[None, :]
+    N: tl.constexpr = shares.shape[1]
+    column = tl.arange(0, N)[None, :]
     # NaN counts as 0: a row with one is all NaN, and so are the sums.
     left = tl.where(shares == shares, shares, 0.0)  # noqa: PLR0124 -- only NaN differs from itself
     found = tl.zeros(shares.shape, tl.float32)
-    for _ in range(K):
-        highest = tl.max(left, axis=1)[:, None]
-        first = tl.min(tl.where(left == highest, column, shares.shape[1]), axis=1)[:, None]
-        is_best = column == first
-        found = tl.where(is_best, weight, found)
-        left = tl.where(is_best, -1.0, left)
+    if PACKED:
+        # The complement of the column in the low bits: no two are equal, and one maximum a round
+        # finds the best and breaks the tie.
+        key = left.to(tl.int32, bitcast=True) | (N - column)
+        key = tl.where(left < 0.0, 0, key)
+        for _ in range(K):
+            is_best = key == tl.max(key, axis=1)[:, None]
+            found = tl.where(is_best, weight, found)
+            key = tl.where(is_best, 0, key)
+    else:
+        for _ in range(K):
+            highest = tl.max(left, axis=1)[:, None]
+            first = tl.min(tl.where(left == highest, column, N), axis=1)[:, None]
+            is_best = column == first
+            found = tl.where(is_best, weight, found)
+            left = tl.where(is_best, -1.0, left)
     return found
 
 
@@ -148,6 +162,7 @@ def moe_routing_balance(
     N: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Leave this program's part of ``sums`` and ``counts [B, chunks, E]``."""
+    PACKED: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16 and N <= MOST_PACKED
     batch, tile = place_of(chunks)
     column = tl.arange(0, N)
     grid_dependency_wait(PDL)
@@ -166,7 +181,7 @@ def moe_routing_balance(
                 inside = (row < tokens)[:, None]
                 shares = nearest(shares, logits.dtype.element_ty).to(tl.float32)
                 shares = tl.where(column[None, :] < E, shares, -1.0)
-                hits += tl.where(inside, best_of(shares, weight[:, None], K), 0.0)
+                hits += tl.where(inside, best_of(shares, weight[:, None], K, PACKED), 0.0)
                 total += tl.where(inside, shares * weight[:, None], 0.0)
             else:
                 total += tl.where(counted[:, None], shares, 0.0)

@@ -177,6 +177,8 @@ class TritonGate:
         weight_stride = weight.stride(0)
         places = hidden.data_ptr() | weight.data_ptr()
         places |= hidden_stride * size | weight_stride * weight.element_size()
+        for vector in (norm_weight, input_scale):
+            places |= 0 if vector is None else vector.data_ptr()
         aligned = not places % ALIGNMENT
         order = self._order(projection)
         slices = -(-self._problem.hidden_size // order.slice)

@@ -87,14 +87,27 @@ def read_rows(
 
 
 @triton.jit
-def factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE: tl.constexpr):
+def read_vector(vector, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Read numbers of columns, float32 ``[COLUMNS]``; 0 past the last."""
+    at = vector + column
+    if ALIGNED:
+        at = tl.multiple_of(at, 16)
+    return tl.load(at, mask=column < HIDDEN_SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def factors_of_columns(
+    norm_weight, input_scale, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Return the product of the vectors that are given, float32 ``[COLUMNS]``."""
-    factor = tl.full([column.shape[0]], 1.0, tl.float32)
-    if norm_weight is not None:
-        factor *= tl.load(norm_weight + column, mask=column < HIDDEN_SIZE, other=0.0).to(tl.float32)
-    if input_scale is not None:
-        factor *= tl.load(input_scale + column, mask=column < HIDDEN_SIZE, other=0.0).to(tl.float32)
-    return factor
+    if norm_weight is not None and input_scale is not None:
+        return read_vector(norm_weight, column, HIDDEN_SIZE, ALIGNED) * read_vector(
+            input_scale, column, HIDDEN_SIZE, ALIGNED
+        )
+    elif norm_weight is not None:
+        return read_vector(norm_weight, column, HIDDEN_SIZE, ALIGNED)
+    else:
+        return read_vector(input_scale, column, HIDDEN_SIZE, ALIGNED)
 
 
 @triton.jit
@@ -107,29 +120,41 @@ def add_products(w, x, sums):
 
 
 @triton.jit
+def read_step(
+    hidden, router_weight, norm_weight, input_scale, column, token, expert, hidden_stride,
+    weight_stride, HIDDEN_SIZE: tl.constexpr, TAIL: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Read some columns of the weight and of the hidden states, and their factors if any."""
+    w = read_rows(router_weight, expert, column, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED)
+    x = read_rows(hidden, token, column, hidden_stride, HIDDEN_SIZE, TAIL, ALIGNED)
+    if norm_weight is not None or input_scale is not None:
+        return w, x, factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE, ALIGNED)
+    else:
+        return w, x
+
+
+@triton.jit
 def add_step(
-    sums, low, squares, hidden, router_weight, norm_weight, input_scale, column, token, expert,
-    hidden_stride, weight_stride, HIDDEN_SIZE: tl.constexpr, TAIL: tl.constexpr,
-    NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
-    SCALES_HIDDEN: tl.constexpr, ALIGNED: tl.constexpr,
+    sums, low, squares, read, NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Add the products of some columns.
 
+    :param read: what ``read_step`` has read.
     :param low: the sum of products of low parts. A matrix unit cuts off the sum that it adds to
         once in 16 terms. These products would cut off the large sum once more each; by themselves
         they cut off their own, which is small.
     """
-    w = read_rows(router_weight, expert, column, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED)
-    x = read_rows(hidden, token, column, hidden_stride, HIDDEN_SIZE, TAIL, ALIGNED)
+    w = read[0]
+    x = read[1]
     if NORM:
         wide = x.to(tl.float32)
         squares += tree_sum(wide * wide)
-    if norm_weight is not None or input_scale is not None:
-        factor = factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE)[None, :]
+    if len(read) > 2:
         if SCALES_HIDDEN:
-            x = x.to(tl.float32) * factor
+            x = x.to(tl.float32) * read[2][None, :]
         else:
-            w = w.to(tl.float32) * factor
+            w = w.to(tl.float32) * read[2][None, :]
     of_weight = parts_of(w.to(tl.float32), WEIGHT_PARTS) if WEIGHT_PARTS else (w,)
     of_hidden = parts_of(x.to(tl.float32), HIDDEN_PARTS) if HIDDEN_PARTS else (x,)
     for j in tl.static_range(len(of_hidden)):
@@ -146,33 +171,53 @@ def sums_of_slice(
     hidden, router_weight, norm_weight, input_scale, slice_, token, expert, hidden_stride,
     weight_stride, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
     NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
-    SCALES_HIDDEN: tl.constexpr, ALIGNED: tl.constexpr,
+    SCALES_HIDDEN: tl.constexpr, ALIGNED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of a slice's products ``[EXPERTS, TOKENS]``, and of squares ``[TOKENS]``.
 
     The parameters are those of ``Order``.
+
+    :param AHEAD: the next columns are read before products of these are waited for. The compiler
+        moves no load across the barriers of a product.
     """
     TAIL: tl.constexpr = HIDDEN_SIZE % SLICE != 0
+    STEPS: tl.constexpr = SLICE // STEP
     sums = tl.zeros([expert.shape[0], token.shape[0]], SUM)
     low = sums
     squares = tl.zeros([token.shape[0]], tl.float32)
     first = slice_ * SLICE + tl.arange(0, STEP)
     if HIDDEN_PARTS > 1 and WEIGHT_PARTS > 1:
         # A loop: unrolled, four to nine products a step take seconds to compile.
-        for step in range(SLICE // STEP):
+        for step in range(STEPS):
+            read = read_step(
+                hidden, router_weight, norm_weight, input_scale, first + step * STEP, token, expert,
+                hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
+            )  # fmt: skip
             sums, low, squares = add_step(
-                sums, low, squares, hidden, router_weight, norm_weight, input_scale,
-                first + step * STEP, token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL,
-                NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED,
+                sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN,
             )  # fmt: skip
     else:
-        # Unrolled: all loads are under way before the first is waited for.
-        for step in tl.static_range(SLICE // STEP):
+        read = read_step(
+            hidden, router_weight, norm_weight, input_scale, first, token, expert, hidden_stride,
+            weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
+        )  # fmt: skip
+        for step in tl.static_range(STEPS):
+            if AHEAD and step + 1 < STEPS:
+                after = read_step(
+                    hidden, router_weight, norm_weight, input_scale, first + (step + 1) * STEP,
+                    token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
+                )  # fmt: skip
             sums, low, squares = add_step(
-                sums, low, squares, hidden, router_weight, norm_weight, input_scale,
-                first + step * STEP, token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL,
-                NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED,
+                sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN,
             )  # fmt: skip
+            if step + 1 < STEPS:
+                if AHEAD:
+                    read = after
+                else:
+                    read = read_step(
+                        hidden, router_weight, norm_weight, input_scale, first + (step + 1) * STEP,
+                        token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
+                    )  # fmt: skip
     if HIDDEN_PARTS + WEIGHT_PARTS > 0:
         sums += low
     return sums.to(tl.float32), squares
@@ -216,9 +261,11 @@ def moe_routing_gate_sums(
     SLICES: tl.constexpr = (HIDDEN_SIZE + SLICE - 1) // SLICE
     EXPERT_TILES: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     PROGRAMS: tl.constexpr = SLICES if SPLIT else 1
-    if SPLIT:
-        launch_dependents(PDL)
     grid_dependency_wait(PDL)
+    if SPLIT:
+        # After the wait: else kernel after kernel is placed and waits, and takes the memory and
+        # registers of those that run.
+        launch_dependents(PDL)
     program = tl.program_id(0)
     # Programs of the same tokens are neighbours: they share the hidden states in the cache.
     tile = program // PROGRAMS
@@ -229,11 +276,13 @@ def moe_routing_gate_sums(
     readable_token = tl.minimum(token, T - 1)
     written = (expert < E)[:, None] & (token < T)[None, :]
     if SPLIT:
+        # Not where the registers of large tiles leave room for few programs.
+        AHEAD: tl.constexpr = WEIGHT_PARTS == 0 and (BLOCK_T <= 32 or HIDDEN_PARTS > 0)
         slice_ = program % PROGRAMS
         sums, squares = sums_of_slice(
             hidden, router_weight, norm_weight, input_scale, slice_, readable_token,
             readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
-            HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED,
+            HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED, AHEAD,
         )  # fmt: skip
         row = slice_.to(tl.int64) * T + token
         tl.store(partial + (row[None, :] * E + expert[:, None]), sums, mask=written)
@@ -248,7 +297,7 @@ def moe_routing_gate_sums(
             of_slice, squares_of_slice = sums_of_slice(
                 hidden, router_weight, norm_weight, input_scale, slice_, readable_token,
                 readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
-                HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED,
+                HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED, False,
             )  # fmt: skip
             sums += of_slice
             squares += squares_of_slice
@@ -263,24 +312,34 @@ def moe_routing_gate_sums(
 
 @triton.jit
 def add_slices(
-    sums, squares, partial, first, row, expert, T, here, in_batch, E: tl.constexpr,
-    SLICES: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr,
+    sums, squares, of_sums, of_squares, first, T, here, E: tl.constexpr, SLICES: tl.constexpr,
+    COUNT: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Add the sums of ``COUNT`` slices from the first on, and of squares.
 
-    :param here: which elements ``[BLOCK_T, experts]`` exist.
+    :param of_sums, of_squares: addresses of those of the first slice; returned are those of the
+        slice after the last.
+    :param here: which experts ``[1, EXPERTS]`` exist; ``None`` for all.
     :param TAIL: some of the slices may be past the last.
     """
-    after = SLICES * T.to(tl.int64) * E
-    # Unrolled: all loads are under way before the first is waited for.
+    # Unrolled: all loads are under way before the first is waited for. From slice to slice the
+    # addresses take a sum, not the products of 64 bits that kept a warp busy for longer than the
+    # loads take.
+    step = T.to(tl.int64)
     for i in tl.static_range(COUNT):
-        at = (first + i) * T.to(tl.int64) + row
-        rows = in_batch & (first + i < SLICES) if TAIL else in_batch
-        elements = here & rows[:, None] if TAIL else here
-        sums += tl.load(partial + (at[:, None] * E + expert[None, :]), mask=elements, other=0.0)
-        if NORM:
-            squares += tl.load(partial + (after + at), mask=rows, other=0.0)
-    return sums, squares
+        if TAIL:
+            known = first + i < SLICES
+            elements = known if here is None else here & known
+            sums += tl.load(of_sums, mask=elements, other=0.0)
+            if NORM:
+                squares += tl.load(of_squares, mask=known, other=0.0)
+        else:
+            sums += tl.load(of_sums, mask=here, other=None if here is None else 0.0)
+            if NORM:
+                squares += tl.load(of_squares)
+        of_sums += step * E
+        of_squares += step
+    return sums, squares, of_sums, of_squares
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -307,29 +366,21 @@ def moe_routing_gate_route(
     here = in_batch[:, None] & exists[None, :]
     sums = tl.zeros([BLOCK_T, GROUPS * SIZE], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
+    # Rows past the last read the last: no mask for them.
+    readable = tl.minimum(row, T - 1).to(tl.int64)
+    there = None if GROUPS * SIZE == E else exists[None, :]
+    of_sums = partial + (readable[:, None] * E + expert[None, :])
+    of_squares = partial + (SLICES * T.to(tl.int64) * E + readable)
     if SLICES <= UNROLLED:
-        sums, squares = add_slices(
-            sums,
-            squares,
-            partial,
-            0,
-            row,
-            expert,
-            T,
-            here,
-            in_batch,
-            E,
-            SLICES,
-            SLICES,
-            False,
-            NORM,
-        )
+        sums, squares, _, _ = add_slices(
+            sums, squares, of_sums, of_squares, 0, T, there, E, SLICES, SLICES, False, NORM,
+        )  # fmt: skip
     else:
         # All slices of a large H at once take up to a minute to compile.
         for first in range(0, SLICES, UNROLLED):
-            sums, squares = add_slices(
-                sums, squares, partial, first, row, expert, T, here, in_batch, E, SLICES, UNROLLED,
-                True, NORM,
+            sums, squares, of_sums, of_squares = add_slices(
+                sums, squares, of_sums, of_squares, first, T, there, E, SLICES, UNROLLED, True,
+                NORM,
             )  # fmt: skip
     made = sums
     if NORM or MULTIPLIED:

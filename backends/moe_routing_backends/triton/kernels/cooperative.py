@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 GATHERED_UP_TO = tl.constexpr(128)
 """Experts up to which picking scales out of registers is faster than loading them."""
+RENAMED_UP_TO = tl.constexpr(256)
+"""Likewise the replicas of experts."""
 LONG_FROM = tl.constexpr(512)
 """Experts from which a program takes long, but where logits alone select."""
 MOST_LONG = tl.constexpr(396)
@@ -284,9 +286,10 @@ def route_by_rounds(
     )
     if GATHER and per_expert_scale is not None:
         scales = tl.load(per_expert_scale + expert, mask=exists, other=0.0).to(tl.float32)
-    # Likewise the replica of every expert, which takes two loads, one after the other.
-    RENAMES: tl.constexpr = (BLOCK_T == 1 and MASK < GATHERED_UP_TO) and (
-        NUM_GROUPS == 1 and SHARED == 0
+    # Likewise the replica of every expert, which takes two loads, one after the other; where groups
+    # are padded, an expert's place is not its id.
+    RENAMES: tl.constexpr = (BLOCK_T == 1 and MASK < RENAMED_UP_TO) and (
+        (NUM_GROUPS == 1 or GROUPS * SIZE == E) and SHARED == 0
     )
     if RENAMES and replica_count is not None:
         physical = physical_ids(expert, row, exists, expert_map, replica_count, most_replicas)

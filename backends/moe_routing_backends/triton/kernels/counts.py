@@ -11,13 +11,14 @@ Tile: ``BLOCK`` slots, of a number of programs that does not grow with T.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from moe_routing_backends.triton.device.epilogue import physical_ids
-from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
+from moe_routing_backends.triton.device.pdl import grid_dependency_wait
 from moe_routing_backends.triton.planning.kernels import HISTOGRAM_MASKS, bins
 
 if TYPE_CHECKING:
@@ -25,11 +26,25 @@ if TYPE_CHECKING:
 
 SLOTS_APART = 16_384
 """Slots of a call above which this kernel counts, and not the one that routes."""
-BLOCK = 2048
-NUM_WARPS = 16
 WARP_SIZE = 32
 """Where there is a choice: Triton-XPU 3.3 compiles no histogram for fewer lanes."""
 MOST_PROGRAMS = 256
+
+
+class CountLaunch(NamedTuple):
+    """How up to so many slots are counted.
+
+    :ivar slots: most of them.
+    :ivar block: slots of a program at a time.
+    """
+
+    slots: float
+    block: int
+    num_warps: int
+
+
+LAUNCHES = (CountLaunch(65_536, 1024, 8), CountLaunch(math.inf, 2048, 16))
+"""By rising number of slots. Measured on an H100, in steps of four times as many slots."""
 NOT_SPECIALIZED = ("ids", "expert_map", "replica_count", "counts", "most_replicas", "T")
 MASKS = tl.constexpr(HISTOGRAM_MASKS)
 
@@ -47,7 +62,7 @@ def moe_routing_counts(
     COLUMNS: tl.constexpr = SPEC.value.topk + SPEC.value.shared_experts
     COUNTED: tl.constexpr = SPEC.value.counted_columns
     EXPERTS: tl.constexpr = SPEC.value.num_experts + SPEC.value.shared_experts
-    launch_dependents(PDL)
+    # The programs of the next kernel would wait in the places of these: it begins after them.
     grid_dependency_wait(PDL)
     slots = T.to(tl.int64) * COLUMNS
     found = tl.zeros([WIDTH], tl.int32)
@@ -74,12 +89,17 @@ def moe_routing_counts(
     tl.atomic_add(counts + expert, found.to(counts.dtype.element_ty), mask=there, sem="relaxed")
 
 
-def constants(problem: RoutingProblem) -> dict[str, Any]:
-    """Return the constants that do not depend on a call."""
+def launch_for(slots: int) -> CountLaunch:
+    """Return how so many slots are counted."""
+    return next(launch for launch in LAUNCHES if slots <= launch.slots)
+
+
+def constants(problem: RoutingProblem, launch: CountLaunch) -> dict[str, Any]:
+    """Return the constants that do not depend on a call's operands."""
     experts = problem.num_experts + problem.spec.shared_experts
-    return {"WIDTH": bins(experts), "BLOCK": BLOCK}
+    return {"WIDTH": bins(experts), "BLOCK": launch.block}
 
 
-def programs(slots: int) -> int:
+def programs(slots: int, launch: CountLaunch) -> int:
     """Return how many programs count so many slots."""
-    return min(MOST_PROGRAMS, -(-slots // BLOCK))
+    return min(MOST_PROGRAMS, -(-slots // launch.block))

@@ -71,7 +71,7 @@ from moe_routing_backends.triton.device.keys import (
     value_of_truncated,
     with_index,
 )
-from moe_routing_backends.triton.device.pdl import grid_dependency_wait
+from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
 from moe_routing_backends.triton.device.scores import (
     activate,
     selected_weights,
@@ -629,6 +629,8 @@ def moe_routing_filter(
         count_slots(
             counts, picked, row, T, valid, num_valid_tokens, SPEC, VALID_ON_DEVICE,
         )  # fmt: skip
+    # Late, so that programs which only wait take no place of those that have not begun.
+    launch_dependents(PDL)
     x = activate(x, SPEC)
     highest = tl.zeros([BLOCK_T], tl.float32)
     total = highest

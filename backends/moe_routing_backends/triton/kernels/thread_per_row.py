@@ -183,7 +183,11 @@ def moe_routing_thread_per_row(
     SELECTION: tl.constexpr = SPEC.value.selection
     CAP: tl.constexpr = SPEC.value.logit_softcap
     SCALE: tl.constexpr = SPEC.value.scale
-    launch_dependents(PDL)
+    FEW: tl.constexpr = 264
+    # Many programs let the next kernel be placed late, as the filter does: placed early, programs
+    # that only wait, of one kernel after another, take the places of those that have not begun.
+    if tl.num_programs(0) <= FEW:
+        launch_dependents(PDL)
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     # Rows past the last read the last: no mask on any load.
@@ -250,6 +254,8 @@ def moe_routing_thread_per_row(
         )  # fmt: skip
         picked, x = from_exact(exact, is_selected, first, SPEC)
         x = activate(x, SPEC)
+    if tl.num_programs(0) > FEW:
+        launch_dependents(PDL)
     if counts is not None:
         count_slots(
             counts, picked, row, T, valid, num_valid_tokens, SPEC, VALID_ON_DEVICE,

@@ -17,9 +17,10 @@ from moe_routing.private_api import current_device, current_stream, empty, is_ob
 from moe_routing_backends.triton import BATTLEMAGE, HOPPER
 from moe_routing_backends.triton.kernels import OF_LAUNCHES, VARIANTS, constants
 from moe_routing_backends.triton.kernels.counts import (
-    NUM_WARPS,
+    LAUNCHES,
     SLOTS_APART,
     WARP_SIZE,
+    launch_for,
     moe_routing_counts,
     programs,
 )
@@ -354,15 +355,20 @@ class TritonRouter:
         """Count the slots of logical ``ids``, and rename them where they lie."""
         tensors = (ids, expert_map, replica_count, counts)
         numbers = (_most_replicas(expert_map, replica_count), len(ids))
-        key = ("counts", *[None if t is None else t.dtype for t in tensors], len(counts))
-        blocks = programs(ids.numel())
+        launch = launch_for(ids.numel())
+        key = (launch, *[None if t is None else t.dtype for t in tensors], len(counts))
+        blocks = programs(ids.numel(), launch)
         ready = self._ready.get(key)
         if ready is None or current_device() != self._index or is_observed():
-            named = {"SPEC": self._counting(counts), "PDL": self._pdl, **of_counts(self._problem)}
+            named = {
+                **of_counts(self._problem, launch),
+                "SPEC": self._counting(counts),
+                "PDL": self._pdl,
+            }
             names = moe_routing_counts.arg_names[len(tensors) + len(numbers) :]
             self._compiled.launch_and_keep(
                 key, moe_routing_counts, blocks, (*tensors, *numbers),
-                tuple(named[name] for name in names), NUM_WARPS, WARP_SIZE, pdl=self._pdl,
+                tuple(named[name] for name in names), launch.num_warps, WARP_SIZE, pdl=self._pdl,
             )  # fmt: skip
             return
         at = [None if t is None else t.data_ptr() for t in tensors]
@@ -388,7 +394,8 @@ class TritonRouter:
         spec, dtype = self._problem.spec, getattr(torch, self._problem.dtype)
         sizes = [1, *(int(limit) + 1 for limit in self._limits)]
         if "counts" in self._problem.operands:  # a call of more slots counts in another kernel
-            sizes.append(SLOTS_APART // self._columns + 1)
+            most = [SLOTS_APART, *(launch.slots for launch in LAUNCHES[:-1])]
+            sizes += [int(slots) // self._columns + 1 for slots in most]
         # Vectors come in float32 or in the model's dtype, and a kernel is compiled for one of them.
         has_vectors = spec.per_expert_scale or spec.needs_bias
         for vectors in {torch.float32, dtype} if has_vectors else {dtype}:

@@ -424,15 +424,24 @@ def replayed(work: Callable[[], object], device: torch.device) -> float:
     """
     torch.cuda.synchronize(device)  # the inputs were drawn on another stream
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        about = _elapsed([lambda: [work() for _ in range(LEAST_SETS)]] * 2)[-1] / LEAST_SETS
-        calls = LEAST_SETS * max(1, min(MOST_CALLS, round(MICROSECONDS / about)) // LEAST_SETS)
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()
-        for _ in range(calls):
-            work()
-        graph.capture_end()
+        work()  # nothing is compiled during a capture
+        graph = _captured(work, LEAST_SETS)
+        # By the device's time, whatever the call costs the host: a graph of fewer calls adds more
+        # of its own launch to each.
+        about = _elapsed([graph.replay] * 3)[-1] / LEAST_SETS
+        many = max(1, min(MOST_CALLS, round(MICROSECONDS / about)) // LEAST_SETS)
+        graph = _captured(work, many * LEAST_SETS) if many > 1 else graph
         torch.cuda._sleep(HEAD_START)  # noqa: SLF001 -- there is no other name for it
-        return statistics.median(_elapsed([graph.replay] * (REPLAYS + 1))[1:]) / calls
+        return statistics.median(_elapsed([graph.replay] * (REPLAYS + 1))[1:]) / many / LEAST_SETS
+
+
+def _captured(work: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    for _ in range(calls):
+        work()
+    graph.capture_end()
+    return graph
 
 
 def _elapsed(works: Sequence[Callable[[], object]]) -> list[float]:
