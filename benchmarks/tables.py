@@ -208,30 +208,24 @@ def compiled_ahead() -> Iterable[str]:
 
 def of_gate() -> Iterable[str]:
     """Yield the time of ``gate`` with the launches that ship, and of PyTorch's chain."""
-    from moe_routing_backends.triton.gating.launches import SLICE, SLICE_OF_SCALED, SM_90
-
-    held = json.loads((RESULTS / "h100-2026-11-27-gate-tried.json").read_text())
-    sizes = list(dict.fromkeys(row["T"] for row in held["results"]))
-    yield f"| router | | {' | '.join(f'T = {T:,}' if T == 1 else f'{T:,}' for T in sizes)} |"
-    yield "|---|---|" + "---|" * len(sizes)
+    held = json.loads((RESULTS / "h100-2026-11-28-gate.json").read_text())
     of_model: dict[str, dict[int, dict[str, float]]] = {}
     for row in held["results"]:
         of_model.setdefault(row["model"], {})[row["T"]] = row["us"]
-    for model, (experts, slice_) in {
-        "Gemma4-26B-A4B": (128, SLICE_OF_SCALED), "Qwen3-30B-A3B": (128, SLICE),
-        "Qwen3-235B-A22B": (128, SLICE), "DeepSeek-V3": (256, SLICE),
-    }.items():  # fmt: skip
-        ours, chain = [], []
-        for tokens, us in of_model[model].items():
-            of = next(x for x in SM_90 if x.logits is None or tokens * experts <= x.logits)
-            kind = "split" if of.split else "whole"
-            ours.append(us[f"{kind} {of.block_t}x{of.block_e}/{of.num_warps} {slice_}"])
-            chain.append(us["chain"])
-        yield f"| {model} | `gate` | {' | '.join(f'**{us:.2f}**' for us in ours)} |"
-        yield f"| | PyTorch, and our routing | {' | '.join(f'{us:.2f}' for us in chain)} |"
-        if "product" in next(iter(of_model[model].values())):
-            products = (us["product"] for us in of_model[model].values())
-            yield f"| | the same, float32 logits | {' | '.join(f'{us:.2f}' for us in products)} |"
+    sizes = next(iter(of_model.values()))
+    yield f"| router | | {' | '.join(f'T = {T:,}' if T == 1 else f'{T:,}' for T in sizes)} |"
+    yield "|---|---|" + "---|" * len(sizes)
+    for model, by_size in of_model.items():
+        ways = {
+            f"{model} | `gate`": "gate",
+            "| PyTorch, and our routing": "chain",
+            "| the same, float32 logits": "product",
+        }
+        for said, way in ways.items():
+            times = [f"{us[way]:.2f}" for us in by_size.values() if way in us]
+            shown = [f"**{us}**" for us in times] if way == "gate" else times
+            if shown:
+                yield f"| {said} | {' | '.join(shown)} |"
 
 
 def of_batches() -> Iterable[str]:
