@@ -75,6 +75,12 @@ MOST_UNROLLED = {("logits", 16): 16, ("logits", 32): 8}
 
 The number is 4 for the others, whose code is long.
 """
+FEW_PROGRAMS = tl.constexpr(264)
+"""Programs, two on each multiprocessor of an H100, up to which the next kernel is placed at once.
+
+More let it be placed late: else the programs of one kernel after another wait in the places of
+those that have not begun (``docs/performance.md``, Calls in a graph).
+"""
 
 
 @triton.jit
@@ -183,10 +189,7 @@ def moe_routing_thread_per_row(
     SELECTION: tl.constexpr = SPEC.value.selection
     CAP: tl.constexpr = SPEC.value.logit_softcap
     SCALE: tl.constexpr = SPEC.value.scale
-    FEW: tl.constexpr = 264
-    # Many programs let the next kernel be placed late, as the filter does: placed early, programs
-    # that only wait, of one kernel after another, take the places of those that have not begun.
-    if tl.num_programs(0) <= FEW:
+    if tl.num_programs(0) <= FEW_PROGRAMS:
         launch_dependents(PDL)
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -254,7 +257,7 @@ def moe_routing_thread_per_row(
         )  # fmt: skip
         picked, x = from_exact(exact, is_selected, first, SPEC)
         x = activate(x, SPEC)
-    if tl.num_programs(0) > FEW:
+    if tl.num_programs(0) > FEW_PROGRAMS:
         launch_dependents(PDL)
     if counts is not None:
         count_slots(
