@@ -77,12 +77,12 @@ def test_the_cache_knows_a_record_from_none_and_reads_it_at_each_call():
     route, logits = moe_routing.get_router("mixtral"), drawn()
     recorded = record()
     route(logits, K, ids=recorded)
-    cached = route._latest
+    cached = route._calls.latest
     recorded[-1] = torch.arange(K)
     assert route(logits, K, ids=recorded).ids[-1].tolist() == list(range(K))
-    assert route._latest is cached
+    assert route._calls.latest is cached
     route(logits, K)
-    assert route._latest is not cached
+    assert route._calls.latest is not cached
 
 
 def test_an_output_may_not_lie_in_the_record():

@@ -328,8 +328,10 @@ def test_a_wrong_call_is_refused_after_a_right_one_that_is_much_like_it(argument
 
 def test_a_known_call_is_checked_once_and_routes_as_the_first_one_did(monkeypatch):
     route, checked = Router(SCALED), []
-    check = route._checked
-    monkeypatch.setattr(route, "_checked", lambda *call: (checked.append(call), check(*call))[1])
+    check = route._calls.checked
+    monkeypatch.setattr(
+        route._calls, "checked", lambda *call: (checked.append(call), check(*call))[1]
+    )
     first = route(LOGITS, 2, SCALE)
     again = route(LOGITS, 2, SCALE)
     given = route(LOGITS, 2, SCALE, out=tuple(KNOWN_OUT))
@@ -354,7 +356,7 @@ def test_a_call_like_the_one_before_takes_one_look_at_its_tensors(monkeypatch):
     route = Router(SCALED)
     route(LOGITS, 2, SCALE, out=KNOWN_OUT)
     monkeypatch.setattr(
-        "moe_routing._router.described", lambda *_call: pytest.fail("the call was described")
+        "moe_routing._calls.described", lambda *_call: pytest.fail("the call was described")
     )
     other = moe_routing.RoutingOutput(
         torch.empty(len(LOGITS), 2), torch.empty(len(LOGITS), 2, dtype=torch.int32)
@@ -371,7 +373,7 @@ def test_a_torch_without_the_guard_routes_all_the_same(monkeypatch):
     route = Router(SCALED)
     first, again = (route(LOGITS, 2, SCALE) for _ in range(2))
     assert torch.equal(first.weights, again.weights)
-    assert len(route._calls) == 1
+    assert len(route._calls.kept) == 1
 
 
 def test_a_call_in_inference_mode_is_of_another_kind_and_routes_as_outside():
@@ -381,7 +383,7 @@ def test_a_call_in_inference_mode_is_of_another_kind_and_routes_as_outside():
         inside = [route(LOGITS.clone(), 2, SCALE) for _ in range(2)]
     for output in (*inside, route(LOGITS, 2, SCALE)):
         assert torch.equal(output.weights, expected.weights)
-    assert len(route._calls) == 2
+    assert len(route._calls.kept) == 2
 
 
 def test_other_strides_are_another_call():
@@ -395,11 +397,11 @@ def test_other_strides_are_another_call():
 
 
 def test_a_router_remembers_a_bounded_number_of_kinds_of_call(monkeypatch):
-    monkeypatch.setattr("moe_routing._router._CALLS_KEPT", 5)
+    monkeypatch.setattr("moe_routing._calls._KEPT", 5)
     route = Router(SCALED)
     for tokens in range(1, 20):
         route(torch.randn(tokens, 4), 2, SCALE)
-        assert len(route._calls) <= 5
+        assert len(route._calls.kept) <= 5
 
 
 class Preparing:

@@ -352,7 +352,8 @@ class Gate:
                 options.get("expert_map"), options.get("ids"),
             )
         )  # fmt: skip
-        topk = router._default_topk() if topk is None else _check.integer("topk", topk)  # noqa: SLF001 -- a gate is a part of its router
+        calls = router._calls  # noqa: SLF001 -- a gate is a part of its router
+        topk = calls.default_topk() if topk is None else _check.integer("topk", topk)
         ids_dtype = options.get("ids_dtype", torch.int32)
         logits_dtype = check_logits_dtype(options.get("logits_dtype", torch.float32))
         invariant = _check.flag("invariant", options.get("invariant", True))
@@ -362,8 +363,8 @@ class Gate:
             isinstance(t, Tensor) and t.requires_grad for t in (*projection, per_expert_scale)
         )
         config = GateConfig(
-            router._text, topk, ids_dtype, logits_dtype, invariant, router._requested,  # noqa: SLF001 -- likewise
-            router._shadow_key, training,  # noqa: SLF001 -- likewise
+            calls.text, topk, ids_dtype, logits_dtype, invariant, calls.requested, calls.shadow_key,
+            training,
         )  # fmt: skip
         return projection, operands, config
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing import _after, _counts, _router
+from moe_routing import _after, _calls, _counts, _router
 from mutants._change import Change
 from mutants._mutant import EVERY_OPERAND, Reference, caught_by
 
@@ -78,7 +78,7 @@ def equal_ids_of_a_record_count_once(right: Any) -> Any:
     return wrong
 
 
-@_change(_router.Router, "_routed", COUNTED, r"call 1: expert \d+ counts -?\d+, it has")
+@_change(_calls.Calls, "routed", COUNTED, r"call 1: expert \d+ counts -?\d+, it has")
 def physical_experts_are_counted(right: Any) -> Any:
     def wrong(router: Any, operands: Any, topk: Any, ids_dtype: Any, after: Any) -> Any:
         output = right(router, operands, topk, ids_dtype, None)
@@ -117,7 +117,7 @@ def counts_are_added_to_a_copy(right: Any) -> Any:
 
 
 @_change(
-    _router.Router,
+    _calls.Calls,
     "_first_with_plan",
     "a_call_with_a_plan_counts_once",
     r"^call 1 with a plan: expert \d+ counts",
@@ -125,7 +125,7 @@ def counts_are_added_to_a_copy(right: Any) -> Any:
 def a_first_call_with_a_plan_counts_twice(right: Any) -> Any:
     def wrong(router: Any, operands: Any, topk: Any, dtype: Any, after: Any, *others: Any) -> Any:
         if after is not None:
-            router._routed(operands, topk, dtype, after)
+            router.routed(operands, topk, dtype, after)
         return right(router, operands, topk, dtype, after, *others)
 
     return wrong

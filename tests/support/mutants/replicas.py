@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing import _after, _replicas, _router
+from moe_routing import _after, _calls, _replicas, _router
 from moe_routing.reference.replicas_oracle import physical
 from mutants._change import Change
 from mutants._mutant import EVERY_OPERAND, Reference, caught_by
@@ -150,7 +150,7 @@ def strides_of_the_counts_are_ignored(right: Any) -> Any:
 
 
 @_change(
-    _router.Router, "_first_with_plan", "a_call_with_a_plan_plans_replicas", r"^call 1 with a plan"
+    _calls.Calls, "_first_with_plan", "a_call_with_a_plan_plans_replicas", r"^call 1 with a plan"
 )
 def a_first_call_with_a_plan_has_logical_ids(right: Any) -> Any:
     return lambda router, operands, topk, dtype, _after, *others: right(
@@ -183,7 +183,7 @@ def replicas_are_counted(right: Any) -> Any:
     return wrong
 
 
-@_change(_router.Router, "_routed", "gradients_flow_past_replicas", r"^with gradients: " + BY_TABLE)
+@_change(_calls.Calls, "routed", "gradients_flow_past_replicas", r"^with gradients: " + BY_TABLE)
 def training_has_the_first_replica(right: Any) -> Any:
     def wrong(router: Any, operands: Any, topk: Any, dtype: Any, after: Any) -> Any:
         if after is not None and operands.logits.requires_grad:

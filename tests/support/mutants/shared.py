@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_routing import _router, _shared
+from moe_routing import _calls, _shared
 from mutants._change import Change
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def weights_learn_nothing(shared: Any) -> Any:
     return shared.detach() + 0 * shared
 
 
-@_change(PLANNED, r"call 1 with a plan: row \d+: weights", _router.Router, "_first_with_plan")
+@_change(PLANNED, r"call 1 with a plan: row \d+: weights", _calls.Calls, "_first_with_plan")
 def a_first_plan_has_the_weights_of_the_spec(right: Any) -> Any:
     def wrong(router: Any, operands: Any, topk: Any, dtype: Any, after: Any, *others: Any) -> Any:
         return right(router, operands, topk, dtype, after, None, *others[1:])
@@ -104,7 +104,7 @@ def a_first_plan_has_the_weights_of_the_spec(right: Any) -> Any:
     return wrong
 
 
-@_change(PLANNED, r"call 2 with a plan: row \d+: weights", _router.Router, "_routed")
+@_change(PLANNED, r"call 2 with a plan: row \d+: weights", _calls.Calls, "routed")
 def a_later_plan_has_the_weights_of_the_spec(right: Any) -> Any:
     seen: list[Any] = []
 
