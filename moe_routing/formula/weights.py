@@ -63,8 +63,12 @@ def selected_weights(
         counts them.
     """
     exact_ratio = spec.renormalize and not (spec.renorm_epsilon or spec.renorm_floor)
+    total = None
     if spec.score == "softmax":
-        weights = _softmax(x, ids, absent, of_selected=exact_ratio)
+        if spec.renormalize and not exact_ratio:
+            weights, total = _softmax_and_sum(spec, x, ids, absent)
+        else:
+            weights = _softmax(x, ids, absent, of_selected=exact_ratio)
     else:
         chosen = [x.gather(-1, i) for i in ids]
         if absent is not None:
@@ -76,8 +80,7 @@ def selected_weights(
         )
         of = _sigmoid if spec.score == "sigmoid" else _sqrtsoftplus
         weights = [of(c, shift) for c in chosen]
-    total = None
-    if spec.renormalize and not (exact_ratio and spec.score == "softmax"):
+    if spec.renormalize and spec.score != "softmax":
         total = _sum_in_order(weights) + spec.renorm_epsilon
         if spec.renorm_floor:
             total = total.clamp_(min=spec.renorm_floor)
@@ -115,6 +118,33 @@ def _softmax(
     powers = [(c - highest).exp_() for c in chosen]
     total = _sum_in_order(powers) if of_selected else (x - highest).exp_().sum(-1, keepdim=True)
     return [p / total for p in powers]
+
+
+def _softmax_and_sum(
+    spec: RoutingSpec, x: Tensor, ids: list[Tensor], absent: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """Return a multiple of the softmax over all experts at the selected, and of what divides it.
+
+    That is their sum and epsilon, or the floor. The multiple is 1 for the best of the selected: a
+    float32 difference to the best of the row may be off by 2e-6 of what its exponential is, which
+    the division would pass on where all of the selected are far below.
+    """
+    chosen = [x.gather(-1, i) for i in ids]
+    if absent is not None:
+        chosen = _without(chosen, absent)
+    best, highest = _highest(chosen).clamp(min=-FLOAT32_MAX), x.amax(-1, keepdim=True)
+    powers = [(c - best).exp_() for c in chosen]
+    # What the softmax has for the best: e**(best - highest) / sum. ``lost`` is what the rounding of
+    # the difference lost (Knuth's exact sum of two numbers); NaN where that is beyond float32.
+    below = best - highest
+    back = below - best
+    lost = ((best - (below - back)) - (highest + back)).nan_to_num(0.0, 0.0, 0.0)
+    summed = x.to(torch.float64) if x.device.type == "cpu" else x
+    share = below.exp() * (1.0 + lost) * summed.softmax(-1).amax(-1, keepdim=True)
+    total = _sum_in_order(powers)
+    if spec.renorm_epsilon:
+        total = total + spec.renorm_epsilon / share
+    return powers, total.maximum(spec.renorm_floor / share) if spec.renorm_floor else total
 
 
 def _highest(parts: list[Tensor]) -> Tensor:

@@ -216,6 +216,12 @@ def _weigh(x, exponential, total, chosen, score, renormalize, epsilon, floor, va
             highest = max(highest, value[k])
         for k in range(len(chosen)):
             value[k] = math.exp(value[k] - highest)
+    elif score == SOFTMAX and renormalize:
+        # Again in double precision: the float32 differences that `exponential` is made of are off
+        # by more than a ratio of small shares may be.
+        largest = x.max()
+        for k in range(len(chosen)):
+            value[k] = math.exp(np.float64(x[chosen[k]]) - largest) / total
     else:
         for k in range(len(chosen)):
             e = chosen[k]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe_routing.conformance.under_test import BackendUnderTest
     from moe_routing_registry import RoutingSpec
 
+_DEEP_ROWS = 512
 SCALES = (-1.5, 0.0, 2.0, -1e-3, 1e3)
 """Scales of experts: of both signs, 0, small and large."""
 
@@ -108,6 +109,40 @@ def every_field_of_the_spec_is_followed(under_test: BackendUnderTest, case: Chan
     floor is reached; the groups are others than the family's.
     """
     under_test.check(case.make(under_test))
+
+
+def _biased_softmax(_profile: Profile) -> Iterator[Changed]:
+    """Yield variants whose bias selects experts of any share, with an epsilon and with a floor."""
+    for variant, spec in VARIANTS.items():
+        biased = spec.selection in {"scores_plus_bias", "logits_plus_bias"}
+        if variant in BUILT_IN and spec.score == "softmax" and biased:
+            yield Changed(variant, {"renormalize": True, "renorm_epsilon": 1e-20})
+            fields = {"renormalize": True, "renorm_epsilon": 0.0, "renorm_floor": 1e-18}
+            yield Changed(variant, fields)
+
+
+@check(6, _biased_softmax)
+def shares_far_below_the_best_have_exact_weights(
+    under_test: BackendUnderTest, case: Changed
+) -> None:
+    """A softmax that is divided by its sum and a tiny epsilon, or a floor, is exact.
+
+    The bias selects experts up to 75 below the best of the row: shares that float32 barely holds.
+    Differences to the best are rounded, each in its own way.
+    """
+    call = case.make(under_test)
+    experts, topk, generator = case.case.num_experts, call.topk, case.case.generator()
+    rows = torch.rand(_DEEP_ROWS, experts, generator=generator) * 8
+    highest = torch.rand(_DEEP_ROWS, 1, generator=generator) * 22 + 8
+    below = torch.rand(_DEEP_ROWS, 1, generator=generator) * 75
+    among = torch.rand(_DEEP_ROWS, topk, generator=generator) * 13
+    picked = torch.randperm(experts, generator=generator)[:topk]
+    rows[:, picked] = highest - below - among
+    rows[:, (int(picked[0]) + 1) % experts] = highest[:, 0]
+    call.logits = rows.to(under_test.device)
+    bias = torch.zeros(experts)
+    bias[picked] = 1000.0
+    under_test.check(call.but(bias=bias.to(under_test.device)))
 
 
 @check(15, _changed, capability="gradients")

@@ -218,3 +218,24 @@ class GradientThroughTheFloor(_WithABackward):
         found = super().backward((grad_weights * ratio).float(), logits, ids, scale)
         self.spec = before
         return found
+
+
+@caught_by(
+    "shares_far_below_the_best_have_exact_weights",
+    "softmax_bias_topk",
+    saying=r"weight of id \d+ is .*: off by .*, allowed",
+)
+class DifferencesToTheBestOfTheRow(Reference):
+    """Divides shares of exponents that float32 has rounded."""
+
+    def weigh(
+        self, logits: Tensor, ids: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
+        exact = super().weigh(logits, ids, bias, scale)
+        if not self.spec.renorm_epsilon + self.spec.renorm_floor:
+            return exact
+        x = oracle.transformed(self.spec, oracle.clean(logits)).float()
+        powers = (x - x.amax(1, keepdim=True)).double().exp()
+        shares = (powers / powers.sum(1, keepdim=True)).gather(1, ids)
+        total = shares.sum(1, keepdim=True) + self.spec.renorm_epsilon
+        return shares / total.clamp(min=self.spec.renorm_floor) * self.spec.scale

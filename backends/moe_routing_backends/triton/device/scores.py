@@ -209,6 +209,21 @@ def tree_sum(v):
 
 
 @triton.jit
+def share_of_best(best, highest, total):
+    """Return what a row's softmax has for the best of the selected: e**(best - highest) / total.
+
+    The numerators are powers of the differences to that best, not to the row's highest: where all
+    of the selected are far below it, the rounding of those would reach the ratio. What the rounding
+    of this one difference loses is put back (Knuth's exact sum of two numbers).
+    """
+    below = best - highest
+    back = below - best
+    lost = (best - (below - back)) - (highest + back)
+    # Further below, the exponential is 0 and the sums may be infinite.
+    return exp(below) * (1.0 + tl.where(below > -128.0, lost, 0.0)) / total
+
+
+@triton.jit
 def selected_weights(x, is_selected, highest, total, SPEC: tl.constexpr, SCALE: tl.constexpr):
     """Return the weights of the selected ``x [ROWS, N]``, times ``SCALE``.
 
@@ -221,8 +236,9 @@ def selected_weights(x, is_selected, highest, total, SPEC: tl.constexpr, SCALE: 
     K: tl.constexpr = SPEC.value.topk
     x = tl.where(is_selected, x, -FLOAT32_MAX)
     best = tl.max(x, axis=1)[:, None]
+    RENORMALIZE: tl.constexpr = SPEC.value.renormalize
     if SCORE == "softmax":
-        if EXACT:
+        if RENORMALIZE:
             v = exp(x - best)
         else:
             v = exp(x - highest[:, None]) / total[:, None]
@@ -233,13 +249,18 @@ def selected_weights(x, is_selected, highest, total, SPEC: tl.constexpr, SCALE: 
         else:
             v = sqrtsoftplus(x, shift)
     v = tl.where(is_selected, v, 0.0)
-    RENORMALIZE: tl.constexpr = SPEC.value.renormalize
     if RENORMALIZE:
         denominator = tree_sum(v)
+        epsilon = EPSILON
+        floor = FLOOR
+        if SCORE == "softmax" and not EXACT:
+            share = share_of_best(tl.reshape(best, highest.shape), highest, total)
+            epsilon = EPSILON / share
+            floor = FLOOR / share
         if EPSILON != 0.0:
-            denominator = denominator + EPSILON
+            denominator = denominator + epsilon
         if FLOOR != 0.0:
-            denominator = tl.maximum(denominator, FLOOR)
+            denominator = tl.maximum(denominator, floor)
         denominator = denominator[:, None]
         v = tl.where(denominator == 0.0, 1.0 / K, v / denominator)
     return v * SCALE if SCALE != 1.0 else v
