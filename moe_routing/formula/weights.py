@@ -135,10 +135,12 @@ def _softmax_and_sum(
     best, highest = _highest(chosen).clamp(min=-FLOAT32_MAX), x.amax(-1, keepdim=True)
     powers = [(c - best).exp_() for c in chosen]
     # What the softmax has for the best: e**(best - highest) / sum. ``lost`` is what the rounding of
-    # the difference lost (Knuth's exact sum of two numbers); NaN where that is beyond float32.
+    # the difference lost (Knuth's exact sum of two numbers).
     below = best - highest
     back = below - best
-    lost = ((best - (below - back)) - (highest + back)).nan_to_num(0.0, 0.0, 0.0)
+    lost = (best - (below - back)) - (highest + back)
+    # Further below, the exponential is 0, and what was lost may be any number.
+    lost = lost.where(below > -128.0, 0.0)  # noqa: PLR2004 -- e**-128 is less than any float32
     summed = x.to(torch.float64) if x.device.type == "cpu" else x
     share = below.exp() * (1.0 + lost) * summed.softmax(-1).amax(-1, keepdim=True)
     total = _sum_in_order(powers)

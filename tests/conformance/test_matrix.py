@@ -31,6 +31,7 @@ def test_a_check_that_is_not_about_some_variants_alone_runs_on_every_family():
         "scores_below_minus_one_are_ranked_too": "biases",
         "nan_keeps_its_bias": "biases",
         "weights_are_gathered_not_subtracted": "biases",
+        "shares_far_below_the_best_have_exact_weights": "biases",
         "biases_that_are_not_finite_follow_the_rule": "biases",
         "biases_of_every_value_are_ranked_right": "biases",
         "masked_experts_come_last": "biases",

@@ -128,7 +128,8 @@ def shares_far_below_the_best_have_exact_weights(
     """A softmax that is divided by its sum and a tiny epsilon, or a floor, is exact.
 
     The bias selects experts up to 75 below the best of the row: shares that float32 barely holds.
-    Differences to the best are rounded, each in its own way.
+    Differences to the best are rounded, each in its own way. In two rows they are so large that the
+    shares are 0.
     """
     call = case.make(under_test)
     experts, topk, generator = case.case.num_experts, call.topk, case.case.generator()
@@ -138,7 +139,10 @@ def shares_far_below_the_best_have_exact_weights(
     among = torch.rand(_DEEP_ROWS, topk, generator=generator) * 13
     picked = torch.randperm(experts, generator=generator)[:topk]
     rows[:, picked] = highest - below - among
-    rows[:, (int(picked[0]) + 1) % experts] = highest[:, 0]
+    rows[-1, picked] = -1e30
+    highest[-2:] = torch.tensor([[1e30], [torch.finfo(torch.float32).max]])
+    others = torch.ones(experts, dtype=torch.bool).index_fill(0, picked, value=False)
+    rows[:, int(others.nonzero()[0])] = highest[:, 0]
     call.logits = rows.to(under_test.device)
     bias = torch.zeros(experts)
     bias[picked] = 1000.0

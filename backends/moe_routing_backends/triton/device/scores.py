@@ -219,7 +219,7 @@ def share_of_best(best, highest, total):
     below = best - highest
     back = below - best
     lost = (best - (below - back)) - (highest + back)
-    # Further below, the exponential is 0 and the sums may be infinite.
+    # Further below, the exponential is 0, and what was lost may be any number.
     return exp(below) * (1.0 + tl.where(below > -128.0, lost, 0.0)) / total
 
 
