@@ -138,6 +138,6 @@ def test_the_kernels_of_balance_compile_without_spills(balances):
 
 def test_the_kernel_that_counts_slots_compiles_without_spills(environment):
     cases = compiled_by("counts.py", environment)
-    assert [case["E"] for case in cases] == [128, 128, 512]
+    assert [case["E"] for case in cases] == [128, 128, 512] * len({c["slots"] for c in cases})
     assert not [case for case in cases if case["invalid"] or case["shared"] > 131_072]
     assert not [case for case in cases if case.get("spills", 0)]

@@ -162,7 +162,8 @@ def moe_routing_balance(
     N: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Leave this program's part of ``sums`` and ``counts [B, chunks, E]``."""
-    PACKED: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16 and N <= MOST_PACKED
+    DTYPE: tl.constexpr = logits.dtype.element_ty
+    PACKED: tl.constexpr = (DTYPE == tl.bfloat16 or DTYPE == tl.float16) and N <= MOST_PACKED
     batch, tile = place_of(chunks)
     column = tl.arange(0, N)
     grid_dependency_wait(PDL)
