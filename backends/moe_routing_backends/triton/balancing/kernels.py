@@ -162,8 +162,9 @@ def moe_routing_balance(
     N: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Leave this program's part of ``sums`` and ``counts [B, chunks, E]``."""
-    DTYPE: tl.constexpr = logits.dtype.element_ty
-    PACKED: tl.constexpr = (DTYPE == tl.bfloat16 or DTYPE == tl.float16) and N <= MOST_PACKED
+    PACKED: tl.constexpr = (
+        logits.dtype.element_ty == tl.bfloat16 or logits.dtype.element_ty == tl.float16
+    ) and N <= MOST_PACKED
     batch, tile = place_of(chunks)
     column = tl.arange(0, N)
     grid_dependency_wait(PDL)
