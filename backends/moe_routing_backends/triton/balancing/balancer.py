@@ -32,6 +32,8 @@ More leave more parts to add, fewer leave parts of a large GPU idle.
 """
 RETURNING = 8192
 """Programs that go back, likewise; each loads the gradient of the sums once."""
+MOST_PACKED = 4096
+"""Columns whose numbers, from 1 on, fit into the 13 low bits of a float16 that was widened."""
 
 
 def build(problem: BalanceProblem, device: DeviceInfo) -> TritonBalance:
@@ -50,6 +52,8 @@ class TritonBalance(Bound):
         self._columns = next_power_of_two(problem.num_experts)
         self._bins = bins(problem.num_experts)
         self._maths = (problem.score, problem.counts == "best", problem.num_experts)
+        short = problem.dtype in {"bfloat16", "float16"}
+        self._packed = short and self._columns <= MOST_PACKED
 
     def __call__(
         self,
@@ -79,7 +83,15 @@ class TritonBalance(Bound):
             batches * chunks,
             (logits, ids, weights, parts, parts_of_counts),
             (logits.shape[1], chunks, logits.stride(0), logits.stride(1)),
-            (*self._maths, self._problem.topk, self._columns, self._bins, rows, vector),
+            (
+                *self._maths,
+                self._problem.topk,
+                self._columns,
+                self._bins,
+                rows,
+                vector,
+                self._packed,
+            ),
             THREADS,
             _kinds(ids, weights),
         )

@@ -31,8 +31,6 @@ NOT_SPECIALIZED = (
 HISTOGRAMS = tl.constexpr(HISTOGRAM_MASKS)
 """Triton 3.3's, and so Triton-XPU's, takes no mask, and does not compile in this kernel: there each
 id is compared with every column."""
-MOST_PACKED = tl.constexpr(4096)
-"""Columns whose numbers, from 1 on, fit into the low bits of a float16 that was widened."""
 SLOTS = tl.constexpr(1024)
 """Ids that are counted at a time: at least one for each thread."""
 
@@ -108,7 +106,7 @@ def best_of(shares, weight, K: tl.constexpr, PACKED: tl.constexpr):
     """Return the weight at the K highest of each row, of equal ones at the first, 0 elsewhere.
 
     :param shares: 0 or more, and -1 past the last expert.
-    :param PACKED: the shares were rounded to 16 bits, so that their low bits in float32 are 0.
+    :param PACKED: the low bits of the shares are 0, and have room for a column's number from 1 on.
     """
     N: tl.constexpr = shares.shape[1]
     column = tl.arange(0, N)[None, :]
@@ -159,12 +157,13 @@ def counted_ids(
 def moe_routing_balance(
     logits, ids, weights, sums, counts, tokens: tl.int64, chunks: tl.int32, batch_stride: tl.int64,
     stride: tl.int64, SCORE: tl.constexpr, BEST: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-    N: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+    PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Leave this program's part of ``sums`` and ``counts [B, chunks, E]``."""
-    PACKED: tl.constexpr = (
-        logits.dtype.element_ty == tl.bfloat16 or logits.dtype.element_ty == tl.float16
-    ) and N <= MOST_PACKED
+    """Leave this program's part of ``sums`` and ``counts [B, chunks, E]``.
+
+    :param PACKED: a score, rounded to the logits' dtype, and a column fit into 32 bits.
+    """
     batch, tile = place_of(chunks)
     column = tl.arange(0, N)
     grid_dependency_wait(PDL)
