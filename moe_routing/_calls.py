@@ -1,7 +1,8 @@
-"""What serves a router's calls: the first of a kind is checked and a kernel chosen, and both kept.
+"""The call cache of a router, and the code that fills it.
 
-``Router`` names the arguments, and hands over what came. A call like the one before never gets
-here.
+``Router`` builds the operands and passes them to ``Calls``. The first call with a new signature is
+validated, and a kernel is chosen for it; later calls with that signature use the cached kernel.
+``Router.__call__`` itself handles a call with the signature of the previous one.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ if TYPE_CHECKING:
     from moe_routing.reference.shadow import Shadow
     from moe_routing_registry import RoutingSpec
 
-_KEPT = 1024
-"""Kinds of calls; when there are more, all are forgotten and keeping begins anew."""
+_CACHE_SIZE = 1024
+"""Maximum number of cached calls. When the cache is full, it is cleared."""
 _NO_OUT = "out: expected None where gradients are wanted, got tensors; use torch.no_grad()"
 _tuple = tuple.__new__
 """Makes a named tuple in half the time of its own constructor, which is a Python function."""
 
 
 class Calls:
-    """The calls of one router.
+    """Validates, dispatches and caches the calls of one router.
 
-    :ivar spec: the router's, like ``topk`` and ``num_experts``.
-    :ivar requested: the backend that it was made for.
-    :ivar text: the spec, as operators take it.
-    :ivar shadow: what watches the calls, if anything does; ``shadow_key`` names it to operators.
-    :ivar kept: what serves each kind of call.
-    :ivar latest: what served the call before.
+    :ivar spec: the spec of the router; ``topk`` and ``num_experts`` are those of the router too.
+    :ivar requested: the name of the backend that the user asked for, or ``None``.
+    :ivar text: the spec as JSON, which the custom operators take.
+    :ivar shadow: compares calls with the oracle, or ``None``; operators find it by ``shadow_key``.
+    :ivar cache: the cached calls, by signature.
+    :ivar latest: the cached call that was used last.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Calls:
         requested: str | None,
         verify: float | bool | None,  # noqa: FBT001 -- True is what users write
     ) -> None:
-        """Begin with none; see ``Router``."""
+        """Start with an empty cache. ``Router`` documents the parameters."""
         self.spec = spec
         self.topk = topk
         self.num_experts = num_experts
@@ -71,7 +72,7 @@ class Calls:
         else:
             self.text, self.shadow = spec.to_json(), _shadow(verify)
             self.shadow_key = None if self.shadow is None else self.shadow.key
-        self.kept: dict[tuple[object, ...], CachedCall] = {}
+        self.cache: dict[tuple[object, ...], CachedCall] = {}
         self.latest: CachedCall | None = None
 
     def planned(  # noqa: PLR0913, PLR0917 -- what `with_plan` was given
@@ -108,14 +109,14 @@ class Calls:
         ids_dtype: torch.dtype | None,
         after: After | None,
     ) -> CachedCall | None:
-        """Return what serves calls like this one, ``None`` if there were none."""
+        """Return the cached call with this signature, or ``None``."""
         again = self._again(operands, topk, ids_dtype)
         return again or self._looked_up(operands, topk, ids_dtype, after)[1]
 
     def _again(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
     ) -> CachedCall | None:
-        """Return what served the call before, ``None`` if this one is unlike it."""
+        """Return the latest cached call if its signature matches, or ``None``."""
         latest = self.latest
         try:
             return latest if latest and latest.matches(operands, topk, ids_dtype) else None
@@ -132,7 +133,7 @@ class Calls:
         asked: routed.Asked,
         out: DispatchPlan | None,
     ) -> RoutedPlan:
-        """Check all that a call with a plan brings, before anything is written; then serve it."""
+        """Validate all arguments of a call with a plan before writing anything; then route."""
         traced = is_dynamo_compiling()
         checked, selected, dtype = self.checked(operands, topk, ids_dtype)
         if not traced:
@@ -195,7 +196,7 @@ class Calls:
     def with_after(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None, after: After
     ) -> RoutingOutput:
-        """Check what is asked besides routing, then route and do it."""
+        """Validate the counts and replicas of a call, then route with them."""
         _after.check_call(after, operands, self.spec.shared_experts)
         return self.routed(operands, topk, ids_dtype, after)
 
@@ -207,7 +208,7 @@ class Calls:
         after: After | None,
         shared_weights: Tensor | None = None,
     ) -> RoutingOutput:
-        """Route, and do what is asked besides."""
+        """Route, and apply counts, replicas and weights of shared experts if they are given."""
         if shared_weights is not None:
             output = self.routed(operands, topk, ids_dtype, after)
             in_place = operands.out is not None
@@ -236,7 +237,10 @@ class Calls:
     def plain(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
     ) -> RoutingOutput:
-        """Route and do nothing besides. ``Router.__call__`` does the same in fewer calls."""
+        """Route without counts, replicas or weights of shared experts.
+
+        ``Router.__call__`` repeats these steps inline, which saves a Python call.
+        """
         if is_dynamo_compiling():
             return self.traced(operands, topk, ids_dtype)
         again = self._again(operands, topk, ids_dtype)
@@ -245,7 +249,7 @@ class Calls:
     def dispatch(
         self, operands: Operands, topk: int | None, ids_dtype: torch.dtype | None
     ) -> RoutingOutput:
-        """Route a call unlike the one before: look it up, or check it."""
+        """Route a call whose signature differs from the latest: use the cache, or validate it."""
         if _leading.is_other_rank(operands.logits):
             return self._reshaped(operands, topk, ids_dtype)
         operands = _check.counted(operands)
@@ -276,12 +280,12 @@ class Calls:
         ids_dtype: torch.dtype | None,
         after: After | None = None,
     ) -> tuple[tuple[object, ...] | None, CachedCall | None]:
-        """Describe a call, and return what serves calls like it, if there were any."""
+        """Return the signature of a call, and the cached call with that signature or ``None``."""
         try:
             key = described(operands, topk, ids_dtype)
             if after is not None:
                 key = (*key, after.optional)
-            found = self.kept.get(key)
+            found = self.cache.get(key)
         except UNREADABLE:
             return None, None
         if found is not None and after is None:  # a call with more never matches as the latest
@@ -295,7 +299,7 @@ class Calls:
         asked_topk: int | None,
         asked_ids: torch.dtype | None,
     ) -> RoutingOutput:
-        """Check a call, choose what serves it, and cache that for later calls like it."""
+        """Validate a call, choose a kernel, route, and cache the kernel for this signature."""
         operands, topk, ids_dtype = self.checked(asked, asked_topk, asked_ids)
         differentiable = self._check_memory(operands)
         config = CallConfig(self.text, self.requested, topk, ids_dtype, self.shadow_key)
@@ -343,7 +347,7 @@ class Calls:
         asked_ids: torch.dtype | None,
         after: After,
     ) -> CachedCall | None:
-        """Check a call that asks for more than routing, choose what serves it, and cache that.
+        """Validate a call with counts or replicas, choose a kernel, and cache it.
 
         :returns: ``None`` where no kernel is called, or the operator calls it.
         """
@@ -381,9 +385,9 @@ class Calls:
         return self.latest
 
     def _keep(self, key: tuple[object, ...], call: CachedCall) -> None:
-        if len(self.kept) >= _KEPT:
-            self.kept.clear()
-        self.kept[key] = call
+        if len(self.cache) >= _CACHE_SIZE:
+            self.cache.clear()
+        self.cache[key] = call
 
     def _general_route(self, resolved: Resolved) -> Prepared:
         """Return what calls the kernel with any operands, watched in shadow mode."""

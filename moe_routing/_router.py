@@ -1,6 +1,7 @@
-"""``Router``: what users call, and what they ask of it afterwards.
+"""``Router``: the public interface of routing.
 
-A call like the one before goes straight to the kernel; ``Calls`` serves all others.
+A call with the signature of the previous one goes straight to the kernel. ``Calls`` handles all
+other calls.
 """
 
 from __future__ import annotations
@@ -74,14 +75,19 @@ class Router:
         self.num_experts = None if num_experts is None else _check.experts(num_experts)
         if backend is not None and not isinstance(backend, str):
             raise TypeError(refusal("backend", "a name, or None", backend))
-        self._backend = backend
         self._verify = verify
         self._calls = Calls(spec, self.topk, self.num_experts, backend, verify)
         self._latest_gate: Latest | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle what the router was made of."""
-        return _rebuilt, (self.spec, self.topk, self.num_experts, self._backend, self._verify)
+        return _rebuilt, (
+            self.spec,
+            self.topk,
+            self.num_experts,
+            self._calls.requested,
+            self._verify,
+        )
 
     def __call__(  # noqa: PLR0913 -- one argument an operand of the maths
         self,
@@ -319,7 +325,7 @@ class Router:
         :raises ValueError: an argument has the wrong value, or the device is not here.
         :raises BackendUnavailableError: no backend fits, or the one that was named does not.
         """
-        return dispatcher_of(self._calls.text, self._backend).resolve(
+        return dispatcher_of(self._calls.text, self._calls.requested).resolve(
             device, dtype, num_experts, topk, ids_dtype=ids_dtype, rows=rows, training=training,
             operands=operands,
         )  # fmt: skip
@@ -423,7 +429,7 @@ class Router:
             for name, value in (
                 ("topk", self.topk),
                 ("num_experts", self.num_experts),
-                ("backend", self._backend),
+                ("backend", self._calls.requested),
             )
             if value is not None
         ]

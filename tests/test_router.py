@@ -373,7 +373,7 @@ def test_a_torch_without_the_guard_routes_all_the_same(monkeypatch):
     route = Router(SCALED)
     first, again = (route(LOGITS, 2, SCALE) for _ in range(2))
     assert torch.equal(first.weights, again.weights)
-    assert len(route._calls.kept) == 1
+    assert len(route._calls.cache) == 1
 
 
 def test_a_call_in_inference_mode_is_of_another_kind_and_routes_as_outside():
@@ -383,7 +383,7 @@ def test_a_call_in_inference_mode_is_of_another_kind_and_routes_as_outside():
         inside = [route(LOGITS.clone(), 2, SCALE) for _ in range(2)]
     for output in (*inside, route(LOGITS, 2, SCALE)):
         assert torch.equal(output.weights, expected.weights)
-    assert len(route._calls.kept) == 2
+    assert len(route._calls.cache) == 2
 
 
 def test_other_strides_are_another_call():
@@ -397,11 +397,11 @@ def test_other_strides_are_another_call():
 
 
 def test_a_router_remembers_a_bounded_number_of_kinds_of_call(monkeypatch):
-    monkeypatch.setattr("moe_routing._calls._KEPT", 5)
+    monkeypatch.setattr("moe_routing._calls._CACHE_SIZE", 5)
     route = Router(SCALED)
     for tokens in range(1, 20):
         route(torch.randn(tokens, 4), 2, SCALE)
-        assert len(route._calls.kept) <= 5
+        assert len(route._calls.cache) <= 5
 
 
 class Preparing:

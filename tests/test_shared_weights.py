@@ -57,7 +57,7 @@ def test_a_plan_is_chosen_once(times):
         plain = ROUTE.with_plan(logits, 3)
         assert torch.equal(made.weights[:, 3:], shared)
         assert torch.equal(made.plan.order, plain.plan.order)
-    assert [len(known.plans) for known in route._calls.kept.values()] == [1]
+    assert [len(known.plans) for known in route._calls.cache.values()] == [1]
 
 
 def test_a_plan_to_fill():

@@ -197,11 +197,12 @@ def sums_of_slice(
                 sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN,
             )  # fmt: skip
     else:
-        read = read_step(
-            hidden, router_weight, norm_weight, input_scale, first, token, expert, hidden_stride,
-            weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
-        )  # fmt: skip
         for step in tl.static_range(STEPS):
+            if step == 0 or not AHEAD:
+                read = read_step(
+                    hidden, router_weight, norm_weight, input_scale, first + step * STEP, token,
+                    expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
+                )  # fmt: skip
             if AHEAD and step + 1 < STEPS:
                 after = read_step(
                     hidden, router_weight, norm_weight, input_scale, first + (step + 1) * STEP,
@@ -210,14 +211,8 @@ def sums_of_slice(
             sums, low, squares = add_step(
                 sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN,
             )  # fmt: skip
-            if step + 1 < STEPS:
-                if AHEAD:
-                    read = after
-                else:
-                    read = read_step(
-                        hidden, router_weight, norm_weight, input_scale, first + (step + 1) * STEP,
-                        token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
-                    )  # fmt: skip
+            if AHEAD and step + 1 < STEPS:
+                read = after
     if HIDDEN_PARTS + WEIGHT_PARTS > 0:
         sums += low
     return sums.to(tl.float32), squares
@@ -263,8 +258,8 @@ def moe_routing_gate_sums(
     PROGRAMS: tl.constexpr = SLICES if SPLIT else 1
     grid_dependency_wait(PDL)
     if SPLIT:
-        # After the wait: else kernel after kernel is placed and waits, and takes the memory and
-        # registers of those that run.
+        # After the wait. Before it, programs of several later kernels would occupy registers and
+        # shared memory while they wait.
         launch_dependents(PDL)
     program = tl.program_id(0)
     # Programs of the same tokens are neighbours: they share the hidden states in the cache.
@@ -276,7 +271,7 @@ def moe_routing_gate_sums(
     readable_token = tl.minimum(token, T - 1)
     written = (expert < E)[:, None] & (token < T)[None, :]
     if SPLIT:
-        # Not where the registers of large tiles leave room for few programs.
+        # Large tiles need too many registers for it: fewer programs would fit.
         AHEAD: tl.constexpr = WEIGHT_PARTS == 0 and (BLOCK_T <= 32 or HIDDEN_PARTS > 0)
         slice_ = program % PROGRAMS
         sums, squares = sums_of_slice(

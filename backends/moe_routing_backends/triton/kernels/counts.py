@@ -62,7 +62,7 @@ def moe_routing_counts(
     COLUMNS: tl.constexpr = SPEC.value.topk + SPEC.value.shared_experts
     COUNTED: tl.constexpr = SPEC.value.counted_columns
     EXPERTS: tl.constexpr = SPEC.value.num_experts + SPEC.value.shared_experts
-    # The programs of the next kernel would wait in the places of these: it begins after them.
+    # No early launch of the next kernel: its waiting programs would delay programs of this one.
     grid_dependency_wait(PDL)
     slots = T.to(tl.int64) * COLUMNS
     found = tl.zeros([WIDTH], tl.int32)

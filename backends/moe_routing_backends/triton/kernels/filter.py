@@ -629,7 +629,7 @@ def moe_routing_filter(
         count_slots(
             counts, picked, row, T, valid, num_valid_tokens, SPEC, VALID_ON_DEVICE,
         )  # fmt: skip
-    # Late, so that programs which only wait take no place of those that have not begun.
+    # Late, so that waiting programs of the next kernel do not delay programs of this one.
     launch_dependents(PDL)
     x = activate(x, SPEC)
     highest = tl.zeros([BLOCK_T], tl.float32)
