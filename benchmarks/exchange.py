@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,9 @@ TOKENS = (1, 16, 64, 512, 4096)
 """Of each rank."""
 RUNS, CALLS = 20, 8
 """Medians are of so many runs, each of so many calls."""
+HEAD_START = 2_000_000
+"""Cycles that the GPUs are busy for before ranks meet: about a millisecond, more than the hosts are
+apart."""
 
 
 class Case(NamedTuple):
@@ -141,7 +144,11 @@ def eager(call: Callable[[], object]) -> list[float]:
 
 
 def graph(call: Callable[[], object]) -> list[float]:
-    """Return microseconds a call in the replays of a graph."""
+    """Return microseconds a call in the replays of a graph.
+
+    Hosts launch replays at different times, tens of microseconds apart. A rank that begins early
+    would wait in its first exchange for the others, so ranks meet on their devices first.
+    """
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         for _ in range(CALLS):
@@ -153,12 +160,22 @@ def graph(call: Callable[[], object]) -> list[float]:
         distributed.barrier()
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(HEAD_START)  # noqa: SLF001 -- no other call keeps a GPU busy for a time
+        meeting().barrier()
         first.record()
         captured.replay()
         last.record()
         torch.cuda.synchronize()
         times.append(first.elapsed_time(last) / CALLS * 1e3)
     return times
+
+
+@cache
+def meeting() -> Any:  # noqa: ANN401 -- a handle of symmetric memory
+    """Return what lets all ranks' devices wait for each other."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    one = symmetric.empty(1, dtype=torch.int32, device=device)
+    return symmetric.rendezvous(one, distributed.group.WORLD)
 
 
 def slowest(times: list[float]) -> dict[str, float]:

@@ -46,14 +46,19 @@ SIGNAL = 8
 """Bytes of a signal."""
 CHUNK = 512
 """Pairs whose experts a program tells at once."""
-WARPS = 4
-PROGRAMS = 528
-"""The most of a launch. They all run at once, and so do those of another stream."""
+MOVED = 264, 8
+"""Programs of a launch that moves rows, at most, and warps of each. All programs run at once, and
+so do those of another stream."""
+SUMMED = 528, 4
+"""Likewise, where rows are summed."""
 KEPT = 8192
 """Numbers that a launch of rows copies besides; more are faster copied by a launch of their own."""
 INTERPRETED_PROGRAMS = 3
-FEW = 4 * PROGRAMS
-"""Places that programs take one by one on the way back, and not those of a token together."""
+ITEMS = 2
+"""Pieces of work that each program gets, if slots can be split into so many. A piece has up to as
+many rows as slots, so with fewer pieces some programs would have far more rows than others."""
+GROUP = 8
+"""The most places of a piece on the way back."""
 ARGUMENTS = {"rows": "hidden", "weights": "weights", "scales": "scales", "back": "rows"}
 """Of what is kept, the arguments that it is for."""
 STATE, SAID = 3, 2
@@ -306,8 +311,8 @@ class Symmetric:
         memory, pitch = self._rows(name, layout, rows)
         units, places = Units.of(rows, pitch), layout.places
         tokens, topk = to.shape
-        free = PROGRAMS // max(1, tokens * self.ranks * units.parts)
-        split = 1 if self.sums else max(1, min(topk, free))
+        wanted = ITEMS * MOVED[0] // max(1, tokens * self.ranks * units.parts)
+        split = 1 if self.sums else max(1, min(topk, wanted))
         self._launch(
             moe_routing_send, units, tokens * self.ranks * split,
             to, to if weights is None else weights, state.plan.inverse, state.plan.order,
@@ -335,14 +340,17 @@ class Symmetric:
         units = Units.of(rows, pitch)
         inverse, offsets = (ids, ids) if plan is None else (plan.inverse, plan.offsets)
         by_rank = self.sums or layout.placed
-        group = 1 if by_rank or layout.arriving <= FEW else layout.topk
+        group = 1 if layout.slots > 1 else GROUP
+        while group > 1 and layout.arriving * units.parts < ITEMS * MOVED[0] * group:
+            group //= 2
         self._launch(
-            moe_routing_send_back, units, layout.arriving // group,
+            moe_routing_send_back, units, self.ranks * -(-layout.places // group),
             inverse, offsets, ids,
             self._state, self._said, self._signals.addresses, memory.addresses,
-            layout.slots, group, units.columns, units.stride, units.of_bytes(pitch), self._rank,
+            layout.slots, units.columns, units.stride, units.of_bytes(pitch), self._rank,
             layout.places, 0 if plan is None else len(plan.counts), self._limit,
-            SLOTS=triton.next_power_of_2(layout.slots), BY_RANK=by_rank, PLANNED=plan is not None,
+            SLOTS=triton.next_power_of_2(max(layout.slots, group)), GROUP=group, BY_RANK=by_rank,
+            PLANNED=plan is not None,
         )  # fmt: skip
         return self._arrived("back", layout, rows)
 
@@ -370,7 +378,8 @@ class Symmetric:
         **constants: object,
     ) -> None:
         """Launch a kernel on so many rows of the units."""
-        most = INTERPRETED_PROGRAMS if self._interpreted else PROGRAMS
+        most, warps = SUMMED if kernel is moe_routing_sum_back else MOVED
+        most = INTERPRETED_PROGRAMS if self._interpreted else most
         launch = kernel[(max(1, min(units.parts * rows, most)),)]
         with self._on_device():
             launch(
@@ -382,7 +391,7 @@ class Symmetric:
                 WIDTH=units.width,
                 PDL=self._pdl,
                 INTERPRETED=self._interpreted,
-                num_warps=WARPS,
+                num_warps=warps,
                 enable_fp_fusion=False,  # ``moe_routing.combine`` rounds products too
                 **({"launch_pdl": True} if self._pdl else {}),
                 **constants,

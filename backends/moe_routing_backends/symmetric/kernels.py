@@ -66,7 +66,7 @@ LOOKS = tl.constexpr(256)
 NOT_SPECIALIZED = (
     "rows", "ids", "weights", "inverse", "order", "dropped", "ranks", "kept", "offsets", "tokens",
     "topk", "words", "stride", "ids_stride", "ids_step", "weights_stride", "weights_step", "pitch",
-    "me", "experts", "per_rank", "most", "weights_at", "numbers", "limit", "slots", "group",
+    "me", "experts", "per_rank", "most", "weights_at", "numbers", "limit", "slots",
     "columns", "split",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel: ranks that compile
@@ -404,8 +404,9 @@ def moe_routing_send(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_send_back(
     rows, inverse, offsets, ids, state, said, signals, memory,
-    slots, group, words, stride, pitch, me, most, experts, limit,
-    RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, BY_RANK: tl.constexpr,
+    slots, words, stride, pitch, me, most, experts, limit,
+    RANKS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr,
+    BY_RANK: tl.constexpr,
     PLANNED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -417,32 +418,39 @@ def moe_routing_send_back(
     :param rows: by place; or, ``PLANNED``, in the order of a plan of the places' experts.
     :param inverse: the row of each place, where ``PLANNED``, up to ``offsets[experts]``.
     :param ids: ``[places, slots]``: the experts of each place; a negative one is none.
-    :param group: places that a program takes at once: it divides ``most``.
+    :param GROUP: places that a program looks at together; 1 where a place has several ``slots``.
     """
     epoch = begin(state, signals, said, me, limit, BACK, RANKS, LANES, PDL, INTERPRETED)
     parts = tl.maximum(tl.cdiv(words * VEC, WIDTH), 1)
     element = rows.dtype.element_ty
     used = tl.load(offsets + experts) if PLANNED else 0
     lanes = tl.arange(0, SLOTS)
-    groups = most // group
+    groups = tl.cdiv(most, GROUP)
     first, last_item, step = share(RANKS * groups * parts, RANKS, max(RANKS, 3))
     for item in range(first, last_item, step):
         part = item % parts
-        begun = (item // parts) % groups * group
+        begun = (item // parts) % groups * GROUP
         rank = (me + 1 + item // parts // groups) % RANKS
         its = address(memory, rank, element)
         inside = _inside(words, part, VEC, WIDTH)
-        for its_place in range(begun, begun + group):
-            place = rank * most + its_place
-            if PLANNED:
-                row = tl.load(inverse + place)
-                goes = (row >= 0) & (row < used)
-            else:
-                row = place
-                experts_at = ids + tl.cast(place, tl.int64) * slots + lanes
-                goes = tl.max(tl.load(experts_at, mask=lanes < slots, other=-1)) >= 0
-            if goes:
+        # All places of a group are looked at together: one after the other they took most of the
+        # time of those that have no expert.
+        place = tl.cast(rank * most + begun, tl.int64)
+        if PLANNED:
+            seen = tl.load(inverse + place + lanes, mask=lanes < most - begun, other=-1)
+            there = (seen >= 0) & (seen < used)
+        else:
+            own = lanes < tl.minimum(most - begun, GROUP) * slots
+            there = tl.load(ids + place * slots + lanes, mask=own, other=-1) >= 0
+        if GROUP > 1:
+            bits = tl.sum(there.to(tl.int32) << lanes)
+        else:
+            bits = tl.max(there.to(tl.int32))
+        for number in range(GROUP):
+            if (bits >> number) & 1 != 0:
+                row = tl.load(inverse + place + number) if PLANNED else place + number
                 values = tl.load(_vectors(rows, row, stride, part, VEC, WIDTH), mask=inside)
+                its_place = begun + number
                 kept = me * most + its_place if BY_RANK else its_place
                 at = _vectors(its, kept, pitch, part, VEC, WIDTH)
                 tl.store(at, values, mask=inside)
