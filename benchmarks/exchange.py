@@ -8,8 +8,8 @@ between them, on one machine; the slowest rank's median. ``rows`` is ``dispatch_
 an order and sums. ``eager`` is a call with the host's part, one after the other; ``graph`` the
 replay of a CUDA graph of several. For comparison transformers' ``AllToAllEP``, where it is
 installed (5.23 on), on the same ranks and tokens; NCCL's all-to-all of as many bytes there and
-back; and what a rank needs to write as many bytes into the next rank's memory. Everything is
-compared with the sum on one rank first.
+back; and what a rank needs to write as many bytes into the next rank's memory as the busiest rank
+writes or gets. Everything is compared with the sum on one rank first.
 """
 
 from __future__ import annotations
@@ -232,13 +232,23 @@ def ways(case: Case, experts: int) -> list[Timed]:
         return back
 
     found.append(Timed("NCCL all-to-all, even", plainly, right=False, eager=False))
-    return [*found, Timed("put", put(pairs, columns), right=False, eager=False)]
+    return [*found, Timed("put", put(most_rows(case, experts), columns), right=False, eager=False)]
 
 
-def put(pairs: int, columns: int) -> Callable[[], Tensor]:
-    """Return what writes the pairs' rows, those for another rank, into the next rank's memory."""
+def most_rows(case: Case, experts: int) -> int:
+    """Return the rows for other ranks that the busiest rank writes, or gets."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    rows = pairs * (ranks - 1) // ranks
+    there = torch.bincount(case.ids.flatten() // (experts // ranks), minlength=ranks)
+    there[rank] = 0
+    written = [torch.empty_like(there) for _ in range(ranks)]
+    distributed.all_gather(written, there)
+    rows = torch.stack(written)
+    return max(int(rows.sum(0).max()), int(rows.sum(1).max()))
+
+
+def put(rows: int, columns: int) -> Callable[[], Tensor]:
+    """Return what writes so many rows into the next rank's memory."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device())
     own = symmetric.empty(rows * columns, dtype=torch.bfloat16, device=device)
     handle = symmetric.rendezvous(own, distributed.group.WORLD)

@@ -27,7 +27,7 @@ import moe_routing
 from moe_routing.gating import GateOutput, GateProblem, Projection
 from moe_routing.reference import gate_oracle
 from moe_routing_backends.triton.gating import gate as host
-from moe_routing_backends.triton.gating.launches import SM_90, GateLaunch, Order, order_of
+from moe_routing_backends.triton.gating.launches import GateLaunch, Order, launches_for, order_of
 from moe_routing_backends.triton.runtime import router
 from moe_routing_backends.triton.tuning.measure import LEAST_SETS, replayed
 from moe_routing_registry import RoutingSpec
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 DEVICE = "cuda:0"
 TOKENS = (1, 8, 16, 64, 256, 1024, 4096, 16384)
 SLICES = (64, 128, 256, 512)
-TILES = (
-    *((16, 64, 4, True), (16, 128, 4, True), (32, 64, 4, True), (64, 64, 4, True)),
-    *((32, 64, 4, False), (64, 64, 4, False), (32, 128, 8, False), (64, 128, 8, False)),
-    (128, 128, 8, False),
+TRIED = (
+    *((16, 64, 4, "slice"), (32, 64, 4, "slice"), (64, 64, 4, "slice"), (64, 128, 8, "slice")),
+    *((64, 64, 4, "group", 1), (32, 128, 8, "group", 3), (64, 128, 8, "group", 3)),
+    *((32, 64, 4, "all"), (32, 128, 8, "all", 3), (64, 128, 8, "all", 1), (64, 128, 8, "all", 3)),
 )
-"""Tokens and experts a program, its warps, and whether a program takes one slice."""
+"""Launches that are tried: tokens and experts a program, its warps, what it takes, and stages."""
 BATCHES = (1, 2, 7, 16, 33, 64, 65, 200, 1024, 1500, 5000)
 """Numbers of tokens among which the bits of a row are compared."""
 OTHERS = ("linear", "chain", "product", "gate", "cold")
@@ -127,8 +127,8 @@ def kernel(problem: GateProblem, of: Sequence[GateLaunch] | None) -> host.Triton
 def in_slices_of(columns: int) -> Callable[..., Order]:
     """Return ``order_of`` for slices of another length."""
 
-    def order(problem: GateProblem, vectors: Sequence[torch.dtype]) -> Order:
-        known = order_of(problem, vectors)
+    def order(problem: GateProblem, vectors: Sequence[torch.dtype], arch: str | None) -> Order:
+        known = order_of(problem, vectors, arch)
         return known._replace(slice=columns, step=min(known.step, columns))
 
     return order
@@ -205,18 +205,16 @@ def timed(model: Model, tokens: int, *, tries: bool) -> dict[str, float]:
     others = itertools.cycle([built(model, seed).projection for seed in range(60)])
     gate = kernel(b.problem, None)
     us["cold"] = turns(lambda x: gate.routed(next(others)._replace(hidden=x), None, **b.operands))
-    tried = itertools.product(TILES, SLICES) if tries else ()
-    for (block_t, block_e, warps, split), columns in tried:
-        if (split and tokens > 2048) or (not split and tokens < 512):  # noqa: PLR2004 -- too slow
+    for tile, columns in itertools.product(TRIED, SLICES) if tries else ():
+        of = GateLaunch(None, *tile)
+        if tokens > 2048 if of.takes == "slice" else tokens < 512:  # noqa: PLR2004 -- too slow
             continue
         host.order_of = in_slices_of(columns)  # type: ignore[assignment] # tried here
-        of = (GateLaunch(None, block_t, block_e, warps, split=split),)
+        name = f"{of.takes} {of.block_t}x{of.block_e}/{of.num_warps} {of.stages}, {columns}"
         try:
-            us[f"{'split' if split else 'whole'} {block_t}x{block_e}/{warps} {columns}"] = gated(
-                kernel(b.problem, of)
-            )
+            us[name] = gated(kernel(b.problem, (of,)))
         except Exception as error:  # noqa: BLE001 -- a shape that does not fit is no result
-            print(f"{model.name} {of[0]}: {type(error).__name__}", flush=True)
+            print(f"{model.name} {of}: {type(error).__name__}", flush=True)
         finally:
             host.order_of = order_of
     return us
@@ -230,7 +228,7 @@ def main() -> None:
     sizes = tuple(int(word) for word in rest if word != "--launches") or TOKENS
     for model in MODELS:
         check(model, None, model.name)
-        for launch in SM_90:
+        for launch in launches_for(moe_routing.probe(DEVICE), built(model).problem):
             check(model, (launch._replace(logits=None),), f"{model.name}, {launch}")
     print("all right", flush=True)
     results = []

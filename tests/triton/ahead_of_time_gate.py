@@ -48,9 +48,9 @@ PROBLEMS = (
 """Gemma 4, Qwen3, DeepSeek-V3, gpt-oss, and float32 rows of an odd size."""
 ELSEWHERE = 1
 """Problems that are compiled for other targets than sm_90, which have fewer launches."""
-SAID = ("SPLIT", "BLOCK_E", "BLOCK_T")
+SAID = ("TAKES", "BLOCK_E", "BLOCK_T")
 """Constants that are printed."""
-TOKENS = (1, 200, 2000, 9000)
+TOKENS = (1, 30, 50, 200, 1000, 2000, 5000, 9000)
 """Numbers that reach every launch that ships."""
 MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+|v_wmma_\w+)([\w.:]*)")
 SHAPE = re.compile(r"m\d+n\d+k\d+")

@@ -35,9 +35,14 @@ from moe_routing_registry import RoutingProblem  # noqa: E402 -- likewise
 FLOATS = ("bfloat16", "float16", "float32")
 LAUNCHES = (
     None,
-    (GateLaunch(None, 16, 64, 4, split=True),),
+    (GateLaunch(None, 16, 64, 4, "slice"),),
     (GateLaunch(None, 32, 64, 4),),
-    (GateLaunch(128, 16, 32, 4, split=True), GateLaunch(None, 16, 128, 4)),
+    (GateLaunch(None, 16, 32, 4, "group"),),
+    (
+        GateLaunch(128, 16, 32, 4, "slice"),
+        GateLaunch(512, 32, 64, 4, "group"),
+        GateLaunch(None, 16, 128, 4),
+    ),
 )
 
 

@@ -442,10 +442,7 @@ def moe_routing_send_back(
         else:
             own = lanes < tl.minimum(most - begun, GROUP) * slots
             there = tl.load(ids + place * slots + lanes, mask=own, other=-1) >= 0
-        if GROUP > 1:
-            bits = tl.sum(there.to(tl.int32) << lanes)
-        else:
-            bits = tl.max(there.to(tl.int32))
+        bits = tl.sum(there.to(tl.int32) << lanes) if GROUP > 1 else tl.max(there.to(tl.int32))
         for number in range(GROUP):
             if (bits >> number) & 1 != 0:
                 row = tl.load(inverse + place + number) if PLANNED else place + number

@@ -64,7 +64,8 @@ class TritonGate:
         self._problem = problem
         self._index = NEVER_CURRENT if device.type == "cpu" else device.index or 0
         self._routes = routes
-        self._launches = launches_for(device) if launches is None else launches
+        self._arch = device.arch
+        self._launches = launches_for(device, problem) if launches is None else launches
         self._limits = [launch.logits for launch in self._launches if launch.logits is not None]
         self._any_order = adds_in_any_order(problem, device)
         self._pdl = supports_pdl(device)
@@ -106,7 +107,7 @@ class TritonGate:
         hidden = projection.hidden
         T, E = len(hidden), self._problem.num_experts
         launch = self._launches[bisect_left(self._limits, T * E)]
-        if not launch.split or self._multiplies(projection, T * E):
+        if launch.takes == "all" or self._multiplies(projection, T * E):
             if logits is None:
                 logits = self._empty((T, E), self._logits_dtype, hidden.device)
             self._write(projection, launch, logits)
@@ -118,8 +119,8 @@ class TritonGate:
         if ids is not None:
             expert_table = ids  # as ``route`` hands a record over
         order = self._order(projection)
-        slices = -(-self._problem.hidden_size // order.slice)
-        size = slices * T * (E + (projection.eps is not None))
+        takes, parts, group = self._shares(order, launch)
+        size = parts * T * (E + (projection.eps is not None))
         # The call's own memory: two streams, or two graphs, gate at once.
         partial = self._empty((size,), torch.float32, hidden.device)
         self._add(projection, launch, partial)
@@ -133,7 +134,8 @@ class TritonGate:
         fixed = {
             **self._constants,
             "HIDDEN_SIZE": self._problem.hidden_size,
-            "SLICES": slices,
+            "PARTS": parts,
+            "GROUP": group if takes == 1 else 1,
             "NORM": norm,
             "MULTIPLIED": multiplied,
             "DTYPE": DTYPES[self._problem.logits_dtype],
@@ -160,7 +162,7 @@ class TritonGate:
             weight = projection.router_weight.t()
             torch.mm(projection.hidden, weight, out_dtype=torch.float32, out=logits)
         else:
-            self._add(projection, launch._replace(split=False), logits)
+            self._add(projection, launch._replace(takes="all"), logits)
 
     def _multiplies(self, projection: Projection, count: int) -> bool:
         """Tell whether PyTorch's product makes this many logits."""
@@ -181,14 +183,15 @@ class TritonGate:
             places |= 0 if vector is None else vector.data_ptr()
         aligned = not places % ALIGNMENT
         order = self._order(projection)
-        slices = -(-self._problem.hidden_size // order.slice)
+        takes, parts, group = self._shares(order, launch)
         programs = -(-T // launch.block_t) * -(-E // launch.block_e)
         fixed = {
             "E": E,
             "HIDDEN_SIZE": self._problem.hidden_size,
             "SLICE": order.slice,
+            "GROUP": group,
             "STEP": order.step,
-            "SPLIT": launch.split,
+            "TAKES": takes,
             "NORM": eps is not None,
             "MULTIPLIED": multiplier != 1.0,
             "HIDDEN_PARTS": order.hidden_parts,
@@ -201,17 +204,25 @@ class TritonGate:
             "BLOCK_T": launch.block_t,
         }
         readable = [as_readable(vector) for vector in (router_bias, norm_weight, input_scale)]
-        outputs = (made, None) if launch.split else (None, made)
+        outputs = (None, made) if launch.takes == "all" else (made, None)
         self._launch(
-            moe_routing_gate_sums, programs * (slices if launch.split else 1),
+            moe_routing_gate_sums, programs * parts,
             (hidden, weight, *readable, *outputs),
             (T, hidden_stride, weight_stride, eps or 0.0, multiplier),
             fixed, launch.num_warps, (launch, aligned, multiplier != 1.0),
         )  # fmt: skip
 
+    def _shares(self, order: Order, launch: GateLaunch) -> tuple[int, int, int]:
+        """Return the slices that a program takes, the programs of a row, and slices of a group."""
+        size = self._problem.hidden_size
+        slices, group = order.slices_of(size), order.group_of(size)
+        takes = {"slice": 1, "group": group, "all": slices}[launch.takes]
+        return takes, -(-slices // takes), group
+
     def _order(self, projection: Projection) -> Order:
         vectors = (projection.norm_weight, projection.input_scale)
-        return order_of(self._problem, [v.dtype for v in vectors if v is not None])
+        dtypes = [v.dtype for v in vectors if v is not None]
+        return order_of(self._problem, dtypes, self._arch)
 
     def _launch(  # noqa: PLR0913, PLR0917 -- what a launch is
         self,

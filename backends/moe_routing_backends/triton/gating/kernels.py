@@ -1,9 +1,10 @@
 """The kernels of ``gate``: the router's linear layer on matrix units, and routing after it.
 
-H is cut into slices of ``SLICE`` columns. A matrix unit adds the products of a slice, and slices
-are added in float32 one after another. That order depends on H alone, so a row has the same bits
-whoever adds: for few tokens a program for each slice, after which ``moe_routing_gate_route`` adds
-and routes; for many a program that takes all slices of its tile and writes the logits.
+H is cut into slices of ``SLICE`` columns. A matrix unit adds the products of a slice. In float32,
+the slices of a group are added one after another, and then the groups. That order depends on H
+alone, so a row has the same bits whoever adds: for few tokens a program for each slice, for more a
+program for each group, after both of which ``moe_routing_gate_route`` adds the rest and routes; for
+many a program that takes all slices of its tile and writes the logits.
 
 The experts are the rows of a product and the tokens its columns. So one token is no less than an
 instruction needs: on an H100 ``wgmma`` takes 64 rows and 8 columns or more. Instructions that have
@@ -44,7 +45,8 @@ of bfloat16 numbers.
 HIGH_BITS = tl.constexpr(-0x10000)
 """Of a float32, those that a bfloat16 has."""
 UNROLLED = tl.constexpr(32)
-"""Slices that are added without a loop: those of 4,096 scaled columns, or of 8,192 others."""
+"""Partial sums that are added without a loop over groups: of 4,096 scaled columns, or of 8,192
+others."""
 NOT_SPECIALIZED = (
     "hidden", "router_weight", "router_bias", "norm_weight", "input_scale", "logits", "weights",
     "ids", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
@@ -242,22 +244,24 @@ def bias_of_experts(router_bias, expert, E: tl.constexpr):
 def moe_routing_gate_sums(
     hidden, router_weight, router_bias, norm_weight, input_scale, partial, logits, T: tl.int32,
     hidden_stride: tl.int64, weight_stride: tl.int64, eps: tl.float32, multiplier: tl.float32,
-    E: tl.constexpr, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr, HIDDEN_PARTS: tl.constexpr,
-    WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr, ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+    E: tl.constexpr, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
+    STEP: tl.constexpr, TAKES: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr,
+    HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr,
+    ALIGNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Multiply ``BLOCK_T`` tokens by ``BLOCK_E`` experts.
 
-    :param partial: with ``SPLIT``, float32 memory for the sums ``[SLICES, T, E]`` and after them
-        those of squares ``[SLICES, T]``: a program takes one slice.
-    :param logits: ``[T, E]``, without ``SPLIT``: a program takes all slices.
+    :param partial: float32 memory for partial sums ``[PROGRAMS, T, E]`` and after them those of
+        squares ``[PROGRAMS, T]``, where a program takes one slice or one group of slices.
+    :param logits: ``[T, E]``, where it takes all.
+    :param TAKES: slices that a program takes.
     """
     SLICES: tl.constexpr = (HIDDEN_SIZE + SLICE - 1) // SLICE
     EXPERT_TILES: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    PROGRAMS: tl.constexpr = SLICES if SPLIT else 1
+    PROGRAMS: tl.constexpr = (SLICES + TAKES - 1) // TAKES
     grid_dependency_wait(PDL)
-    if SPLIT:
+    if partial is not None:
         # After the wait. Before it, programs of several later kernels would occupy registers and
         # shared memory while they wait.
         launch_dependents(PDL)
@@ -270,32 +274,45 @@ def moe_routing_gate_sums(
     readable_expert = tl.minimum(expert, E - 1)
     readable_token = tl.minimum(token, T - 1)
     written = (expert < E)[:, None] & (token < T)[None, :]
-    if SPLIT:
+    part = program % PROGRAMS
+    if partial is not None and TAKES == 1:
         # Large tiles need too many registers for it: fewer programs would fit.
         AHEAD: tl.constexpr = WEIGHT_PARTS == 0 and (BLOCK_T <= 32 or HIDDEN_PARTS > 0)
-        slice_ = program % PROGRAMS
         sums, squares = sums_of_slice(
-            hidden, router_weight, norm_weight, input_scale, slice_, readable_token,
+            hidden, router_weight, norm_weight, input_scale, part, readable_token,
             readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
             HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED, AHEAD,
         )  # fmt: skip
-        row = slice_.to(tl.int64) * T + token
-        tl.store(partial + (row[None, :] * E + expert[:, None]), sums, mask=written)
-        if NORM:
-            if tile % EXPERT_TILES == 0:
-                after = SLICES * T.to(tl.int64) * E
-                tl.store(partial + (after + row), squares, mask=token < T)
     else:
         sums = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
         squares = tl.zeros([BLOCK_T], tl.float32)
-        for slice_ in tl.range(0, SLICES, num_stages=STAGES):
+        of_group = sums
+        squares_of_group = squares
+        first = part * TAKES
+        for slice_ in tl.range(first, tl.minimum(first + TAKES, SLICES), num_stages=STAGES):
             of_slice, squares_of_slice = sums_of_slice(
                 hidden, router_weight, norm_weight, input_scale, slice_, readable_token,
                 readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
                 HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED, False,
             )  # fmt: skip
-            sums += of_slice
-            squares += squares_of_slice
+            of_group += of_slice
+            squares_of_group += squares_of_slice
+            if TAKES > GROUP:
+                if slice_ % GROUP == GROUP - 1:
+                    sums += of_group
+                    squares += squares_of_group
+                    of_group = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
+                    squares_of_group = tl.zeros([BLOCK_T], tl.float32)
+        sums += of_group
+        squares += squares_of_group
+    if partial is not None:
+        row = part.to(tl.int64) * T + token
+        tl.store(partial + (row[None, :] * E + expert[:, None]), sums, mask=written)
+        if NORM:
+            if tile % EXPERT_TILES == 0:
+                after = PROGRAMS * T.to(tl.int64) * E
+                tl.store(partial + (after + row), squares, mask=token < T)
+    else:
         made = sums
         if NORM or MULTIPLIED:
             made *= factor_of_rows(squares, eps, multiplier, HIDDEN_SIZE, NORM, MULTIPLIED)[None, :]
@@ -306,35 +323,37 @@ def moe_routing_gate_sums(
 
 
 @triton.jit
-def add_slices(
-    sums, squares, of_sums, of_squares, first, T, here, E: tl.constexpr, SLICES: tl.constexpr,
+def add_group(
+    sums, squares, of_sums, of_squares, first, T, here, E: tl.constexpr, PARTS: tl.constexpr,
     COUNT: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of ``COUNT`` slices from the first on, and of squares.
+    """Add the sum of ``COUNT`` partial sums from the first on, and that of squares.
 
-    :param of_sums, of_squares: addresses of those of the first slice; returned are those of the
-        slice after the last.
+    :param of_sums, of_squares: addresses of the first partial sums; returned are those after the
+        last.
     :param here: which experts ``[1, EXPERTS]`` exist; ``None`` for all.
-    :param TAIL: some of the slices may be past the last.
+    :param TAIL: some of the partial sums may be past the last.
     """
-    # Unrolled: all loads are under way before the first is waited for. From slice to slice the
+    # Unrolled: all loads are under way before the first is waited for. From one to the next the
     # addresses take a sum, not the products of 64 bits that kept a warp busy for longer than the
     # loads take.
     step = T.to(tl.int64)
+    of_group = tl.zeros_like(sums)
+    squares_of_group = tl.zeros_like(squares)
     for i in tl.static_range(COUNT):
         if TAIL:
-            known = first + i < SLICES
+            known = first + i < PARTS
             elements = known if here is None else here & known
-            sums += tl.load(of_sums, mask=elements, other=0.0)
+            of_group += tl.load(of_sums, mask=elements, other=0.0)
             if NORM:
-                squares += tl.load(of_squares, mask=known, other=0.0)
+                squares_of_group += tl.load(of_squares, mask=known, other=0.0)
         else:
-            sums += tl.load(of_sums, mask=here, other=None if here is None else 0.0)
+            of_group += tl.load(of_sums, mask=here, other=None if here is None else 0.0)
             if NORM:
-                squares += tl.load(of_squares)
+                squares_of_group += tl.load(of_squares)
         of_sums += step * E
         of_squares += step
-    return sums, squares, of_sums, of_squares
+    return sums + of_group, squares + squares_of_group, of_sums, of_squares
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -342,13 +361,14 @@ def moe_routing_gate_route(
     partial, router_bias, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table,
     num_valid_tokens, expert_map, T: tl.int32, valid: tl.int32, vocabulary: tl.int32,
     eps: tl.float32, multiplier: tl.float32, SPEC: tl.constexpr, HIDDEN_SIZE: tl.constexpr,
-    SLICES: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr, DTYPE: tl.constexpr,
-    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr,
+    DTYPE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr,
+    SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of all slices, make logits of them, and route ``BLOCK_T`` rows.
+    """Add all partial sums, make logits of them, and route ``BLOCK_T`` rows.
 
     :param partial: what ``moe_routing_gate_sums`` wrote.
+    :param PARTS: partial sums of a row: of its slices, ``GROUP`` to a group, or of its groups.
     :param logits: ``[T, E]`` to be written, or ``None``.
     :param DTYPE: of logits.
     """
@@ -365,17 +385,18 @@ def moe_routing_gate_route(
     readable = tl.minimum(row, T - 1).to(tl.int64)
     there = None if GROUPS * SIZE == E else exists[None, :]
     of_sums = partial + (readable[:, None] * E + expert[None, :])
-    of_squares = partial + (SLICES * T.to(tl.int64) * E + readable)
-    if SLICES <= UNROLLED:
-        sums, squares, _, _ = add_slices(
-            sums, squares, of_sums, of_squares, 0, T, there, E, SLICES, SLICES, False, NORM,
-        )  # fmt: skip
+    of_squares = partial + (PARTS * T.to(tl.int64) * E + readable)
+    if PARTS <= UNROLLED:
+        for group in tl.static_range(0, PARTS, GROUP):
+            sums, squares, of_sums, of_squares = add_group(
+                sums, squares, of_sums, of_squares, group, T, there, E, PARTS,
+                min(GROUP, PARTS - group), False, NORM,
+            )  # fmt: skip
     else:
-        # All slices of a large H at once take up to a minute to compile.
-        for first in range(0, SLICES, UNROLLED):
-            sums, squares, of_sums, of_squares = add_slices(
-                sums, squares, of_sums, of_squares, first, T, there, E, SLICES, UNROLLED, True,
-                NORM,
+        # All of a large H at once take up to a minute to compile.
+        for first in range(0, PARTS, GROUP):
+            sums, squares, of_sums, of_squares = add_group(
+                sums, squares, of_sums, of_squares, first, T, there, E, PARTS, GROUP, True, NORM,
             )  # fmt: skip
     made = sums
     if NORM or MULTIPLIED:

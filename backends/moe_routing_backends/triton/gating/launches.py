@@ -6,7 +6,7 @@ launch may choose the tile of a program and whether a program takes one slice or
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -24,8 +24,12 @@ and 128 as much at 16,384. A problem has one for all numbers of tokens, or bits 
 """
 SLICE_OF_SCALED = 128
 """The same where vectors multiply the hidden states, which takes longer a column."""
+GROUPS = 4
+"""Groups of a row's slices, where a column takes long: so many programs can share a row."""
+MOST_OF_GROUP = 32
+"""Slices of a group, for which the kernel that routes has no loop."""
 STEP = 128
-"""Columns of both factors that are in registers at a time, where each is one number."""
+"""Columns of both factors that are in registers at a time, where that is one number or two."""
 
 
 class Order(NamedTuple):
@@ -36,6 +40,7 @@ class Order(NamedTuple):
     :ivar hidden_parts: bfloat16 numbers that a hidden state is the sum of; 0 means itself.
     :ivar weight_parts: likewise of a weight.
     :ivar scales_hidden: vectors of columns multiply the hidden states, not the weight.
+    :ivar groups: the least number of groups of slices; see ``group_of``.
     """
 
     slice: int
@@ -43,6 +48,18 @@ class Order(NamedTuple):
     hidden_parts: int
     weight_parts: int
     scales_hidden: bool = True
+    groups: int = GROUPS
+
+    def slices_of(self, hidden_size: int) -> int:
+        """Return the slices of a row."""
+        return -(-hidden_size // self.slice)
+
+    def group_of(self, hidden_size: int) -> int:
+        """Return the slices of a group."""
+        return min(-(-self.slices_of(hidden_size) // self.groups), MOST_OF_GROUP)
+
+
+Takes = Literal["slice", "group", "all"]
 
 
 class GateLaunch(NamedTuple):
@@ -52,33 +69,51 @@ class GateLaunch(NamedTuple):
     :ivar block_t: tokens a program.
     :ivar block_e: experts a program.
     :ivar num_warps: warps a program.
-    :ivar split: a program takes one slice, and the kernel that routes adds them.
-    :ivar stages: slices that are under way at a time, where a program takes all.
+    :ivar takes: what a program takes of a row's columns: a slice, a group of slices, or all. If it
+        is not all, the kernel that routes adds the partial sums.
+    :ivar stages: slices that are under way at a time, where a program takes several.
     """
 
     logits: int | None
     block_t: int
     block_e: int
     num_warps: int
-    split: bool = False
+    takes: Takes = "all"
     stages: int = 2
 
 
-SM_90: tuple[GateLaunch, ...] = (
-    GateLaunch(32 * 128, 16, 64, 4, split=True),
-    GateLaunch(96 * 128, 32, 64, 4, split=True),
-    GateLaunch(2048 * 128, 64, 64, 4, split=True),
+FEW = (GateLaunch(32 * 128, 16, 64, 4, "slice"), GateLaunch(96 * 128, 32, 64, 4, "slice"))
+PLAIN = (
+    *FEW,
+    GateLaunch(512 * 128, 64, 64, 4, "slice"),
+    GateLaunch(3072 * 128, 64, 128, 8, "slice"),
     GateLaunch(6144 * 128, 32, 64, 4),
+    GateLaunch(None, 64, 128, 8, stages=1),
+)
+"""On sm_90, where numbers are multiplied as they are.
+
+In these three: tiles of 64 experts or more in four warps or more, all of which get ``wgmma``.
+Measured on an H200 (`benchmarks/results/h200-2026-11-28-gate-tried.json`).
+"""
+SCALED = (
+    *FEW,
+    GateLaunch(512 * 128, 64, 64, 4, "slice"),
+    GateLaunch(1536 * 128, 32, 128, 8, "group", 3),
+    GateLaunch(6144 * 128, 64, 128, 8, "group", 3),
+    GateLaunch(None, 64, 128, 8, stages=3),
+)
+"""Where vectors multiply the hidden states."""
+OF_FLOAT32 = (
+    *FEW,
+    GateLaunch(1024 * 128, 64, 64, 4, "slice"),
+    GateLaunch(4096 * 128, 64, 128, 8, "group"),
     GateLaunch(None, 64, 128, 8),
 )
-"""Tiles of 64 experts or more in four warps or more, all of which get ``wgmma``.
-
-Measured on an H100 (`benchmarks/results/h100-2026-11-27-gate-tried.json`).
-"""
+"""Where a factor is float32."""
 MANY = 1024 * 128
 """Logits from which PyTorch's product is at least 10 % faster, where any order will do."""
 ONE_TILE: tuple[GateLaunch, ...] = (
-    GateLaunch(256 * 128, 32, 32, 4, split=True),
+    GateLaunch(256 * 128, 32, 32, 4, "slice"),
     GateLaunch(None, 32, 32, 4, stages=1),
 )
 """Elsewhere: Triton picks an instruction by the tile, so there is one tile.
@@ -88,13 +123,17 @@ Triton 3.7 compiles some of these kernels to nothing.
 """
 
 
-def launches_for(device: DeviceInfo) -> Sequence[GateLaunch]:
+def launches_for(device: DeviceInfo, problem: GateProblem) -> Sequence[GateLaunch]:
     """Return the launches by rising number of logits; the last has no end."""
-    return SM_90 if device.arch == "sm_90" else ONE_TILE
+    if device.arch != "sm_90":
+        return ONE_TILE
+    if problem.float32_weight or problem.dtype == "float32":
+        return OF_FLOAT32
+    return SCALED if problem.norm or problem.input_scale else PLAIN
 
 
-def order_of(problem: GateProblem, vectors: Sequence[torch.dtype]) -> Order:
-    """Return the order for a problem whose columns have vectors of these dtypes.
+def order_of(problem: GateProblem, vectors: Sequence[torch.dtype], arch: str | None) -> Order:
+    """Return the order on a device for a problem whose columns have vectors of these dtypes.
 
     The kernels' first lines say why bfloat16 times bfloat16 takes two parts. A float16 number has
     11 bits, for which bfloat16 takes two; products of two float16 matrices are exact as they are.
@@ -104,7 +143,10 @@ def order_of(problem: GateProblem, vectors: Sequence[torch.dtype]) -> Order:
         step = STEP // 4 if hidden_parts else STEP // 2  # more parts take more registers a column
         return Order(SLICE, step, hidden_parts, 3, scales_hidden=False)
     if not vectors:
-        return Order(SLICE, STEP, 0, 0)
+        return Order(SLICE, STEP, 0, 0, groups=1)
     if problem.dtype == "float16":
         return Order(SLICE_OF_SCALED, STEP // 4, 3, 2)
-    return Order(SLICE_OF_SCALED, STEP // 2, 2 if list(vectors) == [torch.bfloat16] else 3, 0)
+    if list(vectors) != [torch.bfloat16]:
+        return Order(SLICE_OF_SCALED, STEP // 2, 3, 0)
+    # Tiles of other devices have no registers for all columns of a slice.
+    return Order(SLICE_OF_SCALED, STEP if arch == "sm_90" else STEP // 2, 2, 0)
