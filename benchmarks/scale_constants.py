@@ -2,7 +2,7 @@
 
     python benchmarks/scale_constants.py [--check]
 
-It reads every ``results/h100-x*-exchange.json``, prints each measured row with the model's time,
+It reads every ``results/h200-x*-exchange.json``, prints each measured row with the model's time,
 and writes the constants and the tables of ``docs/scale.md``. With ``--check`` it writes nothing,
 and exits with 1 if one is not as the results say.
 
@@ -236,7 +236,7 @@ def fastest_ways(constants: Constants) -> Iterable[str]:
 
 def main() -> None:
     """Fit, print and write."""
-    rows, sources = read(sorted(RESULTS.glob("h100-x*-exchange.json")))
+    rows, sources = read(sorted(RESULTS.glob("h200-x*-exchange.json")))
     constants = fitted(rows, sources)
     for row in rows:
         print(

@@ -258,14 +258,15 @@ def end_to_end() -> Iterable[str]:
     Prefill of one sequence waits for the host, and is left out.
     """
     yield (
-        "| model | step | batch | transformers | `patch(model)` | `experts=True` "
+        "| model | card | step | batch | transformers | `patch(model)` | `experts=True` "
         "| `experts=True, gate=True` | less time |"
     )
-    yield "|---|---|---:|---:|---:|---:|---:|---:|"
-    every = [json.loads(path.read_text()) for path in RESULTS.glob("h100-e2e-*.json")]
+    yield "|---|---|---|---:|---:|---:|---:|---:|---:|"
+    every = [json.loads(path.read_text()) for path in RESULTS.glob("h[12]00-e2e-*.json")]
     for model, name in E2E_MODELS.items():
         runs = [held for held in every if held.get("model") == model]
-        rows = max(runs, key=lambda held: str(held["date"]))["rows"]
+        newest = max(runs, key=lambda held: str(held["date"]))
+        rows, card = newest["rows"], newest["device"].split()[1]
         for stage, step in E2E_STAGES.items():
             for row in rows:
                 if row["stage"] == stage and (stage != "prefill" or row["batch"] > 1):
@@ -273,7 +274,7 @@ def end_to_end() -> Iterable[str]:
                     ours = (f"{ms[way]:.2f}" if way in ms else "" for way in E2E_OURS)
                     best = max(row["less_than_stock_percent"].get(way, 0.0) for way in E2E_OURS)
                     yield (
-                        f"| {name} | {step} | {row['batch']} | {ms['stock']:.2f} "
+                        f"| {name} | {card} | {step} | {row['batch']} | {ms['stock']:.2f} "
                         f"| {' | '.join(ours)} | **{best:.1f} %** |"
                     )
 

@@ -34,8 +34,8 @@ def test_it_says_what_is_sent_what_is_fastest_and_what_was_not_measured(cli):
     assert "a token reaches 7.68 of 64 ranks and 5.29 of 8 hosts" in out
     assert "sums on up to 64 ranks" in out
     assert "within one host only" in out
-    assert "fitted to benchmarks/results/h100-x" in out
-    assert "NVIDIA H100 80GB HBM3" in out
+    assert "fitted to benchmarks/results/h200-x" in out
+    assert "NVIDIA H200" in out
     assert ASSUMED in out
     assert "Not measured: " in out
     assert "more than one host." in out

@@ -14,13 +14,15 @@ from moe_routing_registry.text import refusal
 
 
 class Placement(NamedTuple):
-    """Where the replicas of experts are, for each layer. All are int64, on the loads' device.
+    """Where the replicas of experts are, for each layer, on the loads' device.
 
-    :ivar physical_to_logical: ``[..., S]``, the expert in each slot. Rank r of ``num_ranks`` has
-        the slots from ``r * S / num_ranks`` on.
-    :ivar logical_to_physical: ``[..., E, R]``, the slots of each expert, ascending, then -1; R is
-        the most replicas of an expert in any layer.
-    :ivar replica_count: ``[..., E]``, how many slots each expert has, 1 or more.
+    What routers read is int32: with int64 they take up to 0.3 us more.
+
+    :ivar physical_to_logical: int64 ``[..., S]``, the expert in each slot. Rank r of ``num_ranks``
+        has the slots from ``r * S / num_ranks`` on.
+    :ivar logical_to_physical: int32 ``[..., E, R]``, the slots of each expert, ascending, then -1;
+        R is the most replicas of an expert in any layer.
+    :ivar replica_count: int32 ``[..., E]``, how many slots each expert has, 1 or more.
     """
 
     physical_to_logical: Tensor
@@ -49,13 +51,13 @@ def place_replicas(loads: Tensor, *, num_slots: int, num_ranks: int) -> Placemen
 
     >>> placement = place_replicas(torch.tensor([90, 10, 20]), num_slots=4, num_ranks=2)
     >>> placement.replica_count
-    tensor([2, 1, 1])
+    tensor([2, 1, 1], dtype=torch.int32)
     >>> placement.physical_to_logical
     tensor([0, 2, 0, 1])
     >>> placement.logical_to_physical
     tensor([[ 0,  2],
             [ 3, -1],
-            [ 1, -1]])
+            [ 1, -1]], dtype=torch.int32)
     """
     _check.tensor("loads", loads, (*_check.INTEGERS, *_check.FLOATS))
     if loads.is_meta or checks.is_dtensor(loads):
@@ -67,16 +69,16 @@ def place_replicas(loads: Tensor, *, num_slots: int, num_ranks: int) -> Placemen
         raise ValueError(refusal("loads", "finite numbers of 0 or more", loads))
     placed = [_place(row, num_slots, num_ranks) for row in host.tolist()]
     most = max((len(slots) for layer in placed for slots in layer), default=1)
-    logical = torch.full((len(placed), experts, most), -1)
+    logical = torch.full((len(placed), experts, most), -1, dtype=torch.int32)
     physical = torch.empty(len(placed), num_slots, dtype=torch.int64)
     for layer, slots_of in enumerate(placed):
         for expert, slots in enumerate(slots_of):
-            logical[layer, expert, : len(slots)] = torch.tensor(slots)
+            logical[layer, expert, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
             physical[layer, slots] = expert
     return Placement(
         physical.reshape(*leading, num_slots).to(loads.device),
         logical.reshape(*leading, experts, most).to(loads.device),
-        (logical >= 0).sum(-1).reshape(*leading, experts).to(loads.device),
+        (logical >= 0).sum(-1, dtype=torch.int32).reshape(*leading, experts).to(loads.device),
     )
 
 

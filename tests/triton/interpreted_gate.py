@@ -33,16 +33,17 @@ from moe_routing_backends.triton.runtime import router  # noqa: E402 -- likewise
 from moe_routing_registry import RoutingProblem  # noqa: E402 -- likewise
 
 FLOATS = ("bfloat16", "float16", "float32")
+OF_EACH_KIND = (
+    GateLaunch(128, 16, 32, 4, "slice"),
+    GateLaunch(512, 32, 64, 4, "group"),
+    GateLaunch(None, 16, 128, 4),
+)
 LAUNCHES = (
     None,
     (GateLaunch(None, 16, 64, 4, "slice"),),
     (GateLaunch(None, 32, 64, 4),),
     (GateLaunch(None, 16, 32, 4, "group"),),
-    (
-        GateLaunch(128, 16, 32, 4, "slice"),
-        GateLaunch(512, 32, 64, 4, "group"),
-        GateLaunch(None, 16, 128, 4),
-    ),
+    OF_EACH_KIND,
 )
 
 
@@ -125,13 +126,13 @@ def gates(device):
 
 
 def has_the_same_bits_in_any_batch(device):
-    """Gate rows alone and among others, at other addresses and strides."""
-    problem, projection, _ = drawn()
+    """Gate rows alone and among others, at other addresses and strides, by one object."""
+    problem, projection, operands = drawn()
     tokens = 35
     hidden = torch.randn(tokens, problem.hidden_size).to(projection.hidden.dtype)
     dtype = getattr(torch, problem.logits_dtype)
     projection = projection._replace(hidden=hidden)
-    kernel = built(problem, device, None)
+    kernel = built(problem, device, random.choice([None, OF_EACH_KIND]))
     whole = torch.empty(tokens, problem.num_experts, dtype=dtype)
     kernel(projection, whole)
     order = torch.randperm(tokens)
@@ -142,6 +143,9 @@ def has_the_same_bits_in_any_batch(device):
         made = torch.empty(len(rows), problem.num_experts, dtype=dtype)
         kernel(projection._replace(hidden=rows), made)
         assert torch.equal(made, whole[order[some]]), (problem, some)
+        if "token_ids" not in operands:  # which are of as many tokens as were drawn
+            kernel.routed(projection._replace(hidden=rows), made.fill_(torch.nan), **operands)
+            assert torch.equal(made, whole[order[some]]), (problem, some)
 
 
 @triton.jit

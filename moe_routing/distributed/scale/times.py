@@ -134,7 +134,7 @@ def shipped() -> Constants:
     """Return the constants that come with the package.
 
     >>> shipped().sources[0].device
-    'NVIDIA H100 80GB HBM3'
+    'NVIDIA H200'
     """
     return Constants.from_dict(json.loads(CONSTANTS.read_text(encoding="utf-8")))
 

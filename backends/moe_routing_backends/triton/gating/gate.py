@@ -152,7 +152,7 @@ class TritonGate:
         self._launch(
             moe_routing_gate_route, T, tensors,
             (T, valid, vocabulary, projection.eps or 0.0, projection.multiplier),
-            fixed, self._rows.num_warps, (multiplied,),
+            fixed, self._rows.num_warps, (launch.takes, multiplied),
         )  # fmt: skip
         return out
 

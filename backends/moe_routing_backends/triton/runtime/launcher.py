@@ -68,6 +68,7 @@ class Compiled:
         """
         self.launchers: dict[tuple[Any, ...], Launcher] = {}
         self.indirect = ""
+        self._made_for: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._problem = problem
         self._device = device
         self._advice = advice
@@ -86,9 +87,16 @@ class Compiled:
     ) -> None:
         """Launch through Triton's JIT, compiling where needed, and keep the compiled kernel.
 
+        :param key: says all that the kernel and its constants depend on.
         :param pdl: launch while the previous kernel still runs (``device/pdl.py``).
         :raises RuntimeError: the kernel is not compiled, and a CUDA graph is being captured.
         """
+        made = kernel, constants, num_warps, warp_size
+        # Otherwise a later call by this key would get the wrong kernel. Where Triton interprets
+        # kernels every launch comes here.
+        if self._made_for.setdefault(key, made) != made:
+            msg = f"two kernels of {self._problem} have one key, {key}"
+            raise AssertionError(msg)
         if key not in self.launchers and capturing():
             msg = (
                 f"moe-routing's Triton kernel for {self._problem} is not compiled yet, and nothing "
