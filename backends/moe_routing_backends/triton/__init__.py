@@ -162,7 +162,8 @@ def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
     from moe_routing_backends.triton.tuning import choose
 
     E = problem.num_experts
-    few = max(launch.logits or 0 for launch in launches_for(device) if launch.split)
+    launches = launches_for(device, problem)
+    few = max(launch.logits or 0 for launch in launches if launch.takes != "all")
     if adds_in_any_order(problem, device):
         few = min(few, MANY - 1)
         many = f"from {-(-MANY // E)} tokens PyTorch's product, in any order"
