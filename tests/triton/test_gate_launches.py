@@ -1,0 +1,51 @@
+"""How ``gate`` is launched, and what ``explain`` says of it."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from moe_routing.gating import GateProblem
+from moe_routing_backends.triton import HOPPER, notes
+from moe_routing_backends.triton.gating.launches import launches_for, order_of
+from moe_routing_registry import RoutingSpec
+
+SOFTMAX = RoutingSpec(family="topk_softmax", renormalize=True)
+PLAIN = GateProblem(spec=SOFTMAX, num_experts=128, topk=8, hidden_size=2048, dtype="bfloat16")
+PROBLEMS = (
+    PLAIN,
+    dataclasses.replace(PLAIN, norm="rms", input_scale=True),
+    dataclasses.replace(PLAIN, float32_weight=True),
+    dataclasses.replace(PLAIN, dtype="float32", num_experts=8, topk=2),
+)
+DEVICES = (HOPPER, dataclasses.replace(HOPPER, arch="sm_80"))
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.arch)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_it_says_up_to_how_many_tokens_the_second_kernel_adds_and_routes(problem, device):
+    order, number, _table = notes(problem, device)
+    tokens = int(re.fullmatch("up to ([0-9]+) tokens two kernels, .*", number)[1])
+    takes = {launch.logits: launch.takes for launch in launches_for(device, problem)}
+    assert takes[tokens * problem.num_experts] != "all"
+    assert takes[None] == "all"
+    assert order == "logits: float32 sums of slices, one order for any number of tokens"
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_launches_rise_and_only_the_last_has_no_end(problem):
+    for device in DEVICES:
+        *limits, last = [launch.logits for launch in launches_for(device, problem)]
+        assert last is None
+        assert limits == sorted(set(limits))
+
+
+@pytest.mark.parametrize("size", [1, 100, 2816, 4096, 16_384])
+@pytest.mark.parametrize("vectors", [[], [torch.bfloat16], [torch.float32]])
+def test_groups_have_every_slice_once_and_no_more_than_the_second_kernel_unrolls(size, vectors):
+    order = order_of(PLAIN, vectors, "sm_90")
+    slices, group = order.slices_of(size), order.group_of(size)
+    assert (slices - 1) * order.slice < size <= slices * order.slice
+    assert 1 <= group <= min(slices, 32)
+    assert -(-slices // group) <= max(order.groups, -(-slices // 32))
