@@ -1,7 +1,7 @@
 """How the kernels of ``gate`` are launched for a number of logits, and how they add.
 
 What fixes the order of summation, ``Order``, is one for all launches of a problem on a device. A
-launch may choose the tile of a program and whether a program takes one slice or all.
+launch chooses the tile of a program, and whether a program takes a slice, a group of slices or all.
 """
 
 from __future__ import annotations
