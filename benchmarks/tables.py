@@ -265,7 +265,7 @@ def end_to_end() -> Iterable[str]:
     every = [json.loads(path.read_text()) for path in RESULTS.glob("h[12]00-e2e-*.json")]
     for model, name in E2E_MODELS.items():
         runs = [held for held in every if held.get("model") == model]
-        newest = max(runs, key=lambda held: str(held["date"]))
+        newest = max(runs, key=lambda held: (str(held["date"]), str(held["device"])))
         rows, card = newest["rows"], newest["device"].split()[1]
         for stage, step in E2E_STAGES.items():
             for row in rows:

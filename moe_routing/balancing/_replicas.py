@@ -16,7 +16,7 @@ from moe_routing_registry.text import refusal
 class Placement(NamedTuple):
     """Where the replicas of experts are, for each layer, on the loads' device.
 
-    What routers read is int32: with int64 they take up to 0.3 us more.
+    What routers read is int32, which takes GPUs less time than int64.
 
     :ivar physical_to_logical: int64 ``[..., S]``, the expert in each slot. Rank r of ``num_ranks``
         has the slots from ``r * S / num_ranks`` on.

@@ -37,6 +37,13 @@ PROBLEMS = (
     ),
     GateProblem(spec=MIXTRAL, num_experts=128, topk=8, hidden_size=2048, dtype="bfloat16"),
     GateProblem(
+        spec=MIXTRAL, num_experts=128, topk=8, hidden_size=2048, dtype="bfloat16", norm="rms",
+    ),
+    GateProblem(
+        spec=MIXTRAL, num_experts=128, topk=8, hidden_size=2048, dtype="float16", norm="rms",
+        input_scale=True,
+    ),
+    GateProblem(
         spec=DEEPSEEK, num_experts=256, topk=8, hidden_size=7168, dtype="bfloat16",
         float32_weight=True,
     ),
@@ -45,7 +52,7 @@ PROBLEMS = (
     ),
     GateProblem(spec=MIXTRAL, num_experts=8, topk=2, hidden_size=300, dtype="float32"),
 )  # fmt: skip
-"""Gemma 4, Qwen3, DeepSeek-V3, gpt-oss, and float32 rows of an odd size."""
+"""Gemma 4, Qwen3 and the same with norms, DeepSeek-V3, gpt-oss, float32 rows of an odd size."""
 ELSEWHERE = 1
 """Problems that are compiled for other targets than sm_90, which have fewer launches."""
 SAID = ("TAKES", "BLOCK_E", "BLOCK_T")

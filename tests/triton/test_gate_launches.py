@@ -15,6 +15,7 @@ SOFTMAX = RoutingSpec(family="topk_softmax", renormalize=True)
 PLAIN = GateProblem(spec=SOFTMAX, num_experts=128, topk=8, hidden_size=2048, dtype="bfloat16")
 PROBLEMS = (
     PLAIN,
+    dataclasses.replace(PLAIN, norm="rms"),
     dataclasses.replace(PLAIN, norm="rms", input_scale=True),
     dataclasses.replace(PLAIN, float32_weight=True),
     dataclasses.replace(PLAIN, dtype="float32", num_experts=8, topk=2),

@@ -129,7 +129,7 @@ def launches_for(device: DeviceInfo, problem: GateProblem) -> Sequence[GateLaunc
         return ONE_TILE
     if problem.float32_weight or problem.dtype == "float32":
         return OF_FLOAT32
-    return SCALED if problem.norm or problem.input_scale else PLAIN
+    return SCALED if problem.norm == "rms_weight" or problem.input_scale else PLAIN
 
 
 def order_of(problem: GateProblem, vectors: Sequence[torch.dtype], arch: str | None) -> Order:
