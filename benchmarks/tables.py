@@ -230,7 +230,7 @@ def of_gate() -> Iterable[str]:
 
 def of_batches() -> Iterable[str]:
     """Yield the rows that depend on their batch, on each device that was tried."""
-    for kind in ("cpu", "h100"):
+    for kind in ("cpu", "h200"):
         try:
             held = newest("by_batch", kind)
         except FileNotFoundError:
