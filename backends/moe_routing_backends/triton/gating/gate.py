@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -43,6 +43,20 @@ DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 def build(problem: GateProblem, device: DeviceInfo) -> TritonGate:
     """Bind the problem to the device; nothing is compiled before the first call."""
     return TritonGate(problem, device, router.build(problem.routing, device))
+
+
+class Shares(NamedTuple):
+    """How programs share the columns of a row.
+
+    :ivar takes: slices that a program takes.
+    :ivar parts: programs, and partial sums, of a row.
+    :ivar group: slices of a group.
+    """
+
+    order: Order
+    takes: int
+    parts: int
+    group: int
 
 
 class TritonGate:
@@ -118,12 +132,11 @@ class TritonGate:
             )  # fmt: skip
         if ids is not None:
             expert_table = ids  # as ``route`` hands a record over
-        order = self._order(projection)
-        takes, parts, group = self._shares(order, launch)
-        size = parts * T * (E + (projection.eps is not None))
+        shares = self._shares(projection, launch)
+        size = shares.parts * T * (E + (projection.eps is not None))
         # The call's own memory: two streams, or two graphs, gate at once.
         partial = self._empty((size,), torch.float32, hidden.device)
-        self._add(projection, launch, partial)
+        self._add(projection, launch, shares, partial)
         valid = num_valid_tokens if isinstance(num_valid_tokens, int) else T
         on_device = num_valid_tokens if isinstance(num_valid_tokens, torch.Tensor) else None
         out = RoutingOutput(
@@ -134,8 +147,8 @@ class TritonGate:
         fixed = {
             **self._constants,
             "HIDDEN_SIZE": self._problem.hidden_size,
-            "PARTS": parts,
-            "GROUP": group if takes == 1 else 1,
+            "PARTS": shares.parts,
+            "GROUP": shares.group if launch.takes == "slice" else 1,
             "NORM": norm,
             "MULTIPLIED": multiplied,
             "DTYPE": DTYPES[self._problem.logits_dtype],
@@ -162,16 +175,19 @@ class TritonGate:
             weight = projection.router_weight.t()
             torch.mm(projection.hidden, weight, out_dtype=torch.float32, out=logits)
         else:
-            self._add(projection, launch._replace(takes="all"), logits)
+            launch = launch._replace(takes="all")
+            self._add(projection, launch, self._shares(projection, launch), logits)
 
     def _multiplies(self, projection: Projection, count: int) -> bool:
         """Tell whether PyTorch's product makes this many logits."""
         return self._any_order and count >= MANY and projection.multiplier == 1.0
 
-    def _add(self, projection: Projection, launch: GateLaunch, made: Tensor) -> None:
+    def _add(
+        self, projection: Projection, launch: GateLaunch, shares: Shares, made: Tensor
+    ) -> None:
         """Add the products.
 
-        :param made: memory between the kernels for a launch that splits, logits otherwise.
+        :param made: logits if a program takes all of a row, otherwise memory between the kernels.
         """
         hidden, weight, router_bias, norm_weight, input_scale, eps, multiplier = projection
         T, E, size = len(hidden), self._problem.num_experts, hidden.element_size()
@@ -182,8 +198,7 @@ class TritonGate:
         for vector in (norm_weight, input_scale):
             places |= 0 if vector is None else vector.data_ptr()
         aligned = not places % ALIGNMENT
-        order = self._order(projection)
-        takes, parts, group = self._shares(order, launch)
+        order, takes, parts, group = shares
         programs = -(-T // launch.block_t) * -(-E // launch.block_e)
         fixed = {
             "E": E,
@@ -212,17 +227,13 @@ class TritonGate:
             fixed, launch.num_warps, (launch, aligned, multiplier != 1.0),
         )  # fmt: skip
 
-    def _shares(self, order: Order, launch: GateLaunch) -> tuple[int, int, int]:
-        """Return the slices that a program takes, the programs of a row, and slices of a group."""
-        size = self._problem.hidden_size
-        slices, group = order.slices_of(size), order.group_of(size)
-        takes = {"slice": 1, "group": group, "all": slices}[launch.takes]
-        return takes, -(-slices // takes), group
-
-    def _order(self, projection: Projection) -> Order:
+    def _shares(self, projection: Projection, launch: GateLaunch) -> Shares:
         vectors = (projection.norm_weight, projection.input_scale)
         dtypes = [v.dtype for v in vectors if v is not None]
-        return order_of(self._problem, dtypes, self._arch)
+        order, size = order_of(self._problem, dtypes, self._arch), self._problem.hidden_size
+        slices, group = order.slices_of(size), order.group_of(size)
+        takes = {"slice": 1, "group": group, "all": slices}[launch.takes]
+        return Shares(order, takes, -(-slices // takes), group)
 
     def _launch(  # noqa: PLR0913, PLR0917 -- what a launch is
         self,

@@ -33,6 +33,7 @@ from moe_routing_backends.triton.device.keys import INTERPRETED
 from moe_routing_backends.triton.device.pdl import grid_dependency_wait, launch_dependents
 from moe_routing_backends.triton.device.rounding import nearest
 from moe_routing_backends.triton.device.scores import tree_sum
+from moe_routing_backends.triton.gating.launches import MOST_OF_GROUP
 from moe_routing_backends.triton.kernels.cooperative import experts_of, route_by_rounds
 
 SUM = tl.constexpr(tl.float64 if INTERPRETED else tl.float32)
@@ -44,7 +45,7 @@ of bfloat16 numbers.
 """
 HIGH_BITS = tl.constexpr(-0x10000)
 """Of a float32, those that a bfloat16 has."""
-UNROLLED = tl.constexpr(32)
+UNROLLED = tl.constexpr(MOST_OF_GROUP)
 """Partial sums that are added without a loop over groups: of 4,096 scaled columns, or of 8,192
 others."""
 NOT_SPECIALIZED = (

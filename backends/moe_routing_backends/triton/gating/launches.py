@@ -27,7 +27,7 @@ SLICE_OF_SCALED = 128
 GROUPS = 4
 """Groups of a row's slices, where a column takes long: so many programs can share a row."""
 MOST_OF_GROUP = 32
-"""Slices of a group, for which the kernel that routes has no loop."""
+"""Partial sums that the kernel that routes adds without a loop, so slices of a group at most."""
 STEP = 128
 """Columns of both factors that are in registers at a time, where that is one number or two."""
 
