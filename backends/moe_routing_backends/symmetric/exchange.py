@@ -54,9 +54,9 @@ SUMMED = 528, 4
 KEPT = 8192
 """Numbers that a launch of rows copies besides; more are faster copied by a launch of their own."""
 INTERPRETED_PROGRAMS = 3
-ITEMS = 2
-"""Pieces of work that each program gets, if slots can be split into so many. A piece has up to as
-many rows as slots, so with fewer pieces some programs would have far more rows than others."""
+PIECES = 2 * MOVED[0]
+"""Pieces of work of a launch, if slots can be split into so many. A piece has up to as many rows as
+slots, so with fewer pieces some programs would have far more rows than others."""
 GROUP = 8
 """The most places of a piece on the way back."""
 ARGUMENTS = {"rows": "hidden", "weights": "weights", "scales": "scales", "back": "rows"}
@@ -311,7 +311,7 @@ class Symmetric:
         memory, pitch = self._rows(name, layout, rows)
         units, places = Units.of(rows, pitch), layout.places
         tokens, topk = to.shape
-        wanted = ITEMS * MOVED[0] // max(1, tokens * self.ranks * units.parts)
+        wanted = PIECES // max(1, tokens * self.ranks * units.parts)
         split = 1 if self.sums else max(1, min(topk, wanted))
         self._launch(
             moe_routing_send, units, tokens * self.ranks * split,
@@ -341,7 +341,7 @@ class Symmetric:
         inverse, offsets = (ids, ids) if plan is None else (plan.inverse, plan.offsets)
         by_rank = self.sums or layout.placed
         group = 1 if layout.slots > 1 else GROUP
-        while group > 1 and layout.arriving * units.parts < ITEMS * MOVED[0] * group:
+        while group > 1 and layout.arriving * units.parts < PIECES * group:
             group //= 2
         self._launch(
             moe_routing_send_back, units, self.ranks * -(-layout.places // group),
@@ -365,7 +365,7 @@ class Symmetric:
             self._state, self._said, self._signals.addresses, memory.addresses,
             layout.slots, units.columns, units.stride, units.of_bytes(pitch), self._rank,
             layout.places, len(plan.counts), self._limit,
-            SLOTS=triton.next_power_of_2(layout.slots),
+            programs=SUMMED, SLOTS=triton.next_power_of_2(layout.slots),
         )  # fmt: skip
         return self._arrived("back", layout, rows)
 
@@ -375,10 +375,14 @@ class Symmetric:
         units: Units,
         rows: int,
         *arguments: object,
+        programs: tuple[int, int] = MOVED,
         **constants: object,
     ) -> None:
-        """Launch a kernel on so many rows of the units."""
-        most, warps = SUMMED if kernel is moe_routing_sum_back else MOVED
+        """Launch a kernel on so many rows of the units.
+
+        :param programs: the most of them, and their warps.
+        """
+        most, warps = programs
         most = INTERPRETED_PROGRAMS if self._interpreted else most
         launch = kernel[(max(1, min(units.parts * rows, most)),)]
         with self._on_device():
