@@ -2,9 +2,9 @@
 
     python benchmarks/scale_constants.py [--check]
 
-It reads every ``results/h200-x*-exchange.json``, prints each measured row with the model's time,
-and writes the constants and the tables of ``docs/scale.md``. With ``--check`` it writes nothing,
-and exits with 1 if one is not as the results say.
+It reads the results of ``exchange.py`` that ``docs/expert_parallel.md`` shows, prints each measured
+row with the model's time, and writes the constants and the tables of ``docs/scale.md``. With
+``--check`` it writes nothing, and exits with 1 if one is not as the results say.
 
 Replays of graphs give the device's constants, by least squares of relative errors. Calls without a
 graph give the host's time: of the measured times that which leaves the least sum of relative
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tables import with_table
+from tables import on_gpus, with_table
 
 from moe_routing.distributed.scale import (
     CONSTANTS,
@@ -236,7 +236,7 @@ def fastest_ways(constants: Constants) -> Iterable[str]:
 
 def main() -> None:
     """Fit, print and write."""
-    rows, sources = read(sorted(RESULTS.glob("h200-x*-exchange.json")))
+    rows, sources = read(RESULTS / held["file"] for held in on_gpus("exchange"))
     constants = fitted(rows, sources)
     for row in rows:
         print(
