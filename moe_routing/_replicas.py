@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _MATRIX = 2
+_MOST_ELEMENTS = 2**31 - 1
+"""Of a table: kernels have indices of 32 bits."""
 
 
 class Replicas(NamedTuple):
@@ -70,8 +72,10 @@ def check(
     """
     table, count = replicas
     _check.check_integers(
-        "logical_to_physical", table, f"[{length}, R] of R >= 1", device,
-        lambda shape: len(shape) == _MATRIX and shape[0] == length and shape[1] >= 1,
+        "logical_to_physical", table, f"[{length}, R] of R >= 1 and E * R < 2**31", device,
+        lambda shape: len(shape) == _MATRIX
+        and shape[0] == length
+        and 1 <= shape[1] <= _MOST_ELEMENTS // length,
     )  # fmt: skip
     _check.check_integers(
         "replica_count", count, f"[{length}]", device,

@@ -78,6 +78,7 @@ def _replicas() -> list[Wrong]:
         table("missing", lambda _: None),
         table("too short", lambda call: _integers(call, E - 1, 3)),
         table("without a column", lambda call: _integers(call, E, 0)),
+        table("of 2**31 elements", lambda call: _integers(call, E, 1).expand(E, 2**31 // E)),
         table("of rank 1", lambda call: _integers(call, E)),
         table("of floats", lambda call: _integers(call, E, 3).float()),
         table("of int16", lambda call: _integers(call, E, 3).short()),
