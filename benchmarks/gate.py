@@ -81,6 +81,7 @@ MODELS = (
     Model("Qwen3-30B-A3B", 2048, 128, SOFTMAX),
     Model("Qwen3-235B-A22B", 4096, 128, SOFTMAX),
     Model("DeepSeek-V3", 7168, 256, DEEPSEEK, float32_weight=True),
+    Model("DeepSeek-V3, bfloat16 weight", 7168, 256, DEEPSEEK),
 )  # fmt: skip
 
 

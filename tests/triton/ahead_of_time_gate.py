@@ -57,23 +57,25 @@ ELSEWHERE = 1
 """Problems that are compiled for other targets than sm_90, which have fewer launches."""
 SAID = ("TAKES", "BLOCK_E", "BLOCK_T")
 """Constants that are printed."""
-TOKENS = (1, 30, 50, 200, 1000, 2000, 5000, 9000)
+TOKENS = (1, 30, 50, 200, 700, 1000, 2000, 5000, 9000, 20000)
 """Numbers that reach every launch that ships."""
 MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+|v_wmma_\w+)([\w.:]*)")
 SHAPE = re.compile(r"m\d+n\d+k\d+")
 
 
 def launches(device, problem):
-    """Yield every launch of a problem: the kernel, its arguments and constants, its warps."""
+    """Return every launch of a problem: the kernel, arguments, constants, warps; and options."""
     found = {}
     gate = TritonGate(problem, device, lambda *_, **__: None)
 
-    def keep(_, kernel, __, arguments, constants, warps, *, pdl):
+    def keep(_, kernel, __, arguments, constants, warps, **given):
         types = [
             POINTERS[a.dtype] if isinstance(a, torch.Tensor) else None if a is None else "i32"
             for a in arguments
         ]
-        found[kernel, tuple(types), constants, warps] = pdl
+        options = {"launch_pdl": given["pdl"], "maxnreg": given["registers"]}
+        options = {name: option for name, option in options.items() if option}
+        found[kernel, tuple(types), constants, warps] = options
 
     gate._compiled.launch_and_keep = keep
     dtype, E, H = getattr(torch, problem.dtype), problem.num_experts, problem.hidden_size
@@ -112,9 +114,9 @@ def main(names):
     found = []
     for name, problem in cases(names):
         target = TARGETS[name]
-        for (kernel, types, constants, warps), pdl in launches(device_of(target), problem).items():
-            options = {"num_warps": warps, "enable_fp_fusion": False}
-            options |= {"launch_pdl": True} if pdl else {}
+        for key, options in launches(device_of(target), problem).items():
+            kernel, types, constants, warps = key
+            options |= {"num_warps": warps, "enable_fp_fusion": False}
             binary = compiled(kernel, types, constants, options, target)
             text = binary.asm["amdgcn" if target.backend == "hip" else "ptx"]
             case = {"target": name, "problem": str(problem), "kernel": kernel.fn.__name__}

@@ -24,12 +24,7 @@ import torch  # noqa: E402 -- likewise
 import triton  # noqa: E402 -- likewise
 import triton.language as tl  # noqa: E402 -- likewise
 
-from moe_routing_backends.triton.device import (  # noqa: E402 -- likewise
-    bf16x2,
-    epilogue,
-    keys,
-    scores,
-)
+from moe_routing_backends.triton.device import bf16x2, keys, scores  # noqa: E402 -- likewise
 from moe_routing_backends.triton.device import sorting_networks as networks  # noqa: E402 -- likewise
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -356,40 +351,6 @@ def round_problems():
 
 
 @triton.jit
-def remainder_kernel(row, divisor, out, count, BLOCK: tl.constexpr):
-    """Compute remainders of rows."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    by = tl.load(divisor + at, mask=mask, other=1).to(tl.uint32)
-    found = epilogue.remainder_of_row(tl.load(row + at, mask=mask, other=0), by)
-    tl.store(out + at, found.to(tl.int32), mask=mask)
-
-
-def remainder_problems():
-    """Divide what is nearest to multiples, up to the last row.
-
-    What CUDA computes is tried with reciprocals that are as far off as those may be, too: the
-    interpreter divides.
-    """
-    rows = int(epilogue.MOST_APPROXIMATED.value)
-    by = torch.cat([torch.arange(1, 400), 2 ** torch.arange(9, 31), 2 ** torch.arange(9, 31) - 1])
-    generator = torch.Generator().manual_seed(0)
-    quotient = torch.randint(rows, (len(by), 64), generator=generator) % (rows // by + 1)[:, None]
-    quotient = torch.cat([quotient, (rows // by)[:, None]], 1)
-    near = (quotient * by[:, None])[..., None] + torch.tensor([-1, 0, 1])
-    row = near.clamp(0, rows - 1).flatten()
-    by = by.repeat_interleave(near[0].numel())
-    on = [t.int().to(DEVICE) for t in (row, by, torch.zeros_like(row))]
-    launch(remainder_kernel, len(row), *on)
-    wrong = [] if torch.equal(on[2].cpu().long(), row % by) else ["remainder_of_row"]
-    for ulp in (-1, 0, 1):
-        reciprocal = (1 / by.float()).view(torch.int32).add(ulp).view(torch.float32).double()
-        found = torch.floor((row + 0.5) * reciprocal).long()  # 24 times 24 bits are exact
-        wrong += [] if torch.equal(row - found * by, row % by) else [f"reciprocals {ulp} ulp off"]
-    return wrong
-
-
-@triton.jit
 def maths_kernel(x, out, count, BLOCK: tl.constexpr, WHAT: tl.constexpr):
     """Compute a function of float32."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -493,7 +454,6 @@ def main():
         float32_problems,
         pair_problems,
         round_problems,
-        remainder_problems,
         maths_problems,
         sum_problems,
     )

@@ -8,11 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_routing_backends.triton.device.keys import INTERPRETED
-
-MOST_APPROXIMATED = tl.constexpr(1 << 21)
-"""Rows up to which ``remainder_of_row`` approximates."""
-
 
 @triton.jit
 def is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE: tl.constexpr):
@@ -31,50 +26,20 @@ def is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def remainder_of_row(row, count):
-    """Return ``row % count``, uint32, for rows below ``MOST_APPROXIMATED``, on CUDA.
-
-    In half the instructions of an integer division, and a third of those that only the special
-    function unit has.
-    """
-    if INTERPRETED:
-        return row.to(tl.uint32) % count
-    else:
-        # The quotient of row + 1/2 is 1 / (2 count) or more away from an integer. The reciprocal is
-        # an ulp off, 2**-23 of it, so the quotient less than half of that. It is added to 2**23 and
-        # rounded down: the lowest 23 bits are the integer.
-        bits = tl.inline_asm_elementwise(
-            "{ .reg .f32 r; rcp.approx.ftz.f32 r, $2; fma.rz.f32 $0, $1, r, 0f4B000000; }",
-            "=r,f,f", [row.to(tl.float32) + 0.5, count.to(tl.float32)], dtype=tl.uint32,
-            is_pure=True, pack=1,
-        )  # fmt: skip
-        return row.to(tl.uint32) - (bits & 0x7FFFFF) * count
-
-
-@triton.jit
-def physical_ids(
-    picked, row, mask, expert_map, replica_count, most_replicas, T, APPROXIMATES: tl.constexpr
-):
+def physical_ids(picked, row, mask, expert_map, replica_count, most_replicas):
     """Return the physical ids of logical experts, 0 where not ``mask``.
 
     :param row: numbers of rows, which broadcast with ``picked``.
-    :param expert_map: with a ``replica_count``, the table of replicas, ``most_replicas`` a row: less
-        than 2**31 elements.
-    :param APPROXIMATES: the kernel is for CUDA alone.
+    :param expert_map: with a ``replica_count``, the table of replicas, ``most_replicas`` a row:
+        fewer than 2**31 elements.
     """
     if replica_count is not None:
         count = tl.load(replica_count + picked, mask=mask, other=1)
         # Clamped before it is narrowed: nothing is read outside the table.
         count = tl.minimum(tl.maximum(count, 1), most_replicas).to(tl.uint32)
-        # Unsigned: the remainder of signed numbers takes twice the instructions, and the address of
-        # an index of 64 bits three more.
-        if APPROXIMATES:
-            if T <= MOST_APPROXIMATED:
-                turn = remainder_of_row(row, count)
-            else:
-                turn = row.to(tl.uint32) % count
-        else:
-            turn = row.to(tl.uint32) % count
+        # Unsigned numbers of 32 bits: their remainder takes half the instructions, and the address
+        # of a place in the table a third of those for 64 bits.
+        turn = row.to(tl.uint32) % count
         picked = picked.to(tl.uint32) * most_replicas.to(tl.uint32) + turn
     return tl.load(expert_map + picked, mask=mask, other=0)
 
@@ -113,7 +78,7 @@ def count_slots(
 def store_outputs(
     weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
     replica_count, most_replicas, SPEC: tl.constexpr, VALID_ON_DEVICE: tl.constexpr,
-    has_expert=None, renamed=None, APPROXIMATES: tl.constexpr = False,
+    has_expert=None, renamed=None,
 ):  # fmt: skip
     """Apply the epilogue to ``w`` and logical ids ``picked``, and store them.
 
@@ -140,7 +105,7 @@ def store_outputs(
         picked = renamed
     elif expert_map is not None:
         picked = physical_ids(
-            picked, row[:, None], written, expert_map, replica_count, most_replicas, T, APPROXIMATES
+            picked, row[:, None], written, expert_map, replica_count, most_replicas
         )
     is_valid = is_no_padding(row, valid, num_valid_tokens, VALID_ON_DEVICE)[:, None]
     if has_expert is not None:

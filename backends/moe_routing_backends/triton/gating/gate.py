@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 ONE_WARP_UP_TO = 256
 """Experts up to which a warp adds and routes a row by itself."""
+REGISTERS = 255
+"""Of a thread that adds up slices: all that there are, so that all loads are under way at once."""
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 
@@ -83,6 +85,7 @@ class TritonGate:
         self._limits = [launch.logits for launch in self._launches if launch.logits is not None]
         self._any_order = adds_in_any_order(problem, device)
         self._pdl = supports_pdl(device)
+        self._cuda = device.platform == "cuda"
         where = "cpu" if device.type == "cpu" else f"{device.type}:{self._index}"
         self._compiled = Compiled(problem, torch.device(where), self._advice)
         self._ready = self._compiled.launchers
@@ -166,6 +169,7 @@ class TritonGate:
             moe_routing_gate_route, T, tensors,
             (T, valid, vocabulary, projection.eps or 0.0, projection.multiplier),
             fixed, self._rows.num_warps, (launch.takes, multiplied),
+            registers=REGISTERS if launch.takes == "slice" else None,
         )  # fmt: skip
         return out
 
@@ -212,6 +216,7 @@ class TritonGate:
             "HIDDEN_PARTS": order.hidden_parts,
             "WEIGHT_PARTS": order.weight_parts,
             "SCALES_HIDDEN": order.scales_hidden,
+            "PACKED": order.packed,
             "ALIGNED": aligned,
             "STAGES": launch.stages,
             "PDL": self._pdl,
@@ -231,6 +236,8 @@ class TritonGate:
         vectors = (projection.norm_weight, projection.input_scale)
         dtypes = [v.dtype for v in vectors if v is not None]
         order, size = order_of(self._problem, dtypes, self._arch), self._problem.hidden_size
+        if launch.step is not None and not dtypes and not self._problem.norm:
+            order = order._replace(step=launch.step)
         slices, group = order.slices_of(size), order.group_of(size)
         takes = {"slice": 1, "group": group, "all": slices}[launch.takes]
         return Shares(order, takes, -(-slices // takes), group)
@@ -244,10 +251,13 @@ class TritonGate:
         fixed: dict[str, Any],
         num_warps: int,
         chosen: tuple[Any, ...],
+        *,
+        registers: int | None = None,
     ) -> None:
         """Launch a kernel, directly where it has been compiled.
 
         :param chosen: what of ``fixed`` a call chooses.
+        :param registers: as for ``launch_and_keep``, where these are CUDA's.
         """
         dtypes = tuple(None if t is None else t.dtype for t in tensors)
         key = (kernel.fn, dtypes, *chosen)
@@ -256,8 +266,9 @@ class TritonGate:
             # Only Triton's own launch calls its hooks.
             ordered = tuple(fixed[name] for name in kernel.arg_names if name in fixed)
             self._compiled.launch_and_keep(
-                key, kernel, programs, (*tensors, *numbers), ordered, num_warps, pdl=self._pdl
-            )
+                key, kernel, programs, (*tensors, *numbers), ordered, num_warps, pdl=self._pdl,
+                registers=registers if self._cuda else None,
+            )  # fmt: skip
             return
         at = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         launcher(programs, current_stream(self._index), (*at, *numbers))

@@ -12,9 +12,10 @@ other shapes, of which Triton picks one by the tile's, could add in another orde
 launches (``launches.py``) get the same.
 
 **Products are exact.** A factor of float32 is a sum of three bfloat16 numbers, 8 bits each of its
-24, and the matrix unit adds the products of all. Two are enough for a bfloat16 hidden state times a
-bfloat16 vector, whose product has 16 bits. The bits are cut off rather than rounded: so no part is
-beyond the largest bfloat16. What is below 2**-126 may be lost.
+24, and the matrix unit adds the products of all. The bits are cut off rather than rounded: so no
+part is beyond the largest bfloat16. Two parts are enough for a bfloat16 hidden state times a
+bfloat16 vector, whose product has 16 bits; ``PACKED``, instructions for two bfloat16 at a time work
+them out. What is below 2**-126 may be lost.
 
 Vectors of columns are multiplied into the hidden states: a program has fewer tokens than experts,
 and the weight goes to the matrix unit as it is read. A float32 weight is in three parts anyway, and
@@ -71,6 +72,33 @@ def parts_of(x, COUNT: tl.constexpr):
 
 
 @triton.jit
+def parts_of_product(x, factor):
+    """Return two bfloat16 numbers of which the product of two is the sum.
+
+    The high one is rounded, so the low one, exact too, may have the other sign. Two products take
+    three instructions, and 20 in float32.
+    """
+    if INTERPRETED:
+        return parts_of(x.to(tl.float32) * factor.to(tl.float32), 2)
+    else:
+        # The largest bfloat16 takes the place of infinity, and a product that is infinite is so in
+        # the low part. NaN stays.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 none, most, high, minus;
+            mov.b32 none, 0x80008000;
+            mov.b32 most, 0x7F7F7F7F;
+            fma.rn.bf16x2 high, $2, $3, none;
+            min.NaN.xorsign.abs.bf16x2 high, high, most;
+            neg.bf16x2 minus, high;
+            fma.rn.bf16x2 $1, $2, $3, minus;
+            mov.b32 $0, high;
+            }""",
+            "=r,=r,r,r", [x, factor], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
 def read_rows(
     tensor, row, column, stride, HIDDEN_SIZE: tl.constexpr, TAIL: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -91,22 +119,21 @@ def read_rows(
 
 @triton.jit
 def read_vector(vector, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Read numbers of columns, float32 ``[COLUMNS]``; 0 past the last."""
+    """Read numbers of columns ``[COLUMNS]``; 0 past the last."""
     at = vector + column
     if ALIGNED:
         at = tl.multiple_of(at, 16)
-    return tl.load(at, mask=column < HIDDEN_SIZE, other=0.0).to(tl.float32)
+    return tl.load(at, mask=column < HIDDEN_SIZE, other=0.0)
 
 
 @triton.jit
 def factors_of_columns(
     norm_weight, input_scale, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Return the product of the vectors that are given, float32 ``[COLUMNS]``."""
+    """Return the vector that is given, or the product of both in float32, ``[COLUMNS]``."""
     if norm_weight is not None and input_scale is not None:
-        return read_vector(norm_weight, column, HIDDEN_SIZE, ALIGNED) * read_vector(
-            input_scale, column, HIDDEN_SIZE, ALIGNED
-        )
+        weight = read_vector(norm_weight, column, HIDDEN_SIZE, ALIGNED).to(tl.float32)
+        return weight * read_vector(input_scale, column, HIDDEN_SIZE, ALIGNED).to(tl.float32)
     elif norm_weight is not None:
         return read_vector(norm_weight, column, HIDDEN_SIZE, ALIGNED)
     else:
@@ -139,7 +166,8 @@ def read_step(
 @triton.jit
 def add_step(
     sums, low, squares, read, NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr,
-    WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr, PACKED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Add the products of some columns.
 
@@ -147,22 +175,27 @@ def add_step(
     :param low: the sum of products of low parts. A matrix unit cuts off the sum that it adds to
         once in 16 terms. These products would cut off the large sum once more each; by themselves
         they cut off their own, which is small.
+    :param CHAINED: there is one step. Its low parts come first, and the high ones are added to
+        their sum, which is as good and takes no second one.
     """
     w = read[0]
     x = read[1]
     if NORM:
         wide = x.to(tl.float32)
         squares += tree_sum(wide * wide)
-    if len(read) > 2:
-        if SCALES_HIDDEN:
-            x = x.to(tl.float32) * read[2][None, :]
-        else:
-            w = w.to(tl.float32) * read[2][None, :]
+    if PACKED:
+        of_hidden = parts_of_product(x, read[2][None, :])
+    else:
+        if len(read) > 2:
+            if SCALES_HIDDEN:
+                x = x.to(tl.float32) * read[2].to(tl.float32)[None, :]
+            else:
+                w = w.to(tl.float32) * read[2].to(tl.float32)[None, :]
+        of_hidden = parts_of(x.to(tl.float32), HIDDEN_PARTS) if HIDDEN_PARTS else (x,)
     of_weight = parts_of(w.to(tl.float32), WEIGHT_PARTS) if WEIGHT_PARTS else (w,)
-    of_hidden = parts_of(x.to(tl.float32), HIDDEN_PARTS) if HIDDEN_PARTS else (x,)
-    for j in tl.static_range(len(of_hidden)):
+    for j in tl.static_range(len(of_hidden) - 1, -1, -1):
         for i in tl.static_range(len(of_weight)):
-            if i + j == 0:
+            if CHAINED or i + j == 0:
                 sums = add_products(of_weight[i], of_hidden[j], sums)
             else:
                 low = add_products(of_weight[i], of_hidden[j], low)
@@ -174,7 +207,8 @@ def sums_of_slice(
     hidden, router_weight, norm_weight, input_scale, slice_, token, expert, hidden_stride,
     weight_stride, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
     NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
-    SCALES_HIDDEN: tl.constexpr, ALIGNED: tl.constexpr, AHEAD: tl.constexpr,
+    SCALES_HIDDEN: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of a slice's products ``[EXPERTS, TOKENS]``, and of squares ``[TOKENS]``.
 
@@ -185,6 +219,7 @@ def sums_of_slice(
     """
     TAIL: tl.constexpr = HIDDEN_SIZE % SLICE != 0
     STEPS: tl.constexpr = SLICE // STEP
+    CHAINED: tl.constexpr = STEPS == 1
     sums = tl.zeros([expert.shape[0], token.shape[0]], SUM)
     low = sums
     squares = tl.zeros([token.shape[0]], tl.float32)
@@ -197,7 +232,8 @@ def sums_of_slice(
                 hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
             )  # fmt: skip
             sums, low, squares = add_step(
-                sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN,
+                sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, PACKED,
+                CHAINED,
             )  # fmt: skip
     else:
         for step in tl.static_range(STEPS):
@@ -212,11 +248,12 @@ def sums_of_slice(
                     token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
                 )  # fmt: skip
             sums, low, squares = add_step(
-                sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN,
+                sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, PACKED,
+                CHAINED,
             )  # fmt: skip
             if AHEAD and step + 1 < STEPS:
                 read = after
-    if HIDDEN_PARTS + WEIGHT_PARTS > 0:
+    if HIDDEN_PARTS + WEIGHT_PARTS > 0 and not CHAINED:
         sums += low
     return sums.to(tl.float32), squares
 
@@ -248,8 +285,8 @@ def moe_routing_gate_sums(
     E: tl.constexpr, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
     STEP: tl.constexpr, TAKES: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr,
     HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr,
-    ALIGNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    PACKED: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Multiply ``BLOCK_T`` tokens by ``BLOCK_E`` experts.
 
@@ -282,28 +319,46 @@ def moe_routing_gate_sums(
         sums, squares = sums_of_slice(
             hidden, router_weight, norm_weight, input_scale, part, readable_token,
             readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
-            HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED, AHEAD,
+            HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, PACKED, ALIGNED, AHEAD,
         )  # fmt: skip
     else:
+        TAIL: tl.constexpr = HIDDEN_SIZE % SLICE != 0
+        STEPS: tl.constexpr = SLICE // STEP
+        CHAINED: tl.constexpr = STEPS == 1
         sums = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
         squares = tl.zeros([BLOCK_T], tl.float32)
         of_group = sums
         squares_of_group = squares
+        of_slice = tl.zeros([BLOCK_E, BLOCK_T], SUM)
+        low = of_slice
+        squares_of_slice = squares
         first = part * TAKES
-        for slice_ in tl.range(first, tl.minimum(first + TAKES, SLICES), num_stages=STAGES):
-            of_slice, squares_of_slice = sums_of_slice(
-                hidden, router_weight, norm_weight, input_scale, slice_, readable_token,
-                readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
-                HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, ALIGNED, False,
+        last = tl.minimum(first + TAKES, SLICES)
+        # One loop over all steps: a loop for each slice would have to begin to read anew.
+        for step in tl.range(first * STEPS, last * STEPS, num_stages=STAGES):
+            read = read_step(
+                hidden, router_weight, norm_weight, input_scale, step * STEP + tl.arange(0, STEP),
+                readable_token, readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL,
+                ALIGNED,
             )  # fmt: skip
-            of_group += of_slice
-            squares_of_group += squares_of_slice
-            if TAKES > GROUP:
-                if slice_ % GROUP == GROUP - 1:
-                    sums += of_group
-                    squares += squares_of_group
-                    of_group = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
-                    squares_of_group = tl.zeros([BLOCK_T], tl.float32)
+            of_slice, low, squares_of_slice = add_step(
+                of_slice, low, squares_of_slice, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS,
+                SCALES_HIDDEN, PACKED, CHAINED,
+            )  # fmt: skip
+            if step % STEPS == STEPS - 1:
+                if HIDDEN_PARTS + WEIGHT_PARTS > 0 and not CHAINED:
+                    of_slice += low
+                    low = tl.zeros([BLOCK_E, BLOCK_T], SUM)
+                of_group += of_slice.to(tl.float32)
+                squares_of_group += squares_of_slice
+                of_slice = tl.zeros([BLOCK_E, BLOCK_T], SUM)
+                squares_of_slice = tl.zeros([BLOCK_T], tl.float32)
+                if TAKES > GROUP:
+                    if step // STEPS % GROUP == GROUP - 1:
+                        sums += of_group
+                        squares += squares_of_group
+                        of_group = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
+                        squares_of_group = tl.zeros([BLOCK_T], tl.float32)
         sums += of_group
         squares += squares_of_group
     if partial is not None:
@@ -324,37 +379,47 @@ def moe_routing_gate_sums(
 
 
 @triton.jit
-def add_group(
-    sums, squares, of_sums, of_squares, first, T, here, E: tl.constexpr, PARTS: tl.constexpr,
-    COUNT: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr,
+def read_parts(
+    of_sums, of_squares, first, T, here, E: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr,
+    TAIL: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Add the sum of ``COUNT`` partial sums from the first on, and that of squares.
+    """Return ``COUNT`` partial sums from the first on, and those of squares, as tuples.
 
-    :param of_sums, of_squares: addresses of the first partial sums; returned are those after the
-        last.
+    :param of_sums, of_squares: addresses of the first; returned are those after the last.
     :param here: which experts ``[1, EXPERTS]`` exist; ``None`` for all.
     :param TAIL: some of the partial sums may be past the last.
     """
-    # Unrolled: all loads are under way before the first is waited for. From one to the next the
-    # addresses take a sum, not the products of 64 bits that kept a warp busy for longer than the
-    # loads take.
+    # From one to the next the addresses take a sum, not the products of 64 bits that kept a warp
+    # busy for longer than the loads take.
     step = T.to(tl.int64)
-    of_group = tl.zeros_like(sums)
-    squares_of_group = tl.zeros_like(squares)
+    sums = ()
+    squares = ()
     for i in tl.static_range(COUNT):
         if TAIL:
             known = first + i < PARTS
             elements = known if here is None else here & known
-            of_group += tl.load(of_sums, mask=elements, other=0.0)
+            sums += (tl.load(of_sums, mask=elements, other=0.0),)
             if NORM:
-                squares_of_group += tl.load(of_squares, mask=known, other=0.0)
+                squares += (tl.load(of_squares, mask=known, other=0.0),)
         else:
-            of_group += tl.load(of_sums, mask=here, other=None if here is None else 0.0)
+            sums += (tl.load(of_sums, mask=here, other=None if here is None else 0.0),)
             if NORM:
-                squares_of_group += tl.load(of_squares)
+                squares += (tl.load(of_squares),)
         of_sums += step * E
         of_squares += step
-    return sums + of_group, squares + squares_of_group, of_sums, of_squares
+    return sums, squares, of_sums, of_squares
+
+
+@triton.jit
+def added(parts, GROUP: tl.constexpr, zero):
+    """Return the sum of partial sums, a tuple: of the groups' sums, one group after another."""
+    total = zero
+    for first in tl.static_range(0, len(parts), GROUP):
+        of_group = zero
+        for i in tl.static_range(first, min(first + GROUP, len(parts))):
+            of_group += parts[i]
+        total += of_group
+    return total
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -388,17 +453,22 @@ def moe_routing_gate_route(
     of_sums = partial + (readable[:, None] * E + expert[None, :])
     of_squares = partial + (PARTS * T.to(tl.int64) * E + readable)
     if PARTS <= UNROLLED:
-        for group in tl.static_range(0, PARTS, GROUP):
-            sums, squares, of_sums, of_squares = add_group(
-                sums, squares, of_sums, of_squares, group, T, there, E, PARTS,
-                min(GROUP, PARTS - group), False, NORM,
-            )  # fmt: skip
+        # All loads before the first sum: else those that wait for registers wait for sums.
+        of_rows, squares_of_rows, of_sums, of_squares = read_parts(
+            of_sums, of_squares, 0, T, there, E, PARTS, PARTS, False, NORM
+        )
+        sums = added(of_rows, GROUP, sums)
+        if NORM:
+            squares = added(squares_of_rows, GROUP, squares)
     else:
         # All of a large H at once take up to a minute to compile.
         for first in range(0, PARTS, GROUP):
-            sums, squares, of_sums, of_squares = add_group(
-                sums, squares, of_sums, of_squares, first, T, there, E, PARTS, GROUP, True, NORM,
-            )  # fmt: skip
+            of_rows, squares_of_rows, of_sums, of_squares = read_parts(
+                of_sums, of_squares, first, T, there, E, PARTS, GROUP, True, NORM
+            )
+            sums += added(of_rows, GROUP, tl.zeros_like(sums))
+            if NORM:
+                squares += added(squares_of_rows, GROUP, tl.zeros_like(squares))
     made = sums
     if NORM or MULTIPLIED:
         made *= factor_of_rows(squares, eps, multiplier, HIDDEN_SIZE, NORM, MULTIPLIED)[:, None]

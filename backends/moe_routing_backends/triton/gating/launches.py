@@ -25,7 +25,7 @@ and 128 as much at 16,384. A problem has one for all numbers of tokens, or bits 
 SLICE_OF_SCALED = 128
 """The same where vectors multiply the hidden states, which takes longer a column."""
 GROUPS = 4
-"""Groups of a row's slices, where a column takes long: so many programs can share a row."""
+"""The least number of groups of a row's slices: so many programs can share a row."""
 MOST_OF_GROUP = 32
 """Partial sums that the kernel that routes adds without a loop, so slices of a group at most."""
 STEP = 128
@@ -40,7 +40,7 @@ class Order(NamedTuple):
     :ivar hidden_parts: bfloat16 numbers that a hidden state is the sum of; 0 means itself.
     :ivar weight_parts: likewise of a weight.
     :ivar scales_hidden: vectors of columns multiply the hidden states, not the weight.
-    :ivar groups: the least number of groups of slices; see ``group_of``.
+    :ivar packed: two parts of a hidden state are worked out for two of them at a time.
     """
 
     slice: int
@@ -48,7 +48,7 @@ class Order(NamedTuple):
     hidden_parts: int
     weight_parts: int
     scales_hidden: bool = True
-    groups: int = GROUPS
+    packed: bool = False
 
     def slices_of(self, hidden_size: int) -> int:
         """Return the slices of a row."""
@@ -56,7 +56,7 @@ class Order(NamedTuple):
 
     def group_of(self, hidden_size: int) -> int:
         """Return the slices of a group."""
-        return min(-(-self.slices_of(hidden_size) // self.groups), MOST_OF_GROUP)
+        return min(-(-self.slices_of(hidden_size) // GROUPS), MOST_OF_GROUP)
 
 
 Takes = Literal["slice", "group", "all"]
@@ -71,7 +71,8 @@ class GateLaunch(NamedTuple):
     :ivar num_warps: warps a program.
     :ivar takes: what a program takes of a row's columns: a slice, a group of slices, or all. If it
         is not all, the kernel that routes adds the partial sums.
-    :ivar stages: slices that are under way at a time, where a program takes several.
+    :ivar stages: steps that are under way at a time, where a program takes several slices.
+    :ivar step: columns at a time, in place of the order's, where no sum depends on it.
     """
 
     logits: int | None
@@ -80,23 +81,30 @@ class GateLaunch(NamedTuple):
     num_warps: int
     takes: Takes = "all"
     stages: int = 2
+    step: int | None = None
 
 
 FEW = (GateLaunch(32 * 128, 16, 64, 4, "slice"), GateLaunch(96 * 128, 32, 64, 4, "slice"))
 PLAIN = (
     *FEW,
-    GateLaunch(512 * 128, 64, 64, 4, "slice"),
-    GateLaunch(3072 * 128, 64, 128, 8, "slice"),
-    GateLaunch(6144 * 128, 32, 64, 4),
-    GateLaunch(None, 64, 128, 8, stages=1),
+    GateLaunch(384 * 128, 16, 64, 4, "group", 4, 64),
+    GateLaunch(768 * 128, 32, 64, 4, "group", 4, 64),
+    GateLaunch(1536 * 128, 64, 64, 4, "group", 4, 64),
+    GateLaunch(6144 * 128, 64, 128, 8, "group", 4, 64),
+    GateLaunch(12288 * 128, 64, 128, 8, stages=4, step=64),
+    GateLaunch(None, 128, 128, 8, stages=5, step=64),
 )
 """On sm_90, where numbers are multiplied as they are.
 
 In these three: tiles of 64 experts or more in four warps or more, all of which get ``wgmma``.
-Measured on an H200 (`benchmarks/results/h200-2026-11-28-gate-tried.json`).
+Measured on H200s (`benchmarks/results/h200-2026-11-28-gate-tried.json`).
 """
+NORMED = (*PLAIN[:-2], PLAIN[-2]._replace(logits=None))
+"""Where the squares of such numbers are added up: larger tiles take too much shared memory."""
 SCALED = (
-    *FEW,
+    FEW[0],
+    GateLaunch(64 * 128, 16, 128, 8, "slice"),
+    FEW[1],
     GateLaunch(512 * 128, 64, 64, 4, "slice"),
     GateLaunch(1536 * 128, 32, 128, 8, "group", 3),
     GateLaunch(6144 * 128, 64, 128, 8, "group", 3),
@@ -106,8 +114,8 @@ SCALED = (
 OF_FLOAT32 = (
     *FEW,
     GateLaunch(1024 * 128, 64, 64, 4, "slice"),
-    GateLaunch(4096 * 128, 64, 128, 8, "group"),
-    GateLaunch(None, 64, 128, 8),
+    GateLaunch(4096 * 128, 64, 128, 8, "group", 3),
+    GateLaunch(None, 64, 128, 8, stages=3),
 )
 """Where a factor is float32."""
 MANY = 1024 * 128
@@ -129,7 +137,9 @@ def launches_for(device: DeviceInfo, problem: GateProblem) -> Sequence[GateLaunc
         return ONE_TILE
     if problem.float32_weight or problem.dtype == "float32":
         return OF_FLOAT32
-    return SCALED if problem.norm == "rms_weight" or problem.input_scale else PLAIN
+    if problem.norm == "rms_weight" or problem.input_scale:
+        return SCALED
+    return NORMED if problem.norm else PLAIN
 
 
 def order_of(problem: GateProblem, vectors: Sequence[torch.dtype], arch: str | None) -> Order:
@@ -143,10 +153,12 @@ def order_of(problem: GateProblem, vectors: Sequence[torch.dtype], arch: str | N
         step = STEP // 4 if hidden_parts else STEP // 2  # more parts take more registers a column
         return Order(SLICE, step, hidden_parts, 3, scales_hidden=False)
     if not vectors:
-        return Order(SLICE, STEP, 0, 0, groups=1)
+        return Order(SLICE, STEP, 0, 0)
     if problem.dtype == "float16":
         return Order(SLICE_OF_SCALED, STEP // 4, 3, 2)
     if list(vectors) != [torch.bfloat16]:
         return Order(SLICE_OF_SCALED, STEP // 2, 3, 0)
+    if arch == "sm_90":
+        return Order(SLICE_OF_SCALED, STEP, 2, 0, packed=True)
     # Tiles of other devices have no registers for all columns of a slice.
-    return Order(SLICE_OF_SCALED, STEP if arch == "sm_90" else STEP // 2, 2, 0)
+    return Order(SLICE_OF_SCALED, STEP // 2, 2, 0)

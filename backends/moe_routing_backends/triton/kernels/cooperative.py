@@ -292,9 +292,7 @@ def route_by_rounds(
         (NUM_GROUPS == 1 or GROUPS * SIZE == E) and SHARED == 0
     )
     if RENAMES and replica_count is not None:
-        physical = physical_ids(
-            expert, row, exists, expert_map, replica_count, most_replicas, T, False
-        )
+        physical = physical_ids(expert, row, exists, expert_map, replica_count, most_replicas)
 
     step = EXPERT_STRIDE if EXPERT_STRIDE else expert_stride
     if SELECTION != "token_table" or WHOLE_ROW:

@@ -80,7 +80,7 @@ def moe_routing_counts(
         if expert_map is not None:
             row = (slot // COLUMNS).to(tl.int32)
             physical = physical_ids(
-                expert, row, has_expert, expert_map, replica_count, most_replicas, T, False
+                expert, row, has_expert, expert_map, replica_count, most_replicas
             )
             tl.store(ids + slot, physical.to(ids.dtype.element_ty), mask=has_expert)
     expert = tl.arange(0, WIDTH)

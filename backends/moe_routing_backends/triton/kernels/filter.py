@@ -644,7 +644,7 @@ def moe_routing_filter(
     w = selected_weights(x, is_selected, highest, total, SPEC, SCALE)
     store_outputs(
         weights, ids, w, picked, row, T, valid, num_valid_tokens, per_expert_scale, expert_map,
-        replica_count, most_replicas, SPEC, VALID_ON_DEVICE, APPROXIMATES=True,
+        replica_count, most_replicas, SPEC, VALID_ON_DEVICE,
     )  # fmt: skip
 
 

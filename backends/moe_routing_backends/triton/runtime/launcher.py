@@ -84,14 +84,17 @@ class Compiled:
         warp_size: int = 0,
         *,
         pdl: bool = False,
+        registers: int | None = None,
     ) -> None:
         """Launch through Triton's JIT, compiling where needed, and keep the compiled kernel.
 
         :param key: says all that the kernel and its constants depend on.
         :param pdl: launch while the previous kernel still runs (``device/pdl.py``).
+        :param registers: how many a thread may take, on CUDA. Without a number the assembler
+            prefers so few that the most programs fit on a multiprocessor, and loads wait for them.
         :raises RuntimeError: the kernel is not compiled, and a CUDA graph is being captured.
         """
-        made = kernel, constants, num_warps, warp_size
+        made = kernel, constants, num_warps, warp_size, registers
         # Otherwise a later call by this key would get the wrong kernel. Where Triton interprets
         # kernels every launch comes here.
         if self._made_for.setdefault(key, made) != made:
@@ -109,10 +112,12 @@ class Compiled:
             name = self._problem.family or self._problem.operation
             with torch.profiler.record_function(f"moe_routing::{name}"):
                 self._launch(
-                    key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl=pdl
+                    key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl, registers
                 )
         else:
-            self._launch(key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl=pdl)
+            self._launch(
+                key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl, registers
+            )
 
     def _launch(  # noqa: PLR0913, PLR0917 -- what a launch is
         self,
@@ -123,8 +128,8 @@ class Compiled:
         constants: tuple[Any, ...],
         num_warps: int,
         warp_size: int,
-        *,
-        pdl: bool,
+        pdl: bool,  # noqa: FBT001 -- likewise
+        registers: int | None,
     ) -> None:
         if self._device.type == "cpu":
             self._interpret(kernel, blocks, (*arguments, *constants), num_warps)
@@ -140,6 +145,7 @@ class Compiled:
                 "num_warps": num_warps,
                 "enable_fp_fusion": False,
                 **({"launch_pdl": True} if pdl else {}),
+                **({"maxnreg": registers} if registers else {}),
             }
             compiled = kernel[blocks,](*arguments, *constants, **options)
             self.launchers[key], self.indirect = launcher_of(compiled, constants)
