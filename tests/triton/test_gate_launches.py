@@ -34,6 +34,18 @@ def test_it_says_up_to_how_many_tokens_the_second_kernel_adds_and_routes(problem
     assert order == "logits: float32 sums of slices, one order for any number of tokens"
 
 
+@pytest.mark.parametrize(("experts", "tokens"), [(32, 4096), (128, 4096), (256, 1024)])
+def test_where_any_order_will_do_it_says_from_how_many_tokens_the_product_is_pytorchs(
+    experts, tokens
+):
+    problem = dataclasses.replace(PLAIN, num_experts=experts, invariant=False)
+    order, number, _table = notes(problem, HOPPER)
+    assert order == (
+        f"logits: float32 sums of slices, from {tokens} tokens PyTorch's product, in any order"
+    )
+    assert int(re.match("up to ([0-9]+) tokens two kernels", number)[1]) < tokens
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_launches_rise_and_only_the_last_has_no_end(problem):
     for device in DEVICES:

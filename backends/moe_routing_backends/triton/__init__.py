@@ -158,15 +158,15 @@ def _launches(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN
 def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 -- of ``gate``
     """Say in which order ``gate`` adds, and how many kernels do it."""
     from moe_routing_backends.triton.gating.gate import adds_in_any_order
-    from moe_routing_backends.triton.gating.launches import MANY, launches_for
+    from moe_routing_backends.triton.gating.launches import launches_for, many_tokens
     from moe_routing_backends.triton.tuning import choose
 
     E = problem.num_experts
     launches = launches_for(device, problem)
     few = max(launch.logits or 0 for launch in launches if launch.takes != "all")
     if adds_in_any_order(problem, device):
-        few = min(few, MANY - 1)
-        many = f"from {-(-MANY // E)} tokens PyTorch's product, in any order"
+        few = min(few, many_tokens(E) * E - 1)
+        many = f"from {many_tokens(E)} tokens PyTorch's product, in any order"
     else:
         many = "one order for any number of tokens"
     return (

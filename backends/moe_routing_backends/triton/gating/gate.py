@@ -12,7 +12,7 @@ from triton import JITFunction
 from moe_routing import RoutingOutput
 from moe_routing.private_api import current_device, current_stream, empty, is_observed
 from moe_routing_backends.triton.gating.kernels import moe_routing_gate_route, moe_routing_gate_sums
-from moe_routing_backends.triton.gating.launches import MANY, launches_for, order_of
+from moe_routing_backends.triton.gating.launches import launches_for, many_tokens, order_of
 from moe_routing_backends.triton.kernels import VARIANTS, constants
 from moe_routing_backends.triton.kernels.spec import Launch
 from moe_routing_backends.triton.runtime import router
@@ -84,6 +84,7 @@ class TritonGate:
         self._launches = launches_for(device, problem) if launches is None else launches
         self._limits = [launch.logits for launch in self._launches if launch.logits is not None]
         self._any_order = adds_in_any_order(problem, device)
+        self._many = many_tokens(problem.num_experts)
         self._pdl = supports_pdl(device)
         self._cuda = device.platform == "cuda"
         where = "cpu" if device.type == "cpu" else f"{device.type}:{self._index}"
@@ -124,7 +125,7 @@ class TritonGate:
         hidden = projection.hidden
         T, E = len(hidden), self._problem.num_experts
         launch = self._launches[bisect_left(self._limits, T * E)]
-        if launch.takes == "all" or self._multiplies(projection, T * E):
+        if launch.takes == "all" or self._multiplies(projection):
             if logits is None:
                 logits = self._empty((T, E), self._logits_dtype, hidden.device)
             self._write(projection, launch, logits)
@@ -175,16 +176,17 @@ class TritonGate:
 
     def _write(self, projection: Projection, launch: GateLaunch, logits: Tensor) -> None:
         """Write the logits."""
-        if self._multiplies(projection, logits.numel()):
+        if self._multiplies(projection):
             weight = projection.router_weight.t()
             torch.mm(projection.hidden, weight, out_dtype=torch.float32, out=logits)
         else:
             launch = launch._replace(takes="all")
             self._add(projection, launch, self._shares(projection, launch), logits)
 
-    def _multiplies(self, projection: Projection, count: int) -> bool:
-        """Tell whether PyTorch's product makes this many logits."""
-        return self._any_order and count >= MANY and projection.multiplier == 1.0
+    def _multiplies(self, projection: Projection) -> bool:
+        """Tell whether PyTorch's product makes the logits."""
+        many = self._any_order and len(projection.hidden) >= self._many
+        return many and projection.multiplier == 1.0
 
     def _add(
         self, projection: Projection, launch: GateLaunch, shares: Shares, made: Tensor

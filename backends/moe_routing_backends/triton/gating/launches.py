@@ -6,6 +6,7 @@ launch chooses the tile of a program, and whether a program takes a slice, a gro
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -118,8 +119,11 @@ OF_FLOAT32 = (
     GateLaunch(None, 64, 128, 8, stages=3),
 )
 """Where a factor is float32."""
-MANY = 1024 * 128
-"""Logits from which PyTorch's product is at least 10 % faster, where any order will do."""
+MANY = ((128, 4096), (math.inf, 1024))
+"""By the most experts: tokens from which PyTorch's product takes 10 % less, or as long.
+
+It is used where any order will do.
+"""
 ONE_TILE: tuple[GateLaunch, ...] = (
     GateLaunch(256 * 128, 32, 32, 4, "slice"),
     GateLaunch(None, 32, 32, 4, stages=1),
@@ -129,6 +133,11 @@ ONE_TILE: tuple[GateLaunch, ...] = (
 Of fewer than 64 experts, for which it does not pick ``tcgen05`` on compute capability 10.0: there
 Triton 3.7 compiles some of these kernels to nothing.
 """
+
+
+def many_tokens(num_experts: int) -> int:
+    """Return from how many tokens PyTorch's product is used, where any order will do."""
+    return next(tokens for experts, tokens in MANY if num_experts <= experts)
 
 
 def launches_for(device: DeviceInfo, problem: GateProblem) -> Sequence[GateLaunch]:
