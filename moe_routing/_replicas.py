@@ -72,7 +72,7 @@ def check(
     """
     table, count = replicas
     _check.check_integers(
-        "logical_to_physical", table, f"[{length}, R] of R >= 1 and E * R < 2**31", device,
+        "logical_to_physical", table, f"[{length}, R] of R >= 1 and {length} * R < 2**31", device,
         lambda shape: len(shape) == _MATRIX
         and shape[0] == length
         and 1 <= shape[1] <= _MOST_ELEMENTS // length,

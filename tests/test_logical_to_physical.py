@@ -245,7 +245,7 @@ WRONG = [
     (TABLE[1:], COUNT, ValueError, OF_TABLE + r".* got a Tensor of shape \[15, 3\]"),
     (TABLE[:, :0], COUNT, ValueError, OF_TABLE + r".* got a Tensor of shape \[16, 0\]"),
     (TABLE[:, 0], COUNT, ValueError, OF_TABLE + r".* got a Tensor of shape \[16\]"),
-    (TABLE[:, :1].expand(E, 2**27), COUNT, ValueError, OF_TABLE + r".* E \* R < 2\*\*31, got a"),
+    (TABLE[:, :1].expand(E, 2**27), COUNT, ValueError, OF_TABLE + r".* 16 \* R < 2\*\*31, got"),
     (TABLE.to_sparse(), COUNT, ValueError, OF_TABLE + r"a dense tensor"),
     (TABLE.to("meta"), COUNT, ValueError, OF_TABLE + r"a tensor on cpu, as the logits"),
     (TABLE, COUNT.short(), TypeError, OF_COUNT + r"an int32 or int64 tensor \[16\]"),

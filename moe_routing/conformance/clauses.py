@@ -274,10 +274,11 @@ _CLAUSES = (
         "replicas",
         "Replicas",
         "Row t gets replica t % replica_count of each of its experts; -1 stays -1.",
-        "`logical_to_physical` `[E + shared_experts, R]` and `replica_count` `[E + "
-        "shared_experts]`, int32 or int64 and of any strides, rename ids in place of an "
-        "`expert_map`: the id e in row t becomes `logical_to_physical[e, t % replica_count[e]]`, "
-        "where t is the row's number among the `[T]` rows of the call, padding included. The -1 of "
+        "`logical_to_physical` `[E + shared_experts, R]`, of fewer than 2**31 elements, and "
+        "`replica_count` `[E + shared_experts]`, int32 or int64 and of any strides, rename ids in "
+        "place of an `expert_map`: the id e in row t becomes "
+        "`logical_to_physical[e, t % replica_count[e]]`, where t is the row's number among the "
+        "`[T]` rows of the call, padding included. The -1 of "
         "padding and of slots without an expert stays. Zero and shared experts are renamed like "
         "others. Entries are physical ids as in an `expert_map`; those from `replica_count[e]` on "
         "are never used. Counts are read on the device alone, so one below 1 counts as 1 and one "

@@ -26,6 +26,7 @@ import triton.language as tl  # noqa: E402 -- likewise
 
 from moe_routing_backends.triton.device import bf16x2, keys, scores  # noqa: E402 -- likewise
 from moe_routing_backends.triton.device import sorting_networks as networks  # noqa: E402 -- likewise
+from moe_routing_backends.triton.gating.kernels import parts_of_product  # noqa: E402 -- likewise
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 BLOCK = 1024
@@ -351,6 +352,36 @@ def round_problems():
 
 
 @triton.jit
+def product_kernel(x, factor, high, low, count, BLOCK: tl.constexpr):
+    """Split products into two parts."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    of_product = parts_of_product(
+        tl.load(x + at, mask=mask, other=0.0), tl.load(factor + at, mask=mask, other=0.0)
+    )
+    tl.store(high + at, of_product[0], mask=mask)
+    tl.store(low + at, of_product[1], mask=mask)
+
+
+def product_problems():
+    """Split products of all mantissas, of every magnitude whose products are exact, and others."""
+    generator = torch.Generator().manual_seed(0)
+    mantissa = 1 + torch.arange(128) / 128
+    x, factor = (t.flatten() for t in torch.meshgrid(mantissa, mantissa, indexing="ij"))
+    scale = torch.randint(-58, 64, (2, len(x)), generator=generator)
+    sign = 1 - 2 * torch.randint(2, (2, len(x)), generator=generator)
+    x = torch.cat([sign[0] * x.ldexp(scale[0]), torch.tensor([0.0, 1.0, float("nan"), 3.38e38])])
+    factor = torch.cat([sign[1] * factor.ldexp(scale[1]), torch.tensor([3.0, 0.0, 1.0, 1.0])])
+    x, factor = x.bfloat16(), factor.bfloat16()
+    on = [t.to(DEVICE) for t in (x, factor, torch.zeros_like(x), torch.zeros_like(x))]
+    launch(product_kernel, len(x), *on)
+    found = on[2].cpu().double() + on[3].cpu().double()
+    bad = found.nan_to_num() != (x.double() * factor.double()).nan_to_num()
+    bad |= found.isnan() != x.isnan()
+    return [f"{found[i]} of {x[i]} times {factor[i]}" for i in bad.nonzero().flatten()[:3]]
+
+
+@triton.jit
 def maths_kernel(x, out, count, BLOCK: tl.constexpr, WHAT: tl.constexpr):
     """Compute a function of float32."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -454,6 +485,7 @@ def main():
         float32_problems,
         pair_problems,
         round_problems,
+        product_problems,
         maths_problems,
         sum_problems,
     )

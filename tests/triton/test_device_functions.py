@@ -16,7 +16,7 @@ from moe_routing_backends.triton.planning import kernels
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("device_functions.py")
-OF_ROUTE = ("network", "exact16", "float32", "pair", "round", "maths", "sum")
+OF_ROUTE = ("network", "exact16", "float32", "pair", "round", "product", "maths", "sum")
 OF_PLAN = (
     "expert_of_pair", "counted", "rank_among", "laid_out", "write_counts", "fill", "fill_rows",
     "fill_last_blocks", "place_pairs",

@@ -8,7 +8,7 @@ import torch
 
 from moe_routing.gating import GateProblem
 from moe_routing_backends.triton import HOPPER, notes
-from moe_routing_backends.triton.gating.launches import GROUPS, launches_for, order_of
+from moe_routing_backends.triton.gating.launches import GROUPS, SLICE, launches_for, order_of
 from moe_routing_registry import RoutingSpec
 
 SOFTMAX = RoutingSpec(family="topk_softmax", renormalize=True)
@@ -49,9 +49,11 @@ def test_where_any_order_will_do_it_says_from_how_many_tokens_the_product_is_pyt
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_launches_rise_and_only_the_last_has_no_end(problem):
     for device in DEVICES:
-        *limits, last = [launch.logits for launch in launches_for(device, problem)]
+        launches = launches_for(device, problem)
+        *limits, last = [launch.logits for launch in launches]
         assert last is None
         assert limits == sorted(set(limits))
+        assert not any(SLICE % (launch.step or SLICE) for launch in launches)
 
 
 @pytest.mark.parametrize("size", [1, 100, 2816, 4096, 16_384])

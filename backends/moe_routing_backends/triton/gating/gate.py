@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 ONE_WARP_UP_TO = 256
 """Experts up to which a warp adds and routes a row by itself."""
 REGISTERS = 255
-"""Of a thread that adds up slices: all that there are, so that all loads are under way at once."""
+"""That a thread of the second kernel may take, where it adds slices: the most that there are."""
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 
@@ -238,7 +238,8 @@ class TritonGate:
         vectors = (projection.norm_weight, projection.input_scale)
         dtypes = [v.dtype for v in vectors if v is not None]
         order, size = order_of(self._problem, dtypes, self._arch), self._problem.hidden_size
-        if launch.step is not None and not dtypes and not self._problem.norm:
+        is_plain = not (order.hidden_parts or order.weight_parts or self._problem.norm)
+        if launch.step is not None and is_plain:
             order = order._replace(step=launch.step)
         slices, group = order.slices_of(size), order.group_of(size)
         takes = {"slice": 1, "group": group, "all": slices}[launch.takes]

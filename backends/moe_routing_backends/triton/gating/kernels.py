@@ -14,8 +14,8 @@ launches (``launches.py``) get the same.
 **Products are exact.** A factor of float32 is a sum of three bfloat16 numbers, 8 bits each of its
 24, and the matrix unit adds the products of all. The bits are cut off rather than rounded: so no
 part is beyond the largest bfloat16. Two parts are enough for a bfloat16 hidden state times a
-bfloat16 vector, whose product has 16 bits; ``PACKED``, instructions for two bfloat16 at a time work
-them out. What is below 2**-126 may be lost.
+bfloat16 vector, whose product has 16 bits. With ``PACKED``, instructions on pairs of bfloat16
+compute both parts: the high one is rounded, and clamped. What is below 2**-126 may be lost.
 
 Vectors of columns are multiplied into the hidden states: a program has fewer tokens than experts,
 and the weight goes to the matrix unit as it is read. A float32 weight is in three parts anyway, and
@@ -73,16 +73,16 @@ def parts_of(x, COUNT: tl.constexpr):
 
 @triton.jit
 def parts_of_product(x, factor):
-    """Return two bfloat16 numbers of which the product of two is the sum.
+    """Split ``x * factor`` into two bfloat16 numbers, high and low.
 
-    The high one is rounded, so the low one, exact too, may have the other sign. Two products take
-    three instructions, and 20 in float32.
+    The high one is rounded, so the low one may have the other sign. The sum is exact for products
+    from 2**-118 up to 2**128. A pair of products takes four instructions, and some 13 in float32.
     """
     if INTERPRETED:
         return parts_of(x.to(tl.float32) * factor.to(tl.float32), 2)
     else:
-        # The largest bfloat16 takes the place of infinity, and a product that is infinite is so in
-        # the low part. NaN stays.
+        # The largest bfloat16 takes the place of infinity in the high part. From 2**129 on the low
+        # part is infinite. NaN stays.
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 none, most, high, minus;
@@ -175,8 +175,8 @@ def add_step(
     :param low: the sum of products of low parts. A matrix unit cuts off the sum that it adds to
         once in 16 terms. These products would cut off the large sum once more each; by themselves
         they cut off their own, which is small.
-    :param CHAINED: there is one step. Its low parts come first, and the high ones are added to
-        their sum, which is as good and takes no second one.
+    :param CHAINED: a slice is one step. Products of low parts are added first, and those of high
+        parts to the same sum.
     """
     w = read[0]
     x = read[1]
@@ -453,7 +453,7 @@ def moe_routing_gate_route(
     of_sums = partial + (readable[:, None] * E + expert[None, :])
     of_squares = partial + (PARTS * T.to(tl.int64) * E + readable)
     if PARTS <= UNROLLED:
-        # All loads before the first sum: else those that wait for registers wait for sums.
+        # All loads come before the first sum, so that they overlap. This needs ``REGISTERS``.
         of_rows, squares_of_rows, of_sums, of_squares = read_parts(
             of_sums, of_squares, 0, T, there, E, PARTS, PARTS, False, NORM
         )

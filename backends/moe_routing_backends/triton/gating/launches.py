@@ -26,7 +26,7 @@ and 128 as much at 16,384. A problem has one for all numbers of tokens, or bits 
 SLICE_OF_SCALED = 128
 """The same where vectors multiply the hidden states, which takes longer a column."""
 GROUPS = 4
-"""The least number of groups of a row's slices: so many programs can share a row."""
+"""The most groups of a row of up to 16,384 columns: so many programs can share it."""
 MOST_OF_GROUP = 32
 """Partial sums that the kernel that routes adds without a loop, so slices of a group at most."""
 STEP = 128
@@ -73,7 +73,8 @@ class GateLaunch(NamedTuple):
     :ivar takes: what a program takes of a row's columns: a slice, a group of slices, or all. If it
         is not all, the kernel that routes adds the partial sums.
     :ivar stages: steps that are under way at a time, where a program takes several slices.
-    :ivar step: columns at a time, in place of the order's, where no sum depends on it.
+    :ivar step: columns at a time, in place of the order's. It counts only where nothing is in parts
+        and there is no norm: the sums do not depend on it there.
     """
 
     logits: int | None
@@ -87,7 +88,8 @@ class GateLaunch(NamedTuple):
 
 FEW = (GateLaunch(32 * 128, 16, 64, 4, "slice"), GateLaunch(96 * 128, 32, 64, 4, "slice"))
 PLAIN = (
-    *FEW,
+    FEW[0],
+    FEW[1]._replace(logits=128 * 128),
     GateLaunch(384 * 128, 16, 64, 4, "group", 4, 64),
     GateLaunch(768 * 128, 32, 64, 4, "group", 4, 64),
     GateLaunch(1536 * 128, 64, 64, 4, "group", 4, 64),
@@ -120,9 +122,10 @@ OF_FLOAT32 = (
 )
 """Where a factor is float32."""
 MANY = ((128, 4096), (math.inf, 1024))
-"""By the most experts: tokens from which PyTorch's product takes 10 % less, or as long.
+"""Most experts, and tokens from which PyTorch's product is used, where any order will do.
 
-It is used where any order will do.
+For 128 experts it takes 6 to 11 % less time at 4,096 tokens and as much at 16,384; for 256 experts
+15 to 27 % less. Other numbers of experts were not measured.
 """
 ONE_TILE: tuple[GateLaunch, ...] = (
     GateLaunch(256 * 128, 32, 32, 4, "slice"),
