@@ -41,7 +41,7 @@ class Order(NamedTuple):
     :ivar hidden_parts: bfloat16 numbers that a hidden state is the sum of; 0 means itself.
     :ivar weight_parts: likewise of a weight.
     :ivar scales_hidden: vectors of columns multiply the hidden states, not the weight.
-    :ivar packed: two parts of a hidden state are worked out for two of them at a time.
+    :ivar packed: instructions on pairs of bfloat16 compute the two parts of hidden states.
     """
 
     slice: int
@@ -99,8 +99,8 @@ PLAIN = (
 )
 """On sm_90, where numbers are multiplied as they are.
 
-In these three: tiles of 64 experts or more in four warps or more, all of which get ``wgmma``.
-Measured on H200s (`benchmarks/results/h200-2026-11-28-gate-tried.json`).
+In this table and the next three: tiles of 64 experts or more in four warps or more, all of which
+get ``wgmma``. Measured on H200s (`benchmarks/results/h200-2026-11-28-gate-pipelined.json`).
 """
 NORMED = (*PLAIN[:-2], PLAIN[-2]._replace(logits=None))
 """Where the squares of such numbers are added up: larger tiles take too much shared memory."""
