@@ -26,7 +26,7 @@ from moe_routing_backends.triton.tuning.choose import supports_pdl
 from moe_routing_registry.device import INTERPRETER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -88,6 +88,7 @@ class TritonGate:
         self._pdl = supports_pdl(device)
         self._cuda = device.platform == "cuda"
         where = "cpu" if device.type == "cpu" else f"{device.type}:{self._index}"
+        self._shares_of: dict[tuple[Any, ...], Shares] = {}
         self._compiled = Compiled(problem, torch.device(where), self._advice)
         self._ready = self._compiled.launchers
         self._columns = problem.topk + problem.spec.shared_experts
@@ -123,7 +124,8 @@ class TritonGate:
     ) -> RoutingOutput:
         """Gate and route; see ``GatesAndRoutes``."""
         hidden = projection.hidden
-        T, E = len(hidden), self._problem.num_experts
+        # Not ``len``, which is a Python function of tensors and takes half a microsecond.
+        T, E = hidden.shape[0], self._problem.num_experts
         launch = self._launches[bisect_left(self._limits, T * E)]
         if launch.takes == "all" or self._multiplies(projection):
             if logits is None:
@@ -147,18 +149,7 @@ class TritonGate:
             self._empty((T, self._columns), torch.float32, hidden.device),
             self._empty((T, self._columns), self._ids_dtype, hidden.device),
         )
-        norm, multiplied = projection.eps is not None, projection.multiplier != 1.0
-        fixed = {
-            **self._constants,
-            "HIDDEN_SIZE": self._problem.hidden_size,
-            "PARTS": shares.parts,
-            "GROUP": shares.group if launch.takes == "slice" else 1,
-            "NORM": norm,
-            "MULTIPLIED": multiplied,
-            "DTYPE": DTYPES[self._problem.logits_dtype],
-            "VALID_ON_DEVICE": on_device is not None,
-            "PDL": self._pdl,
-        }
+        multiplied = projection.multiplier != 1.0
         vectors = (projection.router_bias, per_expert_scale, bias)
         router_bias, scale, bias = map(as_readable, vectors)
         tensors = (
@@ -169,7 +160,18 @@ class TritonGate:
         self._launch(
             moe_routing_gate_route, T, tensors,
             (T, valid, vocabulary, projection.eps or 0.0, projection.multiplier),
-            fixed, self._rows.num_warps, (launch.takes, multiplied),
+            lambda: {
+                **self._constants,
+                "HIDDEN_SIZE": self._problem.hidden_size,
+                "PARTS": shares.parts,
+                "GROUP": shares.group if launch.takes == "slice" else 1,
+                "NORM": projection.eps is not None,
+                "MULTIPLIED": multiplied,
+                "DTYPE": DTYPES[self._problem.logits_dtype],
+                "VALID_ON_DEVICE": on_device is not None,
+                "PDL": self._pdl,
+            },
+            self._rows.num_warps, (launch.takes, multiplied),
             registers=REGISTERS if launch.takes == "slice" else None,
         )  # fmt: skip
         return out
@@ -185,7 +187,7 @@ class TritonGate:
 
     def _multiplies(self, projection: Projection) -> bool:
         """Tell whether PyTorch's product makes the logits."""
-        many = self._any_order and len(projection.hidden) >= self._many
+        many = self._any_order and projection.hidden.shape[0] >= self._many
         return many and projection.multiplier == 1.0
 
     def _add(
@@ -196,7 +198,7 @@ class TritonGate:
         :param made: logits if a program takes all of a row, otherwise memory between the kernels.
         """
         hidden, weight, router_bias, norm_weight, input_scale, eps, multiplier = projection
-        T, E, size = len(hidden), self._problem.num_experts, hidden.element_size()
+        T, E, size = hidden.shape[0], self._problem.num_experts, hidden.element_size()
         hidden_stride = hidden.stride(0)
         weight_stride = weight.stride(0)
         places = hidden.data_ptr() | weight.data_ptr()
@@ -206,38 +208,48 @@ class TritonGate:
         aligned = not places % ALIGNMENT
         order, takes, parts, group = shares
         programs = -(-T // launch.block_t) * -(-E // launch.block_e)
-        fixed = {
-            "E": E,
-            "HIDDEN_SIZE": self._problem.hidden_size,
-            "SLICE": order.slice,
-            "GROUP": group,
-            "STEP": order.step,
-            "TAKES": takes,
-            "NORM": eps is not None,
-            "MULTIPLIED": multiplier != 1.0,
-            "HIDDEN_PARTS": order.hidden_parts,
-            "WEIGHT_PARTS": order.weight_parts,
-            "SCALES_HIDDEN": order.scales_hidden,
-            "PACKED": order.packed,
-            "ALIGNED": aligned,
-            "STAGES": launch.stages,
-            "PDL": self._pdl,
-            "BLOCK_E": launch.block_e,
-            "BLOCK_T": launch.block_t,
-        }
         readable = [as_readable(vector) for vector in (router_bias, norm_weight, input_scale)]
         outputs = (None, made) if launch.takes == "all" else (made, None)
         self._launch(
             moe_routing_gate_sums, programs * parts,
             (hidden, weight, *readable, *outputs),
             (T, hidden_stride, weight_stride, eps or 0.0, multiplier),
-            fixed, launch.num_warps, (launch, aligned, multiplier != 1.0),
+            lambda: {
+                "E": E,
+                "HIDDEN_SIZE": self._problem.hidden_size,
+                "SLICE": order.slice,
+                "GROUP": group,
+                "STEP": order.step,
+                "TAKES": takes,
+                "NORM": eps is not None,
+                "MULTIPLIED": multiplier != 1.0,
+                "HIDDEN_PARTS": order.hidden_parts,
+                "WEIGHT_PARTS": order.weight_parts,
+                "SCALES_HIDDEN": order.scales_hidden,
+                "PACKED": order.packed,
+                "ALIGNED": aligned,
+                "STAGES": launch.stages,
+                "PDL": self._pdl,
+                "BLOCK_E": launch.block_e,
+                "BLOCK_T": launch.block_t,
+            },
+            launch.num_warps, (launch, aligned, multiplier != 1.0),
         )  # fmt: skip
 
     def _shares(self, projection: Projection, launch: GateLaunch) -> Shares:
-        vectors = (projection.norm_weight, projection.input_scale)
-        dtypes = [v.dtype for v in vectors if v is not None]
-        order, size = order_of(self._problem, dtypes, self._arch), self._problem.hidden_size
+        norm_weight, input_scale = projection.norm_weight, projection.input_scale
+        key = (
+            launch,
+            None if norm_weight is None else norm_weight.dtype,
+            None if input_scale is None else input_scale.dtype,
+        )
+        known = self._shares_of.get(key)
+        if known is None:
+            known = self._shares_of[key] = self._work_out(launch, [d for d in key[1:] if d])
+        return known
+
+    def _work_out(self, launch: GateLaunch, vectors: list[torch.dtype]) -> Shares:
+        order, size = order_of(self._problem, vectors, self._arch), self._problem.hidden_size
         is_plain = not (order.hidden_parts or order.weight_parts or self._problem.norm)
         if launch.step is not None and is_plain:
             order = order._replace(step=launch.step)
@@ -251,7 +263,7 @@ class TritonGate:
         programs: int,
         tensors: tuple[Tensor | None, ...],
         numbers: tuple[float, ...],
-        fixed: dict[str, Any],
+        constants_of: Callable[[], dict[str, Any]],
         num_warps: int,
         chosen: tuple[Any, ...],
         *,
@@ -259,14 +271,15 @@ class TritonGate:
     ) -> None:
         """Launch a kernel, directly where it has been compiled.
 
-        :param chosen: what of ``fixed`` a call chooses.
+        :param constants_of: returns the kernel's constants, where it has not been.
+        :param chosen: what of the constants a call chooses.
         :param registers: as for ``launch_and_keep``, where these are CUDA's.
         """
-        dtypes = tuple(None if t is None else t.dtype for t in tensors)
-        key = (kernel.fn, dtypes, *chosen)
+        key = (kernel.fn, *chosen, *[None if t is None else t.dtype for t in tensors])
         launcher = self._ready.get(key)
         if launcher is None or current_device() != self._index or is_observed():
             # Only Triton's own launch calls its hooks.
+            fixed = constants_of()
             ordered = tuple(fixed[name] for name in kernel.arg_names if name in fixed)
             self._compiled.launch_and_keep(
                 key, kernel, programs, (*tensors, *numbers), ordered, num_warps, pdl=self._pdl,
