@@ -38,7 +38,7 @@ def physical_ids(picked, row, mask, expert_map, replica_count, most_replicas):
         # Clamped before it is narrowed: nothing is read outside the table.
         count = tl.minimum(tl.maximum(count, 1), most_replicas).to(tl.uint32)
         # Unsigned numbers of 32 bits: their remainder takes half the instructions of signed ones,
-        # and the address of a place in the table six less than with 64 bits.
+        # and the address of a place in the table six fewer than with 64 bits.
         turn = row.to(tl.uint32) % count
         picked = picked.to(tl.uint32) * most_replicas.to(tl.uint32) + turn
     return tl.load(expert_map + picked, mask=mask, other=0)

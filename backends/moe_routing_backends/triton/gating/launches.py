@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 SLICE = 256
 """Columns whose products a matrix unit adds.
 
-Up to 4,096 tokens it was the fastest or within 5 % of it; 512 is up to 20 % faster at 1,024 tokens,
-and 128 as much at 16,384. A problem has one for all numbers of tokens, or bits would differ.
+Before programs took groups it was, up to 4,096 tokens, the fastest or within 5 % of it; 512 was up
+to 20 % faster at 1,024 tokens, and 128 as much at 16,384. A problem has one for all numbers of
+tokens, or bits would differ.
 """
 SLICE_OF_SCALED = 128
 """The same where vectors multiply the hidden states, which takes longer a column."""

@@ -9,6 +9,7 @@ one compiled kernel, and hands over pointers and numbers alone
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -106,18 +107,14 @@ class Compiled:
                 f"compiles while a CUDA graph is captured: before the capture, {self._advice(key)}"
             )
             raise RuntimeError(msg)
-        if is_profiling():
-            # The range names what the kernel's own name does not, the family or the operation,
-            # for a profiler of PyTorch and for NVTX.
-            name = self._problem.family or self._problem.operation
-            with torch.profiler.record_function(f"moe_routing::{name}"):
-                self._launch(
-                    key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl, registers
-                )
-        else:
+        # The range names what the kernel's own name does not, the family or the operation, for a
+        # profiler of PyTorch and for NVTX.
+        name = f"moe_routing::{self._problem.family or self._problem.operation}"
+        with torch.profiler.record_function(name) if is_profiling() else nullcontext():
             self._launch(
-                key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl, registers
-            )
+                key, kernel, blocks, arguments, constants, num_warps, warp_size, pdl=pdl,
+                registers=registers,
+            )  # fmt: skip
 
     def _launch(  # noqa: PLR0913, PLR0917 -- what a launch is
         self,
@@ -128,7 +125,8 @@ class Compiled:
         constants: tuple[Any, ...],
         num_warps: int,
         warp_size: int,
-        pdl: bool,  # noqa: FBT001 -- likewise
+        *,
+        pdl: bool,
         registers: int | None,
     ) -> None:
         if self._device.type == "cpu":
