@@ -206,13 +206,19 @@ def read_back(binary, target):
 def waits(lines):
     """Say when machine code waits for the previous kernels.
 
-    It waits before it touches memory, after that, or never.
+    It waits before it touches memory, ``first``; after loads from the second cache and nothing
+    else, ``coherent``; after anything else, ``late``; or ``never``.
     """
     touches = [
-        number for number, line in enumerate(lines) if re.search(r"\b(LDG|STG|RED|ATOM)", line)
+        (number, "STRONG.GPU" in line)
+        for number, line in enumerate(lines)
+        if re.search(r"\b(LDG|STG|RED|ATOM)", line)
     ]
     found = [number for number, line in enumerate(lines) if "ACQBULK" in line]
-    return "never" if not found else "first" if found[0] < touches[0] else "late"
+    if not found:
+        return "never"
+    before = [is_coherent for number, is_coherent in touches if number < found[0]]
+    return "first" if not before else "coherent" if all(before) else "late"
 
 
 def dtypes(name, place):

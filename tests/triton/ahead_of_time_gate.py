@@ -120,6 +120,7 @@ def main(names):
             binary = compiled(kernel, types, constants, options, target)
             text = binary.asm["amdgcn" if target.backend == "hip" else "ptx"]
             case = {"target": name, "problem": str(problem), "kernel": kernel.fn.__name__}
+            case["first"] = types[0]
             names_of = kernel.arg_names[len(types) :]
             said = {n: v for n, v in zip(names_of, constants, strict=True) if n in SAID}
             matrix = {"matrix": instructions_of(text)}

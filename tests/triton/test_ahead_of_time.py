@@ -135,8 +135,13 @@ def test_the_kernels_of_gate_compile_without_spills_and_wait_first(gates, target
     assert {case["kernel"] for case in found} == {"moe_routing_gate_sums", "moe_routing_gate_route"}
     assert not [case for case in found if case["spills"]]
     assert not [case for case in found if case["shared"] > SHARED_MEMORY[target]]
-    waits = {"sm_80": "never", "gfx942": None, "gfx950": None}.get(target, "first")
-    assert {case.get("waits") for case in found} == {waits}
+    early = [case for case in found if case["kernel"] == "moe_routing_gate_route" and case["first"]]
+    waits = {"sm_80": "never", "gfx942": None, "gfx950": None}
+    assert {case.get("waits") for case in found if case not in early} == {
+        waits.get(target, "first")
+    }
+    # These read hidden states, which the kernel before the previous one made.
+    assert {case.get("waits") for case in early} == {waits.get(target, "coherent")}
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)

@@ -6,6 +6,9 @@ A kernel that is launched so may have its programs placed, and wait, before the 
 ended; and one that says so lets the next of its kind be placed before it has ended itself. Neither
 changes what a kernel reads or writes: everything that touches memory comes after the wait, which
 ends when all previous kernels have ended.
+
+One kernel reads before its wait, the second one of ``gate``. It reads what was there before the
+first one, whose programs let it start only after their own wait.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from moe_routing.private_api import current_device, current_stream, empty, is_ob
 from moe_routing_backends.triton.gating.kernels import moe_routing_gate_route, moe_routing_gate_sums
 from moe_routing_backends.triton.gating.launches import launches_for, many_tokens, order_of
 from moe_routing_backends.triton.kernels import VARIANTS, constants
-from moe_routing_backends.triton.kernels.spec import Launch
+from moe_routing_backends.triton.kernels.spec import Launch, next_power_of_two
 from moe_routing_backends.triton.runtime import router
 from moe_routing_backends.triton.runtime.launcher import (
     ALIGNMENT,
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 ONE_WARP_UP_TO = 256
 """Experts up to which a warp adds and routes a row by itself."""
 REGISTERS = 255
-"""That a thread of the second kernel may take, where it adds slices: the most that there are."""
+"""That a thread may take: the most that there are.
+
+By itself the assembler saves registers, so that more programs fit, and loads wait for one another.
+"""
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 
@@ -139,7 +142,13 @@ class TritonGate:
         if ids is not None:
             expert_table = ids  # as ``route`` hands a record over
         shares = self._shares(projection, launch)
-        size = shares.parts * T * (E + (projection.eps is not None))
+        in_slices, normed = shares.takes == 1, projection.eps is not None
+        # Where partial sums are of slices, the kernel that routes adds the squares by itself.
+        reads_row = in_slices and normed
+        stride = hidden.stride(0) if reads_row else 0
+        aligned = not (hidden.data_ptr() | stride * hidden.element_size()) % ALIGNMENT
+        chunks = shares.order.step * hidden.element_size() // ALIGNMENT
+        size = shares.parts * T * (E + chunks * (normed and not in_slices))
         # The call's own memory: two streams, or two graphs, gate at once.
         partial = self._empty((size,), torch.float32, hidden.device)
         self._add(projection, launch, shares, partial)
@@ -153,26 +162,31 @@ class TritonGate:
         vectors = (projection.router_bias, per_expert_scale, bias)
         router_bias, scale, bias = map(as_readable, vectors)
         tensors = (
-            partial, router_bias, logits, *out, scale, bias, token_ids, expert_table, on_device,
-            expert_map,
+            hidden if reads_row else None, partial, router_bias, logits, *out, scale, bias,
+            token_ids, expert_table, on_device, expert_map,
         )  # fmt: skip
         vocabulary = 0 if expert_table is None else len(expert_table)
         self._launch(
             moe_routing_gate_route, T, tensors,
-            (T, valid, vocabulary, projection.eps or 0.0, projection.multiplier),
+            (T, valid, vocabulary, stride, projection.eps or 0.0, projection.multiplier),
             lambda: {
                 **self._constants,
                 "HIDDEN_SIZE": self._problem.hidden_size,
+                "SLICE": shares.order.slice,
+                "STEP": shares.order.step,
                 "PARTS": shares.parts,
-                "GROUP": shares.group if launch.takes == "slice" else 1,
-                "NORM": projection.eps is not None,
+                "GROUP": shares.group if in_slices else 1,
+                "GROUPS_OF_ROW": next_power_of_two(-(-shares.parts // shares.group)),
+                "CHUNKS": chunks,
+                "NORM": normed,
                 "MULTIPLIED": multiplied,
+                "ALIGNED": reads_row and aligned,
                 "DTYPE": DTYPES[self._problem.logits_dtype],
                 "VALID_ON_DEVICE": on_device is not None,
                 "PDL": self._pdl,
             },
-            self._rows.num_warps, (launch.takes, multiplied),
-            registers=REGISTERS if launch.takes == "slice" else None,
+            self._rows.num_warps,
+            (in_slices, shares.order.step, multiplied, reads_row and aligned),
         )  # fmt: skip
         return out
 
@@ -266,14 +280,11 @@ class TritonGate:
         constants_of: Callable[[], dict[str, Any]],
         num_warps: int,
         chosen: tuple[Any, ...],
-        *,
-        registers: int | None = None,
     ) -> None:
         """Launch a kernel, directly where it has been compiled.
 
         :param constants_of: returns the kernel's constants, where it has not been.
         :param chosen: what of the constants a call chooses.
-        :param registers: as for ``launch_and_keep``, where these are CUDA's.
         """
         key = (kernel.fn, *chosen, *[None if t is None else t.dtype for t in tensors])
         launcher = self._ready.get(key)
@@ -283,7 +294,7 @@ class TritonGate:
             ordered = tuple(fixed[name] for name in kernel.arg_names if name in fixed)
             self._compiled.launch_and_keep(
                 key, kernel, programs, (*tensors, *numbers), ordered, num_warps, pdl=self._pdl,
-                registers=registers if self._cuda else None,
+                registers=REGISTERS if self._cuda else None,
             )  # fmt: skip
             return
         at = [None if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -21,8 +21,9 @@ Vectors of columns are multiplied into the hidden states: a program has fewer to
 and the weight goes to the matrix unit as it is read. A float32 weight is in three parts anyway, and
 takes the vectors itself.
 
-The norm's factor belongs to a row: it is applied to the sum. The squares are added up by the same
-programs, since these have the row in their registers.
+The norm's factor belongs to a row: it is applied to the sum. The squares are added up by programs
+that take several slices, since these have the row in their registers. Where programs take one, the
+kernel that routes adds them, in the same order: it reads the row while it waits for the slices.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ NumPy, by which the interpreter multiplies, adds in another order for each shape
 float64 are exact but for rare rows, and so the same in any order. It also would multiply the bits
 of bfloat16 numbers.
 """
+BITS = tl.constexpr(128)
+"""Of the widest load of a thread."""
 HIGH_BITS = tl.constexpr(-0x10000)
 """Of a float32, those that a bfloat16 has."""
+OVERLAPPED = tl.constexpr(16)
+"""Loads of hidden states that the kernel that routes has under way: 8,192 scaled columns."""
 UNROLLED = tl.constexpr(MOST_OF_GROUP)
 """Partial sums that are added without a loop over groups: of 4,096 scaled columns, or of 8,192
 others."""
@@ -119,10 +124,10 @@ def read_rows(
 
 @triton.jit
 def read_vector(vector, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Read numbers of columns ``[COLUMNS]``; 0 past the last."""
+    """Read the numbers of columns, of their shape; 0 past the last."""
     at = vector + column
     if ALIGNED:
-        at = tl.multiple_of(at, 16)
+        at = tl.multiple_of(at, 16 if len(at.shape) == 1 else (1, 16))
     return tl.load(at, mask=column < HIDDEN_SIZE, other=0.0)
 
 
@@ -130,7 +135,7 @@ def read_vector(vector, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr
 def factors_of_columns(
     norm_weight, input_scale, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Return the vector that is given, or the product of both in float32, ``[COLUMNS]``."""
+    """Return the vector that is given, or the product of both in float32, of ``column``'s shape."""
     if norm_weight is not None and input_scale is not None:
         weight = read_vector(norm_weight, column, HIDDEN_SIZE, ALIGNED).to(tl.float32)
         return weight * read_vector(input_scale, column, HIDDEN_SIZE, ALIGNED).to(tl.float32)
@@ -138,6 +143,67 @@ def factors_of_columns(
         return read_vector(norm_weight, column, HIDDEN_SIZE, ALIGNED)
     else:
         return read_vector(input_scale, column, HIDDEN_SIZE, ALIGNED)
+
+
+@triton.jit
+def squares_of(x):
+    """Add the squares of the numbers in 16 bytes, one after another.
+
+    :returns: float32 ``[ROWS, COLUMNS / (numbers in 16 bytes)]``.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    CHUNK: tl.constexpr = BITS // x.dtype.primitive_bitwidth
+    # A thread has all of them, since it reads 16 bytes at a time: halving moves nothing.
+    columns = (x.to(tl.float32),)
+    for halvings in tl.static_range(1, 4):
+        if CHUNK >> halvings:
+            halves = ()
+            for i in tl.static_range(len(columns)):
+                halves += tl.split(tl.reshape(columns[i], [ROWS, COLUMNS >> halvings, 2]))
+            columns = halves
+    squares = columns[0] * columns[0]
+    for i in tl.static_range(1, CHUNK):
+        squares = tl.fma(columns[i], columns[i], squares)
+    return squares
+
+
+@triton.jit
+def squares_of_row(
+    hidden, row, stride, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Add the squares of one row as the programs that take groups of slices do.
+
+    :param GROUPS: groups of the row, or more of which the last have no columns; a power of two.
+    :returns: float32 ``[1, CHUNKS]``.
+    """
+    STEPS: tl.constexpr = SLICE // STEP
+    # So many loads overlap, and a large H does not take long to compile.
+    AT_ONCE: tl.constexpr = min(GROUP, max(1, OVERLAPPED // STEPS))
+    group = tl.arange(0, GROUPS)
+    of_groups = tl.zeros([GROUPS, CHUNKS], tl.float32)
+    for first in range(0, GROUP, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            of_slices = tl.zeros([GROUPS, CHUNKS], tl.float32)
+            for step in tl.static_range(STEPS):
+                slice_ = group * GROUP + first + i
+                column = (slice_ * SLICE + step * STEP)[:, None] + tl.arange(0, STEP)[None, :]
+                at = hidden + (row.to(tl.int64) * stride + column)
+                if ALIGNED:
+                    at = tl.multiple_of(at, (1, 16))
+                mask = column < HIDDEN_SIZE
+                if GROUP % AT_ONCE:
+                    mask = mask & (first + i < GROUP)
+                # From the second cache: this kernel has not waited, and the first cache may have
+                # what was there before the hidden states.
+                x = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+                of_slices += squares_of(x)
+            of_groups += of_slices
+    squares = tl.zeros([CHUNKS], tl.float32)
+    for i in tl.static_range(GROUPS):
+        squares += tl.sum(tl.where((group == i)[:, None], of_groups, 0.0), axis=0)  # exact
+    return squares[None, :]
 
 
 @triton.jit
@@ -153,21 +219,28 @@ def add_products(w, x, sums):
 def read_step(
     hidden, router_weight, norm_weight, input_scale, column, token, expert, hidden_stride,
     weight_stride, HIDDEN_SIZE: tl.constexpr, TAIL: tl.constexpr, ALIGNED: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Read some columns of the weight and of the hidden states, and their factors if any."""
+    """Read some columns of the weight and of the hidden states, and their factors if any.
+
+    :param SPREAD: rows for which factors are read: a thread has those that it multiplies by. With
+        0 they are read once, and move through shared memory.
+    """
     w = read_rows(router_weight, expert, column, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED)
     x = read_rows(hidden, token, column, hidden_stride, HIDDEN_SIZE, TAIL, ALIGNED)
     if norm_weight is not None or input_scale is not None:
-        return w, x, factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE, ALIGNED)
+        if SPREAD:
+            column = tl.broadcast_to(column[None, :], [SPREAD, column.shape[0]])
+        factors = factors_of_columns(norm_weight, input_scale, column, HIDDEN_SIZE, ALIGNED)
+        return w, x, factors if SPREAD else factors[None, :]
     else:
         return w, x
 
 
 @triton.jit
 def add_step(
-    sums, low, squares, read, NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr,
-    WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr, PACKED: tl.constexpr,
-    CHAINED: tl.constexpr,
+    sums, low, read, HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
+    SCALES_HIDDEN: tl.constexpr, PACKED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Add the products of some columns.
 
@@ -180,17 +253,14 @@ def add_step(
     """
     w = read[0]
     x = read[1]
-    if NORM:
-        wide = x.to(tl.float32)
-        squares += tree_sum(wide * wide)
     if PACKED:
-        of_hidden = parts_of_product(x, read[2][None, :])
+        of_hidden = parts_of_product(x, read[2])
     else:
         if len(read) > 2:
             if SCALES_HIDDEN:
-                x = x.to(tl.float32) * read[2].to(tl.float32)[None, :]
+                x = x.to(tl.float32) * read[2].to(tl.float32)
             else:
-                w = w.to(tl.float32) * read[2].to(tl.float32)[None, :]
+                w = w.to(tl.float32) * read[2].to(tl.float32)
         of_hidden = parts_of(x.to(tl.float32), HIDDEN_PARTS) if HIDDEN_PARTS else (x,)
     of_weight = parts_of(w.to(tl.float32), WEIGHT_PARTS) if WEIGHT_PARTS else (w,)
     for j in tl.static_range(len(of_hidden) - 1, -1, -1):
@@ -199,18 +269,17 @@ def add_step(
                 sums = add_products(of_weight[i], of_hidden[j], sums)
             else:
                 low = add_products(of_weight[i], of_hidden[j], low)
-    return sums, low, squares
+    return sums, low
 
 
 @triton.jit
 def sums_of_slice(
     hidden, router_weight, norm_weight, input_scale, slice_, token, expert, hidden_stride,
     weight_stride, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
-    NORM: tl.constexpr, HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
-    SCALES_HIDDEN: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr,
+    PACKED: tl.constexpr, ALIGNED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of a slice's products ``[EXPERTS, TOKENS]``, and of squares ``[TOKENS]``.
+    """Return the sums of a slice's products ``[EXPERTS, TOKENS]``.
 
     The parameters are those of ``Order``.
 
@@ -220,42 +289,40 @@ def sums_of_slice(
     TAIL: tl.constexpr = HIDDEN_SIZE % SLICE != 0
     STEPS: tl.constexpr = SLICE // STEP
     CHAINED: tl.constexpr = STEPS == 1
+    SPREAD: tl.constexpr = token.shape[0] if SCALES_HIDDEN else expert.shape[0]
     sums = tl.zeros([expert.shape[0], token.shape[0]], SUM)
     low = sums
-    squares = tl.zeros([token.shape[0]], tl.float32)
     first = slice_ * SLICE + tl.arange(0, STEP)
     if HIDDEN_PARTS > 1 and WEIGHT_PARTS > 1:
         # A loop: unrolled, four to nine products a step take seconds to compile.
         for step in range(STEPS):
             read = read_step(
                 hidden, router_weight, norm_weight, input_scale, first + step * STEP, token, expert,
-                hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
+                hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED, SPREAD,
             )  # fmt: skip
-            sums, low, squares = add_step(
-                sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, PACKED,
-                CHAINED,
+            sums, low = add_step(
+                sums, low, read, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, PACKED, CHAINED
             )  # fmt: skip
     else:
         for step in tl.static_range(STEPS):
             if step == 0 or not AHEAD:
                 read = read_step(
                     hidden, router_weight, norm_weight, input_scale, first + step * STEP, token,
-                    expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
+                    expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED, SPREAD,
                 )  # fmt: skip
             if AHEAD and step + 1 < STEPS:
                 after = read_step(
                     hidden, router_weight, norm_weight, input_scale, first + (step + 1) * STEP,
-                    token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED,
+                    token, expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL, ALIGNED, SPREAD,
                 )  # fmt: skip
-            sums, low, squares = add_step(
-                sums, low, squares, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, PACKED,
-                CHAINED,
+            sums, low = add_step(
+                sums, low, read, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, PACKED, CHAINED
             )  # fmt: skip
             if AHEAD and step + 1 < STEPS:
                 read = after
     if HIDDEN_PARTS + WEIGHT_PARTS > 0 and not CHAINED:
         sums += low
-    return sums.to(tl.float32), squares
+    return sums.to(tl.float32)
 
 
 @triton.jit
@@ -263,9 +330,13 @@ def factor_of_rows(
     squares, eps, multiplier, HIDDEN_SIZE: tl.constexpr, NORM: tl.constexpr,
     MULTIPLIED: tl.constexpr,
 ):  # fmt: skip
-    """Return what the sums of a row are multiplied by, float32 ``[TOKENS]``."""
+    """Return what the sums of a row are multiplied by, float32 ``[TOKENS]``.
+
+    :param squares: ``[TOKENS, CHUNKS]``.
+    """
     factor = tl.full([squares.shape[0]], 1.0, tl.float32)
     if NORM:
+        squares = tree_sum(squares)
         factor = tl.div_rn(factor, tl.sqrt_rn(tl.div_rn(squares, factor * HIDDEN_SIZE) + eps))
     if MULTIPLIED:
         factor *= multiplier
@@ -290,8 +361,9 @@ def moe_routing_gate_sums(
 ):  # fmt: skip
     """Multiply ``BLOCK_T`` tokens by ``BLOCK_E`` experts.
 
-    :param partial: float32 memory for partial sums ``[PROGRAMS, T, E]`` and after them those of
-        squares ``[PROGRAMS, T]``, where a program takes one slice or one group of slices.
+    :param partial: float32 memory for partial sums ``[PROGRAMS, T, E]``, where a program takes one
+        slice or one group of slices; after them those of squares ``[PROGRAMS, T, CHUNKS]``, where
+        it takes more than one slice.
     :param logits: ``[T, E]``, where it takes all.
     :param TAKES: slices that a program takes.
     """
@@ -316,17 +388,18 @@ def moe_routing_gate_sums(
     if partial is not None and TAKES == 1:
         # Large tiles need too many registers for it: fewer programs would fit.
         AHEAD: tl.constexpr = WEIGHT_PARTS == 0 and (BLOCK_T <= 32 or HIDDEN_PARTS > 0)
-        sums, squares = sums_of_slice(
+        sums = sums_of_slice(
             hidden, router_weight, norm_weight, input_scale, part, readable_token,
-            readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, NORM,
-            HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, PACKED, ALIGNED, AHEAD,
+            readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, SLICE, STEP, HIDDEN_PARTS,
+            WEIGHT_PARTS, SCALES_HIDDEN, PACKED, ALIGNED, AHEAD,
         )  # fmt: skip
     else:
         TAIL: tl.constexpr = HIDDEN_SIZE % SLICE != 0
         STEPS: tl.constexpr = SLICE // STEP
         CHAINED: tl.constexpr = STEPS == 1
         sums = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
-        squares = tl.zeros([BLOCK_T], tl.float32)
+        CHUNKS: tl.constexpr = STEP * hidden.dtype.element_ty.primitive_bitwidth // BITS
+        squares = tl.zeros([BLOCK_T, CHUNKS], tl.float32)
         of_group = sums
         squares_of_group = squares
         of_slice = tl.zeros([BLOCK_E, BLOCK_T], SUM)
@@ -339,11 +412,12 @@ def moe_routing_gate_sums(
             read = read_step(
                 hidden, router_weight, norm_weight, input_scale, step * STEP + tl.arange(0, STEP),
                 readable_token, readable_expert, hidden_stride, weight_stride, HIDDEN_SIZE, TAIL,
-                ALIGNED,
+                ALIGNED, 0,
             )  # fmt: skip
-            of_slice, low, squares_of_slice = add_step(
-                of_slice, low, squares_of_slice, read, NORM, HIDDEN_PARTS, WEIGHT_PARTS,
-                SCALES_HIDDEN, PACKED, CHAINED,
+            if NORM:
+                squares_of_slice += squares_of(read[1])
+            of_slice, low = add_step(
+                of_slice, low, read, HIDDEN_PARTS, WEIGHT_PARTS, SCALES_HIDDEN, PACKED, CHAINED
             )  # fmt: skip
             if step % STEPS == STEPS - 1:
                 if HIDDEN_PARTS + WEIGHT_PARTS > 0 and not CHAINED:
@@ -352,22 +426,23 @@ def moe_routing_gate_sums(
                 of_group += of_slice.to(tl.float32)
                 squares_of_group += squares_of_slice
                 of_slice = tl.zeros([BLOCK_E, BLOCK_T], SUM)
-                squares_of_slice = tl.zeros([BLOCK_T], tl.float32)
+                squares_of_slice = tl.zeros([BLOCK_T, CHUNKS], tl.float32)
                 if TAKES > GROUP:
                     if step // STEPS % GROUP == GROUP - 1:
                         sums += of_group
                         squares += squares_of_group
                         of_group = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
-                        squares_of_group = tl.zeros([BLOCK_T], tl.float32)
+                        squares_of_group = tl.zeros([BLOCK_T, CHUNKS], tl.float32)
         sums += of_group
         squares += squares_of_group
     if partial is not None:
         row = part.to(tl.int64) * T + token
         tl.store(partial + (row[None, :] * E + expert[:, None]), sums, mask=written)
-        if NORM:
+        if NORM and TAKES > 1:
             if tile % EXPERT_TILES == 0:
-                after = PROGRAMS * T.to(tl.int64) * E
-                tl.store(partial + (after + row), squares, mask=token < T)
+                at = PROGRAMS * T.to(tl.int64) * E + row[:, None] * CHUNKS
+                at += tl.arange(0, CHUNKS)[None, :]
+                tl.store(partial + at, squares, mask=(token < T)[:, None])
     else:
         made = sums
         if NORM or MULTIPLIED:
@@ -379,35 +454,24 @@ def moe_routing_gate_sums(
 
 
 @triton.jit
-def read_parts(
-    of_sums, of_squares, first, T, here, E: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr,
-    TAIL: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Return ``COUNT`` partial sums from the first on, and those of squares, as tuples.
+def read_parts(at, first, step, here, PARTS: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr):
+    """Return ``COUNT`` partial sums from the first on, a tuple, and the address after the last.
 
-    :param of_sums, of_squares: addresses of the first; returned are those after the last.
-    :param here: which experts ``[1, EXPERTS]`` exist; ``None`` for all.
+    :param at: addresses of the first.
+    :param step: int64, elements from one to the next. A sum for each: products of 64 bits kept a
+        warp busy for longer than the loads take.
+    :param here: which elements exist; ``None`` for all.
     :param TAIL: some of the partial sums may be past the last.
     """
-    # From one to the next the addresses take a sum, not the products of 64 bits that kept a warp
-    # busy for longer than the loads take.
-    step = T.to(tl.int64)
-    sums = ()
-    squares = ()
+    parts = ()
     for i in tl.static_range(COUNT):
         if TAIL:
             known = first + i < PARTS
-            elements = known if here is None else here & known
-            sums += (tl.load(of_sums, mask=elements, other=0.0),)
-            if NORM:
-                squares += (tl.load(of_squares, mask=known, other=0.0),)
+            parts += (tl.load(at, mask=known if here is None else here & known, other=0.0),)
         else:
-            sums += (tl.load(of_sums, mask=here, other=None if here is None else 0.0),)
-            if NORM:
-                squares += (tl.load(of_squares),)
-        of_sums += step * E
-        of_squares += step
-    return sums, squares, of_sums, of_squares
+            parts += (tl.load(at, mask=here, other=None if here is None else 0.0),)
+        at += step
+    return parts, at
 
 
 @triton.jit
@@ -424,54 +488,66 @@ def added(parts, GROUP: tl.constexpr, zero):
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_gate_route(
-    partial, router_bias, logits, weights, ids, per_expert_scale, bias, token_ids, expert_table,
-    num_valid_tokens, expert_map, T: tl.int32, valid: tl.int32, vocabulary: tl.int32,
-    eps: tl.float32, multiplier: tl.float32, SPEC: tl.constexpr, HIDDEN_SIZE: tl.constexpr,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr,
-    DTYPE: tl.constexpr, VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr,
-    SIZE: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
+    hidden, partial, router_bias, logits, weights, ids, per_expert_scale, bias, token_ids,
+    expert_table, num_valid_tokens, expert_map, T: tl.int32, valid: tl.int32, vocabulary: tl.int32,
+    hidden_stride: tl.int64, eps: tl.float32, multiplier: tl.float32, SPEC: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS_OF_ROW: tl.constexpr, CHUNKS: tl.constexpr, NORM: tl.constexpr,
+    MULTIPLIED: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
+    VALID_ON_DEVICE: tl.constexpr, PDL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    N: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Add all partial sums, make logits of them, and route ``BLOCK_T`` rows.
 
+    :param hidden: where there is a norm, and the partial sums are of slices: the squares of a row,
+        one a program, are added here.
     :param partial: what ``moe_routing_gate_sums`` wrote.
     :param PARTS: partial sums of a row: of its slices, ``GROUP`` to a group, or of its groups.
+    :param GROUPS_OF_ROW: as ``squares_of_row`` wants them.
+    :param CHUNKS: partial sums of squares of a row in each of ``PARTS``.
     :param logits: ``[T, E]`` to be written, or ``None``.
     :param DTYPE: of logits.
     """
     E: tl.constexpr = SPEC.value.num_experts
     launch_dependents(PDL)
+    if hidden is not None:
+        # Before the wait, while the slices are added. Their programs let this kernel start only
+        # after they have waited for what made the hidden states.
+        tl.static_assert(BLOCK_T == 1)
+        squares = squares_of_row(
+            hidden, tl.program_id(0), hidden_stride, HIDDEN_SIZE, SLICE, STEP, GROUP,
+            GROUPS_OF_ROW, CHUNKS, ALIGNED,
+        )  # fmt: skip
+        factor = factor_of_rows(squares, eps, multiplier, HIDDEN_SIZE, NORM, MULTIPLIED)
     grid_dependency_wait(PDL)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_batch = row < T
     _, expert, exists = experts_of(GROUPS, SIZE, SPEC)
     here = in_batch[:, None] & exists[None, :]
-    sums = tl.zeros([BLOCK_T, GROUPS * SIZE], tl.float32)
-    squares = tl.zeros([BLOCK_T], tl.float32)
+    made = tl.zeros([BLOCK_T, GROUPS * SIZE], tl.float32)
     # Rows past the last read the last: no mask for them.
-    readable = tl.minimum(row, T - 1).to(tl.int64)
+    readable = tl.minimum(row, T - 1).to(tl.int64)[:, None]
     there = None if GROUPS * SIZE == E else exists[None, :]
-    of_sums = partial + (readable[:, None] * E + expert[None, :])
-    of_squares = partial + (PARTS * T.to(tl.int64) * E + readable)
+    at = partial + (readable * E + expert[None, :])
+    rows = T.to(tl.int64)
     if PARTS <= UNROLLED:
         # All loads come before the first sum, so that they overlap. This needs ``REGISTERS``.
-        of_rows, squares_of_rows, of_sums, of_squares = read_parts(
-            of_sums, of_squares, 0, T, there, E, PARTS, PARTS, False, NORM
-        )
-        sums = added(of_rows, GROUP, sums)
-        if NORM:
-            squares = added(squares_of_rows, GROUP, squares)
+        parts, at = read_parts(at, 0, rows * E, there, PARTS, PARTS, False)
+        made = added(parts, GROUP, made)
     else:
         # All of a large H at once take up to a minute to compile.
         for first in range(0, PARTS, GROUP):
-            of_rows, squares_of_rows, of_sums, of_squares = read_parts(
-                of_sums, of_squares, first, T, there, E, PARTS, GROUP, True, NORM
-            )
-            sums += added(of_rows, GROUP, tl.zeros_like(sums))
-            if NORM:
-                squares += added(squares_of_rows, GROUP, tl.zeros_like(squares))
-    made = sums
+            parts, at = read_parts(at, first, rows * E, there, PARTS, GROUP, True)
+            made += added(parts, GROUP, tl.zeros_like(made))
+    if hidden is None:
+        squares = tl.zeros([BLOCK_T, CHUNKS], tl.float32)
+        if NORM:
+            at = partial + (rows * (PARTS * E) + readable * CHUNKS + tl.arange(0, CHUNKS)[None, :])
+            parts, at = read_parts(at, 0, rows * CHUNKS, None, PARTS, PARTS, False)
+            squares = added(parts, 1, squares)
+        factor = factor_of_rows(squares, eps, multiplier, HIDDEN_SIZE, NORM, MULTIPLIED)
     if NORM or MULTIPLIED:
-        made *= factor_of_rows(squares, eps, multiplier, HIDDEN_SIZE, NORM, MULTIPLIED)[:, None]
+        made *= factor[:, None]
     if router_bias is not None:
         made += tl.load(router_bias + expert, mask=exists, other=0.0).to(tl.float32)[None, :]
     rounded = nearest(made, DTYPE)

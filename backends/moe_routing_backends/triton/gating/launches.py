@@ -103,15 +103,20 @@ PLAIN = (
 In this table and the next three: tiles of 64 experts or more in four warps or more, all of which
 get ``wgmma``. Measured on H200s (`benchmarks/results/h200-2026-11-28-gate-pipelined.json`).
 """
+PLAIN_OF_MANY = (
+    FEW[0]._replace(block_e=128, num_warps=8),
+    GateLaunch(128 * 128, 64, 64, 4, "slice"),
+    *PLAIN[2:],
+)
+"""The same of more than 128 experts."""
 NORMED = (*PLAIN[:-2], PLAIN[-2]._replace(logits=None))
 """Where the squares of such numbers are added up: larger tiles take too much shared memory."""
 SCALED = (
     FEW[0],
-    GateLaunch(64 * 128, 16, 128, 8, "slice"),
-    FEW[1],
-    GateLaunch(512 * 128, 64, 64, 4, "slice"),
-    GateLaunch(1536 * 128, 32, 128, 8, "group", 3),
-    GateLaunch(6144 * 128, 64, 128, 8, "group", 3),
+    GateLaunch(768 * 128, 64, 64, 4, "slice"),
+    GateLaunch(1024 * 128, 32, 128, 8, "group", 3),
+    GateLaunch(2048 * 128, 64, 128, 8, "group", 3),
+    GateLaunch(4096 * 128, 64, 128, 4, "group", 2),
     GateLaunch(None, 64, 128, 8, stages=3),
 )
 """Where vectors multiply the hidden states."""
@@ -152,7 +157,9 @@ def launches_for(device: DeviceInfo, problem: GateProblem) -> Sequence[GateLaunc
         return OF_FLOAT32
     if problem.norm == "rms_weight" or problem.input_scale:
         return SCALED
-    return NORMED if problem.norm else PLAIN
+    if problem.norm:
+        return NORMED
+    return PLAIN if problem.num_experts <= MANY[0][0] else PLAIN_OF_MANY
 
 
 def order_of(problem: GateProblem, vectors: Sequence[torch.dtype], arch: str | None) -> Order:
