@@ -38,10 +38,7 @@ if TYPE_CHECKING:
 ONE_WARP_UP_TO = 256
 """Experts up to which a warp adds and routes a row by itself."""
 REGISTERS = 255
-"""That a thread may take: the most that there are.
-
-By itself the assembler saves registers, so that more programs fit, and loads wait for one another.
-"""
+"""That a thread may take, the most that there are, unless a launch saves registers."""
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 
@@ -248,6 +245,7 @@ class TritonGate:
                 "BLOCK_T": launch.block_t,
             },
             launch.num_warps, (launch, aligned, multiplier != 1.0),
+            saves_registers=launch.saves_registers,
         )  # fmt: skip
 
     def _shares(self, projection: Projection, launch: GateLaunch) -> Shares:
@@ -280,11 +278,14 @@ class TritonGate:
         constants_of: Callable[[], dict[str, Any]],
         num_warps: int,
         chosen: tuple[Any, ...],
+        *,
+        saves_registers: bool = False,
     ) -> None:
         """Launch a kernel, directly where it has been compiled.
 
         :param constants_of: returns the kernel's constants, where it has not been.
         :param chosen: what of the constants a call chooses.
+        :param saves_registers: as in ``GateLaunch``.
         """
         key = (kernel.fn, *chosen, *[None if t is None else t.dtype for t in tensors])
         launcher = self._ready.get(key)
@@ -294,7 +295,7 @@ class TritonGate:
             ordered = tuple(fixed[name] for name in kernel.arg_names if name in fixed)
             self._compiled.launch_and_keep(
                 key, kernel, programs, (*tensors, *numbers), ordered, num_warps, pdl=self._pdl,
-                registers=REGISTERS if self._cuda else None,
+                registers=REGISTERS if self._cuda and not saves_registers else None,
             )  # fmt: skip
             return
         at = [None if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -76,6 +76,8 @@ class GateLaunch(NamedTuple):
     :ivar stages: steps that are under way at a time, where a program takes several slices.
     :ivar step: columns at a time, in place of the order's. It counts only where nothing is in parts
         and there is no norm: the sums do not depend on it there.
+    :ivar saves_registers: the assembler may save registers on CUDA, so that more programs fit on a
+        multiprocessor. Then loads may wait for one another.
     """
 
     logits: int | None
@@ -85,15 +87,16 @@ class GateLaunch(NamedTuple):
     takes: Takes = "all"
     stages: int = 2
     step: int | None = None
+    saves_registers: bool = False
 
 
 FEW = (GateLaunch(32 * 128, 16, 64, 4, "slice"), GateLaunch(96 * 128, 32, 64, 4, "slice"))
 PLAIN = (
     FEW[0],
     FEW[1]._replace(logits=128 * 128),
-    GateLaunch(384 * 128, 16, 64, 4, "group", 4, 64),
-    GateLaunch(768 * 128, 32, 64, 4, "group", 4, 64),
-    GateLaunch(1536 * 128, 64, 64, 4, "group", 4, 64),
+    GateLaunch(384 * 128, 16, 64, 4, "group", 4, 64, saves_registers=True),
+    GateLaunch(768 * 128, 32, 64, 4, "group", 4, 64, saves_registers=True),
+    GateLaunch(1536 * 128, 64, 64, 4, "group", 4, 64, saves_registers=True),
     GateLaunch(6144 * 128, 64, 128, 8, "group", 4, 64),
     GateLaunch(12288 * 128, 64, 128, 8, stages=4, step=64),
     GateLaunch(None, 128, 128, 8, stages=5, step=64),
@@ -101,12 +104,13 @@ PLAIN = (
 """On sm_90, where numbers are multiplied as they are.
 
 In this table and the next three: tiles of 64 experts or more in four warps or more, all of which
-get ``wgmma``. Measured on H200s (`benchmarks/results/h200-2026-11-28-gate-pipelined.json`).
+get ``wgmma``. Measured on H200s (`benchmarks/results/h200-2026-11-29-gate-launches.json`).
 """
 PLAIN_OF_MANY = (
     FEW[0]._replace(block_e=128, num_warps=8),
     GateLaunch(128 * 128, 64, 64, 4, "slice"),
-    *PLAIN[2:],
+    PLAIN[2],
+    *PLAIN[4:],
 )
 """The same of more than 128 experts."""
 NORMED = (*PLAIN[:-2], PLAIN[-2]._replace(logits=None))
