@@ -134,8 +134,8 @@ OF_FLOAT32 = (
 MANY = ((128, 4096), (math.inf, 1024))
 """Most experts, and tokens from which PyTorch's product is used, where any order will do.
 
-For 128 experts it takes 6 to 11 % less time at 4,096 tokens and as much at 16,384; for 256 experts
-15 to 27 % less. Other numbers of experts were not measured.
+For 128 experts it takes 6 to 10 % less time at 4,096 tokens and as much at 16,384; for 256 experts
+16 to 27 % less. Other numbers of experts were not measured.
 """
 ONE_TILE: tuple[GateLaunch, ...] = (
     GateLaunch(256 * 128, 32, 32, 4, "slice"),
