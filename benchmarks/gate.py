@@ -6,10 +6,10 @@ With ``--launches`` other launches and slices than those that ship are timed too
 
 Microseconds a call: the median of CUDA-graph replays over hidden states in turns; the router weight
 is the same, so it stays in the cache, and for ``cold`` each call has its own. In the same run: the
-chain of PyTorch's norm and linear layer with our routing, the linear layer alone, and PyTorch's
-product of bfloat16 matrices into float32 logits with our routing (``product``). Before that, what
-every launch computes is compared with the float64 oracle, and the bits of a row among all launches
-and batches.
+chain of PyTorch's norm and linear layer with our routing, the linear layer alone, PyTorch's product
+of bfloat16 matrices into float32 logits with our routing (``product``), and hidden states to a
+dispatch plan by a call of the package (``plan``). Before that, what every launch computes is
+compared with the float64 oracle, and the bits of a row among all launches and batches.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TRIED = (
 """Launches that are tried: tokens and experts a program, its warps, what it takes, and stages."""
 BATCHES = (1, 2, 7, 16, 33, 64, 65, 200, 1024, 1500, 5000)
 """Numbers of tokens among which the bits of a row are compared."""
-OTHERS = ("linear", "chain", "product", "gate", "cold")
+OTHERS = ("linear", "chain", "product", "gate", "cold", "plan")
 """What is timed besides launches that are tried."""
 MOST_BYTES = 4 << 30
 """Of the hidden states that are taken in turns."""
@@ -177,6 +177,15 @@ def product(b: Built, hidden: Tensor) -> object:
     return moe_routing.get_router(b.problem.spec)(logits, b.problem.topk, **b.operands)
 
 
+def planned(b: Built, hidden: Tensor) -> object:
+    """Call the package: hidden states to weights, ids and a dispatch plan."""
+    _, weight, _, _, input_scale, eps, multiplier = b.projection
+    return moe_routing.get_router(b.problem.spec).gate.with_plan(
+        hidden, weight, b.problem.topk, input_scale=input_scale, input_multiplier=multiplier,
+        norm=None if eps is None else moe_routing.RMSNorm(eps=eps), **b.operands,
+    )  # fmt: skip
+
+
 def timed(model: Model, tokens: int, *, tries: bool) -> dict[str, float]:
     """Return microseconds a call, by what is called.
 
@@ -206,6 +215,7 @@ def timed(model: Model, tokens: int, *, tries: bool) -> dict[str, float]:
     others = itertools.cycle([built(model, seed).projection for seed in range(60)])
     gate = kernel(b.problem, None)
     us["cold"] = turns(lambda x: gate.routed(next(others)._replace(hidden=x), None, **b.operands))
+    us["plan"] = turns(partial(planned, b))
     for tile, columns in itertools.product(TRIED, SLICES) if tries else ():
         of = GateLaunch(None, *tile)
         if tokens > 2048 if of.takes == "slice" else tokens < 512:  # noqa: PLR2004 -- too slow
