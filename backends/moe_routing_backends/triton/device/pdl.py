@@ -7,8 +7,9 @@ ended; and one that says so lets the next of its kind be placed before it has en
 changes what a kernel reads or writes: everything that touches memory comes after the wait, which
 ends when all previous kernels have ended.
 
-One kernel reads before its wait, the second one of ``gate``. It reads what was there before the
-first one, whose programs let it start only after their own wait.
+The last kernel of a plan and the second one of ``gate`` read before their wait. What they read was
+there before the first kernel of the call, whose programs let the next one start only after their
+own wait.
 """
 
 from __future__ import annotations
