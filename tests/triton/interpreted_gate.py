@@ -30,7 +30,7 @@ from moe_routing_backends.triton.gating import gate as host  # noqa: E402 -- lik
 from moe_routing_backends.triton.gating.kernels import parts_of  # noqa: E402 -- likewise
 from moe_routing_backends.triton.gating.launches import GateLaunch  # noqa: E402 -- likewise
 from moe_routing_backends.triton.runtime import router  # noqa: E402 -- likewise
-from moe_routing_registry import RoutingProblem  # noqa: E402 -- likewise
+from moe_routing_registry import RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
 
 FLOATS = ("bfloat16", "float16", "float32")
 OF_EACH_KIND = (
@@ -148,6 +148,29 @@ def has_the_same_bits_in_any_batch(device):
             assert torch.equal(made, whole[order[some]]), (problem, some)
 
 
+def long_rows_have_the_same_bits_from_every_launch(device):
+    """Gate rows of more columns than the kernel that routes reads at once."""
+    spec = RoutingSpec(family="mixtral", renormalize=True)
+    for name, columns in (("bfloat16", 8500), ("float16", 4300), ("float32", 4300)):
+        problem = GateProblem(
+            spec=spec, num_experts=8, topk=2, hidden_size=columns, dtype=name, norm="rms",
+            input_scale=True,
+        )  # fmt: skip
+        dtype = getattr(torch, name)
+        projection = Projection(
+            torch.randn(2, columns).to(dtype), torch.randn(8, columns).to(dtype),
+            input_scale=torch.randn(columns).to(dtype), eps=1e-6,
+        )  # fmt: skip
+        every = []
+        for takes in ("slice", "group", "all"):
+            kernel = built(problem, device, (GateLaunch(None, 16, 32, 4, takes),))
+            logits = torch.empty(2, 8)
+            made = GateOutput(*kernel.routed(projection, logits), logits)
+            assert not gate_oracle.output_problems(spec, projection, 2, made), (name, takes)
+            every.append(logits)
+        assert all(torch.equal(every[0], logits) for logits in every), name
+
+
 @triton.jit
 def parts_kernel(numbers, parts, count, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """Store the parts of every number, ``[COUNT, count]``."""
@@ -184,7 +207,13 @@ def conforms(_device):
 
 CHECKS = {
     check.__name__: check
-    for check in (conforms, gates, has_the_same_bits_in_any_batch, parts_add_up)
+    for check in (
+        conforms,
+        gates,
+        has_the_same_bits_in_any_batch,
+        long_rows_have_the_same_bits_from_every_launch,
+        parts_add_up,
+    )
 }
 
 

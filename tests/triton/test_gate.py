@@ -25,6 +25,11 @@ def test_a_row_has_the_same_bits_in_any_batch_and_at_any_address():
 
 
 @pytest.mark.slow
+def test_long_rows_have_the_same_bits_from_every_launch():
+    interpreted("long_rows_have_the_same_bits_from_every_launch", 1)
+
+
+@pytest.mark.slow
 def test_the_kit_passes():
     interpreted("conforms", 1)
 

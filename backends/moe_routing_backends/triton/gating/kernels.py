@@ -49,8 +49,6 @@ BITS = tl.constexpr(128)
 """Of the widest load of a thread."""
 HIGH_BITS = tl.constexpr(-0x10000)
 """Of a float32, those that a bfloat16 has."""
-OVERLAPPED = tl.constexpr(16)
-"""Loads of hidden states that the kernel that routes has under way: 8,192 scaled columns."""
 UNROLLED = tl.constexpr(MOST_OF_GROUP)
 """Partial sums that are added without a loop over groups: of 4,096 scaled columns, or of 8,192
 others."""
@@ -179,8 +177,8 @@ def squares_of_row(
     :returns: float32 ``[1, CHUNKS]``.
     """
     STEPS: tl.constexpr = SLICE // STEP
-    # So many loads overlap, and a large H does not take long to compile.
-    AT_ONCE: tl.constexpr = min(GROUP, max(1, OVERLAPPED // STEPS))
+    # At most 16 loads overlap (8,192 scaled columns), so that a large H compiles soon.
+    AT_ONCE: tl.constexpr = min(GROUP, max(1, 16 // STEPS))
     group = tl.arange(0, GROUPS)
     of_groups = tl.zeros([GROUPS, CHUNKS], tl.float32)
     for first in range(0, GROUP, AT_ONCE):
