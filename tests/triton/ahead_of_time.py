@@ -210,7 +210,7 @@ def waits(lines):
     else, ``coherent``; after anything else, ``late``; or ``never``.
     """
     touches = [
-        (number, "STRONG.GPU" in line)
+        (number, bool(re.search(r"\bLDG\b.*STRONG\.GPU", line)))
         for number, line in enumerate(lines)
         if re.search(r"\b(LDG|STG|RED|ATOM)", line)
     ]

@@ -11,7 +11,7 @@ import sys
 
 import torch
 import triton
-from ahead_of_time import TARGETS, device_of, read_back
+from ahead_of_time import TARGETS, device_of, instructions, read_back
 from ahead_of_time_permutation import compiled
 
 from moe_routing.gating import GateProblem, Projection
@@ -47,17 +47,19 @@ PROBLEMS = (
         spec=DEEPSEEK, num_experts=256, topk=8, hidden_size=7168, dtype="bfloat16",
         float32_weight=True,
     ),
+    GateProblem(spec=DEEPSEEK, num_experts=256, topk=8, hidden_size=7168, dtype="bfloat16"),
     GateProblem(spec=MIXTRAL, num_experts=32, topk=4, hidden_size=2880, dtype="bfloat16",
         router_bias=True, logits_dtype="bfloat16",
     ),
     GateProblem(spec=MIXTRAL, num_experts=8, topk=2, hidden_size=300, dtype="float32"),
 )  # fmt: skip
-"""Gemma 4, Qwen3 and the same with norms, DeepSeek-V3, gpt-oss, float32 rows of an odd size."""
+"""Gemma 4, Qwen3 and the same with norms, DeepSeek-V3 and the same with a bfloat16 weight, gpt-oss,
+float32 rows of an odd size."""
 ELSEWHERE = 1
 """Problems that are compiled for other targets than sm_90, which have fewer launches."""
 SAID = ("TAKES", "BLOCK_E", "BLOCK_T")
 """Constants that are printed."""
-TOKENS = (1, 30, 50, 200, 700, 1000, 2000, 5000, 9000, 20000)
+TOKENS = (1, 30, 50, 150, 200, 700, 1000, 2000, 3000, 5000, 9000, 20000)
 """Numbers that reach every launch that ships."""
 MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+|v_wmma_\w+)([\w.:]*)")
 SHAPE = re.compile(r"m\d+n\d+k\d+")
@@ -102,6 +104,16 @@ def instructions_of(text):
     return sorted(found)
 
 
+def starts(lines):
+    """Say when machine code lets the next kernel start: after its own wait, before it, or never."""
+    places = [
+        [number for number, line in enumerate(lines) if name in line]
+        for name in ("ACQBULK", "PREEXIT")
+    ]
+    waits, lets = places
+    return "never" if not lets else "after" if waits and waits[-1] < lets[0] else "before"
+
+
 def cases(names):
     """Yield every target and problem."""
     for name in names:
@@ -117,13 +129,18 @@ def main(names):
         for key, options in launches(device_of(target), problem).items():
             kernel, types, constants, warps = key
             options |= {"num_warps": warps, "enable_fp_fusion": False}
-            binary = compiled(kernel, types, constants, options, target)
+            known = dict(zip(kernel.arg_names, types, strict=False))
+            aligned = ["partial"] if known["partial"] else []  # as a launch finds it
+            binary = compiled(kernel, types, constants, options, target, aligned=aligned)
             text = binary.asm["amdgcn" if target.backend == "hip" else "ptx"]
             case = {"target": name, "problem": str(problem), "kernel": kernel.fn.__name__}
-            case["first"] = types[0]
+            case["reads_hidden"] = known["hidden"] is not None
+            case["adds_slices"] = known["partial"] is not None
             names_of = kernel.arg_names[len(types) :]
             said = {n: v for n, v in zip(names_of, constants, strict=True) if n in SAID}
             matrix = {"matrix": instructions_of(text)}
+            if target.backend == "cuda":
+                matrix["starts"] = starts(instructions(binary))
             found.append(case | said | matrix | read_back(binary, target))
     json.dump({"triton": triton.__version__, "cases": found}, sys.stdout)
 

@@ -66,8 +66,11 @@ def launches(device, topk, columns):
     return found
 
 
-def compiled(kernel, types, constants, options, target):
-    """Compile one kernel to its last stage."""
+def compiled(kernel, types, constants, options, target, *, aligned=()):  # noqa: PLR0913 -- what a compiler wants
+    """Compile one kernel to its last stage.
+
+    :param aligned: names of arguments that are specialized for addresses of 16 bytes.
+    """
     names = kernel.arg_names
     known = dict(zip(names[len(types) :], constants, strict=True))
     known |= {name: None for name, type_ in zip(names, types, strict=False) if type_ is None}
@@ -75,8 +78,9 @@ def compiled(kernel, types, constants, options, target):
     signature = (
         dict(zip(names, types, strict=False)) | annotated | dict.fromkeys(known, "constexpr")
     )
-    # No attributes: the kernels have every argument in ``do_not_specialize``.
-    source = ASTSource(fn=kernel, signature=signature, constexprs=known)
+    # All other arguments are in the kernels' ``do_not_specialize``.
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 
 

@@ -135,13 +135,18 @@ def test_the_kernels_of_gate_compile_without_spills_and_wait_first(gates, target
     assert {case["kernel"] for case in found} == {"moe_routing_gate_sums", "moe_routing_gate_route"}
     assert not [case for case in found if case["spills"]]
     assert not [case for case in found if case["shared"] > SHARED_MEMORY[target]]
-    early = [case for case in found if case["kernel"] == "moe_routing_gate_route" and case["first"]]
     waits = {"sm_80": "never", "gfx942": None, "gfx950": None}
+    sums = [case for case in found if case["kernel"] == "moe_routing_gate_sums"]
+    early = [case for case in found if case["reads_hidden"] and case not in sums]
+    assert early
     assert {case.get("waits") for case in found if case not in early} == {
         waits.get(target, "first")
     }
-    # These read hidden states, which the kernel before the previous one made.
+    # These read hidden states, which the kernel before the previous one made. So the previous one
+    # must not let them start before its own wait.
     assert {case.get("waits") for case in early} == {waits.get(target, "coherent")}
+    starts = {"sm_80": "never", "gfx942": None, "gfx950": None}.get(target, "after")
+    assert {case.get("starts") for case in sums if case["adds_slices"]} == {starts}
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)

@@ -5,7 +5,7 @@ NVIDIA's programmatic dependent launch, from compute capability 9.0 on.
 A kernel that is launched so may have its programs placed, and wait, before the previous one has
 ended; and one that says so lets the next of its kind be placed before it has ended itself. Neither
 changes what a kernel reads or writes: everything that touches memory comes after the wait, which
-ends when all previous kernels have ended.
+ends when all previous kernels have ended. There are two exceptions.
 
 The last kernel of a plan and the second one of ``gate`` read before their wait. What they read was
 there before the first kernel of the call, whose programs let the next one start only after their

@@ -143,7 +143,8 @@ class TritonGate:
         # Where partial sums are of slices, the kernel that routes adds the squares by itself.
         reads_row = in_slices and normed
         stride = hidden.stride(0) if reads_row else 0
-        aligned = not (hidden.data_ptr() | stride * hidden.element_size()) % ALIGNMENT
+        place = hidden.data_ptr() | stride * hidden.element_size()
+        aligned = reads_row and not place % ALIGNMENT
         chunks = shares.order.step * hidden.element_size() // ALIGNMENT
         size = shares.parts * T * (E + chunks * (normed and not in_slices))
         # The call's own memory: two streams, or two graphs, gate at once.
@@ -170,20 +171,20 @@ class TritonGate:
                 **self._constants,
                 "HIDDEN_SIZE": self._problem.hidden_size,
                 "SLICE": shares.order.slice,
-                "STEP": shares.order.step,
+                "STEP": shares.order.step if normed else 0,
                 "PARTS": shares.parts,
                 "GROUP": shares.group if in_slices else 1,
                 "GROUPS_OF_ROW": next_power_of_two(-(-shares.parts // shares.group)),
-                "CHUNKS": chunks,
+                "CHUNKS": chunks if normed else 1,
                 "NORM": normed,
                 "MULTIPLIED": multiplied,
-                "ALIGNED": reads_row and aligned,
+                "ALIGNED": aligned,
                 "DTYPE": DTYPES[self._problem.logits_dtype],
                 "VALID_ON_DEVICE": on_device is not None,
                 "PDL": self._pdl,
             },
             self._rows.num_warps,
-            (in_slices, shares.order.step, multiplied, reads_row and aligned),
+            (in_slices, shares.order.step if normed else 0, multiplied, aligned),
         )  # fmt: skip
         return out
 

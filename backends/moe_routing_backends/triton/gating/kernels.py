@@ -22,8 +22,9 @@ and the weight goes to the matrix unit as it is read. A float32 weight is in thr
 takes the vectors itself.
 
 The norm's factor belongs to a row: it is applied to the sum. The squares are added up by programs
-that take several slices, since these have the row in their registers. Where programs take one, the
-kernel that routes adds them, in the same order: it reads the row while it waits for the slices.
+that take several slices or write logits, since these have the row in their registers. Where
+programs take one slice, the kernel that routes adds them in the same order: it reads the row while
+it waits for the slices.
 """
 
 from __future__ import annotations
@@ -145,14 +146,14 @@ def factors_of_columns(
 
 @triton.jit
 def squares_of(x):
-    """Add the squares of the numbers in 16 bytes, one after another.
+    """Add the squares of the numbers in 16 bytes, in one order: a chunk.
 
     :returns: float32 ``[ROWS, COLUMNS / (numbers in 16 bytes)]``.
     """
     ROWS: tl.constexpr = x.shape[0]
     COLUMNS: tl.constexpr = x.shape[1]
     CHUNK: tl.constexpr = BITS // x.dtype.primitive_bitwidth
-    # A thread has all of them, since it reads 16 bytes at a time: halving moves nothing.
+    # A thread that reads 16 bytes at a time has all of them: then halving moves nothing.
     columns = (x.to(tl.float32),)
     for halvings in tl.static_range(1, 4):
         if CHUNK >> halvings:
@@ -177,7 +178,7 @@ def squares_of_row(
     :returns: float32 ``[1, CHUNKS]``.
     """
     STEPS: tl.constexpr = SLICE // STEP
-    # At most 16 loads overlap (8,192 scaled columns), so that a large H compiles soon.
+    # At most 16 steps of each group are read at once, so that a large H compiles soon.
     AT_ONCE: tl.constexpr = min(GROUP, max(1, 16 // STEPS))
     group = tl.arange(0, GROUPS)
     of_groups = tl.zeros([GROUPS, CHUNKS], tl.float32)
@@ -193,8 +194,8 @@ def squares_of_row(
                 mask = column < HIDDEN_SIZE
                 if GROUP % AT_ONCE:
                     mask = mask & (first + i < GROUP)
-                # From the second cache: this kernel has not waited, and the first cache may have
-                # what was there before the hidden states.
+                # From the second cache (``LDG.STRONG.GPU``): this kernel has not waited, and the
+                # first cache may have what was there before the hidden states.
                 x = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
                 of_slices += squares_of(x)
             of_groups += of_slices
@@ -360,8 +361,8 @@ def moe_routing_gate_sums(
     """Multiply ``BLOCK_T`` tokens by ``BLOCK_E`` experts.
 
     :param partial: float32 memory for partial sums ``[PROGRAMS, T, E]``, where a program takes one
-        slice or one group of slices; after them those of squares ``[PROGRAMS, T, CHUNKS]``, where
-        it takes more than one slice.
+        slice or one group of slices; with a norm after them those of squares
+        ``[PROGRAMS, T, CHUNKS]``, where it takes more than one slice.
     :param logits: ``[T, E]``, where it takes all.
     :param TAKES: slices that a program takes.
     """
@@ -370,8 +371,9 @@ def moe_routing_gate_sums(
     PROGRAMS: tl.constexpr = (SLICES + TAKES - 1) // TAKES
     grid_dependency_wait(PDL)
     if partial is not None:
-        # After the wait. Before it, programs of several later kernels would occupy registers and
-        # shared memory while they wait.
+        # After the wait, because the next kernel reads the hidden states before its own
+        # (``squares_of_row``). Before it, programs of several later kernels would also occupy
+        # registers and shared memory while they wait.
         launch_dependents(PDL)
     program = tl.program_id(0)
     # Programs of the same tokens are neighbours: they share the hidden states in the cache.
@@ -456,8 +458,8 @@ def read_parts(at, first, step, here, PARTS: tl.constexpr, COUNT: tl.constexpr, 
     """Return ``COUNT`` partial sums from the first on, a tuple, and the address after the last.
 
     :param at: addresses of the first.
-    :param step: int64, elements from one to the next. A sum for each: products of 64 bits kept a
-        warp busy for longer than the loads take.
+    :param step: int64, elements from one to the next. Addresses advance by an addition: products of
+        64 bits kept a warp busy for longer than the loads take.
     :param here: which elements exist; ``None`` for all.
     :param TAIL: some of the partial sums may be past the last.
     """

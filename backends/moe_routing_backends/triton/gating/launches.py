@@ -103,27 +103,37 @@ PLAIN = (
 )
 """On sm_90, where numbers are multiplied as they are.
 
-In this table and the next three: tiles of 64 experts or more in four warps or more, all of which
-get ``wgmma``. Measured on H200s (`benchmarks/results/h200-2026-11-29-gate-launches.json`).
+In this table and the next five: tiles of 64 experts or more in four warps or more, all of which get
+``wgmma``. Measured on H200s (`benchmarks/results/h200-2026-11-29-gate-launches.json`).
 """
+FEW_EXPERTS = 128
 PLAIN_OF_MANY = (
     FEW[0]._replace(block_e=128, num_warps=8),
     GateLaunch(128 * 128, 64, 64, 4, "slice"),
     PLAIN[2],
     *PLAIN[4:],
 )
-"""The same of more than 128 experts."""
+"""The same of more than ``FEW_EXPERTS``."""
 NORMED = (*PLAIN[:-2], PLAIN[-2]._replace(logits=None))
 """Where the squares of such numbers are added up: larger tiles take too much shared memory."""
 SCALED = (
     FEW[0],
     GateLaunch(768 * 128, 64, 64, 4, "slice"),
     GateLaunch(1024 * 128, 32, 128, 8, "group", 3),
-    GateLaunch(2048 * 128, 64, 128, 8, "group", 3),
-    GateLaunch(4096 * 128, 64, 128, 4, "group", 2),
+    GateLaunch(4096 * 128, 64, 128, 8, "group", 3),
     GateLaunch(None, 64, 128, 8, stages=3),
 )
 """Where vectors multiply the hidden states."""
+PACKED = (
+    *SCALED[:3],
+    SCALED[3]._replace(logits=2048 * 128),
+    GateLaunch(4096 * 128, 64, 128, 4, "group", 2),
+    SCALED[4],
+)
+"""Where it is one vector, and both are bfloat16: a tile needs few registers, so two programs fit.
+
+The dtype of the vector is known only at a call. With another one the row of 4 warps spills some.
+"""
 OF_FLOAT32 = (
     *FEW,
     GateLaunch(1024 * 128, 64, 64, 4, "slice"),
@@ -159,11 +169,12 @@ def launches_for(device: DeviceInfo, problem: GateProblem) -> Sequence[GateLaunc
         return ONE_TILE
     if problem.float32_weight or problem.dtype == "float32":
         return OF_FLOAT32
-    if problem.norm == "rms_weight" or problem.input_scale:
-        return SCALED
+    vectors = (problem.norm == "rms_weight") + problem.input_scale
+    if vectors:
+        return PACKED if vectors == 1 and problem.dtype == "bfloat16" else SCALED
     if problem.norm:
         return NORMED
-    return PLAIN if problem.num_experts <= MANY[0][0] else PLAIN_OF_MANY
+    return PLAIN if problem.num_experts <= FEW_EXPERTS else PLAIN_OF_MANY
 
 
 def order_of(problem: GateProblem, vectors: Sequence[torch.dtype], arch: str | None) -> Order:
