@@ -53,12 +53,14 @@ class Shares(NamedTuple):
     :ivar takes: slices that a program takes.
     :ivar parts: programs, and partial sums, of a row.
     :ivar group: slices of a group.
+    :ivar chunks: partial sums of squares of a row.
     """
 
     order: Order
     takes: int
     parts: int
     group: int
+    chunks: int
 
 
 class TritonGate:
@@ -142,14 +144,11 @@ class TritonGate:
         in_slices, normed = shares.takes == 1, projection.eps is not None
         # Where partial sums are of slices, the kernel that routes adds the squares by itself.
         reads_row = in_slices and normed
-        stride = hidden.stride(0) if reads_row else 0
-        place = hidden.data_ptr() | stride * hidden.element_size()
-        aligned = reads_row and not place % ALIGNMENT
-        chunks = shares.order.step * hidden.element_size() // ALIGNMENT
-        size = shares.parts * T * (E + chunks * (normed and not in_slices))
+        size = shares.parts * T * (E + shares.chunks * (normed and not in_slices))
         # The call's own memory: two streams, or two graphs, gate at once.
         partial = self._empty((size,), torch.float32, hidden.device)
-        self._add(projection, launch, shares, partial)
+        stride, aligned = self._add(projection, launch, shares, partial)
+        aligned = aligned and reads_row
         valid = num_valid_tokens if isinstance(num_valid_tokens, int) else T
         on_device = num_valid_tokens if isinstance(num_valid_tokens, torch.Tensor) else None
         out = RoutingOutput(
@@ -175,7 +174,7 @@ class TritonGate:
                 "PARTS": shares.parts,
                 "GROUP": shares.group if in_slices else 1,
                 "GROUPS_OF_ROW": next_power_of_two(-(-shares.parts // shares.group)),
-                "CHUNKS": chunks if normed else 1,
+                "CHUNKS": shares.chunks if normed else 1,
                 "NORM": normed,
                 "MULTIPLIED": multiplied,
                 "ALIGNED": aligned,
@@ -204,10 +203,11 @@ class TritonGate:
 
     def _add(
         self, projection: Projection, launch: GateLaunch, shares: Shares, made: Tensor
-    ) -> None:
+    ) -> tuple[int, bool]:
         """Add the products.
 
         :param made: logits if a program takes all of a row, otherwise memory between the kernels.
+        :returns: the stride of hidden states, and whether all rows are aligned.
         """
         hidden, weight, router_bias, norm_weight, input_scale, eps, multiplier = projection
         T, E, size = hidden.shape[0], self._problem.num_experts, hidden.element_size()
@@ -218,7 +218,7 @@ class TritonGate:
         for vector in (norm_weight, input_scale):
             places |= 0 if vector is None else vector.data_ptr()
         aligned = not places % ALIGNMENT
-        order, takes, parts, group = shares
+        order, takes, parts, group, _ = shares
         programs = -(-T // launch.block_t) * -(-E // launch.block_e)
         readable = [as_readable(vector) for vector in (router_bias, norm_weight, input_scale)]
         outputs = (None, made) if launch.takes == "all" else (made, None)
@@ -248,6 +248,7 @@ class TritonGate:
             launch.num_warps, (launch, aligned, multiplier != 1.0),
             saves_registers=launch.saves_registers,
         )  # fmt: skip
+        return hidden_stride, aligned
 
     def _shares(self, projection: Projection, launch: GateLaunch) -> Shares:
         norm_weight, input_scale = projection.norm_weight, projection.input_scale
@@ -268,7 +269,9 @@ class TritonGate:
             order = order._replace(step=launch.step)
         slices, group = order.slices_of(size), order.group_of(size)
         takes = {"slice": 1, "group": group, "all": slices}[launch.takes]
-        return Shares(order, takes, -(-slices // takes), group)
+        dtype: torch.dtype = getattr(torch, self._problem.dtype)
+        chunks = order.step * dtype.itemsize // ALIGNMENT
+        return Shares(order, takes, -(-slices // takes), group, chunks)
 
     def _launch(  # noqa: PLR0913, PLR0917 -- what a launch is
         self,
