@@ -200,6 +200,7 @@ def read_back(binary, target):
     return usage(binary, target) | {
         "instructions": sum("NOP" not in line for line in lines),
         "waits": waits(lines),
+        "starts": starts(lines),
     }
 
 
@@ -219,6 +220,13 @@ def waits(lines):
         return "never"
     before = [is_coherent for number, is_coherent in touches if number < found[0]]
     return "first" if not before else "coherent" if all(before) else "late"
+
+
+def starts(lines):
+    """Say when machine code lets the next kernel start: after its own wait, before it, or never."""
+    waited = [number for number, line in enumerate(lines) if "ACQBULK" in line]
+    lets = [number for number, line in enumerate(lines) if "PREEXIT" in line]
+    return "never" if not lets else "after" if waited and waited[-1] < lets[0] else "before"
 
 
 def dtypes(name, place):

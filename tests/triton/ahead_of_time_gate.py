@@ -11,7 +11,7 @@ import sys
 
 import torch
 import triton
-from ahead_of_time import TARGETS, device_of, instructions, read_back
+from ahead_of_time import TARGETS, device_of, read_back
 from ahead_of_time_permutation import compiled
 
 from moe_routing.gating import GateProblem, Projection
@@ -104,16 +104,6 @@ def instructions_of(text):
     return sorted(found)
 
 
-def starts(lines):
-    """Say when machine code lets the next kernel start: after its own wait, before it, or never."""
-    places = [
-        [number for number, line in enumerate(lines) if name in line]
-        for name in ("ACQBULK", "PREEXIT")
-    ]
-    waits, lets = places
-    return "never" if not lets else "after" if waits and waits[-1] < lets[0] else "before"
-
-
 def cases(names):
     """Yield every target and problem."""
     for name in names:
@@ -129,18 +119,15 @@ def main(names):
         for key, options in launches(device_of(target), problem).items():
             kernel, types, constants, warps = key
             options |= {"num_warps": warps, "enable_fp_fusion": False}
-            known = dict(zip(kernel.arg_names, types, strict=False))
-            aligned = ["partial"] if known["partial"] else []  # as a launch finds it
-            binary = compiled(kernel, types, constants, options, target, aligned=aligned)
+            binary = compiled(kernel, types, constants, options, target)
             text = binary.asm["amdgcn" if target.backend == "hip" else "ptx"]
             case = {"target": name, "problem": str(problem), "kernel": kernel.fn.__name__}
+            known = dict(zip(kernel.arg_names, types, strict=False))
             case["reads_hidden"] = known["hidden"] is not None
             case["adds_slices"] = known["partial"] is not None
             names_of = kernel.arg_names[len(types) :]
             said = {n: v for n, v in zip(names_of, constants, strict=True) if n in SAID}
             matrix = {"matrix": instructions_of(text)}
-            if target.backend == "cuda":
-                matrix["starts"] = starts(instructions(binary))
             found.append(case | said | matrix | read_back(binary, target))
     json.dump({"triton": triton.__version__, "cases": found}, sys.stdout)
 

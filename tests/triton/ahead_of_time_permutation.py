@@ -66,10 +66,11 @@ def launches(device, topk, columns):
     return found
 
 
-def compiled(kernel, types, constants, options, target, *, aligned=()):  # noqa: PLR0913 -- what a compiler wants
+def compiled(kernel, types, constants, options, target):
     """Compile one kernel to its last stage.
 
-    :param aligned: names of arguments that are specialized for addresses of 16 bytes.
+    Pointers that are not in the kernel's ``do_not_specialize`` are aligned to 16 bytes, as those of
+    a launch are.
     """
     names = kernel.arg_names
     known = dict(zip(names[len(types) :], constants, strict=True))
@@ -78,8 +79,11 @@ def compiled(kernel, types, constants, options, target, *, aligned=()):  # noqa:
     signature = (
         dict(zip(names, types, strict=False)) | annotated | dict.fromkeys(known, "constexpr")
     )
-    # All other arguments are in the kernels' ``do_not_specialize``.
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    attributes = {
+        (p.num,): [["tt.divisibility", 16]]
+        for p in kernel.params
+        if str(signature[p.name]).startswith("*") and not p.do_not_specialize
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 

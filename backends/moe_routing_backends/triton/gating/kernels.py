@@ -38,6 +38,7 @@ from moe_routing_backends.triton.device.rounding import nearest
 from moe_routing_backends.triton.device.scores import tree_sum
 from moe_routing_backends.triton.gating.launches import MOST_OF_GROUP
 from moe_routing_backends.triton.kernels.cooperative import experts_of, route_by_rounds
+from moe_routing_backends.triton.runtime.launcher import ALIGNMENT
 
 SUM = tl.constexpr(tl.float64 if INTERPRETED else tl.float32)
 """What a slice is added up in.
@@ -46,7 +47,7 @@ NumPy, by which the interpreter multiplies, adds in another order for each shape
 float64 are exact but for rare rows, and so the same in any order. It also would multiply the bits
 of bfloat16 numbers.
 """
-BITS = tl.constexpr(128)
+BITS = tl.constexpr(8 * ALIGNMENT)
 """Of the widest load of a thread."""
 HIGH_BITS = tl.constexpr(-0x10000)
 """Of a float32, those that a bfloat16 has."""
@@ -123,7 +124,7 @@ def read_rows(
 
 @triton.jit
 def read_vector(vector, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Read the numbers of columns, of their shape; 0 past the last."""
+    """Read the numbers at columns, in the shape of ``column``; 0 past the last."""
     at = vector + column
     if ALIGNED:
         at = tl.multiple_of(at, 16 if len(at.shape) == 1 else (1, 16))
@@ -134,7 +135,7 @@ def read_vector(vector, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr
 def factors_of_columns(
     norm_weight, input_scale, column, HIDDEN_SIZE: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Return the vector that is given, or the product of both in float32, of ``column``'s shape."""
+    """Return the given vector, or the product of both in float32, in the shape of ``column``."""
     if norm_weight is not None and input_scale is not None:
         weight = read_vector(norm_weight, column, HIDDEN_SIZE, ALIGNED).to(tl.float32)
         return weight * read_vector(input_scale, column, HIDDEN_SIZE, ALIGNED).to(tl.float32)
@@ -146,9 +147,9 @@ def factors_of_columns(
 
 @triton.jit
 def squares_of(x):
-    """Add the squares of the numbers in 16 bytes, in one order: a chunk.
+    """Add the squares of each chunk, the numbers in 16 bytes, in a fixed order.
 
-    :returns: float32 ``[ROWS, COLUMNS / (numbers in 16 bytes)]``.
+    :returns: float32 ``[ROWS, COLUMNS / (numbers of a chunk)]``.
     """
     ROWS: tl.constexpr = x.shape[0]
     COLUMNS: tl.constexpr = x.shape[1]
