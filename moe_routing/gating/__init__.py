@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moe_routing.gating.kernel import (
         GateKernel,
         GateOutput,
+        GatesAndPlans,
         GatesAndRoutes,
         Projection,
         RMSNorm,
@@ -25,13 +26,15 @@ _HOME = {
     "GateKernel": "moe_routing.gating.kernel",
     "GateOutput": "moe_routing.gating.kernel",
     "GateProblem": "moe_routing.gating.problem",
+    "GatesAndPlans": "moe_routing.gating.kernel",
     "GatesAndRoutes": "moe_routing.gating.kernel",
     "Projection": "moe_routing.gating.kernel",
     "RMSNorm": "moe_routing.gating.kernel",
 }
 
 __all__ = [
-    "Gate", "GateKernel", "GateOutput", "GateProblem", "GatesAndRoutes", "Projection", "RMSNorm",
+    "Gate", "GateKernel", "GateOutput", "GateProblem", "GatesAndPlans", "GatesAndRoutes",
+    "Projection", "RMSNorm",
 ]  # fmt: skip
 
 

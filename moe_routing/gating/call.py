@@ -17,11 +17,12 @@ from moe_routing._registry import registry
 from moe_routing.formula.gate import in_full
 from moe_routing.gating import op
 from moe_routing.gating._check import check_logits_dtype, checked_projection
-from moe_routing.gating.kernel import GateOutput, GatesAndRoutes, Projection, RMSNorm
+from moe_routing.gating.kernel import GateOutput, GatesAndPlans, GatesAndRoutes, Projection, RMSNorm
 from moe_routing.gating.latest import Chosen, Given, latest_of, served_by
 from moe_routing.gating.problem import GateProblem, Norm
 from moe_routing.kernel import Operands, RoutingOutput, by_name, fields, is_mask, replaced
 from moe_routing.planning import routed
+from moe_routing.planning.call import allocated
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import has_tangent, is_functorch_wrapped_tensor
 from moe_routing.probing import probe
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from moe_routing._router import Router
     from moe_routing.gating.kernel import GateKernel
     from moe_routing.kernel import Prepared
+    from moe_routing.planning.call import Call
     from moe_routing.reference.shadow import Shadow
     from moe_routing_registry import RoutingSpec
 
@@ -290,6 +292,12 @@ class Gate:
             self._check_after(after, {**by_name(operands), **fields(projection), "logits": None})
             routed.require_experts(num_experts, after.replicas)
             operands = replaced(operands, expert_map=None)  # after the kernel
+        if planned is not None and after is None:
+            at_once = _gated_and_planned(projection, operands, config, planned.call)
+            if at_once is not None:
+                weights, ids, made_plan = at_once
+                output = self._weighed_output(RoutingOutput(weights, ids), shared_weights)
+                return RoutedPlan(*output, made_plan)
         made, _ = _gated(projection, operands, config, wanted=False)
         made = made if after is None else self._done(after, made, router_weight, expert_map)
         made = self._weighed(made, shared_weights)
@@ -317,9 +325,15 @@ class Gate:
         """Return the output with the call's weights of shared experts, if it has any."""
         if shared_weights is None:
             return made
-        output = RoutingOutput(made.weights, made.ids)
-        count = self._router.spec.shared_experts
-        return GateOutput(*_shared.weighed(output, shared_weights, count), made.logits)
+        output = self._weighed_output(RoutingOutput(made.weights, made.ids), shared_weights)
+        return GateOutput(*output, made.logits)
+
+    def _weighed_output(
+        self, output: RoutingOutput, shared_weights: Tensor | None
+    ) -> RoutingOutput:
+        if shared_weights is None:
+            return output
+        return _shared.weighed(output, shared_weights, self._router.spec.shared_experts)
 
     def __repr__(self) -> str:
         """Show the router."""
@@ -396,6 +410,27 @@ def _gated(
     if operands.expert_map is None:
         return made, None
     return _renamed(made, apply_map(made.ids, operands.expert_map)), None
+
+
+def _gated_and_planned(
+    projection: Projection, operands: Operands, config: GateConfig, plan: Call
+) -> RoutedPlan | None:
+    """Let one kernel gate and plan; ``None`` where none does, and nothing has been done.
+
+    :param operands: ordinary tensors.
+    """
+    apart = config.training or config.shadow is not None or plan.problem.drop == "least_weight"
+    if apart or plan.kernel is None:
+        return None
+    kernel = _chosen(projection, config, operands.optional).kernel
+    if not isinstance(kernel, GatesAndPlans):
+        return None
+    out = allocated(plan.parts, projection.hidden.device)
+    with in_full(projection.hidden.device):
+        output = kernel.planned(
+            _readable(projection), plan.kernel, out, capacity=plan.capacity, **_taken(operands)
+        )
+    return RoutedPlan(*output, out)
 
 
 def _renamed(made: GateOutput, ids: Tensor) -> GateOutput:
@@ -491,19 +526,21 @@ def who_routes(backend: str | None) -> str | None:
 def _fused(
     kernel: GatesAndRoutes, projection: Projection, logits: Tensor | None, operands: Operands
 ) -> RoutingOutput:
+    return kernel.routed(projection, logits, **_taken(operands))
+
+
+def _taken(operands: Operands) -> dict[str, Any]:
+    """Return what a kernel that routes takes besides logits, by name."""
     _, scale, bias, token_ids, expert_table, valid, expert_map, ids, _ = operands
-    optional: dict[str, Any] = {} if ids is None else {"ids": _packed(ids)}
-    return kernel.routed(
-        projection,
-        logits,
-        per_expert_scale=_packed(scale),
-        bias=_packed(bias),
-        token_ids=_packed(token_ids),
-        expert_table=_packed(expert_table),
-        num_valid_tokens=_packed(valid) if is_mask(valid) else valid,  # type: ignore[arg-type] # a tensor
-        expert_map=_packed(expert_map),
-        **optional,
-    )
+    taken = {
+        "per_expert_scale": _packed(scale),
+        "bias": _packed(bias),
+        "token_ids": _packed(token_ids),
+        "expert_table": _packed(expert_table),
+        "num_valid_tokens": _packed(valid) if is_mask(valid) else valid,  # type: ignore[arg-type] # a tensor
+        "expert_map": _packed(expert_map),
+    }
+    return taken if ids is None else {**taken, "ids": _packed(ids)}
 
 
 def _kernel(projection: Projection, config: GateConfig, optional: frozenset[str]) -> GateKernel:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing.kernel import RoutingOutput
+    from moe_routing.planning import DispatchPlan, PlanKernel
 
 
 class RMSNorm(NamedTuple):
@@ -103,5 +104,36 @@ class GatesAndRoutes(Protocol):
         :param logits: as for ``GateKernel``, or ``None``: nobody asks for them.
 
         The other operands are those of ``Kernel``, ``ids`` among them where the problem has it.
+        """
+        ...
+
+
+@runtime_checkable
+class GatesAndPlans(Protocol):
+    """A ``GatesAndRoutes`` that can do a part of the plan of its ids, or all of it.
+
+    It is called instead of ``routed`` and of the plan's kernel after it, and returns the same.
+    """
+
+    def planned(  # noqa: PLR0913 -- the operands of `routed`, and those of a `PlanKernel`
+        self,
+        projection: Projection,
+        planner: PlanKernel,
+        out: DispatchPlan,
+        *,
+        capacity: int | None = None,
+        per_expert_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_table: Tensor | None = None,
+        num_valid_tokens: int | Tensor | None = None,
+        expert_map: Tensor | None = None,
+    ) -> RoutingOutput:
+        """Return weights and ids, and fill the plan of the ids.
+
+        :param planner: the kernel that was chosen for the plan, of any backend, with ``out`` and
+            ``capacity`` as it takes them. It is for a problem that needs no weights.
+
+        The other operands are those of ``routed``.
         """
         ...

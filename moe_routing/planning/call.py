@@ -160,7 +160,7 @@ def served(
     call: Call, ids: Tensor, out: DispatchPlan | None, weights: Tensor | None
 ) -> DispatchPlan:
     """Serve ids like those of the call that passed the checks; ``out`` has been checked."""
-    return _fill(call, ids, _allocated(call.parts, ids.device) if out is None else out, weights)
+    return _fill(call, ids, allocated(call.parts, ids.device) if out is None else out, weights)
 
 
 def _described(tensor: Tensor | None) -> tuple[object, ...] | None:
@@ -196,7 +196,7 @@ def _first(  # noqa: PLR0913, PLR0917 -- the arguments of `plan`
         made = op.call(problem, ids, most, weights, backend)
         return made if out is None else _copied(made, out)
     call = choice(problem, ids.device, ids.shape[0], most, backend)
-    out = _allocated(parts, ids.device) if out is None else out
+    out = allocated(parts, ids.device) if out is None else out
     _fill(call, ids, out, weights)
     if key is not None:
         _remember(key, call)
@@ -255,7 +255,7 @@ def planned(  # noqa: PLR0913, PLR0917 -- the operator's arguments
         )  # fmt: skip
         call = choice(problem, ids.device, ids.shape[0], most, backend)
         _remember(key, call)
-    return _fill(call, ids, _allocated(call.parts, ids.device), weights)
+    return _fill(call, ids, allocated(call.parts, ids.device), weights)
 
 
 def _check_backend(backend: object) -> None:
@@ -281,7 +281,8 @@ def shapes(
     )
 
 
-def _allocated(parts: tuple[tuple[int, ...] | None, ...], device: torch.device) -> DispatchPlan:
+def allocated(parts: tuple[tuple[int, ...] | None, ...], device: torch.device) -> DispatchPlan:
+    """Return an unwritten plan with parts of these shapes."""
     if device.type == "cuda" and device.index == current_device():
         made = [
             None if shape is None else empty(shape, _strides(shape), torch.int32) for shape in parts

@@ -85,6 +85,8 @@ def store_outputs(
     Both are ``[ROWS, N]``, of which K columns count. ``has_expert``, ``[ROWS, N]`` or ``[ROWS,
     1]``: slots that a table or a record gives an expert to; the others are blank. ``renamed``: the
     physical ids, if they are known.
+
+    :returns: the ids as stored, -1 in columns that are not.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -112,4 +114,6 @@ def store_outputs(
         is_valid = is_valid & has_expert
     out = row.to(tl.int64)[:, None] * (K + SHARED) + column
     tl.store(weights + out, tl.where(is_valid, w, 0.0), mask=written)
-    tl.store(ids + out, tl.where(is_valid, picked, -1).to(ids.dtype.element_ty), mask=written)
+    stored = tl.where(is_valid, picked, -1).to(ids.dtype.element_ty)
+    tl.store(ids + out, stored, mask=written)
+    return tl.where(written, stored, -1)

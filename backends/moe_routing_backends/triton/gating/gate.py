@@ -15,6 +15,7 @@ from moe_routing_backends.triton.gating.kernels import moe_routing_gate_route, m
 from moe_routing_backends.triton.gating.launches import launches_for, many_tokens, order_of
 from moe_routing_backends.triton.kernels import VARIANTS, constants
 from moe_routing_backends.triton.kernels.spec import Launch, next_power_of_two
+from moe_routing_backends.triton.planning.planner import NOTHING, TritonPlanner
 from moe_routing_backends.triton.runtime import router
 from moe_routing_backends.triton.runtime.launcher import (
     ALIGNMENT,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing.gating import GateProblem, Projection
+    from moe_routing.planning import DispatchPlan, PlanKernel
     from moe_routing_backends.triton.gating.launches import GateLaunch, Order
+    from moe_routing_backends.triton.planning.planner import ByRouter
     from moe_routing_backends.triton.runtime.router import TritonRouter
     from moe_routing_registry import DeviceInfo
 
@@ -64,7 +67,7 @@ class Shares(NamedTuple):
 
 
 class TritonGate:
-    """A ``GateKernel`` that ``GatesAndRoutes``."""
+    """A ``GateKernel`` that ``GatesAndRoutes`` and ``GatesAndPlans``."""
 
     def __init__(
         self,
@@ -123,13 +126,17 @@ class TritonGate:
         num_valid_tokens: int | Tensor | None = None,
         expert_map: Tensor | None = None,
         ids: Tensor | None = None,
+        by_router: ByRouter = NOTHING,
     ) -> RoutingOutput:
-        """Gate and route; see ``GatesAndRoutes``."""
+        """Gate and route; see ``GatesAndRoutes``.
+
+        :param by_router: what to do for a plan, where the kernel that adds partial sums routes.
+        """
         hidden = projection.hidden
         # Not ``len``, which is a Python function of tensors and takes half a microsecond.
         T, E = hidden.shape[0], self._problem.num_experts
         launch = self._launches[bisect_left(self._limits, T * E)]
-        if launch.takes == "all" or self._multiplies(projection):
+        if self._writes_logits(projection, launch):
             if logits is None:
                 logits = self._empty((T, E), self._logits_dtype, hidden.device)
             self._write(projection, launch, logits)
@@ -147,7 +154,7 @@ class TritonGate:
         size = shares.parts * T * (E + shares.chunks * (normed and not in_slices))
         # The call's own memory: two streams, or two graphs, gate at once.
         partial = self._empty((size,), torch.float32, hidden.device)
-        stride, aligned = self._add(projection, launch, shares, partial)
+        stride, aligned = self._add(projection, launch, shares, partial, by_router.counts)
         aligned = aligned and reads_row
         valid = num_valid_tokens if isinstance(num_valid_tokens, int) else T
         on_device = num_valid_tokens if isinstance(num_valid_tokens, torch.Tensor) else None
@@ -160,14 +167,20 @@ class TritonGate:
         router_bias, scale, bias = map(as_readable, vectors)
         tensors = (
             hidden if reads_row else None, partial, router_bias, logits, *out, scale, bias,
-            token_ids, expert_table, on_device, expert_map,
+            token_ids, expert_table, on_device, expert_map, by_router.counts, *by_router.plan,
         )  # fmt: skip
         vocabulary = 0 if expert_table is None else len(expert_table)
         self._launch(
             moe_routing_gate_route, T, tensors,
-            (T, valid, vocabulary, stride, projection.eps or 0.0, projection.multiplier),
+            (
+                T, valid, vocabulary, stride, projection.eps or 0.0, projection.multiplier,
+                *by_router.numbers,
+            ),
             lambda: {
                 **self._constants,
+                "PLAN_SPEC": by_router.spec,
+                "PLAN_SIZE": by_router.size,
+                "PLAN_GROUP": by_router.group,
                 "HIDDEN_SIZE": self._problem.hidden_size,
                 "SLICE": shares.order.slice,
                 "STEP": shares.order.step if normed else 0,
@@ -183,9 +196,38 @@ class TritonGate:
                 "PDL": self._pdl,
             },
             self._rows.num_warps,
-            (in_slices, shares.order.step if normed else 0, multiplied, aligned),
+            (
+                in_slices, shares.order.step if normed else 0, multiplied, aligned, by_router.spec,
+                by_router.size, by_router.group,
+            ),
         )  # fmt: skip
         return out
+
+    def planned(
+        self,
+        projection: Projection,
+        planner: PlanKernel,
+        out: DispatchPlan,
+        *,
+        capacity: int | None = None,
+        **operands: Any,  # noqa: ANN401 -- those of `routed`
+    ) -> RoutingOutput:
+        """Gate, route and plan; see ``GatesAndPlans``."""
+        T, E = projection.hidden.shape[0], self._problem.num_experts
+        launch = self._launches[bisect_left(self._limits, T * E)]
+        by_router = NOTHING
+        if isinstance(planner, TritonPlanner) and not self._writes_logits(projection, launch):
+            by_router = planner.by_router(T, out, capacity)
+        output = self.routed(projection, None, **operands, by_router=by_router)
+        if by_router.spec is None:
+            planner(output.ids, out, capacity=capacity)
+        elif isinstance(planner, TritonPlanner) and by_router.counts is not None:
+            planner.after_router(output.ids, out, by_router)
+        return output
+
+    def _writes_logits(self, projection: Projection, launch: GateLaunch) -> bool:
+        """Tell whether logits are written to memory, and routed from there."""
+        return launch.takes == "all" or self._multiplies(projection)
 
     def _write(self, projection: Projection, launch: GateLaunch, logits: Tensor) -> None:
         """Write the logits."""
@@ -202,11 +244,17 @@ class TritonGate:
         return many and projection.multiplier == 1.0
 
     def _add(
-        self, projection: Projection, launch: GateLaunch, shares: Shares, made: Tensor
+        self,
+        projection: Projection,
+        launch: GateLaunch,
+        shares: Shares,
+        made: Tensor,
+        pair_counts: Tensor | None = None,
     ) -> tuple[int, bool]:
         """Add the products.
 
         :param made: logits if a program takes all of a row, otherwise memory between the kernels.
+        :param pair_counts: set to 0.
         :returns: the stride of hidden states, and whether all rows are aligned.
         """
         hidden, weight, router_bias, norm_weight, input_scale, eps, multiplier = projection
@@ -224,8 +272,11 @@ class TritonGate:
         outputs = (None, made) if launch.takes == "all" else (made, None)
         self._launch(
             moe_routing_gate_sums, programs * parts,
-            (hidden, weight, *readable, *outputs),
-            (T, hidden_stride, weight_stride, eps or 0.0, multiplier),
+            (hidden, weight, *readable, *outputs, pair_counts),
+            (
+                T, hidden_stride, weight_stride, eps or 0.0, multiplier,
+                0 if pair_counts is None else pair_counts.numel(),
+            ),
             lambda: {
                 "E": E,
                 "HIDDEN_SIZE": self._problem.hidden_size,

@@ -38,6 +38,8 @@ from moe_routing_backends.triton.device.rounding import nearest
 from moe_routing_backends.triton.device.scores import tree_sum
 from moe_routing_backends.triton.gating.launches import MOST_OF_GROUP
 from moe_routing_backends.triton.kernels.cooperative import experts_of, route_by_rounds
+from moe_routing_backends.triton.planning import launches as planning
+from moe_routing_backends.triton.planning.kernels import count_pairs, fill, plan_row
 from moe_routing_backends.triton.runtime.launcher import ALIGNMENT
 
 SUM = tl.constexpr(tl.float64 if INTERPRETED else tl.float32)
@@ -51,13 +53,17 @@ BITS = tl.constexpr(8 * ALIGNMENT)
 """Of the widest load of a thread."""
 HIGH_BITS = tl.constexpr(-0x10000)
 """Of a float32, those that a bfloat16 has."""
+FILLED_AT_A_TIME = tl.constexpr(planning.FILLED_AT_A_TIME)
+"""Numbers that a program writes at a time: zeros, and empty places of a plan."""
 UNROLLED = tl.constexpr(MOST_OF_GROUP)
 """Partial sums that are added without a loop over groups: of 4,096 scaled columns, or of 8,192
 others."""
 NOT_SPECIALIZED = (
     "hidden", "router_weight", "router_bias", "norm_weight", "input_scale", "logits", "weights",
     "ids", "per_expert_scale", "bias", "token_ids", "expert_table", "num_valid_tokens",
-    "expert_map", "T", "valid", "vocabulary", "hidden_stride", "weight_stride", "eps", "multiplier",
+    "expert_map", "pair_counts", "order", "inverse", "counts", "offsets", "block_experts",
+    "num_dropped", "T", "valid", "vocabulary", "hidden_stride", "weight_stride", "eps",
+    "multiplier", "num_counts", "groups", "length", "blocks", "capacity",
 )  # fmt: skip
 """Arguments whose value or alignment must not select another compiled kernel.
 
@@ -351,8 +357,9 @@ def bias_of_experts(router_bias, expert, E: tl.constexpr):
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_gate_sums(
-    hidden, router_weight, router_bias, norm_weight, input_scale, partial, logits, T: tl.int32,
-    hidden_stride: tl.int64, weight_stride: tl.int64, eps: tl.float32, multiplier: tl.float32,
+    hidden, router_weight, router_bias, norm_weight, input_scale, partial, logits, pair_counts,
+    T: tl.int32, hidden_stride: tl.int64, weight_stride: tl.int64, eps: tl.float32,
+    multiplier: tl.float32, num_counts: tl.int32,
     E: tl.constexpr, HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
     STEP: tl.constexpr, TAKES: tl.constexpr, NORM: tl.constexpr, MULTIPLIED: tl.constexpr,
     HIDDEN_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr, SCALES_HIDDEN: tl.constexpr,
@@ -365,6 +372,7 @@ def moe_routing_gate_sums(
         slice or one group of slices; with a norm after them those of squares
         ``[PROGRAMS, T, CHUNKS]``, where it takes more than one slice.
     :param logits: ``[T, E]``, where it takes all.
+    :param pair_counts: ``num_counts`` numbers to be set to 0, or ``None``.
     :param TAKES: slices that a program takes.
     """
     SLICES: tl.constexpr = (HIDDEN_SIZE + SLICE - 1) // SLICE
@@ -376,6 +384,8 @@ def moe_routing_gate_sums(
         # (``squares_of_row``). Before it, programs of several later kernels would also occupy
         # registers and shared memory while they wait.
         launch_dependents(PDL)
+    if pair_counts is not None:
+        fill(pair_counts, 0, num_counts, 0, FILLED_AT_A_TIME)
     program = tl.program_id(0)
     # Programs of the same tokens are neighbours: they share the hidden states in the cache.
     tile = program // PROGRAMS
@@ -490,8 +500,11 @@ def added(parts, GROUP: tl.constexpr, zero):
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_gate_route(
     hidden, partial, router_bias, logits, weights, ids, per_expert_scale, bias, token_ids,
-    expert_table, num_valid_tokens, expert_map, T: tl.int32, valid: tl.int32, vocabulary: tl.int32,
-    hidden_stride: tl.int64, eps: tl.float32, multiplier: tl.float32, SPEC: tl.constexpr,
+    expert_table, num_valid_tokens, expert_map, pair_counts, order, inverse, counts, offsets,
+    block_experts, num_dropped, T: tl.int32, valid: tl.int32, vocabulary: tl.int32,
+    hidden_stride: tl.int64, eps: tl.float32, multiplier: tl.float32, groups: tl.int32,
+    length: tl.int32, blocks: tl.int32, capacity: tl.int32, SPEC: tl.constexpr,
+    PLAN_SPEC: tl.constexpr, PLAN_SIZE: tl.constexpr, PLAN_GROUP: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, GROUPS_OF_ROW: tl.constexpr, CHUNKS: tl.constexpr, NORM: tl.constexpr,
     MULTIPLIED: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
@@ -507,6 +520,10 @@ def moe_routing_gate_route(
     :param GROUPS_OF_ROW: as ``squares_of_row`` wants them.
     :param CHUNKS: partial sums of squares of a row in each of ``PARTS``.
     :param logits: ``[T, E]`` to be written, or ``None``.
+    :param pair_counts: of the pairs of blocks and groups, which are counted here, or ``None``.
+    :param order: and the next five: the plan of the ids if there is one row, or ``None``.
+    :param PLAN_SIZE: pairs of a block.
+    :param PLAN_GROUP: blocks of a group.
     :param DTYPE: of logits.
     """
     E: tl.constexpr = SPEC.value.num_experts
@@ -555,8 +572,15 @@ def moe_routing_gate_route(
     if logits is not None:
         at = logits + (row.to(tl.int64)[:, None] * E + expert[None, :])
         tl.store(at, rounded, mask=here)
-    route_by_rounds(
+    picked = route_by_rounds(
         row, None, weights, ids, per_expert_scale, bias, token_ids, expert_table, num_valid_tokens,
         expert_map, None, None, None, T, valid, 0, 0, vocabulary, SPEC, E, 1, VALID_ON_DEVICE,
         GROUPS, SIZE, N, UNROLL, BLOCK_T, rounded,
     )  # fmt: skip
+    if pair_counts is not None:
+        count_pairs(pair_counts, picked, row, groups, PLAN_SPEC, PLAN_SIZE, PLAN_GROUP)
+    if order is not None:
+        plan_row(
+            tl.reshape(picked, [N]), order, inverse, counts, offsets, block_experts, num_dropped,
+            length, blocks, capacity, PLAN_SPEC, FILLED_AT_A_TIME,
+        )  # fmt: skip

@@ -253,7 +253,8 @@ def route_by_rounds(
 
     ``GROUPS``, ``SIZE``, ``N``: groups, experts a group and columns, as powers of two. ``given
     [BLOCK_T, GROUPS * SIZE]``: logits in registers, which are routed in place of those in memory.
-    ``expert_table``: of a spec without a table, recorded ids ``[T, K]``.
+    ``expert_table``: of a spec without a table, recorded ids ``[T, K]``. Returns what
+    ``store_outputs`` does.
     """
     E: tl.constexpr = SPEC.value.num_experts
     K: tl.constexpr = SPEC.value.topk
@@ -371,7 +372,7 @@ def route_by_rounds(
     renamed = None
     if RENAMES and replica_count is not None:
         renamed = tl.gather(physical[None, :], picked, 1)
-    store_outputs(
+    return store_outputs(
         weights, ids, w, picked, row, T, valid, num_valid_tokens,
         None if GATHER else per_expert_scale, expert_map, replica_count, most_replicas, SPEC,
         VALID_ON_DEVICE, has_expert if HAS_EMPTY else None, renamed,

@@ -9,6 +9,9 @@ With few pairs every program counts all of them by itself (``moe_routing_plan``)
 than a second launch. With more, a first launch counts each block (``moe_routing_plan_count``), and
 each program of the last adds up the counts that it needs (``moe_routing_plan_place``). With many
 that sum is a launch of its own (``moe_routing_plan_scan``).
+
+The kernel that makes the ids can do a part: plan a single row (``plan_row``), or count each block
+(``count_pairs``), so that one launch places the pairs (``moe_routing_plan_place_counted``).
 """
 
 from __future__ import annotations
@@ -265,6 +268,71 @@ def place_pairs(
         tl.store(inverse + pair, place, mask=inside)
 
 
+@triton.jit
+def place_all(
+    order, inverse, counts, offsets, block_experts, num_dropped, expert, pair, inside, before,
+    pairs_before, count, pairs, length, blocks, capacity, SPEC: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Place pairs as ``place_pairs`` does, and all programs together write the rest of the plan.
+
+    :param count: all pairs of each expert.
+    """
+    BLOCK: tl.constexpr = SPEC.value.block
+    kept, start, end = laid_out(count, capacity, SPEC)
+    total = tl.max(end, axis=0)
+    place_pairs(
+        order, inverse, block_experts, expert, rank_among(expert), pair, inside, before,
+        pairs_before, kept, start, total, pairs, capacity, SPEC, False,
+    )  # fmt: skip
+    write_counts(counts, offsets, num_dropped, count, kept, start, end, SPEC)
+    if SPEC.value.masked:
+        fill_rows(order, kept, pairs, length, capacity, TILE)
+    elif BLOCK > 0:
+        fill(order, total, length, pairs, TILE)
+        fill(block_experts, total // BLOCK, blocks, -1, TILE)
+
+
+@triton.jit
+def count_pairs(
+    partial, ids, row, groups, SPEC: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr
+):
+    """Add some rows' pairs to ``partial [groups + blocks, width]``.
+
+    A block has ``SIZE`` pairs, and a group ``GROUP`` blocks.
+
+    :param ids: ``[ROWS, N]`` of the rows ``row [ROWS]``; any number that is no expert's is not
+        counted.
+    """
+    E: tl.constexpr = SPEC.value.num_experts
+    K: tl.constexpr = SPEC.value.topk
+    WIDTH: tl.constexpr = SPEC.value.width
+    pair = row.to(tl.int64)[:, None] * K + tl.arange(0, ids.shape[1])[None, :]
+    block = pair // SIZE
+    one = tl.full(ids.shape, 1, tl.int32)
+    exists = (ids >= 0) & (ids < E)
+    # Sums of integers are the same in whatever order they are added.
+    tl.atomic_add(partial + (block // GROUP * WIDTH + ids), one, mask=exists, sem="relaxed")
+    tl.atomic_add(partial + ((groups + block) * WIDTH + ids), one, mask=exists, sem="relaxed")
+
+
+@triton.jit
+def plan_row(
+    ids, order, inverse, counts, offsets, block_experts, num_dropped, length, blocks, capacity,
+    SPEC: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Plan a single row, whose ``ids [N]`` are in registers: -1 from K on."""
+    E: tl.constexpr = SPEC.value.num_experts
+    K: tl.constexpr = SPEC.value.topk
+    WIDTH: tl.constexpr = SPEC.value.width
+    pair = tl.arange(0, ids.shape[0])
+    expert = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
+    place_all(
+        order, inverse, counts, offsets, block_experts, num_dropped, expert, pair, pair < K,
+        tl.zeros([WIDTH], tl.int32), 0, counted(expert, SPEC), K, length, blocks, capacity, SPEC,
+        TILE,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_plan(
     ids, order, inverse, counts, offsets, block_experts, num_dropped,
@@ -275,7 +343,6 @@ def moe_routing_plan(
     """Plan in one launch: ``SIZE`` pairs a program, which counts all pairs, ``TILE`` at a time."""
     E: tl.constexpr = SPEC.value.num_experts
     WIDTH: tl.constexpr = SPEC.value.width
-    BLOCK: tl.constexpr = SPEC.value.block
     first = tl.program_id(0) * SIZE
     lane = tl.arange(0, SIZE)
     inside = lane < pairs - first
@@ -295,18 +362,10 @@ def moe_routing_plan(
             before += counted(tl.where(its < first, its_expert, E), SPEC)
     else:
         count = counted(expert, SPEC)
-    kept, start, end = laid_out(count, capacity, SPEC)
-    total = tl.max(end, axis=0)
-    place_pairs(
-        order, inverse, block_experts, expert, rank_among(expert), pair, inside, before, first,
-        kept, start, total, pairs, capacity, SPEC, False,
+    place_all(
+        order, inverse, counts, offsets, block_experts, num_dropped, expert, pair, inside, before,
+        first, count, pairs, length, blocks, capacity, SPEC, TILE,
     )  # fmt: skip
-    write_counts(counts, offsets, num_dropped, count, kept, start, end, SPEC)
-    if SPEC.value.masked:
-        fill_rows(order, kept, pairs, length, capacity, TILE)
-    elif BLOCK > 0:
-        fill(order, total, length, pairs, TILE)
-        fill(block_experts, total // BLOCK, blocks, -1, TILE)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -437,4 +496,51 @@ def moe_routing_plan_place(
     place_pairs(
         order, inverse, block_experts, expert, rank, pair, inside, before, first + SIZE - STEP,
         kept, start, total, pairs, capacity, SPEC, True,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def moe_routing_plan_place_counted(
+    ids, partial, order, inverse, counts, offsets, block_experts, num_dropped,
+    pairs, groups, length, blocks, capacity,
+    SPEC: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, ONE_WARP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Place the ``SIZE`` pairs of a block, which the kernel that made the ids has counted.
+
+    :param ids: contiguous.
+    :param partial: what ``count_pairs`` has added to.
+    :param ROWS: groups that are added at a time.
+    :param ONE_WARP: a program has one warp.
+    """
+    WIDTH: tl.constexpr = SPEC.value.width
+    program = tl.program_id(0)
+    first = program * SIZE
+    column = tl.arange(0, WIDTH)
+    lane = tl.arange(0, SIZE)
+    inside = lane < pairs - first
+    pair = first + tl.where(inside, lane, 0)
+    launch_dependents(PDL)
+    grid_dependency_wait(PDL)
+    expert = expert_of_pair(ids, pair, inside, 0, 0, SPEC, True)
+    group = program // GROUP
+    member = tl.arange(0, GROUP)
+    of_blocks = partial + (groups + group * GROUP + member)[:, None] * WIDTH + column[None, :]
+    if ONE_WARP:
+        # Loads of 16 bytes. With several warps each would have other rows then, and not columns.
+        of_blocks = tl.multiple_of(of_blocks, (1, 16))
+    earlier = (member < program - group * GROUP)[:, None]
+    before = tl.sum(tl.load(of_blocks, mask=earlier, other=0), axis=0)
+    count = tl.zeros([WIDTH], tl.int32)
+    row = tl.arange(0, ROWS)
+    for top in range(0, groups, ROWS):
+        at = partial + (top + row)[:, None] * WIDTH + column[None, :]
+        if ONE_WARP:
+            at = tl.multiple_of(at, (1, 16))
+        some = tl.load(at, mask=(row < groups - top)[:, None], other=0)
+        count += tl.sum(some, axis=0)
+        before += tl.sum(tl.where((row < group - top)[:, None], some, 0), axis=0)
+    place_all(
+        order, inverse, counts, offsets, block_experts, num_dropped, expert, pair, inside, before,
+        first, count, pairs, length, blocks, capacity, SPEC, TILE,
     )  # fmt: skip

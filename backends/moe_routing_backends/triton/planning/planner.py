@@ -9,6 +9,7 @@ import torch
 from triton import JITFunction
 
 from moe_routing.formula.plan import without_least_weight
+from moe_routing.planning import DispatchPlan
 from moe_routing.planning.problem import MOST
 from moe_routing.private_api import current_device, current_stream, empty, is_observed
 from moe_routing_backends.triton import BATTLEMAGE, HOPPER
@@ -17,8 +18,14 @@ from moe_routing_backends.triton.planning.kernels import (
     moe_routing_plan,
     moe_routing_plan_count,
     moe_routing_plan_place,
+    moe_routing_plan_place_counted,
     moe_routing_plan_scan,
     plan_spec,
+)
+from moe_routing_backends.triton.planning.launches import (
+    BLOCKS_OF_GROUP,
+    FILLED_AT_A_TIME,
+    counted_launch,
 )
 from moe_routing_backends.triton.runtime.launcher import NEVER_CURRENT, Compiled
 from moe_routing_backends.triton.tuning.choose import plan_table_for, supports_pdl
@@ -29,7 +36,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe_routing.planning import DispatchPlan, PlanProblem
+    from moe_routing.planning import PlanProblem
+    from moe_routing_backends.triton.planning.kernels import PlanSpec
     from moe_routing_backends.triton.planning.launches import PlanLaunch, PlanStep
     from moe_routing_registry import DeviceInfo
 
@@ -47,6 +55,8 @@ MOST_SUMMED = 4096
 """Counts a warp that a program adds up at a time where there is no scan."""
 
 
+MOST_GROUPS = 32
+"""Groups of counted blocks that a program adds up at a time."""
 _BYTES = 4
 """Of a count."""
 _TENSORS = (
@@ -61,10 +71,13 @@ def _taken(kernel: Any) -> tuple[int, ...]:  # noqa: ANN401 -- Triton's own obje
     return tuple(_TENSORS.index(name) for name in kernel.arg_names if name in _TENSORS)
 
 
-_OF_PLAN, _OF_COUNT, _OF_SCAN, _OF_PLACE = map(
+_OF_PLAN, _OF_COUNT, _OF_SCAN, _OF_PLACE, _OF_COUNTED = map(
     _taken,
-    (moe_routing_plan, moe_routing_plan_count, moe_routing_plan_scan, moe_routing_plan_place),
-)
+    (
+        moe_routing_plan, moe_routing_plan_count, moe_routing_plan_scan, moe_routing_plan_place,
+        moe_routing_plan_place_counted,
+    ),
+)  # fmt: skip
 
 
 def in_whole_sub_groups(launch: PlanLaunch, problem: PlanProblem) -> PlanLaunch:
@@ -131,6 +144,28 @@ def _built(problem: PlanProblem, device: DeviceInfo, interpreted_as: DeviceInfo)
     return TritonPlanner(problem, device, table.steps(problem))
 
 
+class ByRouter(NamedTuple):
+    """What a kernel that makes ids does for their plan: all of one row, or it counts the pairs.
+
+    :ivar spec: of the plan; ``None`` where there is nothing to do.
+    :ivar size: pairs of a block.
+    :ivar group: blocks of a group.
+    :ivar counts: ``[groups + blocks, width]``, to be zeroed, then to count the pairs of each.
+    :ivar plan: the parts of the plan of one row, ``None`` for those that it does not have.
+    :ivar numbers: groups, places, blocks of places, and the capacity or 0.
+    """
+
+    spec: PlanSpec | None = None
+    size: int = 0
+    group: int = 0
+    counts: Tensor | None = None
+    plan: tuple[Tensor | None, ...] = (None,) * len(DispatchPlan._fields)
+    numbers: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+NOTHING = ByRouter()
+
+
 class TritonPlanner:
     """A ``PlanKernel`` of one to three Triton kernels."""
 
@@ -184,16 +219,24 @@ class TritonPlanner:
         tensors = (ids, *out, partial, partial[work.within :])
         direct = current_device() == self._index and not is_observed()
         for turn in work.turns:
-            taken = [tensors[place] for place in turn.takes]
-            launcher = self._ready.get(turn.key)
-            if launcher is None or not direct:  # only Triton's own launch calls its hooks
-                self._compiled.launch_and_keep(
-                    turn.key, turn.kernel, turn.programs, (*taken, *turn.numbers), turn.constants,
-                    turn.num_warps, SUB_GROUP, pdl=self._pdl,
-                )  # fmt: skip
-            else:
-                at = [None if tensor is None else tensor.data_ptr() for tensor in taken]
-                launcher(turn.programs, current_stream(self._index), (*at, *turn.numbers))
+            self._turn(turn, tensors, direct=direct)
+
+    def _turn(self, turn: _Turn, tensors: tuple[Tensor | None, ...], *, direct: bool) -> None:
+        """Launch a kernel.
+
+        :param tensors: of which it takes some.
+        :param direct: not through Triton, if the kernel is compiled.
+        """
+        taken = [tensors[place] for place in turn.takes]
+        launcher = self._ready.get(turn.key)
+        if launcher is None or not direct:  # only Triton's own launch calls its hooks
+            self._compiled.launch_and_keep(
+                turn.key, turn.kernel, turn.programs, (*taken, *turn.numbers), turn.constants,
+                turn.num_warps, SUB_GROUP, pdl=self._pdl,
+            )  # fmt: skip
+        else:
+            at = [None if tensor is None else tensor.data_ptr() for tensor in taken]
+            launcher(turn.programs, current_stream(self._index), (*at, *turn.numbers))
 
     def prepared(
         self, ids: Tensor, out: DispatchPlan, capacity: int | None
@@ -234,6 +277,41 @@ class TritonPlanner:
                 launcher(programs, stream, (*[at[place] for place in takes], *numbers))
 
         return fill
+
+    def by_router(self, tokens: int, out: DispatchPlan, capacity: int | None) -> ByRouter:
+        """Say what the kernel that makes the ids should do for their plan, and allocate memory."""
+        if self._problem.drop == "least_weight":
+            return NOTHING
+        pairs, width = tokens * self._problem.topk, self._spec.width
+        blocks = 0 if out.block_experts is None else out.block_experts.shape[0]
+        sizes = (out.order.numel(), blocks, capacity or 0)
+        if tokens == 1:
+            return ByRouter(self._spec, plan=out, numbers=(0, *sizes))
+        launch = counted_launch(pairs, width)
+        if launch is None:
+            return NOTHING
+        parts = -(-pairs // launch.size)
+        groups = -(-parts // BLOCKS_OF_GROUP)
+        counts = torch.empty(groups + parts, width, dtype=torch.int32, device=out.order.device)
+        return ByRouter(self._spec, launch.size, BLOCKS_OF_GROUP, counts, numbers=(groups, *sizes))
+
+    def after_router(self, ids: Tensor, out: DispatchPlan, done: ByRouter) -> None:
+        """Place pairs whose ids are contiguous, and have been counted."""
+        pairs = ids.numel()
+        launch = counted_launch(pairs, self._spec.width)
+        assert launch is not None and done.counts is not None  # noqa: S101, PT018 -- for mypy: by_router said so
+        groups, *sizes = done.numbers
+        rows = min(next_power_of_two(groups), MOST_GROUPS)
+        constants = (
+            self._spec, launch.size, BLOCKS_OF_GROUP, rows, FILLED_AT_A_TIME,
+            launch.num_warps == 1, self._pdl,
+        )  # fmt: skip
+        turn = _Turn(
+            ("counted", launch, rows), moe_routing_plan_place_counted, -(-pairs // launch.size),
+            _OF_COUNTED, (pairs, groups, *sizes), constants, launch.num_warps,
+        )  # fmt: skip
+        direct = current_device() == self._index and not is_observed()
+        self._turn(turn, (ids, *out, done.counts, None), direct=direct)
 
     def _work(self, ids: Tensor, out: DispatchPlan, capacity: int | None) -> _Work:
         """Return the launches that plan such ids."""
