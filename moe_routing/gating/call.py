@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -18,11 +19,19 @@ from moe_routing.formula.gate import in_full
 from moe_routing.gating import op
 from moe_routing.gating._check import check_logits_dtype, checked_projection
 from moe_routing.gating.kernel import GateOutput, GatesAndPlans, GatesAndRoutes, Projection, RMSNorm
-from moe_routing.gating.latest import Chosen, Given, latest_of, served_by
+from moe_routing.gating.latest import (
+    Chosen,
+    Given,
+    PlannedGate,
+    keep_plan,
+    known_plan,
+    latest_of,
+    served_by,
+)
 from moe_routing.gating.problem import GateProblem, Norm
 from moe_routing.kernel import Operands, RoutingOutput, by_name, fields, is_mask, replaced
 from moe_routing.planning import routed
-from moe_routing.planning.call import allocated
+from moe_routing.planning.call import allocated, prepared
 from moe_routing.planning.kernel import RoutedPlan
 from moe_routing.private_api import has_tangent, is_functorch_wrapped_tensor
 from moe_routing.probing import probe
@@ -31,7 +40,7 @@ from moe_routing_registry.request import preference
 from moe_routing_registry.text import refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from typing_extensions import Unpack
 
@@ -39,7 +48,6 @@ if TYPE_CHECKING:
     from moe_routing._router import Router
     from moe_routing.gating.kernel import GateKernel
     from moe_routing.kernel import Prepared
-    from moe_routing.planning.call import Call
     from moe_routing.reference.shadow import Shadow
     from moe_routing_registry import RoutingSpec
 
@@ -48,6 +56,8 @@ _NAMES = (
     "hidden", "router_weight", "router_bias", "norm", "input_scale", "norm", "input_multiplier",
 )  # fmt: skip
 """The arguments that the parts of a projection came in."""
+_APART = frozenset({"counts", "logical_to_physical", "replica_count", "shared_weights"})
+"""Arguments of what is done after the kernel."""
 _kernels: dict[tuple[object, ...], Any] = {}
 _KERNELS_KEPT = 1024
 """When there are more, remembering begins anew."""
@@ -224,7 +234,7 @@ class Gate:
         if not is_dynamo_compiling() and (is_norm or norm is None):
             known = served_by(self._router._latest_gate, given)  # noqa: SLF001 -- a gate is a part of its router
         if known is not None:
-            made = _served(known, given.projection, given.operands, wanted=return_logits)
+            made = _served(known.chosen, given.projection, given.operands, wanted=return_logits)
             made = made if after is None else self._done(after, made, router_weight, renaming)
             made = self._weighed(made, shared_weights)
             return made if return_logits else RoutingOutput(made.weights, made.ids)
@@ -272,36 +282,60 @@ class Gate:
         for name, value in options.items():
             if name not in GateOptions.__annotations__:
                 raise TypeError(refusal(name, "no such argument", value))
-        after, expert_map = _after_of(options), options.get("expert_map")
-        shared_weights = options.get("shared_weights")
-        router, asked = self._router, (num_experts, block, capacity, drop, masked)
-        projection, operands, config = self._checked(
-            hidden, router_weight, topk, per_expert_scale, options
-        )
+        asked, given = (num_experts, block, capacity, drop, masked), None
+        is_norm = isinstance(options.get("norm"), (RMSNorm, NoneType))
+        if is_norm and _APART.isdisjoint(options) and not is_dynamo_compiling():
+            given = _given(hidden, router_weight, topk, per_expert_scale, options)
+            latest = served_by(self._router._latest_gate, given)  # noqa: SLF001 -- a gate is a part of its router
+            plan = None if latest is None else known_plan(latest, asked)
+            if latest is not None and plan is not None:
+                return _planned(latest.chosen, given.projection, given.operands, plan)
+        checked = self._checked(hidden, router_weight, topk, per_expert_scale, options)
+        return self._first_with_plan(*checked, options, asked, given)
+
+    def _first_with_plan(  # noqa: PLR0913, PLR0917 -- what `_checked` returns, and what is asked
+        self,
+        projection: Projection,
+        operands: Operands,
+        config: GateConfig,
+        options: GateOptions,
+        asked: routed.Asked,
+        given: Given | None,
+    ) -> RoutedPlan:
+        """Gate and plan what is not like the latest call.
+
+        :param given: what to remember it by, if it brings nothing that is done after the kernel.
+        """
+        spec, shared_weights = self._router.spec, options.get("shared_weights")
         problem, most = routed.checked(
-            operands, config.topk, router.spec.shared_experts, config.ids_dtype, asked, None
+            operands, config.topk, spec.shared_experts, config.ids_dtype, asked, None
         )
         planned, brought = None, _tensors(projection, operands)
         if shared_weights is not None:
             brought.append(shared_weights)
         if not is_dynamo_compiling() and all(map(is_ordinary, brought)):
             planned = routed.planner(problem, most, operands.logits, config.backend)
+        is_call = config.shadow is None and not config.training and projection.hidden.shape[0] > 0
+        if given is not None and planned is not None and is_call:
+            chosen = _chosen(projection, config, operands.optional)
+            made, plan = _first_planned(chosen, projection, operands, planned)
+            latest = served_by(self._router._latest_gate, given) or latest_of(given, chosen)  # noqa: SLF001 -- a gate is a part of its router
+            if latest is not None:
+                keep_plan(latest, asked, plan)
+                self._router._latest_gate = latest  # noqa: SLF001 -- likewise
+            return made
+        after, expert_map = _after_of(options), options.get("expert_map")
         if shared_weights is not None:
-            _shared.check(shared_weights, router.spec, hidden, {}, options.get("counts"))
+            _shared.check(shared_weights, spec, projection.hidden, {}, options.get("counts"))
         if after is not None:
             self._check_after(after, {**by_name(operands), **fields(projection), "logits": None})
-            routed.require_experts(num_experts, after.replicas)
+            routed.require_experts(asked[0], after.replicas)
             operands = replaced(operands, expert_map=None)  # after the kernel
-        if planned is not None and after is None:
-            at_once = _gated_and_planned(projection, operands, config, planned.call)
-            if at_once is not None:
-                weights, ids, made_plan = at_once
-                output = self._weighed_output(RoutingOutput(weights, ids), shared_weights)
-                return RoutedPlan(*output, made_plan)
-        made, _ = _gated(projection, operands, config, wanted=False)
-        made = made if after is None else self._done(after, made, router_weight, expert_map)
-        made = self._weighed(made, shared_weights)
-        output = RoutingOutput(made.weights, made.ids)
+        gated, _ = _gated(projection, operands, config, wanted=False)
+        if after is not None:
+            gated = self._done(after, gated, projection.router_weight, expert_map)
+        gated = self._weighed(gated, shared_weights)
+        output = RoutingOutput(gated.weights, gated.ids)
         if planned is None:
             return routed.composed(output, problem, asked, config.backend, None)
         return RoutedPlan(*output, planned.fill(*output, None))
@@ -383,6 +417,50 @@ class Gate:
         return projection, operands, config
 
 
+def _given(
+    hidden: Tensor,
+    router_weight: Tensor,
+    topk: int | None,
+    per_expert_scale: Tensor | None,
+    options: GateOptions,
+) -> Given:
+    """Return what tells whether a call is like the latest.
+
+    All arguments may be wrong, but that ``norm`` is a norm.
+    """
+    norm, padding, valid = (
+        options.get("norm"),
+        options.get("num_valid_tokens"),
+        options.get("valid"),
+    )
+    if valid is not None or type(padding) is Tensor:
+        padding = _check.one_padding(padding, valid)
+    eps, weight = (None, None) if norm is None else norm
+    projection = Projection(
+        hidden,
+        router_weight,
+        options.get("router_bias"),
+        weight,
+        options.get("input_scale"),
+        eps,
+        options.get("input_multiplier", 1.0),
+    )
+    operands = Operands(
+        hidden,
+        per_expert_scale,
+        options.get("bias"),
+        options.get("token_ids"),
+        options.get("expert_table"),
+        padding,
+        options.get("expert_map"),
+        options.get("ids"),
+    )
+    ids_dtype = options.get("ids_dtype", torch.int32)
+    logits_dtype = options.get("logits_dtype", torch.float32)
+    invariant = options.get("invariant", True)
+    return Given(projection, operands, topk, ids_dtype, logits_dtype, invariant)
+
+
 def _after_of(options: GateOptions) -> After | None:
     """Return what is to be done after the kernel, if the arguments ask for anything."""
     counts, count = options.get("counts"), options.get("replica_count")
@@ -412,25 +490,44 @@ def _gated(
     return _renamed(made, apply_map(made.ids, operands.expert_map)), None
 
 
-def _gated_and_planned(
-    projection: Projection, operands: Operands, config: GateConfig, plan: Call
-) -> RoutedPlan | None:
-    """Let one kernel gate and plan; ``None`` where none does, and nothing has been done.
+def _planned(
+    chosen: Chosen, projection: Projection, operands: Operands, plan: PlannedGate
+) -> RoutedPlan:
+    """Gate a token or more, and plan the ids, as an earlier call of this kind did."""
+    if plan.at_once:
+        made = _at_once(chosen, projection, operands, plan.planned)
+        assert made is not None  # noqa: S101 -- for mypy: it was not the first time
+        return made
+    weights, ids, _ = _served(chosen, projection, operands, wanted=False)
+    return RoutedPlan(weights, ids, plan.planned.fill(weights, ids, None))
 
-    :param operands: ordinary tensors.
-    """
-    apart = config.training or config.shadow is not None or plan.problem.drop == "least_weight"
-    if apart or plan.kernel is None:
+
+def _first_planned(
+    chosen: Chosen, projection: Projection, operands: Operands, planned: routed.Planned
+) -> tuple[RoutedPlan, PlannedGate]:
+    """Gate and plan, and return what plans calls like this one."""
+    made = _at_once(chosen, projection, operands, planned)
+    if made is not None:
+        return made, PlannedGate(planned, at_once=True)
+    weights, ids, _ = _served(chosen, projection, operands, wanted=False)
+    made = RoutedPlan(weights, ids, planned.fill(weights, ids, None))
+    again = routed.Planned(prepared(planned.call, ids, made.plan))
+    return made, PlannedGate(again, at_once=False)
+
+
+def _at_once(
+    chosen: Chosen, projection: Projection, operands: Operands, planned: routed.Planned
+) -> RoutedPlan | None:
+    """Let the kernel that gates plan too; ``None`` where it does not, and nothing was done."""
+    call, device = planned.call, projection.hidden.device
+    if chosen.planned is None or call.problem.drop == "least_weight":
         return None
-    kernel = _chosen(projection, config, operands.optional).kernel
-    if not isinstance(kernel, GatesAndPlans):
-        return None
-    out = allocated(plan.parts, projection.hidden.device)
-    with in_full(projection.hidden.device):
-        output = kernel.planned(
-            _readable(projection), plan.kernel, out, capacity=plan.capacity, **_taken(operands)
+    out = allocated(call.parts, device)
+    with in_full(device):
+        output = chosen.planned(
+            _readable(projection), call.kernel, out, capacity=call.capacity, **_taken(operands)
         )
-    return RoutedPlan(*output, out)
+    return None if output is None else RoutedPlan(*output, out)
 
 
 def _renamed(made: GateOutput, ids: Tensor) -> GateOutput:
@@ -462,7 +559,11 @@ def _chosen(projection: Projection, config: GateConfig, optional: frozenset[str]
             _empty_logits(projection, config.logits_dtype), projection.router_weight.shape[0],
             config.topk, config.ids_dtype, config.training, optional,
         )  # fmt: skip
-    return Chosen(kernel, routes, spec, config.topk, config.logits_dtype)
+    return Chosen(
+        kernel, routes, spec, config.topk, config.logits_dtype,
+        kernel.routed if isinstance(kernel, GatesAndRoutes) else None,
+        kernel.planned if isinstance(kernel, GatesAndPlans) else None,
+    )  # fmt: skip
 
 
 def _served(
@@ -487,9 +588,9 @@ def _served(
             route = chosen.routes.route
             output = route(operands)
         else:
-            assert isinstance(kernel, GatesAndRoutes)  # noqa: S101 -- for mypy
-            output = _fused(kernel, projection, logits if wanted else None, operands)
-            route = partial(_fused, kernel, projection, logits)
+            assert chosen.routed is not None  # noqa: S101 -- for mypy
+            output = chosen.routed(projection, logits if wanted else None, **_taken(operands))
+            route = partial(_routed, chosen.routed, projection, logits)
         if shadow is not None:
             wrong_in = partial(_wrong_in, projection, logits)
             shadow.observe(chosen.spec, chosen.topk, operands, output, route, wrong_in)
@@ -523,10 +624,10 @@ def who_routes(backend: str | None) -> str | None:
     return backend if found is None or "route" in found.factories else None
 
 
-def _fused(
-    kernel: GatesAndRoutes, projection: Projection, logits: Tensor | None, operands: Operands
+def _routed(
+    gate: Callable[..., RoutingOutput], projection: Projection, logits: Tensor, operands: Operands
 ) -> RoutingOutput:
-    return kernel.routed(projection, logits, **_taken(operands))
+    return gate(projection, logits, **_taken(operands))
 
 
 def _taken(operands: Operands) -> dict[str, Any]:

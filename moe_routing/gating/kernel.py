@@ -110,10 +110,7 @@ class GatesAndRoutes(Protocol):
 
 @runtime_checkable
 class GatesAndPlans(Protocol):
-    """A ``GatesAndRoutes`` that can do a part of the plan of its ids, or all of it.
-
-    It is called instead of ``routed`` and of the plan's kernel after it, and returns the same.
-    """
+    """A ``GatesAndRoutes`` that can do the plan of its ids too, or a part of it."""
 
     def planned(  # noqa: PLR0913 -- the operands of `routed`, and those of a `PlanKernel`
         self,
@@ -128,8 +125,11 @@ class GatesAndPlans(Protocol):
         expert_table: Tensor | None = None,
         num_valid_tokens: int | Tensor | None = None,
         expert_map: Tensor | None = None,
-    ) -> RoutingOutput:
-        """Return weights and ids, and fill the plan of the ids.
+    ) -> RoutingOutput | None:
+        """Return weights and ids, and fill the plan of the ids: what ``routed`` and the planner do.
+
+        ``None`` says that nothing was done: ``routed`` is called then, and the planner after it.
+        That depends on the problems, the shapes and the capacity alone.
 
         :param planner: the kernel that was chosen for the plan, of any backend, with ``out`` and
             ``capacity`` as it takes them. It is for a problem that needs no weights.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_routing._call_cache import ABSENT, UNREADABLE
 from moe_routing._registry import registry
+from moe_routing.planning.routed import PLANS_KEPT, key_of
 from moe_routing.private_api import carries_tangents, is_fake_mode, tensor_guard
 from moe_routing_registry.request import preference
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     from moe_routing._dispatch import Resolved
     from moe_routing.gating.kernel import GateKernel, Projection
-    from moe_routing.kernel import Operands
+    from moe_routing.kernel import Operands, RoutingOutput
+    from moe_routing.planning.routed import Asked, Planned
     from moe_routing_registry import RoutingSpec
 
 _registry = registry()
@@ -31,6 +33,8 @@ class Chosen(NamedTuple):
     """What serves calls of one kind.
 
     :ivar routes: what routes the logits; ``None`` where the kernel does.
+    :ivar routed: the method of a kernel that routes: asking for it takes longer than all else.
+    :ivar planned: likewise of a kernel that plans.
     """
 
     kernel: GateKernel
@@ -38,6 +42,8 @@ class Chosen(NamedTuple):
     spec: RoutingSpec
     topk: int
     logits_dtype: torch.dtype
+    routed: Callable[..., RoutingOutput] | None = None
+    planned: Callable[..., RoutingOutput | None] | None = None
 
 
 class Given(NamedTuple):
@@ -54,17 +60,31 @@ class Given(NamedTuple):
     invariant: bool
 
 
+class PlannedGate(NamedTuple):
+    """What plans the ids of calls of one kind.
+
+    :ivar at_once: the kernel that gates does, or a part of it.
+    """
+
+    planned: Planned
+    at_once: bool
+
+
 class Latest(NamedTuple):
-    """The latest call, and what serves those that are like it."""
+    """The latest call, and what serves those that are like it.
+
+    :ivar plans: by what ``with_plan`` was asked for (``planning.routed.key_of``).
+    """
 
     matches: Callable[[Given], bool]
     chosen: Chosen
+    plans: dict[tuple[object, ...], PlannedGate]
 
 
-def served_by(latest: Latest | None, given: Given) -> Chosen | None:
-    """Return what serves a call, ``None`` where it is not like the latest."""
+def served_by(latest: Latest | None, given: Given) -> Latest | None:
+    """Return the latest call, ``None`` where this one is not like it."""
     try:
-        return latest.chosen if latest is not None and latest.matches(given) else None
+        return latest if latest is not None and latest.matches(given) else None
     except UNREADABLE:  # the checks name the argument
         return None
 
@@ -118,7 +138,22 @@ def latest_of(given: Given, chosen: Chosen) -> Latest | None:
             return False
         return not (isinstance(valid, Tensor) and valid.is_nested) and alike(*_tensors(given))
 
-    return Latest(matches, chosen)
+    return Latest(matches, chosen, {})
+
+
+def known_plan(latest: Latest, asked: Asked) -> PlannedGate | None:
+    """Return what plans calls like the latest, ``None`` where none asked for such a plan."""
+    try:
+        return latest.plans.get(key_of(asked))
+    except UNREADABLE:  # the checks name the argument
+        return None
+
+
+def keep_plan(latest: Latest, asked: Asked, plan: PlannedGate) -> None:
+    """Keep what has planned, for later calls like the latest."""
+    if len(latest.plans) >= PLANS_KEPT:
+        latest.plans.clear()
+    latest.plans[key_of(asked)] = plan
 
 
 def _tensors(given: Given) -> tuple[Tensor, ...]:

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 Asked = tuple["int | None", "int | None", "int | None", Literal["last", "least_weight"], bool]
 """``num_experts``, ``block``, ``capacity``, ``drop`` and ``masked``, as the caller wrote them."""
 
+PLANS_KEPT = 64
+"""Kinds of plans of one kind of routing call; when there are more, remembering begins anew."""
 _ADDRESSES_KEPT = 4096
 """Sets of addresses that are remembered; when there are more, remembering begins anew."""
-_PLANS_KEPT = 64
-"""Kinds of plans of one kind of routing call; when there are more, remembering begins anew."""
 _registry = registry()
 _tuple = tuple.__new__
 """Makes a named tuple in half the time of its own constructor, which is a Python function."""
@@ -74,7 +74,7 @@ def known(
     :param plans: those of the kind of routing call that brings these operands.
     """
     try:
-        planned = plans.get(_key_of(asked))
+        planned = plans.get(key_of(asked))
         if planned is None or out is None:
             return planned
         parts = parts_of(out)
@@ -97,7 +97,7 @@ def known(
     return planned
 
 
-def _key_of(asked: Asked) -> tuple[object, ...]:
+def key_of(asked: Asked) -> tuple[object, ...]:
     """Tell the plans of one kind of routing call apart; 128.0 and True are no ints."""
     num_experts, block, capacity, _, masked = asked
     return asked, type(num_experts), type(block), type(capacity), type(masked), _registry.generation
@@ -239,9 +239,9 @@ def remember(
         parts = parts_of(made.plan)
         apart = {_addresses(operands, parts)}
         kept = Planned(call, tensor_guard(parts), form_of(made.plan), apart)
-    if len(plans) >= _PLANS_KEPT:
+    if len(plans) >= PLANS_KEPT:
         plans.clear()
-    plans[_key_of(asked)] = kept
+    plans[key_of(asked)] = kept
 
 
 def note(winner: str) -> str:

@@ -211,17 +211,17 @@ class TritonGate:
         *,
         capacity: int | None = None,
         **operands: Any,  # noqa: ANN401 -- those of `routed`
-    ) -> RoutingOutput:
+    ) -> RoutingOutput | None:
         """Gate, route and plan; see ``GatesAndPlans``."""
         T, E = projection.hidden.shape[0], self._problem.num_experts
         launch = self._launches[bisect_left(self._limits, T * E)]
-        by_router = NOTHING
-        if isinstance(planner, TritonPlanner) and not self._writes_logits(projection, launch):
-            by_router = planner.by_router(T, out, capacity)
+        if not isinstance(planner, TritonPlanner) or self._writes_logits(projection, launch):
+            return None
+        by_router = planner.by_router(T, out, capacity)
+        if by_router is None:
+            return None
         output = self.routed(projection, None, **operands, by_router=by_router)
-        if by_router.spec is None:
-            planner(output.ids, out, capacity=capacity)
-        elif isinstance(planner, TritonPlanner) and by_router.counts is not None:
+        if by_router.counts is not None:
             planner.after_router(output.ids, out, by_router)
         return output
 

@@ -147,7 +147,7 @@ def _built(problem: PlanProblem, device: DeviceInfo, interpreted_as: DeviceInfo)
 class ByRouter(NamedTuple):
     """What a kernel that makes ids does for their plan: all of one row, or it counts the pairs.
 
-    :ivar spec: of the plan; ``None`` where there is nothing to do.
+    :ivar spec: of the plan, ``None`` where there is none.
     :ivar size: pairs of a block.
     :ivar group: blocks of a group.
     :ivar counts: ``[groups + blocks, width]``, to be zeroed, then to count the pairs of each.
@@ -278,10 +278,11 @@ class TritonPlanner:
 
         return fill
 
-    def by_router(self, tokens: int, out: DispatchPlan, capacity: int | None) -> ByRouter:
-        """Say what the kernel that makes the ids should do for their plan, and allocate memory."""
-        if self._problem.drop == "least_weight":
-            return NOTHING
+    def by_router(self, tokens: int, out: DispatchPlan, capacity: int | None) -> ByRouter | None:
+        """Say what the kernel that makes the ids should do for their plan, with memory for it.
+
+        ``None`` where that would take longer than a plan of ids in memory.
+        """
         pairs, width = tokens * self._problem.topk, self._spec.width
         blocks = 0 if out.block_experts is None else out.block_experts.shape[0]
         sizes = (out.order.numel(), blocks, capacity or 0)
@@ -289,7 +290,7 @@ class TritonPlanner:
             return ByRouter(self._spec, plan=out, numbers=(0, *sizes))
         launch = counted_launch(pairs, width)
         if launch is None:
-            return NOTHING
+            return None
         parts = -(-pairs // launch.size)
         groups = -(-parts // BLOCKS_OF_GROUP)
         counts = torch.empty(groups + parts, width, dtype=torch.int32, device=out.order.device)
