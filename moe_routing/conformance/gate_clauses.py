@@ -41,8 +41,8 @@ _CLAUSES = (
         "Weights and ids are right for the logits that `return_logits=True` returns, by all "
         "clauses of `route`: every family and modifier, padding, expert maps, tables, shared and "
         "zero experts, counts, replicas and shared weights. The same call without the logits has "
-        "the same bits. So a selection is right within what clause 1 allows, and exact given the "
-        "logits.",
+        "the same bits, and so has `with_plan`, whose plan is that of the ids. So a selection is "
+        "right within what clause 1 allows, and exact given the logits.",
         "a fused kernel that selects on logits other than those that it returns trains on one "
         "router and serves another.",
     ),

@@ -8,7 +8,7 @@ import re
 import pytest
 from mutants import Mutant, registered
 from mutants.catching import each, must_be_caught, must_be_caught_in_eager, results, traced
-from mutants.gating import CHANGES, MUTANTS, Fused, Projects
+from mutants.gating import CHANGES, MUTANTS, PLANS, Fused, Planned, Projects
 from mutants.gating._mutant import ROUTES
 
 from moe_routing.conformance.contract import contract_of
@@ -21,7 +21,9 @@ TRACED = traced("gate")
 HERE = [mutant for mutant in MUTANTS if not mutant.only_on]
 """The others are wrong on a CUDA device alone; tests/test_on_a_gpu.py holds the kit to those."""
 ON_CUDA = {mutant.caught_by for mutant in MUTANTS if mutant.only_on}
-NOTHING_FOR_THE_REFERENCE = ON_CUDA | {"what_it_declines_cannot_be_gated", "a_declared_gap_is_real"}
+NOTHING_FOR_THE_REFERENCE = ON_CUDA | {
+    "what_it_declines_cannot_be_gated", "a_declared_gap_is_real", "what_is_gated_is_planned",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,14 @@ def test_a_right_backend_passes_every_check(check, reference):
     assert [result.message for result in found if result.status == "failed"] == []
     if check not in NOTHING_FOR_THE_REFERENCE:
         assert any(result.status == "passed" for result in found)
+
+
+def test_a_right_backend_that_plans_passes_the_check_of_plans():
+    check = "what_is_gated_is_planned"
+    with registered(Mutant(Planned, check, operation="gate", others=PLANS)) as name:
+        found = list(results(name, "gate", check, ["smoke"]))
+    assert [result.message for result in found if result.status == "failed"] == []
+    assert any(result.status == "passed" for result in found)
 
 
 def test_every_check_has_a_mutant_and_every_clause_a_check():

@@ -8,6 +8,7 @@ from moe_routing.conformance.gating import (
     honesty,
     logits,
     memory,
+    plans,
     repeat,
     streams,
     traced,
@@ -15,5 +16,6 @@ from moe_routing.conformance.gating import (
 from moe_routing.conformance.gating._check import GATE
 
 __all__ = [
-    "GATE", "arguments", "gradients", "honesty", "logits", "memory", "repeat", "streams", "traced",
+    "GATE", "arguments", "gradients", "honesty", "logits", "memory", "plans", "repeat", "streams",
+    "traced",
 ]  # fmt: skip

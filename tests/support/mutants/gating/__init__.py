@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from mutants.gating import declining, logits, memory, on_cuda, product, routing
-from mutants.gating._mutant import MUTANTS, Fused, Projects
+from mutants.gating import declining, logits, memory, on_cuda, planning, product, routing
+from mutants.gating._mutant import MUTANTS, PLANS, Fused, Planned, Projects
 from mutants.gating.product import CHANGES
 
 __all__ = [
-    "CHANGES", "MUTANTS", "Fused", "Projects", "declining", "logits", "memory", "on_cuda",
-    "product", "routing",
+    "CHANGES", "MUTANTS", "PLANS", "Fused", "Planned", "Projects", "declining", "logits", "memory",
+    "on_cuda", "planning", "product", "routing",
 ]  # fmt: skip

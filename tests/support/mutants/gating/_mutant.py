@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
     from moe_routing.gating import GateProblem, Projection
     from moe_routing.kernel import RoutingOutput
+    from moe_routing.planning import DispatchPlan, PlanKernel
     from moe_routing_registry import DeviceInfo
 
 MUTANTS: list[Mutant] = []
 ROUTES = {"route": "moe_routing_backends.eager.route:build"}
+PLANS = {**ROUTES, "plan": "moe_routing_backends.eager.plan:build"}
 
 
 class Projects:
@@ -93,6 +95,30 @@ class Fused(Projects):
         )  # fmt: skip
 
 
+class Planned(Fused):
+    """A correct backend that plans in the same call too. Mutants change what it plans."""
+
+    def planned(
+        self,
+        projection: Projection,
+        planner: PlanKernel,
+        out: DispatchPlan,
+        *,
+        capacity: int | None = None,
+        **operands: Any,
+    ) -> RoutingOutput | None:
+        """Gate and plan."""
+        made = self.routed(projection, None, **operands)
+        self.plan(planner, made.ids, out, capacity)
+        return made
+
+    def plan(
+        self, planner: PlanKernel, ids: Tensor, out: DispatchPlan, capacity: int | None
+    ) -> None:
+        """Plan the ids."""
+        planner(ids, out, capacity=capacity)
+
+
 def caught_by(check: str, *, saying: str, **more: Any) -> Any:
     """Enter a mutant into the table.
 
@@ -102,7 +128,8 @@ def caught_by(check: str, *, saying: str, **more: Any) -> Any:
     """
 
     def enter(factory: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS.append(Mutant(factory, check, saying, operation="gate", others=ROUTES, **more))
+        others = {"others": ROUTES, **more}
+        MUTANTS.append(Mutant(factory, check, saying, operation="gate", **others))
         return factory
 
     return enter

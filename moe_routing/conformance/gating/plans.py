@@ -1,0 +1,103 @@
+"""Clauses 2 and 11: hidden states to a dispatch plan; a kernel that gates may have a part in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moe_routing.conformance import streams
+from moe_routing.conformance.gating import _sets
+from moe_routing.conformance.gating._check import check
+from moe_routing.conformance.gating.calls import bits_of
+from moe_routing.conformance.planning import cases as planning
+from moe_routing.conformance.requirements import require
+from moe_routing.conformance.under_test import NotApplicableError
+from moe_routing.planning import RoutedPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe_routing.conformance.cases import Profile
+    from moe_routing.conformance.gating.calls import Call
+    from moe_routing.conformance.gating.cases import Case
+    from moe_routing.conformance.under_test import BackendUnderTest
+    from moe_routing.gating import GateOutput
+
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"block": 4},
+    {"block": 64},
+    {"capacity": 3},
+    {"capacity": 3, "masked": True},
+    {"capacity": 3, "drop": "least_weight"},
+)
+"""What a plan is asked for."""
+TOKENS = (1, 5, 70, 1100)
+WITHOUT_PLACE = 3
+"""Experts, the last ones, that the plan does not know."""
+
+
+def _planned(profile: Profile) -> Iterator[Case]:
+    for tokens in TOKENS[:3] if profile == "smoke" else TOKENS:
+        yield from _sets.in_every_form(profile, num_tokens=tokens)
+    yield from _sets.of_every_variant(profile)
+
+
+@check(2, _planned)
+def what_is_gated_is_planned(under_test: BackendUnderTest, case: Case) -> None:
+    """With a plan, weights and ids are those without, and the plan is that of the ids."""
+    call = _planning(under_test, case)
+    made = call.checked(under_test)
+    for asked in LAYOUTS:
+        for times in (1, 2):
+            found = _with_plan(under_test, call, asked)
+            _must_plan(found, made, call, asked, f"{asked or 'sorted'}, call {times}")
+
+
+@check(11, _planned, capability="cuda_graphs")
+def a_graph_of_a_plan_replays_with_new_inputs(under_test: BackendUnderTest, case: Case) -> None:
+    """A graph of hidden states to a plan replays with other hidden states, again and again."""
+    streams.need_cuda(under_test)
+    call = _planning(under_test, case)
+    for asked in LAYOUTS[:2]:
+        _with_plan(under_test, call, asked)
+        graph, made = streams.captured(
+            under_test.device,
+            lambda asked=asked: _with_plan(under_test, call, asked),  # type: ignore[misc] # bound now
+        )
+        for turn in range(streams.TURNS):
+            other = case.but(turn=turn).make(call.device)
+            call.projection.hidden.copy_(other.projection.hidden)
+            streams.replay(graph, under_test.device)
+            _must_plan(RoutedPlan(*made), call.made(under_test), call, asked, f"replay {turn + 1}")
+
+
+def _planning(under_test: BackendUnderTest, case: Case) -> Call:
+    if "plan" not in under_test.spec.factories:
+        msg = "it does not plan"
+        raise NotApplicableError(msg)
+    return case.make(under_test.device)
+
+
+def _with_plan(under_test: BackendUnderTest, call: Call, asked: dict[str, Any]) -> RoutedPlan:
+    gate: Any = call.gate(under_test)
+    made: RoutedPlan = gate.with_plan(**call.arguments, **asked, num_experts=_experts(call))
+    return made
+
+
+def _experts(call: Call) -> int:
+    """Return how many experts the plan knows."""
+    return max(1, len(call.projection.router_weight) - WITHOUT_PLACE)
+
+
+def _must_plan(
+    found: RoutedPlan, made: GateOutput, call: Call, asked: dict[str, Any], what: str
+) -> None:
+    """Require the weights and ids of a call without a plan, and the one right plan of the ids.
+
+    :param made: what the call without a plan returned.
+    """
+    require((bits_of(found.weights) == bits_of(made.weights)).all(), f"{what}: other weights")
+    require((found.ids == made.ids).all(), f"{what}: other ids")
+    weights = found.weights if asked.get("drop") == "least_weight" else None
+    planned = planning.Call(ids=found.ids, num_experts=_experts(call), weights=weights, **asked)
+    planning.must_match(planned, found.plan, what)
