@@ -15,7 +15,10 @@ from ahead_of_time import TARGETS, device_of, read_back
 from ahead_of_time_permutation import compiled
 
 from moe_routing.gating import GateProblem, Projection
+from moe_routing.planning import PlanProblem
+from moe_routing.planning.call import allocated, shapes
 from moe_routing_backends.triton.gating.gate import TritonGate
+from moe_routing_backends.triton.planning.planner import TritonPlanner
 from moe_routing_registry import RoutingSpec
 
 POINTERS = {
@@ -61,21 +64,29 @@ SAID = ("TAKES", "BLOCK_E", "BLOCK_T")
 """Constants that are printed."""
 TOKENS = (1, 30, 50, 150, 200, 700, 1000, 2000, 3000, 5000, 9000, 20000)
 """Numbers that reach every launch that ships."""
+PLANNED = (1, 200, 1000, 3000)
+"""Of these, numbers that reach every launch in which the kernels do a part of a plan."""
+PLANS = ({}, {"layout": "blocks", "block": 64}, {"layout": "masked", "drop": "last"})
+CAPACITY = 16
+PLANS_OF = (PROBLEMS[0], PROBLEMS[4], PROBLEMS[6])
 MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+|v_wmma_\w+)([\w.:]*)")
 SHAPE = re.compile(r"m\d+n\d+k\d+")
 
 
 def launches(device, problem):
-    """Return every launch of a problem: the kernel, arguments, constants, warps; and options."""
+    """Return every launch of a problem: the kernel, arguments, constants, warps; and options.
+
+    Some of them plan too.
+    """
     found = {}
     gate = TritonGate(problem, device, lambda *_, **__: None)
 
-    def keep(_, kernel, __, arguments, constants, warps, **given):
+    def keep(_, kernel, __, arguments, constants, warps, *___, **given):
         types = [
             POINTERS[a.dtype] if isinstance(a, torch.Tensor) else None if a is None else "i32"
             for a in arguments
         ]
-        options = {"launch_pdl": given["pdl"], "maxnreg": given["registers"]}
+        options = {"launch_pdl": given["pdl"], "maxnreg": given.get("registers")}
         options = {name: option for name, option in options.items() if option}
         found[kernel, tuple(types), constants, warps] = options
 
@@ -91,7 +102,15 @@ def launches(device, problem):
             1e-6 if problem.norm else None, H**-0.5 if problem.input_scale else 1.0,
         )  # fmt: skip
         bias = torch.zeros(E) if problem.spec.needs_bias else None
-        gate.routed(projection, None, per_expert_scale=scale, bias=bias)
+        operands = {"per_expert_scale": scale, "bias": bias}
+        gate.routed(projection, None, **operands)
+        for plan in PLANS if tokens in PLANNED and problem in PLANS_OF else ():
+            planned = PlanProblem(num_experts=E, topk=problem.topk, **plan)
+            planner = TritonPlanner(planned, device)
+            planner._compiled.launch_and_keep = keep
+            capacity = None if planned.drop == "nothing" else CAPACITY
+            out = allocated(shapes(planned, tokens, capacity), torch.device("cpu"))
+            gate.planned(projection, planner, out, capacity=capacity, **operands)
     return found
 
 
@@ -123,8 +142,9 @@ def main(names):
             text = binary.asm["amdgcn" if target.backend == "hip" else "ptx"]
             case = {"target": name, "problem": str(problem), "kernel": kernel.fn.__name__}
             known = dict(zip(kernel.arg_names, types, strict=False))
-            case["reads_hidden"] = known["hidden"] is not None
+            case["reads_hidden"] = known.get("hidden") is not None
             case["adds_slices"] = known["partial"] is not None
+            case["plans"] = any(known.get(name) for name in ("pair_counts", "order"))
             names_of = kernel.arg_names[len(types) :]
             said = {n: v for n, v in zip(names_of, constants, strict=True) if n in SAID}
             matrix = {"matrix": instructions_of(text)}

@@ -65,6 +65,14 @@ HIDDEN: dict[str, Callable[[int, int, Generator], Tensor]] = {
     "large": _large,
     "integers": _integers,
 }
+PLANS: dict[str, dict[str, Any]] = {
+    "sorted": {},
+    "blocks": {"block": 4},
+    "long_blocks": {"block": 64},
+    "drops": {"capacity": 3},
+    "masked": {"capacity": 3, "masked": True},
+    "drops_least": {"capacity": 3, "drop": "least_weight"},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +87,7 @@ class Case:
     :ivar factors: some of ``FACTORS``.
     :ivar layout: of hidden states, router weight and vectors, as of ``routing.Case``.
     :ivar valid: as of ``routing.Case``, like ``mapped``.
+    :ivar plan: key of ``PLANS``: what a plan is asked for, if there is one.
     :ivar turn: another number gives other values of the same shapes.
     """
 
@@ -97,6 +106,7 @@ class Case:
     invariant: bool = True
     valid: Literal["all", "int", "tensor"] = "all"
     mapped: bool = False
+    plan: str = ""
     turn: int = 0
 
     @property
@@ -120,6 +130,7 @@ class Case:
         words += [f"logits_{self.logits_dtype}"] * (self.logits_dtype != "float32")
         words += [f"valid_{self.valid}"] * (self.valid != "all") + ["mapped"] * self.mapped
         words += ["any_order"] * (not self.invariant)
+        words += [f"plan_{self.plan}"] * bool(self.plan)
         words += [f"turn{self.turn}"] * bool(self.turn)
         return "-".join(words)
 

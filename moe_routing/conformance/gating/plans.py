@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
 
 from moe_routing.conformance import streams
 from moe_routing.conformance.gating import _sets
 from moe_routing.conformance.gating._check import check
 from moe_routing.conformance.gating.calls import bits_of
+from moe_routing.conformance.gating.cases import PLANS, Case
 from moe_routing.conformance.planning import cases as planning
 from moe_routing.conformance.requirements import require
 from moe_routing.conformance.under_test import NotApplicableError
@@ -18,28 +20,21 @@ if TYPE_CHECKING:
 
     from moe_routing.conformance.cases import Profile
     from moe_routing.conformance.gating.calls import Call
-    from moe_routing.conformance.gating.cases import Case
     from moe_routing.conformance.under_test import BackendUnderTest
     from moe_routing.gating import GateOutput
 
-LAYOUTS: tuple[dict[str, Any], ...] = (
-    {},
-    {"block": 4},
-    {"block": 64},
-    {"capacity": 3},
-    {"capacity": 3, "masked": True},
-    {"capacity": 3, "drop": "least_weight"},
-)
-"""What a plan is asked for."""
-TOKENS = (1, 5, 70, 1100)
+TOKENS = (1, 70, 5, 1100)
 WITHOUT_PLACE = 3
 """Experts, the last ones, that the plan does not know."""
+CALLS = 2
 
 
 def _planned(profile: Profile) -> Iterator[Case]:
-    for tokens in TOKENS[:3] if profile == "smoke" else TOKENS:
-        yield from _sets.in_every_form(profile, num_tokens=tokens)
-    yield from _sets.of_every_variant(profile)
+    sizes = TOKENS[:2] if profile == "smoke" else TOKENS
+    for n, (tokens, plan) in enumerate(product(sizes, PLANS)):
+        yield Case(**_sets.FORMS[n % len(_sets.FORMS)], num_tokens=tokens, plan=plan)
+    for case, plan in zip(_sets.of_every_variant(profile), cycle(PLANS), strict=False):
+        yield case.but(plan=plan)
 
 
 @check(2, _planned)
@@ -47,28 +42,23 @@ def what_is_gated_is_planned(under_test: BackendUnderTest, case: Case) -> None:
     """With a plan, weights and ids are those without, and the plan is that of the ids."""
     call = _planning(under_test, case)
     made = call.checked(under_test)
-    for asked in LAYOUTS:
-        for times in (1, 2):
-            found = _with_plan(under_test, call, asked)
-            _must_plan(found, made, call, asked, f"{asked or 'sorted'}, call {times}")
+    for times in range(1, CALLS + 1):
+        found = _with_plan(under_test, call, PLANS[case.plan])
+        _must_plan(found, made, call, PLANS[case.plan], f"call {times}")
 
 
 @check(11, _planned, capability="cuda_graphs")
 def a_graph_of_a_plan_replays_with_new_inputs(under_test: BackendUnderTest, case: Case) -> None:
     """A graph of hidden states to a plan replays with other hidden states, again and again."""
     streams.need_cuda(under_test)
-    call = _planning(under_test, case)
-    for asked in LAYOUTS[:2]:
-        _with_plan(under_test, call, asked)
-        graph, made = streams.captured(
-            under_test.device,
-            lambda asked=asked: _with_plan(under_test, call, asked),  # type: ignore[misc] # bound now
-        )
-        for turn in range(streams.TURNS):
-            other = case.but(turn=turn).make(call.device)
-            call.projection.hidden.copy_(other.projection.hidden)
-            streams.replay(graph, under_test.device)
-            _must_plan(RoutedPlan(*made), call.made(under_test), call, asked, f"replay {turn + 1}")
+    call, asked = _planning(under_test, case), PLANS[case.plan]
+    _with_plan(under_test, call, asked)
+    graph, made = streams.captured(under_test.device, lambda: _with_plan(under_test, call, asked))
+    for turn in range(streams.TURNS):
+        other = case.but(turn=turn).make(call.device)
+        call.projection.hidden.copy_(other.projection.hidden)
+        streams.replay(graph, under_test.device)
+        _must_plan(RoutedPlan(*made), call.made(under_test), call, asked, f"replay {turn + 1}")
 
 
 def _planning(under_test: BackendUnderTest, case: Case) -> Call:
