@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import Mutant, registered
-from mutants.gating import Fused, Projects
+from mutants.gating import PLANS, Fused, Planned, Projects
 from mutants.gating._mutant import ROUTES
 from mutants.gating.logits import NoNormWeight
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -244,35 +244,82 @@ def test_threads_gate_at_once():
 FLOAT_OPERANDS = ("hidden", "router_weight", "router_bias", "input_scale", "per_expert_scale")
 
 
-def gated(**given):
+def gated(gate=GATE, **given):
     """Return what a call makes, and the names of the Python functions that it enters."""
     entered = []
     sys.setprofile(
         lambda frame, event, _: entered.append(frame.f_code.co_name) if event == "call" else None
     )
     try:
-        return GATE(**given), entered
+        return gate(**given), entered
     finally:
         sys.setprofile(None)
 
 
-def test_a_call_like_the_one_before_is_not_checked_again():
+BOTH = pytest.mark.parametrize("gate", [GATE, GATE.with_plan], ids=["call", "with_plan"])
+
+
+@BOTH
+def test_a_call_like_the_one_before_is_not_checked_again(gate):
     given = operands()
-    GATE(**given)
-    for change in (
-        {},
-        {"hidden": torch.randn(T, H)},
-        {"router_weight": torch.randn(E, H)},
-        {"return_logits": True},
-    ):
-        assert "_checked" not in gated(**{**given, **change})[1]
+    gate(**given)
+    logits = {"return_logits": True} if gate is GATE else {}
+    for change in ({}, {"hidden": torch.randn(T, H)}, {"router_weight": torch.randn(E, H)}, logits):
+        assert "_checked" not in gated(gate, **{**given, **change})[1]
     weight = torch.nn.Parameter(given["router_weight"])
     with torch.no_grad():
-        GATE(**{**given, "router_weight": weight})
-        assert "_checked" not in gated(**{**given, "router_weight": weight})[1]
+        gate(**{**given, "router_weight": weight})
+        assert "_checked" not in gated(gate, **{**given, "router_weight": weight})[1]
 
 
-def test_a_call_unlike_the_one_before_is_checked():
+def test_plans_of_other_kinds_are_checked_and_remembered_by_themselves():
+    given = operands()
+    ids = GATE(**given).ids
+    kinds = ({}, {"block": 4}, {"capacity": 2}, {"capacity": 2, "masked": True}, {"num_experts": 9})
+    for kind in kinds:
+        assert "_checked" in gated(GATE.with_plan, **given, **kind)[1]
+    for kind in kinds:
+        made, entered = gated(GATE.with_plan, **given, **kind)
+        assert "_checked" not in entered
+        right = moe_routing.plan(ids, **{"num_experts": E, **kind})
+        assert flat(made.plan) == flat(right)
+    for wrong in ({"block": 4.0}, {"block": True}, {"num_experts": 9.0}, {"masked": 1}):
+        with pytest.raises((TypeError, ValueError), match=rf"^{next(iter(wrong))}: "):
+            GATE.with_plan(**given, **wrong)
+
+
+def flat(plan):
+    return [None if part is None else part.tolist() for part in plan]
+
+
+def test_a_call_and_a_plan_remember_the_same_operands():
+    given = operands()
+    GATE.with_plan(**given)
+    assert "_checked" not in gated(GATE, **given)[1]
+    assert "_checked" not in gated(GATE.with_plan, **given)[1]
+
+
+class LeavesThePlan(Planned):
+    def planned(self, *_, **__):
+        return None
+
+
+@pytest.mark.parametrize("kernel", [Planned, LeavesThePlan])
+def test_a_kernel_may_plan_what_it_gates_or_leave_it(kernel):
+    given = operands()
+    right = GATE.with_plan(**given)
+    with registered(Mutant(kernel, "", operation="gate", others=PLANS)) as name:
+        gate = moe_routing.get_router("gemma4", backend=name).gate
+        for _ in range(3):
+            kernel.asked.clear()
+            made = gate.with_plan(**given)
+            assert kernel.asked == [False]
+            assert torch.equal(made.ids, right.ids)
+            assert flat(made.plan) == flat(right.plan)
+
+
+@BOTH
+def test_a_call_unlike_the_one_before_is_checked(gate):
     given = operands()
     weight = torch.nn.Parameter(given["router_weight"])
     unlike = (
@@ -295,19 +342,22 @@ def test_a_call_unlike_the_one_before_is_checked():
         {"ids_dtype": torch.int64},
     )
     for change in unlike:
-        changed = {**given, **change, "return_logits": True}
-        right = moe_routing.get_router(ROUTE.spec).gate(**changed)
-        GATE(**given)
-        made, entered = gated(**changed)
+        changed = {**given, **change}
+        right = moe_routing.Router(ROUTE.spec).gate(**changed)
+        plans = gate is not GATE
+        gate(**given)
+        made, entered = gated(gate, **changed, **({"num_experts": E} if plans else {}))
         assert "_checked" in entered
-        assert all(map(torch.equal, made, right))
+        assert all(map(torch.equal, made[:2], right))
+        assert not plans or flat(made.plan) == flat(moe_routing.plan(right.ids, E))
     with torch.no_grad():
-        assert not GATE(**{**given, "router_weight": weight}).weights.requires_grad
-    assert GATE(**{**given, "router_weight": weight}).weights.requires_grad
+        assert not gate(**{**given, "router_weight": weight}).weights.requires_grad
+    assert gate(**{**given, "router_weight": weight}).weights.requires_grad
 
 
+@BOTH
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_what_a_call_before_it_made_right_is_still_wrong():
+def test_what_a_call_before_it_made_right_is_still_wrong(gate):
     given = {**operands(), "router_bias": torch.rand(E)}
     # The guard of known calls would end the process if it saw one.
     nested = torch.nested.nested_tensor([torch.rand(E)], layout=torch.strided)
@@ -325,10 +375,10 @@ def test_what_a_call_before_it_made_right_is_still_wrong():
         ({"return_logits": 1}, "return_logits"),
         ({"invariant": 1}, "invariant"),
     ):
-        GATE(**given)
-        GATE(**{**given, "num_valid_tokens": 1})
+        gate(**given)
+        gate(**{**given, "num_valid_tokens": 1})
         with pytest.raises((TypeError, ValueError), match=rf"^{argument}: "):
-            GATE(**{**given, **change})
+            gate(**{**given, **change})
 
 
 def test_a_backend_that_is_registered_later_is_found():

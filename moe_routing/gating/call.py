@@ -58,6 +58,8 @@ _NAMES = (
 """The arguments that the parts of a projection came in."""
 _APART = frozenset({"counts", "logical_to_physical", "replica_count", "shared_weights"})
 """Arguments of what is done after the kernel."""
+_UNWANTED = torch.empty(0)
+"""In place of logits that nobody asks for."""
 _kernels: dict[tuple[object, ...], Any] = {}
 _KERNELS_KEPT = 1024
 """When there are more, remembering begins anew."""
@@ -523,10 +525,10 @@ def _at_once(
     if chosen.planned is None or call.problem.drop == "least_weight":
         return None
     out = allocated(call.parts, device)
+    projection = projection if chosen.as_is else _readable(projection)
+    taken = _taken(operands, as_is=chosen.as_is)
     with in_full(device):
-        output = chosen.planned(
-            _readable(projection), call.kernel, out, capacity=call.capacity, **_taken(operands)
-        )
+        output = chosen.planned(projection, call.kernel, out, capacity=call.capacity, **taken)
     return None if output is None else RoutedPlan(*output, out)
 
 
@@ -576,10 +578,14 @@ def _served(
 ) -> GateOutput:
     """Gate a token or more.
 
-    :param wanted: whether the logits are: otherwise a kernel that routes need not write them.
+    :param wanted: whether the logits are: otherwise a kernel that routes does not write them.
     """
-    projection, kernel = _readable(projection), chosen.kernel
-    logits = _empty_logits(projection, chosen.logits_dtype)
+    projection = projection if chosen.as_is else _readable(projection)
+    if chosen.routed is not None and shadow is None and not wanted:
+        with in_full(projection.hidden.device):
+            output = chosen.routed(projection, None, **_taken(operands, as_is=chosen.as_is))
+        return GateOutput(*output, _UNWANTED)
+    kernel, logits = chosen.kernel, _empty_logits(projection, chosen.logits_dtype)
     operands = replaced(operands, logits=logits)
     with in_full(logits.device):
         route: Prepared
@@ -589,7 +595,7 @@ def _served(
             output = route(operands)
         else:
             assert chosen.routed is not None  # noqa: S101 -- for mypy
-            output = chosen.routed(projection, logits if wanted else None, **_taken(operands))
+            output = chosen.routed(projection, logits, **_taken(operands))
             route = partial(_routed, chosen.routed, projection, logits)
         if shadow is not None:
             wrong_in = partial(_wrong_in, projection, logits)
@@ -630,18 +636,25 @@ def _routed(
     return gate(projection, logits, **_taken(operands))
 
 
-def _taken(operands: Operands) -> dict[str, Any]:
-    """Return what a kernel that routes takes besides logits, by name."""
-    _, scale, bias, token_ids, expert_table, valid, expert_map, ids, _ = operands
+def _taken(operands: Operands, *, as_is: bool = False) -> dict[str, Any]:
+    """Return what a kernel that routes takes besides logits, by name.
+
+    :param as_is: it may read all of them as they are.
+    """
+    _, scale, bias, token_ids, table, valid, expert_map, ids, _ = operands
+    if not as_is:
+        scale, bias, token_ids, table = map(_packed, (scale, bias, token_ids, table))
+        expert_map, ids = _packed(expert_map), _packed(ids)
+        valid = _packed(valid) if is_mask(valid) else valid  # type: ignore[arg-type] # a tensor
     taken = {
-        "per_expert_scale": _packed(scale),
-        "bias": _packed(bias),
-        "token_ids": _packed(token_ids),
-        "expert_table": _packed(expert_table),
-        "num_valid_tokens": _packed(valid) if is_mask(valid) else valid,  # type: ignore[arg-type] # a tensor
-        "expert_map": _packed(expert_map),
+        "per_expert_scale": scale,
+        "bias": bias,
+        "token_ids": token_ids,
+        "expert_table": table,
+        "num_valid_tokens": valid,
+        "expert_map": expert_map,
     }
-    return taken if ids is None else {**taken, "ids": _packed(ids)}
+    return taken if ids is None else {**taken, "ids": ids}
 
 
 def _kernel(projection: Projection, config: GateConfig, optional: frozenset[str]) -> GateKernel:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from moe_routing_registry import RoutingSpec
 
 _registry = registry()
+MATRICES = 2
+"""Tensors of a projection whose rows may lie apart, the first ones."""
 
 
 class Chosen(NamedTuple):
@@ -35,6 +37,7 @@ class Chosen(NamedTuple):
     :ivar routes: what routes the logits; ``None`` where the kernel does.
     :ivar routed: the method of a kernel that routes: asking for it takes longer than all else.
     :ivar planned: likewise of a kernel that plans.
+    :ivar as_is: a kernel may read what these calls bring as it is.
     """
 
     kernel: GateKernel
@@ -44,6 +47,7 @@ class Chosen(NamedTuple):
     logits_dtype: torch.dtype
     routed: Callable[..., RoutingOutput] | None = None
     planned: Callable[..., RoutingOutput | None] | None = None
+    as_is: bool = False
 
 
 class Given(NamedTuple):
@@ -138,7 +142,11 @@ def latest_of(given: Given, chosen: Chosen) -> Latest | None:
             return False
         return not (isinstance(valid, Tensor) and valid.is_nested) and alike(*_tensors(given))
 
-    return Latest(matches, chosen, {})
+    as_is = all(
+        tensor.stride(-1) == 1 if index < MATRICES else tensor.is_contiguous()
+        for index, tensor in enumerate(brought)
+    ) and not any(tensor.is_neg() for tensor in brought)
+    return Latest(matches, chosen._replace(as_is=as_is), {})
 
 
 def known_plan(latest: Latest, asked: Asked) -> PlannedGate | None:

@@ -66,7 +66,10 @@ TOKENS = (1, 30, 50, 150, 200, 700, 1000, 2000, 3000, 5000, 9000, 20000)
 """Numbers that reach every launch that ships."""
 PLANNED = (1, 200, 1000, 3000)
 """Of these, numbers that reach every launch in which the kernels do a part of a plan."""
-PLANS = ({}, {"layout": "blocks", "block": 64}, {"layout": "masked", "drop": "last"})
+PLANS = (
+    {}, {"layout": "blocks", "block": 64}, {"layout": "masked", "drop": "last"},
+    {"num_experts": 512},
+)  # fmt: skip
 CAPACITY = 16
 PLANS_OF = (PROBLEMS[0], PROBLEMS[4], PROBLEMS[6])
 MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+|v_wmma_\w+)([\w.:]*)")
@@ -105,7 +108,7 @@ def launches(device, problem):
         operands = {"per_expert_scale": scale, "bias": bias}
         gate.routed(projection, None, **operands)
         for plan in PLANS if tokens in PLANNED and problem in PLANS_OF else ():
-            planned = PlanProblem(num_experts=E, topk=problem.topk, **plan)
+            planned = PlanProblem(**{"num_experts": E, "topk": problem.topk, **plan})
             planner = TritonPlanner(planned, device)
             planner._compiled.launch_and_keep = keep
             capacity = None if planned.drop == "nothing" else CAPACITY

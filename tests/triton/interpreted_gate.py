@@ -24,11 +24,15 @@ from moe_routing.conformance.contract import Item, contract_of  # noqa: E402 -- 
 from moe_routing.conformance.runner import backend_under_test, evaluate  # noqa: E402 -- likewise
 from moe_routing.conformance.variants import VARIANTS, fits  # noqa: E402 -- likewise
 from moe_routing.gating import GateOutput, GateProblem, Projection  # noqa: E402 -- likewise
-from moe_routing.reference import gate_oracle  # noqa: E402 -- likewise
+from moe_routing.planning import PlanProblem  # noqa: E402 -- likewise
+from moe_routing.planning.call import allocated, shapes  # noqa: E402 -- likewise
+from moe_routing.reference import gate_oracle, plan_oracle  # noqa: E402 -- likewise
 from moe_routing_backends.triton import knows_group_scores  # noqa: E402 -- likewise
 from moe_routing_backends.triton.gating import gate as host  # noqa: E402 -- likewise
 from moe_routing_backends.triton.gating.kernels import parts_of  # noqa: E402 -- likewise
 from moe_routing_backends.triton.gating.launches import GateLaunch  # noqa: E402 -- likewise
+from moe_routing_backends.triton.planning.launches import FEWEST_COUNTED  # noqa: E402 -- likewise
+from moe_routing_backends.triton.planning.planner import build  # noqa: E402 -- likewise
 from moe_routing_backends.triton.runtime import router  # noqa: E402 -- likewise
 from moe_routing_registry import RoutingProblem, RoutingSpec  # noqa: E402 -- likewise
 
@@ -171,6 +175,51 @@ def long_rows_have_the_same_bits_from_every_launch(device):
         assert all(torch.equal(every[0], logits) for logits in every), name
 
 
+def plans(device):
+    """Plan what is gated: a row, counted pairs, and what is left to the planner, in any layout."""
+    problem, projection, operands = drawn()
+    columns = problem.topk + problem.spec.shared_experts
+    tokens = random.choice([1, 1, 3, 520 // columns + 1, 1000 // columns])
+    projection = projection._replace(
+        hidden=torch.randn(tokens, problem.hidden_size).to(projection.hidden.dtype)
+    )
+    if "token_ids" in operands:
+        operands["token_ids"] = torch.randint(-1, 6, (tokens,))
+    operands |= random.choice([{}, {"num_valid_tokens": tokens // 2}])
+    experts = problem.num_experts + problem.spec.shared_experts
+    if random.random() < 0.5:
+        operands["expert_map"] = torch.randint(-2, experts + 9, (experts,))
+    known, capacity = random.choice([experts, experts - 2, experts + 5]), random.choice([1, 7, 99])
+    block = random.choice([1, 2, 16, 64])
+    layout = random.choice(
+        [{}, {"drop": "last"}, {"layout": "blocks", "block": block},
+         {"layout": "masked", "drop": "last"}]
+    )  # fmt: skip
+    asked = PlanProblem(
+        num_experts=max(1, known), topk=columns, ids_dtype=problem.ids_dtype, **layout
+    )
+    capacity = capacity if "drop" in layout else None
+    kernel = built(problem, device, random.choice(LAUNCHES))
+    right = kernel.routed(projection, None, **operands)
+    made = allocated(shapes(asked, tokens, capacity), right.ids.device)
+    for part in made:
+        if part is not None:
+            part.fill_(-77)
+    planner = build(asked, device)
+    output = kernel.planned(projection, planner, made, capacity=capacity, **operands)
+    few = tokens > 1 and tokens * columns < FEWEST_COUNTED
+    said = f"{problem}, {asked}: {tokens} tokens, {layout}, {capacity}"
+    assert (output is None) <= (few or kernel._writes_logits(projection, kernel._launches[-1])), (
+        said
+    )
+    if output is not None:
+        assert torch.equal(output.ids, right.ids), said
+        assert torch.equal(output.weights, right.weights), said
+        expected = plan_oracle.plan(asked, right.ids, capacity)
+        for one, other in zip(made, expected, strict=True):
+            assert other is None if one is None else torch.equal(one, other), said
+
+
 @triton.jit
 def parts_kernel(numbers, parts, count, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """Store the parts of every number, ``[COUNT, count]``."""
@@ -213,6 +262,7 @@ CHECKS = {
         has_the_same_bits_in_any_batch,
         long_rows_have_the_same_bits_from_every_launch,
         parts_add_up,
+        plans,
     )
 }
 

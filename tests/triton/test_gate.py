@@ -30,6 +30,11 @@ def test_long_rows_have_the_same_bits_from_every_launch():
 
 
 @pytest.mark.slow
+def test_a_plan_of_what_is_gated_is_that_of_its_ids():
+    interpreted("plans", 16)
+
+
+@pytest.mark.slow
 def test_the_kit_passes():
     interpreted("conforms", 1)
 

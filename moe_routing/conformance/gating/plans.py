@@ -52,6 +52,7 @@ def a_graph_of_a_plan_replays_with_new_inputs(under_test: BackendUnderTest, case
     """A graph of hidden states to a plan replays with other hidden states, again and again."""
     streams.need_cuda(under_test)
     call, asked = _planning(under_test, case), PLANS[case.plan]
+    call.made(under_test)  # what is declined, is declined here
     _with_plan(under_test, call, asked)
     graph, made = streams.captured(under_test.device, lambda: _with_plan(under_test, call, asked))
     for turn in range(streams.TURNS):

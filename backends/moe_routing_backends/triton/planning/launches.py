@@ -53,16 +53,14 @@ class CountedLaunch(NamedTuple):
 
 FEWEST_COUNTED = 513
 """Pairs from which that is faster than a plan of ids that are in memory."""
-COUNTED = (CountedLaunch(6144, 32, 1), CountedLaunch(32_768, 64, 4))
-"""By rising number of pairs; more were not measured. Of 128 experts, on an H200."""
+COUNTED = (CountedLaunch(6144, 32, 4), CountedLaunch(32_768, 64, 4))
+"""By rising number of pairs; more were not measured. On an H200, of 128 and 256 experts."""
 FILLED_AT_A_TIME = 256
 """Empty places that are filled at a time, where another kernel than the plan's has counted."""
 BLOCKS_OF_GROUP = 16
 """Blocks of a group: a program adds up the counts of all groups, and of the blocks of its own."""
 MOST_COUNTED_EXPERTS = 512
 """Experts up to which a program has registers for the counts of a group."""
-EXPERTS_OF_WARP = 128
-"""Experts for whose counts a warp has registers."""
 
 
 def counted_launch(pairs: int, width: int) -> CountedLaunch | None:
@@ -71,14 +69,11 @@ def counted_launch(pairs: int, width: int) -> CountedLaunch | None:
     :param width: length of vectors over experts.
 
     >>> counted_launch(8, 128), counted_launch(1024, 256)
-    (None, CountedLaunch(pairs=6144, size=32, num_warps=2))
+    (None, CountedLaunch(pairs=6144, size=32, num_warps=4))
     """
     if pairs < FEWEST_COUNTED or width > MOST_COUNTED_EXPERTS:
         return None
-    launch = next((launch for launch in COUNTED if pairs <= launch.pairs), None)
-    if launch is None:
-        return None
-    return launch._replace(num_warps=max(launch.num_warps, width // EXPERTS_OF_WARP))
+    return next((launch for launch in COUNTED if pairs <= launch.pairs), None)
 
 
 MOST_PAIRS = {1: 1 << 13, 2: 1 << 17}

@@ -304,8 +304,7 @@ class TritonPlanner:
         groups, *sizes = done.numbers
         rows = min(next_power_of_two(groups), MOST_GROUPS)
         constants = (
-            self._spec, launch.size, BLOCKS_OF_GROUP, rows, FILLED_AT_A_TIME,
-            launch.num_warps == 1, self._pdl,
+            self._spec, launch.size, BLOCKS_OF_GROUP, rows, FILLED_AT_A_TIME, self._pdl,
         )  # fmt: skip
         turn = _Turn(
             ("counted", launch, rows), moe_routing_plan_place_counted, -(-pairs // launch.size),
