@@ -228,6 +228,27 @@ def of_gate() -> Iterable[str]:
                 yield f"| {said} | {' | '.join(shown)} |"
 
 
+def of_gate_with_plan() -> Iterable[str]:
+    """Yield the time of ``gate.with_plan``, now and when it was composed of two operations."""
+    held = [
+        json.loads((RESULTS / f"h200-2026-11-29-gate-with-plan{name}.json").read_text())["results"]
+        for name in ("", "-before")
+    ]
+    of_model: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {}
+    sizes = list(dict.fromkeys(row["T"] for row in held[0]))
+    for now, before in zip(*held, strict=True):
+        of_model.setdefault(now["model"], []).append((now["us"], before["us"]))
+    yield f"| router | | {' | '.join(f'T = {T:,}' if T == 1 else f'{T:,}' for T in sizes)} |"
+    yield "|---|---|" + "---|" * len(sizes)
+    for model, pairs in of_model.items():
+        for said, shown in (
+            (f"{model} | `with_plan`", [f"**{now['plan']:.2f}**" for now, _ in pairs]),
+            ("| composed of gate and plan", [f"{before['plan']:.2f}" for _, before in pairs]),
+            ("| `gate` alone", [f"{now['gate']:.2f}" for now, _ in pairs]),
+        ):
+            yield f"| {said} | {' | '.join(shown)} |"
+
+
 def of_batches() -> Iterable[str]:
     """Yield the rows that depend on their batch, on each device that was tried."""
     for kind in ("cpu", "h200"):
@@ -382,6 +403,7 @@ TABLES = {
     "hardware": (ROOT / "docs" / "hardware.md", of_hardware),
     "batches": (ROOT / "docs" / "mismatch.md", of_batches),
     "gate": (ROOT / "docs" / "performance.md", of_gate),
+    "gate with plan": (ROOT / "docs" / "performance.md", of_gate_with_plan),
     "end to end": (ROOT / "README.md", end_to_end),
     "readme": (ROOT / "README.md", in_readme),
     "peers": (ROOT / "docs" / "performance.md", against_peers),

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_routing.kernel import RoutingOutput
-    from moe_routing.planning import DispatchPlan, PlanKernel
+    from moe_routing.planning.kernel import DispatchPlan, PlanKernel
 
 
 class RMSNorm(NamedTuple):

@@ -159,6 +159,7 @@ def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
     """Say in which order ``gate`` adds, and how many kernels do it."""
     from moe_routing_backends.triton.gating.gate import adds_in_any_order
     from moe_routing_backends.triton.gating.launches import launches_for, many_tokens
+    from moe_routing_backends.triton.planning.launches import FEWEST_COUNTED, MOST_COUNTED
     from moe_routing_backends.triton.tuning import choose
 
     E = problem.num_experts
@@ -169,9 +170,13 @@ def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
         many = f"from {many_tokens(E)} tokens PyTorch's product, in any order"
     else:
         many = "one order for any number of tokens"
+    K = problem.topk + problem.spec.shared_experts
+    least, most = -(-FEWEST_COUNTED // K), min(few // E, MOST_COUNTED // K)
+    counts = f", and counts pairs of {least} to {most}" if least <= most else ""
     return (
         f"logits: float32 sums of slices, {many}",
         f"up to {few // E} tokens two kernels, the second of which adds and routes",
+        f"with_plan: the second plans one token{counts}; else composed of two operations",
         choose.describe_table(device, problem.routing),
     )
 

@@ -53,8 +53,10 @@ class CountedLaunch(NamedTuple):
 
 FEWEST_COUNTED = 513
 """Pairs from which that is faster than a plan of ids that are in memory."""
-COUNTED = (CountedLaunch(6144, 32, 4), CountedLaunch(32_768, 64, 4))
-"""By rising number of pairs; more were not measured. On an H200, of 128 and 256 experts."""
+MOST_COUNTED = 32_768
+"""Pairs up to which that was measured."""
+COUNTED = (CountedLaunch(6144, 32, 4), CountedLaunch(MOST_COUNTED, 64, 4))
+"""By rising number of pairs. Measured on an H200, of 128 and 256 experts."""
 FILLED_AT_A_TIME = 256
 """Empty places that are filled at a time, where another kernel than the plan's has counted."""
 BLOCKS_OF_GROUP = 16
