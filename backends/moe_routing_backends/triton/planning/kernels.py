@@ -437,6 +437,25 @@ def moe_routing_plan_scan(
     tl.store(column + tl.cast(groups, tl.int64) * WIDTH, before)
 
 
+@triton.jit
+def sums_of_groups(partial, groups, group, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Return the sums of the counts of all groups, and of those before one: ``[WIDTH]`` each.
+
+    :param partial: ``[groups, WIDTH]``.
+    :param ROWS: groups that are added at a time.
+    """
+    column = tl.arange(0, WIDTH)
+    before = tl.zeros([WIDTH], tl.int32)
+    count = tl.zeros([WIDTH], tl.int32)
+    row = tl.arange(0, ROWS)
+    for top in range(0, groups, ROWS):
+        at = partial + (top + row)[:, None] * WIDTH + column[None, :]
+        some = tl.load(at, mask=(row < groups - top)[:, None], other=0)
+        count += tl.sum(some, axis=0)
+        before += tl.sum(tl.where((row < group - top)[:, None], some, 0), axis=0)
+    return count, before
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moe_routing_plan_place(
     ids, partial, within, order, inverse, counts, offsets, block_experts, num_dropped,
@@ -466,14 +485,7 @@ def moe_routing_plan_place(
         before = tl.load(partial + group.to(tl.int64) * WIDTH + column)
         count = tl.load(partial + tl.cast(groups, tl.int64) * WIDTH + column)
     else:
-        before = tl.zeros([WIDTH], tl.int32)
-        count = tl.zeros([WIDTH], tl.int32)
-        row = tl.arange(0, ROWS)
-        for top in range(0, groups, ROWS):
-            at = partial + (top + row)[:, None] * WIDTH + column[None, :]
-            some = tl.load(at, mask=(row < groups - top)[:, None], other=0)
-            count += tl.sum(some, axis=0)
-            before += tl.sum(tl.where((row < group - top)[:, None], some, 0), axis=0)
+        count, before = sums_of_groups(partial, groups, group, WIDTH, ROWS)
     if GROUP > 1:
         before += tl.load(within + program.to(tl.int64) * WIDTH + column)
     kept, start, end = laid_out(count, capacity, SPEC)
@@ -510,7 +522,6 @@ def moe_routing_plan_place_counted(
 
     :param ids: contiguous.
     :param partial: what ``count_pairs`` has added to.
-    :param ROWS: groups that are added at a time.
     """
     WIDTH: tl.constexpr = SPEC.value.width
     program = tl.program_id(0)
@@ -527,14 +538,9 @@ def moe_routing_plan_place_counted(
     member = tl.arange(0, GROUP)
     of_blocks = partial + (groups + group * GROUP + member)[:, None] * WIDTH + column[None, :]
     earlier = (member < program - group * GROUP)[:, None]
-    before = tl.sum(tl.load(of_blocks, mask=earlier, other=0), axis=0)
-    count = tl.zeros([WIDTH], tl.int32)
-    row = tl.arange(0, ROWS)
-    for top in range(0, groups, ROWS):
-        at = partial + (top + row)[:, None] * WIDTH + column[None, :]
-        some = tl.load(at, mask=(row < groups - top)[:, None], other=0)
-        count += tl.sum(some, axis=0)
-        before += tl.sum(tl.where((row < group - top)[:, None], some, 0), axis=0)
+    in_group = tl.sum(tl.load(of_blocks, mask=earlier, other=0), axis=0)
+    count, before = sums_of_groups(partial, groups, group, WIDTH, ROWS)
+    before += in_group
     place_all(
         order, inverse, counts, offsets, block_experts, num_dropped, expert, pair, inside, before,
         first, count, pairs, length, blocks, capacity, SPEC, TILE,

@@ -53,8 +53,6 @@ MOST_SCANNED = 4096
 """Groups that a program of the scan takes at a time."""
 MOST_SUMMED = 4096
 """Counts a warp that a program adds up at a time where there is no scan."""
-
-
 MOST_GROUPS = 32
 """Groups of counted blocks that a program adds up at a time."""
 _BYTES = 4
