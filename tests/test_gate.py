@@ -9,6 +9,7 @@ import sys
 import threading
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -368,6 +369,7 @@ def test_what_a_call_before_it_made_right_is_still_wrong(gate):
         ({"input_multiplier": torch.tensor(H**-0.5)}, "input_multiplier"),
         ({"num_valid_tokens": True}, "num_valid_tokens"),
         ({"num_valid_tokens": -1}, "num_valid_tokens"),
+        ({"num_valid_tokens": np.int64(-1)}, "num_valid_tokens"),
         ({"hidden": given["hidden"].tolist()}, "hidden"),
         ({"router_bias": nested}, "router_bias"),
         ({"per_expert_scale": nested}, "per_expert_scale"),
@@ -377,6 +379,7 @@ def test_what_a_call_before_it_made_right_is_still_wrong(gate):
     ):
         gate(**given)
         gate(**{**given, "num_valid_tokens": 1})
+        gate(**{**given, "num_valid_tokens": np.int64(1)})
         with pytest.raises((TypeError, ValueError), match=rf"^{argument}: "):
             gate(**{**given, **change})
 

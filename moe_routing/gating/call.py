@@ -56,7 +56,7 @@ _NAMES = (
     "hidden", "router_weight", "router_bias", "norm", "input_scale", "norm", "input_multiplier",
 )  # fmt: skip
 """The arguments that the parts of a projection came in."""
-_APART = frozenset({"counts", "logical_to_physical", "replica_count", "shared_weights"})
+_APART = ("counts", "logical_to_physical", "replica_count", "shared_weights")
 """Arguments of what is done after the kernel."""
 _UNWANTED = torch.empty(0)
 """In place of logits that nobody asks for."""
@@ -286,7 +286,8 @@ class Gate:
                 raise TypeError(refusal(name, "no such argument", value))
         asked, given = (num_experts, block, capacity, drop, masked), None
         is_norm = isinstance(options.get("norm"), (RMSNorm, NoneType))
-        if is_norm and _APART.isdisjoint(options) and not is_dynamo_compiling():
+        apart = any(options.get(name) is not None for name in _APART)
+        if is_norm and not apart and not is_dynamo_compiling():
             given = _given(hidden, router_weight, topk, per_expert_scale, options)
             latest = served_by(self._router._latest_gate, given)  # noqa: SLF001 -- a gate is a part of its router
             plan = None if latest is None else known_plan(latest, asked)
@@ -477,7 +478,7 @@ def _gated(
 ) -> tuple[GateOutput, Chosen | None]:
     """Call the kernel with plain tensors, and the operator with all others.
 
-    :param wanted: whether the logits are; they may be unwritten otherwise.
+    :param wanted: whether the logits are; anything may stand in their place otherwise.
     :returns: also what serves later calls of this kind, ``None`` where they must be checked too.
     """
     plain = not (config.training or is_dynamo_compiling())

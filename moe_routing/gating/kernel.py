@@ -109,7 +109,7 @@ class GatesAndRoutes(Protocol):
 
 
 @runtime_checkable
-class GatesAndPlans(Protocol):
+class GatesAndPlans(GatesAndRoutes, Protocol):
     """A ``GatesAndRoutes`` that can do the plan of its ids too, or a part of it."""
 
     def planned(  # noqa: PLR0913 -- the operands of `routed`, and those of a `PlanKernel`
@@ -129,7 +129,8 @@ class GatesAndPlans(Protocol):
         """Return weights and ids, and fill the plan of the ids: what ``routed`` and the planner do.
 
         ``None`` says that nothing was done: ``routed`` is called then, and the planner after it.
-        That depends on the problems, the shapes and the capacity alone.
+        That may depend on the problems, on shapes and on the call's numbers, but not on what the
+        tensors hold.
 
         :param planner: the kernel that was chosen for the plan, of any backend, with ``out`` and
             ``capacity`` as it takes them. It is for a problem that needs no weights.

@@ -101,17 +101,18 @@ def latest_of(given: Given, chosen: Chosen) -> Latest | None:
     """
     projection, operands, *words = given
     eps, multiplier, valid = projection.eps, projection.multiplier, operands.num_valid_tokens
-    brought = [t for t in (*projection, *operands) if isinstance(t, Tensor)]
+    brought = [t for t in (*projection, *operands[1:]) if isinstance(t, Tensor)]
     alike = tensor_guard(_tensors(given))
+    kind, rows = type(valid), projection.hidden.shape[0]
     if (
         alike is None
+        or not (kind is int or valid is None or isinstance(valid, Tensor))  # checked each time
         or not all(tensor.numel() for tensor in brought)
         or type(multiplier) is not float
         or not (eps is None or type(eps) is float)
     ):
         return None
     topk, ids_dtype, logits_dtype, invariant = words
-    kind, rows = type(valid), projection.hidden.shape[0]
     preferred, generation = preference.get(), _registry.generation
     wants_gradients = any(tensor.requires_grad for tensor in brought)
 
@@ -142,10 +143,11 @@ def latest_of(given: Given, chosen: Chosen) -> Latest | None:
             return False
         return not (isinstance(valid, Tensor) and valid.is_nested) and alike(*_tensors(given))
 
+    # Nothing is negated lazily: the call was plain.
     as_is = all(
         tensor.stride(-1) == 1 if index < MATRICES else tensor.is_contiguous()
         for index, tensor in enumerate(brought)
-    ) and not any(tensor.is_neg() for tensor in brought)
+    )
     return Latest(matches, chosen._replace(as_is=as_is), {})
 
 

@@ -68,7 +68,7 @@ PLANNED = (1, 200, 1000, 3000)
 """Of these, numbers that reach every launch in which the kernels do a part of a plan."""
 PLANS = (
     {}, {"layout": "blocks", "block": 64}, {"layout": "masked", "drop": "last"},
-    {"num_experts": 512},
+    {"num_experts": 512}, {"num_experts": 4096},
 )  # fmt: skip
 CAPACITY = 16
 PLANS_OF = (PROBLEMS[0], PROBLEMS[4], PROBLEMS[6])

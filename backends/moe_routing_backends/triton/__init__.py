@@ -159,7 +159,12 @@ def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
     """Say in which order ``gate`` adds, and how many kernels do it."""
     from moe_routing_backends.triton.gating.gate import adds_in_any_order
     from moe_routing_backends.triton.gating.launches import launches_for, many_tokens
-    from moe_routing_backends.triton.planning.launches import FEWEST_COUNTED, MOST_COUNTED
+    from moe_routing_backends.triton.planning.kernels import bins
+    from moe_routing_backends.triton.planning.launches import (
+        FEWEST_COUNTED,
+        MOST_COUNTED,
+        WIDEST_BY_ROUTER,
+    )
     from moe_routing_backends.triton.tuning import choose
 
     E = problem.num_experts
@@ -173,10 +178,13 @@ def _sums(problem: Any, device: DeviceInfo) -> tuple[str, ...]:  # noqa: ANN401 
     K = problem.topk + problem.spec.shared_experts
     least, most = -(-FEWEST_COUNTED // K), min(few // E, MOST_COUNTED // K)
     counts = f", and counts pairs of {least} to {most}" if least <= most else ""
+    plans = f"the second plans one token{counts}; else composed of two operations"
+    if bins(E + problem.spec.shared_experts) > WIDEST_BY_ROUTER:
+        plans = "composed of two operations"
     return (
         f"logits: float32 sums of slices, {many}",
         f"up to {few // E} tokens two kernels, the second of which adds and routes",
-        f"with_plan: the second plans one token{counts}; else composed of two operations",
+        f"with_plan: {plans}",
         choose.describe_table(device, problem.routing),
     )
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 70, 5, 1100)
 WITHOUT_PLACE = 3
-"""Experts, the last ones, that the plan does not know."""
-CALLS = 2
+"""Experts, the last ones, that a plan does not know; with shared experts it knows all."""
+CALLS = 3
 
 
 def _planned(profile: Profile) -> Iterator[Case]:
@@ -35,16 +35,20 @@ def _planned(profile: Profile) -> Iterator[Case]:
         yield Case(**_sets.FORMS[n % len(_sets.FORMS)], num_tokens=tokens, plan=plan)
     for case, plan in zip(_sets.of_every_variant(profile), cycle(PLANS), strict=False):
         yield case.but(plan=plan)
+        if case.spec.shared_experts:
+            yield case.but(plan="sorted", mapped=False)
 
 
 @check(2, _planned)
 def what_is_gated_is_planned(under_test: BackendUnderTest, case: Case) -> None:
     """With a plan, weights and ids are those without, and the plan is that of the ids."""
-    call = _planning(under_test, case)
-    made = call.checked(under_test)
-    for times in range(1, CALLS + 1):
-        found = _with_plan(under_test, call, PLANS[case.plan])
-        _must_plan(found, made, call, PLANS[case.plan], f"call {times}")
+    call, asked = _planning(under_test, case), PLANS[case.plan]
+    for turn in range(CALLS):
+        other = case.but(turn=turn).make(call.device)
+        call = call.with_projection(hidden=other.projection.hidden)
+        made = call.checked(under_test)
+        found = _with_plan(under_test, call, asked)
+        _must_plan(found, made, call, asked, f"call {turn + 1}")
 
 
 @check(11, _planned, capability="cuda_graphs")
@@ -77,7 +81,8 @@ def _with_plan(under_test: BackendUnderTest, call: Call, asked: dict[str, Any]) 
 
 def _experts(call: Call) -> int:
     """Return how many experts the plan knows."""
-    return max(1, len(call.projection.router_weight) - WITHOUT_PLACE)
+    experts, shared = len(call.projection.router_weight), call.spec.shared_experts
+    return experts + shared if shared else max(1, experts - WITHOUT_PLACE)
 
 
 def _must_plan(

@@ -15,6 +15,7 @@ from moe_routing_backends.triton.gating.kernels import moe_routing_gate_route, m
 from moe_routing_backends.triton.gating.launches import launches_for, many_tokens, order_of
 from moe_routing_backends.triton.kernels import VARIANTS, constants
 from moe_routing_backends.triton.kernels.spec import Launch, next_power_of_two
+from moe_routing_backends.triton.planning.launches import BLOCKS_OF_GROUP
 from moe_routing_backends.triton.planning.planner import NOTHING, TritonPlanner
 from moe_routing_backends.triton.runtime import router
 from moe_routing_backends.triton.runtime.launcher import (
@@ -179,8 +180,8 @@ class TritonGate:
             lambda: {
                 **self._constants,
                 "PLAN_SPEC": by_router.spec,
-                "PLAN_SIZE": by_router.size,
-                "PLAN_GROUP": by_router.group,
+                "PLAN_SIZE": 0 if by_router.launch is None else by_router.launch.size,
+                "PLAN_GROUP": BLOCKS_OF_GROUP,
                 "HIDDEN_SIZE": self._problem.hidden_size,
                 "SLICE": shares.order.slice,
                 "STEP": shares.order.step if normed else 0,
@@ -198,7 +199,7 @@ class TritonGate:
             self._rows.num_warps,
             (
                 in_slices, shares.order.step if normed else 0, multiplied, aligned, by_router.spec,
-                by_router.size, by_router.group,
+                by_router.launch,
             ),
         )  # fmt: skip
         return out
@@ -221,7 +222,7 @@ class TritonGate:
         if by_router is None:
             return None
         output = self.routed(projection, None, **operands, by_router=by_router)
-        if by_router.counts is not None:
+        if by_router.launch is not None:
             planner.after_router(output.ids, out, by_router)
         return output
 

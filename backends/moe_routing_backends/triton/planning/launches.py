@@ -61,8 +61,13 @@ FILLED_AT_A_TIME = 256
 """Empty places that are filled at a time, where another kernel than the plan's has counted."""
 BLOCKS_OF_GROUP = 16
 """Blocks of a group: a program adds up the counts of all groups, and of the blocks of its own."""
-MOST_COUNTED_EXPERTS = 512
-"""Experts up to which a program has registers for the counts of a group."""
+WIDEST_BY_ROUTER = 512
+"""Longest vector over experts for which a program has registers.
+
+One that routes has a warp, and one that places counted pairs adds up a group at a time.
+"""
+MOST_PLACES_OF_ROW = 4096
+"""Places of a plan of one row up to which the program that routes fills the empty ones."""
 
 
 def counted_launch(pairs: int, width: int) -> CountedLaunch | None:
@@ -73,7 +78,7 @@ def counted_launch(pairs: int, width: int) -> CountedLaunch | None:
     >>> counted_launch(8, 128), counted_launch(1024, 256)
     (None, CountedLaunch(pairs=6144, size=32, num_warps=4))
     """
-    if pairs < FEWEST_COUNTED or width > MOST_COUNTED_EXPERTS:
+    if pairs < FEWEST_COUNTED or width > WIDEST_BY_ROUTER:
         return None
     return next((launch for launch in COUNTED if pairs <= launch.pairs), None)
 

@@ -25,6 +25,8 @@ from moe_routing_backends.triton.planning.kernels import (
 from moe_routing_backends.triton.planning.launches import (
     BLOCKS_OF_GROUP,
     FILLED_AT_A_TIME,
+    MOST_PLACES_OF_ROW,
+    WIDEST_BY_ROUTER,
     counted_launch,
 )
 from moe_routing_backends.triton.runtime.launcher import NEVER_CURRENT, Compiled
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
     from moe_routing.planning import PlanProblem
     from moe_routing_backends.triton.planning.kernels import PlanSpec
-    from moe_routing_backends.triton.planning.launches import PlanLaunch, PlanStep
+    from moe_routing_backends.triton.planning.launches import CountedLaunch, PlanLaunch, PlanStep
     from moe_routing_registry import DeviceInfo
 
 SUB_GROUP = 32
@@ -146,16 +148,14 @@ class ByRouter(NamedTuple):
     """What a kernel that makes ids does for their plan: all of one row, or it counts the pairs.
 
     :ivar spec: of the plan, ``None`` where there is none.
-    :ivar size: pairs of a block.
-    :ivar group: blocks of a group.
+    :ivar launch: of what places the pairs, where they are counted.
     :ivar counts: ``[groups + blocks, width]``, to be zeroed, then to count the pairs of each.
     :ivar plan: the parts of the plan of one row, ``None`` for those that it does not have.
     :ivar numbers: groups, places, blocks of places, and the capacity or 0.
     """
 
     spec: PlanSpec | None = None
-    size: int = 0
-    group: int = 0
+    launch: CountedLaunch | None = None
     counts: Tensor | None = None
     plan: tuple[Tensor | None, ...] = (None,) * len(DispatchPlan._fields)
     numbers: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -285,21 +285,20 @@ class TritonPlanner:
         blocks = 0 if out.block_experts is None else out.block_experts.shape[0]
         sizes = (out.order.numel(), blocks, capacity or 0)
         if tokens == 1:
-            return ByRouter(self._spec, plan=out, numbers=(0, *sizes))
+            fits = width <= WIDEST_BY_ROUTER and sizes[0] <= MOST_PLACES_OF_ROW
+            return ByRouter(self._spec, plan=out, numbers=(0, *sizes)) if fits else None
         launch = counted_launch(pairs, width)
         if launch is None:
             return None
         parts = -(-pairs // launch.size)
         groups = -(-parts // BLOCKS_OF_GROUP)
         counts = torch.empty(groups + parts, width, dtype=torch.int32, device=out.order.device)
-        return ByRouter(self._spec, launch.size, BLOCKS_OF_GROUP, counts, numbers=(groups, *sizes))
+        return ByRouter(self._spec, launch, counts, numbers=(groups, *sizes))
 
     def after_router(self, ids: Tensor, out: DispatchPlan, done: ByRouter) -> None:
         """Place pairs whose ids are contiguous, and have been counted."""
-        pairs = ids.numel()
-        launch = counted_launch(pairs, self._spec.width)
-        assert launch is not None and done.counts is not None  # noqa: S101, PT018 -- for mypy: by_router said so
-        groups, *sizes = done.numbers
+        pairs, launch, (groups, *sizes) = ids.numel(), done.launch, done.numbers
+        assert launch is not None  # noqa: S101 -- for mypy: they have been counted
         rows = min(next_power_of_two(groups), MOST_GROUPS)
         constants = (
             self._spec, launch.size, BLOCKS_OF_GROUP, rows, FILLED_AT_A_TIME, self._pdl,

@@ -31,6 +31,34 @@ class ForgetsTheLastRow(Planned):
         super().plan(planner, ids, out, capacity)
 
 
+@caught_by("what_is_gated_is_planned", saying=r"call \d: \w+: \d+ of \d+ are wrong", others=PLANS)
+class ForgetsSharedExperts(Planned):
+    """Plans the selected experts alone."""
+
+    def plan(
+        self, planner: PlanKernel, ids: Tensor, out: DispatchPlan, capacity: int | None
+    ) -> None:
+        shared = self.problem.spec.shared_experts
+        if shared:
+            ids = ids.clone()
+            ids[:, -shared:] = -1
+        super().plan(planner, ids, out, capacity)
+
+
+@caught_by("what_is_gated_is_planned", saying=r"call [23]: \w+: \d+ of \d+ are wrong", others=PLANS)
+class PlansTheFirstIds(Planned):
+    """Keeps the first ids of each shape, and plans those."""
+
+    def __init__(self, problem: GateProblem, device: DeviceInfo) -> None:
+        super().__init__(problem, device)
+        self.kept: dict[tuple[int, ...], Tensor] = {}
+
+    def plan(
+        self, planner: PlanKernel, ids: Tensor, out: DispatchPlan, capacity: int | None
+    ) -> None:
+        super().plan(planner, self.kept.setdefault(tuple(ids.shape), ids.clone()), out, capacity)
+
+
 @caught_by("what_is_gated_is_planned", saying=": other ids", others=PLANS)
 class ForgetsTheMap(Planned):
     """Routes to logical experts where it plans."""
