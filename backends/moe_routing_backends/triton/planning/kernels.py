@@ -438,14 +438,15 @@ def moe_routing_plan_scan(
 
 
 @triton.jit
-def sums_of_groups(partial, groups, group, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Return the sums of the counts of all groups, and of those before one: ``[WIDTH]`` each.
+def sums_of_groups(partial, groups, group, before, ROWS: tl.constexpr):
+    """Return the sum of the counts of all groups, and ``before`` plus those of the groups before.
 
     :param partial: ``[groups, WIDTH]``.
+    :param before: ``[WIDTH]``.
     :param ROWS: groups that are added at a time.
     """
+    WIDTH: tl.constexpr = before.shape[0]
     column = tl.arange(0, WIDTH)
-    before = tl.zeros([WIDTH], tl.int32)
     count = tl.zeros([WIDTH], tl.int32)
     row = tl.arange(0, ROWS)
     for top in range(0, groups, ROWS):
@@ -485,7 +486,8 @@ def moe_routing_plan_place(
         before = tl.load(partial + group.to(tl.int64) * WIDTH + column)
         count = tl.load(partial + tl.cast(groups, tl.int64) * WIDTH + column)
     else:
-        count, before = sums_of_groups(partial, groups, group, WIDTH, ROWS)
+        before = tl.zeros([WIDTH], tl.int32)
+        count, before = sums_of_groups(partial, groups, group, before, ROWS)
     if GROUP > 1:
         before += tl.load(within + program.to(tl.int64) * WIDTH + column)
     kept, start, end = laid_out(count, capacity, SPEC)
@@ -538,9 +540,8 @@ def moe_routing_plan_place_counted(
     member = tl.arange(0, GROUP)
     of_blocks = partial + (groups + group * GROUP + member)[:, None] * WIDTH + column[None, :]
     earlier = (member < program - group * GROUP)[:, None]
-    in_group = tl.sum(tl.load(of_blocks, mask=earlier, other=0), axis=0)
-    count, before = sums_of_groups(partial, groups, group, WIDTH, ROWS)
-    before += in_group
+    before = tl.sum(tl.load(of_blocks, mask=earlier, other=0), axis=0)
+    count, before = sums_of_groups(partial, groups, group, before, ROWS)
     place_all(
         order, inverse, counts, offsets, block_experts, num_dropped, expert, pair, inside, before,
         first, count, pairs, length, blocks, capacity, SPEC, TILE,
