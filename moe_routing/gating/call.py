@@ -362,15 +362,9 @@ class Gate:
         """Return the output with the call's weights of shared experts, if it has any."""
         if shared_weights is None:
             return made
-        output = self._weighed_output(RoutingOutput(made.weights, made.ids), shared_weights)
-        return GateOutput(*output, made.logits)
-
-    def _weighed_output(
-        self, output: RoutingOutput, shared_weights: Tensor | None
-    ) -> RoutingOutput:
-        if shared_weights is None:
-            return output
-        return _shared.weighed(output, shared_weights, self._router.spec.shared_experts)
+        output = RoutingOutput(made.weights, made.ids)
+        count = self._router.spec.shared_experts
+        return GateOutput(*_shared.weighed(output, shared_weights, count), made.logits)
 
     def __repr__(self) -> str:
         """Show the router."""
@@ -431,11 +425,8 @@ def _given(
 
     All arguments may be wrong, but that ``norm`` is a norm.
     """
-    norm, padding, valid = (
-        options.get("norm"),
-        options.get("num_valid_tokens"),
-        options.get("valid"),
-    )
+    norm, valid = options.get("norm"), options.get("valid")
+    padding = options.get("num_valid_tokens")
     if valid is not None or type(padding) is Tensor:
         padding = _check.one_padding(padding, valid)
     eps, weight = (None, None) if norm is None else norm
