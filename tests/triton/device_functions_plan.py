@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from moe_routing.planning import PlanProblem
+from moe_routing.reference import plan_oracle
 from moe_routing_backends.triton.planning import kernels
 from moe_routing_backends.triton.planning.kernels import plan_spec
 
@@ -384,6 +385,127 @@ def placed(spec, experts, laid, here, *, filled):
     return order, inverse, block_experts
 
 
+@triton.jit
+def counting_kernel(
+    ids, partial, groups, SPEC: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """Count the pairs of a row."""
+    K: tl.constexpr = SPEC.value.topk
+    row = tl.program_id(0) + tl.arange(0, 1)
+    column = tl.arange(0, N)[None, :]
+    its = tl.load(ids + row[:, None] * K + column, mask=column < K, other=-1)
+    kernels.count_pairs(partial, its, row, groups, SPEC, SIZE, GROUP)
+
+
+def count_pairs_problems(device):
+    """Count pairs of rows that begin and end in blocks and groups, of experts and of none."""
+    wrong = []
+    E, K, rows = 5, 3, 29
+    spec = plan_spec(PlanProblem(num_experts=E, topk=K))
+    for dtype, (size, group) in product((torch.int32, torch.int64), ((4, 2), (16, 4), (64, 2))):
+        values = [RANDOM.choice([*range(E), E, -1, 2**31 - 1]) for _ in range(rows * K)]
+        blocks = -(-len(values) // size)
+        groups = -(-blocks // group)
+        partial = Memory((groups + blocks) * spec.width, device)
+        partial.at.zero_()
+        ids = on(device, values, dtype)
+        counting_kernel[rows,](ids, partial.at, groups, SPEC=spec, SIZE=size, GROUP=group, N=4)
+        right = []
+        for part, many in ((size * group, groups), (size, blocks)):
+            for first in range(0, many * part, part):
+                here = values[first : first + part]
+                right += padded([here.count(e) for e in range(E)], spec.width)
+        if not partial.holds(right):
+            wrong.append(f"count_pairs of {values} in {dtype}, {size} a block, {group} a group")
+    return wrong
+
+
+@triton.jit
+def sums_kernel(partial, before, sums, groups, group, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Add the counts of groups."""
+    column = tl.arange(0, WIDTH)
+    first = tl.load(before + column)
+    count, found = kernels.sums_of_groups(partial, groups, group, first, ROWS)
+    tl.store(sums + column, count)
+    tl.store(sums + WIDTH + column, found)
+
+
+def sums_of_groups_problems(device):
+    """Add the counts of one group, of as many as are added at a time, and of more."""
+    wrong = []
+    width = 16
+    for groups, rows in product((1, 4, 7), (1, 4)):
+        counts = [[RANDOM.randint(0, 9) for _ in range(width)] for _ in range(groups)]
+        before = [RANDOM.randint(0, 9) for _ in range(width)]
+        for group in range(groups):
+            sums = Memory(2 * width, device)
+            sums_kernel[1,](
+                on(device, counts), on(device, before), sums.at, groups, group,
+                WIDTH=width, ROWS=rows,
+            )  # fmt: skip
+            earlier = [sum(column) for column in zip(before, *counts[:group], strict=True)]
+            if not sums.holds([sum(column) for column in zip(*counts, strict=True)] + earlier):
+                wrong.append(f"sums_of_groups, {group} of {groups}, {rows} at a time")
+    return wrong
+
+
+@triton.jit
+def all_kernel(
+    ids, order, inverse, counts, offsets, block_experts, num_dropped, pairs, length, blocks,
+    capacity, SPEC: tl.constexpr, ROW: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Plan ids that one program holds: a row, or some."""
+    WIDTH: tl.constexpr = SPEC.value.width
+    lane = tl.arange(0, SIZE)
+    inside = lane < pairs
+    its = tl.load(ids + lane, mask=inside, other=-1)
+    if ROW:
+        kernels.plan_row(
+            its, order, inverse, counts, offsets, block_experts, num_dropped, length, blocks,
+            capacity, SPEC, 16,
+        )  # fmt: skip
+    else:
+        expert = tl.where((its >= 0) & (its < SPEC.value.num_experts), its, SPEC.value.num_experts)
+        kernels.place_all(
+            order, inverse, counts, offsets, block_experts, num_dropped, expert,
+            tl.where(inside, lane, 0), inside, tl.zeros([WIDTH], tl.int32), 0,
+            kernels.counted(expert, SPEC), pairs, length, blocks, capacity, SPEC, 16,
+        )  # fmt: skip
+
+
+def plans_problems(device, name, rows, size):
+    """Plan so many rows of all layouts in one program."""
+    wrong = []
+    capacity, K = 2, 3
+    for E, layout in product((1, 4, 16), LAYOUTS):
+        problem = PlanProblem(num_experts=E, topk=K, **LAYOUTS[layout])
+        spec = plan_spec(problem)
+        ids = on(device, [RANDOM.randint(-1, E) for _ in range(rows * K)]).view(rows, K)
+        right = plan_oracle.plan(problem, ids, capacity if "drop" in LAYOUTS[layout] else None)
+        found = [None if part is None else Memory(part.numel(), device) for part in right]
+        at = [None if part is None else part.at for part in found]
+        blocks = 0 if right.block_experts is None else right.block_experts.numel()
+        all_kernel[1,](
+            ids, *at, rows * K, right.order.numel(), blocks, capacity, SPEC=spec, ROW=rows == 1,
+            SIZE=size,
+        )  # fmt: skip
+        for what, part, expected in zip(right._fields, found, right, strict=True):
+            if part is not None and not part.holds(expected.flatten().tolist()):
+                wrong.append(f"{name}, {layout} of {E}: {what} of {ids.tolist()}")
+    return wrong
+
+
+def place_all_problems(device):
+    """Plan nine rows whose counts are known."""
+    return plans_problems(device, "place_all", 9, 32)
+
+
+def plan_row_problems(device):
+    """Plan a row, some of whose lanes have no slot."""
+    return plans_problems(device, "plan_row", 1, 4)
+
+
 GROUPS = (
     expert_of_pair_problems,
     counted_problems,
@@ -394,4 +516,8 @@ GROUPS = (
     fill_rows_problems,
     fill_last_blocks_problems,
     place_pairs_problems,
+    count_pairs_problems,
+    sums_of_groups_problems,
+    place_all_problems,
+    plan_row_problems,
 )

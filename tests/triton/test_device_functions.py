@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("device_functions.py")
 OF_ROUTE = ("network", "exact16", "float32", "pair", "round", "product", "maths", "sum")
 OF_PLAN = (
     "expert_of_pair", "counted", "rank_among", "laid_out", "write_counts", "fill", "fill_rows",
-    "fill_last_blocks", "place_pairs",
+    "fill_last_blocks", "place_pairs", "count_pairs", "sums_of_groups", "place_all", "plan_row",
 )  # fmt: skip
 
 
