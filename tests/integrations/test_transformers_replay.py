@@ -600,7 +600,7 @@ class TestTraining:
 
 
 FSDP = """
-    import sys, torch, torch.distributed as dist
+    import os, sys, torch, torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM, MixtralConfig
     from moe_routing.integrations.transformers import patch, recording, replaying
@@ -647,7 +647,8 @@ FSDP = """
         passed(sharded, rank).backward()
     assert torch.equal(records.ids, selected[rank])
     dist.destroy_process_group()
-    print("held")
+    print("held", flush=True)
+    os._exit(0)  # a group that something still holds may abort the process while Python ends
 """
 
 
