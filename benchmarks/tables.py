@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from check_proof import rows as of_hardware
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -206,6 +206,11 @@ def compiled_ahead() -> Iterable[str]:
         )
 
 
+def _head_of_routers(sizes: Collection[int]) -> Iterable[str]:
+    yield f"| router | | {' | '.join(f'T = {T:,}' if T == 1 else f'{T:,}' for T in sizes)} |"
+    yield "|---|---|" + "---|" * len(sizes)
+
+
 def of_gate() -> Iterable[str]:
     """Yield the time of ``gate`` with the launches that ship, and of PyTorch's chain."""
     held = json.loads((RESULTS / "h200-2026-11-29-gate.json").read_text())
@@ -213,8 +218,7 @@ def of_gate() -> Iterable[str]:
     for row in held["results"]:
         of_model.setdefault(row["model"], {})[row["T"]] = row["us"]
     sizes = next(iter(of_model.values()))
-    yield f"| router | | {' | '.join(f'T = {T:,}' if T == 1 else f'{T:,}' for T in sizes)} |"
-    yield "|---|---|" + "---|" * len(sizes)
+    yield from _head_of_routers(sizes)
     for model, by_size in of_model.items():
         ways = {
             f"{model} | `gate`": "gate",
@@ -238,8 +242,7 @@ def of_gate_with_plan() -> Iterable[str]:
     sizes = list(dict.fromkeys(row["T"] for row in held[0]))
     for now, before in zip(*held, strict=True):
         of_model.setdefault(now["model"], []).append((now["us"], before["us"]))
-    yield f"| router | | {' | '.join(f'T = {T:,}' if T == 1 else f'{T:,}' for T in sizes)} |"
-    yield "|---|---|" + "---|" * len(sizes)
+    yield from _head_of_routers(sizes)
     for model, pairs in of_model.items():
         for said, shown in (
             (f"{model} | `with_plan`", [f"**{now['plan']:.2f}**" for now, _ in pairs]),

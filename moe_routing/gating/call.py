@@ -296,7 +296,7 @@ class Gate:
         checked = self._checked(hidden, router_weight, topk, per_expert_scale, options)
         return self._first_with_plan(*checked, options, asked, given)
 
-    def _first_with_plan(  # noqa: PLR0913, PLR0917 -- what `_checked` returns, and what is asked
+    def _first_with_plan(  # noqa: PLR0913, PLR0917 -- the results of `_checked`, and a plan's arguments
         self,
         projection: Projection,
         operands: Operands,
